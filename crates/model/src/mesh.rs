@@ -1,0 +1,493 @@
+//! A snapshot of all that is known of the mesh, with the indexes that lookups need.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use hashbrown::HashMap;
+use ipnet::{Ipv4Net, Ipv6Net};
+use prefix_trie::PrefixMap;
+
+use crate::verdict::{Connection, Decision, decide};
+use crate::{
+    CowMap, NetworkAddress, OriginalDst, Policy, PolicyKey, PortMapping, Scope, Service, ServiceKey,
+    Settings, Str, Workload, WorkloadKind, canonical_ip,
+};
+
+/// One step from a snapshot to the next.
+#[derive(Clone, Debug)]
+pub enum Change {
+    /// Adds a workload or replaces the one of the same uid.
+    SetWorkload(Arc<Workload>),
+    /// Removes the workload of this uid.
+    RemoveWorkload(Str),
+    /// Adds a service or replaces the one of the same key.
+    SetService(Arc<Service>),
+    /// Removes a service.
+    RemoveService(ServiceKey),
+    /// Adds a policy or replaces the one of the same key.
+    SetPolicy(Arc<Policy>),
+    /// Removes a policy.
+    RemovePolicy(PolicyKey),
+    /// Replaces the settings.
+    SetSettings(Settings),
+}
+
+/// An endpoint of a service.
+#[derive(Clone, Debug)]
+pub struct Endpoint {
+    /// The workload.
+    pub workload: Arc<Workload>,
+    /// Which of its ports serve which ports of the service.
+    pub ports: Arc<[PortMapping]>,
+}
+
+impl Endpoint {
+    /// The workload's port behind the service's port.
+    #[must_use]
+    pub fn target_port(&self, service_port: u16) -> Option<u16> {
+        self.ports.iter().find(|p| p.service_port == service_port).map(|p| p.target_port)
+    }
+}
+
+/// The endpoints of a service, ready or not.
+#[derive(Clone, Debug, Default)]
+pub struct EndpointSet {
+    list: Vec<Endpoint>,
+    index: HashMap<Str, usize>,
+    generation: u64,
+}
+
+impl EndpointSet {
+    /// The endpoints, in no order that means anything.
+    #[must_use]
+    pub fn as_slice(&self) -> &[Endpoint] {
+        &self.list
+    }
+
+    /// The [`Mesh::generation`] in which the set last changed: what was derived from it holds until then.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    fn insert(&mut self, endpoint: Endpoint) {
+        let uid = endpoint.workload.uid.clone();
+        if let Some(slot) = self.index.get(&uid).and_then(|i| self.list.get_mut(*i)) {
+            *slot = endpoint;
+        } else {
+            self.index.insert(uid, self.list.len());
+            self.list.push(endpoint);
+        }
+    }
+
+    fn remove(&mut self, uid: &str) {
+        let Some(position) = self.index.remove(uid) else { return };
+        self.list.swap_remove(position);
+        if let Some(moved) = self.list.get(position) {
+            self.index.insert(moved.workload.uid.clone(), position);
+        }
+    }
+}
+
+/// What an address belongs to.
+#[derive(Clone, Debug)]
+pub enum Destination {
+    /// A virtual address of a service.
+    Service(Arc<Service>),
+    /// A workload's own address.
+    Workload(Arc<Workload>),
+    /// Nothing is known of it.
+    Unknown,
+}
+
+/// An immutable snapshot. Cloning and replacing it is cheap, see [`CowMap`].
+#[derive(Clone, Debug, Default)]
+pub struct Mesh {
+    generation: u64,
+    policy_generation: u64,
+    settings: Arc<Settings>,
+    workloads: CowMap<Str, Arc<Workload>>,
+    /// Usually one; with several, the first that came is in force until it goes.
+    by_address: CowMap<NetworkAddress, Vec<Arc<Workload>>>,
+    services: CowMap<ServiceKey, Arc<Service>>,
+    by_vip: CowMap<NetworkAddress, Vec<Arc<Service>>>,
+    by_range: Arc<Ranges>,
+    by_hostname: CowMap<Str, Vec<Arc<Service>>>,
+    endpoints: CowMap<ServiceKey, Arc<EndpointSet>>,
+    policies: CowMap<PolicyKey, Arc<Policy>>,
+    global_policies: Arc<[Arc<Policy>]>,
+    namespace_policies: CowMap<Str, Arc<[Arc<Policy>]>>,
+}
+
+/// Services by ranges of addresses, the longest prefix first. Rare, so kept whole.
+#[derive(Clone, Debug, Default)]
+struct Ranges {
+    v4: HashMap<Str, PrefixMap<Ipv4Net, Vec<Arc<Service>>>>,
+    v6: HashMap<Str, PrefixMap<Ipv6Net, Vec<Arc<Service>>>>,
+}
+
+impl Mesh {
+    /// The snapshot after `changes`. This one is left as it is, and all that the changes don't touch is shared.
+    #[must_use]
+    pub fn apply(&self, changes: impl IntoIterator<Item = Change>) -> Self {
+        let mut next = self.clone();
+        next.generation += 1;
+        for change in changes {
+            match change {
+                Change::SetWorkload(workload) => next.set_workload(workload),
+                Change::RemoveWorkload(uid) => next.remove_workload(&uid),
+                Change::SetService(service) => next.set_service(service),
+                Change::RemoveService(key) => next.remove_service(&key),
+                Change::SetPolicy(policy) => next.set_policy(policy),
+                Change::RemovePolicy(key) => next.remove_policy(&key),
+                Change::SetSettings(settings) => {
+                    next.policy_generation = next.generation;
+                    next.settings = Arc::new(settings);
+                }
+            }
+        }
+        next
+    }
+
+    /// Counts the snapshots: one more with every [`Mesh::apply`].
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// The generation in which a decision over an existing connection could last have changed: policies, the
+    /// settings, or the policies and identity of a workload that was there.
+    #[must_use]
+    pub fn policy_generation(&self) -> u64 {
+        self.policy_generation
+    }
+
+    /// The settings.
+    #[must_use]
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The workload of a uid.
+    #[must_use]
+    pub fn workload(&self, uid: &str) -> Option<&Arc<Workload>> {
+        self.workloads.get(uid)
+    }
+
+    /// All workloads.
+    pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.workloads.values()
+    }
+
+    /// The number of workloads.
+    #[must_use]
+    pub fn workload_count(&self) -> usize {
+        self.workloads.len()
+    }
+
+    /// The workload with this address. Workloads in the host's network are not found by it: the address is the
+    /// node's.
+    #[must_use]
+    pub fn workload_at(&self, address: &NetworkAddress) -> Option<&Arc<Workload>> {
+        self.by_address.get(address)?.first()
+    }
+
+    /// The service of a key.
+    #[must_use]
+    pub fn service(&self, key: &ServiceKey) -> Option<&Arc<Service>> {
+        self.services.get(key)
+    }
+
+    /// All services.
+    pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
+        self.services.values()
+    }
+
+    /// The services of a host name, one for each namespace that defines it.
+    #[must_use]
+    pub fn services_named(&self, hostname: &str) -> &[Arc<Service>] {
+        self.by_hostname.get(hostname).map_or(&[], Vec::as_slice)
+    }
+
+    /// The service with this virtual address, or the smallest range around it.
+    #[must_use]
+    pub fn service_at(&self, address: &NetworkAddress) -> Option<&Arc<Service>> {
+        self.by_vip.get(address).and_then(|list| list.first()).or_else(|| self.by_range.lookup(address))
+    }
+
+    /// The endpoints of a service.
+    #[must_use]
+    pub fn endpoints(&self, service: &ServiceKey) -> Option<&Arc<EndpointSet>> {
+        self.endpoints.get(service)
+    }
+
+    /// The policy of a key.
+    #[must_use]
+    pub fn policy(&self, key: &PolicyKey) -> Option<&Arc<Policy>> {
+        self.policies.get(key)
+    }
+
+    /// All policies.
+    pub fn policies(&self) -> impl Iterator<Item = &Arc<Policy>> {
+        self.policies.values()
+    }
+
+    /// What the dialled address belongs to: an exact virtual address first, then a workload, then a range.
+    #[must_use]
+    pub fn destination(&self, network: &Str, dialled: OriginalDst) -> Destination {
+        let address = NetworkAddress::new(network.clone(), dialled.ip());
+        if let Some(service) = self.by_vip.get(&address).and_then(|list| list.first()) {
+            return Destination::Service(service.clone());
+        }
+        if let Some(workload) = self.workload_at(&address) {
+            return Destination::Workload(workload.clone());
+        }
+        self.by_range.lookup(&address).map_or(Destination::Unknown, |s| Destination::Service(s.clone()))
+    }
+
+    /// The policies that hold for `workload`; `Err` for one that it lists and that is not known.
+    #[must_use]
+    pub fn policies_for<'a>(&'a self, workload: &'a Workload) -> Vec<Result<&'a Arc<Policy>, &'a PolicyKey>> {
+        let namespace = self.namespace_policies.get(&workload.namespace).map_or(&[][..], |list| list);
+        let selected = workload.policies.iter().map(|key| self.policies.get(key).ok_or(key));
+        self.global_policies.iter().chain(namespace).map(Ok).chain(selected).collect()
+    }
+
+    /// Decides whether `connection` may be delivered to `workload`, and says why.
+    #[must_use]
+    pub fn authorize(&self, workload: &Workload, connection: &Connection) -> Decision {
+        decide(&self.policies_for(workload), connection)
+    }
+
+    fn set_workload(&mut self, workload: Arc<Workload>) {
+        let old = self.workloads.get(&workload.uid).cloned();
+        if let Some(old) = &old {
+            let same = old.policies == workload.policies
+                && old.namespace == workload.namespace
+                && old.service_account == workload.service_account
+                && old.trust_domain == workload.trust_domain
+                && old.addresses == workload.addresses
+                && old.tunnel == workload.tunnel;
+            if !same {
+                self.policy_generation = self.generation;
+            }
+            self.unindex_workload(old, Some(&workload));
+        }
+        if workload.network_mode == crate::NetworkMode::Standard {
+            for address in workload.network_addresses() {
+                if let Some(list) = self.by_address.entry_or_default(&address) {
+                    if let Some(slot) = list.iter_mut().find(|w| w.uid == workload.uid) {
+                        *slot = workload.clone();
+                    } else {
+                        list.push(workload.clone());
+                    }
+                }
+            }
+        }
+        for membership in &workload.services {
+            let endpoint = Endpoint { workload: workload.clone(), ports: membership.ports.clone() };
+            let generation = self.generation;
+            if let Some(set) = self.endpoints.entry_or_default(&membership.service.clone()) {
+                let set = Arc::make_mut(set);
+                set.generation = generation;
+                set.insert(endpoint);
+            }
+        }
+        self.workloads.insert(workload.uid.clone(), workload);
+    }
+
+    fn remove_workload(&mut self, uid: &str) {
+        if let Some(old) = self.workloads.remove(uid) {
+            self.policy_generation = self.generation;
+            self.unindex_workload(&old, None);
+        }
+    }
+
+    /// Takes `old` out of the indexes, except where `next`, which is about to be put in, stands in the same place.
+    fn unindex_workload(&mut self, old: &Workload, next: Option<&Workload>) {
+        let keeps_address = |a: &NetworkAddress| {
+            next.is_some_and(|n| {
+                n.network_mode == crate::NetworkMode::Standard && n.network_addresses().any(|b| b == *a)
+            })
+        };
+        for address in old.network_addresses() {
+            if !keeps_address(&address)
+                && let Some(list) = self.by_address.get_mut(&address)
+            {
+                list.retain(|w| w.uid != old.uid);
+                if list.is_empty() {
+                    self.by_address.remove(&address);
+                }
+            }
+        }
+        for membership in &old.services {
+            let keeps = next.is_some_and(|n| n.services.iter().any(|m| m.service == membership.service));
+            if keeps {
+                continue;
+            }
+            let generation = self.generation;
+            if let Some(set) = self.endpoints.get_mut(&membership.service) {
+                let set = Arc::make_mut(set);
+                set.generation = generation;
+                set.remove(&old.uid);
+                if set.list.is_empty() {
+                    self.endpoints.remove(&membership.service);
+                }
+            }
+        }
+    }
+
+    fn set_service(&mut self, service: Arc<Service>) {
+        let key = service.key();
+        self.remove_service(&key);
+        for vip in &service.vips {
+            if is_single(vip) {
+                let address = NetworkAddress::new(vip.network.clone(), vip.range.addr());
+                if let Some(list) = self.by_vip.entry_or_default(&address) {
+                    list.push(service.clone());
+                }
+            } else {
+                Arc::make_mut(&mut self.by_range).insert(vip, &service);
+            }
+        }
+        if let Some(list) = self.by_hostname.entry_or_default(&service.hostname.clone()) {
+            list.push(service.clone());
+            // Which of several answers must not depend on the order in which they came.
+            list.sort_by(|a, b| b.canonical.cmp(&a.canonical).then_with(|| a.namespace.cmp(&b.namespace)));
+        }
+        self.services.insert(key, service);
+    }
+
+    fn remove_service(&mut self, key: &ServiceKey) {
+        let Some(old) = self.services.remove(key) else { return };
+        for vip in &old.vips {
+            if is_single(vip) {
+                let address = NetworkAddress::new(vip.network.clone(), vip.range.addr());
+                if let Some(list) = self.by_vip.get_mut(&address) {
+                    list.retain(|s| s.key() != *key);
+                    if list.is_empty() {
+                        self.by_vip.remove(&address);
+                    }
+                }
+            } else {
+                Arc::make_mut(&mut self.by_range).remove(vip, key);
+            }
+        }
+        if let Some(list) = self.by_hostname.get_mut(&old.hostname) {
+            list.retain(|s| s.key() != *key);
+            if list.is_empty() {
+                self.by_hostname.remove(&old.hostname);
+            }
+        }
+    }
+
+    fn set_policy(&mut self, policy: Arc<Policy>) {
+        self.remove_policy(&policy.key.clone());
+        self.policy_generation = self.generation;
+        match policy.scope {
+            Scope::Global => self.global_policies = with(&self.global_policies, &policy),
+            Scope::Namespace => {
+                let list = self.namespace_policies.get(&policy.key.namespace).map_or(&[][..], |l| l);
+                let list = with(list, &policy);
+                self.namespace_policies.insert(policy.key.namespace.clone(), list);
+            }
+            Scope::WorkloadSelector => {}
+        }
+        self.policies.insert(policy.key.clone(), policy);
+    }
+
+    fn remove_policy(&mut self, key: &PolicyKey) {
+        let Some(old) = self.policies.remove(key) else { return };
+        self.policy_generation = self.generation;
+        match old.scope {
+            Scope::Global => self.global_policies = without(&self.global_policies, key),
+            Scope::Namespace => {
+                let list = self.namespace_policies.get(&key.namespace).map_or(&[][..], |l| l);
+                let list = without(list, key);
+                self.namespace_policies.insert(key.namespace.clone(), list);
+            }
+            Scope::WorkloadSelector => {}
+        }
+    }
+}
+
+/// Sorted by name, so that the policy that a decision names does not depend on the order of arrival.
+fn with(list: &[Arc<Policy>], policy: &Arc<Policy>) -> Arc<[Arc<Policy>]> {
+    let mut list: Vec<_> = list.iter().cloned().chain([policy.clone()]).collect();
+    list.sort_by(|a, b| a.key.cmp(&b.key));
+    list.into()
+}
+
+fn without(list: &[Arc<Policy>], key: &PolicyKey) -> Arc<[Arc<Policy>]> {
+    list.iter().filter(|p| p.key != *key).cloned().collect()
+}
+
+fn is_single(vip: &crate::Vip) -> bool {
+    vip.range.prefix_len() == vip.range.max_prefix_len()
+}
+
+impl Ranges {
+    fn insert(&mut self, vip: &crate::Vip, service: &Arc<Service>) {
+        match vip.range {
+            ipnet::IpNet::V4(net) => {
+                self.v4
+                    .entry(vip.network.clone())
+                    .or_default()
+                    .entry(net.trunc())
+                    .or_default()
+                    .push(service.clone());
+            }
+            ipnet::IpNet::V6(net) => {
+                self.v6
+                    .entry(vip.network.clone())
+                    .or_default()
+                    .entry(net.trunc())
+                    .or_default()
+                    .push(service.clone());
+            }
+        }
+    }
+
+    fn remove(&mut self, vip: &crate::Vip, key: &ServiceKey) {
+        match vip.range {
+            ipnet::IpNet::V4(net) => {
+                let Some(map) = self.v4.get_mut(&vip.network) else { return };
+                if let Some(list) = map.get_mut(&net.trunc()) {
+                    list.retain(|s| s.key() != *key);
+                    if list.is_empty() {
+                        map.remove(&net.trunc());
+                    }
+                }
+            }
+            ipnet::IpNet::V6(net) => {
+                let Some(map) = self.v6.get_mut(&vip.network) else { return };
+                if let Some(list) = map.get_mut(&net.trunc()) {
+                    list.retain(|s| s.key() != *key);
+                    if list.is_empty() {
+                        map.remove(&net.trunc());
+                    }
+                }
+            }
+        }
+    }
+
+    fn lookup(&self, address: &NetworkAddress) -> Option<&Arc<Service>> {
+        let list = match canonical_ip(address.ip) {
+            IpAddr::V4(ip) => self.v4.get(&address.network)?.get_lpm(&ip.into())?.1,
+            IpAddr::V6(ip) => self.v6.get(&address.network)?.get_lpm(&ip.into())?.1,
+        };
+        list.first()
+    }
+}
+
+// The parts of a workload that the kind of its owner is told from, in WDS's spelling.
+impl std::fmt::Display for WorkloadKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Deployment => "deployment",
+            Self::CronJob => "cronjob",
+            Self::Pod => "pod",
+            Self::Job => "job",
+        })
+    }
+}
