@@ -1,5 +1,6 @@
 //! A snapshot of all that is known of the mesh, with the indexes that lookups need.
 
+use std::cmp::Ordering;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -10,7 +11,7 @@ use prefix_trie::PrefixMap;
 use crate::verdict::{Connection, Decision, decide};
 use crate::{
     CowMap, NetworkAddress, OriginalDst, Policy, PolicyKey, PortMapping, Scope, Service, ServiceKey,
-    Settings, Str, Workload, WorkloadKind, canonical_ip,
+    ServiceSource, Settings, Str, Workload, WorkloadKind, canonical_ip,
 };
 
 /// One step from a snapshot to the next.
@@ -203,7 +204,8 @@ impl Mesh {
         self.services.values()
     }
 
-    /// The services of a host name, one for each namespace that defines it.
+    /// The services of a host name, one for each namespace that defines it: those of Kubernetes first, then the
+    /// canonical ones, then by namespace.
     #[must_use]
     pub fn services_named(&self, hostname: &str) -> &[Arc<Service>] {
         self.by_hostname.get(hostname).map_or(&[], Vec::as_slice)
@@ -267,6 +269,8 @@ impl Mesh {
                 && old.service_account == workload.service_account
                 && old.trust_domain == workload.trust_domain
                 && old.addresses == workload.addresses
+                && old.network == workload.network
+                && old.network_mode == workload.network_mode
                 && old.tunnel == workload.tunnel;
             if !same {
                 self.policy_generation = self.generation;
@@ -345,6 +349,7 @@ impl Mesh {
                 let address = NetworkAddress::new(vip.network.clone(), vip.range.addr());
                 if let Some(list) = self.by_vip.entry_or_default(&address) {
                     list.push(service.clone());
+                    list.sort_by(by_precedence);
                 }
             } else {
                 Arc::make_mut(&mut self.by_range).insert(vip, &service);
@@ -352,8 +357,7 @@ impl Mesh {
         }
         if let Some(list) = self.by_hostname.entry_or_default(&service.hostname.clone()) {
             list.push(service.clone());
-            // Which of several answers must not depend on the order in which they came.
-            list.sort_by(|a, b| b.canonical.cmp(&a.canonical).then_with(|| a.namespace.cmp(&b.namespace)));
+            list.sort_by(by_precedence);
         }
         self.services.insert(key, service);
     }
@@ -404,11 +408,26 @@ impl Mesh {
             Scope::Namespace => {
                 let list = self.namespace_policies.get(&key.namespace).map_or(&[][..], |l| l);
                 let list = without(list, key);
-                self.namespace_policies.insert(key.namespace.clone(), list);
+                if list.is_empty() {
+                    self.namespace_policies.remove(&key.namespace);
+                } else {
+                    self.namespace_policies.insert(key.namespace.clone(), list);
+                }
             }
             Scope::WorkloadSelector => {}
         }
     }
+}
+
+/// Which of several services of one name, address or range answers. It must not depend on the order in which they
+/// came, which differs between nodes, and whoever may write a ServiceEntry must not take a Service's address: so
+/// those of Kubernetes go first, then the canonical ones, then by name.
+fn by_precedence(a: &Arc<Service>, b: &Arc<Service>) -> Ordering {
+    let rank = |s: &Service| (s.source != ServiceSource::Kubernetes, !s.canonical);
+    rank(a)
+        .cmp(&rank(b))
+        .then_with(|| a.namespace.cmp(&b.namespace))
+        .then_with(|| a.hostname.cmp(&b.hostname))
 }
 
 /// Sorted by name, so that the policy that a decision names does not depend on the order of arrival.
@@ -428,24 +447,13 @@ fn is_single(vip: &crate::Vip) -> bool {
 
 impl Ranges {
     fn insert(&mut self, vip: &crate::Vip, service: &Arc<Service>) {
-        match vip.range {
-            ipnet::IpNet::V4(net) => {
-                self.v4
-                    .entry(vip.network.clone())
-                    .or_default()
-                    .entry(net.trunc())
-                    .or_default()
-                    .push(service.clone());
-            }
-            ipnet::IpNet::V6(net) => {
-                self.v6
-                    .entry(vip.network.clone())
-                    .or_default()
-                    .entry(net.trunc())
-                    .or_default()
-                    .push(service.clone());
-            }
-        }
+        let network = vip.network.clone();
+        let list = match vip.range {
+            ipnet::IpNet::V4(net) => self.v4.entry(network).or_default().entry(net.trunc()).or_default(),
+            ipnet::IpNet::V6(net) => self.v6.entry(network).or_default().entry(net.trunc()).or_default(),
+        };
+        list.push(service.clone());
+        list.sort_by(by_precedence);
     }
 
     fn remove(&mut self, vip: &crate::Vip, key: &ServiceKey) {
