@@ -1,1 +1,26 @@
-//! net
+//! Sockets, network namespaces, original destinations and the copy loop: all that talks to the kernel's
+//! network stack, behind safe functions with typed errors.
+//!
+//! * [`netns`]: opening a namespace and stepping into it;
+//! * [`listen`], [`connect`], [`ProxyUdpSocket`]: sockets inside a pod, made from outside;
+//! * [`original_dst`]: where a redirected connection was meant to go;
+//! * [`AcceptLoop`]: accepting when descriptors run out;
+//! * [`limits`]: the limit of descriptors.
+
+mod accept;
+mod io;
+pub mod limits;
+pub mod netns;
+mod original_dst;
+mod socket;
+mod udp;
+
+pub use accept::{AcceptLoop, AcceptStats};
+pub use io::Io;
+pub use netns::{Netns, NetnsId};
+pub use original_dst::{canonical, original_dst};
+pub use socket::{
+    ConnectOptions, Keepalive, ListenOptions, MARK_MASK, Purpose, SocketError, Step, ZTUNNEL_MARK, connect,
+    listen, reset,
+};
+pub use udp::{Datagram, DatagramOptions, ProxyUdpSocket};
