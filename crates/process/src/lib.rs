@@ -1,1 +1,4 @@
-//! process
+//! What every long-running binary shares: start-up, signals and drain, readiness, admin, metrics and logs.
+#![forbid(unsafe_code)]
+
+pub mod metrics;

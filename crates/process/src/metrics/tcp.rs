@@ -1,0 +1,347 @@
+//! The L4 metrics of connections, with the names and labels that Istio's dashboards and Kiali read (facts 4.12).
+//!
+//! `istio_tcp_received_bytes_total` counts what the client sent and the proxy received ("during request"),
+//! `istio_tcp_sent_bytes_total` what the server sent ("during response"), whichever side reports. Seen from a
+//! source workload the two are therefore the wrong way round. That is how Istio's metrics have always been
+//! (istio/istio#32399), and readers rely on it; the access log has them the workload's way. [`TcpSeries`] takes
+//! the bytes by their direction on the connection, so that callers need not know.
+
+use std::sync::{Arc, LazyLock};
+
+use super::{Counter, Description, Family, Handle, Kind, LabelWriter, Labels, Metric, Registry, SampleWriter};
+
+/// Which end of a connection reports it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Reporter {
+    /// The proxy of the client.
+    Source,
+    /// The proxy of the server.
+    Destination,
+    /// A waypoint between them.
+    Waypoint,
+}
+
+impl Reporter {
+    /// The label's value.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Destination => "destination",
+            Self::Waypoint => "waypoint",
+        }
+    }
+}
+
+/// How a connection was protected on the wire.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum ConnectionSecurity {
+    /// TLS with both identities proved.
+    MutualTls,
+    /// Both identities are known, but nothing was encrypted: the connection never left the node.
+    NodeLocal,
+    /// Plaintext, or nothing is known.
+    Unknown,
+}
+
+impl ConnectionSecurity {
+    /// The label's value.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::MutualTls => "mutual_tls",
+            Self::NodeLocal => "node_local",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+/// Why a connection failed: the label `response_flags` of `istio_tcp_connections_failed_total`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum FailureFlag {
+    /// A policy refused it.
+    Deny,
+    /// The endpoint could not be reached.
+    Connect,
+    /// The TLS handshake failed.
+    TlsFailure,
+    /// The HTTP/2 handshake failed.
+    H2HandshakeFailure,
+    /// Something on the network, as a rule a NetworkPolicy, swallows the tunnel's packets.
+    NetworkPolicy,
+    /// An identity is missing, invalid or not the expected one.
+    IdentityError,
+    /// The peer's certificate is revoked.
+    CertRevoked,
+}
+
+impl FailureFlag {
+    /// The label's value.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Deny => "DENY",
+            Self::Connect => "CONNECT",
+            Self::TlsFailure => "TLS_FAILURE",
+            Self::H2HandshakeFailure => "H2_HANDSHAKE_FAILURE",
+            Self::NetworkPolicy => "NETWORK_POLICY",
+            Self::IdentityError => "IDENTITY_ERROR",
+            Self::CertRevoked => "CERT_REVOKED",
+        }
+    }
+}
+
+/// What the labels say of one end of a connection. Empty texts read `unknown`. Make it once for a workload and
+/// share it.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct Party {
+    /// `…_workload`: the name of the object that made it.
+    pub workload: Arc<str>,
+    /// `…_canonical_service`, and `…_app`.
+    pub canonical_service: Arc<str>,
+    /// `…_canonical_revision`, and `…_version`.
+    pub canonical_revision: Arc<str>,
+    /// `…_workload_namespace`.
+    pub namespace: Arc<str>,
+    /// `…_principal`: the SPIFFE ID; of a source only when it was proved.
+    pub principal: Arc<str>,
+    /// `…_cluster`.
+    pub cluster: Arc<str>,
+    /// `…_region`.
+    pub region: Arc<str>,
+    /// `…_zone`.
+    pub zone: Arc<str>,
+}
+
+static EMPTY: LazyLock<Arc<str>> = LazyLock::new(|| "".into());
+static UNKNOWN: LazyLock<Arc<Party>> = LazyLock::new(|| Arc::new(Party::default()));
+
+impl Default for Party {
+    fn default() -> Self {
+        let empty = || EMPTY.clone();
+        Self {
+            workload: empty(),
+            canonical_service: empty(),
+            canonical_revision: empty(),
+            namespace: empty(),
+            principal: empty(),
+            cluster: empty(),
+            region: empty(),
+            zone: empty(),
+        }
+    }
+}
+
+impl Party {
+    /// One of whom nothing is known.
+    #[must_use]
+    pub fn unknown() -> Arc<Self> {
+        UNKNOWN.clone()
+    }
+}
+
+/// The service that a connection was made to. Empty texts read `unknown`.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct ServiceLabels {
+    /// `destination_service`: the host name.
+    pub hostname: Arc<str>,
+    /// `destination_service_name`.
+    pub name: Arc<str>,
+    /// `destination_service_namespace`.
+    pub namespace: Arc<str>,
+}
+
+impl Default for ServiceLabels {
+    fn default() -> Self {
+        Self { hostname: EMPTY.clone(), name: EMPTY.clone(), namespace: EMPTY.clone() }
+    }
+}
+
+/// The labels of a connection.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct TcpLabels {
+    /// Who reports.
+    pub reporter: Reporter,
+    /// The client.
+    pub source: Arc<Party>,
+    /// The server.
+    pub destination: Arc<Party>,
+    /// The service it was reached by.
+    pub service: ServiceLabels,
+    /// How it was protected.
+    pub security: ConnectionSecurity,
+}
+
+fn known(value: &str) -> &str {
+    if value.is_empty() { "unknown" } else { value }
+}
+
+impl TcpLabels {
+    fn write_with(&self, out: &mut LabelWriter<'_>, flags: &str) {
+        let (source, destination, service) = (&self.source, &self.destination, &self.service);
+        out.pair("reporter", self.reporter.as_str());
+        out.pair("source_workload", known(&source.workload));
+        out.pair("source_canonical_service", known(&source.canonical_service));
+        out.pair("source_canonical_revision", known(&source.canonical_revision));
+        out.pair("source_workload_namespace", known(&source.namespace));
+        out.pair("source_principal", known(&source.principal));
+        out.pair("source_app", known(&source.canonical_service));
+        out.pair("source_version", known(&source.canonical_revision));
+        out.pair("source_cluster", known(&source.cluster));
+        out.pair("destination_service", known(&service.hostname));
+        out.pair("destination_service_namespace", known(&service.namespace));
+        out.pair("destination_service_name", known(&service.name));
+        out.pair("destination_workload", known(&destination.workload));
+        out.pair("destination_canonical_service", known(&destination.canonical_service));
+        out.pair("destination_canonical_revision", known(&destination.canonical_revision));
+        out.pair("destination_workload_namespace", known(&destination.namespace));
+        out.pair("destination_principal", known(&destination.principal));
+        out.pair("destination_app", known(&destination.canonical_service));
+        out.pair("destination_version", known(&destination.canonical_revision));
+        out.pair("destination_cluster", known(&destination.cluster));
+        out.pair("request_protocol", "tcp");
+        out.pair("response_flags", flags);
+        out.pair("connection_security_policy", self.security.as_str());
+        out.pair("source_region", known(&source.region));
+        out.pair("source_zone", known(&source.zone));
+        out.pair("destination_region", known(&destination.region));
+        out.pair("destination_zone", known(&destination.zone));
+    }
+}
+
+impl Labels for TcpLabels {
+    fn write(&self, out: &mut LabelWriter<'_>) {
+        self.write_with(out, "-");
+    }
+}
+
+/// The labels of a connection that failed.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct FailedLabels {
+    labels: TcpLabels,
+    flag: FailureFlag,
+}
+
+impl Labels for FailedLabels {
+    fn write(&self, out: &mut LabelWriter<'_>) {
+        self.labels.write_with(out, self.flag.as_str());
+    }
+}
+
+/// What is counted for connections of one label set.
+#[derive(Debug, Default)]
+pub struct TcpSeries {
+    opened: Counter,
+    closed: Counter,
+    received: Counter,
+    sent: Counter,
+}
+
+impl TcpSeries {
+    /// A connection was opened.
+    pub fn opened(&self) {
+        self.opened.inc();
+    }
+
+    /// A connection ended.
+    pub fn closed(&self) {
+        self.closed.inc();
+    }
+
+    /// The client sent `bytes`.
+    pub fn from_client(&self, bytes: u64) {
+        self.received.add(bytes);
+    }
+
+    /// The server sent `bytes`.
+    pub fn from_server(&self, bytes: u64) {
+        self.sent.add(bytes);
+    }
+
+    /// How many connections are open.
+    #[must_use]
+    pub fn open(&self) -> u64 {
+        // `closed` first: read the other way round, one that opens and closes in between would count as minus one.
+        let closed = self.closed.get();
+        self.opened.get().saturating_sub(closed)
+    }
+}
+
+impl Metric for TcpSeries {
+    fn write(&self, column: usize, out: &mut SampleWriter<'_, '_>, labels: &dyn Fn(&mut LabelWriter<'_>)) {
+        let counter = match column {
+            0 => &self.opened,
+            1 => &self.closed,
+            2 => &self.received,
+            _ => &self.sent,
+        };
+        counter.write(0, out, labels);
+    }
+}
+
+const CONNECTIONS: &[Description] = &[
+    Description {
+        name: "istio_tcp_connections_opened",
+        help: "The total number of TCP connections opened",
+        kind: Kind::Counter,
+    },
+    Description {
+        name: "istio_tcp_connections_closed",
+        help: "The total number of TCP connections closed",
+        kind: Kind::Counter,
+    },
+    Description {
+        name: "istio_tcp_received_bytes",
+        help: "The total number of bytes that clients sent",
+        kind: Kind::Counter,
+    },
+    Description {
+        name: "istio_tcp_sent_bytes",
+        help: "The total number of bytes that servers sent",
+        kind: Kind::Counter,
+    },
+];
+
+const FAILED: &[Description] = &[Description {
+    name: "istio_tcp_connections_failed",
+    help: "The total number of TCP connections that failed, by reason",
+    kind: Kind::Counter,
+}];
+
+/// The handle of a connection's metrics.
+pub type TcpHandle = Handle<TcpLabels, TcpSeries>;
+
+/// The L4 metrics.
+#[derive(Clone, Debug)]
+pub struct TcpMetrics {
+    connections: Arc<Family<TcpLabels, TcpSeries>>,
+    failed: Arc<Family<FailedLabels, Counter>>,
+}
+
+impl TcpMetrics {
+    /// Registers the metrics, with at most `limit` series each.
+    #[must_use]
+    pub fn new(registry: &Registry, limit: usize) -> Self {
+        Self {
+            connections: registry.family(CONNECTIONS, limit, TcpSeries::default),
+            failed: registry.family(FAILED, limit, Counter::default),
+        }
+    }
+
+    /// The metrics of connections with these labels: ask once for a connection and keep the handle.
+    #[must_use]
+    pub fn connection(&self, labels: &TcpLabels) -> TcpHandle {
+        self.connections.with(labels)
+    }
+
+    /// Counts a connection that failed.
+    pub fn failed(&self, labels: &TcpLabels, flag: FailureFlag) {
+        self.failed.with(&FailedLabels { labels: labels.clone(), flag }).inc();
+    }
+
+    /// How many series of connections there are.
+    #[must_use]
+    pub fn series(&self) -> usize {
+        self.connections.len()
+    }
+}
