@@ -5,20 +5,29 @@
 //! * [`listen`], [`connect`], [`ProxyUdpSocket`]: sockets inside a pod, made from outside;
 //! * [`original_dst`]: where a redirected connection was meant to go;
 //! * [`AcceptLoop`]: accepting when descriptors run out;
+//! * [`copy()`]: two connections joined; [`Scratch`]: buffers that idle connections don't hold;
+//! * [`sock_diag`]: the connections of a namespace, and an end to them; [`netlink`] is what it asks with;
 //! * [`limits`]: the limit of descriptors.
 
 mod accept;
+pub mod copy;
 mod io;
 pub mod limits;
+pub mod netlink;
 pub mod netns;
 mod original_dst;
+mod pipe;
+mod scratch;
+pub mod sock_diag;
 mod socket;
 mod udp;
 
 pub use accept::{AcceptLoop, AcceptStats};
+pub use copy::{ByteCounts, End, Side, copy};
 pub use io::Io;
 pub use netns::{Netns, NetnsId};
 pub use original_dst::{canonical, original_dst};
+pub use scratch::{SCRATCH_SIZE, Scratch};
 pub use socket::{
     ConnectOptions, Keepalive, ListenOptions, MARK_MASK, Purpose, SocketError, Step, ZTUNNEL_MARK, connect,
     listen, reset,

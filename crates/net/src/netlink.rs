@@ -1,0 +1,240 @@
+//! Just enough netlink (RFC 3549, kernel include/uapi/linux/netlink.h) to ask about sockets, rules and routes
+//! of a namespace without a program to run for each question.
+//!
+//! Replies come from the kernel and are still parsed like input: every length is checked, and a wait is bounded.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Duration;
+
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, setsockopt, socket,
+    sockopt,
+};
+use nix::sys::time::TimeVal;
+
+use crate::netns::Netns;
+use crate::scratch::Scratch;
+
+/// `NLM_F_REQUEST`.
+pub const REQUEST: u16 = 0x1;
+/// `NLM_F_ACK`.
+pub const ACK: u16 = 0x4;
+/// `NLM_F_EXCL`: fail if it exists.
+pub const EXCLUSIVE: u16 = 0x200;
+/// `NLM_F_CREATE`.
+pub const CREATE: u16 = 0x400;
+/// `NLM_F_ROOT | NLM_F_MATCH`: all there are.
+pub const DUMP: u16 = 0x300;
+
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+const HEADER: usize = 16;
+const ATTRIBUTE_HEADER: usize = 4;
+/// `NLA_TYPE_MASK`: without the flags for nesting and byte order.
+const ATTRIBUTE_KIND: u16 = 0x3fff;
+
+/// The kernel answers at once; a longer silence is a fault.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A request under construction.
+#[derive(Clone, Debug)]
+pub struct Message {
+    bytes: Vec<u8>,
+}
+
+impl Message {
+    /// A request of type `kind` with `NLM_F_*` flags; [`REQUEST`] is added.
+    #[must_use]
+    pub fn new(kind: u16, flags: u16) -> Self {
+        let mut bytes = vec![0; 4];
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend((flags | REQUEST).to_ne_bytes());
+        bytes.resize(HEADER, 0);
+        Self { bytes }
+    }
+
+    /// Appends the fixed part that the type demands, padded to four bytes.
+    #[must_use]
+    pub fn body(mut self, body: &[u8]) -> Self {
+        self.bytes.extend(body);
+        self.pad();
+        self
+    }
+
+    /// Appends an attribute.
+    #[must_use]
+    pub fn attribute(mut self, kind: u16, value: &[u8]) -> Self {
+        let len = u16::try_from(ATTRIBUTE_HEADER + value.len()).unwrap_or(u16::MAX);
+        self.bytes.extend(len.to_ne_bytes());
+        self.bytes.extend(kind.to_ne_bytes());
+        self.bytes.extend(value);
+        self.pad();
+        self
+    }
+
+    fn pad(&mut self) {
+        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
+    }
+
+    /// The bytes to send, with length and sequence number filled in.
+    fn finish(mut self, sequence: u32) -> Vec<u8> {
+        let len = u32::try_from(self.bytes.len()).unwrap_or(u32::MAX);
+        for (at, value) in [(0, len), (8, sequence)] {
+            if let Some(field) = self.bytes.get_mut(at..at + 4) {
+                field.copy_from_slice(&value.to_ne_bytes());
+            }
+        }
+        self.bytes
+    }
+}
+
+/// A netlink socket in a namespace.
+#[derive(Debug)]
+pub struct Netlink {
+    socket: OwnedFd,
+    sequence: u32,
+}
+
+impl Netlink {
+    /// A socket of the given protocol (`NetlinkRoute`, `NetlinkSockDiag`, ...) in `netns`.
+    ///
+    /// # Errors
+    /// The namespace can't be entered, or the kernel lacks the protocol (`EPROTONOSUPPORT`).
+    pub fn open(netns: &Netns, protocol: SockProtocol) -> io::Result<Self> {
+        let socket = netns
+            .run(|| socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol))??;
+        let timeout = TimeVal::from(libc::timeval {
+            tv_sec: i64::try_from(REPLY_TIMEOUT.as_secs()).unwrap_or(i64::MAX),
+            tv_usec: 0,
+        });
+        setsockopt(&socket, sockopt::ReceiveTimeout, &timeout)?;
+        Ok(Self { socket, sequence: 0 })
+    }
+
+    /// Sends a request and waits for its acknowledgement.
+    ///
+    /// # Errors
+    /// The kernel's answer, such as `EEXIST`, `ENOENT` or `EPERM`.
+    pub fn acknowledged(&mut self, message: Message) -> io::Result<()> {
+        self.exchange(message, ACK, |_, _| {})
+    }
+
+    /// Sends a request for one object and hands its type and payload to `each`.
+    ///
+    /// # Errors
+    /// The kernel's answer, `ENOENT` as a rule.
+    pub fn get(&mut self, message: Message, each: impl FnMut(u16, &[u8])) -> io::Result<()> {
+        self.exchange(message, ACK, each)
+    }
+
+    /// Sends a request for all there are and hands type and payload of every one to `each`.
+    ///
+    /// # Errors
+    /// The kernel's answer.
+    pub fn dump(&mut self, message: Message, each: impl FnMut(u16, &[u8])) -> io::Result<()> {
+        self.exchange(message, DUMP, each)
+    }
+
+    fn exchange(
+        &mut self,
+        mut message: Message,
+        flags: u16,
+        mut each: impl FnMut(u16, &[u8]),
+    ) -> io::Result<()> {
+        if let Some(field) = message.bytes.get_mut(6..8) {
+            let own = u16_at(field, 0).unwrap_or_default();
+            field.copy_from_slice(&(own | flags).to_ne_bytes());
+        }
+        self.sequence = self.sequence.wrapping_add(1);
+        let request = message.finish(self.sequence);
+        let fd = self.socket.as_raw_fd();
+        sendto(fd, &request, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
+        let mut buffer = Scratch::take();
+        loop {
+            let received = recv(fd, &mut buffer, MsgFlags::empty())?;
+            let mut rest = buffer.get(..received).unwrap_or_default();
+            while let Some((kind, sequence, payload, after)) = next_message(rest) {
+                rest = after;
+                if sequence != self.sequence {
+                    continue;
+                }
+                match kind {
+                    NLMSG_DONE => return Ok(()),
+                    NLMSG_ERROR => return error_of(payload),
+                    _ => each(kind, payload),
+                }
+            }
+        }
+    }
+}
+
+/// The first message of `bytes`: type, sequence number, payload, and what follows.
+fn next_message(bytes: &[u8]) -> Option<(u16, u32, &[u8], &[u8])> {
+    let len = usize::try_from(u32_at(bytes, 0)?).ok()?;
+    let (kind, sequence) = (u16_at(bytes, 4)?, u32_at(bytes, 8)?);
+    let payload = bytes.get(HEADER..len)?;
+    let after = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
+    Some((kind, sequence, payload, after))
+}
+
+/// An `nlmsgerr`: zero is the acknowledgement.
+fn error_of(payload: &[u8]) -> io::Result<()> {
+    match u32_at(payload, 0).map(u32::cast_signed) {
+        Some(0) => Ok(()),
+        Some(code) => Err(io::Error::from_raw_os_error(code.saturating_neg())),
+        None => Err(io::ErrorKind::InvalidData.into()),
+    }
+}
+
+/// The attributes in `bytes`, type (without flags) and value. Stops at the first that doesn't fit.
+pub fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    std::iter::from_fn(move || {
+        let len = usize::from(u16_at(bytes, 0)?);
+        let kind = u16_at(bytes, 2)? & ATTRIBUTE_KIND;
+        let value = bytes.get(ATTRIBUTE_HEADER..len)?;
+        bytes = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
+        Some((kind, value))
+    })
+}
+
+/// The number in native byte order at `at`.
+#[must_use]
+pub fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+    let field = bytes.get(at..at.checked_add(2)?)?;
+    Some(u16::from_ne_bytes(field.try_into().ok()?))
+}
+
+/// The number in native byte order at `at`.
+#[must_use]
+pub fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    let field = bytes.get(at..at.checked_add(4)?)?;
+    Some(u32::from_ne_bytes(field.try_into().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_is_laid_out_as_the_kernel_wants_it() {
+        let bytes = Message::new(20, DUMP).body(&[1, 2, 3]).attribute(7, &[9]).finish(5);
+        assert_eq!(u32_at(&bytes, 0), Some(28));
+        assert_eq!(u16_at(&bytes, 4), Some(20));
+        assert_eq!(u16_at(&bytes, 6), Some(DUMP | REQUEST));
+        assert_eq!(u32_at(&bytes, 8), Some(5));
+        assert_eq!(bytes[16..], [1, 2, 3, 0, 5, 0, 7, 0, 9, 0, 0, 0]);
+    }
+
+    #[test]
+    fn lengths_that_lie_end_the_parse() {
+        assert!(next_message(&[0; 15]).is_none());
+        assert!(next_message(&[8; 16]).is_none());
+        let shorter_than_its_header = [8, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        assert!(next_message(&shorter_than_its_header).is_none());
+        assert_eq!(attributes(&[3, 0, 1, 0, 1, 1, 1, 1]).count(), 0);
+        assert_eq!(attributes(&[200, 0, 1, 0]).count(), 0);
+        let two = [5, 0, 1, 0, 42, 0, 0, 0, 4, 0, 2, 0x80];
+        assert_eq!(attributes(&two).collect::<Vec<_>>(), [(1, &[42][..]), (2, &[][..])]);
+    }
+}
