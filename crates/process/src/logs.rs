@@ -58,7 +58,9 @@ impl Default for LogSettings {
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
     /// The filter can't be understood.
-    #[error("log filter {filter:?}: {reason}; write a level (off, error, warn, info, debug, trace) or scope=level, separated by commas")]
+    #[error(
+        "log filter {filter:?}: {reason}; write a level (off, error, warn, info, debug, trace) or scope=level, separated by commas"
+    )]
     Filter {
         /// The filter.
         filter: String,
@@ -90,7 +92,10 @@ pub struct Logs {
 
 impl std::fmt::Debug for Logs {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Logs").field("format", &self.format).field("level", &self.level()).finish_non_exhaustive()
+        f.debug_struct("Logs")
+            .field("format", &self.format)
+            .field("level", &self.level())
+            .finish_non_exhaustive()
     }
 }
 

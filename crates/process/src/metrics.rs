@@ -20,6 +20,7 @@ mod value;
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub use family::{Family, Handle, Labels};
+pub(crate) use process::Status;
 pub use process::{build_info, register_process};
 pub use text::{Format, LabelWriter, SampleWriter};
 pub use value::{Counter, Gauge, Histogram, Metric};

@@ -10,7 +10,7 @@ use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Subscriber};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::Context;
-use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::registry::{LookupSpan, Scope};
 
 use super::line::{Format, Line};
 use super::writer::LogWriter;
@@ -133,7 +133,7 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for LineLayer {
         let mut fields = Fields::default();
         event.record(&mut fields);
         let mut scope = fields.scope.take().unwrap_or_else(|| event.metadata().target().to_owned());
-        for span in context.event_scope(event).into_iter().flat_map(|s| s.from_root()) {
+        for span in context.event_scope(event).into_iter().flat_map(Scope::from_root) {
             scope.push(':');
             scope.push_str(span.name());
         }
@@ -141,7 +141,7 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for LineLayer {
         let write = |text: &mut String| {
             let now = SystemTime::now();
             let mut line = Line::start(text, self.format, now, level, &scope, &fields.message);
-            for span in context.event_scope(event).into_iter().flat_map(|s| s.from_root()) {
+            for span in context.event_scope(event).into_iter().flat_map(Scope::from_root) {
                 if let Some(of_span) = span.extensions().get::<Fields>() {
                     of_span.write(&mut line);
                 }

@@ -243,7 +243,10 @@ mod tests {
             assert!(!text.contains(['\u{1b}', '\u{202e}', '\u{2028}']), "{text:?}");
             if format == Format::Json {
                 let value: serde_json::Value = serde_json::from_str(&text).unwrap();
-                assert_eq!((&value["k"], &value["d"], &value["message"]), (&evil.into(), &evil.into(), &evil.into()));
+                assert_eq!(
+                    (&value["k"], &value["d"], &value["message"]),
+                    (&evil.into(), &evil.into(), &evil.into())
+                );
             } else {
                 assert!(text.contains(r#"k="a\nb\" x=\"1\u001b[31m\u202e\u2028\\" "#), "{text}");
             }

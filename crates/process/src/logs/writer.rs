@@ -151,8 +151,7 @@ impl LogWriter {
             if left.is_zero() {
                 return false;
             }
-            pending =
-                self.0.emptied.wait_timeout(pending, left).unwrap_or_else(PoisonError::into_inner).0;
+            pending = self.0.emptied.wait_timeout(pending, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         true
     }

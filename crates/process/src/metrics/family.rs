@@ -203,9 +203,7 @@ impl<L: Labels, M: Metric> Family<L, M> {
         table.series.retain(|series| {
             // Handles are only made under the lock that is held here, so a count of one stays one.
             let unused_s = now_s.saturating_sub(series.last_used_s.load(Relaxed));
-            Arc::strong_count(series) > 1
-                || unused_s < KEPT_UNUSED.as_secs()
-                || !series.value.is_disposable()
+            Arc::strong_count(series) > 1 || unused_s < KEPT_UNUSED.as_secs() || !series.value.is_disposable()
         });
         self.evicted.add((before - table.series.len()) as u64);
     }

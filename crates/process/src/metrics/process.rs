@@ -1,5 +1,7 @@
 //! Metrics of the process itself, and of its build.
 
+use std::io;
+
 use nix::sys::resource::{Resource, UsageWho, getrlimit, getrusage};
 
 use super::{Description, Kind, Registry};
@@ -17,9 +19,9 @@ pub fn register_process(registry: &Registry) {
     };
     gauge("process_open_fds", "Open file descriptors", open_fds);
     gauge("process_max_fds", "How many file descriptors may be open", max_fds);
-    gauge("process_resident_memory_bytes", "Resident memory", || Some(status()?.resident_bytes));
-    gauge("process_virtual_memory_bytes", "Virtual memory", || Some(status()?.virtual_bytes));
-    gauge("process_threads", "Threads", || Some(status()?.threads));
+    gauge("process_resident_memory_bytes", "Resident memory", || Some(Status::read().ok()?.resident_bytes));
+    gauge("process_virtual_memory_bytes", "Virtual memory", || Some(Status::read().ok()?.virtual_bytes));
+    gauge("process_threads", "Threads", || Some(Status::read().ok()?.threads));
     let cpu = Description {
         name: "process_cpu_seconds",
         help: "Processor time that was used, by user and kernel together",
@@ -57,19 +59,24 @@ fn max_fds() -> Option<u64> {
 /// From proc(5), `/proc/pid/status`.
 pub(crate) struct Status {
     pub(crate) resident_bytes: u64,
+    pub(crate) peak_resident_bytes: u64,
     pub(crate) virtual_bytes: u64,
     pub(crate) threads: u64,
 }
 
-pub(crate) fn status() -> Option<Status> {
-    let text = std::fs::read_to_string("/proc/self/status").ok()?;
-    let number = |key: &str| {
-        let line = text.lines().find_map(|line| line.strip_prefix(key))?;
-        line.split_whitespace().next()?.parse::<u64>().ok()
-    };
-    Some(Status {
-        resident_bytes: number("VmRSS:")? * 1024,
-        virtual_bytes: number("VmSize:")? * 1024,
-        threads: number("Threads:")?,
-    })
+impl Status {
+    pub(crate) fn read() -> io::Result<Self> {
+        let text = std::fs::read_to_string("/proc/self/status")?;
+        let number = |key: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(key));
+            let value = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+            value.ok_or_else(|| io::Error::other(format!("no {key} in /proc/self/status")))
+        };
+        Ok(Self {
+            resident_bytes: number("VmRSS:")? * 1024,
+            peak_resident_bytes: number("VmHWM:")? * 1024,
+            virtual_bytes: number("VmSize:")? * 1024,
+            threads: number("Threads:")?,
+        })
+    }
 }

@@ -8,7 +8,9 @@
 
 use std::sync::{Arc, LazyLock};
 
-use super::{Counter, Description, Family, Handle, Kind, LabelWriter, Labels, Metric, Registry, SampleWriter};
+use super::{
+    Counter, Description, Family, Handle, Kind, LabelWriter, Labels, Metric, Registry, SampleWriter,
+};
 
 /// Which end of a connection reports it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]

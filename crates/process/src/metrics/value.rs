@@ -7,7 +7,12 @@ use super::SampleWriter;
 /// A value of a series, or several that share their labels.
 pub trait Metric: Send + Sync + 'static {
     /// Writes the samples of the metric `column`, an index into the family's descriptions.
-    fn write(&self, column: usize, out: &mut SampleWriter<'_, '_>, labels: &dyn Fn(&mut super::LabelWriter<'_>));
+    fn write(
+        &self,
+        column: usize,
+        out: &mut SampleWriter<'_, '_>,
+        labels: &dyn Fn(&mut super::LabelWriter<'_>),
+    );
 
     /// Whether the series may be forgotten while nothing holds a handle of it. A gauge that is not zero still
     /// says something.

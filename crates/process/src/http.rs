@@ -1,0 +1,336 @@
+//! The small HTTP/1.1 server behind the admin, readiness and metrics ports.
+//!
+//! Everything that a client can make it hold has a limit: connections, the size and the time of a request's head
+//! and body, the time that a handler runs, and the time that a response may wait for a reader. When all
+//! connections are taken the oldest one is closed for the new one, so that a client that sits on connections
+//! can't lock out a probe.
+
+mod connection;
+mod routes;
+
+use std::convert::Infallible;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Limited};
+use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
+use hyper::header::{ACCEPT, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_TYPE, HOST, HeaderValue};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+
+use connection::{Connections, StallGuard};
+
+pub use http::{Method, StatusCode};
+pub use routes::{HandlerFuture, Routes};
+
+/// What a client may take up.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Connections at a time.
+    pub connections: usize,
+    /// The size of a request's head, in bytes; at least 8,192 (hyper's least buffer).
+    pub head_bytes: usize,
+    /// The size of a request's body.
+    pub body_bytes: usize,
+    /// From the connection, or the response before, to the end of the request's head.
+    pub head_time: Duration,
+    /// For a request's body.
+    pub body_time: Duration,
+    /// For the handler; a route may have its own.
+    pub handler_time: Duration,
+    /// How long a response may wait for a reader that takes nothing.
+    pub stall_time: Duration,
+    /// Whether requests must name an address or `localhost` as the host. A page in a browser that resolves its own
+    /// name to a loopback address is then refused.
+    pub local_host_only: bool,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 64,
+            head_bytes: 16 << 10,
+            body_bytes: 64 << 10,
+            head_time: Duration::from_secs(10),
+            body_time: Duration::from_secs(10),
+            handler_time: Duration::from_secs(30),
+            stall_time: Duration::from_secs(30),
+            local_host_only: false,
+        }
+    }
+}
+
+/// A request, read to its end.
+#[derive(Debug)]
+pub struct Request {
+    head: http::request::Parts,
+    body: Bytes,
+}
+
+impl Request {
+    /// The method.
+    #[must_use]
+    pub fn method(&self) -> &Method {
+        &self.head.method
+    }
+
+    /// The path, not decoded.
+    #[must_use]
+    pub fn path(&self) -> &str {
+        self.head.uri.path()
+    }
+
+    /// The first value of `key` in the query, percent-decoded; an empty one for a key without a value.
+    #[must_use]
+    pub fn query(&self, key: &str) -> Option<String> {
+        let pairs = self.head.uri.query().unwrap_or_default().split('&');
+        let mut pairs = pairs.map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+        pairs.find(|(k, _)| decode(k) == key).map(|(_, value)| decode(value))
+    }
+
+    /// The `Accept` header.
+    #[must_use]
+    pub fn accept(&self) -> Option<&str> {
+        self.head.headers.get(ACCEPT)?.to_str().ok()
+    }
+
+    /// The body.
+    #[must_use]
+    pub fn body(&self) -> &Bytes {
+        &self.body
+    }
+}
+
+/// Decodes `%xx` and `+` of a query (WHATWG URL, application/x-www-form-urlencoded). What is no valid escape stays
+/// as it is, what is no UTF-8 becomes U+FFFD.
+fn decode(text: &str) -> String {
+    let hex = |digits: &[u8]| {
+        let digits = std::str::from_utf8(digits).ok().filter(|d| d.bytes().all(|b| b.is_ascii_hexdigit()))?;
+        u8::from_str_radix(digits, 16).ok()
+    };
+    let mut out = Vec::with_capacity(text.len());
+    let mut left = text.as_bytes();
+    while let [byte, rest @ ..] = left {
+        left = rest;
+        match (byte, rest) {
+            (b'+', _) => out.push(b' '),
+            (b'%', [a, b, rest @ ..]) if let Some(value) = hex(&[*a, *b]) => {
+                out.push(value);
+                left = rest;
+            }
+            (byte, _) => out.push(*byte),
+        }
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+/// A response.
+#[derive(Debug)]
+pub struct Response {
+    status: StatusCode,
+    content_type: &'static str,
+    content_encoding: Option<&'static str>,
+    body: Body,
+}
+
+impl Response {
+    /// A response of this type and content.
+    #[must_use]
+    pub fn new(status: StatusCode, content_type: &'static str, content: impl Into<Bytes>) -> Self {
+        let body = Body::Whole(Some(content.into()));
+        Self { status, content_type, content_encoding: None, body }
+    }
+
+    /// A response in plain text.
+    #[must_use]
+    pub fn text(status: StatusCode, content: impl Into<Bytes>) -> Self {
+        Self::new(status, "text/plain; charset=utf-8", content)
+    }
+
+    /// A value as JSON, indented for people.
+    #[must_use]
+    pub fn json(value: &impl serde::Serialize) -> Self {
+        match serde_json::to_vec_pretty(value) {
+            Ok(mut text) => {
+                text.push(b'\n');
+                Self::new(StatusCode::OK, "application/json", text)
+            }
+            Err(e) => {
+                Self::text(StatusCode::INTERNAL_SERVER_ERROR, format!("can't be written as JSON: {e}\n"))
+            }
+        }
+    }
+
+    /// A response whose content `write` produces piece by piece, on a thread where it may block: for what is too
+    /// large to hold as a whole. When the client goes, its writes fail. Must be called on a tokio runtime.
+    #[must_use]
+    pub fn stream(
+        content_type: &'static str,
+        write: impl FnOnce(&mut dyn io::Write) -> io::Result<()> + Send + 'static,
+    ) -> Self {
+        let (sender, receiver) = mpsc::channel(4);
+        tokio::task::spawn_blocking(move || {
+            let mut out = io::BufWriter::with_capacity(32 << 10, Pieces(sender.clone()));
+            if let Err(e) = write(&mut out).and_then(|()| io::Write::flush(&mut out)) {
+                // The content's length is not announced, so only a broken connection tells the client.
+                let _ = sender.blocking_send(Err(e));
+            }
+        });
+        Self { status: StatusCode::OK, content_type, content_encoding: None, body: Body::Pieces(receiver) }
+    }
+
+    /// Declares that the content is compressed.
+    #[must_use]
+    pub fn encoded(mut self, encoding: &'static str) -> Self {
+        self.content_encoding = Some(encoding);
+        self
+    }
+
+    /// The status.
+    #[must_use]
+    pub fn status(&self) -> StatusCode {
+        self.status
+    }
+
+    fn into_http(self) -> http::Response<Body> {
+        let mut response = http::Response::new(self.body);
+        *response.status_mut() = self.status;
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static(self.content_type));
+        headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        headers.insert("x-content-type-options", HeaderValue::from_static("nosniff"));
+        if let Some(encoding) = self.content_encoding {
+            headers.insert(CONTENT_ENCODING, HeaderValue::from_static(encoding));
+        }
+        response
+    }
+}
+
+struct Pieces(mpsc::Sender<io::Result<Bytes>>);
+
+impl io::Write for Pieces {
+    fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
+        let gone = |_| io::Error::from(io::ErrorKind::BrokenPipe);
+        self.0.blocking_send(Ok(Bytes::copy_from_slice(piece))).map_err(gone)?;
+        Ok(piece.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[derive(Debug)]
+enum Body {
+    Whole(Option<Bytes>),
+    Pieces(mpsc::Receiver<io::Result<Bytes>>),
+}
+
+impl HttpBody for Body {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
+        match &mut *self {
+            Self::Whole(content) => Poll::Ready(content.take().map(|c| Ok(Frame::data(c)))),
+            Self::Pieces(pieces) => pieces.poll_recv(cx).map(|piece| Some(piece?.map(Frame::data))),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Whole(content) => SizeHint::with_exact(content.as_ref().map_or(0, |c| c.len() as u64)),
+            Self::Pieces(_) => SizeHint::default(),
+        }
+    }
+}
+
+/// Serves `routes` on `listener`, on the runtime that it is called on, until the future is dropped.
+pub async fn serve(listener: TcpListener, routes: Routes, limits: Limits) {
+    let connections = Connections::new(limits.connections);
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => connections.admit(serve_connection(stream, routes.clone(), limits)),
+            Err(error) => {
+                // Out of descriptors, as a rule: the listener itself is sound.
+                tracing::warn!(error = &error as &dyn std::error::Error, "accept failed");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn serve_connection(stream: TcpStream, routes: Routes, limits: Limits) {
+    let _ = stream.set_nodelay(true); // only a matter of speed
+    let io = TokioIo::new(StallGuard::new(stream, limits.stall_time));
+    let service = service_fn(move |request| {
+        let routes = routes.clone();
+        async move { Ok::<_, Infallible>(respond(request, &routes, limits).await.into_http()) }
+    });
+    let served = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.head_time)
+        .max_buf_size(limits.head_bytes.max(8 << 10))
+        .max_headers(64)
+        .serve_connection(io, service)
+        .await;
+    if let Err(error) = served {
+        tracing::debug!(error = &error as &dyn std::error::Error, "connection to a local port failed");
+    }
+}
+
+async fn respond(request: http::Request<Incoming>, routes: &Routes, limits: Limits) -> Response {
+    let (head, body) = request.into_parts();
+    if limits.local_host_only && !is_local(&head) {
+        let text = "this port answers only requests whose Host is an address or localhost\n";
+        return Response::text(StatusCode::FORBIDDEN, text);
+    }
+    let body = match tokio::time::timeout(limits.body_time, Limited::new(body, limits.body_bytes).collect())
+        .await
+    {
+        Ok(Ok(body)) => body.to_bytes(),
+        Ok(Err(e)) if e.is::<http_body_util::LengthLimitError>() => {
+            return Response::text(StatusCode::PAYLOAD_TOO_LARGE, "the request's body is too large\n");
+        }
+        Ok(Err(e)) => return Response::text(StatusCode::BAD_REQUEST, format!("reading the body: {e}\n")),
+        Err(_) => return Response::text(StatusCode::REQUEST_TIMEOUT, "the request's body took too long\n"),
+    };
+    routes.answer(Request { head, body }, limits.handler_time).await
+}
+
+fn is_local(head: &http::request::Parts) -> bool {
+    let host = head.uri.host().map(str::to_owned).or_else(|| {
+        let authority = head.headers.get(HOST)?.to_str().ok()?.parse::<http::uri::Authority>().ok()?;
+        Some(authority.host().to_owned())
+    });
+    host.is_some_and(|host| {
+        let bare = host.trim_start_matches('[').trim_end_matches(']');
+        bare.eq_ignore_ascii_case("localhost") || bare.parse::<std::net::IpAddr>().is_ok()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn queries_are_decoded() {
+        for (text, decoded) in [
+            ("a%20b+c", "a b c"),
+            ("%", "%"),
+            ("%4", "%4"),
+            ("%zz", "%zz"),
+            ("%+1", "% 1"),
+            ("%ff", "\u{fffd}"),
+            ("%c3%a4", "ä"),
+        ] {
+            assert_eq!(decode(text), decoded, "{text}");
+        }
+    }
+}
