@@ -1,0 +1,68 @@
+//! Tells a connection to end: in good order, or at once.
+
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures_util::task::AtomicWaker;
+use tokio::time::Instant;
+
+/// What a connection was told. Later orders are stricter than earlier ones; none is taken back.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Order {
+    Run,
+    Drain { deadline: Instant },
+    Abort,
+}
+
+/// The handle by which one served connection is ended from elsewhere.
+#[derive(Clone, Debug, Default)]
+pub struct Control(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    order: Mutex<Order>,
+    waker: AtomicWaker,
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        Self { order: Mutex::new(Order::Run), waker: AtomicWaker::new() }
+    }
+}
+
+impl Control {
+    /// Ends the connection in good order: no new streams (GOAWAY), those that are open may finish within `patience`,
+    /// and are reset then. A second call can only shorten the time.
+    pub fn drain(&self, patience: Duration) {
+        let deadline = Instant::now() + patience;
+        self.update(|order| match *order {
+            Order::Run => *order = Order::Drain { deadline },
+            Order::Drain { deadline: earlier } => *order = Order::Drain { deadline: earlier.min(deadline) },
+            Order::Abort => {}
+        });
+    }
+
+    /// Ends the connection and all its streams at once.
+    pub fn abort(&self) {
+        self.update(|order| *order = Order::Abort);
+    }
+
+    fn update(&self, change: impl FnOnce(&mut Order)) {
+        change(&mut self.0.order.lock().unwrap_or_else(PoisonError::into_inner));
+        self.0.waker.wake();
+    }
+
+    /// The order now; wakes the task when it changes.
+    pub(crate) fn poll_order(&self, cx: &mut Context<'_>) -> Order {
+        self.0.waker.register(cx.waker());
+        *self.0.order.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ready when there is an order to end.
+    pub(crate) fn poll_ended(&self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.poll_order(cx) == Order::Run { Poll::Pending } else { Poll::Ready(()) }
+    }
+}

@@ -1,0 +1,130 @@
+//! What a connection may cost and how long it may wait.
+
+use std::time::Duration;
+
+/// The largest payload of a DATA frame that we accept. Two frames' worth of records fit one write; more would only
+/// let one stream hold up the others.
+const FRAME_SIZE: u32 = 64 * 1024;
+
+/// Flow control and frame sizes, the same for both sides of a connection.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Transport {
+    /// The largest frame that we accept (SETTINGS_MAX_FRAME_SIZE), 16 KiB to 16 MiB - 1. A peer that announces a
+    /// frame makes us hold a buffer of its size.
+    pub frame_size: u32,
+    /// What a peer may send on one stream ahead of its reader: the bound of a slow reader's memory.
+    pub stream_window: u32,
+    /// What a peer may send on all streams of a connection ahead of their readers.
+    pub connection_window: u32,
+    /// What a stream may hand to the connection ahead of the network.
+    pub send_buffer: usize,
+    /// The largest list of headers, as RFC 9113 section 6.5.2 counts it. A longer one is answered with 431.
+    pub header_list: u32,
+    /// A connection on which no frame came for this long is asked with a PING.
+    pub ping_interval: Duration,
+    /// A connection that doesn't answer a PING in this time is dead.
+    pub ping_timeout: Duration,
+}
+
+impl Default for Transport {
+    fn default() -> Self {
+        Self {
+            frame_size: FRAME_SIZE,
+            stream_window: 4 << 20,
+            connection_window: 16 << 20,
+            send_buffer: 256 * 1024,
+            header_list: 16 * 1024,
+            ping_interval: Duration::from_secs(15),
+            ping_timeout: Duration::from_secs(15),
+        }
+    }
+}
+
+impl Transport {
+    /// `h2` panics on sizes outside what the protocol allows, so they are brought into it here.
+    pub(crate) fn frame_size(&self) -> u32 {
+        self.frame_size.clamp(16_384, (1 << 24) - 1)
+    }
+
+    /// See [`Transport::frame_size`].
+    pub(crate) fn window(size: u32) -> u32 {
+        size.clamp(65_535, (1 << 31) - 1)
+    }
+}
+
+/// What a server allows a client.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ServerSettings {
+    /// Sizes and keep-alive.
+    pub transport: Transport,
+    /// Streams open at a time, and tunnels that a handler may have at a time.
+    pub max_streams: u32,
+    /// For the client's preface, once the connection is secured.
+    pub handshake_timeout: Duration,
+    /// A connection without streams is ended after this time.
+    pub idle_timeout: Duration,
+    /// Streams that a client may open and reset before they are answered: at once, and per second in the long run.
+    pub early_resets: (u32, u32),
+}
+
+impl Default for ServerSettings {
+    fn default() -> Self {
+        Self {
+            transport: Transport { ping_interval: Duration::from_secs(30), ..Transport::default() },
+            max_streams: 1024,
+            handshake_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(600),
+            early_resets: (200, 50),
+        }
+    }
+}
+
+/// What a pool may hold and how long its callers wait.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PoolSettings {
+    /// Sizes and keep-alive.
+    pub transport: Transport,
+    /// Streams on one connection, unless the peer allows fewer.
+    pub max_streams: usize,
+    /// Connections to one peer that the pool opens to spread load: work on several cores, and several flow-control
+    /// windows. More come only when all have `max_streams`.
+    pub spread: usize,
+    /// Streams on each of a peer's connections from which on another is opened, up to `spread`.
+    pub spread_streams: usize,
+    /// Bytes a second on a connection from which on it counts as busy, and another is opened, up to `spread`.
+    pub spread_bytes_per_second: u64,
+    /// Connections to all peers.
+    pub max_connections: usize,
+    /// Callers that may wait for one peer's connection.
+    pub max_waiting: usize,
+    /// To connect, secure the connection and begin HTTP/2.
+    pub connect_timeout: Duration,
+    /// For a stream on a connection, when all are taken.
+    pub queue_timeout: Duration,
+    /// From sending CONNECT to its response. The peer needs time to connect to its application.
+    pub response_timeout: Duration,
+    /// A connection without streams is ended after this time.
+    pub idle_timeout: Duration,
+    /// The most that is kept of early data until the response comes.
+    pub early_data: usize,
+}
+
+impl Default for PoolSettings {
+    fn default() -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            transport: Transport::default(),
+            max_streams: 1024,
+            spread: cores.clamp(1, 4),
+            spread_streams: 4,
+            spread_bytes_per_second: 32 << 20,
+            max_connections: 16_384,
+            max_waiting: 4096,
+            connect_timeout: Duration::from_secs(10),
+            queue_timeout: Duration::from_secs(10),
+            response_timeout: Duration::from_secs(15),
+            idle_timeout: Duration::from_secs(300),
+            early_data: 64 * 1024,
+        }
+    }
+}

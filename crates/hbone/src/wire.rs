@@ -1,0 +1,257 @@
+//! The bytes under `h2`: many small frames become one write, and what comes in passes the [`FrameWatch`].
+//!
+//! `h2` writes and flushes each DATA frame on its own. Over TLS each of these would be a record and a system call.
+//! A [`Wire`] collects small writes instead, and sends them when the task that drives the connection has nothing
+//! more to do ([`Wire::poll_flush_now`]); large payloads are not copied but go out together with what was collected.
+//!
+//! Invariant: after the driving task's poll either nothing is left to send or its waker is registered for writing.
+
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, BytesMut};
+use net::Io;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::flood::{Flood, FrameWatch};
+
+/// Writes up to this size in all are collected; a TLS record holds 16 KiB (RFC 8446 section 5.1).
+const COLLECT: usize = 16 * 1024;
+/// Pieces of one vectored write.
+const PIECES: usize = 16;
+
+/// The connection's byte stream; a clone for `h2` and one for the task that drives it. Only that task uses them, so
+/// the lock is never waited for.
+pub(crate) struct Wire<T>(Arc<Mutex<State<T>>>);
+
+struct State<T> {
+    io: T,
+    out: BytesMut,
+    unflushed: bool,
+    watch: FrameWatch,
+    flood: Option<Flood>,
+}
+
+impl<T> Clone for Wire<T> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<T: Io> Wire<T> {
+    pub(crate) fn new(io: T, watch: FrameWatch) -> Self {
+        let state = State { io, out: BytesMut::new(), unflushed: false, watch, flood: None };
+        Self(Arc::new(Mutex::new(state)))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State<T>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends what was collected. To be called at the end of each poll of the connection.
+    pub(crate) fn poll_flush_now(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.state().poll_flush_now(cx)
+    }
+
+    /// See [`FrameWatch::progress`].
+    pub(crate) fn progress(&self) -> u64 {
+        self.state().watch.progress()
+    }
+
+    /// The flood that ended reading, if there was one.
+    pub(crate) fn flood(&self) -> Option<Flood> {
+        self.state().flood
+    }
+}
+
+impl<T: Io> State<T> {
+    fn poll_flush_now(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_send_out(cx))?;
+        if self.unflushed {
+            ready!(Pin::new(&mut self.io).poll_flush(cx))?;
+            self.unflushed = false;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_send_out(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.out.is_empty() {
+            let sent = ready!(Pin::new(&mut self.io).poll_write(cx, &self.out))?;
+            if sent == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.unflushed = true;
+            self.out.advance(sent);
+        }
+        // An idle connection holds no buffer.
+        self.out = BytesMut::new();
+        Poll::Ready(Ok(()))
+    }
+
+    fn collect(&mut self, pieces: &[IoSlice<'_>], total: usize) -> bool {
+        if self.out.len() + total > COLLECT {
+            return false;
+        }
+        pieces.iter().for_each(|piece| self.out.extend_from_slice(piece));
+        self.watch.sent(total);
+        true
+    }
+
+    fn poll_write(&mut self, cx: &mut Context<'_>, pieces: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        let total = pieces.iter().map(|piece| piece.len()).sum();
+        if self.collect(pieces, total) {
+            return Poll::Ready(Ok(total));
+        }
+        loop {
+            let collected = self.out.len();
+            let sent = if collected == 0 {
+                ready!(Pin::new(&mut self.io).poll_write_vectored(cx, pieces))?
+            } else {
+                let mut all = [IoSlice::new(&[]); PIECES];
+                let sources = std::iter::once(&self.out[..]).chain(pieces.iter().map(|piece| &piece[..]));
+                all.iter_mut().zip(sources).for_each(|(slot, source)| *slot = IoSlice::new(source));
+                ready!(Pin::new(&mut self.io).poll_write_vectored(cx, &all))?
+            };
+            if sent == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.unflushed = true;
+            self.out.advance(sent.min(collected));
+            if sent > collected {
+                self.watch.sent(sent - collected);
+                return Poll::Ready(Ok(sent - collected));
+            }
+            if self.collect(pieces, total) {
+                return Poll::Ready(Ok(total));
+            }
+        }
+    }
+}
+
+impl<T: Io> AsyncRead for Wire<T> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let mut guard = self.state();
+        let state = &mut *guard;
+        if state.flood.is_some() {
+            // Nothing more is read; the driving task looks at `flood` after each poll.
+            return Poll::Pending;
+        }
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut state.io).poll_read(cx, buf))?;
+        if let Err(flood) = state.watch.read(buf.filled().get(before..).unwrap_or_default()) {
+            state.flood = Some(flood);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<T: Io> AsyncWrite for Wire<T> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.state().poll_write(cx, &[IoSlice::new(buf)])
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        // One place is for what was collected.
+        let bufs = bufs.get(..PIECES - 1).unwrap_or(bufs);
+        self.state().poll_write(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    /// Puts the flush off until the driving task calls [`Wire::poll_flush_now`].
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut state = self.state();
+        ready!(state.poll_flush_now(cx))?;
+        Pin::new(&mut state.io).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::task::noop_waker_ref;
+
+    /// Takes at most `step` bytes a call and records each call's length.
+    struct Sink {
+        step: usize,
+        got: Vec<u8>,
+        calls: Vec<usize>,
+    }
+
+    impl AsyncRead for Sink {
+        fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+    }
+
+    impl AsyncWrite for Sink {
+        fn poll_write(mut self: Pin<&mut Self>, _: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+            let n = buf.len().min(self.step);
+            self.got.extend_from_slice(&buf[..n]);
+            self.calls.push(n);
+            Poll::Ready(Ok(n))
+        }
+        fn poll_write_vectored(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            bufs: &[IoSlice<'_>],
+        ) -> Poll<io::Result<usize>> {
+            let all: Vec<u8> = bufs.iter().flat_map(|b| b.iter().copied()).collect();
+            let n = all.len().min(self.step);
+            self.got.extend_from_slice(&all[..n]);
+            self.calls.push(n);
+            Poll::Ready(Ok(n))
+        }
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    fn wire(step: usize) -> Wire<Sink> {
+        Wire::new(Sink { step, got: Vec::new(), calls: Vec::new() }, FrameWatch::of_server())
+    }
+
+    #[tokio::test]
+    async fn small_writes_become_one_and_large_ones_follow_in_order() {
+        for step in [1, 7, 4096, usize::MAX] {
+            let mut wire = wire(step);
+            let mut cx = Context::from_waker(noop_waker_ref());
+            let mut expected = Vec::new();
+            for (at, length) in [9, 100, 60_000, 3, 16_384, 1, 16_385, 0, 40].into_iter().enumerate() {
+                let data = vec![at as u8; length];
+                let mut rest = &data[..];
+                while !rest.is_empty() {
+                    let (a, b) = rest.split_at(rest.len().min(5));
+                    let slices = [IoSlice::new(a), IoSlice::new(b)];
+                    let Poll::Ready(Ok(n)) = Pin::new(&mut wire).poll_write_vectored(&mut cx, &slices) else {
+                        panic!("the sink is always ready")
+                    };
+                    rest = &rest[n..];
+                }
+                expected.extend(data);
+            }
+            assert!(matches!(wire.poll_flush_now(&mut cx), Poll::Ready(Ok(()))));
+            let state = wire.state();
+            assert!(state.got == expected, "step {step}");
+            assert_eq!(state.out.capacity(), 0);
+            if step == usize::MAX {
+                assert_eq!(state.calls, [60_109, 16_387, 16_386, 40]);
+            }
+        }
+    }
+}
