@@ -172,7 +172,7 @@ impl Netns {
     /// plain socket that `work` returns (there may be no runtime inside, see below).
     ///
     /// Where the thread wouldn't be allowed to return (it lacks `CAP_SYS_ADMIN` over its own namespace), a
-    /// new thread runs `work` and ends.
+    /// new thread runs `work` and ends. A thread that is there already just runs it, privileged or not.
     ///
     /// # Errors
     /// The kernel refuses to enter: `EPERM` without `CAP_SYS_ADMIN`. Then `work` has not run.
@@ -181,15 +181,17 @@ impl Netns {
         F: FnOnce() -> T + Send,
         T: Send,
     {
-        match place()? {
-            Place::At(home) => {
-                enter(self.file.as_fd())?;
-                PLACE.set(Place::At(Arc::clone(&self.file)));
-                let _return = Return { home };
-                Ok(work())
-            }
-            Place::NoReturn | Place::Unknown => self.run_on_new_thread(work),
+        let home = place()?;
+        if home.netns.same(self) {
+            return Ok(work());
         }
+        if !home.may_return {
+            return self.run_on_new_thread(work);
+        }
+        enter(self.file.as_fd())?;
+        PLACE.set(Some(Place { netns: self.clone(), may_return: true }));
+        let _return = Return { home };
+        Ok(work())
     }
 
     fn run_on_new_thread<T, F>(&self, work: F) -> io::Result<T>
@@ -201,7 +203,7 @@ impl Netns {
             let thread = std::thread::Builder::new().name("netns".into());
             let handle = thread.spawn_scoped(scope, || {
                 enter(self.file.as_fd())?;
-                PLACE.set(Place::NoReturn);
+                PLACE.set(Some(Place { netns: self.clone(), may_return: false }));
                 Ok(work())
             })?;
             handle.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -241,48 +243,48 @@ impl fmt::Debug for Netns {
     }
 }
 
-/// Where the thread is, as far as this module has moved it.
+/// Where a thread is, as far as this module has moved it.
 #[derive(Clone)]
-enum Place {
-    /// Not moved, and not yet looked at.
-    Unknown,
-    /// In this namespace, to which it may return.
-    At(Arc<OwnedFd>),
-    /// In a namespace that it may not return to once it has left.
-    NoReturn,
+struct Place {
+    netns: Netns,
+    /// Whether the thread is allowed back once it has left.
+    may_return: bool,
 }
 
 thread_local! {
-    static PLACE: RefCell<Place> = const { RefCell::new(Place::Unknown) };
+    /// Found out on first use.
+    static PLACE: RefCell<Option<Place>> = const { RefCell::new(None) };
 }
 
-/// The thread's place, found out on first use; never [`Place::Unknown`].
 fn place() -> io::Result<Place> {
-    let known = PLACE.with_borrow(Place::clone);
-    if !matches!(known, Place::Unknown) {
+    if let Some(known) = PLACE.with_borrow(Option::clone) {
         return Ok(known);
     }
-    let fd: OwnedFd = File::open("/proc/thread-self/ns/net")?.into();
+    let netns = Netns::current().map_err(|error| match error {
+        OpenError::Io { source, .. } => source,
+        other => io::Error::other(other),
+    })?;
     // Going where one is already needs the same privilege as coming back.
-    let found = if enter(fd.as_fd()).is_ok() { Place::At(Arc::new(fd)) } else { Place::NoReturn };
-    PLACE.set(found.clone());
+    let may_return = enter(netns.as_fd()).is_ok();
+    let found = Place { netns, may_return };
+    PLACE.set(Some(found.clone()));
     Ok(found)
 }
 
 /// Takes the thread back, on return and on unwinding.
 struct Return {
-    home: Arc<OwnedFd>,
+    home: Place,
 }
 
 impl Drop for Return {
     fn drop(&mut self) {
-        if let Err(error) = enter(self.home.as_fd()) {
+        if let Err(error) = enter(self.home.netns.as_fd()) {
             // Whatever ran next here would run in a pod. The kernel allowed this very step a moment ago.
             let message = format!("cannot return from a pod's network namespace: {error}; aborting\n");
             let _ = io::stderr().write_all(message.as_bytes());
             std::process::abort();
         }
-        PLACE.set(Place::At(Arc::clone(&self.home)));
+        PLACE.set(Some(self.home.clone()));
     }
 }
 

@@ -1,1 +1,4 @@
-//! harness
+//! What tests share: network namespaces and processes that clean up after themselves.
+#![forbid(unsafe_code)]
+
+pub mod netns;
