@@ -1,1 +1,39 @@
-//! proto
+//! The wire types of the protocols that the parts of a mesh speak to each other, and their conversion from and to
+//! the model.
+//!
+//! Invariants of the crate:
+//! * the messages of [`wire`] are Istio's, field by field; what Istio lacks travels in fields of our own, which
+//!   are written only on request ([`Extensions::Culvert`]), that is to a peer which said that it knows them;
+//! * nothing that is read panics, and nothing that decides over traffic is guessed: an address of a wrong
+//!   length, a port over 65535 or an unknown action is a [`DecodeError`] that names resource and field, never a
+//!   match that silently became wider;
+//! * nothing is weakened when it is written: what a peer could not enforce is an [`EncodeError`], and what it
+//!   can enforce in another form is brought into that form (see `lower.rs`).
+#![forbid(unsafe_code)]
+
+mod decode;
+mod encode;
+mod lower;
+mod names;
+
+pub use decode::{DecodeError, Decoded, Decoder, Elided, Problem};
+pub use encode::{EncodeError, Extensions, Obstacle, Reason, encode_policy, encode_service, encode_workload};
+pub use names::{
+    ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, ResourceName, WORKLOAD_TYPE_URL, policy_name, service_aliases,
+    service_name, workload_aliases, workload_name,
+};
+
+/// The messages, generated from the `.proto` files of this crate.
+pub mod wire {
+    /// The generated modules, nested as the packages are.
+    #[allow(missing_docs, clippy::all, rust_2018_idioms)]
+    mod generated {
+        include!(concat!(env!("OUT_DIR"), "/wire.rs"));
+    }
+
+    pub use generated::culvert::wire::v1 as culvert;
+    pub use generated::istio::security;
+    pub use generated::istio::v1::auth;
+    pub use generated::istio::workload;
+    pub use generated::istio::workload::zds;
+}

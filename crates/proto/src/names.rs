@@ -1,0 +1,106 @@
+//! The names of resources in WDS (facts: names and aliases of the Address type).
+
+use std::net::IpAddr;
+
+use model::{NetworkAddress, NetworkMode, PolicyKey, Service, ServiceKey, Workload};
+
+/// The type of workloads and services.
+pub const ADDRESS_TYPE_URL: &str = "type.googleapis.com/istio.workload.Address";
+/// The older type of workloads alone.
+pub const WORKLOAD_TYPE_URL: &str = "type.googleapis.com/istio.workload.Workload";
+/// The type of policies.
+pub const AUTHORIZATION_TYPE_URL: &str = "type.googleapis.com/istio.security.Authorization";
+
+/// The primary name of a workload: its uid.
+#[must_use]
+pub fn workload_name(workload: &Workload) -> &str {
+    &workload.uid
+}
+
+/// The names by which a workload may be asked for beside its uid: `network/ip` for each of its addresses, none
+/// for one in the host's network, whose address is not its own.
+pub fn workload_aliases(workload: &Workload) -> impl Iterator<Item = String> {
+    let own = workload.network_mode == NetworkMode::Standard;
+    own.then(|| workload.network_addresses().map(|a| a.to_string())).into_iter().flatten()
+}
+
+/// The primary name of a service: `namespace/hostname`.
+#[must_use]
+pub fn service_name(key: &ServiceKey) -> String {
+    key.to_string()
+}
+
+/// The names by which a service may be asked for beside its primary one: `network/ip` for each single virtual
+/// address. Ranges have none: nobody asks for a whole range.
+pub fn service_aliases(service: &Service) -> impl Iterator<Item = String> {
+    service
+        .vips
+        .iter()
+        .filter(|v| v.range.prefix_len() == v.range.max_prefix_len())
+        .map(|v| NetworkAddress::new(v.network.clone(), v.range.addr()).to_string())
+}
+
+/// The name of a policy: `namespace/name`.
+#[must_use]
+pub fn policy_name(key: &PolicyKey) -> String {
+    key.to_string()
+}
+
+/// What a name of the Address type asks for.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum ResourceName {
+    /// Everything (`*`).
+    Wildcard,
+    /// Whatever has this address.
+    Address(NetworkAddress),
+    /// The service of this key.
+    Service(ServiceKey),
+    /// The workload of this uid.
+    Workload(Box<str>),
+}
+
+impl ResourceName {
+    /// Reads a name. Names are told apart by form: `network/ip` has an address behind its only slash,
+    /// `namespace/hostname` has one slash, and everything else is a uid.
+    #[must_use]
+    pub fn parse(name: &str) -> Self {
+        if name == "*" {
+            return Self::Wildcard;
+        }
+        match name.split_once('/') {
+            Some((first, rest)) if !rest.contains('/') => match rest.parse::<IpAddr>() {
+                Ok(ip) => Self::Address(NetworkAddress::new(first.into(), ip)),
+                Err(_) => Self::Service(ServiceKey { namespace: first.into(), hostname: rest.into() }),
+            },
+            _ => Self::Workload(name.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_told_apart_by_their_form() {
+        let address = |network: &str, ip: &str| {
+            ResourceName::Address(NetworkAddress::new(network.into(), ip.parse().unwrap()))
+        };
+        let service = |namespace: &str, hostname: &str| {
+            ResourceName::Service(ServiceKey { namespace: namespace.into(), hostname: hostname.into() })
+        };
+        for (name, wanted) in [
+            ("*", ResourceName::Wildcard),
+            ("/10.0.0.1", address("", "10.0.0.1")),
+            ("west/fd00::1", address("west", "fd00::1")),
+            ("/::ffff:10.0.0.1", address("", "10.0.0.1")),
+            ("shop/cart.shop.svc.cluster.local", service("shop", "cart.shop.svc.cluster.local")),
+            ("shop/*.example.com", service("shop", "*.example.com")),
+            ("cluster1//Pod/shop/cart-1", ResourceName::Workload("cluster1//Pod/shop/cart-1".into())),
+            ("0ae5c03d", ResourceName::Workload("0ae5c03d".into())),
+            ("", ResourceName::Workload("".into())),
+        ] {
+            assert_eq!(ResourceName::parse(name), wanted, "{name}");
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! What is written with our extensions reads back as it was.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+mod strategies;
+
+use proptest::prelude::*;
+use prost::Message;
+use proto::wire::{culvert, security, workload};
+use proto::{Decoder, Extensions, encode_policy, encode_service, encode_workload};
+
+/// Through bytes, not only through the message.
+fn sent<M: Message + Default>(message: &M) -> M {
+    M::decode(message.encode_to_vec().as_slice()).expect("what was encoded can be decoded")
+}
+
+proptest! {
+    #[test]
+    fn a_workload_reads_back_as_it_was(w in strategies::workload()) {
+        let message: workload::Workload = sent(&encode_workload(&w).unwrap());
+        prop_assert_eq!(Decoder::default().workload(&message).unwrap(), w);
+    }
+
+    #[test]
+    fn a_service_reads_back_as_it_was(s in strategies::service()) {
+        let message: workload::Service = sent(&encode_service(&s, Extensions::Culvert).unwrap());
+        prop_assert_eq!(Decoder::default().service(&message).unwrap(), s);
+    }
+
+    #[test]
+    fn a_policy_reads_back_as_it_was(p in strategies::policy()) {
+        let message: security::Authorization = sent(&encode_policy(&p, Extensions::Culvert).unwrap());
+        prop_assert_eq!(Decoder::default().policy(&message).unwrap(), p);
+    }
+
+    /// The parts of a service that decide over connections survive Istio's wire; the rest is refused or only
+    /// shown.
+    #[test]
+    fn a_service_without_extensions_keeps_what_decides(s in strategies::service()) {
+        let Ok(message) = encode_service(&s, Extensions::None) else {
+            prop_assert!(s.session_affinity.is_some());
+            return Ok(());
+        };
+        prop_assert_eq!(&message.culvert, &None::<culvert::ServiceExtension>);
+        prop_assert!(message.ports.iter().all(|p| p.culvert.is_none()));
+        let read = Decoder::default().service(&sent(&message)).unwrap();
+        let passthrough = |s: &model::Service| s.source == model::ServiceSource::Passthrough;
+        prop_assert_eq!(passthrough(&read), passthrough(&s));
+        prop_assert_eq!(&read.vips, &s.vips);
+        prop_assert_eq!(&read.subject_alt_names, &s.subject_alt_names);
+        prop_assert_eq!(&read.waypoint, &s.waypoint);
+        let ports = |s: &model::Service| s.ports.iter().map(|p| (p.port, p.target.clone())).collect::<Vec<_>>();
+        prop_assert_eq!(ports(&read), ports(&s));
+        if !passthrough(&s) {
+            prop_assert_eq!(&read.load_balancing, &s.load_balancing);
+        }
+    }
+}
