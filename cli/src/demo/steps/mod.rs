@@ -1,0 +1,57 @@
+//! The steps, one file each.
+
+pub mod cost;
+pub mod killed;
+pub mod policy;
+pub mod request;
+pub mod rotation;
+pub mod strict;
+
+use std::net::SocketAddr;
+
+use anyhow::Result;
+use serde_json::Value;
+
+use super::{Demo, manifests, programs};
+use crate::lab::NodeId;
+
+/// The address that the Service `web` is called by.
+fn web_service() -> SocketAddr {
+    let [v4, _] = manifests::service_ips(21);
+    SocketAddr::new(v4, 80)
+}
+
+impl Demo {
+    /// nginx's own address in its pod.
+    fn web_pod(&self) -> Result<SocketAddr> {
+        Ok(SocketAddr::new(self.lab.pod("web")?.v4.into(), programs::WEB_PORT))
+    }
+
+    /// `curl` in a pod, with the status and time that it reports at the end.
+    fn curl(&self, pod: &str, options: &[&str], url: &str) -> Result<crate::lab::Ran> {
+        let mut argv =
+            vec!["curl", "-sS", "-m", "5", "-o", "/dev/null", "-w", "%{http_code} %{size_download} bytes"];
+        argv.extend(options);
+        argv.push(url);
+        let mut ran = self.lab.run(pod, &argv)?;
+        // What a reader would type; the rest only makes the answer short.
+        let shown: Vec<&str> = std::iter::once("curl").chain(options.iter().copied()).chain([url]).collect();
+        ran.line = shown.join(" ");
+        if !ran.success {
+            ran.stdout.clear();
+        }
+        Ok(ran)
+    }
+
+    /// The newest connection that the node's ztunnel knows from one address to another, open or ended.
+    fn last_connection(&self, node: NodeId, source: &str, destination: &str) -> Result<Option<Value>> {
+        let all = self.lab.ztunnel(node)?.admin("/connections")?;
+        let listed = |key: &str| all.get(key).and_then(Value::as_array).cloned().unwrap_or_default();
+        let text = |c: &Value, key: &str| c.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+        let matching = listed("closed")
+            .into_iter()
+            .chain(listed("open"))
+            .filter(|c| text(c, "source").starts_with(source) && text(c, "destination") == destination);
+        Ok(matching.max_by_key(|c| c.get("id").and_then(Value::as_u64)))
+    }
+}
