@@ -82,6 +82,12 @@ codes! {
     UnsupportedVersion = "unsupported-version", Error, "The kind is not read in this version of its group.";
     DuplicateObject = "duplicate-object", Error, "Two objects have the same kind, namespace and name; the first stays in force.";
     LastGoodVersion = "last-good-version", Warning, "An object or file has errors, and what it was before stays in force.";
+    SidecarNamespace = "sidecar-namespace", Info, "The namespace is set up for sidecars; its pods are left alone.";
+    UnknownLabelValue = "unknown-label-value", Warning, "A label that the mesh reads has a value that means nothing to it.";
+    WaypointUnsupported = "waypoint-unsupported", Warning, "Traffic is meant to pass a waypoint, and this version has none.";
+    ExternalName = "external-name", Info, "A service that is an alias of a host name carries no traffic of its own.";
+    ServiceWithoutAddress = "service-without-address", Warning, "A service has neither a virtual address nor clusterIP None.";
+    SliceUnused = "slice-unused", Warning, "An EndpointSlice, or a part of it, is not used.";
     // fields
     UnknownField = "unknown-field", Error, "The kind has no such field; the object is not in force as it stands.";
     MissingField = "missing-field", Error, "A field that the object needs is not set.";

@@ -13,9 +13,8 @@ use std::fmt;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use model::Interner;
-
 use crate::diagnostic::{Code, Diagnostic, ResourceName, Severity};
+use crate::labels::Pool;
 use crate::tree::{Entry, Node, Position, Text, Value};
 
 /// The fields of one mapping of a kind.
@@ -109,8 +108,8 @@ pub struct Context<'n> {
     file: &'n Arc<str>,
     document: Text<'n>,
     line_starts: OnceCell<Vec<usize>>,
-    /// Shared strings.
-    pub interner: &'n mut Interner,
+    /// Shared strings and label sets.
+    pub pool: &'n mut Pool,
     resource: Option<ResourceName>,
     diagnostics: Vec<Diagnostic>,
     errors: usize,
@@ -118,12 +117,12 @@ pub struct Context<'n> {
 
 impl<'n> Context<'n> {
     /// A context for one object of `document` in `file`.
-    pub fn new(file: &'n Arc<str>, document: Text<'n>, interner: &'n mut Interner) -> Self {
+    pub fn new(file: &'n Arc<str>, document: Text<'n>, pool: &'n mut Pool) -> Self {
         Self {
             file,
             document,
             line_starts: OnceCell::new(),
-            interner,
+            pool,
             resource: None,
             diagnostics: Vec::new(),
             errors: 0,
@@ -192,6 +191,12 @@ enum Step<'f> {
 impl Path<'_> {
     /// The object itself.
     pub const ROOT: Path<'static> = Path { parent: None, step: Step::Root };
+
+    /// A path in its written form.
+    #[must_use]
+    pub fn of(text: &str) -> Path<'_> {
+        Path { parent: None, step: Step::Field(text) }
+    }
 }
 
 impl fmt::Display for Path<'_> {
@@ -236,7 +241,7 @@ impl<'f, 'n> Cursor<'f, 'n> {
         self.node.position
     }
 
-    /// The context, for its interner.
+    /// The context, for its pool.
     pub fn context(&mut self) -> &mut Context<'n> {
         self.context
     }
@@ -407,7 +412,7 @@ impl<'f, 'n> Fields<'f, 'n> {
         self.position
     }
 
-    /// The context, for its interner.
+    /// The context, for its pool.
     pub fn context(&mut self) -> &mut Context<'n> {
         self.context
     }
@@ -560,8 +565,8 @@ mod tests {
     fn with(text: &str, read: impl FnOnce(&mut Fields<'_, '_>)) -> Vec<String> {
         let document = documents(text).next().unwrap();
         let node = parse(document, &Limits::default()).unwrap().unwrap();
-        let (file, mut interner) = ("f.yaml".into(), Interner::default());
-        let mut context = Context::new(&file, document, &mut interner);
+        let (file, mut pool) = ("f.yaml".into(), Pool::default());
+        let mut context = Context::new(&file, document, &mut pool);
         let mut fields = Cursor::root(&node, &OUTER, &mut context).fields().unwrap();
         read(&mut fields);
         drop(fields);

@@ -1,6 +1,11 @@
 //! The users' resources: reading them with positions, checking them, and compiling them into the model.
 #![forbid(unsafe_code)]
 
+pub mod compile;
 pub mod diagnostic;
 pub mod fields;
+pub mod kinds;
+pub mod labels;
+pub mod metadata;
+pub mod resource;
 pub mod tree;

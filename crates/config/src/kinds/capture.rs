@@ -1,0 +1,217 @@
+//! What a pod's annotations say of the capture of its traffic. A value that cannot be read refuses the pod: it
+//! is neither captured with less than it asks for nor left out with more.
+
+use std::path::{Component, Path, PathBuf};
+
+use ipnet::IpNet;
+use model::Str;
+
+use crate::fields::Fields;
+use crate::metadata::{Annotation, Metadata};
+
+/// How a pod's traffic is captured.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Capture {
+    /// The pod's network namespace (`culvert.dev/netns`), where no node agent tells it.
+    pub netns: Option<PathBuf>,
+    /// What is left out.
+    pub exclusions: Exclusions,
+    /// Whether its DNS requests are answered by the mesh (`ambient.istio.io/dns-capture`).
+    pub dns_capture: bool,
+    /// Whether connections to it are left alone (`ambient.istio.io/bypass-inbound-capture`).
+    pub bypass_inbound: bool,
+}
+
+impl Default for Capture {
+    fn default() -> Self {
+        Self { netns: None, exclusions: Exclusions::default(), dns_capture: true, bypass_inbound: false }
+    }
+}
+
+/// Traffic that is not captured (`traffic.sidecar.istio.io/…`, in the annotations' words).
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Exclusions {
+    /// `excludeInboundPorts`: connections to these ports are left alone.
+    pub exclude_inbound_ports: Box<[PortRange]>,
+    /// `includeInboundPorts`: only connections to these are captured; `None` for all.
+    pub include_inbound_ports: Option<Box<[PortRange]>>,
+    /// `excludeOutboundPorts`: connections to these ports are left alone.
+    pub exclude_outbound_ports: Box<[PortRange]>,
+    /// `includeOutboundPorts`: connections to these ports are captured whatever their address.
+    pub include_outbound_ports: Box<[PortRange]>,
+    /// `excludeOutboundIPRanges`: connections to these addresses are left alone.
+    pub exclude_outbound_ranges: Box<[IpNet]>,
+    /// `includeOutboundIPRanges`: only connections to these are captured; `None` for all.
+    pub include_outbound_ranges: Option<Box<[IpNet]>>,
+    /// `excludeInterfaces`: traffic through these interfaces is left alone.
+    pub exclude_interfaces: Box<[Str]>,
+}
+
+/// Ports from `first` to `last`, both included; never 0, never empty.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
+pub struct PortRange {
+    /// The first port.
+    pub first: u16,
+    /// The last port.
+    pub last: u16,
+}
+
+const PREFIX: &str = "traffic.sidecar.istio.io/";
+
+/// As many as one set of the kernel's rules should hold.
+const MOST_ITEMS: usize = 256;
+
+/// Reads the annotations; `None` when none of them is set.
+pub(super) fn read(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Box<Capture>> {
+    let mut capture = Capture::default();
+    for annotation in &metadata.annotations {
+        if let Some(name) = annotation.key.strip_prefix(PREFIX) {
+            exclusion(name, annotation, &mut capture.exclusions, fields);
+        }
+    }
+    let dns = metadata.boolean_annotation("ambient.istio.io/dns-capture", fields);
+    let bypass = metadata.boolean_annotation("ambient.istio.io/bypass-inbound-capture", fields);
+    capture.dns_capture = dns.unwrap_or(true);
+    capture.bypass_inbound = bypass.unwrap_or(false);
+    capture.netns = metadata.annotation("culvert.dev/netns").and_then(|a| netns(a, fields));
+    (capture != Capture::default()).then(|| Box::new(capture))
+}
+
+fn exclusion(
+    name: &str,
+    annotation: &Annotation<'_>,
+    exclusions: &mut Exclusions,
+    fields: &mut Fields<'_, '_>,
+) {
+    let mut all_or = |parsed: Result<Vec<PortRange>, String>| match parsed {
+        Ok(list) => Some(list.into()),
+        Err(message) => {
+            annotation.invalid(fields, &message, "");
+            None
+        }
+    };
+    let value = annotation.value.trim();
+    match name {
+        "excludeInboundPorts" => exclusions.exclude_inbound_ports = all_or(ports(value)).unwrap_or_default(),
+        "excludeOutboundPorts" => {
+            exclusions.exclude_outbound_ports = all_or(ports(value)).unwrap_or_default();
+        }
+        "includeOutboundPorts" => {
+            exclusions.include_outbound_ports = all_or(ports(value)).unwrap_or_default();
+        }
+        "includeInboundPorts" if value == "*" => {}
+        "includeInboundPorts" => exclusions.include_inbound_ports = all_or(ports(value)),
+        "includeOutboundIPRanges" if value == "*" => {}
+        "includeOutboundIPRanges" | "excludeOutboundIPRanges" => match ranges(value) {
+            Ok(list) if name == "excludeOutboundIPRanges" => exclusions.exclude_outbound_ranges = list.into(),
+            Ok(list) => exclusions.include_outbound_ranges = Some(list.into()),
+            Err(message) => annotation.invalid(fields, &message, ""),
+        },
+        "excludeInterfaces" => match interfaces(value) {
+            Ok(list) => exclusions.exclude_interfaces = list.into(),
+            Err(message) => annotation.invalid(fields, &message, ""),
+        },
+        "kubevirtInterfaces" => {
+            annotation.invalid(fields, "virtual machines' interfaces are not captured", "remove it");
+        }
+        _ => annotation.invalid(fields, "there is no such annotation", "see the list of annotations"),
+    }
+}
+
+/// The items of a comma-separated list.
+fn items(value: &str) -> Result<Vec<&str>, String> {
+    if value.is_empty() {
+        return Ok(Vec::new());
+    }
+    let items: Vec<&str> = value.split(',').map(str::trim).collect();
+    if items.len() > MOST_ITEMS {
+        return Err(format!("{} items, and at most {MOST_ITEMS} are taken", items.len()));
+    }
+    if items.iter().any(|item| item.is_empty()) {
+        return Err("an item is empty".to_owned());
+    }
+    Ok(items)
+}
+
+/// `80,8000-8010`.
+fn ports(value: &str) -> Result<Vec<PortRange>, String> {
+    let port = |text: &str| {
+        // `parse` would take a sign.
+        let digits = text.bytes().all(|b| b.is_ascii_digit());
+        text.parse::<u16>().ok().filter(|p| digits && *p > 0)
+    };
+    let range = |item: &str| {
+        let (first, last) = item.split_once('-').unwrap_or((item, item));
+        match (port(first.trim()), port(last.trim())) {
+            (Some(first), Some(last)) if first <= last => Ok(PortRange { first, last }),
+            _ => Err(format!("{item:?} is neither a port nor a range of ports such as 8000-8010")),
+        }
+    };
+    items(value)?.into_iter().map(range).collect()
+}
+
+fn ranges(value: &str) -> Result<Vec<IpNet>, String> {
+    let range = |item: &str| {
+        let single = || item.parse::<std::net::IpAddr>().map(IpNet::from);
+        let net = item.parse::<IpNet>().or_else(|_| single());
+        net.map(|n| n.trunc()).map_err(|_| format!("{item:?} is neither an address nor a range of addresses"))
+    };
+    items(value)?.into_iter().map(range).collect()
+}
+
+fn interfaces(value: &str) -> Result<Vec<Str>, String> {
+    // IFNAMSIZ is 16 with the terminating zero (linux/if.h); `dev_valid_name` refuses '/', ':' and spaces.
+    let valid = |name: &str| {
+        name.len() <= 15
+            && !matches!(name, "." | "..")
+            && name.bytes().all(|b| b.is_ascii_graphic() && !matches!(b, b'/' | b':' | b'"' | b'\\'))
+    };
+    let name = |item: &str| {
+        if valid(item) { Ok(item.into()) } else { Err(format!("{item:?} is no name of an interface")) }
+    };
+    items(value)?.into_iter().map(name).collect()
+}
+
+fn netns(annotation: &Annotation<'_>, fields: &mut Fields<'_, '_>) -> Option<PathBuf> {
+    let path = Path::new(annotation.value);
+    let plain = path.components().all(|c| matches!(c, Component::RootDir | Component::Normal(_)));
+    if path.is_absolute() && plain && !annotation.value.contains('\0') {
+        return Some(path.to_owned());
+    }
+    annotation.invalid(fields, "not an absolute path", "such as /run/netns/NAME");
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ports_are_numbers_and_ranges() {
+        let range = |first, last| PortRange { first, last };
+        assert_eq!(ports("80, 8000-8010"), Ok(vec![range(80, 80), range(8000, 8010)]));
+        assert_eq!(ports(""), Ok(vec![]));
+        for bad in ["0", "70000", "+80", "-80", "10-5", "80,", "a", "*", "80 81", "1-2-3"] {
+            assert!(ports(bad).is_err(), "{bad}");
+        }
+        assert!(ports(&vec!["1"; 300].join(",")).is_err());
+    }
+
+    #[test]
+    fn ranges_are_of_both_families() {
+        let found = ranges("10.0.0.1/8, fd00::/8,192.0.2.1").unwrap();
+        let texts: Vec<_> = found.iter().map(ToString::to_string).collect();
+        assert_eq!(texts, ["10.0.0.0/8", "fd00::/8", "192.0.2.1/32"]);
+        for bad in ["10.0.0.0/33", "x", "10.0.0.0/8,"] {
+            assert!(ranges(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn interfaces_are_names_that_the_kernel_takes() {
+        assert!(interfaces("eth0,net1").is_ok());
+        for bad in ["a/b", "0123456789abcdef", "..", "a b", "a\"b"] {
+            assert!(interfaces(bad).is_err(), "{bad}");
+        }
+    }
+}

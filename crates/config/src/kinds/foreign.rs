@@ -1,0 +1,96 @@
+//! Kinds that are not read: said, so that nobody waits for an effect.
+
+use crate::diagnostic::Code;
+use crate::fields::{Context, Path};
+use crate::resource::{KINDS, Reading, similar_kind};
+use crate::tree::Node;
+
+/// Kinds of groups of the mesh that this version does not act on.
+static UNSUPPORTED: &[(&str, &[&str])] = &[
+    (
+        "networking.istio.io",
+        &["VirtualService", "DestinationRule", "Gateway", "Sidecar", "EnvoyFilter", "ProxyConfig"],
+    ),
+    ("security.istio.io", &["RequestAuthentication"]),
+    ("telemetry.istio.io", &["Telemetry"]),
+    ("extensions.istio.io", &["WasmPlugin", "TrafficExtension"]),
+    (
+        "gateway.networking.k8s.io",
+        &[
+            "Gateway",
+            "GatewayClass",
+            "HTTPRoute",
+            "GRPCRoute",
+            "TCPRoute",
+            "TLSRoute",
+            "UDPRoute",
+            "ReferenceGrant",
+            "BackendTLSPolicy",
+            "ListenerSet",
+        ],
+    ),
+    // An older form of EndpointSlice; a cluster mirrors it into one.
+    ("", &["Endpoints"]),
+];
+
+/// Kinds of the core group that have no part in the mesh.
+static CORE: &[&str] = &[
+    "ConfigMap",
+    "Secret",
+    "Event",
+    "LimitRange",
+    "PersistentVolume",
+    "PersistentVolumeClaim",
+    "PodTemplate",
+    "ReplicationController",
+    "ResourceQuota",
+    "Binding",
+    "ComponentStatus",
+];
+
+/// Groups in which only what is read or listed above exists.
+static OWN_GROUPS: &[&str] = &[
+    "",
+    "discovery.k8s.io",
+    "networking.istio.io",
+    "security.istio.io",
+    "telemetry.istio.io",
+    "extensions.istio.io",
+    "gateway.networking.k8s.io",
+    "culvert.dev",
+];
+
+/// Says what is (not) done with an object of a kind that is not read.
+pub fn report<'n>(node: &'n Node<'n>, group: &str, kind: &str, context: &mut Context<'n>) -> Reading {
+    let position = node.get("kind").map_or(node.position, |n| n.position);
+    let path = Path::of("kind");
+    let shown: String = kind.chars().take(64).collect();
+    let name = if group.is_empty() { shown } else { format!("{shown} of {group}") };
+    let listed =
+        |list: &[(&str, &[&'static str])]| list.iter().any(|(g, k)| *g == group && k.contains(&kind));
+    if listed(UNSUPPORTED) {
+        let message = format!("{name} is not acted on by this version of the mesh");
+        let remedy = if kind == "Endpoints" { "use an EndpointSlice" } else { "" };
+        context.report(Code::UnsupportedKind, position, &path, message, remedy);
+        return Reading::Ignored;
+    }
+    let ignored = (group.is_empty() && CORE.contains(&kind)) || !OWN_GROUPS.contains(&group);
+    if ignored {
+        let message = format!("{name} is ignored: it has no part in the mesh");
+        let remedy = match kind {
+            "Deployment" | "StatefulSet" | "DaemonSet" | "ReplicaSet" | "Job" | "CronJob" => {
+                "without a cluster nothing makes its pods: list them"
+            }
+            _ => "",
+        };
+        context.report(Code::IgnoredKind, position, &path, message, remedy);
+        return Reading::Ignored;
+    }
+    let known = KINDS.iter().filter(|s| s.group == group).map(|s| s.name);
+    let others = UNSUPPORTED.iter().filter(|(g, _)| *g == group).flat_map(|(_, k)| k.iter().copied());
+    let core = CORE.iter().copied().filter(|_| group.is_empty());
+    let remedy = similar_kind(kind, known.chain(others).chain(core))
+        .map_or(String::new(), |s| format!("did you mean {s}?"));
+    context.report(Code::UnknownKind, position, &path, format!("there is no kind {name}"), remedy);
+    Reading::Unidentified
+}

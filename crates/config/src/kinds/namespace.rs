@@ -1,0 +1,80 @@
+//! `v1 Namespace`: whether its pods are in the mesh, and defaults for its services.
+
+use super::service::{Distribution, distribution_annotation};
+use crate::diagnostic::Code;
+use crate::fields::{Fields, Schema, enforced, nested, silent};
+use crate::labels::Labels;
+use crate::metadata::{METADATA, Metadata};
+use crate::resource::{Kind, KindSpec, Resource};
+
+/// The label that puts pods into the mesh, on a namespace or a pod.
+pub const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
+
+/// The labels by which a namespace asks for sidecars.
+const SIDECAR_LABELS: [&str; 2] = ["istio-injection", "istio.io/rev"];
+
+/// A namespace.
+#[derive(Debug)]
+pub struct Namespace {
+    /// Its labels.
+    pub labels: Labels,
+    /// Which endpoints its services prefer, where they don't say it themselves.
+    pub distribution: Option<Distribution>,
+}
+
+static SCHEMA: Schema = Schema {
+    name: "Namespace",
+    fields: &[
+        enforced("apiVersion"),
+        enforced("kind"),
+        nested("metadata", &METADATA),
+        silent("spec", "it holds finalizers only"),
+        silent("status", "the API server's bookkeeping"),
+    ],
+};
+
+/// How the kind is read.
+pub static KIND: KindSpec = KindSpec {
+    kind: Kind::Namespace,
+    group: "",
+    versions: &["v1"],
+    name: "Namespace",
+    namespaced: false,
+    schema: &SCHEMA,
+    parse,
+};
+
+fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resource> {
+    report_mode(fields, metadata);
+    report_waypoint(fields, metadata);
+    for label in SIDECAR_LABELS {
+        let Some(value) = metadata.labels.get(label) else { continue };
+        let off = label == "istio-injection" && &**value == "disabled";
+        if off || metadata.labels.get(DATAPLANE_MODE).is_some_and(|mode| &**mode == "ambient") {
+            continue;
+        }
+        let message = "the namespace is set up for sidecars and is left alone";
+        let remedy = "to put it into this mesh, remove the label and set istio.io/dataplane-mode=ambient";
+        metadata.report_label(label, fields, Code::SidecarNamespace, message, remedy);
+    }
+    let distribution = distribution_annotation(fields, metadata);
+    Some(Resource::Namespace(Box::new(Namespace { labels: metadata.labels.clone(), distribution })))
+}
+
+/// Says so when the value of [`DATAPLANE_MODE`] is not one of ours.
+pub(super) fn report_mode(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) {
+    let mode = metadata.labels.get(DATAPLANE_MODE);
+    if mode.is_some_and(|m| !matches!(&**m, "ambient" | "none")) {
+        let message = "the value is neither 'ambient' nor 'none', so it enrols nothing";
+        metadata.report_label(DATAPLANE_MODE, fields, Code::UnknownLabelValue, message, "");
+    }
+}
+
+/// Says so when traffic is meant to pass a waypoint: there are none yet.
+pub(super) fn report_waypoint(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) {
+    const USE_WAYPOINT: &str = "istio.io/use-waypoint";
+    if metadata.labels.get(USE_WAYPOINT).is_some_and(|w| &**w != "none") {
+        let message = "waypoints are not part of this version; traffic passes none";
+        metadata.report_label(USE_WAYPOINT, fields, Code::WaypointUnsupported, message, "");
+    }
+}

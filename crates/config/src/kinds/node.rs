@@ -1,0 +1,48 @@
+//! `v1 Node`: where its pods are.
+
+use crate::fields::{Fields, Schema, enforced, nested, silent};
+use crate::metadata::{METADATA, Metadata};
+use crate::resource::{Kind, KindSpec, Resource};
+
+/// A node.
+#[derive(Debug)]
+pub struct Node {
+    /// Its region, zone and subzone.
+    pub locality: model::Locality,
+}
+
+static SCHEMA: Schema = Schema {
+    name: "Node",
+    fields: &[
+        enforced("apiVersion"),
+        enforced("kind"),
+        nested("metadata", &METADATA),
+        silent("spec", "the cluster's business; localities are labels"),
+        silent("status", "the kubelet's report; pods say themselves whether they are ready"),
+    ],
+};
+
+/// How the kind is read.
+pub static KIND: KindSpec = KindSpec {
+    kind: Kind::Node,
+    group: "",
+    versions: &["v1"],
+    name: "Node",
+    namespaced: false,
+    schema: &SCHEMA,
+    parse,
+};
+
+#[expect(clippy::unnecessary_wraps, reason = "the form of all parse functions")]
+fn parse(_: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resource> {
+    // The older names are what clusters before 1.17 have, and are still read by Kubernetes' own tools.
+    let label = |names: [&str; 2]| {
+        names.iter().find_map(|name| metadata.labels.get(name)).cloned().unwrap_or_else(|| "".into())
+    };
+    let locality = model::Locality {
+        region: label(["topology.kubernetes.io/region", "failure-domain.beta.kubernetes.io/region"]),
+        zone: label(["topology.kubernetes.io/zone", "failure-domain.beta.kubernetes.io/zone"]),
+        subzone: label(["topology.istio.io/subzone", ""]),
+    };
+    Some(Resource::Node(Box::new(Node { locality })))
+}

@@ -1,0 +1,234 @@
+//! The kinds that are read, and reading an object of any of them.
+//!
+//! To add a kind: a module with its type, its [`Schema`], its parse function and a static [`KindSpec`]; a variant
+//! of [`Kind`] and of [`Resource`]; an entry in [`KINDS`]; and its place in `compile`.
+
+use std::sync::Arc;
+
+use model::Str;
+
+use crate::diagnostic::{Code, ResourceName};
+use crate::fields::{Context, Cursor, Fields, Path, Schema, edit_distance, enforced, silent};
+use crate::kinds::{
+    EndpointSlice, Namespace, Node, Pod, Service, ServiceAccount, endpoint_slice, foreign, namespace, node,
+    pod, service, service_account,
+};
+use crate::metadata::{self, Metadata};
+use crate::tree;
+
+/// A kind that is read.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
+pub enum Kind {
+    /// `v1 Namespace`.
+    Namespace,
+    /// `v1 Node`.
+    Node,
+    /// `v1 Pod`.
+    Pod,
+    /// `v1 Service`.
+    Service,
+    /// `discovery.k8s.io/v1 EndpointSlice`.
+    EndpointSlice,
+    /// `v1 ServiceAccount`.
+    ServiceAccount,
+}
+
+/// An object of any kind.
+#[derive(Debug)]
+pub enum Resource {
+    /// A namespace.
+    Namespace(Box<Namespace>),
+    /// A node.
+    Node(Box<Node>),
+    /// A pod.
+    Pod(Box<Pod>),
+    /// A service.
+    Service(Box<Service>),
+    /// Endpoints of a service.
+    EndpointSlice(Box<EndpointSlice>),
+    /// A service account.
+    ServiceAccount(ServiceAccount),
+}
+
+/// Reads the fields beside `apiVersion`, `kind` and `metadata`; `None` when the object is not valid, which has
+/// been reported. A value beside a reported error is ignored.
+pub type Parse = for<'f, 'n> fn(&mut Fields<'f, 'n>, &Metadata<'n>) -> Option<Resource>;
+
+/// All there is to know of a kind.
+#[derive(Debug)]
+pub struct KindSpec {
+    /// Which kind.
+    pub kind: Kind,
+    /// Its API group, empty for the core group.
+    pub group: &'static str,
+    /// The versions in which it is read: they must be the same in form.
+    pub versions: &'static [&'static str],
+    /// Its name as in `kind`.
+    pub name: &'static str,
+    /// Whether its objects are in namespaces.
+    pub namespaced: bool,
+    /// Its fields.
+    pub schema: &'static Schema,
+    /// Reads an object.
+    pub parse: Parse,
+}
+
+/// Every kind that is read.
+pub static KINDS: &[&KindSpec] = &[
+    &pod::KIND,
+    &service::KIND,
+    &endpoint_slice::KIND,
+    &service_account::KIND,
+    &namespace::KIND,
+    &node::KIND,
+];
+
+impl Kind {
+    /// All there is to know of it.
+    #[must_use]
+    pub fn spec(self) -> Option<&'static KindSpec> {
+        KINDS.iter().copied().find(|spec| spec.kind == self)
+    }
+
+    /// Its name as in `kind`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        self.spec().map_or("", |spec| spec.name)
+    }
+}
+
+/// An object's name among all.
+#[derive(Clone, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
+pub struct ObjectKey {
+    /// Its kind.
+    pub kind: Kind,
+    /// Its namespace, empty for a kind that has none.
+    pub namespace: Str,
+    /// Its name.
+    pub name: Str,
+}
+
+impl ObjectKey {
+    /// The name for diagnostics.
+    #[must_use]
+    pub fn resource_name(&self) -> ResourceName {
+        ResourceName {
+            kind: self.kind.name().into(),
+            namespace: self.namespace.clone(),
+            name: self.name.clone(),
+        }
+    }
+}
+
+/// What a document, or an item of a list, turned out to be.
+#[derive(Debug)]
+pub enum Reading {
+    /// A valid object.
+    Object(ObjectKey, Resource),
+    /// Nothing that concerns the mesh.
+    Ignored,
+    /// An object with errors, and whose it is.
+    Invalid(ObjectKey),
+    /// Something with errors that could be any object.
+    Unidentified,
+}
+
+/// Reads one object. What is wrong with it is in the context afterwards.
+pub fn read<'n>(node: &'n tree::Node<'n>, context: &mut Context<'n>) -> Reading {
+    let Some((group, version, kind)) = type_of(node, context) else { return Reading::Unidentified };
+    let Some(spec) = KINDS.iter().copied().find(|s| s.group == group && s.name == kind) else {
+        return foreign::report(node, group, kind, context);
+    };
+    let key = key_of(node, spec, context);
+    let invalid = |key: Option<ObjectKey>| key.map_or(Reading::Unidentified, Reading::Invalid);
+    if !spec.versions.contains(&version) {
+        let position = node.get("apiVersion").map_or(node.position, |n| n.position);
+        let versions = spec.versions.join(", ");
+        let message = format!("{kind} is not read in version {version:?}");
+        let remedy = format!("use {}", api_version(group, &versions));
+        context.report(Code::UnsupportedVersion, position, &Path::of("apiVersion"), message, remedy);
+        return invalid(key);
+    }
+    let Some(key) = key else {
+        let name: Arc<str> = spec.name.into();
+        if let Some(cursor) = Cursor::root(node, spec.schema, context).fields().as_mut() {
+            cursor.required("metadata").and_then(|m| metadata::read(m, &name, spec.namespaced));
+        }
+        return Reading::Unidentified;
+    };
+    match parse(node, spec, context) {
+        Some(resource) if context.is_valid() => Reading::Object(key, resource),
+        _ => Reading::Invalid(key),
+    }
+}
+
+fn api_version(group: &str, version: &str) -> String {
+    if group.is_empty() { version.to_owned() } else { format!("{group}/{version}") }
+}
+
+fn parse<'n>(node: &'n tree::Node<'n>, spec: &KindSpec, context: &mut Context<'n>) -> Option<Resource> {
+    let name = context.pool.string(spec.name);
+    let mut fields = Cursor::root(node, spec.schema, context).fields()?;
+    fields.take("apiVersion");
+    fields.take("kind");
+    let metadata = metadata::read(fields.required("metadata")?, &name, spec.namespaced)?;
+    (spec.parse)(&mut fields, &metadata)
+}
+
+/// Group, version and kind.
+fn type_of<'n>(node: &'n tree::Node<'n>, context: &mut Context<'n>) -> Option<(&'n str, &'n str, &'n str)> {
+    let text = |name| node.get(name).and_then(|n: &'n tree::Node<'n>| n.as_str());
+    if let (Some(api_version), Some(kind)) = (text("apiVersion"), text("kind")) {
+        let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
+        return Some((group, version, kind));
+    }
+    let message = match &node.value {
+        tree::Value::Mapping(_) => "an object needs apiVersion and kind, both strings".to_owned(),
+        value => {
+            format!("an object is a mapping with apiVersion, kind and metadata; this is {}", value.kind())
+        }
+    };
+    context.report(Code::NotAnObject, node.position, &Path::ROOT, message, "");
+    None
+}
+
+/// The key of an object, as far as it can be told without reading it.
+fn key_of(node: &tree::Node<'_>, spec: &KindSpec, context: &mut Context<'_>) -> Option<ObjectKey> {
+    let metadata = node.get("metadata")?;
+    let name = metadata.get("name")?.as_str().filter(|n| metadata::is_subdomain(n))?;
+    let namespace = match metadata.get("namespace") {
+        _ if !spec.namespaced => "",
+        None => "default",
+        Some(tree::Node { value: tree::Value::Null, .. }) => "default",
+        Some(node) => node.as_str().filter(|n| metadata::is_label(n))?,
+    };
+    Some(ObjectKey { kind: spec.kind, namespace: context.pool.string(namespace), name: name.into() })
+}
+
+/// The items of a `kind: List` (or `PodList` and the like), which stand for themselves; `None` for another kind.
+#[must_use]
+pub fn list_items<'a, 'n>(node: &'a tree::Node<'n>) -> Option<&'a [tree::Node<'n>]> {
+    let kind = node.get("kind")?.as_str()?;
+    match (&node.get("items")?.value, kind.strip_suffix("List")) {
+        (tree::Value::Sequence(items), Some(_)) => Some(items),
+        _ => None,
+    }
+}
+
+/// The fields of a list itself.
+pub static LIST: Schema = Schema {
+    name: "List",
+    fields: &[
+        enforced("items"),
+        silent("apiVersion", "each item has its own"),
+        silent("kind", "it is a list"),
+        silent("metadata", "a list is no object"),
+    ],
+};
+
+/// The kind of any group whose name is most like `kind`.
+pub(crate) fn similar_kind(kind: &str, known: impl Iterator<Item = &'static str>) -> Option<&'static str> {
+    let kind = kind.get(..kind.len().min(64))?.to_lowercase();
+    let best = known.map(|name| (edit_distance(&name.to_lowercase(), &kind), name)).min()?;
+    (best.0 <= kind.len() / 3).then_some(best.1)
+}
