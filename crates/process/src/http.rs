@@ -10,6 +10,7 @@ mod routes;
 
 use std::convert::Infallible;
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -248,6 +249,23 @@ impl HttpBody for Body {
             Self::Whole(content) => SizeHint::with_exact(content.as_ref().map_or(0, |c| c.len() as u64)),
             Self::Pieces(_) => SizeHint::default(),
         }
+    }
+}
+
+/// Listens on `address`. Where the machine has no IPv6, `[::]` means all IPv4 addresses.
+///
+/// # Errors
+/// The address can't be had; the error names it.
+pub async fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let named = |e: io::Error| io::Error::new(e.kind(), format!("listening on {address}: {e}"));
+    match TcpListener::bind(address).await {
+        Err(e)
+            if address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED)
+                && matches!(e.raw_os_error(), Some(nix::libc::EAFNOSUPPORT | nix::libc::EADDRNOTAVAIL)) =>
+        {
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await.map_err(named)
+        }
+        result => result.map_err(named),
     }
 }
 

@@ -12,4 +12,5 @@ pub mod logs;
 pub mod metrics;
 pub mod readiness;
 pub mod runtimes;
+pub mod settings;
 pub mod shutdown;

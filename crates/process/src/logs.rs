@@ -211,6 +211,14 @@ fn log_panics() {
     }));
 }
 
+/// Checks a filter.
+///
+/// # Errors
+/// It can't be understood.
+pub(crate) fn check_filter(filter: &str) -> Result<(), LogError> {
+    parse_filter(filter).map(drop)
+}
+
 fn parse_filter(filter: &str) -> Result<EnvFilter, LogError> {
     let failed = |reason: String| LogError::Filter { filter: filter.chars().take(100).collect(), reason };
     if filter.trim().is_empty() {
@@ -218,6 +226,9 @@ fn parse_filter(filter: &str) -> Result<EnvFilter, LogError> {
     }
     if filter.len() > FILTER_LIMIT {
         return Err(failed(format!("it is longer than {FILTER_LIMIT} bytes")));
+    }
+    if filter.chars().any(char::is_control) {
+        return Err(failed("it holds a control character".into()));
     }
     let directives: Vec<String> = split(filter).map(|d| d.text()).collect();
     if let Some(bad) = split(filter).find(|d| d.scope.is_none() && !is_level(d.level)) {
@@ -281,7 +292,7 @@ mod tests {
 
     #[test]
     fn what_is_no_filter_is_refused() {
-        for filter in ["", " ", "loud", "info,loud", "access=loud", &"a".repeat(5000)] {
+        for filter in ["", " ", "loud", "info,loud", "access=loud", "a\nb=info", &"a".repeat(5000)] {
             assert!(parse_filter(filter).is_err(), "{filter:?}");
         }
     }

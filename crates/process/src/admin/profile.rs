@@ -1,7 +1,9 @@
 //! `/debug/pprof/profile`: where processor time goes, sampled by a timer of the process's own processor time.
 //!
-//! Stacks are followed by frame pointers, so a build wants `-C force-frame-pointers=yes` for whole stacks; without
-//! it a stack ends at the first function that has none. Samples are kept in memory and, past a few thousand
+//! Stacks are followed by the program's unwind tables, from within the signal's handler. That is sound with glibc
+//! 2.35 and libgcc 12 or later, where the unwinder finds the tables without a lock (`_dl_find_object`). Frame
+//! pointers would need a special build, and leave out the innermost function, which here is as a rule the one
+//! that makes a system call. Samples are kept in memory and, past a few thousand
 //! different stacks, in a temporary file (`TMPDIR`), which a process with a read-only root needs to be given.
 
 use std::collections::HashMap;
