@@ -65,6 +65,12 @@ impl EndpointSet {
         &self.list
     }
 
+    /// The index in [`EndpointSet::as_slice`] of the workload of this uid.
+    #[must_use]
+    pub fn position(&self, uid: &str) -> Option<usize> {
+        self.index.get(uid).copied()
+    }
+
     /// The [`Mesh::generation`] in which the set last changed: what was derived from it holds until then.
     #[must_use]
     pub fn generation(&self) -> u64 {
