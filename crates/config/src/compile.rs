@@ -19,12 +19,13 @@
 //! ```
 //!
 //! # How external workloads and services hook in
-//! `crate::external` turns a WorkloadEntry or ServiceEntry into instances and definitions and sets them under the
-//! resource's own key: [`Effects::instances`] and [`Effects::definitions`] are all that the resource makes; what it
-//! made before and makes no more is removed.
+//! `crate::external` has a state with `set` and `remove` of the same form. It turns a WorkloadEntry or ServiceEntry
+//! into instances and definitions, under the resource's own key ([`Made`]): they are all that the resource makes;
+//! what it made before and makes no more is removed. A change of one resource may change what others make (a
+//! WorkloadGroup's entries, virtual addresses that collide): then `made` lists these too.
 
 mod instance;
 
 pub use instance::{
-    Affected, Definition, Effects, Finding, Instance, Membership, Names, PortRule, Rank, RuleTarget,
+    Affected, Definition, Effects, Finding, Instance, Made, Membership, Names, PortRule, Rank, RuleTarget,
 };

@@ -7,6 +7,7 @@ use model::{Change, ServiceMembership, Str, TunnelProtocol, Workload};
 use crate::diagnostic::Code;
 use crate::kinds::{Capture, service::Distribution};
 use crate::labels::{Labels, Selector};
+use crate::resource::ObjectKey;
 
 /// Something with labels, and addresses or a host name. Services and policies of its namespace select it.
 #[derive(Clone, Debug)]
@@ -105,12 +106,23 @@ pub struct Effects {
     pub changes: Vec<Change>,
     /// Workloads whose policies, trust domain and tunnel have to be looked at again.
     pub affected: Vec<Affected>,
-    /// All instances that the resource makes now.
+    /// What resources make now: as a rule the one that was set, and others that depend on it.
+    pub made: Vec<Made>,
+    /// Findings that depend on more than one resource, by the resource that they are about. They replace what was
+    /// found for it before; an empty list clears it.
+    pub findings: Vec<(ObjectKey, Vec<Finding>)>,
+}
+
+/// All that a resource makes now. What it made before and makes no more is removed; so a removed resource makes
+/// nothing.
+#[derive(Debug)]
+pub struct Made {
+    /// The resource.
+    pub by: ObjectKey,
+    /// Its instances.
     pub instances: Vec<Instance>,
-    /// All services that the resource makes now.
+    /// Its services.
     pub definitions: Vec<Definition>,
-    /// Findings that depend on other resources than this one. They replace what was found for it before.
-    pub findings: Vec<Finding>,
 }
 
 /// A finding about a resource, in the light of others.
