@@ -55,6 +55,11 @@ impl Control {
         self.0.waker.wake();
     }
 
+    /// Wakes the connection's task, to look at what has changed besides the order.
+    pub(crate) fn wake(&self) {
+        self.0.waker.wake();
+    }
+
     /// The order now; wakes the task when it changes.
     pub(crate) fn poll_order(&self, cx: &mut Context<'_>) -> Order {
         self.0.waker.register(cx.waker());

@@ -247,10 +247,10 @@ mod tests {
             }
             assert!(matches!(wire.poll_flush_now(&mut cx), Poll::Ready(Ok(()))));
             let state = wire.state();
-            assert!(state.got == expected, "step {step}");
+            assert!(state.io.got == expected, "step {step}");
             assert_eq!(state.out.capacity(), 0);
             if step == usize::MAX {
-                assert_eq!(state.calls, [60_109, 16_387, 16_386, 40]);
+                assert_eq!(state.io.calls, [60_109, 16_387, 16_386, 40]);
             }
         }
     }

@@ -1,0 +1,263 @@
+//! Opening one tunnel over a pool: the request, its response, and what is sent ahead of it.
+
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use h2::client::ResponseFuture;
+use h2::{Reason, RecvStream, SendStream};
+use http::{Method, Request, Response, StatusCode, Uri};
+use tokio::time::{Instant, timeout_at};
+
+use crate::authority::Authority;
+use crate::headers::TunnelHeaders;
+use crate::link::Link;
+use crate::pool::{ConnectError, Connector, Pool, Reserved};
+use crate::pump::{AppIo, read_at_most};
+use crate::tunnel::{Ticket, Tunnel, TunnelError};
+
+/// How often a request is sent before it counts as failed.
+const TRIES: u32 = 3;
+
+/// What is asked of the peer.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ConnectRequest {
+    /// Where the tunnel is to lead.
+    pub authority: Authority,
+    /// What travels with the request.
+    pub headers: TunnelHeaders,
+}
+
+/// An open tunnel and what is known of its other end.
+#[derive(Debug)]
+pub struct Opened<P> {
+    /// The tunnel.
+    pub tunnel: Tunnel,
+    /// What the connector said of the connection's peer.
+    pub peer: P,
+    /// The response's headers.
+    pub headers: TunnelHeaders,
+}
+
+/// Why no tunnel was opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError<E: std::error::Error + 'static> {
+    /// There is no connection to the peer.
+    #[error("no connection to the peer: {0}")]
+    Connect(#[source] Arc<ConnectError<E>>),
+    /// As many callers wait for this peer as may.
+    #[error("{0} callers wait for a connection to this peer already")]
+    Overloaded(usize),
+    /// All streams to the peer stayed taken.
+    #[error("no stream to the peer became free in time")]
+    QueueTimeout,
+    /// The peer did not answer in time.
+    #[error("the peer did not answer the request in time")]
+    ResponseTimeout,
+    /// The peer answered with another status than 200.
+    #[error("the peer refused the tunnel with status {0}")]
+    Refused(StatusCode),
+    /// The peer, or the connection, ended before there was an answer.
+    #[error("no answer to the request: {0}")]
+    Lost(#[source] TunnelError),
+    /// The request can't be written as HTTP.
+    #[error("{0} can't be sent as :authority")]
+    Unsendable(Authority),
+}
+
+impl<E: std::error::Error + 'static> OpenError<E> {
+    /// Whether another endpoint may do better: this one is out of reach, out of room, or says so itself (503).
+    /// Nothing of the application's data was delivered.
+    #[must_use]
+    pub fn is_worth_another_endpoint(&self) -> bool {
+        match self {
+            Self::Connect(_)
+            | Self::Overloaded(_)
+            | Self::QueueTimeout
+            | Self::ResponseTimeout
+            | Self::Lost(_) => true,
+            Self::Refused(status) => *status == StatusCode::SERVICE_UNAVAILABLE,
+            Self::Unsendable(_) => false,
+        }
+    }
+}
+
+/// A tunnel that could not be opened, with what had been read from the application by then.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct NotOpened<E: std::error::Error + 'static> {
+    /// Why.
+    #[source]
+    pub error: OpenError<E>,
+    /// What was read from the application and must be sent again, to another endpoint.
+    pub early: Vec<Bytes>,
+}
+
+/// A request under way.
+struct Pending<P> {
+    response: ResponseFuture,
+    send: SendStream<Bytes>,
+    link: Arc<Link<P>>,
+    reused: bool,
+    ticket: Ticket,
+}
+
+impl<C: Connector> Pool<C> {
+    /// Opens a tunnel and waits for the peer's consent. Nothing of the application is sent before that, so after an
+    /// error another endpoint may be tried.
+    ///
+    /// Cancel-safe: dropping the future withdraws the request.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub async fn open(
+        &self,
+        key: &C::Key,
+        request: &ConnectRequest,
+    ) -> Result<Opened<C::Peer>, OpenError<C::Error>> {
+        self.exchange(key, request, &mut Vec::new(), None).await
+    }
+
+    /// Opens a tunnel, and sends ahead of the peer's consent what the application sends meanwhile: one round trip
+    /// less where the client speaks first. What is sent this way (64 KiB at most) is kept until the consent comes.
+    ///
+    /// `early` is what an earlier, failed call returned.
+    ///
+    /// # Errors
+    /// See [`OpenError`]; with the data to give to the next call.
+    pub async fn open_early<A: AppIo>(
+        &self,
+        key: &C::Key,
+        request: &ConnectRequest,
+        app: &mut A,
+        mut early: Vec<Bytes>,
+    ) -> Result<Opened<C::Peer>, NotOpened<C::Error>> {
+        let result = self.exchange(key, request, &mut early, Some(app)).await;
+        result.map_err(|error| NotOpened { error, early })
+    }
+
+    async fn exchange(
+        &self,
+        key: &C::Key,
+        request: &ConnectRequest,
+        early: &mut Vec<Bytes>,
+        mut app: Option<&mut dyn AppIo>,
+    ) -> Result<Opened<C::Peer>, OpenError<C::Error>> {
+        let mut deadline = None;
+        for tried in 1..=TRIES {
+            let mut pending = self.request(key, request, tried).await?;
+            for data in early.iter() {
+                // A failure shows as the response's.
+                let _ = pending.send.send_data(data.clone(), false);
+            }
+            // The time for the response does not include the time for the connection.
+            let deadline = *deadline.get_or_insert_with(|| Instant::now() + self.settings().response_timeout);
+            let response = poll_fn(|cx| {
+                let response = Pin::new(&mut pending.response).poll(cx);
+                if response.is_pending()
+                    && let Some(app) = &mut app
+                {
+                    send_early(*app, &mut pending.send, early, self.settings().early_data, cx);
+                }
+                response
+            });
+            match timeout_at(deadline, response).await {
+                Ok(Ok(response)) => return self.answered(pending, response),
+                Ok(Err(error)) => {
+                    let again =
+                        is_unprocessed(&error) || (pending.reused && error.is_io() && early.is_empty());
+                    if error.is_go_away() {
+                        self.going_away(&pending.link);
+                    }
+                    if !again || tried == TRIES {
+                        return Err(OpenError::Lost(error.into()));
+                    }
+                    self.counters().retried.up();
+                }
+                Err(_) => {
+                    self.counters().responses_timed_out.up();
+                    return Err(OpenError::ResponseTimeout);
+                }
+            }
+        }
+        Err(OpenError::ResponseTimeout)
+    }
+
+    /// Sends the request's headers on a link of the pool.
+    async fn request(
+        &self,
+        key: &C::Key,
+        request: &ConnectRequest,
+        tried: u32,
+    ) -> Result<Pending<C::Peer>, OpenError<C::Error>> {
+        let unsendable = || OpenError::Unsendable(request.authority.clone());
+        let uri: Uri = request.authority.to_string().parse().map_err(|_| unsendable())?;
+        for _ in tried..=TRIES {
+            let mut message = Request::new(());
+            *message.method_mut() = Method::CONNECT;
+            *message.uri_mut() = uri.clone();
+            request.headers.put(message.headers_mut());
+            let Reserved { link, ticket, reused } = self.link(key).await?;
+            match link.send(message) {
+                Ok((response, send)) => {
+                    self.counters().streams.up();
+                    if reused {
+                        self.counters().reused.up();
+                    }
+                    return Ok(Pending { response, send, link, reused, ticket });
+                }
+                // The link has ended, or its peer said that it will: nothing was sent.
+                Err(_) => {
+                    self.going_away(&link);
+                    self.counters().retried.up();
+                }
+            }
+        }
+        Err(OpenError::Lost(TunnelError::Connection("each connection ended before the request".into())))
+    }
+
+    fn answered(
+        &self,
+        pending: Pending<C::Peer>,
+        response: Response<RecvStream>,
+    ) -> Result<Opened<C::Peer>, OpenError<C::Error>> {
+        let (mut parts, recv) = response.into_parts();
+        if parts.status != StatusCode::OK {
+            self.counters().refused.up();
+            return Err(OpenError::Refused(parts.status));
+        }
+        let tunnel = Tunnel::new(pending.send, recv, pending.ticket);
+        let headers = TunnelHeaders::take(&mut parts.headers);
+        Ok(Opened { tunnel, peer: pending.link.peer.clone(), headers })
+    }
+}
+
+/// Whether the peer said that it has not processed the request: it refused the stream, or left it out of those that
+/// it answers before it goes away (RFC 9113 section 8.7).
+fn is_unprocessed(error: &h2::Error) -> bool {
+    error.is_remote() && (error.is_go_away() || error.reason() == Some(Reason::REFUSED_STREAM))
+}
+
+/// Sends and keeps what the application has to say, up to `most` bytes. Its end or error shows again when it is
+/// pumped.
+fn send_early(
+    app: &mut dyn AppIo,
+    send: &mut SendStream<Bytes>,
+    early: &mut Vec<Bytes>,
+    most: usize,
+    cx: &mut Context<'_>,
+) {
+    let mut room = most.saturating_sub(early.iter().map(Bytes::len).sum());
+    while room > 0
+        && let Poll::Ready(Ok(data)) = read_at_most(app, cx, room)
+        && !data.is_empty()
+    {
+        room -= data.len();
+        early.push(data.clone());
+        if send.send_data(data, false).is_err() {
+            break;
+        }
+    }
+}

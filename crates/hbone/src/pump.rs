@@ -1,0 +1,447 @@
+//! Copies between an application's connection and a tunnel until both directions have ended.
+//!
+//! ```text
+//!   application ── read ──▶ DATA ──▶ tunnel        end of stream ──▶ END_STREAM
+//!   application ◀─ write ── DATA ◀── tunnel        END_STREAM    ──▶ shutdown(SHUT_WR)
+//!                                                  a reset of one side ──▶ a reset of the other
+//! ```
+//!
+//! An idle pump holds no buffer: reads go into a slab that all pumps of a thread share, and only what was read is
+//! kept. A side that doesn't take data stops the other: nothing is read from the application while the tunnel's window
+//! is used up, and the tunnel's window is opened only for what the application has taken.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::future::{Future, poll_fn};
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use net::Io;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, Sleep, sleep};
+use tokio_util::io::poll_read_buf;
+
+use crate::tunnel::{ErrorCode, Tunnel, TunnelError};
+
+/// The most that is read from the application at once.
+const READ: usize = 128 * 1024;
+/// What pumps of one thread read into. Read data stays in it until it is sent.
+const SLAB: usize = 256 * 1024;
+/// Less than this is copied out of the slab, so that little data on a slow tunnel can't keep a slab alive.
+const COPY: usize = 4 * 1024;
+/// Received data below this size is gathered while the application doesn't take it, so that many small frames
+/// don't cost more than they hold.
+const GATHER: usize = 4 * 1024;
+/// Pieces of one vectored write to the application.
+const PIECES: usize = 16;
+/// What one poll takes from the tunnel, or reads from the application, before others get their turn.
+const TURN: usize = 1 << 20;
+
+thread_local! {
+    static SLAB_OF_THREAD: RefCell<BytesMut> = RefCell::new(BytesMut::new());
+}
+
+/// An application's connection.
+pub trait AppIo: Io {
+    /// Makes the close that follows a reset, where the transport has one.
+    fn abort(&mut self);
+}
+
+impl AppIo for TcpStream {
+    fn abort(&mut self) {
+        let _ = self.set_zero_linger();
+    }
+}
+
+impl AppIo for tokio::io::DuplexStream {
+    fn abort(&mut self) {}
+}
+
+impl AppIo for Tunnel {
+    fn abort(&mut self) {
+        self.reset(ErrorCode::CONNECT_ERROR);
+    }
+}
+
+/// Bytes that went each way, counted as they go.
+#[derive(Debug, Default)]
+pub struct Traffic {
+    to_tunnel: AtomicU64,
+    from_tunnel: AtomicU64,
+}
+
+impl Traffic {
+    /// Bytes read from the application and handed to the tunnel.
+    #[must_use]
+    pub fn to_tunnel(&self) -> u64 {
+        self.to_tunnel.load(Ordering::Relaxed)
+    }
+
+    /// Bytes received from the tunnel and written to the application.
+    #[must_use]
+    pub fn from_tunnel(&self) -> u64 {
+        self.from_tunnel.load(Ordering::Relaxed)
+    }
+
+    fn total(&self) -> u64 {
+        self.to_tunnel().wrapping_add(self.from_tunnel())
+    }
+}
+
+/// Limits of one pump.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct PumpLimits {
+    /// Reset both sides when no byte went either way for this long; `None` for never.
+    pub idle_timeout: Option<Duration>,
+}
+
+/// How a pump ended.
+#[derive(Debug, thiserror::Error)]
+pub enum Outcome {
+    /// Both directions ended in good order; who ended first is told.
+    #[error("finished, {0} first")]
+    Finished(Side),
+    /// The tunnel failed; the application's connection was reset.
+    #[error("the tunnel failed: {0}")]
+    Tunnel(#[source] TunnelError),
+    /// The application's connection failed; the tunnel was reset.
+    #[error("the application's connection failed: {0}")]
+    App(#[source] io::Error),
+    /// Nothing went either way for as long as allowed; both sides were reset.
+    #[error("idle for too long")]
+    Idle,
+}
+
+impl Outcome {
+    /// Whether all bytes were delivered.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        matches!(self, Self::Finished(_))
+    }
+}
+
+/// A side of a pump.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Side {
+    /// The application.
+    App,
+    /// The tunnel.
+    Tunnel,
+}
+
+impl std::fmt::Display for Side {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::App => "the application",
+            Self::Tunnel => "the tunnel",
+        })
+    }
+}
+
+/// Copies both ways until both have ended. Dropping the future before that resets both sides.
+pub async fn pump<A: AppIo>(tunnel: Tunnel, app: A, traffic: &Traffic, limits: PumpLimits) -> Outcome {
+    pump_with(tunnel, app, Bytes::new(), traffic, limits).await
+}
+
+/// As [`pump`], and sends `first` ahead of what is read from the application. `first` is not counted as traffic
+/// before it is handed to the tunnel.
+pub async fn pump_with<A: AppIo>(
+    tunnel: Tunnel,
+    app: A,
+    first: Bytes,
+    traffic: &Traffic,
+    limits: PumpLimits,
+) -> Outcome {
+    let idle = limits.idle_timeout.map(|timeout| Idle {
+        timer: Box::pin(sleep(timeout)),
+        timeout,
+        seen: traffic.total(),
+    });
+    let mut pump = Pump {
+        tunnel,
+        app,
+        traffic,
+        up: Up { pending: first, done: false },
+        down: Down::default(),
+        first_end: None,
+        idle,
+        ended: false,
+    };
+    poll_fn(|cx| pump.poll(cx)).await
+}
+
+struct Pump<'a, A: AppIo> {
+    tunnel: Tunnel,
+    app: A,
+    traffic: &'a Traffic,
+    up: Up,
+    down: Down,
+    first_end: Option<Side>,
+    idle: Option<Idle>,
+    ended: bool,
+}
+
+/// From the application to the tunnel.
+struct Up {
+    /// Read and not sent yet, for want of window.
+    pending: Bytes,
+    done: bool,
+}
+
+/// From the tunnel to the application.
+#[derive(Default)]
+struct Down {
+    /// Received and not yet taken by the application. The tunnel's window bounds it.
+    queue: VecDeque<Bytes>,
+    /// Small pieces that follow the queue.
+    tail: BytesMut,
+    unflushed: bool,
+    /// The tunnel has ended; what is queued is the last.
+    last: bool,
+    done: bool,
+}
+
+struct Idle {
+    timer: Pin<Box<Sleep>>,
+    timeout: Duration,
+    seen: u64,
+}
+
+enum Failure {
+    Tunnel(TunnelError),
+    App(io::Error),
+}
+
+impl<A: AppIo> Pump<'_, A> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Outcome> {
+        let outcome = match self.poll_both(cx) {
+            Ok(Poll::Ready(())) => Outcome::Finished(self.first_end.unwrap_or(Side::App)),
+            Ok(Poll::Pending) => {
+                ready!(self.poll_idle(cx));
+                Outcome::Idle
+            }
+            Err(Failure::Tunnel(error)) => Outcome::Tunnel(error),
+            Err(Failure::App(error)) => Outcome::App(error),
+        };
+        self.end(outcome.is_finished());
+        Poll::Ready(outcome)
+    }
+
+    fn poll_both(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, Failure> {
+        let up = self.poll_up(cx)?;
+        let down = self.poll_down(cx)?;
+        if up.is_ready() && down.is_ready() {
+            return Ok(Poll::Ready(()));
+        }
+        // While the peer has finished sending, only this tells that it is gone.
+        if self.down.last
+            && let Poll::Ready(error) = self.tunnel.poll_reset(cx)
+            && !self.up.done
+        {
+            return Err(Failure::Tunnel(error));
+        }
+        Ok(Poll::Pending)
+    }
+
+    fn poll_up(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, Failure> {
+        let mut budget = TURN;
+        while !self.up.done {
+            while !self.up.pending.is_empty() {
+                let wanted = self.up.pending.len();
+                let Poll::Ready(capacity) = self.tunnel.poll_capacity(cx, wanted) else {
+                    return Ok(Poll::Pending);
+                };
+                let part = self.up.pending.split_to(capacity.map_err(Failure::Tunnel)?.min(wanted));
+                self.traffic.to_tunnel.fetch_add(part.len() as u64, Ordering::Relaxed);
+                self.tunnel.send(part).map_err(Failure::Tunnel)?;
+            }
+            if budget == 0 {
+                cx.waker().wake_by_ref();
+                return Ok(Poll::Pending);
+            }
+            let Poll::Ready(read) = read_at_most(&mut self.app, cx, READ) else { return Ok(Poll::Pending) };
+            let data = read.map_err(Failure::App)?;
+            if data.is_empty() {
+                self.up.done = true;
+                self.first_end.get_or_insert(Side::App);
+                self.tunnel.finish().map_err(Failure::Tunnel)?;
+            }
+            budget = budget.saturating_sub(data.len());
+            self.up.pending = data;
+        }
+        Ok(Poll::Ready(()))
+    }
+
+    fn poll_down(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, Failure> {
+        let mut budget = TURN;
+        while !self.down.done {
+            budget = budget.saturating_sub(self.receive(cx, budget)?);
+            if self.down.queue.is_empty() {
+                if self.down.unflushed {
+                    let Poll::Ready(flushed) = Pin::new(&mut self.app).poll_flush(cx) else {
+                        return Ok(Poll::Pending);
+                    };
+                    flushed.map_err(Failure::App)?;
+                    self.down.unflushed = false;
+                }
+                if self.down.last {
+                    let Poll::Ready(shut) = Pin::new(&mut self.app).poll_shutdown(cx) else {
+                        return Ok(Poll::Pending);
+                    };
+                    // The application may be gone already, with all that was for it.
+                    shut.or_else(ignore_not_connected).map_err(Failure::App)?;
+                    self.first_end.get_or_insert(Side::Tunnel);
+                    self.down.done = true;
+                    break;
+                }
+                if budget == 0 {
+                    cx.waker().wake_by_ref();
+                }
+                return Ok(Poll::Pending);
+            }
+            let Poll::Ready(written) = self.down.poll_write(&mut self.app, cx) else {
+                return Ok(Poll::Pending);
+            };
+            let written = written.map_err(Failure::App)?;
+            self.traffic.from_tunnel.fetch_add(written as u64, Ordering::Relaxed);
+            self.tunnel.release(written);
+        }
+        Ok(Poll::Ready(()))
+    }
+
+    /// Takes up to `budget` bytes from the tunnel into the queue.
+    fn receive(&mut self, cx: &mut Context<'_>, budget: usize) -> Result<usize, Failure> {
+        let mut received = 0;
+        while !self.down.last && received < budget {
+            match self.tunnel.poll_data(cx) {
+                Poll::Pending => break,
+                Poll::Ready(Some(Ok(data))) => {
+                    received += data.len();
+                    self.down.push(data);
+                }
+                // What was received before the tunnel failed is lost with it, as it is when TCP resets.
+                Poll::Ready(Some(Err(error))) => return Err(Failure::Tunnel(error)),
+                Poll::Ready(None) => self.down.last = true,
+            }
+        }
+        Ok(received)
+    }
+
+    fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(idle) = &mut self.idle else { return Poll::Pending };
+        while idle.timer.as_mut().poll(cx).is_ready() {
+            let total = self.traffic.total();
+            if total == idle.seen {
+                return Poll::Ready(());
+            }
+            idle.seen = total;
+            idle.timer.as_mut().reset(Instant::now() + idle.timeout);
+        }
+        Poll::Pending
+    }
+
+    /// Ends both sides once. A tunnel that has finished is left alone: its last bytes may still be on their way.
+    fn end(&mut self, finished: bool) {
+        if !self.ended && !finished {
+            self.tunnel.reset(ErrorCode::CONNECT_ERROR);
+            self.app.abort();
+        }
+        self.ended = true;
+    }
+}
+
+impl<A: AppIo> Drop for Pump<'_, A> {
+    fn drop(&mut self) {
+        self.end(false);
+    }
+}
+
+impl Down {
+    fn push(&mut self, data: Bytes) {
+        let behind = self.queue.len() >= PIECES || !self.tail.is_empty();
+        if behind && data.len() < GATHER {
+            self.tail.extend_from_slice(&data);
+            if self.tail.len() < 4 * GATHER {
+                return;
+            }
+        }
+        self.push_tail();
+        if !(behind && data.len() < GATHER) {
+            self.queue.push_back(data);
+        }
+    }
+
+    fn push_tail(&mut self) {
+        if !self.tail.is_empty() {
+            self.queue.push_back(std::mem::take(&mut self.tail).freeze());
+        }
+    }
+
+    fn poll_write<A: AppIo>(&mut self, app: &mut A, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let mut pieces = [IoSlice::new(&[]); PIECES];
+        let mut used = 0;
+        for (slot, data) in pieces.iter_mut().zip(&self.queue) {
+            *slot = IoSlice::new(data);
+            used += 1;
+        }
+        let pieces = pieces.get(..used).unwrap_or_default();
+        let written = match pieces {
+            [one] => ready!(Pin::new(app).poll_write(cx, one))?,
+            many => ready!(Pin::new(app).poll_write_vectored(cx, many))?,
+        };
+        if written == 0 {
+            return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+        }
+        self.unflushed = true;
+        self.advance(written);
+        Poll::Ready(Ok(written))
+    }
+
+    fn advance(&mut self, mut written: usize) {
+        while let Some(front) = self.queue.front_mut() {
+            if front.len() > written {
+                front.advance(written);
+                break;
+            }
+            written -= front.len();
+            self.queue.pop_front();
+        }
+        if self.queue.is_empty() {
+            // An idle tunnel holds no buffer.
+            self.queue = VecDeque::new();
+            self.push_tail();
+        }
+    }
+}
+
+fn ignore_not_connected(error: io::Error) -> io::Result<()> {
+    if error.kind() == io::ErrorKind::NotConnected { Ok(()) } else { Err(error) }
+}
+
+/// Reads what is there, up to `most` bytes; empty at the end of the stream.
+pub(crate) fn read_at_most<A: AppIo + ?Sized>(
+    app: &mut A,
+    cx: &mut Context<'_>,
+    most: usize,
+) -> Poll<io::Result<Bytes>> {
+    // Taken out, so that an application's stream may be a pump's end itself.
+    let mut slab = SLAB_OF_THREAD.take();
+    if slab.capacity() < READ {
+        slab.reserve(SLAB);
+    }
+    let result = poll_read_buf(Pin::new(app), cx, &mut (&mut slab).limit(most)).map_ok(|length| {
+        if length < COPY {
+            let copy = Bytes::copy_from_slice(&slab);
+            slab.clear();
+            copy
+        } else {
+            slab.split_to(length).freeze()
+        }
+    });
+    SLAB_OF_THREAD.set(slab);
+    result
+}
