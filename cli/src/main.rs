@@ -2,17 +2,21 @@
 #![forbid(unsafe_code)]
 
 mod admin;
+mod connections;
 mod demo;
 mod lab;
 mod load;
 mod netns;
+mod table;
+mod why;
+mod ztunnel_config;
 
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 /// A service mesh without sidecars: look at it, ask it why, and try it out.
 #[derive(Parser, Debug)]
@@ -25,6 +29,13 @@ struct Cli {
 #[derive(Subcommand, Debug)]
 enum Command {
     Demo(demo::DemoArgs),
+    Why(why::WhyArgs),
+    ZtunnelConfig(ztunnel_config::ZtunnelConfigArgs),
+    /// Writes a completion script for a shell to standard output
+    Completion {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
     /// Servers that the demo and the benchmark talk to
     #[command(hide = true, subcommand)]
     LabService(LabService),
@@ -55,6 +66,14 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Demo(args) => demo::run(&args),
+        Command::Why(args) => why::run(&args),
+        Command::ZtunnelConfig(args) => ztunnel_config::run(&args),
+        Command::Completion { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "culvert", &mut script);
+            table::print(&String::from_utf8_lossy(&script))?;
+            Ok(ExitCode::SUCCESS)
+        }
         Command::LabService(service) => {
             netns::block_on(async {
                 match service {

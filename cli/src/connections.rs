@@ -1,0 +1,204 @@
+//! Connections as a ztunnel's `/connections` lists them, and how a user names one.
+
+use std::net::SocketAddr;
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result};
+use clap::Args;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::admin;
+
+/// Where the ztunnel is.
+#[derive(Args, Clone, Debug)]
+pub struct Target {
+    /// The network namespace of the node: a name of `ip netns`, or a path [default: this one]
+    #[arg(long, value_name = "NAME|PATH", global = true)]
+    netns: Option<String>,
+    /// The ztunnel's admin address
+    #[arg(long, value_name = "ADDR", default_value_t = admin::ADMIN, global = true)]
+    admin: SocketAddr,
+}
+
+impl Target {
+    /// The address to ask.
+    pub fn address(&self) -> admin::Address {
+        admin::Address { namespace: self.netns.as_deref().map(crate::netns::path_of), at: self.admin }
+    }
+}
+
+/// One connection. What is absent is not known.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Connection {
+    pub id: u64,
+    #[serde(default)]
+    pub direction: String,
+    #[serde(default)]
+    pub carrier: String,
+    #[serde(default)]
+    pub opened_ms: u64,
+    pub source: SocketAddr,
+    pub source_workload: Option<String>,
+    pub source_identity: Option<String>,
+    pub destination: SocketAddr,
+    pub upstream: Option<SocketAddr>,
+    pub destination_workload: Option<String>,
+    pub destination_service: Option<String>,
+    pub destination_identity: Option<String>,
+    #[serde(default)]
+    pub decision: String,
+    pub policy: Option<String>,
+    #[serde(default)]
+    pub dry_run: Vec<String>,
+    pub closed_ms: Option<u64>,
+    #[serde(default)]
+    pub bytes_sent: u64,
+    #[serde(default)]
+    pub bytes_received: u64,
+    pub error: Option<String>,
+    /// All of it, as it came.
+    #[serde(skip)]
+    pub json: Value,
+}
+
+/// How a connection is doing, in a word.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// It goes on.
+    Open,
+    /// It ended in order.
+    Closed,
+    /// It was not let in.
+    Refused,
+    /// It was let in, and ended otherwise: cut, reset, or never connected.
+    Failed,
+}
+
+impl State {
+    /// The word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Open => "open",
+            Self::Closed => "closed",
+            Self::Refused => "refused",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+impl Connection {
+    /// Its state.
+    pub fn state(&self) -> State {
+        match (&self.closed_ms, &self.error) {
+            _ if self.decision.starts_with("denied") => State::Refused,
+            (None, _) => State::Open,
+            (Some(_), Some(_)) => State::Failed,
+            (Some(_), None) => State::Closed,
+        }
+    }
+
+    /// How long ago it was opened.
+    pub fn age(&self) -> Duration {
+        let opened = SystemTime::UNIX_EPOCH + Duration::from_millis(self.opened_ms);
+        SystemTime::now().duration_since(opened).unwrap_or_default()
+    }
+}
+
+/// Which connections.
+#[derive(Args, Clone, Debug, Default)]
+pub struct Filter {
+    /// From whom: an address, address:port, namespace/workload or SPIFFE ID
+    #[arg(long, value_name = "WHO")]
+    source: Option<String>,
+    /// To whom: as --source, or a service's host name
+    #[arg(long, value_name = "WHO")]
+    destination: Option<String>,
+}
+
+impl Filter {
+    /// Whether nothing was asked for.
+    pub fn is_empty(&self) -> bool {
+        self.source.is_none() && self.destination.is_none()
+    }
+
+    /// Whether `c` is meant.
+    pub fn matches(&self, c: &Connection) -> bool {
+        let source = self
+            .source
+            .as_ref()
+            .is_none_or(|who| is(who, &[Some(c.source)], &[&c.source_workload, &c.source_identity]));
+        source
+            && self.destination.as_ref().is_none_or(|who| {
+                let service = c.destination_service.as_deref().and_then(|s| s.split_once('/')).map(|s| s.1);
+                service == Some(who)
+                    || is(
+                        who,
+                        &[Some(c.destination), c.upstream],
+                        &[&c.destination_workload, &c.destination_identity, &c.destination_service],
+                    )
+            })
+    }
+}
+
+fn is(who: &str, addresses: &[Option<SocketAddr>], names: &[&Option<String>]) -> bool {
+    if let Ok(address) = who.parse::<SocketAddr>() {
+        return addresses.contains(&Some(address));
+    }
+    if let Ok(ip) = who.parse::<std::net::IpAddr>() {
+        return addresses.iter().flatten().any(|a| a.ip() == ip);
+    }
+    names.iter().any(|name| name.as_deref() == Some(who))
+}
+
+/// All connections that the ztunnel knows, in the order of their numbers.
+pub fn fetch(address: &admin::Address) -> Result<Vec<Connection>> {
+    let all = address.json("/connections")?;
+    let mut list = Vec::new();
+    for key in ["closed", "open"] {
+        for item in all.get(key).and_then(Value::as_array).into_iter().flatten() {
+            let mut connection = Connection::deserialize(item)
+                .with_context(|| format!("{} lists a connection that this culvert can't read", address.at))?;
+            connection.json = item.clone();
+            list.push(connection);
+        }
+    }
+    list.sort_by_key(|c| c.id);
+    Ok(list)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn connection() -> Connection {
+        Connection::deserialize(json!({
+            "id": 7, "direction": "inbound", "carrier": "hbone", "opened_ms": 1,
+            "source": "10.0.0.1:4000", "source_workload": "shop/batch",
+            "source_identity": "spiffe://cluster.local/ns/shop/sa/batch",
+            "destination": "[fd00::2]:80", "destination_workload": "shop/web",
+            "destination_service": "shop/web.shop.svc.cluster.local",
+            "decision": "denied by policy shop/no rule 0", "policy": "shop/no",
+            "closed_ms": 2, "error": "denied"
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn a_connection_is_found_by_each_of_its_names_and_by_no_other() {
+        let c = connection();
+        let source = |who: &str| Filter { source: Some(who.into()), destination: None }.matches(&c);
+        let destination = |who: &str| Filter { source: None, destination: Some(who.into()) }.matches(&c);
+        for who in ["10.0.0.1", "10.0.0.1:4000", "shop/batch", "spiffe://cluster.local/ns/shop/sa/batch"] {
+            assert!(source(who) && !destination(who), "{who}");
+        }
+        for who in ["fd00::2", "[fd00::2]:80", "shop/web", "web.shop.svc.cluster.local"] {
+            assert!(destination(who) && !source(who), "{who}");
+        }
+        assert!(!source("10.0.0.1:4001") && !source("batch") && !destination("10.0.0.2"));
+        assert_eq!(c.state(), State::Refused);
+    }
+}

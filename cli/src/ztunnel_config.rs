@@ -1,0 +1,224 @@
+//! `culvert ztunnel-config`: what a ztunnel knows and does, in tables.
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Args, Subcommand};
+use serde_json::Value;
+
+use crate::connections::{Filter, Target, fetch};
+use crate::table::{Table, print};
+use crate::why::Output;
+
+/// What a ztunnel knows and does
+#[derive(Args, Debug)]
+pub struct ZtunnelConfigArgs {
+    #[command(subcommand)]
+    what: What,
+    #[command(flatten)]
+    target: Target,
+    /// The form of the output
+    #[arg(short, long, value_enum, default_value_t, global = true)]
+    output: Output,
+}
+
+#[derive(Subcommand, Debug)]
+enum What {
+    /// The workloads of the mesh
+    #[command(visible_alias = "workloads")]
+    Workload(InNamespace),
+    /// The services
+    #[command(visible_alias = "services")]
+    Service(InNamespace),
+    /// The authorization policies in force
+    #[command(visible_alias = "policies")]
+    Policy(InNamespace),
+    /// The certificates of this node's workloads, and the roots that are trusted
+    #[command(visible_alias = "certificates")]
+    Certificate,
+    /// The connections that are open, and the last that ended or were refused
+    #[command(visible_alias = "connection")]
+    Connections {
+        #[command(flatten)]
+        filter: Filter,
+        /// Only the newest N
+        #[arg(long, value_name = "N")]
+        last: Option<usize>,
+    },
+    /// Shows the log level, or changes it
+    Log {
+        /// A level, or directives such as `info,access=debug`
+        #[arg(long)]
+        level: Option<String>,
+    },
+}
+
+#[derive(Args, Debug)]
+struct InNamespace {
+    /// Only this namespace
+    #[arg(short, long)]
+    namespace: Option<String>,
+}
+
+/// Runs the command.
+pub fn run(args: &ZtunnelConfigArgs) -> Result<ExitCode> {
+    let dump = || args.target.address().json("/config_dump");
+    let text = match &args.what {
+        What::Workload(only) => listed(&dump()?, "workloads", only, args.output, WORKLOAD, workload)?,
+        What::Service(only) => listed(&dump()?, "services", only, args.output, SERVICE, service)?,
+        What::Policy(only) => listed(&dump()?, "policies", only, args.output, POLICY, policy)?,
+        What::Certificate => certificates(&dump()?, args.output)?,
+        What::Connections { filter, last } => connections(args, filter, *last)?,
+        What::Log { level } => log(args, level.as_deref())?,
+    };
+    print(&text)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+const WORKLOAD: &[&str] = &["NAMESPACE", "NAME", "ADDRESSES", "NODE", "PROTOCOL", "STATUS", "IDENTITY"];
+const SERVICE: &[&str] = &["NAMESPACE", "NAME", "HOSTNAME", "VIPS", "PORTS", "ENDPOINTS"];
+const POLICY: &[&str] = &["NAMESPACE", "NAME", "ACTION", "SCOPE", "RULES", "DRY RUN"];
+
+fn listed(
+    dump: &Value,
+    key: &str,
+    only: &InNamespace,
+    output: Output,
+    heading: &[&str],
+    row: fn(&Value) -> Vec<String>,
+) -> Result<String> {
+    let all = dump.get(key).and_then(Value::as_array).with_context(|| format!("the dump has no {key}"))?;
+    let wanted = |v: &&Value| only.namespace.as_ref().is_none_or(|n| text(v, "namespace") == *n);
+    let found: Vec<&Value> = all.iter().filter(wanted).collect();
+    if output == Output::Json {
+        return Ok(format!("{}\n", serde_json::to_string_pretty(&found)?));
+    }
+    let mut table = Table::new(heading);
+    found.into_iter().for_each(|v| table.row(row(v)));
+    Ok(if table.is_empty() { format!("no {key}\n") } else { table.to_string() })
+}
+
+/// A field as text: strings as they are, lists joined by commas, nothing for what is absent.
+fn text(value: &Value, key: &str) -> String {
+    match value.get(key) {
+        Some(Value::String(s)) => s.clone(),
+        Some(Value::Array(list)) => {
+            let items = list.iter().map(|v| v.as_str().map_or_else(|| v.to_string(), str::to_owned));
+            items.collect::<Vec<_>>().join(",")
+        }
+        None | Some(Value::Null) => String::new(),
+        Some(other) => other.to_string(),
+    }
+}
+
+fn count(value: &Value, key: &str) -> String {
+    value.get(key).and_then(Value::as_array).map_or_else(String::new, |list| list.len().to_string())
+}
+
+fn workload(v: &Value) -> Vec<String> {
+    ["namespace", "name", "addresses", "node", "protocol", "status", "identity"].map(|k| text(v, k)).into()
+}
+
+fn service(v: &Value) -> Vec<String> {
+    let port = |p: &Value| format!("{}->{}", text(p, "port"), text(p, "targetPort"));
+    let ports = v.get("ports").and_then(Value::as_array).into_iter().flatten().map(port);
+    let mut row: Vec<String> = ["namespace", "name", "hostname", "vips"].map(|k| text(v, k)).into();
+    row.push(ports.collect::<Vec<_>>().join(","));
+    row.push(count(v, "endpoints"));
+    row
+}
+
+fn policy(v: &Value) -> Vec<String> {
+    let mut row: Vec<String> = ["namespace", "name", "action", "scope"].map(|k| text(v, k)).into();
+    row.push(count(v, "rules"));
+    row.push(text(v, "dryRun"));
+    row
+}
+
+fn certificates(dump: &Value, output: Output) -> Result<String> {
+    let all = dump.get("certificates").context("the dump has no certificates")?;
+    if output == Output::Json {
+        return Ok(format!("{}\n", serde_json::to_string_pretty(all)?));
+    }
+    let mut table = Table::new(&["IDENTITY", "STATE", "SERIAL", "NOT AFTER", "ISSUER"]);
+    for v in all.as_array().into_iter().flatten() {
+        table.row(["identity", "state", "serial", "notAfter", "issuer"].map(|k| text(v, k)));
+    }
+    Ok(table.to_string())
+}
+
+fn connections(args: &ZtunnelConfigArgs, filter: &Filter, last: Option<usize>) -> Result<String> {
+    let mut found = fetch(&args.target.address())?;
+    found.retain(|c| filter.matches(c));
+    if let Some(last) = last {
+        found.drain(..found.len().saturating_sub(last));
+    }
+    if args.output == Output::Json {
+        let list: Vec<_> = found.iter().map(|c| &c.json).collect();
+        return Ok(format!("{}\n", serde_json::to_string_pretty(&list)?));
+    }
+    let mut table = Table::new(&[
+        "ID",
+        "STATE",
+        "DIRECTION",
+        "CARRIER",
+        "SOURCE",
+        "IDENTITY",
+        "DESTINATION",
+        "SENT",
+        "RECEIVED",
+        "POLICY",
+    ]);
+    for c in found {
+        let end = |workload: &Option<String>, address: std::net::SocketAddr| match workload {
+            Some(name) => format!("{name} {address}"),
+            None => address.to_string(),
+        };
+        table.row([
+            c.id.to_string(),
+            c.state().as_str().to_owned(),
+            c.direction.clone(),
+            c.carrier.clone(),
+            end(&c.source_workload, c.source),
+            c.source_identity.clone().unwrap_or_default(),
+            end(&c.destination_workload, c.destination),
+            c.bytes_sent.to_string(),
+            c.bytes_received.to_string(),
+            c.policy.clone().unwrap_or_default(),
+        ]);
+    }
+    Ok(if table.is_empty() { "no connections\n".to_owned() } else { table.to_string() })
+}
+
+fn log(args: &ZtunnelConfigArgs, level: Option<&str>) -> Result<String> {
+    let address = args.target.address();
+    let answer = match level {
+        Some(level) => address.post(&format!("/logging?level={}", escaped(level)))?,
+        None => address.get("/logging")?,
+    };
+    Ok(String::from_utf8_lossy(&answer).into_owned())
+}
+
+/// RFC 3986 section 2.1, for a query's value.
+fn escaped(text: &str) -> String {
+    let mut out = String::new();
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-_.~:,=".contains(&byte) {
+            out.push(char::from(byte));
+        } else {
+            out.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn directives_survive_the_way_into_a_query() {
+        assert_eq!(escaped("info,access=debug"), "info,access=debug");
+        assert_eq!(escaped("a&b c%"), "a%26b%20c%25");
+    }
+}
