@@ -14,6 +14,7 @@
 //! * whatever isn't the orderly end of both directions, dropping the future included, resets both
 //!   connections, so that a truncated stream never looks complete.
 
+use std::fmt;
 use std::future::poll_fn;
 use std::io;
 use std::pin::{Pin, pin};
@@ -50,6 +51,15 @@ pub enum Side {
     Client,
     /// The one that was dialled.
     Server,
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Client => "client",
+            Self::Server => "server",
+        })
+    }
 }
 
 /// How it ended.

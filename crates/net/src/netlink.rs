@@ -77,8 +77,12 @@ impl Message {
         self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
     }
 
-    /// The bytes to send, with length and sequence number filled in.
-    fn finish(mut self, sequence: u32) -> Vec<u8> {
+    /// The bytes to send, with length, more flags and sequence number filled in.
+    fn finish(mut self, flags: u16, sequence: u32) -> Vec<u8> {
+        if let Some(field) = self.bytes.get_mut(6..8) {
+            let own = u16_at(field, 0).unwrap_or_default();
+            field.copy_from_slice(&(own | flags).to_ne_bytes());
+        }
         let len = u32::try_from(self.bytes.len()).unwrap_or(u32::MAX);
         for (at, value) in [(0, len), (8, sequence)] {
             if let Some(field) = self.bytes.get_mut(at..at + 4) {
@@ -136,18 +140,9 @@ impl Netlink {
         self.exchange(message, DUMP, each)
     }
 
-    fn exchange(
-        &mut self,
-        mut message: Message,
-        flags: u16,
-        mut each: impl FnMut(u16, &[u8]),
-    ) -> io::Result<()> {
-        if let Some(field) = message.bytes.get_mut(6..8) {
-            let own = u16_at(field, 0).unwrap_or_default();
-            field.copy_from_slice(&(own | flags).to_ne_bytes());
-        }
+    fn exchange(&mut self, message: Message, flags: u16, mut each: impl FnMut(u16, &[u8])) -> io::Result<()> {
         self.sequence = self.sequence.wrapping_add(1);
-        let request = message.finish(self.sequence);
+        let request = message.finish(flags, self.sequence);
         let fd = self.socket.as_raw_fd();
         sendto(fd, &request, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
         let mut buffer = Scratch::take();
@@ -218,10 +213,10 @@ mod tests {
 
     #[test]
     fn a_message_is_laid_out_as_the_kernel_wants_it() {
-        let bytes = Message::new(20, DUMP).body(&[1, 2, 3]).attribute(7, &[9]).finish(5);
+        let bytes = Message::new(20, DUMP).body(&[1, 2, 3]).attribute(7, &[9]).finish(ACK, 5);
         assert_eq!(u32_at(&bytes, 0), Some(28));
         assert_eq!(u16_at(&bytes, 4), Some(20));
-        assert_eq!(u16_at(&bytes, 6), Some(DUMP | REQUEST));
+        assert_eq!(u16_at(&bytes, 6), Some(DUMP | REQUEST | ACK));
         assert_eq!(u32_at(&bytes, 8), Some(5));
         assert_eq!(bytes[16..], [1, 2, 3, 0, 5, 0, 7, 0, 9, 0, 0, 0]);
     }

@@ -20,7 +20,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nix::sched::{CloneFlags, setns};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::stat::fstat;
 use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 
@@ -123,6 +123,21 @@ impl Netns {
     /// As [`Netns::open`]; in practice only when `/proc` isn't mounted or descriptors have run out.
     pub fn current() -> Result<Self, OpenError> {
         Self::open("/proc/thread-self/ns/net")
+    }
+
+    /// A new namespace with nothing in it but a loopback device that is down. It lives as long as the value
+    /// and its clones.
+    ///
+    /// # Errors
+    /// `EPERM` without `CAP_SYS_ADMIN`.
+    pub fn new_empty() -> io::Result<Self> {
+        // On a thread of its own, which ends in the new namespace and needn't return.
+        let made = std::thread::Builder::new().name("netns".into()).spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET)?;
+            let file = File::open("/proc/thread-self/ns/net")?;
+            Self::from_fd(file.into(), "a new namespace").map_err(io::Error::other)
+        })?;
+        made.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 
     /// A descriptor that came from elsewhere: a node agent sends them over a Unix socket. `name` stands for it

@@ -1,0 +1,92 @@
+//! Why traffic can't be captured, in words that name the package, capability or kernel feature to add.
+
+use std::io;
+use std::time::Duration;
+
+use crate::rules::LIST_LIMIT;
+
+/// What this machine or process lacks.
+#[derive(Debug, thiserror::Error)]
+pub enum Missing {
+    /// A program isn't installed.
+    #[error("{tool} is not installed; install the package {package}")]
+    Tool {
+        /// The program.
+        tool: String,
+        /// The Debian package that has it.
+        package: &'static str,
+    },
+    /// A privilege is missing.
+    #[error("{capability} is missing, which {purpose} needs; run as root, or add the capability")]
+    Capability {
+        /// Its name.
+        capability: &'static str,
+        /// What it is for.
+        purpose: &'static str,
+    },
+    /// The rules were refused in an empty namespace: the kernel lacks a feature, as a rule a module.
+    #[error("the rules don't load here, the kernel may lack a module: {0}")]
+    Kernel(#[source] Box<Error>),
+    /// The process's privileges can't be read.
+    #[error("cannot read /proc/thread-self/status: {0}")]
+    Unknown(#[source] io::Error),
+}
+
+/// Why capture could not be changed or read.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A list of the rules is too long.
+    #[error("the rules have a list of {0} entries; {LIST_LIMIT} are allowed")]
+    TooManyEntries(usize),
+    /// A namespace can't be entered or made.
+    #[error("cannot enter network namespace {netns}: {source}")]
+    Enter {
+        /// Which.
+        netns: String,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// A program can't be started.
+    #[error("cannot run {tool}: {source}")]
+    Start {
+        /// The program.
+        tool: String,
+        /// The kernel's answer; not found when it was removed since the probe.
+        #[source]
+        source: io::Error,
+    },
+    /// A program refused what it was given.
+    #[error("{command} failed in {netns} ({status}): {said}")]
+    Refused {
+        /// The program and its arguments.
+        command: String,
+        /// Where.
+        netns: String,
+        /// Its exit status.
+        status: std::process::ExitStatus,
+        /// What it printed on standard error, shortened.
+        said: String,
+    },
+    /// A program did not end and was killed.
+    #[error("{command} did not end within {limit:?} in {netns} and was killed")]
+    TimedOut {
+        /// The program and its arguments.
+        command: String,
+        /// Where.
+        netns: String,
+        /// How long it was given.
+        limit: Duration,
+    },
+    /// The kernel refused a policy rule or route.
+    #[error("cannot {action} in {netns}: {source}")]
+    Routing {
+        /// What was attempted.
+        action: &'static str,
+        /// Where.
+        netns: String,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+}
