@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod admin;
+mod bench;
 mod connections;
 mod demo;
 mod lab;
@@ -29,6 +30,7 @@ struct Cli {
 #[derive(Subcommand, Debug)]
 enum Command {
     Demo(demo::DemoArgs),
+    Bench(bench::BenchArgs),
     Why(why::WhyArgs),
     ZtunnelConfig(ztunnel_config::ZtunnelConfigArgs),
     /// Writes a completion script for a shell to standard output
@@ -66,6 +68,7 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Demo(args) => demo::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Why(args) => why::run(&args),
         Command::ZtunnelConfig(args) => ztunnel_config::run(&args),
         Command::Completion { shell } => {

@@ -4,7 +4,6 @@
 //! Every step ends in claims that are checked; one that does not hold makes the exit code 1. Whatever happens
 //! (an error, Ctrl-C, a panic), the lab is cleared.
 
-mod manifests;
 mod programs;
 mod report;
 mod steps;
@@ -15,9 +14,11 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use crate::lab::{self, Interrupted, Lab, NodeId, Ran, Stop, ZtunnelOptions, missing_programs};
+use crate::lab::manifests::Manifests;
+use crate::lab::{
+    self, Interrupted, Lab, NodeId, Ran, Stop, ZtunnelOptions, missing_programs, stop_on_signals,
+};
 use crate::load::{Plan, Shape, Talk};
-use manifests::Manifests;
 use report::{Form, Report};
 
 /// Shows the mesh at work on this machine: two nodes, real programs, six steps. Needs root.
@@ -80,7 +81,7 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
     }
     let stop = stop_on_signals()?;
     let form = if args.json { Form::Json } else { Form::Text };
-    let mut report = Report::new(form, STEPS.len() as u64 + 1);
+    let report = Report::new(form, STEPS.len() as u64 + 1);
     report.doing("two nodes, their pods and programs");
     let result = Demo::build(args, &stop, report, culvert.to_string_lossy().into_owned(), ztunnel);
     let mut demo = match result {
@@ -130,27 +131,6 @@ fn check_machine() -> Result<()> {
         bail!("missing: {}; on Debian: apt-get install {}", missing.join(", "), packages.join(" "));
     }
     Ok(())
-}
-
-/// Ctrl-C, SIGTERM and a closed terminal end the demo in order.
-pub fn stop_on_signals() -> Result<Stop> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let stop = Stop::default();
-    let flag = stop.clone();
-    let (ready, wait) = std::sync::mpsc::channel();
-    std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
-        crate::netns::block_on(async move {
-            let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
-            let [Ok(mut int), Ok(mut term), Ok(mut hup)] = kinds.map(signal) else { return };
-            let _ = ready.send(());
-            loop {
-                tokio::select! { _ = int.recv() => {}, _ = term.recv() => {}, _ = hup.recv() => {} }
-                flag.set();
-            }
-        })
-    })?;
-    wait.recv().context("cannot listen for signals")?;
-    Ok(stop)
 }
 
 impl Demo {

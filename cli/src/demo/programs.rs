@@ -5,7 +5,7 @@ use std::fs;
 
 use anyhow::{Context, Result};
 
-use super::manifests::ServicePlan;
+use crate::lab::manifests::ServicePlan;
 use crate::lab::{Lab, NodeId, PodPlan};
 
 /// The pods.

@@ -70,6 +70,27 @@ impl Stop {
 #[error("interrupted")]
 pub struct Interrupted;
 
+/// Ctrl-C, SIGTERM and a closed terminal set the flag.
+pub fn stop_on_signals() -> Result<Stop> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let stop = Stop::default();
+    let flag = stop.clone();
+    let (ready, wait) = std::sync::mpsc::channel();
+    std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+        crate::netns::block_on(async move {
+            let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
+            let [Ok(mut int), Ok(mut term), Ok(mut hup)] = kinds.map(signal) else { return };
+            let _ = ready.send(());
+            loop {
+                tokio::select! { _ = int.recv() => {}, _ = term.recv() => {}, _ = hup.recv() => {} }
+                flag.set();
+            }
+        })
+    })?;
+    wait.recv().context("cannot listen for signals")?;
+    Ok(stop)
+}
+
 /// A program that has ended.
 #[derive(Clone, Debug)]
 pub struct Ran {
@@ -92,14 +113,6 @@ impl Ran {
     pub fn shown(&self) -> &str {
         let out = self.stdout.trim_end();
         if out.is_empty() { self.stderr.trim_end().lines().last().unwrap_or_default() } else { out }
-    }
-
-    /// The result, or an error for a program whose failure nobody expects.
-    pub fn expect_success(self) -> Result<Self> {
-        if !self.success {
-            bail!("{} failed in {}: {}", self.line, self.place, self.stderr.trim());
-        }
-        Ok(self)
     }
 }
 

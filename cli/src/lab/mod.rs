@@ -12,6 +12,7 @@
 //! * [`Lab::clear`] runs on drop, unless the lab is to be kept; it ends only processes that the lab started.
 
 mod command;
+pub mod manifests;
 mod process;
 pub mod state;
 mod topology;
@@ -24,12 +25,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-pub use command::{Interrupted, Ran, Stop, missing_programs};
+pub use command::{Interrupted, Ran, Stop, missing_programs, stop_on_signals};
 pub use process::Process;
-pub use ztunnel::{Options as ZtunnelOptions, Usage, Ztunnel};
+pub use ztunnel::{Options as ZtunnelOptions, Ztunnel};
 
 use crate::netns;
 
+/// How long a ztunnel has to become ready.
+const READY_LIMIT: Duration = Duration::from_secs(20);
 /// How long a pod's program has until it listens.
 const START_LIMIT: Duration = Duration::from_secs(10);
 
@@ -231,11 +234,21 @@ impl Lab {
 
     /// Starts the node's ztunnel and waits until it is ready.
     pub fn start_ztunnel(&mut self, node: NodeId, options: &ZtunnelOptions) -> Result<()> {
+        self.start_ztunnel_within(node, options, READY_LIMIT)
+    }
+
+    /// The same with another time limit.
+    pub fn start_ztunnel_within(
+        &mut self,
+        node: NodeId,
+        options: &ZtunnelOptions,
+        limit: Duration,
+    ) -> Result<()> {
         self.ztunnels.retain(|z| z.node() != node);
         let started = Ztunnel::start(self, node, options)?;
         self.state.record_process(started.pid())?;
         self.ztunnels.push(started);
-        self.ztunnel_mut(node)?.wait_ready()
+        self.ztunnel_mut(node)?.wait_ready(limit)
     }
 
     /// A node's ztunnel.

@@ -34,10 +34,6 @@ pub struct Packet {
     pub destination: (IpAddr, u16),
     /// The TCP flags; `None` for UDP.
     pub tcp_flags: Option<u8>,
-    /// The whole frame's length.
-    pub length: usize,
-    /// Whether the frame holds the text that was searched for.
-    pub holds_needle: bool,
 }
 
 impl Packet {
@@ -171,12 +167,11 @@ fn read_capture(mut source: impl Read, needle: &[u8]) -> io::Result<Seen> {
         source.read_exact(&mut frame)?;
         seen.frames += 1;
         seen.bytes += length as u64;
-        let holds_needle = contains(&frame, needle);
-        seen.hits += u64::from(holds_needle);
+        seen.hits += u64::from(contains(&frame, needle));
         if let Some(packet) = parse(&frame)
             && seen.packets.len() < MOST_PACKETS
         {
-            seen.packets.push(Packet { length, holds_needle, ..packet });
+            seen.packets.push(packet);
         }
     }
 }
@@ -219,13 +214,7 @@ fn parse(frame: &[u8]) -> Option<Packet> {
         17 => None,
         _ => return None,
     };
-    Some(Packet {
-        source: (from, be16(rest, 0)?),
-        destination: (to, be16(rest, 2)?),
-        tcp_flags,
-        length: 0,
-        holds_needle: false,
-    })
+    Some(Packet { source: (from, be16(rest, 0)?), destination: (to, be16(rest, 2)?), tcp_flags })
 }
 
 #[cfg(test)]
@@ -254,7 +243,7 @@ mod tests {
         assert_eq!((seen.frames, seen.hits, seen.packets.len()), (2, 1, 1));
         let packet = seen.packets[0];
         assert_eq!(packet.source, ("10.0.0.1".parse().unwrap(), 4000));
-        assert!(packet.is_syn_ack() && !packet.is_syn() && !packet.is_hbone() && packet.holds_needle);
+        assert!(packet.is_syn_ack() && !packet.is_syn() && !packet.is_hbone());
         assert_eq!(read_capture(&file[..], b"not here").unwrap().hits, 0);
         // Half a frame at the end, as when tcpdump is killed, is an error and no panic.
         file.truncate(file.len() - 2);

@@ -11,9 +11,6 @@ use tokio::time::Instant;
 use super::{Lab, NodeId, Process, Stop};
 use crate::{admin, netns};
 
-/// A ztunnel that is not ready by then never will be.
-const READY_LIMIT: Duration = Duration::from_secs(20);
-
 /// How to start one.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -93,21 +90,17 @@ impl Ztunnel {
         self.ready_after.unwrap_or_default()
     }
 
-    pub(super) fn wait_ready(&mut self) -> Result<()> {
+    pub(super) fn wait_ready(&mut self, limit: Duration) -> Result<()> {
         let ready = admin::Address { namespace: Some(self.namespace.clone()), at: admin::READINESS };
         let stop = self.stop.clone();
-        let done = stop.wait_until(READY_LIMIT, || {
+        let done = stop.wait_until(limit, || {
             if let Some(status) = self.process.ended() {
                 bail!("ztunnel of {} ended at start ({status}):\n{}", self.node.name(), self.last_lines(12));
             }
             Ok(ready.get("/healthz/ready").is_ok())
         })?;
         if !done {
-            bail!(
-                "ztunnel of {} is not ready after {READY_LIMIT:?}:\n{}",
-                self.node.name(),
-                self.last_lines(12)
-            );
+            bail!("ztunnel of {} is not ready after {limit:?}:\n{}", self.node.name(), self.last_lines(12));
         }
         self.ready_after = Some(self.started.elapsed());
         Ok(())

@@ -117,7 +117,9 @@ impl Spoken {
 
 /// Runs the plan in the calling thread's namespace.
 pub(super) async fn drive(plan: &Plan, live: &Arc<Live>) -> io::Result<Outcome> {
-    let from = Instant::now() + plan.warm_up;
+    // What a bulk stream sends is counted from its first byte.
+    let warm_up = if matches!(plan.shape, Shape::Bulk { .. }) { Duration::ZERO } else { plan.warm_up };
+    let from = Instant::now() + warm_up;
     let window = Window { from, to: from + plan.duration };
     let work = Work {
         target: plan.target,
@@ -130,12 +132,26 @@ pub(super) async fn drive(plan: &Plan, live: &Arc<Live>) -> io::Result<Outcome> 
     local.run_until(dispatch(plan.shape, work)).await
 }
 
+/// One connection and one request on it.
+pub(super) async fn once(plan: &Plan) -> io::Result<Duration> {
+    let talk = Spoken::of(&plan.talk);
+    let since = Instant::now();
+    let mut line = Line::open(plan.target, &talk).await?;
+    line.ask(&talk.request).await?;
+    Ok(since.elapsed())
+}
+
 async fn dispatch(shape: Shape, work: Work) -> io::Result<Outcome> {
     let mut workers: JoinSet<io::Result<()>> = JoinSet::new();
     match shape {
         Shape::Closed { connections, reconnect } => {
             for _ in 0..connections {
                 workers.spawn_local(closed_loop(work.clone(), reconnect));
+            }
+        }
+        Shape::Idle { connections } => {
+            for _ in 0..connections {
+                workers.spawn_local(idle_connection(work.clone()));
             }
         }
         Shape::Connects { parallel } => {
@@ -186,6 +202,7 @@ async fn collect(mut workers: JoinSet<io::Result<()>>, work: &Work) -> io::Resul
     let end = if tally.bytes > 0 || work.live.stopped() { last } else { work.window.to };
     Ok(Outcome {
         requests: tally.requests,
+        answered: work.live.answered(),
         connections: work.live.opened.load(Ordering::Relaxed),
         bytes: tally.bytes,
         elapsed: end.saturating_duration_since(work.window.from).max(Duration::from_millis(1)),
@@ -210,9 +227,9 @@ struct Line {
 }
 
 impl Line {
-    async fn open(work: &Work) -> io::Result<Self> {
-        let stream = connect(work.target).await?;
-        Ok(Self { stream, answer: work.talk.answer, buffer: vec![0; 4 * EXCHANGE_BYTES] })
+    async fn open(target: SocketAddr, talk: &Spoken) -> io::Result<Self> {
+        let stream = connect(target).await?;
+        Ok(Self { stream, answer: talk.answer, buffer: vec![0; 4 * EXCHANGE_BYTES] })
     }
 
     /// One request and its whole answer.
@@ -267,7 +284,7 @@ fn answer_length(bytes: &[u8]) -> io::Result<Option<usize>> {
 
 async fn closed_loop(work: Work, reconnect: bool) -> io::Result<()> {
     while !work.over() {
-        match Line::open(&work).await {
+        match Line::open(work.target, &work.talk).await {
             Ok(mut line) => {
                 work.opened();
                 while !work.over() {
@@ -297,7 +314,7 @@ async fn connect_loop(work: Work) -> io::Result<()> {
     while !work.over() {
         let since = Instant::now();
         let one = async {
-            let mut line = Line::open(&work).await?;
+            let mut line = Line::open(work.target, &work.talk).await?;
             line.ask(&work.talk.request).await
         };
         match one.await {
@@ -310,6 +327,28 @@ async fn connect_loop(work: Work) -> io::Result<()> {
                 tokio::time::sleep(RECONNECT_PAUSE).await;
             }
         }
+    }
+    Ok(())
+}
+
+async fn idle_connection(work: Work) -> io::Result<()> {
+    let since = Instant::now();
+    let one = async {
+        let mut line = Line::open(work.target, &work.talk).await?;
+        line.ask(&work.talk.request).await?;
+        work.opened();
+        work.answered(since);
+        while !work.over() {
+            // A peer that closes it meanwhile is a failure: nothing else is to be read.
+            match timeout(Duration::from_millis(500), line.stream.readable()).await {
+                Err(_) => {}
+                Ok(_) => return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "closed while idle")),
+            }
+        }
+        Ok(())
+    };
+    if let Err(e) = one.await {
+        work.failed(&e);
     }
     Ok(())
 }
@@ -374,7 +413,7 @@ fn watch(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 }
 
 async fn open_lane(work: Work, mut dues: mpsc::UnboundedReceiver<Instant>) -> io::Result<()> {
-    let mut line = match Line::open(&work).await {
+    let mut line = match Line::open(work.target, &work.talk).await {
         Ok(line) => line,
         Err(e) => {
             work.failed(&e);

@@ -63,6 +63,11 @@ pub enum Shape {
         /// Requests a second, over all connections.
         rate: u32,
     },
+    /// Each connection sends one request, and then nothing until the end.
+    Idle {
+        /// How many connections.
+        connections: usize,
+    },
     /// Data in one direction, against [`SINK_PORT`].
     Bulk {
         /// How many streams.
@@ -125,6 +130,8 @@ impl Live {
 pub struct Outcome {
     /// Requests answered in the measured time.
     pub requests: u64,
+    /// Requests answered at any time, the warm-up included.
+    pub answered: u64,
     /// Connections opened in all.
     pub connections: u64,
     /// Bytes that the sink had received, for [`Shape::Bulk`].
@@ -213,6 +220,14 @@ pub fn start(plan: Plan) -> io::Result<Running> {
         netns::block_on(client::drive(&plan, &seen))?
     })?;
     Ok(Running { live, thread: Some(thread) })
+}
+
+/// How long a connect and one request take, from the namespace of `plan`; its form and times don't count.
+///
+/// # Errors
+/// Either fails.
+pub fn once(plan: &Plan) -> io::Result<Duration> {
+    netns::run_in(plan.namespace.as_deref(), || netns::block_on(client::once(plan)))??
 }
 
 /// Runs `plan` to its end.

@@ -7,8 +7,8 @@ use tokio::time::Instant;
 
 use super::web_service;
 use crate::demo::{Demo, programs};
-use crate::lab::NodeId;
 use crate::lab::wire::{Seen, Watch};
+use crate::lab::{NodeId, Pod};
 use crate::load::{self, Running, Shape};
 
 /// How long the mesh stays dead.
@@ -51,7 +51,7 @@ fn check_link(demo: &mut Demo, seen: &Seen) -> Result<()> {
     let plain = || seen.packets.iter().filter(|p| !p.is_hbone());
     let accepted = plain().filter(|p| p.is_syn_ack()).count();
     let enrolled: Vec<_> =
-        demo.lab.pods().iter().filter(|p| p.plan.namespace == "shop").flat_map(|p| p.ips()).collect();
+        demo.lab.pods().iter().filter(|p| p.plan.namespace == "shop").flat_map(Pod::ips).collect();
     let leaked = plain().filter(|p| p.is_syn() && enrolled.contains(&p.source.0)).count();
     let knocked = plain().filter(|p| p.is_syn()).count();
     demo.report.claim(

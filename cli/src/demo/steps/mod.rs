@@ -12,8 +12,8 @@ use std::net::SocketAddr;
 use anyhow::Result;
 use serde_json::Value;
 
-use super::{Demo, manifests, programs};
-use crate::lab::NodeId;
+use super::{Demo, programs};
+use crate::lab::{NodeId, manifests};
 
 /// The address that the Service `web` is called by.
 fn web_service() -> SocketAddr {

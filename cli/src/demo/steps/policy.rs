@@ -5,8 +5,28 @@ use std::time::Duration;
 use anyhow::Result;
 use tokio::time::Instant;
 
-use crate::demo::{Demo, manifests};
+use crate::demo::Demo;
 use crate::lab::NodeId;
+
+/// Only the frontend may talk to web.
+const ALLOW_FRONTEND: &str = "apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata:
+  name: web-for-frontend
+  namespace: shop
+spec:
+  selector:
+    matchLabels:
+      app: web
+  action: ALLOW
+  rules:
+  - from:
+    - source:
+        principals: [cluster.local/ns/shop/sa/frontend]
+    to:
+    - operation:
+        ports: [\"8080\"]
+";
 
 /// A change of the directory must be in force by then.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -17,7 +37,7 @@ pub fn run(demo: &mut Demo) -> Result<()> {
     demo.report.ran(&before);
     demo.report.claim(before.stdout.starts_with("200"), "without a policy, batch may call web");
     let since = Instant::now();
-    demo.manifests.put("web-for-frontend", manifests::ALLOW_FRONTEND)?;
+    demo.manifests.put("web-for-frontend", ALLOW_FRONTEND)?;
     demo.report.say("AuthorizationPolicy shop/web-for-frontend: ALLOW principal …/sa/frontend to port 8080");
     let stop = demo.lab.stop().clone();
     let refused = stop.wait_until(LIMIT, || Ok(!demo.curl("batch", &[], "http://web/")?.success))?;

@@ -7,10 +7,21 @@ use anyhow::Result;
 use tokio::time::Instant;
 
 use super::web_service;
-use crate::demo::{Demo, manifests, programs};
+use crate::demo::{Demo, programs};
 use crate::lab::NodeId;
 use crate::lab::wire::Watch;
 use crate::load::{self, Shape};
+
+/// Plaintext is refused in `shop`.
+const STRICT: &str = "apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata:
+  name: default
+  namespace: shop
+spec:
+  mtls:
+    mode: STRICT
+";
 
 /// A change of the directory must be in force by then.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -28,7 +39,7 @@ pub fn run(demo: &mut Demo) -> Result<()> {
     demo.report.claim(running, "connections from outside are made and held all the time");
 
     let since = Instant::now();
-    demo.manifests.put("strict", manifests::STRICT)?;
+    demo.manifests.put("strict", STRICT)?;
     demo.report.say("PeerAuthentication default in shop with mode STRICT is written into the directory");
     let failed = |live: &load::Live| live.failed.load(Ordering::Relaxed) > 0;
     let refused = demo.lab.stop().wait_until(LIMIT, || Ok(failed(connects.live())))?;

@@ -1,4 +1,4 @@
-//! The directory of manifests that the demo's ztunnels read: what a user would give to Kubernetes, and on each Pod
+//! The directory of manifests that the lab's ztunnels read: what a user would give to Kubernetes, and on each Pod
 //! one annotation that says where its network namespace is.
 
 use std::fs;
@@ -7,9 +7,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::lab::{Lab, NodeId, Pod};
+use super::{Lab, NodeId, Pod};
 
-/// A Service of the demo, in the namespace `shop`, backed by the pod of the same name.
+/// The namespace whose pods are in the mesh.
+pub const ENROLLED: &str = "shop";
+/// The one whose pods are not.
+pub const OUTSIDE: &str = "outside";
+
+/// A Service in the namespace [`ENROLLED`], backed by the pod of the same name.
 pub struct ServicePlan {
     /// The name of the Service and of its pod.
     pub name: &'static str,
@@ -36,7 +41,7 @@ impl Manifests {
         fs::create_dir(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
         let manifests = Self { dir };
         manifests
-            .put("namespaces", &format!("{}---\n{}", namespace("shop", true), namespace("outside", false)))?;
+            .put("namespaces", &format!("{}---\n{}", namespace(ENROLLED, true), namespace(OUTSIDE, false)))?;
         manifests.put("nodes", &NodeId::ALL.map(node).join("---\n"))?;
         for pod in lab.pods() {
             manifests.put(&format!("pod-{}", pod.plan.name), &pod_manifest(pod))?;
@@ -58,12 +63,6 @@ impl Manifests {
         fs::write(&next, text)
             .and_then(|()| fs::rename(&next, &file))
             .with_context(|| format!("cannot write {}", file.display()))
-    }
-
-    /// Takes a file away.
-    pub fn remove(&self, name: &str) -> Result<()> {
-        let file = self.dir.join(format!("{name}.yaml"));
-        fs::remove_file(&file).with_context(|| format!("cannot remove {}", file.display()))
     }
 }
 
@@ -174,34 +173,3 @@ pub fn service_ips(number: u8) -> [IpAddr; 2] {
         Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, u16::from(number)).into(),
     ]
 }
-
-/// Plaintext is refused in `shop`.
-pub const STRICT: &str = "apiVersion: security.istio.io/v1
-kind: PeerAuthentication
-metadata:
-  name: default
-  namespace: shop
-spec:
-  mtls:
-    mode: STRICT
-";
-
-/// Only the frontend may talk to web.
-pub const ALLOW_FRONTEND: &str = "apiVersion: security.istio.io/v1
-kind: AuthorizationPolicy
-metadata:
-  name: web-for-frontend
-  namespace: shop
-spec:
-  selector:
-    matchLabels:
-      app: web
-  action: ALLOW
-  rules:
-  - from:
-    - source:
-        principals: [cluster.local/ns/shop/sa/frontend]
-    to:
-    - operation:
-        ports: [\"8080\"]
-";

@@ -1,0 +1,171 @@
+//! `culvert bench`: what the tunnel costs, beside the same path without the mesh, in one run on one machine.
+//!
+//! Every figure is the median of several repetitions in which direct and mesh take turns, so that a busy
+//! neighbour meets both. CPU is that of both ztunnels together, from `/proc/PID/stat`.
+
+mod memory;
+mod picture;
+mod results;
+mod scenarios;
+
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+
+use crate::lab::manifests::{ENROLLED, Manifests, OUTSIDE};
+use crate::lab::{Lab, NodeId, PodPlan, ZtunnelOptions, missing_programs, stop_on_signals};
+use crate::load::SINK_PORT;
+use results::{Machine, Results};
+
+/// Measures what the tunnel costs beside the direct path. Needs root; half an hour at the defaults.
+#[derive(Args, Debug)]
+pub struct BenchArgs {
+    /// Where tunnel.json, tunnel.md and tunnel.svg go
+    #[arg(long, default_value = "bench/results", value_name = "DIR")]
+    out: PathBuf,
+    /// How often each figure is measured; the median counts
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    repetitions: usize,
+    /// How long one measurement lasts
+    #[arg(long, default_value_t = 4, value_name = "S")]
+    seconds: u64,
+    /// How long memory is left idle before it is read
+    #[arg(long, default_value_t = 60, value_name = "S")]
+    idle_seconds: u64,
+    /// Only the scenarios whose name starts with one of these
+    #[arg(long, value_delimiter = ',', value_name = "SCENARIO")]
+    only: Vec<String>,
+    /// The ztunnel to measure [default: the one beside this program]
+    #[arg(long, value_name = "FILE")]
+    ztunnel: Option<PathBuf>,
+}
+
+impl BenchArgs {
+    fn wants(&self, scenario: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|s| scenario.starts_with(s.as_str()))
+    }
+}
+
+/// A client and a server on each side, in the mesh and outside of it.
+const PODS: &[PodPlan] = &[
+    PodPlan { name: "client", namespace: ENROLLED, node: NodeId::One },
+    PodPlan { name: "near", namespace: ENROLLED, node: NodeId::One },
+    PodPlan { name: "far", namespace: ENROLLED, node: NodeId::Two },
+    PodPlan { name: "xclient", namespace: OUTSIDE, node: NodeId::One },
+    PodPlan { name: "xnear", namespace: OUTSIDE, node: NodeId::One },
+    PodPlan { name: "xfar", namespace: OUTSIDE, node: NodeId::Two },
+];
+
+/// What is measured on.
+struct Bench<'a> {
+    args: &'a BenchArgs,
+    lab: Lab,
+    manifests: Manifests,
+    options: ZtunnelOptions,
+    results: Results,
+}
+
+/// Runs the command.
+pub fn run(args: &BenchArgs) -> Result<ExitCode> {
+    if !nix::unistd::geteuid().is_root() {
+        bail!("the benchmark makes network namespaces and so needs root: sudo make bench");
+    }
+    if !missing_programs(&["ip"]).is_empty() {
+        bail!("missing: ip; on Debian: apt-get install iproute2");
+    }
+    if args.repetitions == 0 || args.seconds == 0 {
+        bail!("--repetitions and --seconds start at 1");
+    }
+    let culvert = std::env::current_exe().context("cannot tell where this program is")?;
+    let ztunnel = args.ztunnel.clone().unwrap_or_else(|| culvert.with_file_name("ztunnel"));
+    if !ztunnel.is_file() {
+        bail!("{} is missing: build it (`make bench` does), or name one with --ztunnel", ztunnel.display());
+    }
+    raise_descriptors()?;
+    let stop = stop_on_signals()?;
+    let mut lab = Lab::build("culvert-bench", PODS, &stop)?;
+    let manifests = Manifests::write(&lab, &[])?;
+    for name in ["near", "far", "xnear", "xfar"] {
+        let netns = lab.pod(name)?.netns.clone();
+        lab.spawn(&netns, name, &[&culvert.to_string_lossy(), "lab-service", "load", "::"])?;
+    }
+    for name in ["near", "far", "xnear", "xfar"] {
+        lab.wait_listening(name, SINK_PORT)?;
+    }
+    let options = ZtunnelOptions {
+        program: ztunnel,
+        config_dir: manifests.dir().to_owned(),
+        ca_dir: lab.dir().join("ca"),
+        more: Vec::new(),
+    };
+    let results = Results::new(machine(args.repetitions)?);
+    let mut bench = Bench { args, lab, manifests, options, results };
+    bench.start_ztunnels()?;
+    bench.measure()?;
+    bench.results.write(&args.out)?;
+    let left = bench.lab.clear();
+    if left.is_empty() { Ok(ExitCode::SUCCESS) } else { bail!("could not clear: {}", left.join("; ")) }
+}
+
+impl Bench<'_> {
+    fn start_ztunnels(&mut self) -> Result<()> {
+        for node in NodeId::ALL {
+            self.lab.start_ztunnel(node, &self.options)?;
+        }
+        Ok(())
+    }
+
+    fn measure(&mut self) -> Result<()> {
+        if self.args.wants("memory") {
+            // First: nothing has been carried yet.
+            memory::idle(self)?;
+        }
+        scenarios::measure(self)?;
+        if self.args.wants("memory") {
+            memory::large_mesh(self)?;
+        }
+        Ok(())
+    }
+
+    fn seconds(&self) -> Duration {
+        Duration::from_secs(self.args.seconds)
+    }
+}
+
+/// A thousand idle connections need two descriptors each, here and in the programs that are started.
+fn raise_descriptors() -> Result<()> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).context("cannot raise the limit of open files")
+}
+
+fn machine(repetitions: usize) -> Result<Machine> {
+    let read = |path: &str| std::fs::read_to_string(path).with_context(|| format!("cannot read {path}"));
+    let cpuinfo = read("/proc/cpuinfo")?;
+    let model = cpuinfo.lines().find_map(|l| l.strip_prefix("model name")?.split_once(": ")).map(|m| m.1);
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let meminfo = read("/proc/meminfo")?;
+    let kb: u64 = meminfo
+        .lines()
+        .find_map(|l| l.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse().ok())
+        .unwrap_or_default();
+    Ok(Machine {
+        machine: format!("{cores} cores, {}, {} GiB", model.unwrap_or("unknown processor"), kb >> 20),
+        kernel: read("/proc/sys/kernel/osrelease")?.trim().to_owned(),
+        commit: commit(),
+        repetitions,
+    })
+}
+
+fn commit() -> String {
+    let git = |args: &[&str]| {
+        let output = Command::new("git").args(args).output().ok().filter(|o| o.status.success())?;
+        Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    let Some(commit) = git(&["rev-parse", "--short=12", "HEAD"]) else { return "unknown".to_owned() };
+    let changed = git(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|s| !s.is_empty());
+    if changed { format!("{commit} and uncommitted changes") } else { commit }
+}
