@@ -26,16 +26,22 @@
 mod annotations;
 mod backend;
 mod error;
+mod iptables;
+mod live;
 mod nft;
 mod probe;
 mod routing;
 mod rules;
+mod select;
 mod tool;
 
 pub use annotations::{ANNOTATIONS, InvalidAnnotation};
 pub use backend::{Backend, Capture, Drift, Installed, UnknownBackend};
 pub use error::{Error, Missing};
+pub use iptables::Iptables;
+pub use live::{Direction, LiveConnection, live_connections};
 pub use nft::Nftables;
 pub use routing::Ipv6;
 pub use rules::{Include, InterfaceName, LIST_LIMIT, PortRange, Ports, ProbeSources, Rules};
+pub use select::{NoBackend, Selected, probe, select};
 pub use tool::Tools;

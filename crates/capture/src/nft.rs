@@ -162,7 +162,9 @@ fn ruleset(plan: &Plan) -> String {
         chain(&mut text, name, None, lines);
     }
     if plan.dns {
-        for (name, verdict) in [("dns_redirect", format!("redirect to :{}", ports.dns)), ("dns_refuse", "reject".to_owned())] {
+        for (name, verdict) in
+            [("dns_redirect", format!("redirect to :{}", ports.dns)), ("dns_refuse", "reject".to_owned())]
+        {
             let mut lines = steps(&plan.outbound_always, Way::Out, &verdict);
             lines.push(format!("udp dport 53 {verdict}"));
             chain(&mut text, name, None, lines);

@@ -208,6 +208,11 @@ fn is_disabled(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EACCES | libc::EINVAL | libc::ENODEV))
 }
 
+/// Whether the kernel has IPv6 at all; a namespace may still have it switched off.
+pub(crate) fn kernel_has_ipv6() -> bool {
+    std::path::Path::new("/proc/sys/net/ipv6").exists()
+}
+
 fn ipv6_is_disabled(netns: &Netns) -> bool {
     let read = || std::fs::read_to_string("/proc/sys/net/ipv6/conf/lo/disable_ipv6");
     let value = netns.run(read).and_then(|value| value);

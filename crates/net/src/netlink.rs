@@ -140,18 +140,45 @@ impl Netlink {
         self.exchange(message, DUMP, each)
     }
 
-    fn exchange(&mut self, message: Message, flags: u16, mut each: impl FnMut(u16, &[u8])) -> io::Result<()> {
+    /// Sends `messages` between `begin` and `end` at once: all of them happen, or none (nf_tables).
+    ///
+    /// # Errors
+    /// The kernel's answer to the first that failed.
+    pub fn transaction(&mut self, begin: Message, messages: Vec<Message>, end: Message) -> io::Result<()> {
+        let last = messages.len();
+        let parts = std::iter::once(begin).chain(messages).chain(std::iter::once(end)).enumerate();
+        let mut request = Vec::new();
+        let first = self.sequence.wrapping_add(1);
+        for (number, message) in parts {
+            self.sequence = self.sequence.wrapping_add(1);
+            request.extend(message.finish(if number == last { ACK } else { 0 }, self.sequence));
+        }
+        self.send(&request)?;
+        self.receive(first, |_, _| {})
+    }
+
+    fn exchange(&mut self, message: Message, flags: u16, each: impl FnMut(u16, &[u8])) -> io::Result<()> {
         self.sequence = self.sequence.wrapping_add(1);
-        let request = message.finish(flags, self.sequence);
+        self.send(&message.finish(flags, self.sequence))?;
+        self.receive(self.sequence, each)
+    }
+
+    fn send(&self, request: &[u8]) -> io::Result<()> {
+        sendto(self.socket.as_raw_fd(), request, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
+        Ok(())
+    }
+
+    /// Reads until the end of the answer to the requests numbered from `first` on.
+    fn receive(&self, first: u32, mut each: impl FnMut(u16, &[u8])) -> io::Result<()> {
         let fd = self.socket.as_raw_fd();
-        sendto(fd, &request, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
+        let own = 0..=self.sequence.wrapping_sub(first);
         let mut buffer = Scratch::take();
         loop {
             let received = recv(fd, &mut buffer, MsgFlags::empty())?;
             let mut rest = buffer.get(..received).unwrap_or_default();
             while let Some((kind, sequence, payload, after)) = next_message(rest) {
                 rest = after;
-                if sequence != self.sequence {
+                if !own.contains(&sequence.wrapping_sub(first)) {
                     continue;
                 }
                 match kind {

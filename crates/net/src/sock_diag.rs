@@ -21,7 +21,7 @@ const INET_DIAG_MARK: u16 = 15;
 /// No cookie: any socket with these addresses.
 const NO_COOKIE: [u8; 8] = [0xff; 8];
 
-/// The state of a TCP connection (kernel include/net/tcp_states.h); closed and listening sockets aren't listed.
+/// The state of a TCP socket (kernel include/net/tcp_states.h), without those that no process cares for.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 #[repr(u8)]
 pub enum TcpState {
@@ -39,11 +39,13 @@ pub enum TcpState {
     CloseWait = 8,
     /// Both have finished, our end is yet to be acknowledged.
     LastAck = 9,
+    /// Waits for connections.
+    Listen = 10,
     /// Both have finished at once.
     Closing = 11,
 }
 
-const LISTED: [TcpState; 8] = [
+const CONNECTED: [TcpState; 8] = [
     TcpState::Established,
     TcpState::SynSent,
     TcpState::SynReceived,
@@ -89,12 +91,24 @@ struct Key {
 /// # Errors
 /// The namespace can't be entered, or the kernel lacks `CONFIG_INET_TCP_DIAG` (`ENOENT`).
 pub fn connections(netns: &Netns) -> io::Result<Vec<Connection>> {
+    sockets(netns, &CONNECTED)
+}
+
+/// The addresses that TCP listeners of `netns` are bound to, both families.
+///
+/// # Errors
+/// As [`connections`].
+pub fn listeners(netns: &Netns) -> io::Result<Vec<SocketAddr>> {
+    Ok(sockets(netns, &[TcpState::Listen])?.into_iter().map(|socket| socket.local).collect())
+}
+
+fn sockets(netns: &Netns, listed: &[TcpState]) -> io::Result<Vec<Connection>> {
     let mut netlink = Netlink::open(netns, SockProtocol::NetlinkSockDiag)?;
-    let states = LISTED.iter().fold(0, |states, state| states | 1_u32 << (*state as u8));
+    let states = listed.iter().fold(0, |states, state| states | 1_u32 << (*state as u8));
     let mut found = Vec::new();
     for family in [libc::AF_INET, libc::AF_INET6] {
         let request = diag_request(SOCK_DIAG_BY_FAMILY, low_byte(family), states, &[0; 48]);
-        netlink.dump(request, |_, payload| found.extend(parse(payload)))?;
+        netlink.dump(request, |_, payload| found.extend(parse(payload, listed)))?;
     }
     Ok(found)
 }
@@ -157,7 +171,7 @@ fn diag_request(kind: u16, family: u8, states: u32, id: &[u8; 48]) -> Message {
 }
 
 /// An `inet_diag_msg`.
-fn parse(payload: &[u8]) -> Option<Connection> {
+fn parse(payload: &[u8], listed: &[TcpState]) -> Option<Connection> {
     let (family, state) = (*payload.first()?, *payload.get(1)?);
     let id: [u8; 48] = payload.get(4..52)?.try_into().ok()?;
     let address = |port: usize, ip: usize| {
@@ -174,7 +188,7 @@ fn parse(payload: &[u8]) -> Option<Connection> {
     Some(Connection {
         local: address(0, 4)?,
         peer: address(2, 20)?,
-        state: *LISTED.iter().find(|listed| **listed as u8 == state)?,
+        state: *listed.iter().find(|listed| **listed as u8 == state)?,
         receive_queue: u32_at(payload, 56)?,
         send_queue: u32_at(payload, 60)?,
         uid: u32_at(payload, 64)?,

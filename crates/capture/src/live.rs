@@ -1,0 +1,62 @@
+//! The connections of a pod that go past ztunnel: those that were alive when it was enrolled, and those that
+//! its rules exempt.
+
+use std::collections::HashSet;
+use std::io;
+use std::net::SocketAddr;
+
+use net::sock_diag::{self, Connection};
+use net::{Netns, ZTUNNEL_MARK};
+
+use crate::rules::Ports;
+
+/// Who opened a connection.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Direction {
+    /// Someone else, to a listener of the pod.
+    Inbound,
+    /// The pod.
+    Outbound,
+}
+
+/// A connection between the pod and elsewhere that doesn't pass ztunnel. End it with
+/// [`net::sock_diag::destroy`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct LiveConnection {
+    /// Its addresses and state, seen from the pod.
+    pub connection: Connection,
+    /// Who opened it. Told by whether the pod listens on the local port, now.
+    pub direction: Direction,
+}
+
+/// The connections of the pod in `netns` that go past the ztunnel that listens on `ports`. May be called at
+/// any time; at enrolment, right after the installation, it finds what was alive before.
+///
+/// # Errors
+/// The namespace can't be entered, or the kernel lacks sock_diag.
+pub fn live_connections(netns: &Netns, ports: &Ports) -> io::Result<Vec<LiveConnection>> {
+    let listening: HashSet<u16> = sock_diag::listeners(netns)?.iter().map(SocketAddr::port).collect();
+    let all = sock_diag::connections(netns)?;
+    let ends: HashSet<_> = all.iter().map(|socket| (socket.local, socket.peer)).collect();
+    // Peers of what ztunnel accepted on its redirect targets: the application's own ends.
+    let redirected: HashSet<_> =
+        all.iter().filter(|socket| is_target(ports, socket.local.port())).map(|socket| socket.peer).collect();
+    let live = all.into_iter().filter(|socket| {
+        // Both ends in the namespace: local traffic, and ztunnel's connections to the application.
+        let internal = ends.contains(&(socket.peer, socket.local));
+        let of_ztunnel = socket.mark == Some(ZTUNNEL_MARK)
+            || is_target(ports, socket.local.port())
+            || socket.local.port() == ports.inbound_hbone;
+        !(internal || of_ztunnel || redirected.contains(&socket.local))
+    });
+    let directed = live.map(|connection| {
+        let inbound = listening.contains(&connection.local.port());
+        let direction = if inbound { Direction::Inbound } else { Direction::Outbound };
+        LiveConnection { connection, direction }
+    });
+    Ok(directed.collect())
+}
+
+fn is_target(ports: &Ports, port: u16) -> bool {
+    [ports.outbound, ports.inbound_plaintext, ports.dns].contains(&port)
+}
