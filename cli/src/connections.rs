@@ -156,7 +156,7 @@ fn is(who: &str, addresses: &[Option<SocketAddr>], names: &[&Option<String>]) ->
 pub fn fetch(address: &admin::Address) -> Result<Vec<Connection>> {
     let all = address.json("/connections")?;
     let mut list = Vec::new();
-    for key in ["closed", "open"] {
+    for key in ["ended", "open"] {
         for item in all.get(key).and_then(Value::as_array).into_iter().flatten() {
             let mut connection = Connection::deserialize(item)
                 .with_context(|| format!("{} lists a connection that this culvert can't read", address.at))?;

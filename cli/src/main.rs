@@ -3,6 +3,7 @@
 
 mod admin;
 mod bench;
+mod ca;
 mod connections;
 mod demo;
 mod lab;
@@ -32,6 +33,7 @@ enum Command {
     Demo(demo::DemoArgs),
     Bench(bench::BenchArgs),
     Why(why::WhyArgs),
+    Ca(ca::CaArgs),
     ZtunnelConfig(ztunnel_config::ZtunnelConfigArgs),
     /// Writes a completion script for a shell to standard output
     Completion {
@@ -69,6 +71,7 @@ fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Demo(args) => demo::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Ca(args) => ca::run(&args),
         Command::Why(args) => why::run(&args),
         Command::ZtunnelConfig(args) => ztunnel_config::run(&args),
         Command::Completion { shell } => {

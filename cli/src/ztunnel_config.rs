@@ -140,11 +140,21 @@ fn certificates(dump: &Value, output: Output) -> Result<String> {
     if output == Output::Json {
         return Ok(format!("{}\n", serde_json::to_string_pretty(all)?));
     }
-    let mut table = Table::new(&["IDENTITY", "STATE", "SERIAL", "NOT AFTER", "ISSUER"]);
-    for v in all.as_array().into_iter().flatten() {
-        table.row(["identity", "state", "serial", "notAfter", "issuer"].map(|k| text(v, k)));
+    let mut table =
+        Table::new(&["IDENTITY", "VALID", "SERIAL", "NOT AFTER", "RENEWED AT", "ROOT", "FAILURE"]);
+    let rows = |key: &str| all.get(key).and_then(Value::as_array).cloned().unwrap_or_default();
+    for v in rows("workloads") {
+        let mut row =
+            ["identity", "valid", "serial", "notAfter", "renewAt", "root", "failure"].map(|k| text(&v, k));
+        for cell in row.iter_mut().filter(|c| c.len() >= 32 && c.bytes().all(|b| b.is_ascii_hexdigit())) {
+            // Enough to tell two apart; the whole of it is in the JSON.
+            cell.truncate(12);
+        }
+        table.row(row);
     }
-    Ok(table.to_string())
+    let roots: Vec<_> =
+        rows("roots").iter().map(|r| text(r, "id").chars().take(12).collect::<String>()).collect();
+    Ok(format!("{table}\ntrusted roots: {}\n", roots.join(", ")))
 }
 
 fn connections(args: &ZtunnelConfigArgs, filter: &Filter, last: Option<usize>) -> Result<String> {

@@ -70,7 +70,7 @@ pub(super) fn large_mesh(bench: &mut Bench<'_>) -> Result<()> {
     let options = bench.options.clone();
     bench.lab.start_ztunnel_within(NodeId::Two, &options, READY_LIMIT)?;
     let ready = bench.lab.ztunnel(NodeId::Two)?.ready_after();
-    let known = bench.lab.ztunnel(NodeId::Two)?.admin("/config_dump")?;
+    let known = bench.lab.ztunnel(NodeId::Two)?.admin().json("/config_dump")?;
     let known = known.get("workloads").and_then(|w| w.as_array()).map_or(0, Vec::len);
     if known < WORKLOADS {
         bail!("ztunnel is ready and knows {known} of {WORKLOADS} workloads");

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use serde_json::Value;
 use tokio::time::Instant;
 
 use super::{Lab, NodeId, Process, Stop};
@@ -113,9 +112,9 @@ impl Ztunnel {
         lines.get(lines.len().saturating_sub(count)..).unwrap_or_default().join("\n")
     }
 
-    /// Asks its admin address.
-    pub fn admin(&self, path: &str) -> Result<Value> {
-        admin::Address { namespace: Some(self.namespace.clone()), at: admin::ADMIN }.json(path)
+    /// Its admin address.
+    pub fn admin(&self) -> admin::Address {
+        admin::Address { namespace: Some(self.namespace.clone()), at: admin::ADMIN }
     }
 
     /// Its metrics, as Prometheus reads them.

@@ -10,9 +10,9 @@ pub mod strict;
 use std::net::SocketAddr;
 
 use anyhow::Result;
-use serde_json::Value;
 
 use super::{Demo, programs};
+use crate::connections::{Connection, fetch};
 use crate::lab::{NodeId, manifests};
 
 /// The address that the Service `web` is called by.
@@ -43,15 +43,10 @@ impl Demo {
         Ok(ran)
     }
 
-    /// The newest connection that the node's ztunnel knows from one address to another, open or ended.
-    fn last_connection(&self, node: NodeId, source: &str, destination: &str) -> Result<Option<Value>> {
-        let all = self.lab.ztunnel(node)?.admin("/connections")?;
-        let listed = |key: &str| all.get(key).and_then(Value::as_array).cloned().unwrap_or_default();
-        let text = |c: &Value, key: &str| c.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
-        let matching = listed("closed")
-            .into_iter()
-            .chain(listed("open"))
-            .filter(|c| text(c, "source").starts_with(source) && text(c, "destination") == destination);
-        Ok(matching.max_by_key(|c| c.get("id").and_then(Value::as_u64)))
+    /// The newest connection that the node's ztunnel knows from a pod to an address, open or ended.
+    fn last_connection(&self, node: NodeId, pod: &str, to: SocketAddr) -> Result<Option<Connection>> {
+        let from = self.lab.pod(pod)?.ips();
+        let all = fetch(&self.lab.ztunnel(node)?.admin())?;
+        Ok(all.into_iter().rev().find(|c| from.contains(&c.source.ip()) && c.destination == to))
     }
 }

@@ -1,7 +1,6 @@
 //! Step 1: requests across nodes, the identity that the server's side saw, and what the link carried.
 
 use anyhow::Result;
-use serde_json::Value;
 
 use crate::demo::{Demo, programs};
 use crate::lab::NodeId;
@@ -86,12 +85,11 @@ fn redis_and_mail(demo: &mut Demo) -> Result<()> {
 
 /// What node-2's ztunnel knows of the request.
 fn identity(demo: &mut Demo) -> Result<()> {
-    let frontend = demo.lab.pod("frontend")?.v4.to_string();
-    let web = demo.web_pod()?.to_string();
     let shown = demo.culvert_on(NodeId::Two, &["ztunnel-config", "connections", "--last", "4"])?;
     demo.report.ran(&shown);
-    let connection = demo.last_connection(NodeId::Two, &frontend, &web)?;
-    let seen = connection.as_ref().and_then(|c| c.get("source_identity")).and_then(Value::as_str);
+    let connection = demo.last_connection(NodeId::Two, "frontend", demo.web_pod()?)?;
+    let seen = connection.and_then(|c| c.source_identity);
+    let seen = seen.as_deref();
     demo.report.claim(
         seen == Some("spiffe://cluster.local/ns/shop/sa/frontend"),
         format!("the server's side saw the identity {}", seen.unwrap_or("none")),
