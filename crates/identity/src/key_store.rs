@@ -1,0 +1,77 @@
+//! Certificates and their keys in a root-only tmpfs, so that a ztunnel that was restarted serves while the CA is
+//! away. Nothing here ever reaches a disk: a directory that is not memory is refused.
+
+use std::path::Path;
+
+use aws_lc_rs::digest;
+use model::SpiffeId;
+use rustls_pki_types::CertificateDer;
+
+use crate::ca::{CaError, certificates_from_pem, certificates_to_pem, key_from_pem, key_to_pem};
+use crate::issuer::Issued;
+use crate::storage::{SecretDir, StorageError};
+
+const ROOTS: &str = "roots.pem";
+
+/// The directory. Its calls block for as long as the file system does.
+#[derive(Clone, Debug)]
+pub struct KeyStore {
+    dir: SecretDir,
+}
+
+impl KeyStore {
+    /// Uses a directory, making it (mode 0700) if it is missing; its parent must exist.
+    ///
+    /// # Errors
+    /// It is not on a tmpfs, or others than root and this process's user can get at it.
+    pub fn open(path: &Path) -> Result<Self, StorageError> {
+        let dir = SecretDir::open_or_make(path)?;
+        dir.check_in_memory()?;
+        Ok(Self { dir })
+    }
+
+    /// The roots that were last kept.
+    ///
+    /// # Errors
+    /// The file can't be read.
+    pub fn roots(&self) -> Result<Option<Vec<CertificateDer<'static>>>, CaError> {
+        let Some(text) = self.dir.read_public(ROOTS)? else { return Ok(None) };
+        certificates_from_pem(ROOTS, &text).map(Some)
+    }
+
+    /// Keeps the roots, for a restart while the CA is away.
+    ///
+    /// # Errors
+    /// The file can't be written.
+    pub fn keep_roots<'a>(
+        &self,
+        roots: impl IntoIterator<Item = &'a CertificateDer<'a>>,
+    ) -> Result<(), StorageError> {
+        self.dir.replace(ROOTS, certificates_to_pem(roots).as_bytes())
+    }
+
+    pub(crate) fn load(&self, id: &SpiffeId) -> Result<Option<Issued>, CaError> {
+        let name = file_name(id);
+        let Some(text) = self.dir.read_secret(&name, |_| true)? else { return Ok(None) };
+        let chain = certificates_from_pem(&name, &text)?;
+        let key = key_from_pem(&name, &text)?
+            .ok_or(CaError::Pem { file: name, reason: "it holds no private key".to_owned() })?;
+        Ok(Some(Issued { chain, key }))
+    }
+
+    pub(crate) fn keep(&self, id: &SpiffeId, issued: &Issued) -> Result<(), StorageError> {
+        let text = certificates_to_pem(&issued.chain) + &key_to_pem(&issued.key);
+        self.dir.replace(&file_name(id), text.as_bytes())
+    }
+
+    pub(crate) fn forget(&self, id: &SpiffeId) -> Result<(), StorageError> {
+        self.dir.remove(&file_name(id))
+    }
+}
+
+/// Names of service accounts can be longer than names of files.
+fn file_name(id: &SpiffeId) -> String {
+    let digest = digest::digest(&digest::SHA256, id.to_string().as_bytes());
+    let hex: String = digest.as_ref().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+    format!("{hex}.pem")
+}
