@@ -145,39 +145,8 @@ impl RawSettings {
         let mut check = Checker::default();
         let any = |port| SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port);
         let loopback = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), crate::admin::PORT);
-        let format = |text: &str| match text {
-            "text" | "plain" => Ok(Format::Text),
-            "json" => Ok(Format::Json),
-            _ => Err("write text or json"),
-        };
-        let logs = LogSettings {
-            filter: check.parse(("--log", "RUST_LOG"), self.log_filter.as_deref(), "info".into(), |text| {
-                crate::logs::check_filter(text).map(|()| text.to_owned())
-            }),
-            format: check.parse(
-                ("--log-format", "LOG_FORMAT"),
-                self.log_format.as_deref(),
-                Format::Text,
-                format,
-            ),
-            target: self.log_file.clone().map_or(Target::Stdout, Target::File),
-            access: AccessLogLimits {
-                one_in: check.parse(
-                    ("--access-log-one-in", "ACCESS_LOG_ONE_IN"),
-                    self.access_log_one_in.as_deref(),
-                    1,
-                    |text| text.parse().map_err(|_| "write a number, 1 for all"),
-                ),
-                lines_per_second: check.parse(
-                    ("--access-log-lines-per-second", "ACCESS_LOG_LINES_PER_SECOND"),
-                    self.access_log_lines_per_second.as_deref(),
-                    0,
-                    |text| text.parse().map_err(|_| "write a number, 0 for no limit"),
-                ),
-            },
-        };
         let settings = Settings {
-            logs,
+            logs: self.resolve_logs(&mut check),
             admin: check.parse(
                 ("--admin-address", "ADMIN_ADDR"),
                 self.admin_address.as_deref(),
@@ -219,6 +188,40 @@ impl RawSettings {
             ),
         };
         check.finish(settings)
+    }
+
+    fn resolve_logs(&self, check: &mut Checker) -> LogSettings {
+        let format = |text: &str| match text {
+            "text" | "plain" => Ok(Format::Text),
+            "json" => Ok(Format::Json),
+            _ => Err("write text or json"),
+        };
+        LogSettings {
+            filter: check.parse(("--log", "RUST_LOG"), self.log_filter.as_deref(), "info".into(), |text| {
+                crate::logs::check_filter(text).map(|()| text.to_owned())
+            }),
+            format: check.parse(
+                ("--log-format", "LOG_FORMAT"),
+                self.log_format.as_deref(),
+                Format::Text,
+                format,
+            ),
+            target: self.log_file.clone().map_or(Target::Stdout, Target::File),
+            access: AccessLogLimits {
+                one_in: check.parse(
+                    ("--access-log-one-in", "ACCESS_LOG_ONE_IN"),
+                    self.access_log_one_in.as_deref(),
+                    1,
+                    |text| text.parse().map_err(|_| "write a number, 1 for all"),
+                ),
+                lines_per_second: check.parse(
+                    ("--access-log-lines-per-second", "ACCESS_LOG_LINES_PER_SECOND"),
+                    self.access_log_lines_per_second.as_deref(),
+                    0,
+                    |text| text.parse().map_err(|_| "write a number, 0 for no limit"),
+                ),
+            },
+        }
     }
 }
 
