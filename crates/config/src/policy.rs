@@ -1,0 +1,20 @@
+//! The policies of users and the settings of the mesh: reading, checking, and compiling to [`model::Policy`].
+//!
+//! What L4 cannot enforce as it is written is never a weakened rule (design.md): it fails closed for exactly the
+//! scope that the policy names, and says so. How, for each kind of policy, stands in [`l4`].
+
+pub mod age;
+pub mod authorization;
+mod embedded;
+pub mod l4;
+pub mod mesh_config;
+pub mod mode;
+pub mod pattern;
+pub mod peer_authentication;
+pub mod selector;
+pub mod state;
+
+pub use authorization::AuthorizationPolicy;
+pub use mesh_config::MeshConfig;
+pub use peer_authentication::PeerAuthentication;
+pub use state::{Policies, Subject};

@@ -1,0 +1,260 @@
+//! The settings of the mesh: Istio's MeshConfig.
+//!
+//! It is read from where Istio keeps it, the key `mesh` of the ConfigMap `istio` in the system namespace, so that
+//! a dump of a cluster works as it is, and from an object of its own for files that people write:
+//!
+//! ```yaml
+//! apiVersion: mesh.istio.io/v1alpha1
+//! kind: MeshConfig
+//! metadata: {name: mesh}
+//! spec: {trustDomain: example.org}
+//! ```
+//!
+//! The cluster's domain, which Istio takes as a flag of its programs, is the ConfigMap's key `clusterDomain`, or
+//! the field `clusterDomain` of the object.
+
+use model::{OutboundMode, Settings, Str, TrustDomain, TrustDomains};
+
+use super::embedded;
+use crate::diagnostic::Code;
+use crate::fields::{Cursor, Field, Fields, Schema, enforced, nested, not_applicable, refused, silent};
+use crate::metadata::{METADATA, Metadata, is_label, is_subdomain};
+use crate::resource::{Kind, KindSpec, Resource};
+
+/// The name of the ConfigMap.
+pub const CONFIG_MAP: &str = "istio";
+
+/// The kind of the ConfigMap that holds the settings.
+pub static CONFIG_MAP_KIND: KindSpec = KindSpec {
+    kind: Kind::ConfigMap,
+    group: "",
+    versions: &["v1"],
+    name: "ConfigMap",
+    namespaced: true,
+    schema: &CONFIG_MAP_SCHEMA,
+    parse: parse_config_map,
+};
+
+static CONFIG_MAP_SCHEMA: Schema = Schema {
+    name: "ConfigMap",
+    fields: &[
+        enforced("apiVersion"),
+        enforced("kind"),
+        nested("metadata", &METADATA),
+        enforced("data"),
+        silent("binaryData", "the settings are text"),
+        silent("immutable", "it is the API server's"),
+    ],
+};
+
+/// The kind of the object of its own.
+pub static KIND: KindSpec = KindSpec {
+    kind: Kind::MeshConfig,
+    group: "mesh.istio.io",
+    versions: &["v1alpha1"],
+    name: "MeshConfig",
+    namespaced: false,
+    schema: &SCHEMA,
+    parse: parse_object,
+};
+
+static SCHEMA: Schema = Schema {
+    name: "MeshConfig",
+    fields: &[enforced("apiVersion"), enforced("kind"), nested("metadata", &METADATA), nested("spec", &SPEC)],
+};
+
+const ENVOY: &str = "it configures Envoy";
+const EXPORT: &str = "the node proxy serves every service to every namespace";
+const INGRESS: &str = "Ingress objects are not served";
+const ONE_SOURCE: &str = "the configuration comes from where this process was told to read it";
+const TLS: &str = "the tunnel is always TLS 1.3";
+const REQUESTS: &str = "the node proxy does not see requests";
+
+static SPEC: Schema = Schema {
+    name: "MeshConfig.spec",
+    fields: &[
+        enforced("trustDomain"),
+        enforced("trustDomainAliases"),
+        enforced("rootNamespace"),
+        nested("outboundTrafficPolicy", &OUTBOUND),
+        enforced("clusterDomain"),
+        not_applicable("accessLogEncoding", "the node proxy's log is set by its flags"),
+        not_applicable("accessLogFile", "the node proxy's log is set by its flags"),
+        not_applicable("accessLogFormat", "the node proxy's log is set by its flags"),
+        not_applicable("ca", "certificates come from the mesh's own CA"),
+        refused(
+            "caCertificates",
+            "further roots of trust are not read from the mesh's settings",
+            "give the roots to the CA",
+        ),
+        not_applicable("certificates", "upstream has removed it"),
+        not_applicable("configSources", ONE_SOURCE),
+        not_applicable("connectTimeout", "the node proxy has a limit of its own"),
+        silent("defaultConfig", ENVOY),
+        not_applicable("defaultDestinationRuleExportTo", EXPORT),
+        not_applicable("defaultHttpRetryPolicy", REQUESTS),
+        not_applicable("defaultProviders", "no provider is used at L4"),
+        not_applicable("defaultServiceExportTo", EXPORT),
+        not_applicable("defaultTrafficPolicy", REQUESTS),
+        not_applicable("defaultVirtualServiceExportTo", EXPORT),
+        silent("disableEnvoyListenerLog", ENVOY),
+        not_applicable("discoverySelectors", "every object of the directory is read"),
+        not_applicable("dnsRefreshRate", "names are resolved again when their answers expire"),
+        not_applicable("enableAutoMtls", "the node proxy always uses mTLS between workloads of the mesh"),
+        silent("enableEnvoyAccessLogService", ENVOY),
+        silent("enablePrometheusMerge", "there is no sidecar to merge with"),
+        silent("enableTracing", ENVOY),
+        not_applicable("extensionProviders", "no provider is used at L4"),
+        silent("h2UpgradePolicy", ENVOY),
+        not_applicable("hboneIdleTimeout", "it configures Envoy's tunnels"),
+        silent("inboundClusterStatName", ENVOY),
+        silent("inboundTrafficPolicy", "connections are always delivered to the address that was dialled"),
+        not_applicable("ingressClass", INGRESS),
+        not_applicable("ingressControllerMode", INGRESS),
+        not_applicable("ingressSelector", INGRESS),
+        not_applicable("ingressService", INGRESS),
+        not_applicable("localityLbSetting", "the node proxy follows each service's traffic distribution"),
+        not_applicable("meshMTLS", TLS),
+        silent("outboundClusterStatName", ENVOY),
+        not_applicable("pathNormalization", REQUESTS),
+        not_applicable("protocolDetectionTimeout", "the node proxy does not guess protocols"),
+        silent("proxyHttpPort", ENVOY),
+        silent("proxyInboundListenPort", ENVOY),
+        silent("proxyListenPort", ENVOY),
+        refused(
+            "serviceEntryVisibility",
+            "every ServiceEntry is visible to the whole mesh in this version",
+            "remove it, and restrict who may write ServiceEntries",
+        ),
+        not_applicable("serviceScopeConfigs", "there is one cluster"),
+        not_applicable("serviceSettings", "there is one cluster"),
+        not_applicable("tcpKeepalive", "the node proxy has settings of its own"),
+        not_applicable("thriftConfig", "upstream has removed it"),
+        not_applicable("tlsDefaults", TLS),
+        not_applicable("verifyCertificateAtClient", TLS),
+    ],
+};
+
+static OUTBOUND: Schema = Schema { name: "MeshConfig.spec.outboundTrafficPolicy", fields: OUTBOUND_FIELDS };
+
+static OUTBOUND_FIELDS: &[Field] = &[enforced("mode"), not_applicable("tls", ENVOY)];
+
+/// What is set of the settings.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct MeshConfig {
+    trust_domain: Option<TrustDomain>,
+    aliases: Vec<TrustDomain>,
+    root_namespace: Option<Str>,
+    cluster_domain: Option<Str>,
+    outbound: Option<OutboundMode>,
+}
+
+impl MeshConfig {
+    /// The settings; what is not set is as in `default`.
+    #[must_use]
+    pub fn settings(&self, default: &Settings) -> Settings {
+        let own = self.trust_domain.as_ref().unwrap_or(&default.trust_domains.own).clone();
+        let aliases = self.aliases.iter().filter(|a| **a != own).cloned().collect();
+        Settings {
+            trust_domains: TrustDomains { own, aliases },
+            root_namespace: self.root_namespace.as_ref().unwrap_or(&default.root_namespace).clone(),
+            cluster_domain: self.cluster_domain.as_ref().unwrap_or(&default.cluster_domain).clone(),
+            outbound: self.outbound.unwrap_or(default.outbound),
+        }
+    }
+}
+
+fn parse_object(fields: &mut Fields<'_, '_>, _: &Metadata<'_>) -> Option<Resource> {
+    let mut config = MeshConfig::default();
+    read(fields.required("spec")?.fields()?, &mut config);
+    Some(Resource::MeshConfig(Box::new(config)))
+}
+
+fn parse_config_map(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resource> {
+    let data = fields.take("data");
+    if metadata.name != CONFIG_MAP {
+        return Some(Resource::ConfigMap(None));
+    }
+    let mut found = false;
+    let mut config = MeshConfig::default();
+    if let Some(data) = data {
+        data.entries(|key, cursor| match key {
+            "mesh" => {
+                found = true;
+                embedded::read(cursor, &SPEC, |spec| read(spec, &mut config));
+            }
+            "clusterDomain" => config.cluster_domain = read_cluster_domain(cursor),
+            "meshNetworks" => {
+                let mut cursor = cursor;
+                // Charts write it empty.
+                let empty = |t: &str| matches!(t.trim(), "" | "{}" | "networks: {}");
+                if !cursor.node().as_str().is_some_and(empty) {
+                    let message = "data.meshNetworks has no effect: there is one network";
+                    cursor.report(Code::FieldNotApplicable, message, "");
+                }
+            }
+            _ => {}
+        });
+    }
+    Some(Resource::ConfigMap(found.then(|| Box::new(config))))
+}
+
+fn read(mut spec: Fields<'_, '_>, config: &mut MeshConfig) {
+    config.trust_domain = spec.take("trustDomain").and_then(read_trust_domain);
+    spec.each("trustDomainAliases", |alias| config.aliases.extend(read_trust_domain(alias)));
+    config.root_namespace = spec.take("rootNamespace").and_then(|mut cursor| {
+        let text = cursor.node().as_str();
+        if text.is_some_and(|t| !is_label(t)) {
+            cursor.invalid("is not the name of a namespace", "");
+        }
+        cursor.string().map(Str::from)
+    });
+    if let Some(cursor) = spec.take("clusterDomain") {
+        config.cluster_domain = read_cluster_domain(cursor);
+    }
+    if let Some(mut outbound) = spec.object("outboundTrafficPolicy") {
+        // The default of the field, which protobuf gives an empty message, is not the default of the mesh.
+        config.outbound = outbound.required("mode").and_then(read_outbound);
+    }
+}
+
+fn read_trust_domain(mut cursor: Cursor<'_, '_>) -> Option<TrustDomain> {
+    let text = cursor.node().as_str();
+    if let Some(Err(e)) = text.map(str::parse::<TrustDomain>) {
+        cursor.invalid(e, "");
+        return None;
+    }
+    cursor.string()?.parse().ok()
+}
+
+fn read_cluster_domain(mut cursor: Cursor<'_, '_>) -> Option<Str> {
+    if cursor.node().as_str().is_some_and(|t| !is_subdomain(t)) {
+        cursor.invalid("is not a DNS name such as cluster.local", "");
+        return None;
+    }
+    cursor.string().map(Str::from)
+}
+
+fn read_outbound(mut cursor: Cursor<'_, '_>) -> Option<OutboundMode> {
+    let node = cursor.node();
+    match node.as_str() {
+        Some("ALLOW_ANY") => Some(OutboundMode::AllowAny),
+        Some("REGISTRY_ONLY") => Some(OutboundMode::RegistryOnly),
+        Some("ALLOW_ANY_DYNAMIC_DNS") => {
+            cursor.report(
+                Code::FieldRefused,
+                "ALLOW_ANY_DYNAMIC_DNS is for sidecars, which see requests",
+                "write ALLOW_ANY, or REGISTRY_ONLY and ServiceEntries",
+            );
+            None
+        }
+        Some(other) => {
+            cursor.invalid(format_args!("{other:?} is no mode"), "write ALLOW_ANY or REGISTRY_ONLY");
+            None
+        }
+        None => {
+            cursor.string();
+            None
+        }
+    }
+}

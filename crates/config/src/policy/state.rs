@@ -1,0 +1,354 @@
+//! All policies and the settings of the mesh, and what follows for the model when one of them changes.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use model::{Change, Policy, PolicyKey, Settings, Str};
+
+use super::authorization::{AuthorizationPolicy, PolicyScope};
+use super::l4;
+use super::mesh_config::{CONFIG_MAP, MeshConfig};
+use super::mode::Modes;
+use super::selector::Target;
+use crate::compile::{Affected, Effects, Finding};
+use crate::diagnostic::Code;
+use crate::labels::{Labels, Selector};
+use crate::resource::{Kind, ObjectKey, Resource};
+
+/// The namespace in which Istio keeps the ConfigMap with the mesh's settings. The root namespace, whose policies
+/// hold for the whole mesh, is one of these settings.
+pub const SYSTEM_NAMESPACE: &str = "istio-system";
+
+/// Policies with a selector, found by the labels of a workload.
+#[derive(Debug, Default)]
+struct BySelector {
+    /// Each under one of its labels. The namespace is `None` for those of the root namespace.
+    entries: HashMap<(Option<Str>, Str, Str), BTreeMap<PolicyKey, Selector>>,
+}
+
+impl BySelector {
+    fn slot(namespace: Option<&Str>, selector: &Selector) -> Option<(Option<Str>, Str, Str)> {
+        let (key, value) = selector.iter().next()?;
+        Some((namespace.cloned(), key.clone(), value.clone()))
+    }
+
+    fn insert(&mut self, namespace: Option<&Str>, selector: &Selector, key: &PolicyKey) {
+        if let Some(slot) = Self::slot(namespace, selector) {
+            self.entries.entry(slot).or_default().insert(key.clone(), selector.clone());
+        }
+    }
+
+    fn remove(&mut self, namespace: Option<&Str>, selector: &Selector, key: &PolicyKey) {
+        let Some(slot) = Self::slot(namespace, selector) else { return };
+        if let Some(list) = self.entries.get_mut(&slot) {
+            list.remove(key);
+            if list.is_empty() {
+                self.entries.remove(&slot);
+            }
+        }
+    }
+
+    fn attached<'a>(
+        &'a self,
+        namespace: Option<&'a Str>,
+        labels: &'a Labels,
+    ) -> impl Iterator<Item = &'a PolicyKey> {
+        let slots = labels.iter().map(move |(k, v)| (namespace.cloned(), k.clone(), v.clone()));
+        let candidates = slots.filter_map(|slot| self.entries.get(&slot)).flatten();
+        candidates.filter(|(_, selector)| selector.matches(labels)).map(|(key, _)| key)
+    }
+}
+
+/// A policy and what it was compiled to.
+#[derive(Debug)]
+struct Entry {
+    source: Box<AuthorizationPolicy>,
+    compiled: Option<Arc<Policy>>,
+}
+
+/// What a workload is asked about.
+#[derive(Clone, Copy, Debug)]
+pub struct Subject<'a> {
+    /// Its namespace.
+    pub namespace: &'a Str,
+    /// Its labels.
+    pub labels: &'a Labels,
+    /// The Services and ServiceEntries that it is an endpoint of.
+    pub behind: &'a [ObjectKey],
+}
+
+/// All policies and the settings.
+#[derive(Debug)]
+pub struct Policies {
+    /// The settings where no resource says others.
+    defaults: Settings,
+    settings: Settings,
+    /// Where settings can come from, the one in force first.
+    configs: BTreeMap<ConfigSource, Box<MeshConfig>>,
+    authorization: HashMap<PolicyKey, Entry>,
+    by_selector: BySelector,
+    /// Policies for what reaches an object.
+    by_target: HashMap<(Str, Target), BTreeSet<PolicyKey>>,
+    modes: Modes,
+}
+
+/// The ConfigMap goes before objects, and among these the names decide.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum ConfigSource {
+    ConfigMap,
+    Object(Str),
+}
+
+impl ConfigSource {
+    /// The source that a key can be; `None` for a ConfigMap that is another.
+    fn of(key: &ObjectKey) -> Option<Self> {
+        match key.kind {
+            Kind::ConfigMap if &*key.namespace == SYSTEM_NAMESPACE && &*key.name == CONFIG_MAP => {
+                Some(Self::ConfigMap)
+            }
+            Kind::MeshConfig => Some(Self::Object(key.name.clone())),
+            _ => None,
+        }
+    }
+
+    fn key(&self) -> ObjectKey {
+        match self {
+            Self::ConfigMap => ObjectKey {
+                kind: Kind::ConfigMap,
+                namespace: SYSTEM_NAMESPACE.into(),
+                name: CONFIG_MAP.into(),
+            },
+            Self::Object(name) => {
+                ObjectKey { kind: Kind::MeshConfig, namespace: "".into(), name: name.clone() }
+            }
+        }
+    }
+}
+
+impl Policies {
+    /// No policies; `settings` are in force until a resource says others.
+    #[must_use]
+    pub fn new(settings: Settings) -> Self {
+        Self {
+            modes: Modes::new(settings.root_namespace.clone()),
+            defaults: settings.clone(),
+            settings,
+            configs: BTreeMap::new(),
+            authorization: HashMap::new(),
+            by_selector: BySelector::default(),
+            by_target: HashMap::new(),
+        }
+    }
+
+    /// The settings in force.
+    #[must_use]
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Sets or replaces a resource. Resources of other kinds have no effect.
+    pub fn set(&mut self, key: &ObjectKey, resource: Resource) -> Effects {
+        let mut effects = Effects::default();
+        match resource {
+            Resource::AuthorizationPolicy(policy) => {
+                self.set_authorization(&policy_key(key), Some(policy), &mut effects);
+            }
+            Resource::PeerAuthentication(policy) => {
+                self.modes.set(key, Some(Arc::new(*policy)), &mut effects);
+            }
+            Resource::MeshConfig(config) => self.set_config(key, Some(config), &mut effects),
+            Resource::ConfigMap(config) => self.set_config(key, config, &mut effects),
+            _ => {}
+        }
+        effects
+    }
+
+    /// Removes a resource.
+    pub fn remove(&mut self, key: &ObjectKey) -> Effects {
+        let mut effects = Effects::default();
+        match key.kind {
+            Kind::AuthorizationPolicy => self.set_authorization(&policy_key(key), None, &mut effects),
+            Kind::PeerAuthentication => self.modes.set(key, None, &mut effects),
+            Kind::MeshConfig | Kind::ConfigMap => self.set_config(key, None, &mut effects),
+            _ => {}
+        }
+        effects
+    }
+
+    /// The policies that a workload lists, sorted: those that select it, those for what it is behind, and the one
+    /// that enforces its mode.
+    #[must_use]
+    pub fn attached(&self, subject: &Subject<'_>) -> Vec<PolicyKey> {
+        let own = self.by_selector.attached(Some(subject.namespace), subject.labels);
+        let mut keys: Vec<PolicyKey> =
+            own.chain(self.by_selector.attached(None, subject.labels)).cloned().collect();
+        if !self.by_target.is_empty() {
+            for object in subject.behind {
+                let target = Target::of(object).map(|t| (object.namespace.clone(), t));
+                keys.extend(target.and_then(|t| self.by_target.get(&t)).into_iter().flatten().cloned());
+            }
+        }
+        keys.extend(self.modes.attached(subject.namespace, subject.labels));
+        keys.sort_unstable();
+        keys.dedup();
+        keys
+    }
+
+    fn is_root(&self, namespace: &str) -> bool {
+        namespace == &*self.settings.root_namespace
+    }
+
+    fn set_authorization(
+        &mut self,
+        key: &PolicyKey,
+        policy: Option<Box<AuthorizationPolicy>>,
+        effects: &mut Effects,
+    ) {
+        let old = self.authorization.remove(key);
+        let new = policy.map(|source| Entry { compiled: self.compile(key, &source), source });
+        let before = old.as_ref().and_then(|e| e.compiled.as_ref());
+        let after = new.as_ref().and_then(|e| e.compiled.as_ref());
+        if before != after {
+            effects.changes.extend(match after {
+                Some(policy) => Some(Change::SetPolicy(policy.clone())),
+                None => before.map(|_| Change::RemovePolicy(key.clone())),
+            });
+        }
+        // Who lists it: only changes of that touch workloads.
+        let scope =
+            |entry: Option<&Entry>| entry.filter(|e| e.compiled.is_some()).map(|e| e.source.scope.clone());
+        let (before, after) = (scope(old.as_ref()), scope(new.as_ref()));
+        if before != after {
+            for scope in before.iter() {
+                self.unindex(key, scope);
+                self.affect(key, scope, effects);
+            }
+            for scope in after.iter() {
+                self.index(key, scope);
+                self.affect(key, scope, effects);
+            }
+        }
+        self.authorization.extend(new.map(|entry| (key.clone(), entry)));
+    }
+
+    fn compile(&self, key: &PolicyKey, policy: &AuthorizationPolicy) -> Option<Arc<Policy>> {
+        l4::compile(key.clone(), policy, self.is_root(&key.namespace), &self.settings.trust_domains)
+    }
+
+    fn index(&mut self, key: &PolicyKey, scope: &PolicyScope) {
+        match scope {
+            PolicyScope::Namespace => {}
+            PolicyScope::Selector(selector) => {
+                let namespace = (!self.is_root(&key.namespace)).then_some(&key.namespace);
+                self.by_selector.insert(namespace, selector, key);
+            }
+            PolicyScope::Targets(targets) => {
+                for target in targets {
+                    let slot = (key.namespace.clone(), target.clone());
+                    self.by_target.entry(slot).or_default().insert(key.clone());
+                }
+            }
+        }
+    }
+
+    fn unindex(&mut self, key: &PolicyKey, scope: &PolicyScope) {
+        match scope {
+            PolicyScope::Namespace => {}
+            PolicyScope::Selector(selector) => {
+                let namespace = (!self.is_root(&key.namespace)).then_some(&key.namespace);
+                self.by_selector.remove(namespace, selector, key);
+            }
+            PolicyScope::Targets(targets) => {
+                for target in targets {
+                    let slot = (key.namespace.clone(), target.clone());
+                    if let Some(keys) = self.by_target.get_mut(&slot) {
+                        keys.remove(key);
+                        if keys.is_empty() {
+                            self.by_target.remove(&slot);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn affect(&self, key: &PolicyKey, scope: &PolicyScope, effects: &mut Effects) {
+        match scope {
+            // Found by its scope, not listed by workloads.
+            PolicyScope::Namespace => {}
+            PolicyScope::Selector(selector) if self.is_root(&key.namespace) => {
+                effects.affected.push(Affected::SelectedAnywhere(selector.clone()));
+            }
+            PolicyScope::Selector(selector) => {
+                effects.affected.push(Affected::Selected(key.namespace.clone(), selector.clone()));
+            }
+            PolicyScope::Targets(targets) => {
+                let behind = |t: &Target| t.object(&key.namespace).map(Affected::Behind);
+                effects.affected.extend(targets.iter().filter_map(behind));
+            }
+        }
+    }
+
+    fn set_config(&mut self, key: &ObjectKey, config: Option<Box<MeshConfig>>, effects: &mut Effects) {
+        let Some(source) = ConfigSource::of(key) else { return };
+        effects.findings.push((key.clone(), Vec::new()));
+        match config {
+            Some(config) => self.configs.insert(source, config),
+            None => self.configs.remove(&source),
+        };
+        let mut sources = self.configs.keys();
+        if let Some(first) = sources.next() {
+            effects.findings.push((first.key(), Vec::new()));
+            for other in sources {
+                let finding = Finding {
+                    code: Code::WithoutEffect,
+                    message: format!(
+                        "has no effect: the settings are those of {}",
+                        first.key().resource_name()
+                    ),
+                    remedy: "keep one of them".to_owned(),
+                };
+                effects.findings.push((other.key(), vec![finding]));
+            }
+        }
+        let config = self.configs.first_key_value().map(|(_, config)| config.settings(&self.defaults));
+        self.set_settings(config.unwrap_or_else(|| self.defaults.clone()), effects);
+    }
+
+    fn set_settings(&mut self, settings: Settings, effects: &mut Effects) {
+        if self.settings == settings {
+            return;
+        }
+        effects.changes.push(Change::SetSettings(settings.clone()));
+        let domains_changed = self.settings.trust_domains != settings.trust_domains;
+        let root_changed = self.settings.root_namespace != settings.root_namespace;
+        if !domains_changed && !root_changed {
+            self.settings = settings;
+            return;
+        }
+        // Rare: everything is made again.
+        let all: Vec<(PolicyKey, Entry)> = self.authorization.drain().collect();
+        for (key, entry) in all.iter().filter(|(_, e)| e.compiled.is_some()) {
+            self.unindex(key, &entry.source.scope);
+        }
+        self.settings = settings;
+        for (key, entry) in all {
+            let compiled = self.compile(&key, &entry.source);
+            if compiled != entry.compiled {
+                effects.changes.extend(compiled.clone().map(Change::SetPolicy));
+            }
+            if compiled.is_some() {
+                self.index(&key, &entry.source.scope);
+            }
+            self.authorization.insert(key, Entry { compiled, source: entry.source });
+        }
+        if root_changed {
+            self.modes.set_root(self.settings.root_namespace.clone(), effects);
+        }
+        effects.affected.push(Affected::Mesh);
+    }
+}
+
+fn policy_key(key: &ObjectKey) -> PolicyKey {
+    PolicyKey { namespace: key.namespace.clone(), name: key.name.clone() }
+}
