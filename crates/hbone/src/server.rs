@@ -139,7 +139,8 @@ async fn begin<T: Io>(
 struct Shared {
     /// Requests and tunnels in the handler's hands.
     streams: AtomicUsize,
-    /// Requests that the peer reset before they were answered, since the driver looked last.
+    /// Requests that the peer reset before they were answered, or that were too many because of such, since the driver
+    /// looked last.
     early_resets: AtomicUsize,
     counters: Arc<ServerCounters>,
 }
@@ -286,7 +287,6 @@ impl<T: Io> Driver<T> {
 
     fn flood(&mut self) -> Option<Flood> {
         for _ in 0..self.shared.early_resets.swap(0, Ordering::Relaxed) {
-            self.shared.counters.early_resets.up();
             if !self.early_resets.draw() {
                 return Some(Flood::EarlyResets);
             }
@@ -330,7 +330,9 @@ impl<T: Io> Driver<T> {
     ) {
         let counters = &self.shared.counters;
         if self.shared.streams.load(Ordering::Acquire) >= self.settings.max_streams as usize {
+            // A client keeps to the limit, unless it resets streams that the handler has not let go of yet.
             counters.over_limit.up();
+            self.shared.early_resets.fetch_add(1, Ordering::Relaxed);
             respond.send_reset(Reason::REFUSED_STREAM);
             return;
         }
@@ -448,6 +450,7 @@ impl Incoming {
             Poll::Ready(Err(error)) => Err(error.into()),
             Poll::Ready(Ok(reason)) => {
                 self.shared.early_resets.fetch_add(1, Ordering::Relaxed);
+                self.shared.counters.early_resets.up();
                 Err(TunnelError::Reset(ErrorCode(reason.into())))
             }
         }

@@ -1,6 +1,8 @@
 //! A network of in-memory streams: a connector whose connections are served by this crate's own server.
 #![allow(dead_code)]
 
+pub mod raw;
+
 use std::convert::Infallible;
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -133,4 +135,34 @@ pub async fn check_echo(tunnel: Tunnel, data: &[u8]) {
     };
     let ((), got) = tokio::join!(send, receive);
     assert!(got == data, "{} bytes sent, {} came back", data.len(), got.len());
+}
+
+/// A server whose client is made by hand.
+pub fn hostile(settings: ServerSettings, handler: Handler) -> (raw::Raw, Served) {
+    hostile_over(64 * 1024, settings, handler)
+}
+
+/// As [`hostile`], with the capacity of the pipe.
+pub fn hostile_over(pipe: usize, settings: ServerSettings, handler: Handler) -> (raw::Raw, Served) {
+    let (client, server) = tokio::io::duplex(pipe);
+    let counters = Arc::<ServerCounters>::default();
+    let control = Control::default();
+    let (counted, controlled) = (Arc::clone(&counters), control.clone());
+    let task = tokio::spawn(async move {
+        serve(server, &settings, &controlled, &counted, |incoming| handler(incoming)).await
+    });
+    (raw::Raw { io: client }, Served { counters, control, task })
+}
+
+/// A connection being served.
+pub struct Served {
+    pub counters: Arc<ServerCounters>,
+    pub control: Control,
+    pub task: tokio::task::JoinHandle<Closed>,
+}
+
+/// Resident memory of this process, in bytes.
+pub fn resident() -> usize {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    statm.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
 }

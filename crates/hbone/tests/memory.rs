@@ -1,0 +1,130 @@
+//! What peers can make us hold, and what idle connections cost. One test at a time: they look at the process's
+//! resident memory.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, missing_docs)]
+
+mod support;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use hbone::{Closed, ServerSettings, Transport};
+use support::raw::*;
+use support::{echo, hostile_over, resident};
+use tokio::io::AsyncWriteExt;
+use tokio::time::timeout;
+
+const FLOW_CONTROL_ERROR: u32 = 3;
+
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[tokio::test(start_paused = true)]
+async fn header_blocks_without_end_are_cut_off() {
+    let _alone = alone();
+    // A block that goes on, in pieces of the size given.
+    for size in [0, 1, 1000, 16_000] {
+        let (mut raw, served) = hostile_over(1 << 20, ServerSettings::default(), echo());
+        raw.begin().await;
+        let before = resident();
+        raw.send(HEADERS, 0, 1, &[]).await;
+        let mut piece = Vec::new();
+        while piece.len() + 40 < size {
+            piece.extend(block(&[("x-filler", "0123456789")]));
+        }
+        for _ in 0..20_000 {
+            if raw.io.write_all(&frame(CONTINUATION, 0, 1, &piece)).await.is_err() {
+                let _alone = alone();
+                break;
+            }
+        }
+        let closed = timeout(Duration::from_secs(60), served.task).await.expect("never ended").unwrap();
+        assert!(matches!(closed, Closed::Protocol(_)), "{size}: {closed:?}");
+        assert!(resident() < before + (32 << 20), "{size}: {} to {}", before, resident());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_header_bomb_is_bounded_by_its_decoded_size() {
+    let _alone = alone();
+    let (mut raw, served) = hostile_over(1 << 20, ServerSettings::default(), echo());
+    raw.begin().await;
+    // One entry of 3,000 bytes in the dynamic table, and then 60,000 references of one byte to it.
+    let mut bomb = vec![0x40];
+    bomb.extend(&block(&[("x", &"y".repeat(3000))])[1..]);
+    bomb.extend(std::iter::repeat_n(0xbe, 60_000));
+    let before = resident();
+    raw.send(HEADERS, END_HEADERS, 1, &bomb).await;
+    let answer = raw.next_answer().await;
+    match answer {
+        Some(frame) if frame.kind == GOAWAY => {
+            let closed = served.task.await.unwrap();
+            assert!(matches!(closed, Closed::Protocol(_)), "{closed:?}");
+        }
+        Some(frame) => assert!(Raw::is_status(&frame, 431) || frame.kind == RST_STREAM, "{frame:?}"),
+        None => panic!("no answer"),
+    }
+    assert!(resident() < before + (32 << 20));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_flood_from_a_peer_that_reads_no_answers_fills_no_memory() {
+    let _alone = alone();
+    for bytes in [frame(PING, 0, 0, &[0; 8]), frame(SETTINGS, 0, 0, &[])] {
+        let (mut raw, served) = hostile_over(4096, ServerSettings::default(), echo());
+        raw.begin().await;
+        let before = resident();
+        let many = bytes.repeat(1000);
+        let write = async { while raw.io.write_all(&many).await.is_ok() {} };
+        // The server stops reading when it can't answer, and finds the peer dead.
+        let _ = timeout(Duration::from_secs(300), write).await;
+        let closed = timeout(Duration::from_secs(1), served.task).await.expect("never ended").unwrap();
+        assert!(matches!(closed, Closed::Flood(_) | Closed::PingTimeout), "{closed:?}");
+        assert!(resident() < before + (16 << 20));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_writer_is_bounded_by_its_window() {
+    let _alone = alone();
+    // The application reads nothing; the peer sends until its windows are used up.
+    let settings = ServerSettings {
+        transport: Transport {
+            stream_window: 256 * 1024,
+            connection_window: 1 << 20,
+            ..Transport::default()
+        },
+        ..ServerSettings::default()
+    };
+    let handler = support::to_app(|app| async move {
+        let _app = app;
+        std::future::pending::<()>().await;
+    });
+    let (mut raw, served) = hostile_over(1 << 20, settings, handler);
+    raw.begin().await;
+    raw.connect(1, "10.0.0.1:80").await;
+    while let Some(answer) = raw.next_answer().await {
+        if Raw::is_status(&answer, 200) {
+            break;
+        }
+    }
+    // Exactly the window is fine, in frames of a few bytes too: they are gathered, not kept one by one.
+    let before = resident();
+    for _ in 0..(256 * 1024 / 4) {
+        raw.send(DATA, 0, 1, b"abcd").await;
+    }
+    raw.send(PING, 0, 0, &[7; 8]).await;
+    loop {
+        let frame = raw.next().await.unwrap();
+        if frame.kind == PING && frame.payload == [7; 8] {
+            break;
+        }
+    }
+    assert!(resident() < before + (16 << 20), "{before} to {}", resident());
+    // One byte more breaks the stream, not the connection.
+    raw.send(DATA, 0, 1, b"x").await;
+    let answer = raw.next_answer().await.unwrap();
+    assert_eq!((answer.kind, answer.stream, answer.code()), (RST_STREAM, 1, FLOW_CONTROL_ERROR));
+    assert!(!served.task.is_finished());
+}
