@@ -1,2 +1,40 @@
-//! ztunnel
-fn main() {}
+//! `ztunnel`: the node proxy.
+//!
+//! Two runtimes: the data plane carries connections; the control runtime follows the configuration, enrols pods and
+//! serves the admin, metrics and readiness ports, so that a scrape or a large change never delays traffic.
+#![forbid(unsafe_code)]
+
+mod admin;
+mod connections;
+mod dump;
+mod metrics;
+mod node;
+mod proxy;
+mod settings;
+mod source;
+mod start;
+mod state;
+mod telemetry;
+mod tls;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    let flags = settings::Flags::parse();
+    match start::run(&flags) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Logging may be what failed.
+            #[allow(clippy::print_stderr)]
+            {
+                eprintln!("ztunnel: {error:#}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}

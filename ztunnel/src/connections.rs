@@ -1,0 +1,473 @@
+//! The connections that are open, and the last ones that ended.
+//!
+//! Every connection that the proxy carries is here from its decision to its end, so that an operator can list
+//! them, and so that [`Registry::recheck`] can cut those that a new policy, bundle or identity no longer allows.
+
+use std::collections::{HashMap, VecDeque};
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::SystemTime;
+
+use hbone::Traffic;
+use model::{Allow, Decision, Deny, DryRun, PolicyKey, Service, SpiffeId, Workload};
+use net::ByteCounts;
+use serde::ser::SerializeMap;
+use serde::{Serialize, Serializer};
+use tokio::sync::Notify;
+
+use crate::telemetry::Meter;
+
+/// How many ended or refused connections are remembered for `culvert why`.
+const REMEMBERED: usize = 4096;
+/// Locks are taken twice a connection; sixteen of them keep worker threads out of each other's way.
+const SHARDS: usize = 16;
+
+/// Which side of the mesh the proxy is on for a connection.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Direction {
+    /// From a pod of this node.
+    Outbound,
+    /// To a pod of this node.
+    Inbound,
+}
+
+impl From<Direction> for process::logs::Direction {
+    fn from(direction: Direction) -> Self {
+        match direction {
+            Direction::Outbound => Self::Outbound,
+            Direction::Inbound => Self::Inbound,
+        }
+    }
+}
+
+/// How a connection reached or left the proxy.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Carrier {
+    /// In an HBONE tunnel.
+    Hbone,
+    /// As plain TCP.
+    Plaintext,
+}
+
+/// What is known of a connection once it is decided. Its serialised form is the JSON of `/connections`; the
+/// texts are made when somebody asks, not for every connection.
+#[derive(Clone, Debug, Serialize)]
+pub struct Story {
+    /// Identifies the connection in this process.
+    pub id: u64,
+    /// Which side this is.
+    pub direction: Direction,
+    /// How it is carried between the nodes.
+    pub carrier: Carrier,
+    /// When it was accepted, milliseconds since the epoch.
+    pub opened_ms: u64,
+    /// The client's address.
+    pub source: SocketAddr,
+    /// The client's workload, when known; written as `namespace/name`.
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "workload_name")]
+    pub source_workload: Option<Arc<Workload>>,
+    /// The identity that the client proved (inbound) or has (outbound).
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "display")]
+    pub source_identity: Option<SpiffeId>,
+    /// The address that the client dialled (outbound), or that is delivered to (inbound).
+    pub destination: SocketAddr,
+    /// Where the proxy dialled instead, when it was another address.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub upstream: Option<SocketAddr>,
+    /// The destination's workload, when known; written as `namespace/name`.
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "workload_name")]
+    pub destination_workload: Option<Arc<Workload>>,
+    /// The destination's service, when it was reached by one; written as `namespace/hostname`.
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "service_name")]
+    pub destination_service: Option<Arc<Service>>,
+    /// The destination's identity.
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "display")]
+    pub destination_identity: Option<SpiffeId>,
+    /// What was decided.
+    #[serde(flatten)]
+    pub verdict: Verdict,
+}
+
+/// What was decided of a connection, and by what. Serialised as `decision` and `policy`, `rule`, `dry_run`.
+#[derive(Clone, Debug)]
+pub struct Verdict {
+    outcome: Outcome,
+    dry_run: Vec<DryRun>,
+}
+
+/// Who decided.
+#[derive(Clone, Debug)]
+enum Outcome {
+    /// The evaluator let it in.
+    Allowed(Allow),
+    /// The evaluator refused it.
+    Denied(Deny),
+    /// The proxy itself, for this reason.
+    Proxy(Arc<str>),
+}
+
+impl Verdict {
+    /// The evaluator's decision, as it is.
+    #[must_use]
+    pub fn of(decision: &Decision) -> Self {
+        let outcome = match &decision.outcome {
+            Ok(permit) => Outcome::Allowed(permit.reason().clone()),
+            Err(deny) => Outcome::Denied(deny.clone()),
+        };
+        Self { outcome, dry_run: decision.dry_run.clone() }
+    }
+
+    /// What the proxy decided without a policy.
+    #[must_use]
+    pub fn proxy(reason: impl Into<Arc<str>>) -> Self {
+        Self { outcome: Outcome::Proxy(reason.into()), dry_run: Vec::new() }
+    }
+
+    /// The policy that decided.
+    #[must_use]
+    pub fn policy(&self) -> Option<&PolicyKey> {
+        match &self.outcome {
+            Outcome::Allowed(Allow::Matched(rule)) => Some(&rule.policy),
+            Outcome::Denied(deny) => deny.policy(),
+            Outcome::Allowed(Allow::NoAllowPolicies) | Outcome::Proxy(_) => None,
+        }
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.outcome {
+            Outcome::Allowed(allow) => allow.fmt(f),
+            Outcome::Denied(deny) => deny.fmt(f),
+            Outcome::Proxy(reason) => f.write_str(reason),
+        }
+    }
+}
+
+impl Serialize for Verdict {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let rule = match &self.outcome {
+            Outcome::Allowed(Allow::Matched(rule)) | Outcome::Denied(Deny::Matched(rule)) => Some(rule),
+            _ => None,
+        };
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("decision", &self.to_string())?;
+        if let Some(policy) = self.policy() {
+            map.serialize_entry("policy", &policy.to_string())?;
+        }
+        if let Some(rule) = rule {
+            map.serialize_entry("rule", &rule.rule)?;
+            map.serialize_entry("clauses", &rule.matches)?;
+        }
+        if !self.dry_run.is_empty() {
+            let would = |d: &DryRun| match &d.would {
+                Ok(allow) => format!("{}: would be {allow}", d.policy),
+                Err(deny) => format!("{}: would be {deny}", d.policy),
+            };
+            map.serialize_entry("dry_run", &self.dry_run.iter().map(would).collect::<Vec<_>>())?;
+        }
+        map.end()
+    }
+}
+
+// serde's `serialize_with` passes fields by reference, options included.
+#[allow(clippy::ref_option)]
+fn workload_name<S: Serializer>(workload: &Option<Arc<Workload>>, s: S) -> Result<S::Ok, S::Error> {
+    match workload {
+        Some(w) => s.collect_str(&format_args!("{}/{}", w.namespace, w.name)),
+        None => s.serialize_none(),
+    }
+}
+
+#[allow(clippy::ref_option)]
+fn service_name<S: Serializer>(service: &Option<Arc<Service>>, s: S) -> Result<S::Ok, S::Error> {
+    match service {
+        Some(service) => s.collect_str(&service.key()),
+        None => s.serialize_none(),
+    }
+}
+
+#[allow(clippy::ref_option)]
+fn display<S: Serializer, T: fmt::Display>(value: &Option<T>, s: S) -> Result<S::Ok, S::Error> {
+    match value {
+        Some(value) => s.collect_str(value),
+        None => s.serialize_none(),
+    }
+}
+
+/// A connection that ended, or never began.
+#[derive(Clone, Debug, Serialize)]
+pub struct Ended {
+    /// What it was.
+    #[serde(flatten)]
+    pub story: Story,
+    /// When it ended, milliseconds since the epoch.
+    pub closed_ms: u64,
+    /// Bytes towards the destination.
+    pub bytes_sent: u64,
+    /// Bytes from the destination.
+    pub bytes_received: u64,
+    /// Why it failed or was cut; absent when both sides closed it in order.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// What [`Registry::recheck`] asks a connection's owner: `Some(reason)` when it may not go on.
+pub type Recheck = Box<dyn Fn() -> Option<String> + Send + Sync>;
+
+/// An open connection.
+pub struct Open {
+    /// What it is.
+    pub story: Story,
+    /// What it carried, when both sides are TCP.
+    pub bytes: ByteCounts,
+    /// What it carried, when one side is a tunnel.
+    pub traffic: Traffic,
+    meter: Meter,
+    recheck: Recheck,
+    cut: OnceLock<String>,
+    cut_wake: Notify,
+}
+
+impl Open {
+    /// Bytes carried so far: from the client, and from the server.
+    pub fn carried(&self) -> (u64, u64) {
+        let tcp =
+            (self.bytes.to_server.load(Ordering::Relaxed), self.bytes.to_client.load(Ordering::Relaxed));
+        let (to_tunnel, from_tunnel) = (self.traffic.to_tunnel(), self.traffic.from_tunnel());
+        match self.story.direction {
+            Direction::Outbound => (tcp.0 + to_tunnel, tcp.1 + from_tunnel),
+            Direction::Inbound => (tcp.0 + from_tunnel, tcp.1 + to_tunnel),
+        }
+    }
+
+    /// Why the connection may not go on, if it may not.
+    pub fn recheck(&self) -> Option<String> {
+        (self.recheck)()
+    }
+
+    /// Waits until the connection is to be cut; returns why.
+    pub async fn cut(&self) -> String {
+        loop {
+            let woken = self.cut_wake.notified();
+            if let Some(reason) = self.cut.get() {
+                return reason.clone();
+            }
+            woken.await;
+        }
+    }
+
+    /// Cuts the connection. The first reason stays.
+    pub fn cut_now(&self, reason: String) {
+        if self.cut.set(reason).is_ok() {
+            self.cut_wake.notify_waiters();
+            self.cut_wake.notify_one();
+        }
+    }
+}
+
+/// All connections of this process.
+#[derive(Default)]
+pub struct Registry {
+    next_id: AtomicU64,
+    open: [Mutex<HashMap<u64, Arc<Open>>>; SHARDS],
+    ended: Mutex<VecDeque<Ended>>,
+    cut: AtomicU64,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // The guarded maps are valid after any panic: each change to them is one call.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Milliseconds since the epoch; zero for a clock before it.
+#[must_use]
+pub fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+impl Registry {
+    /// A number for a new connection, never used twice.
+    pub fn next_id(&self) -> u64 {
+        self.next_id.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    fn shard(&self, id: u64) -> Option<&Mutex<HashMap<u64, Arc<Open>>>> {
+        self.open.get(usize::try_from(id % SHARDS as u64).unwrap_or(0))
+    }
+
+    /// Enters a connection; it leaves when the guard is dropped.
+    pub fn enter(self: &Arc<Self>, story: Story, meter: Meter, recheck: Recheck) -> Entered {
+        let open = Arc::new(Open {
+            story,
+            bytes: ByteCounts::default(),
+            traffic: Traffic::default(),
+            meter,
+            recheck,
+            cut: OnceLock::new(),
+            cut_wake: Notify::new(),
+        });
+        if let Some(shard) = self.shard(open.story.id) {
+            lock(shard).insert(open.story.id, open.clone());
+        }
+        Entered { registry: self.clone(), open, error: None }
+    }
+
+    /// Remembers a connection that never began.
+    pub fn refused(&self, story: Story, error: String) {
+        self.remember(Ended {
+            story,
+            closed_ms: now_ms(),
+            bytes_sent: 0,
+            bytes_received: 0,
+            error: Some(error),
+        });
+    }
+
+    fn remember(&self, ended: Ended) {
+        let mut list = lock(&self.ended);
+        if list.len() >= REMEMBERED {
+            list.pop_front();
+        }
+        list.push_back(ended);
+    }
+
+    /// The open connections.
+    pub fn open(&self) -> Vec<Arc<Open>> {
+        self.open.iter().flat_map(|s| lock(s).values().cloned().collect::<Vec<_>>()).collect()
+    }
+
+    /// How many are open.
+    pub fn open_count(&self) -> usize {
+        self.open.iter().map(|s| lock(s).len()).sum()
+    }
+
+    /// The last ones that ended, the newest last.
+    pub fn ended(&self) -> Vec<Ended> {
+        lock(&self.ended).iter().cloned().collect()
+    }
+
+    /// Brings the metrics of open connections up to date; otherwise their bytes would show only at the end.
+    pub fn settle(&self) {
+        for open in self.open() {
+            let (sent, received) = open.carried();
+            open.meter.settle(sent, received);
+        }
+    }
+
+    /// How many connections [`Registry::recheck`] cut so far.
+    pub fn cut_count(&self) -> u64 {
+        self.cut.load(Ordering::Relaxed)
+    }
+
+    /// Cuts every open connection.
+    pub fn cut_all(&self, reason: &str) {
+        for open in self.open() {
+            open.cut_now(reason.to_owned());
+        }
+    }
+
+    /// Cuts every open connection that may not go on. Returns how many.
+    pub fn recheck(&self) -> usize {
+        let mut cut: usize = 0;
+        for open in self.open() {
+            if let Some(reason) = open.recheck() {
+                open.cut_now(reason);
+                cut += 1;
+            }
+        }
+        self.cut.fetch_add(cut as u64, Ordering::Relaxed);
+        cut
+    }
+}
+
+/// An open connection's place in the registry.
+pub struct Entered {
+    registry: Arc<Registry>,
+    /// The connection.
+    pub open: Arc<Open>,
+    error: Option<String>,
+}
+
+impl Entered {
+    /// Says why the connection ended, when it did not end in order.
+    pub fn failed(&mut self, error: String) {
+        self.error.get_or_insert(error);
+    }
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        if let Some(shard) = self.registry.shard(self.open.story.id) {
+            lock(shard).remove(&self.open.story.id);
+        }
+        let (bytes_sent, bytes_received) = self.open.carried();
+        self.open.meter.close(bytes_sent, bytes_received);
+        let error = self.error.take();
+        self.registry.remember(Ended {
+            story: self.open.story.clone(),
+            closed_ms: now_ms(),
+            bytes_sent,
+            bytes_received,
+            error,
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use process::metrics::tcp::TcpMetrics;
+
+    use super::*;
+
+    fn meter() -> Meter {
+        let metrics = TcpMetrics::new(&process::metrics::Registry::new(), 10);
+        Meter::open(metrics.connection(&crate::telemetry::labels(&story(0))))
+    }
+
+    fn story(id: u64) -> Story {
+        let any: SocketAddr = "10.0.0.1:80".parse().unwrap();
+        Story {
+            id,
+            direction: Direction::Inbound,
+            carrier: Carrier::Hbone,
+            opened_ms: 0,
+            source: any,
+            source_workload: None,
+            source_identity: None,
+            destination: any,
+            upstream: None,
+            destination_workload: None,
+            destination_service: None,
+            destination_identity: None,
+            verdict: Verdict::proxy("for the test"),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_recheck_cuts_what_may_not_go_on_and_nothing_else() {
+        let registry = Arc::new(Registry::default());
+        let bad = registry.enter(story(registry.next_id()), meter(), Box::new(|| Some("no more".into())));
+        let good = registry.enter(story(registry.next_id()), meter(), Box::new(|| None));
+        assert_eq!(registry.recheck(), 1);
+        assert_eq!(bad.open.cut().await, "no more");
+        assert!(good.open.cut.get().is_none());
+        drop((bad, good));
+        assert_eq!((registry.open_count(), registry.ended().len()), (0, 2));
+    }
+
+    #[test]
+    fn what_is_remembered_is_bounded() {
+        let registry = Registry::default();
+        for id in 0..REMEMBERED as u64 + 10 {
+            registry.refused(story(id), "x".into());
+        }
+        assert_eq!(registry.ended().len(), REMEMBERED);
+        assert_eq!(registry.ended().first().map(|e| e.story.id), Some(10));
+    }
+}

@@ -1,0 +1,509 @@
+//! The DNS proxy: answers pods' queries for names of the mesh, and forwards all others.
+//!
+//! * Names of the mesh are answered from the snapshot of the moment, without any upstream: see [`registry`].
+//! * What is forwarded passes through byte for byte, but for its identifier: see [`wire`].
+//! * While upstream resolvers fail, expired responses serve (RFC 8767): see [`cache`].
+//! * Only the pod itself is answered, so that the proxy can't be used to flood others.
+//! * Everything is bounded: queries under way, in all and for each pod, connections, the cache, and the time of each
+//!   step.
+
+mod answer;
+mod cache;
+mod metrics;
+mod registry;
+#[cfg(test)]
+mod tests;
+mod upstream;
+mod wire;
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use model::{Mesh, Str};
+use net::{Netns, ProxyUdpSocket};
+use rustls::crypto::SecureRandom;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::OwnedWriteHalf;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout;
+
+use cache::{Cache, Cached};
+use metrics::{QueryLabels, Transport};
+use wire::{Query, Rejection, kind, rcode};
+
+pub use metrics::DnsMetrics;
+pub use upstream::Upstreams;
+
+/// No query is longer: names have 255 bytes, and options are short.
+const QUERY_LIMIT: usize = 4096;
+
+/// What fits into a datagram, less headers.
+const DATAGRAM_LIMIT: usize = 65_000;
+
+/// A connection over TCP is closed when nothing was asked for this long (RFC 7766, section 6.2.3: "a few seconds").
+const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The index of the loopback interface, in every network namespace.
+const LOOPBACK: u32 = 1;
+
+/// With a stale answer at hand, upstreams are waited for this long (RFC 8767, section 5).
+const CLIENT_RESPONSE_TIMEOUT: Duration = Duration::from_millis(1800);
+
+/// After upstreams failed, a stale answer serves without asking them for this long (RFC 8767, section 5).
+const FAILURE_RECHECK: Duration = Duration::from_secs(30);
+
+/// Limits of the proxy.
+#[derive(Clone, Debug)]
+pub struct DnsSettings {
+    /// The namespace whose definition of a host counts where the client's own namespace has none.
+    pub preferred_namespace: Option<Str>,
+    /// Forwarded queries under way, of all pods; each takes a socket.
+    pub in_flight: usize,
+    /// Forwarded queries under way of one pod.
+    pub in_flight_per_client: usize,
+    /// Connections over TCP of one pod.
+    pub connections_per_client: usize,
+    /// The size of the cache, in bytes.
+    pub cache_bytes: usize,
+    /// How long after its expiry a response may serve while upstreams fail.
+    pub stale_limit: Duration,
+}
+
+impl Default for DnsSettings {
+    fn default() -> Self {
+        Self {
+            preferred_namespace: None,
+            in_flight: 4096,
+            in_flight_per_client: 256,
+            connections_per_client: 64,
+            cache_bytes: 4 << 20,
+            stale_limit: Duration::from_secs(86_400),
+        }
+    }
+}
+
+/// A pod whose queries are answered.
+#[derive(Debug)]
+pub struct Client {
+    /// Its namespace.
+    pub namespace: Str,
+    /// Its network.
+    pub network: Str,
+    /// Its own addresses: queries come from these or from loopback ones.
+    pub addresses: Box<[IpAddr]>,
+    /// For metrics: the application that it is an instance of.
+    pub canonical_service: Str,
+    /// For metrics: the version of that application.
+    pub canonical_revision: Str,
+    /// Whom to ask for names that the mesh does not know.
+    pub upstreams: Arc<Upstreams>,
+    /// The namespace from which upstreams are asked; `None` for this process's own.
+    pub upstreams_from: Option<Netns>,
+    limits: ClientLimits,
+}
+
+#[derive(Debug)]
+struct ClientLimits {
+    queries: Arc<Semaphore>,
+    connections: Arc<Semaphore>,
+}
+
+impl Client {
+    /// Whether `address` is one of the pod's own.
+    fn owns(&self, address: IpAddr) -> bool {
+        let address = address.to_canonical();
+        address.is_loopback() || self.addresses.contains(&address)
+    }
+}
+
+/// What a pod's [`Client`] is made of.
+#[derive(Clone, Debug)]
+pub struct ClientSettings {
+    /// See [`Client::namespace`].
+    pub namespace: Str,
+    /// See [`Client::network`].
+    pub network: Str,
+    /// See [`Client::addresses`].
+    pub addresses: Box<[IpAddr]>,
+    /// See [`Client::canonical_service`].
+    pub canonical_service: Str,
+    /// See [`Client::canonical_revision`].
+    pub canonical_revision: Str,
+    /// See [`Client::upstreams`].
+    pub upstreams: Arc<Upstreams>,
+    /// See [`Client::upstreams_from`].
+    pub upstreams_from: Option<Netns>,
+}
+
+/// Gives the snapshot of the moment.
+type MeshSource = Box<dyn Fn() -> Arc<Mesh> + Send + Sync>;
+
+/// The proxy; one for all pods.
+pub struct DnsProxy {
+    settings: DnsSettings,
+    mesh: MeshSource,
+    metrics: DnsMetrics,
+    cache: Mutex<Cache>,
+    in_flight: Arc<Semaphore>,
+    random: &'static dyn SecureRandom,
+    /// Counts answers, to rotate addresses.
+    turn: AtomicUsize,
+}
+
+impl std::fmt::Debug for DnsProxy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DnsProxy").field("settings", &self.settings).finish_non_exhaustive()
+    }
+}
+
+/// What becomes of a message.
+enum Next {
+    /// Nothing is sent.
+    Drop,
+    /// This is sent.
+    Reply(Vec<u8>),
+    /// Upstreams are asked.
+    Forward(Forward),
+}
+
+/// A query that upstreams are asked.
+struct Forward {
+    query: Query,
+    transport: Transport,
+    key: Option<Box<[u8]>>,
+    /// An expired response, for when they do not answer.
+    stale: Option<Vec<u8>>,
+    labels: QueryLabels,
+}
+
+impl DnsProxy {
+    /// A proxy that answers from the snapshots that `mesh` gives.
+    #[must_use]
+    pub fn new(
+        settings: DnsSettings,
+        mesh: impl Fn() -> Arc<Mesh> + Send + Sync + 'static,
+        metrics: DnsMetrics,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            cache: Mutex::new(Cache::new(settings.cache_bytes, settings.stale_limit)),
+            in_flight: Arc::new(Semaphore::new(settings.in_flight)),
+            random: rustls::crypto::aws_lc_rs::default_provider().secure_random,
+            settings,
+            mesh: Box::new(mesh),
+            metrics,
+            turn: AtomicUsize::new(0),
+        })
+    }
+
+    /// A pod with its share of the limits.
+    #[must_use]
+    pub fn client(&self, settings: ClientSettings) -> Arc<Client> {
+        let ClientSettings {
+            namespace,
+            network,
+            addresses,
+            canonical_service,
+            canonical_revision,
+            upstreams,
+            upstreams_from,
+        } = settings;
+        Arc::new(Client {
+            namespace,
+            network,
+            addresses,
+            canonical_service,
+            canonical_revision,
+            upstreams,
+            upstreams_from,
+            limits: ClientLimits {
+                queries: Arc::new(Semaphore::new(self.settings.in_flight_per_client)),
+                connections: Arc::new(Semaphore::new(self.settings.connections_per_client)),
+            },
+        })
+    }
+
+    /// Answers the datagrams that come to `socket`, until the future is dropped.
+    pub async fn serve_udp(self: Arc<Self>, socket: ProxyUdpSocket, client: Arc<Client>) {
+        let socket = Arc::new(socket);
+        let mut buffer = vec![0; QUERY_LIMIT].into_boxed_slice();
+        loop {
+            let datagram = match socket.recv(&mut buffer).await {
+                Ok(datagram) => datagram,
+                Err(error) => {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "receiving DNS queries failed");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            };
+            if datagram.interface != LOOPBACK && !client.owns(datagram.peer.ip()) {
+                self.metrics.dropped("stranger");
+                continue;
+            }
+            let message = buffer.get(..datagram.len).unwrap_or_default();
+            if datagram.truncated {
+                self.metrics.dropped("too_long");
+                continue;
+            }
+            match self.next(message, Transport::Udp, &client) {
+                Next::Drop => {}
+                Next::Reply(reply) => send(&socket, &reply, datagram.peer, datagram.local).await,
+                Next::Forward(forward) => {
+                    let Some(permits) = self.permits(&client) else {
+                        self.metrics.dropped("too_many");
+                        let reply = overloaded(&forward);
+                        send(&socket, &reply, datagram.peer, datagram.local).await;
+                        continue;
+                    };
+                    let (proxy, client, socket) = (self.clone(), client.clone(), socket.clone());
+                    tokio::spawn(async move {
+                        let reply = proxy.forward(forward, &client).await;
+                        send(&socket, &reply, datagram.peer, datagram.local).await;
+                        drop(permits);
+                    });
+                }
+            }
+        }
+    }
+
+    /// Answers the connections that come to `listener`, until the future is dropped.
+    pub async fn serve_tcp(self: Arc<Self>, listener: TcpListener, client: Arc<Client>) {
+        let mut accepting = net::AcceptLoop::new(listener, Arc::default());
+        loop {
+            let (stream, peer) = accepting.next().await;
+            if !client.owns(peer.ip()) {
+                self.metrics.dropped("stranger");
+                continue;
+            }
+            let Ok(place) = client.limits.connections.clone().try_acquire_owned() else {
+                self.metrics.dropped("too_many");
+                continue;
+            };
+            let (proxy, client) = (self.clone(), client.clone());
+            tokio::spawn(async move {
+                proxy.serve_connection(stream, &client).await;
+                drop(place);
+            });
+        }
+    }
+
+    /// Answers the queries of one connection, each when its answer is there (RFC 7766, section 6.2.1.1).
+    async fn serve_connection(self: Arc<Self>, stream: TcpStream, client: &Arc<Client>) {
+        let (mut reader, writer) = stream.into_split();
+        let writer = Arc::new(tokio::sync::Mutex::new(writer));
+        let mut message = Vec::new();
+        loop {
+            let read = async {
+                let len = usize::from(reader.read_u16().await.ok()?);
+                message.resize(len.min(QUERY_LIMIT), 0);
+                reader.read_exact(&mut message).await.ok()?;
+                (len <= QUERY_LIMIT).then_some(())
+            };
+            if !matches!(timeout(IDLE_TIMEOUT, read).await, Ok(Some(()))) {
+                return; // what is under way still answers: it holds the writer
+            }
+            match self.next(&message, Transport::Tcp, client) {
+                Next::Drop => return,
+                Next::Reply(reply) => {
+                    if !write_message(&writer, &reply).await {
+                        return;
+                    }
+                }
+                Next::Forward(forward) => {
+                    // A connection waits for its turn: unlike a datagram it can.
+                    let Ok(own) = client.limits.queries.clone().acquire_owned().await else { return };
+                    let Ok(shared) = self.in_flight.clone().acquire_owned().await else { return };
+                    let (proxy, client, writer) = (self.clone(), client.clone(), writer.clone());
+                    tokio::spawn(async move {
+                        let reply = proxy.forward(forward, &client).await;
+                        write_message(&writer, &reply).await;
+                        drop((own, shared));
+                    });
+                }
+            }
+        }
+    }
+
+    fn permits(&self, client: &Client) -> Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
+        let own = client.limits.queries.clone().try_acquire_owned().ok()?;
+        Some((own, self.in_flight.clone().try_acquire_owned().ok()?))
+    }
+
+    /// Decides about a message without waiting for anything.
+    fn next(&self, message: &[u8], transport: Transport, client: &Client) -> Next {
+        let query = match Query::parse(message) {
+            Ok(query) => query,
+            Err(Rejection::Drop) => {
+                self.metrics.dropped("no_query");
+                return Next::Drop;
+            }
+            Err(Rejection::Answer(code)) => {
+                self.metrics.dropped("malformed");
+                return Next::Reply(wire::rejection(message, code));
+            }
+        };
+        let (service, revision) = (&client.canonical_service, &client.canonical_revision);
+        let labels = QueryLabels::new(query.kind(), transport, service, revision);
+        self.metrics.requests.with(&labels).inc();
+        if let Some(reply) = self.answer(&query, transport, client) {
+            return Next::Reply(reply);
+        }
+        if matches!(query.kind(), kind::AXFR | kind::IXFR) {
+            // Zones come in many messages, and are none of a pod's business.
+            return Next::Reply(query.bare_response(rcode::REFUSED));
+        }
+        let key = query.cache_key(client.upstreams.id());
+        let cached = key.as_deref().map_or(Cached::No, |key| self.cache().get(key));
+        let stale = match cached {
+            Cached::Fresh(response) => {
+                self.metrics.from_cache.inc();
+                return Next::Reply(finish(response, &query, transport));
+            }
+            Cached::Stale { response, ask: false } => {
+                self.metrics.stale.inc();
+                return Next::Reply(finish(response, &query, transport));
+            }
+            Cached::Stale { response, ask: true } => Some(response),
+            Cached::No => None,
+        };
+        Next::Forward(Forward { query, transport, key, stale, labels })
+    }
+
+    /// The answer of the mesh, if it has one.
+    fn answer(&self, query: &Query, transport: Transport, client: &Client) -> Option<Vec<u8>> {
+        let is_ours = matches!(query.kind(), kind::A | kind::AAAA | kind::ANY | kind::SRV);
+        if query.class() != wire::CLASS_IN || !is_ours {
+            return None;
+        }
+        let name = query.host_name()?;
+        let mesh = (self.mesh)();
+        let asker = registry::Asker {
+            namespace: &client.namespace,
+            network: &client.network,
+            preferred_namespace: self.settings.preferred_namespace.as_deref(),
+        };
+        if query.kind() == kind::SRV {
+            let targets = registry::targets(&mesh, &asker, &name)?;
+            return Some(answer::with_targets(query, &targets, limit(query, transport)));
+        }
+        let host = registry::find(&mesh, &asker, &name)?;
+        let mut addresses = registry::addresses(&mesh, &asker, &host)?;
+        registry::rotate(&mut addresses, self.turn.fetch_add(1, Relaxed));
+        Some(answer::with_addresses(query, &addresses, limit(query, transport)))
+    }
+
+    /// The answer of an upstream, a stale one, or an error.
+    async fn forward(self: &Arc<Self>, forward: Forward, client: &Arc<Client>) -> Vec<u8> {
+        let Forward { query, transport, key, stale, labels } = forward;
+        let Some(stale) = stale else {
+            let response = self.ask(&query, transport, key, &labels, client).await;
+            return match response {
+                Some(response) => finish(response, &query, transport),
+                None => query.bare_response(rcode::SERVER_FAILURE),
+            };
+        };
+        // In a task of its own: it goes on, and fills the cache, when the client has its stale answer.
+        let asking = tokio::spawn({
+            let (proxy, client, query) = (self.clone(), client.clone(), query.clone());
+            async move { proxy.ask(&query, transport, key, &labels, &client).await }
+        });
+        let response = match timeout(CLIENT_RESPONSE_TIMEOUT, asking).await {
+            Ok(Ok(Some(response))) if !is_failure(&response) => response,
+            _ => {
+                self.metrics.stale.inc();
+                stale
+            }
+        };
+        finish(response, &query, transport)
+    }
+
+    async fn ask(
+        &self,
+        query: &Query,
+        transport: Transport,
+        key: Option<Box<[u8]>>,
+        labels: &QueryLabels,
+        client: &Client,
+    ) -> Option<Vec<u8>> {
+        let started = tokio::time::Instant::now();
+        self.metrics.upstream_requests.with(labels).inc();
+        let dialer = upstream::Dialer {
+            netns: client.upstreams_from.as_ref(),
+            random: self.random,
+            metrics: &self.metrics,
+        };
+        let result = dialer.ask(&client.upstreams, query, transport).await;
+        self.metrics.upstream_duration.with(labels).observe(started.elapsed().as_secs_f64());
+        let failed = result.as_ref().map_or(true, |response| is_failure(response));
+        if let Err(error) = &result {
+            self.metrics.upstream_failures.with(labels).inc();
+            tracing::debug!(error = error as &dyn std::error::Error, "DNS query not answered");
+        }
+        if let Some(key) = key {
+            let mut cache = self.cache();
+            if failed {
+                cache.failed(&key, FAILURE_RECHECK);
+            } else if let Ok(response) = &result
+                && let Some(parsed) = wire::Response::parse(response)
+            {
+                cache.put(key, response, &parsed);
+            }
+            self.metrics.cache_entries.set(i64::try_from(cache.len()).unwrap_or(i64::MAX));
+            self.metrics.cache_bytes.set(i64::try_from(cache.bytes()).unwrap_or(i64::MAX));
+        }
+        result.ok()
+    }
+
+    fn cache(&self) -> MutexGuard<'_, Cache> {
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How large a response to `query` may be.
+fn limit(query: &Query, transport: Transport) -> usize {
+    match transport {
+        Transport::Udp => query.udp_size().min(DATAGRAM_LIMIT),
+        Transport::Tcp => usize::from(u16::MAX),
+    }
+}
+
+/// An upstream's response as this client gets it.
+fn finish(mut response: Vec<u8>, query: &Query, transport: Transport) -> Vec<u8> {
+    if response.len() > limit(query, transport) {
+        return query.bare_response(wire::flag::TC);
+    }
+    wire::readdress(&mut response, query);
+    response
+}
+
+/// Whether a response says only that the server could not answer.
+fn is_failure(response: &[u8]) -> bool {
+    let code = wire::Response::parse(response).map(|r| r.flags & wire::flag::RCODE);
+    !matches!(code, Some(rcode::NO_ERROR | rcode::NAME_ERROR))
+}
+
+/// What is said to a client that has too many queries under way: the stale answer, if there is one.
+fn overloaded(forward: &Forward) -> Vec<u8> {
+    match &forward.stale {
+        Some(stale) => finish(stale.clone(), &forward.query, forward.transport),
+        None => forward.query.bare_response(rcode::SERVER_FAILURE),
+    }
+}
+
+async fn send(socket: &ProxyUdpSocket, reply: &[u8], peer: SocketAddr, from: IpAddr) {
+    if let Err(error) = socket.send(reply, peer, from).await {
+        tracing::debug!(error = &error as &dyn std::error::Error, %peer, "DNS answer not sent");
+    }
+}
+
+/// Writes a message with its length before it. `false` when the client is gone or takes nothing.
+async fn write_message(writer: &tokio::sync::Mutex<OwnedWriteHalf>, message: &[u8]) -> bool {
+    let Ok(len) = u16::try_from(message.len()) else { return false };
+    let mut framed = Vec::with_capacity(message.len() + 2);
+    framed.extend_from_slice(&len.to_be_bytes());
+    framed.extend_from_slice(message);
+    let write = async { writer.lock().await.write_all(&framed).await };
+    matches!(timeout(IDLE_TIMEOUT, write).await, Ok(Ok(())))
+}

@@ -1,0 +1,159 @@
+//! ztunnel's own metrics, beside the L4 telemetry: read from where the numbers are kept when somebody scrapes.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use process::metrics::{Description, Kind, Registry};
+
+use crate::node::Node;
+use crate::proxy::Proxy;
+
+/// Registers all of them.
+pub fn register(registry: &Registry, proxy: &Arc<Proxy>, node: &Arc<Node>) {
+    let number = |name, help, kind, read: Box<dyn Fn(&Proxy, &Node) -> u64 + Send + Sync>| {
+        let (proxy, node) = (proxy.clone(), node.clone());
+        registry.collect(Description { name, help, kind }, move |out| {
+            out.integer(&|_| {}, read(&proxy, &node));
+        });
+    };
+    let gauge = |name, help, read| number(name, help, Kind::Gauge, read);
+    let counter = |name, help, read| number(name, help, Kind::Counter, read);
+    connections(&gauge, &counter);
+    pool(&gauge, &counter);
+    inbound(&gauge, &counter);
+    certificates(&gauge, &counter);
+    let (node, _) = (node.clone(), ());
+    registry.collect(
+        Description { name: "culvert_pods", help: "Pods of this node by capture state", kind: Kind::Gauge },
+        move |out| {
+            let (enrolled, pending) = node.counts();
+            out.integer(&|labels| labels.pair("state", "enrolled"), enrolled);
+            out.integer(&|labels| labels.pair("state", "pending"), pending);
+        },
+    );
+}
+
+type Read = Box<dyn Fn(&Proxy, &Node) -> u64 + Send + Sync>;
+type Register<'a> = &'a dyn Fn(&'static str, &'static str, Read);
+
+fn connections(gauge: Register<'_>, counter: Register<'_>) {
+    gauge(
+        "istio_tcp_sockets_open",
+        "Connections that are carried now",
+        Box::new(|p, _| p.registry.open_count() as u64),
+    );
+    gauge("istio_active_proxy_count", "Pods whose traffic is carried", Box::new(|_, n| n.counts().0 as u64));
+    gauge("istio_pending_proxy_count", "Pods that wait to be enrolled", Box::new(|_, n| n.counts().1 as u64));
+    gauge(
+        "culvert_connections_before_enrolment",
+        "Connections alive at enrolment that go on outside the mesh",
+        Box::new(|_, n| n.adopted() as u64),
+    );
+    counter(
+        "culvert_accept_failures",
+        "Times that a connection could not be accepted for lack of descriptors or memory",
+        Box::new(|p, _| p.accepts.failed.load(Ordering::Relaxed)),
+    );
+    counter(
+        "culvert_connections_cut",
+        "Connections ended because policy, identity or trust no longer allowed them",
+        Box::new(|p, _| p.registry.cut_count()),
+    );
+    gauge(
+        "culvert_mesh_generation",
+        "Snapshots of the configuration put in force since the start",
+        Box::new(|p, _| p.state.mesh().generation()),
+    );
+    gauge("culvert_workloads", "Workloads known", Box::new(|p, _| p.state.mesh().workload_count() as u64));
+}
+
+fn pool(gauge: Register<'_>, counter: Register<'_>) {
+    macro_rules! pool {
+        ($register:ident, $name:literal, $help:literal, $field:ident) => {
+            $register($name, $help, Box::new(|p, _| p.tunnels.counters().$field.get()));
+        };
+    }
+    pool!(gauge, "culvert_hbone_pool_connections", "Pooled HBONE connections", connections_now);
+    pool!(gauge, "culvert_hbone_pool_streams", "Tunnels open over pooled connections", streams_now);
+    pool!(gauge, "culvert_hbone_pool_waiting", "Callers that wait for a connection", waiting_now);
+    pool!(counter, "culvert_hbone_pool_connects", "HBONE connections made", connections);
+    pool!(counter, "culvert_hbone_pool_connects_failed", "HBONE connections that failed", connects_failed);
+    pool!(counter, "culvert_hbone_pool_reused", "Tunnels opened on a connection that was there", reused);
+    pool!(counter, "culvert_hbone_pool_refused", "Tunnels that the peer refused", refused);
+    pool!(counter, "culvert_hbone_pool_retried", "Requests sent again on another connection", retried);
+    pool!(counter, "culvert_hbone_pool_overloaded", "Callers turned away by a limit", overloaded);
+    pool!(counter, "culvert_hbone_pool_idle_closed", "Connections closed for idleness", idle_closed);
+    pool!(counter, "culvert_hbone_pool_going_away", "Connections that a peer drained", going_away);
+    pool!(counter, "culvert_hbone_pool_ping_timeouts", "Connections whose peer fell silent", ping_timeouts);
+}
+
+fn inbound(gauge: Register<'_>, counter: Register<'_>) {
+    macro_rules! server {
+        ($register:ident, $name:literal, $help:literal, $field:ident) => {
+            $register($name, $help, Box::new(|p, _| p.server_counters.$field.get()));
+        };
+    }
+    server!(gauge, "culvert_hbone_inbound_connections", "HBONE connections of peers", connections_now);
+    server!(counter, "culvert_hbone_inbound_accepted", "HBONE connections accepted", connections);
+    server!(
+        counter,
+        "culvert_hbone_inbound_handshakes_failed",
+        "Peers that did not begin HTTP/2",
+        handshakes_failed
+    );
+    server!(counter, "culvert_hbone_inbound_floods", "Connections ended because of a flood", floods);
+    server!(
+        counter,
+        "culvert_hbone_inbound_protocol_errors",
+        "Connections that broke HTTP/2",
+        protocol_errors
+    );
+    gauge(
+        "culvert_tls_handshakes_active",
+        "Inbound TLS handshakes under way",
+        Box::new(|p, _| p.limits.handshakes.saturating_sub(p.handshakes.available_permits()) as u64),
+    );
+    counter(
+        "culvert_tls_handshakes_failed",
+        "Inbound TLS handshakes that failed",
+        Box::new(|p, _| p.tls.failed_handshakes()),
+    );
+    counter(
+        "culvert_tls_handshakes",
+        "TLS handshakes completed, both directions",
+        Box::new(|p, _| p.tls.handshakes()),
+    );
+}
+
+fn certificates(gauge: Register<'_>, counter: Register<'_>) {
+    gauge(
+        "culvert_certificates",
+        "Identities with a valid certificate",
+        Box::new(|p, _| p.tls.certificates().counts().valid),
+    );
+    gauge(
+        "culvert_certificates_failing",
+        "Identities whose last renewal failed",
+        Box::new(|p, _| p.tls.certificates().counts().failing),
+    );
+    gauge(
+        "culvert_certificate_oldest_age_seconds",
+        "Age of the oldest certificate",
+        Box::new(|p, _| p.tls.certificates().counts().oldest_age_s.unwrap_or(0)),
+    );
+    gauge(
+        "culvert_certificate_first_expiry_seconds",
+        "Time until the first certificate expires",
+        Box::new(|p, _| p.tls.certificates().counts().first_expiry_s.unwrap_or(0)),
+    );
+    counter(
+        "culvert_certificates_issued",
+        "Certificates issued",
+        Box::new(|p, _| p.tls.certificates().counts().issued_total),
+    );
+    counter(
+        "culvert_certificate_failures",
+        "Attempts to issue that failed",
+        Box::new(|p, _| p.tls.certificates().counts().failed_total),
+    );
+}

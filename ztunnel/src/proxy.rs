@@ -1,0 +1,359 @@
+//! The data plane: what happens to a connection between the moment it is accepted and its line in the access log.
+//!
+//! * [`outbound`]: from a pod of this node, captured on port 15001;
+//! * [`inbound`]: from a tunnel, on port 15008;
+//! * [`plaintext`]: from outside the mesh, captured on port 15006.
+//!
+//! Each is one file that reads from top to bottom. What they share is here: how a connection is entered in the
+//! registry, carried, cut, counted and logged.
+
+pub mod deliver;
+pub mod dialer;
+pub mod failure;
+pub mod hosts;
+pub mod inbound;
+pub mod outbound;
+pub mod plaintext;
+pub mod pod;
+pub mod resolve;
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use balance::Balancer;
+use hbone::PumpLimits;
+use identity::PeerInfo;
+use model::{Connection, Mesh, NetworkAddress, OriginalDst, Str, Workload};
+use net::AcceptStats;
+use process::logs::{AccessLog, AccessRecord, Refusal};
+use process::metrics::tcp::TcpMetrics;
+use process::shutdown::Shutdown;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+
+use self::dialer::Dialer;
+use self::failure::Failure;
+use self::pod::LocalPod;
+use self::resolve::Route;
+use crate::connections::{Carrier, Direction, Entered, Open, Recheck, Registry, Story};
+use crate::settings::Limits;
+use crate::state::State;
+use crate::telemetry::{self, Meter};
+use crate::tls::Tls;
+
+/// The port that outbound connections are redirected to.
+pub const OUTBOUND_PORT: u16 = 15001;
+/// The port that inbound plaintext connections are redirected to.
+pub const PLAINTEXT_PORT: u16 = 15006;
+/// The port that tunnels come to.
+pub const HBONE_PORT: u16 = resolve::HBONE_PORT;
+/// The port that DNS queries are redirected to.
+pub const DNS_PORT: u16 = 15053;
+
+/// Whether `port` is one of ztunnel's own inside a pod: never a destination.
+pub fn is_listener_port(port: u16) -> bool {
+    matches!(port, OUTBOUND_PORT | PLAINTEXT_PORT | HBONE_PORT | DNS_PORT)
+}
+
+/// All that connections share.
+pub struct Proxy {
+    /// The snapshot of the mesh.
+    pub state: Arc<State>,
+    /// Open and ended connections.
+    pub registry: Arc<Registry>,
+    /// The L4 metrics.
+    pub metrics: TcpMetrics,
+    /// The access log.
+    pub access: Arc<AccessLog>,
+    /// Tunnels to peers.
+    pub tunnels: hbone::Pool<Dialer>,
+    /// Endpoint choice.
+    pub balancer: Balancer,
+    /// Host names of endpoints.
+    pub hosts: hosts::Hosts,
+    /// Limits and times.
+    pub limits: Limits,
+    /// TLS, as one of this node's pods.
+    pub tls: Tls,
+    /// What peers may do on a connection.
+    pub server: hbone::ServerSettings,
+    /// Counters of connections that peers opened.
+    pub server_counters: Arc<hbone::ServerCounters>,
+    /// TLS handshakes under way.
+    pub handshakes: Arc<Semaphore>,
+    /// Counters of the accept loops.
+    pub accepts: Arc<AcceptStats>,
+    /// When to end.
+    pub shutdown: Shutdown,
+    /// The process's own clock starts here.
+    pub started: Instant,
+}
+
+/// The two ends of a connection, and how they are joined.
+pub enum Carried {
+    /// TCP on both sides.
+    Plain {
+        /// Who connected.
+        client: TcpStream,
+        /// What was dialled.
+        server: TcpStream,
+    },
+    /// A tunnel on one side.
+    Tunnelled {
+        /// The tunnel.
+        tunnel: hbone::Tunnel,
+        /// The application's end.
+        tcp: TcpStream,
+    },
+}
+
+/// What accepts connections of a pod and hands each to `handle` in a task of its own, until the process drains
+/// or the task is dropped. The listener goes first then: a successor, or a reset, takes over.
+pub async fn accept<F, Fut>(proxy: Arc<Proxy>, pod: Arc<LocalPod>, listener: TcpListener, handle: F)
+where
+    F: Fn(Arc<Proxy>, Arc<LocalPod>, TcpStream, SocketAddr) -> Fut,
+    Fut: Future<Output = ()> + Send + 'static,
+{
+    let mut accepting = net::AcceptLoop::new(listener, proxy.accepts.clone());
+    let shutdown = proxy.shutdown.clone();
+    let mut draining = std::pin::pin!(shutdown.draining());
+    loop {
+        let (stream, peer) = tokio::select! {
+            biased;
+            () = &mut draining => return,
+            accepted = accepting.next() => accepted,
+        };
+        let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+        let connection = handle(proxy.clone(), pod.clone(), stream, peer);
+        let hold = proxy.shutdown.hold();
+        tokio::spawn(async move {
+            connection.await;
+            drop(hold);
+        });
+    }
+}
+
+impl Proxy {
+    /// Where a captured connection was meant to go.
+    ///
+    /// # Errors
+    /// The kernel doesn't say, or it was one of our own listeners that was dialled.
+    pub fn captured(&self, client: &TcpStream, peer: SocketAddr) -> Result<OriginalDst, Failure> {
+        let dialled = net::original_dst(client, peer).map_err(Failure::OriginalDst)?;
+        let local = client.local_addr().map_err(Failure::OriginalDst)?;
+        // A connection that was not redirected has its own address as the original one. To carry it would be to
+        // dial ourselves, for ever.
+        if dialled == net::canonical(local) && is_listener_port(dialled.port()) {
+            return Err(Failure::Loop(dialled));
+        }
+        Ok(OriginalDst::new(dialled))
+    }
+
+    /// The workload that has `ip`.
+    pub fn workload_of(&self, mesh: &Mesh, network: &Str, ip: IpAddr) -> Option<Arc<Workload>> {
+        mesh.workload_at(&NetworkAddress::new(network.clone(), ip)).cloned()
+    }
+
+    /// A number that nobody can foresee well enough to steer endpoint choice by.
+    pub fn random(&self) -> u64 {
+        use std::hash::{BuildHasher, RandomState};
+        thread_local! {
+            static SEED: (RandomState, std::cell::Cell<u64>) = (RandomState::new(), std::cell::Cell::new(0));
+        }
+        SEED.with(|(state, count)| {
+            count.set(count.get().wrapping_add(1));
+            state.hash_one(count.get())
+        })
+    }
+
+    /// Resolves an endpoint's host name.
+    ///
+    /// # Errors
+    /// It can't be resolved.
+    pub async fn resolve_host(&self, host: &str, port: u16, client: IpAddr) -> Result<SocketAddr, Failure> {
+        self.hosts.resolve(host, port, client, self.random()).await
+    }
+
+    /// Tells the balancer that the route's endpoint works.
+    pub fn reached(&self, route: &Route) {
+        if let Some(picked) = &route.target().picked {
+            picked.report_success();
+        }
+    }
+
+    /// Tells the balancer that the route's endpoint did not answer. Returns it when another one is worth a try.
+    pub fn not_reached(&self, route: &Route, failure: &Failure) -> Option<Str> {
+        if !failure.worth_another_endpoint() {
+            return None;
+        }
+        let picked = route.target().picked.as_ref()?;
+        picked.report_failure(self.started.elapsed());
+        Some(picked.workload().uid.clone())
+    }
+
+    /// Whether an inbound connection may still go on: its policy, and the root that its peer's certificate hangs on.
+    pub fn recheck_inbound(
+        &self,
+        pod: &LocalPod,
+        connection: Connection,
+        peer: Option<Arc<PeerInfo>>,
+    ) -> Recheck {
+        let (state, tls, uid) = (self.state.clone(), self.tls.clone(), pod.uid.clone());
+        Box::new(move || {
+            if let Some(distrust) = peer.as_ref().and_then(|peer| tls.bundle().still_trusts(peer).err()) {
+                return Some(distrust.to_string());
+            }
+            let mesh = state.mesh();
+            // A pod whose manifest is gone is un-enrolled in good order, or is about to end.
+            let workload = mesh.workload(&uid)?;
+            mesh.authorize(workload, &connection).outcome.err().map(|deny| deny.to_string())
+        })
+    }
+
+    /// Whether an outbound connection may still go on: the settings may have come to forbid unknown addresses,
+    /// or the source's identity may have changed.
+    pub fn recheck_outbound(
+        &self,
+        pod: &LocalPod,
+        dialled: OriginalDst,
+        route: &Route,
+        peer: Option<Arc<PeerInfo>>,
+    ) -> Recheck {
+        let (state, tls, uid) = (self.state.clone(), self.tls.clone(), pod.uid.clone());
+        let unknown = matches!(route, Route::Plain { why: resolve::NoTunnel::UnknownAddress, .. });
+        let identity = state.mesh().workload(&pod.uid).and_then(|w| w.identity().ok());
+        Box::new(move || {
+            if let Some(distrust) = peer.as_ref().and_then(|peer| tls.bundle().still_trusts(peer).err()) {
+                return Some(distrust.to_string());
+            }
+            let mesh = state.mesh();
+            let source = mesh.workload(&uid)?;
+            if identity.is_some() && source.identity().ok() != identity {
+                return Some("the pod's identity changed".to_owned());
+            }
+            let refused = unknown
+                && mesh.settings().outbound == model::OutboundMode::RegistryOnly
+                && matches!(mesh.destination(&source.network, dialled), model::Destination::Unknown);
+            refused.then(|| resolve::Refusal::RegistryOnly(dialled).to_string())
+        })
+    }
+
+    /// Carries a connection to its end: until both sides closed it, one broke, or it is cut. `held` is dropped
+    /// when it is over.
+    pub async fn carry<T>(&self, story: Story, recheck: Recheck, carried: Carried, held: T) {
+        let started = Instant::now();
+        let meter = Meter::open(self.metrics.connection(&telemetry::labels(&story)));
+        let mut entered = self.registry.enter(story, meter, recheck);
+        // The policy may have changed between its evaluation and the entry, and nobody saw this connection then.
+        if let Some(reason) = entered.open.recheck() {
+            entered.open.cut_now(reason);
+        }
+        let open = entered.open.clone();
+        let end = tokio::select! {
+            biased;
+            reason = open.cut() => Err(format!("cut: {reason}")),
+            end = transfer(carried, &open) => end,
+        };
+        drop(held);
+        self.ended(&mut entered, end, started.elapsed());
+    }
+
+    fn ended(&self, entered: &mut Entered, end: Result<(), String>, duration: Duration) {
+        if let Err(error) = &end {
+            entered.failed(error.clone());
+        }
+        let error = end.err();
+        self.log(&entered.open, duration, error.as_ref());
+    }
+
+    fn log(&self, open: &Open, duration: Duration, error: Option<&String>) {
+        let (sent, received) = open.carried();
+        self.access.complete(&record(&open.story, (sent, received), duration, error));
+    }
+
+    /// Refuses a connection of which all is known: counted, remembered, logged, and reset.
+    pub fn refuse(&self, client: TcpStream, story: Story, failure: Failure) {
+        net::reset(client);
+        self.refused(story, &failure);
+    }
+
+    /// The part of [`Proxy::refuse`] after the reset, for connections that are refused in another way.
+    pub fn refused(&self, story: Story, failure: &Failure) {
+        self.metrics.failed(&telemetry::labels(&story), failure.flag());
+        let error = failure.to_string();
+        self.access.complete(&record(&story, (0, 0), Duration::ZERO, Some(&error)));
+        self.registry.refused(story, error);
+    }
+
+    /// Refuses a connection of which only the addresses are known.
+    pub fn refuse_early(&self, client: TcpStream, direction: Direction, peer: SocketAddr, failure: Failure) {
+        let local = client.local_addr().map_or(peer, net::canonical);
+        net::reset(client);
+        self.refused_early(direction, peer, local, &failure);
+    }
+
+    /// The part of [`Proxy::refuse_early`] after the reset.
+    pub fn refused_early(
+        &self,
+        direction: Direction,
+        peer: SocketAddr,
+        local: SocketAddr,
+        failure: &Failure,
+    ) {
+        self.metrics.failed(&telemetry::unknown_labels(direction), failure.flag());
+        self.access.refused(&Refusal {
+            src_addr: peer,
+            dst_addr: local,
+            direction: direction.into(),
+            error: failure,
+        });
+    }
+}
+
+async fn transfer(carried: Carried, open: &Open) -> Result<(), String> {
+    match carried {
+        Carried::Plain { client, server } => match net::copy(client, server, &open.bytes).await {
+            net::End::Finished(_) => Ok(()),
+            net::End::Reset(side) => Err(format!("reset by the {side}")),
+            net::End::Failed(side, error) => Err(format!("connection of the {side}: {error}")),
+        },
+        Carried::Tunnelled { tunnel, tcp } => {
+            let outcome = hbone::pump(tunnel, tcp, &open.traffic, PumpLimits::default()).await;
+            if outcome.is_finished() { Ok(()) } else { Err(outcome.to_string()) }
+        }
+    }
+}
+
+fn record<'a>(
+    story: &'a Story,
+    (from_client, from_server): (u64, u64),
+    duration: Duration,
+    error: Option<&'a String>,
+) -> AccessRecord<'a> {
+    let (source, destination) = (story.source_workload.as_deref(), story.destination_workload.as_deref());
+    let tunnelled = story.carrier == Carrier::Hbone;
+    AccessRecord {
+        src_addr: story.source,
+        src_workload: source.map_or("", |w| &w.name),
+        src_namespace: source.map_or("", |w| &w.namespace),
+        src_identity: story.source_identity.as_ref().filter(|_| tunnelled).map(|i| i as _),
+        src_cluster: source.map_or("", |w| &w.cluster),
+        dst_addr: story.upstream.unwrap_or(story.destination),
+        dst_hbone_addr: tunnelled.then_some(&story.destination as _),
+        dst_service: story.destination_service.as_ref().map_or("", |s| &s.hostname),
+        dst_workload: destination.map_or("", |w| &w.name),
+        dst_namespace: destination.map_or("", |w| &w.namespace),
+        dst_identity: story.destination_identity.as_ref().filter(|_| tunnelled).map(|i| i as _),
+        dst_cluster: destination.map_or("", |w| &w.cluster),
+        direction: story.direction.into(),
+        bytes_from_client: from_client,
+        bytes_from_server: from_server,
+        duration,
+        error: error.map(|e| e as _),
+        policy: story.verdict.policy().map(|p| p as _),
+        reason: Some(&story.verdict),
+        id: Some(&story.id),
+    }
+}

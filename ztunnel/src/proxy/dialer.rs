@@ -1,0 +1,92 @@
+//! Tunnels to peers: what their connections are shared by, and how one is made.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use hbone::{Authority, ConnectError, ConnectRequest, Connector, OpenError, TunnelHeaders};
+use identity::{ExpectedPeers, PeerInfo, TlsStream};
+use model::{HboneAddr, SpiffeId};
+use net::{ConnectOptions, Netns};
+use tokio::net::TcpStream;
+
+use super::Proxy;
+use super::failure::Failure;
+use crate::tls::Tls;
+
+/// What tunnels share a connection by. It is dialled in the pod's own namespace, from the pod's own address, as
+/// the pod's identity: two pods never share one, also when they run as one service account.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct TunnelKey {
+    /// The pod's namespace.
+    pub netns: Netns,
+    /// The pod's identity.
+    pub source: SpiffeId,
+    /// The pod's address.
+    pub source_ip: IpAddr,
+    /// Who may answer.
+    pub expected: Arc<[SpiffeId]>,
+    /// What is dialled.
+    pub to: HboneAddr,
+}
+
+/// Dials and secures connections for the pool.
+pub struct Dialer {
+    /// TLS, as one of this node's pods.
+    pub tls: Tls,
+    /// For the TCP connect alone.
+    pub connect_timeout: std::time::Duration,
+}
+
+impl Connector for Dialer {
+    type Key = TunnelKey;
+    type Io = TlsStream<TcpStream>;
+    type Peer = Arc<PeerInfo>;
+    type Error = Failure;
+
+    async fn connect(&self, key: &TunnelKey) -> Result<(Self::Io, Self::Peer), Failure> {
+        let to = key.to.socket_addr();
+        let source = (key.source_ip.is_ipv4() == to.is_ipv4()).then(|| SocketAddr::new(key.source_ip, 0));
+        let options = ConnectOptions { source, ..ConnectOptions::default() };
+        let tcp = net::connect(&key.netns, &options, to, self.connect_timeout)
+            .await
+            .map_err(|e| Failure::Connect { to, reason: e.source.to_string() })?;
+        let expected = ExpectedPeers::OneOf(key.expected.clone());
+        let tls = self.tls.connect(tcp, to, &key.source, expected).await?;
+        let peer = Arc::new(tls.peer().clone());
+        Ok((tls, peer))
+    }
+}
+
+impl Proxy {
+    /// Opens a tunnel to `authority` over a pooled connection of `key`.
+    ///
+    /// # Errors
+    /// The peer can't be reached, isn't who it should be, or refuses.
+    pub async fn open_tunnel(
+        &self,
+        key: &TunnelKey,
+        authority: SocketAddr,
+        headers: TunnelHeaders,
+    ) -> Result<(hbone::Tunnel, Arc<PeerInfo>), Failure> {
+        let to = key.to.socket_addr();
+        let authority = Authority::from_addr(authority)
+            .ok_or_else(|| Failure::Connect { to: authority, reason: "port 0".into() })?;
+        let request = ConnectRequest { authority, headers };
+        let opened = self.tunnels.open(key, &request).await.map_err(|error| failure(to, error))?;
+        Ok((opened.tunnel, opened.peer))
+    }
+}
+
+fn failure(to: SocketAddr, error: OpenError<Failure>) -> Failure {
+    match error {
+        OpenError::Connect(error) => match &*error {
+            ConnectError::Connector(failure) => failure.shared(),
+            ConnectError::Timeout(_) => Failure::Connect { to, reason: error.to_string() },
+            ConnectError::Http2(reason) => Failure::Http2 { to, reason: reason.clone() },
+            ConnectError::TooManyConnections(_) => Failure::Connect { to, reason: error.to_string() },
+        },
+        OpenError::Refused(status) if status.as_u16() == 401 => Failure::PeerDenied(401),
+        OpenError::Refused(status) => Failure::PeerStatus(status.as_u16()),
+        other => Failure::Http2 { to, reason: other.to_string() },
+    }
+}

@@ -1,0 +1,127 @@
+//! Why a connection failed, and what each failure is called outside: the response flag of metrics, the status of
+//! a CONNECT, the words of the log. They are chosen here and nowhere else.
+
+use model::{Deny, SpiffeId};
+use process::metrics::tcp::FailureFlag;
+
+use super::resolve::Refusal;
+
+/// Why a connection never began.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The address that the application dialled can't be told.
+    #[error("the original destination is not known: {0}")]
+    OriginalDst(#[source] std::io::Error),
+    /// Somebody dialled a listener of ztunnel itself.
+    #[error("{0} is a listener of ztunnel, not a destination")]
+    Loop(std::net::SocketAddr),
+    /// There is nowhere to go.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// Policy does not allow it.
+    #[error("{0}")]
+    Denied(Deny),
+    /// The peer refused it by its policy.
+    #[error("the peer's policy refused the connection (status {0})")]
+    PeerDenied(u16),
+    /// The peer refused it for another reason.
+    #[error("the peer answered the CONNECT with status {0}")]
+    PeerStatus(u16),
+    /// The destination can't be reached.
+    #[error("connect to {to}: {reason}")]
+    Connect {
+        /// What was dialled.
+        to: std::net::SocketAddr,
+        /// Why it failed.
+        reason: String,
+    },
+    /// The host name of an endpoint can't be resolved.
+    #[error("resolve {0}: {1}")]
+    Resolve(String, String),
+    /// The TLS handshake failed.
+    #[error("TLS handshake with {to}: {reason}")]
+    Tls {
+        /// The peer.
+        to: std::net::SocketAddr,
+        /// Why it failed.
+        reason: String,
+    },
+    /// The HTTP/2 connection failed.
+    #[error("HBONE connection to {to}: {reason}")]
+    Http2 {
+        /// The peer.
+        to: std::net::SocketAddr,
+        /// Why it failed.
+        reason: String,
+    },
+    /// There is no certificate for the pod.
+    #[error("no certificate for {0}: {1}")]
+    Identity(SpiffeId, String),
+    /// The pod is not (or no longer) in the configuration.
+    #[error("nothing is known of the pod {0}: its manifest was removed or is invalid")]
+    UnknownPod(model::Str),
+    /// The CONNECT asks for an address that is not the pod's.
+    #[error("CONNECT to {authority}, and this is {local}: a tunnel ends at the pod that it was opened to")]
+    WrongAddress {
+        /// What was asked for.
+        authority: String,
+        /// The pod's address.
+        local: std::net::IpAddr,
+    },
+    /// The CONNECT asks for a port of ztunnel's own.
+    #[error("CONNECT to port {0}, a listener of ztunnel")]
+    ListenerPort(u16),
+    /// The pod has as many connections as it may have.
+    #[error("the pod has {0} open connections, the limit")]
+    TooMany(usize),
+    /// ztunnel is stopping.
+    #[error("ztunnel is draining")]
+    Draining,
+}
+
+impl Failure {
+    /// The value of the `response_flags` label.
+    pub fn flag(&self) -> FailureFlag {
+        match self {
+            Self::Denied(_) | Self::PeerDenied(_) | Self::Refused(Refusal::RegistryOnly(_)) => {
+                FailureFlag::Deny
+            }
+            Self::Tls { .. } => FailureFlag::TlsFailure,
+            Self::Http2 { .. } => FailureFlag::H2HandshakeFailure,
+            Self::Identity(..) | Self::UnknownPod(_) => FailureFlag::IdentityError,
+            _ => FailureFlag::Connect,
+        }
+    }
+
+    /// The answer to a CONNECT (facts: 400 for what is malformed, 401 for policy, 503 for the rest).
+    pub fn status(&self) -> u16 {
+        match self {
+            Self::Denied(_) => 401,
+            Self::WrongAddress { .. } | Self::ListenerPort(_) | Self::Loop(_) => 400,
+            _ => 503,
+        }
+    }
+
+    /// The same failure for another caller who waited for the same connection. A connector fails only in these ways.
+    pub fn shared(&self) -> Self {
+        match self {
+            Self::Connect { to, reason } => Self::Connect { to: *to, reason: reason.clone() },
+            Self::Tls { to, reason } => Self::Tls { to: *to, reason: reason.clone() },
+            Self::Identity(id, reason) => Self::Identity(id.clone(), reason.clone()),
+            other => Self::Resolve("peer".into(), other.to_string()),
+        }
+    }
+
+    /// Whether another endpoint of the same service may fare better. Policy and what is malformed do not change
+    /// with the endpoint.
+    pub fn worth_another_endpoint(&self) -> bool {
+        matches!(
+            self,
+            Self::Connect { .. }
+                | Self::Tls { .. }
+                | Self::Http2 { .. }
+                | Self::Resolve(..)
+                | Self::PeerStatus(503)
+        )
+    }
+}

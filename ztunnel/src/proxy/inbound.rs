@@ -1,0 +1,197 @@
+//! Inbound tunnels: port 15008 of a pod.
+//!
+//! ```text
+//! accepted -> secured (the peer's identity) -> CONNECT -> addressed (to this pod) -> permitted -> delivered -> carried
+//! ```
+//!
+//! A connection carries many tunnels; each of them is decided for itself, by the policies of the moment it is
+//! opened, and again whenever they change.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hbone::{Closed, Control, Incoming, StatusCode, TunnelHeaders};
+use identity::{PeerInfo, TlsStream};
+use model::{Connection, Permit};
+use process::shutdown::Phase;
+use tokio::net::TcpStream;
+use tokio::time::Instant;
+
+use super::failure::Failure;
+use super::pod::{LocalPod, Place};
+use super::{Carried, Proxy, is_listener_port};
+use crate::connections::{Carrier, Direction, Story, Verdict, now_ms};
+
+/// Serves one connection of a peer, and all tunnels in it, to its end.
+pub async fn handle(proxy: Arc<Proxy>, pod: Arc<LocalPod>, stream: TcpStream, peer: SocketAddr) {
+    let local = match stream.local_addr() {
+        Ok(local) => net::canonical(local),
+        Err(error) => {
+            return proxy.refuse_early(stream, Direction::Inbound, peer, Failure::OriginalDst(error));
+        }
+    };
+    let tls = match secure(&proxy, &pod, stream, peer).await {
+        Ok(secured) => secured,
+        Err(failure) => return proxy.refused_early(Direction::Inbound, peer, local, &failure),
+    };
+    let info = Arc::new(tls.peer().clone());
+    let control = Control::default();
+    let session = Arc::new(Session { proxy: proxy.clone(), pod, peer, local, info });
+    let serving = hbone::serve(tls, &proxy.server, &control, &proxy.server_counters, |incoming| {
+        tokio::spawn(session.clone().tunnel(incoming));
+    });
+    let mut serving = std::pin::pin!(serving);
+    let closed = tokio::select! {
+        closed = &mut serving => closed,
+        () = proxy.shutdown.draining() => {
+            // No new tunnels, and the peer's pool goes elsewhere; those that are open have the grace period.
+            control.drain(patience(&proxy));
+            serving.await
+        }
+    };
+    match closed {
+        Closed::Finished | Closed::DrainDeadline | Closed::Aborted => {}
+        closed => tracing::info!(%peer, %local, reason = %closed, "HBONE connection ended"),
+    }
+}
+
+/// How long open tunnels may go on during a drain.
+fn patience(proxy: &Proxy) -> Duration {
+    match proxy.shutdown.phase() {
+        Phase::Draining { deadline } => deadline.saturating_duration_since(Instant::now()),
+        Phase::Running | Phase::Aborting => Duration::ZERO,
+    }
+}
+
+/// The TLS handshake, as the pod.
+async fn secure(
+    proxy: &Proxy,
+    pod: &LocalPod,
+    stream: TcpStream,
+    peer: SocketAddr,
+) -> Result<TlsStream<TcpStream>, Failure> {
+    let workload = pod.workload(&proxy.state.mesh())?;
+    let own =
+        workload.identity().map_err(|e| super::resolve::Refusal::NoIdentity(workload.uid.clone(), e))?;
+    // Closed only when the process ends.
+    let _slot = proxy.handshakes.acquire().await.map_err(|_| Failure::Draining)?;
+    proxy.tls.accept(stream, peer, &own).await
+}
+
+/// A secured connection of a peer.
+struct Session {
+    proxy: Arc<Proxy>,
+    pod: Arc<LocalPod>,
+    peer: SocketAddr,
+    local: SocketAddr,
+    info: Arc<PeerInfo>,
+}
+
+/// A tunnel's decision: what is known of it, and the permission or the reason against it.
+type Decided = (Story, Result<Permit, Failure>);
+
+impl Session {
+    async fn tunnel(self: Arc<Self>, incoming: Incoming) {
+        let _hold = self.proxy.shutdown.hold();
+        let (story, decision) = match self.decide(&incoming) {
+            Ok(decided) => decided,
+            Err(failure) => {
+                self.proxy.refused_early(Direction::Inbound, self.peer, self.local, &failure);
+                return refuse(incoming, &failure);
+            }
+        };
+        match self.open(incoming, decision).await {
+            Ok((tunnel, tcp, permit, place)) => {
+                let peer = Some(self.info.clone());
+                let recheck = self.proxy.recheck_inbound(&self.pod, permit.connection().clone(), peer);
+                self.proxy.carry(story, recheck, Carried::Tunnelled { tunnel, tcp }, place).await;
+            }
+            Err(failure) => self.proxy.refused(story, &failure),
+        }
+    }
+
+    /// Reads the request and asks the policies.
+    fn decide(&self, incoming: &Incoming) -> Result<Decided, Failure> {
+        let to = self.addressed(incoming)?;
+        let mesh = self.proxy.state.mesh();
+        let workload = self.pod.workload(&mesh)?;
+        if let Err(distrust) = self.proxy.tls.bundle().still_trusts(&self.info) {
+            return Err(Failure::Tls { to: self.peer, reason: distrust.to_string() });
+        }
+        let connection = Connection::new(Some(self.info.id.clone()), self.peer.ip(), to);
+        let decision = mesh.authorize(&workload, &connection);
+        let service = incoming.headers.parse_forwarded().and_then(|f| f.host);
+        let story = Story {
+            id: self.proxy.registry.next_id(),
+            direction: Direction::Inbound,
+            carrier: Carrier::Hbone,
+            opened_ms: now_ms(),
+            source: self.peer,
+            source_workload: self.proxy.workload_of(&mesh, &workload.network, self.peer.ip()),
+            source_identity: Some(self.info.id.clone()),
+            destination: to,
+            upstream: None,
+            destination_identity: workload.identity().ok(),
+            // Named by the peer, so believed only when it is a service of this workload.
+            destination_service: service.and_then(|host| {
+                let known = |s: &&Arc<model::Service>| workload.services.iter().any(|m| m.service == s.key());
+                mesh.services_named(&host).iter().find(known).cloned()
+            }),
+            destination_workload: Some(workload),
+            verdict: Verdict::of(&decision),
+        };
+        Ok((story, decision.outcome.map_err(Failure::Denied)))
+    }
+
+    /// A tunnel ends at the pod that it was opened to, at a port of its application.
+    fn addressed(&self, incoming: &Incoming) -> Result<SocketAddr, Failure> {
+        let wrong =
+            || Failure::WrongAddress { authority: incoming.authority.to_string(), local: self.local.ip() };
+        let to = incoming.authority.socket_addr().map(net::canonical).ok_or_else(wrong)?;
+        if to.ip() != self.local.ip() {
+            return Err(wrong());
+        }
+        if is_listener_port(to.port()) {
+            return Err(Failure::ListenerPort(to.port()));
+        }
+        Ok(to)
+    }
+
+    /// Delivers what is permitted, and answers the request.
+    async fn open(
+        &self,
+        mut incoming: Incoming,
+        decision: Result<Permit, Failure>,
+    ) -> Result<(hbone::Tunnel, TcpStream, Permit, Place), Failure> {
+        let place = self.pod.place(self.proxy.limits.connections_per_pod);
+        let attempt = async {
+            let (permit, place) = (decision?, place?);
+            let tcp = super::deliver::deliver(&self.proxy, &self.pod, &permit).await?;
+            Ok((tcp, permit, place))
+        };
+        let attempt = tokio::select! {
+            attempt = attempt => attempt,
+            gone = incoming.given_up() => {
+                return Err(Failure::Http2 { to: self.peer, reason: format!("given up by the peer: {gone}") });
+            }
+        };
+        match attempt {
+            Ok((tcp, permit, place)) => {
+                let tunnel = incoming
+                    .accept(&TunnelHeaders::default())
+                    .map_err(|e| Failure::Http2 { to: self.peer, reason: e.to_string() })?;
+                Ok((tunnel, tcp, permit, place))
+            }
+            Err(failure) => {
+                refuse(incoming, &failure);
+                Err(failure)
+            }
+        }
+    }
+}
+
+fn refuse(incoming: Incoming, failure: &Failure) {
+    let status = StatusCode::from_u16(failure.status()).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
+    incoming.refuse(status, &TunnelHeaders::default());
+}

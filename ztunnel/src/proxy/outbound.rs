@@ -1,0 +1,216 @@
+//! Outbound connections: captured in a pod on port 15001.
+//!
+//! ```text
+//! accepted -> captured (the dialled address) -> resolved (a Route) -> dialled (tunnel or TCP) -> carried -> ended
+//!                                                   ^                    |
+//!                                                   +---- next endpoint -+   while nothing was sent
+//! ```
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use hbone::{Forwarded, TunnelHeaders};
+use identity::PeerInfo;
+use model::{OriginalDst, SpiffeId, Workload};
+use net::ConnectOptions;
+use tokio::net::TcpStream;
+
+use super::dialer::TunnelKey;
+use super::failure::Failure;
+use super::pod::{LocalPod, Place};
+use super::resolve::{Context, Route};
+use super::{Carried, Proxy};
+use crate::connections::{Carrier, Direction, Story, Verdict, now_ms};
+
+/// Carries one captured connection of the application at `peer` to its end.
+pub async fn handle(proxy: Arc<Proxy>, pod: Arc<LocalPod>, client: TcpStream, peer: SocketAddr) {
+    let prepared =
+        proxy.captured(&client, peer).and_then(|dialled| Outbound::new(&proxy, &pod, peer, dialled));
+    let outbound = match prepared {
+        Ok(outbound) => outbound,
+        Err(failure) => return proxy.refuse_early(client, Direction::Outbound, peer, failure),
+    };
+    match outbound.open().await {
+        Ok((route, upstream)) => {
+            let story = outbound.story(Some(&route), route_words(&route));
+            let recheck = proxy.recheck_outbound(&pod, outbound.dialled, &route, upstream.peer());
+            let carried = upstream.with(client);
+            proxy.carry(story, recheck, carried, (outbound.place, route)).await;
+        }
+        Err((route, failure)) => {
+            let story = outbound.story(route.as_ref(), Verdict::proxy(failure.to_string()));
+            proxy.refuse(client, story, failure);
+        }
+    }
+}
+
+fn route_words(route: &Route) -> Verdict {
+    match route {
+        Route::Tunnel { .. } => Verdict::proxy("sent in a tunnel; the destination's node decides"),
+        Route::Plain { why, .. } => Verdict::proxy(why.as_str()),
+        Route::PlainHost { .. } => Verdict::proxy("sent to a host of a ServiceEntry"),
+    }
+}
+
+/// What a connection was opened to.
+pub enum Upstream {
+    /// A tunnel, and who is at its other end.
+    Tunnel(hbone::Tunnel, Arc<PeerInfo>),
+    /// A plain connection.
+    Plain(TcpStream),
+}
+
+impl Upstream {
+    fn peer(&self) -> Option<Arc<PeerInfo>> {
+        match self {
+            Self::Tunnel(_, peer) => Some(peer.clone()),
+            Self::Plain(_) => None,
+        }
+    }
+
+    fn with(self, client: TcpStream) -> Carried {
+        match self {
+            Self::Tunnel(tunnel, _) => Carried::Tunnelled { tunnel, tcp: client },
+            Self::Plain(server) => Carried::Plain { client, server },
+        }
+    }
+}
+
+struct Outbound<'a> {
+    proxy: &'a Arc<Proxy>,
+    pod: &'a Arc<LocalPod>,
+    id: u64,
+    opened_ms: u64,
+    peer: SocketAddr,
+    dialled: OriginalDst,
+    source: Arc<Workload>,
+    identity: SpiffeId,
+    place: Place,
+}
+
+impl<'a> Outbound<'a> {
+    fn new(
+        proxy: &'a Arc<Proxy>,
+        pod: &'a Arc<LocalPod>,
+        peer: SocketAddr,
+        dialled: OriginalDst,
+    ) -> Result<Self, Failure> {
+        let source = pod.workload(&proxy.state.mesh())?;
+        let identity =
+            source.identity().map_err(|e| super::resolve::Refusal::NoIdentity(source.uid.clone(), e))?;
+        let place = pod.place(proxy.limits.connections_per_pod)?;
+        let (id, opened_ms) = (proxy.registry.next_id(), now_ms());
+        Ok(Self { proxy, pod, id, opened_ms, peer, dialled, source, identity, place })
+    }
+
+    /// Resolves and dials, and tries other endpoints while that may help: nothing was sent yet.
+    async fn open(&self) -> Result<(Route, Upstream), (Option<Route>, Failure)> {
+        let mut tried = Vec::new();
+        let mut last: Option<(Option<Route>, Failure)> = None;
+        for attempt in 1..=self.proxy.limits.attempts {
+            let route = match self.resolve(&tried) {
+                Ok(route) => route,
+                // No endpoint is left: the failure of the last one says more than that.
+                Err(refusal) => return Err(last.unwrap_or((None, refusal.into()))),
+            };
+            match self.dial(&route).await {
+                Ok(upstream) => {
+                    self.proxy.reached(&route);
+                    return Ok((route, upstream));
+                }
+                Err(failure) => {
+                    let Some(endpoint) = self.proxy.not_reached(&route, &failure) else {
+                        return Err((Some(route), failure));
+                    };
+                    tracing::debug!(id = self.id, attempt, %endpoint, %failure, "trying another endpoint");
+                    tried.push(endpoint);
+                    last = Some((Some(route), failure));
+                }
+            }
+        }
+        Err(last.unwrap_or((None, Failure::Draining)))
+    }
+
+    fn resolve(&self, tried: &[model::Str]) -> Result<Route, super::resolve::Refusal> {
+        let context = Context {
+            mesh: &self.proxy.state.mesh(),
+            balancer: &self.proxy.balancer,
+            source: &self.source,
+            source_ip: self.peer.ip().to_canonical(),
+            tried,
+            now: self.proxy.started.elapsed(),
+            random: self.proxy.random(),
+        };
+        context.resolve(self.dialled)
+    }
+
+    async fn dial(&self, route: &Route) -> Result<Upstream, Failure> {
+        match route {
+            Route::Tunnel { hbone, authority, expected, .. } => {
+                let key = TunnelKey {
+                    netns: self.pod.netns.clone(),
+                    source: self.identity.clone(),
+                    source_ip: self.peer.ip().to_canonical(),
+                    expected: expected.clone(),
+                    to: *hbone,
+                };
+                let (tunnel, peer) = self.proxy.open_tunnel(&key, *authority, self.headers(route)).await?;
+                Ok(Upstream::Tunnel(tunnel, peer))
+            }
+            Route::Plain { to, .. } => self.plain(*to).await.map(Upstream::Plain),
+            Route::PlainHost { host, port, .. } => {
+                let to = self.proxy.resolve_host(host, *port, self.peer.ip()).await?;
+                self.plain(to).await.map(Upstream::Plain)
+            }
+        }
+    }
+
+    /// What the peer is told of us, for its telemetry and log only.
+    fn headers(&self, route: &Route) -> TunnelHeaders {
+        let host = route.target().service.as_ref().map(|s| s.hostname.clone());
+        TunnelHeaders {
+            baggage: self.pod.baggage(&self.source),
+            forwarded: Forwarded { client: Some(self.peer), host }.encode(),
+            ..TunnelHeaders::default()
+        }
+    }
+
+    async fn plain(&self, to: SocketAddr) -> Result<TcpStream, Failure> {
+        let ip = self.peer.ip().to_canonical();
+        let source = (ip.is_ipv4() == to.is_ipv4()).then(|| SocketAddr::new(ip, 0));
+        let options = ConnectOptions { source, ..ConnectOptions::default() };
+        net::connect(&self.pod.netns, &options, to, self.proxy.limits.connect_timeout)
+            .await
+            .map_err(|e| Failure::Connect { to, reason: e.source.to_string() })
+    }
+
+    fn story(&self, route: Option<&Route>, verdict: Verdict) -> Story {
+        let target = route.map(Route::target);
+        let workload = target.and_then(|t| t.workload.clone());
+        let (carrier, upstream) = match route {
+            Some(Route::Tunnel { hbone, .. }) => (Carrier::Hbone, Some(hbone.socket_addr())),
+            Some(Route::Plain { to, .. }) => {
+                (Carrier::Plaintext, Some(*to).filter(|to| *to != self.dialled.socket_addr()))
+            }
+            Some(Route::PlainHost { .. }) | None => (Carrier::Plaintext, None),
+        };
+        Story {
+            id: self.id,
+            direction: Direction::Outbound,
+            carrier,
+            opened_ms: self.opened_ms,
+            source: self.peer,
+            source_workload: Some(self.source.clone()),
+            source_identity: Some(self.identity.clone()),
+            destination: self.dialled.socket_addr(),
+            upstream,
+            destination_identity: match carrier {
+                Carrier::Hbone => workload.as_ref().and_then(|w| w.identity().ok()),
+                Carrier::Plaintext => None,
+            },
+            destination_workload: workload,
+            destination_service: target.and_then(|t| t.service.clone()),
+            verdict,
+        }
+    }
+}

@@ -1,0 +1,257 @@
+//! Start-up and the end of the process, in order.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use identity::{
+    CaDirectory, CertificateSettings, Certificates, Clock, KeyStore, LocalIssuer, LocalIssuerSettings,
+    Validity,
+};
+use process::logs::Logs;
+use process::metrics::tcp::TcpMetrics;
+use process::metrics::{Registry as Metrics, build_info, register_process};
+use process::readiness::Readiness;
+use process::shutdown::Shutdown;
+use process::{admin as pages, http, runtimes};
+use tokio::net::TcpListener;
+use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+
+use crate::connections::Registry;
+use crate::node::{Node, RECONCILE_INTERVAL};
+use crate::proxy::Proxy;
+use crate::proxy::dialer::Dialer;
+use crate::settings::{Flags, Limits};
+use crate::source::Source;
+use crate::state::State;
+use crate::tls::Tls;
+use crate::{admin, metrics};
+
+/// How often the metrics of open connections are brought up to date.
+const SETTLE_INTERVAL: Duration = Duration::from_secs(5);
+const SWEEP_INTERVAL: Duration = Duration::from_secs(120);
+
+/// Runs until a signal, or the admin port, ends the process in good order.
+///
+/// # Errors
+/// What could not be started, and what to do.
+pub fn run(flags: &Flags) -> anyhow::Result<()> {
+    let settings = flags.shared.resolve()?;
+    let logs = Logs::init(&settings.logs)?;
+    // Failing to raise it is no reason not to run; the accept loops live with few.
+    if let Err(error) = runtimes::raise_descriptor_limit() {
+        tracing::warn!(%error, "the limit of open files could not be raised");
+    }
+    let control = runtimes::control_plane().context("control runtime")?;
+    let data_plane = runtimes::data_plane(settings.worker_threads).context("data-plane runtime")?;
+    let result = control.block_on(serve(flags, &settings, &logs, data_plane.handle()));
+    logs.flush();
+    data_plane.shutdown_background();
+    control.shutdown_background();
+    result
+}
+
+async fn serve(
+    flags: &Flags,
+    settings: &process::settings::Settings,
+    logs: &Logs,
+    data_plane: &Handle,
+) -> anyhow::Result<()> {
+    let shutdown = Shutdown::new(settings.grace);
+    shutdown.on_signals().context("signal handlers")?;
+    let readiness = Readiness::default();
+    let (configured, enrolled) = (readiness.condition("configuration"), readiness.condition("pods"));
+    let ports = Ports::bind(settings).await?;
+
+    let mut source = Source::open(flags)?;
+    let state = Arc::new(State::default());
+    let first = source.first();
+    state.apply(first.changes);
+    let tls = tls(flags, &state)?;
+    let registry = Metrics::new();
+    let proxy = Arc::new(proxy(state, tls, &registry, settings, logs, &shutdown));
+    let node = Arc::new(Node::new(proxy.clone(), capture(flags)?, data_plane.clone()));
+
+    register_process(&registry);
+    build_info(&registry, "ztunnel", env!("CARGO_PKG_VERSION"));
+    logs.register(&registry);
+    metrics::register(&registry, &proxy, &node);
+    ports.serve(
+        admin::routes(pages::routes("ztunnel", logs, &shutdown), &proxy, &node),
+        pages::metrics_routes(&registry),
+        readiness.routes(&shutdown),
+    );
+
+    node.set_diagnostics(first.diagnostics);
+    configured.holds();
+    node.apply(first.enrolments).await;
+    tokio::spawn(look_after(proxy.clone(), node.clone(), enrolled));
+    tokio::spawn(follow_trust(proxy.clone()));
+    tokio::spawn(follow(source, proxy.clone(), node.clone()));
+
+    let left = shutdown.finished().await;
+    if left > 0 {
+        tracing::warn!(connections = left, "the grace period is over; cutting what is left");
+    }
+    proxy.registry.cut_all("ztunnel stops");
+    if flags.cleanup {
+        node.clean_up().await;
+    }
+    tracing::info!("stopped");
+    Ok(())
+}
+
+fn proxy(
+    state: Arc<State>,
+    tls: Tls,
+    metrics: &Metrics,
+    settings: &process::settings::Settings,
+    logs: &Logs,
+    shutdown: &Shutdown,
+) -> Proxy {
+    let limits = Limits::default();
+    let dialer = Dialer { tls: tls.clone(), connect_timeout: limits.connect_timeout };
+    Proxy {
+        state,
+        registry: Arc::new(Registry::default()),
+        metrics: TcpMetrics::new(metrics, settings.series_limit),
+        access: logs.access().clone(),
+        tls,
+        tunnels: hbone::Pool::new(dialer, hbone::PoolSettings::default()),
+        server: hbone::ServerSettings::default(),
+        server_counters: Arc::default(),
+        balancer: balance::Balancer::new(balance::Limits::default()),
+        hosts: crate::proxy::hosts::Hosts::default(),
+        handshakes: Arc::new(Semaphore::new(limits.handshakes)),
+        limits,
+        accepts: Arc::default(),
+        shutdown: shutdown.clone(),
+        started: Instant::now(),
+    }
+}
+
+/// The back-end that redirects pods' traffic.
+fn capture(flags: &Flags) -> anyhow::Result<Arc<dyn capture::Capture>> {
+    let wanted = match flags.capture.as_str() {
+        "auto" => None,
+        name => Some(name.parse::<capture::Backend>().context("--capture")?),
+    };
+    let selected = capture::select(wanted, &capture::Tools::default())?;
+    tracing::info!(
+        backend = selected.capture.backend().as_str(),
+        version = selected.capture.version(),
+        reason = selected.reason,
+        "capture"
+    );
+    Ok(selected.capture)
+}
+
+/// The CA of the directory, and the certificates that it issues.
+fn tls(flags: &Flags, state: &State) -> anyhow::Result<Tls> {
+    let domains = state.mesh().settings().trust_domains.clone();
+    let clock = Clock::system();
+    let directory = CaDirectory::open_or_make(&flags.ca_dir)
+        .with_context(|| format!("certificate authority {}", flags.ca_dir.display()))?;
+    directory
+        .make_if_missing(&domains.own, Validity::of_roots(), clock.now())
+        .with_context(|| format!("certificate authority {}", flags.ca_dir.display()))?;
+    let validity =
+        Validity { lifetime: Duration::from_secs(flags.certificate_ttl), ..Validity::of_workloads() };
+    let issuer_settings = LocalIssuerSettings { validity, ..LocalIssuerSettings::default() };
+    let issuer = LocalIssuer::start(directory, domains, issuer_settings, clock.clone())
+        .with_context(|| format!("certificate authority {}", flags.ca_dir.display()))?;
+    let bundle = issuer.bundle().clone();
+    let store = flags.key_dir.as_deref().map(KeyStore::open).transpose().context("--key-dir")?;
+    let settings =
+        CertificateSettings { jitter_seed: u64::from(std::process::id()), ..CertificateSettings::default() };
+    Ok(Tls::new(Arc::new(Certificates::new(Arc::new(issuer), bundle, settings, store, clock))))
+}
+
+/// The local ports. Bound before anything else, so that a taken one is told at once.
+struct Ports {
+    admin: TcpListener,
+    metrics: TcpListener,
+    readiness: TcpListener,
+}
+
+impl Ports {
+    async fn bind(settings: &process::settings::Settings) -> anyhow::Result<Self> {
+        async fn on(what: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
+            TcpListener::bind(address).await.with_context(|| {
+                format!("{what} port: listen on {address} (--{what}-address chooses another)")
+            })
+        }
+        Ok(Self {
+            admin: on("admin", settings.admin).await?,
+            metrics: on("metrics", settings.metrics).await?,
+            readiness: on("readiness", settings.readiness).await?,
+        })
+    }
+
+    fn serve(self, admin: http::Routes, metrics: http::Routes, readiness: http::Routes) {
+        tokio::spawn(http::serve(self.admin, admin, pages::limits()));
+        tokio::spawn(http::serve(self.metrics, metrics, http::Limits::default()));
+        tokio::spawn(http::serve(self.readiness, readiness, http::Limits::default()));
+    }
+}
+
+/// Puts each change of the configuration in force.
+async fn follow(mut source: Source, proxy: Arc<Proxy>, node: Arc<Node>) {
+    loop {
+        let change = source.next().await;
+        let before = proxy.state.mesh().policy_generation();
+        let mesh = proxy.state.apply(change.changes);
+        proxy.tls.bundle().set_trust_domains(mesh.settings().trust_domains.clone());
+        node.set_diagnostics(change.diagnostics);
+        if mesh.policy_generation() != before {
+            recheck(&proxy, &node).await;
+        }
+        node.apply(change.enrolments).await;
+        proxy.balancer.sweep(proxy.started.elapsed(), |key| mesh.service(key).is_some());
+        tracing::debug!(generation = mesh.generation(), "configuration in force");
+    }
+}
+
+async fn recheck(proxy: &Proxy, node: &Node) {
+    let cut = proxy.registry.recheck();
+    if cut > 0 {
+        tracing::info!(connections = cut, "cut connections that are no longer allowed");
+    }
+    node.recheck_adopted().await;
+}
+
+/// When the roots change: pooled connections are made anew, and what hangs on a root that is gone is cut.
+async fn follow_trust(proxy: Arc<Proxy>) {
+    let mut generation = proxy.tls.bundle().subscribe();
+    while generation.changed().await.is_ok() {
+        let retired = proxy.tunnels.retire(|_| true);
+        let cut = proxy.registry.recheck();
+        tracing::info!(retired, cut, "the trust bundle changed");
+    }
+}
+
+/// What has to be done now and then.
+async fn look_after(proxy: Arc<Proxy>, node: Arc<Node>, enrolled: process::readiness::Condition) {
+    let mut reconcile = tokio::time::interval(RECONCILE_INTERVAL);
+    let mut settle = tokio::time::interval(SETTLE_INTERVAL);
+    let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
+    loop {
+        tokio::select! {
+            _ = reconcile.tick() => {
+                node.reconcile().await;
+                match node.ready() {
+                    Ok(()) => enrolled.holds(),
+                    Err(reason) => enrolled.fails(reason),
+                }
+            }
+            _ = settle.tick() => proxy.registry.settle(),
+            _ = sweep.tick() => {
+                let mesh = proxy.state.mesh_owned();
+                proxy.balancer.sweep(proxy.started.elapsed(), |key| mesh.service(key).is_some());
+            }
+        }
+    }
+}
