@@ -24,8 +24,483 @@
 //! what it made before and makes no more is removed. A change of one resource may change what others make (a
 //! WorkloadGroup's entries, virtual addresses that collide): then `made` lists these too.
 
+mod convert;
+mod enrolment;
+mod index;
 mod instance;
+mod join;
 
+use std::sync::Arc;
+
+use hashbrown::{HashMap, HashSet};
+use model::{
+    Change, Locality, NetworkAddress, Service, ServiceKey, ServiceMembership, Settings, Str, TrustDomain,
+    Vip, Workload,
+};
+
+pub use enrolment::{Enrolment, EnrolmentChange};
 pub use instance::{
     Affected, Definition, Effects, Finding, Instance, Made, Membership, Names, PortRule, Rank, RuleTarget,
 };
+
+use crate::external::External;
+use crate::kinds::namespace::DATAPLANE_MODE;
+use crate::kinds::{Capture, EndpointSlice, Namespace};
+use crate::labels::{Labels, Pool};
+use crate::policy::Policies;
+use crate::resource::{Kind, ObjectKey, Resource};
+use index::{Area, Holders, Id, Place};
+
+/// What is known of the mesh before any resource is read.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The cluster's name.
+    pub cluster: Str,
+    /// The domain of its services' names.
+    pub cluster_domain: Str,
+    /// The network that its addresses are on.
+    pub network: Str,
+    /// The node whose pods are to be enrolled; `None` to enrol none.
+    pub node: Option<Str>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            cluster: "Kubernetes".into(),
+            cluster_domain: "cluster.local".into(),
+            network: "".into(),
+            node: None,
+        }
+    }
+}
+
+/// What conversions need: the options, and values that most workloads share.
+pub struct Context<'c> {
+    /// The options.
+    pub options: &'c Options,
+    /// Shared strings, label sets and port mappings.
+    pub pool: &'c mut Pool,
+    empty: Str,
+    default_account: Str,
+    no_locality: Arc<Locality>,
+    trust_domain: TrustDomain,
+}
+
+/// What a batch of changes came to.
+#[derive(Debug, Default)]
+pub struct Batch {
+    /// Steps from the model as it was to the model as it is.
+    pub changes: Vec<Change>,
+    /// The same for the node's enrolments.
+    pub enrolments: Vec<EnrolmentChange>,
+    /// The objects whose findings changed.
+    pub found: Vec<ObjectKey>,
+}
+
+/// An instance in the compiler's table.
+struct Record {
+    /// What the resource says, until it is compiled.
+    draft: Option<Box<Workload>>,
+    /// What it was compiled to.
+    compiled: Option<Arc<Workload>>,
+    /// Whether the model has it.
+    emitted: bool,
+    dirty: bool,
+    labels: Labels,
+    ports: Arc<[(Str, u16)]>,
+    names: Names,
+    rank: Rank,
+    /// The kind of the resource that made it, whose name the workload has.
+    maker: Kind,
+    membership: Membership,
+    fixed_locality: bool,
+    services: Box<[ServiceMembership]>,
+    capture: Option<Box<Capture>>,
+    enrolment: Option<Box<Enrolment>>,
+}
+
+/// A service: all that define it, the one in force first.
+#[derive(Default)]
+struct Entry {
+    definitions: Vec<(ObjectKey, Definition)>,
+    emitted: Option<Arc<Service>>,
+}
+
+/// Who found something: a resource may have findings of several.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Source {
+    Effects,
+    Instance,
+    /// By host name.
+    Service(Str),
+}
+
+/// Compiles resources into the model, a batch at a time.
+///
+/// [`Compiler::stage`] takes what changed, [`Compiler::commit`] compiles what that touches, once each. Both are
+/// deterministic: the same stages and commits give the same changes, up to their order.
+pub struct Compiler {
+    options: Options,
+    shared: Shared,
+    policies: Policies,
+    external: External,
+    /// Whether the settings were given out.
+    announced: bool,
+    areas: HashMap<Str, Area>,
+    places: HashMap<Str, Place>,
+    records: Vec<Option<Record>>,
+    free: Vec<Id>,
+    by_uid: HashMap<Str, Id>,
+    by_address: HashMap<NetworkAddress, Holders>,
+    services: HashMap<ServiceKey, Entry>,
+    by_vip: HashMap<Vip, Vec<ServiceKey>>,
+    slices: HashMap<ObjectKey, EndpointSlice>,
+    slices_of: HashMap<ServiceKey, HashSet<ObjectKey>>,
+    made_instances: HashMap<ObjectKey, Vec<Id>>,
+    made_services: HashMap<ObjectKey, Vec<ServiceKey>>,
+    findings: HashMap<ObjectKey, Vec<(Source, Finding)>>,
+    // of the batch that is being made
+    dirty: Vec<Id>,
+    dirty_services: HashSet<ServiceKey>,
+    removed: Vec<Change>,
+    changes: Vec<Change>,
+    enrolments: Vec<EnrolmentChange>,
+    found: HashSet<ObjectKey>,
+    steps: u64,
+}
+
+/// Values that most workloads share.
+struct Shared {
+    empty: Str,
+    default_account: Str,
+    latest: Str,
+    no_locality: Arc<Locality>,
+}
+
+impl Shared {
+    fn context<'c>(&self, options: &'c Options, settings: &Settings, pool: &'c mut Pool) -> Context<'c> {
+        Context {
+            options,
+            pool,
+            empty: self.empty.clone(),
+            default_account: self.default_account.clone(),
+            no_locality: self.no_locality.clone(),
+            trust_domain: settings.trust_domains.own.clone(),
+        }
+    }
+}
+
+impl Compiler {
+    /// A compiler without resources.
+    #[must_use]
+    pub fn new(options: Options) -> Self {
+        let settings = Settings { cluster_domain: options.cluster_domain.clone(), ..Settings::default() };
+        Self {
+            options,
+            policies: Policies::new(settings),
+            external: External::default(),
+            announced: false,
+            shared: Shared {
+                empty: "".into(),
+                default_account: "default".into(),
+                latest: "latest".into(),
+                no_locality: Arc::new(Locality::default()),
+            },
+            areas: HashMap::new(),
+            places: HashMap::new(),
+            records: Vec::new(),
+            free: Vec::new(),
+            by_uid: HashMap::new(),
+            by_address: HashMap::new(),
+            services: HashMap::new(),
+            by_vip: HashMap::new(),
+            slices: HashMap::new(),
+            slices_of: HashMap::new(),
+            made_instances: HashMap::new(),
+            made_services: HashMap::new(),
+            findings: HashMap::new(),
+            dirty: Vec::new(),
+            dirty_services: HashSet::new(),
+            removed: Vec::new(),
+            changes: Vec::new(),
+            enrolments: Vec::new(),
+            found: HashSet::new(),
+            steps: 0,
+        }
+    }
+
+    /// The settings in force.
+    #[must_use]
+    pub fn settings(&self) -> &Settings {
+        self.policies.settings()
+    }
+
+    /// How many objects, instances and services were looked at so far: what the changes cost.
+    #[must_use]
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// What was found about an object in the light of others.
+    pub fn findings(&self, key: &ObjectKey) -> impl Iterator<Item = &Finding> {
+        self.findings.get(key).into_iter().flatten().map(|(_, finding)| finding)
+    }
+
+    /// All objects that something was found about.
+    pub fn found(&self) -> impl Iterator<Item = &ObjectKey> {
+        self.findings.keys()
+    }
+
+    /// Takes a resource that is new or changed, or `None` for one that is gone.
+    pub fn stage(&mut self, key: &ObjectKey, resource: Option<Resource>, pool: &mut Pool) {
+        self.steps += 1;
+        match (key.kind, resource) {
+            (Kind::Namespace, Some(Resource::Namespace(namespace))) => {
+                self.set_namespace(&key.name, Some(&namespace));
+            }
+            (Kind::Namespace, _) => self.set_namespace(&key.name, None),
+            (Kind::Node, Some(Resource::Node(node))) => self.set_node(&key.name, Some(node.locality)),
+            (Kind::Node, _) => self.set_node(&key.name, None),
+            (Kind::Pod, Some(Resource::Pod(pod))) => {
+                let instance = convert::pod(
+                    key,
+                    *pod,
+                    &self.shared.context(&self.options, self.policies.settings(), pool),
+                );
+                match instance {
+                    Some(instance) => {
+                        self.put_instance(Kind::Pod, instance);
+                    }
+                    None => self.remove_uid(&convert::pod_uid(&self.options, key)),
+                }
+            }
+            (Kind::Pod, _) => self.remove_uid(&convert::pod_uid(&self.options, key)),
+            (Kind::Service, Some(Resource::Service(service))) => {
+                let definition = convert::service(
+                    key,
+                    *service,
+                    &self.shared.context(&self.options, self.policies.settings(), pool),
+                );
+                self.set_definitions(key, definition.into_iter().collect(), pool);
+            }
+            (Kind::Service, _) => self.set_definitions(key, Vec::new(), pool),
+            (Kind::EndpointSlice, Some(Resource::EndpointSlice(slice))) => {
+                self.set_slice(key, Some(*slice), pool);
+            }
+            (Kind::EndpointSlice, _) => self.set_slice(key, None, pool),
+            (Kind::ServiceAccount, _) => {}
+            (Kind::ServiceEntry | Kind::WorkloadEntry | Kind::WorkloadGroup, resource) => {
+                let mut context = self.shared.context(&self.options, self.policies.settings(), pool);
+                let effects = match resource {
+                    Some(resource) => self.external.set(key, resource, &mut context),
+                    None => self.external.remove(key, &mut context),
+                };
+                self.take(effects, pool);
+            }
+            (
+                Kind::AuthorizationPolicy | Kind::PeerAuthentication | Kind::ConfigMap | Kind::MeshConfig,
+                resource,
+            ) => {
+                let effects = match resource {
+                    Some(resource) => self.policies.set(key, resource),
+                    None => self.policies.remove(key),
+                };
+                self.take(effects, pool);
+            }
+        }
+    }
+
+    /// Compiles what the staged changes touch.
+    pub fn commit(&mut self, pool: &mut Pool) -> Batch {
+        for key in std::mem::take(&mut self.dirty_services) {
+            self.compile_service(&key);
+        }
+        let mut workloads = Vec::new();
+        for id in std::mem::take(&mut self.dirty) {
+            workloads.extend(self.compile_instance(id, pool));
+        }
+        if !std::mem::replace(&mut self.announced, true) {
+            self.changes.push(Change::SetSettings(self.policies.settings().clone()));
+        }
+        // What goes, goes first, so that an address that changes hands is free for the next.
+        let mut changes = std::mem::take(&mut self.removed);
+        changes.append(&mut self.changes);
+        changes.append(&mut workloads);
+        let found = std::mem::take(&mut self.found).into_iter().collect();
+        Batch { changes, enrolments: std::mem::take(&mut self.enrolments), found }
+    }
+
+    fn area(&mut self, namespace: &Str) -> &mut Area {
+        self.areas.entry(namespace.clone()).or_default()
+    }
+
+    fn drop_unused_area(&mut self, namespace: &str) {
+        if self.areas.get(namespace).is_some_and(Area::is_unused) {
+            self.areas.remove(namespace);
+        }
+    }
+
+    fn set_namespace(&mut self, name: &Str, namespace: Option<&Namespace>) {
+        let mode = namespace.and_then(|n| n.labels.get(DATAPLANE_MODE));
+        let ambient = mode.is_some_and(|m| &**m == "ambient");
+        let distribution = namespace.and_then(|n| n.distribution);
+        let area = self.area(name);
+        let (was_ambient, was_distribution) = (area.ambient, area.distribution);
+        (area.ambient, area.distribution) = (ambient, distribution);
+        if was_ambient != ambient {
+            let instances: Vec<Id> = area.instances.iter().copied().collect();
+            instances.into_iter().for_each(|id| self.mark(id));
+        }
+        if was_distribution != distribution {
+            let services: Vec<ServiceKey> = self.area(name).services.iter().cloned().collect();
+            self.dirty_services.extend(services);
+        }
+        self.drop_unused_area(name);
+    }
+
+    fn set_node(&mut self, name: &Str, locality: Option<Locality>) {
+        let place = self.places.entry(name.clone()).or_default();
+        if place.locality.as_deref() == locality.as_ref() {
+            return;
+        }
+        place.locality = locality.map(Arc::new);
+        let instances: Vec<Id> = place.instances.iter().copied().collect();
+        if place.locality.is_none() && instances.is_empty() {
+            self.places.remove(name);
+        }
+        instances.into_iter().for_each(|id| self.mark(id));
+    }
+
+    fn set_slice(&mut self, key: &ObjectKey, slice: Option<EndpointSlice>, pool: &mut Pool) {
+        let service_of = |slice: &EndpointSlice| {
+            let service = ObjectKey { kind: Kind::Service, name: slice.service.clone()?, ..key.clone() };
+            Some(convert::service_key(&self.options, &service))
+        };
+        let old = self.slices.get(key).and_then(service_of);
+        let new = slice.as_ref().and_then(service_of);
+        if let Some(old) = old
+            && let Some(set) = self.slices_of.get_mut(&old)
+        {
+            set.remove(key);
+            if set.is_empty() {
+                self.slices_of.remove(&old);
+            }
+        }
+        match (slice, new) {
+            (Some(slice), Some(service)) => {
+                self.slices.insert(key.clone(), slice);
+                self.slices_of.entry(service.clone()).or_default().insert(key.clone());
+                self.derive_slice(key, &service, pool);
+            }
+            _ => {
+                self.slices.remove(key);
+                self.set_instances(key, Vec::new());
+            }
+        }
+    }
+
+    /// Makes the endpoints of a slice again.
+    fn derive_slice(&mut self, key: &ObjectKey, service: &ServiceKey, pool: &mut Pool) {
+        let definition = self.services.get(service).and_then(|e| e.definitions.first()).map(|(_, d)| d);
+        let instances = match (self.slices.get(key), definition) {
+            (Some(slice), Some(definition)) => convert::slice(
+                key,
+                slice,
+                definition,
+                &mut self.shared.context(&self.options, self.policies.settings(), pool),
+            ),
+            _ => Vec::new(),
+        };
+        self.set_instances(key, instances);
+    }
+
+    /// Sets all the instances that a resource makes.
+    fn set_instances(&mut self, by: &ObjectKey, instances: Vec<Instance>) {
+        let new: Vec<Id> = instances.into_iter().map(|i| self.put_instance(by.kind, i)).collect();
+        let old = if new.is_empty() {
+            self.made_instances.remove(by)
+        } else {
+            self.made_instances.insert(by.clone(), new.clone())
+        };
+        for id in old.unwrap_or_default() {
+            if !new.contains(&id) {
+                self.remove_instance(id);
+            }
+        }
+    }
+
+    /// Sets all the services that a resource makes.
+    fn set_definitions(&mut self, by: &ObjectKey, definitions: Vec<Definition>, pool: &mut Pool) {
+        let mut new: Vec<ServiceKey> = Vec::with_capacity(definitions.len());
+        for definition in definitions {
+            let key = definition.service.key();
+            self.change_service(&key, by, Some(definition), pool);
+            new.push(key);
+        }
+        let old = if new.is_empty() {
+            self.made_services.remove(by)
+        } else {
+            self.made_services.insert(by.clone(), new.clone())
+        };
+        for key in old.unwrap_or_default() {
+            if !new.contains(&key) {
+                self.change_service(&key, by, None, pool);
+            }
+        }
+    }
+
+    /// Looks at what depends on a change again.
+    fn affect(&mut self, affected: &Affected) {
+        let ids: Vec<Id> = match affected {
+            Affected::Selected(namespace, selector) => {
+                self.mark_selected(namespace, selector);
+                return;
+            }
+            Affected::SelectedAnywhere(selector) => {
+                let namespaces: Vec<Str> = self.areas.keys().cloned().collect();
+                namespaces.iter().for_each(|namespace| self.mark_selected(namespace, selector));
+                return;
+            }
+            Affected::Behind(key) => {
+                self.mark_behind(key);
+                return;
+            }
+            Affected::Namespace(namespace) => {
+                self.areas.get(namespace).map(|a| a.instances.iter().copied().collect()).unwrap_or_default()
+            }
+            Affected::Mesh => self.by_uid.values().copied().collect(),
+        };
+        ids.into_iter().for_each(|id| self.mark(id));
+    }
+
+    /// Does what a resource's effects ask for.
+    fn take(&mut self, effects: Effects, pool: &mut Pool) {
+        self.announced |= effects.changes.iter().any(|c| matches!(c, Change::SetSettings(_)));
+        self.changes.extend(effects.changes);
+        for affected in &effects.affected {
+            self.affect(affected);
+        }
+        for made in effects.made {
+            self.set_instances(&made.by, made.instances);
+            self.set_definitions(&made.by, made.definitions, pool);
+        }
+        for (key, findings) in effects.findings {
+            self.set_findings(&key, &Source::Effects, findings);
+        }
+    }
+
+    fn set_findings(&mut self, key: &ObjectKey, source: &Source, findings: Vec<Finding>) {
+        let old = self.findings.get(key).map_or(&[][..], Vec::as_slice);
+        if old.iter().filter(|(s, _)| s == source).map(|(_, f)| f).eq(findings.iter()) {
+            return;
+        }
+        let list = self.findings.entry(key.clone()).or_default();
+        list.retain(|(s, _)| s != source);
+        list.extend(findings.into_iter().map(|finding| (source.clone(), finding)));
+        if list.is_empty() {
+            self.findings.remove(key);
+        }
+        self.found.insert(key.clone());
+    }
+}

@@ -88,6 +88,16 @@ codes! {
     ExternalName = "external-name", Info, "A service that is an alias of a host name carries no traffic of its own.";
     ServiceWithoutAddress = "service-without-address", Warning, "A service has neither a virtual address nor clusterIP None.";
     SliceUnused = "slice-unused", Warning, "An EndpointSlice, or a part of it, is not used.";
+    AddressConflict = "address-conflict", Error, "Two objects have one address; the first stays in force.";
+    HostConflict = "host-conflict", Error, "Two objects of a namespace define one host name; the first stays in force.";
+    NetnsMissing = "netns-missing", Warning, "A pod in the mesh on this node is not captured: its network namespace is not named.";
+    // policies and external services
+    NeedsWaypoint = "needs-waypoint", Warning, "A policy asks for what only a waypoint can enforce; until one is deployed it fails closed for its scope.";
+    WithoutEffect = "without-effect", Warning, "An object, or a part of it, has no effect as it stands.";
+    ActsOtherwise = "acts-otherwise", Warning, "A value is taken as another one, which is named.";
+    PolicyConflict = "policy-conflict", Warning, "Two policies of one level are for the same workloads; the older one is in force.";
+    SelectsEverything = "selects-everything", Warning, "A selector without labels selects everything, which is seldom meant.";
+    AmbiguousAddress = "ambiguous-address", Warning, "Several hosts share an address, by which alone connections are told apart.";
     // fields
     UnknownField = "unknown-field", Error, "The kind has no such field; the object is not in force as it stands.";
     MissingField = "missing-field", Error, "A field that the object needs is not set.";

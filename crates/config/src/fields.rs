@@ -162,7 +162,8 @@ impl<'n> Context<'n> {
         self.diagnostics.push(diagnostic);
     }
 
-    fn line(&self, line: u32) -> &'n str {
+    /// The text of a line of the file, as far as the document has it.
+    pub(crate) fn line(&self, line: u32) -> &'n str {
         let text = self.document.text;
         let starts = self.line_starts.get_or_init(|| {
             std::iter::once(0).chain(text.match_indices('\n').map(|(offset, _)| offset + 1)).collect()
@@ -249,6 +250,26 @@ impl<'f, 'n> Cursor<'f, 'n> {
     /// Reports something about this value.
     pub fn report(&mut self, code: Code, message: impl Into<String>, remedy: impl Into<String>) {
         self.context.report(code, self.node.position, &self.path, message, remedy);
+    }
+
+    /// Reports something about a place within this value.
+    pub(crate) fn report_at(&mut self, code: Code, position: Position, message: impl Into<String>) {
+        self.context.report(code, position, &self.path, message, "");
+    }
+
+    /// Reads `node`, which this value, a string, holds in text form. Its positions must be those in the file.
+    pub(crate) fn read_embedded<'m>(
+        &'m mut self,
+        node: &'m Node<'m>,
+        schema: &'static Schema,
+        read: impl FnOnce(Cursor<'_, 'm>),
+    ) {
+        let mut inner = Context::new(self.context.file, self.context.document, self.context.pool);
+        inner.resource.clone_from(&self.context.resource);
+        read(Cursor { node, path: self.path, schema: Some(schema), context: &mut inner });
+        let (mut diagnostics, errors) = (inner.take_diagnostics(), inner.errors);
+        self.context.diagnostics.append(&mut diagnostics);
+        self.context.errors += errors;
     }
 
     /// Reports that the value means nothing here: `path: message`.

@@ -3,9 +3,13 @@
 
 pub mod compile;
 pub mod diagnostic;
+pub mod external;
 pub mod fields;
 pub mod kinds;
 pub mod labels;
 pub mod metadata;
+pub mod policy;
+pub mod repository;
 pub mod resource;
+mod store;
 pub mod tree;

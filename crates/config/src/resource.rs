@@ -8,12 +8,15 @@ use std::sync::Arc;
 use model::Str;
 
 use crate::diagnostic::{Code, ResourceName};
+use crate::external::{ServiceEntry, WorkloadEntry, service_entry, workload_entry, workload_group};
 use crate::fields::{Context, Cursor, Fields, Path, Schema, edit_distance, enforced, silent};
 use crate::kinds::{
     EndpointSlice, Namespace, Node, Pod, Service, ServiceAccount, endpoint_slice, foreign, namespace, node,
     pod, service, service_account,
 };
 use crate::metadata::{self, Metadata};
+use crate::policy::{AuthorizationPolicy, MeshConfig, PeerAuthentication};
+use crate::policy::{authorization, mesh_config, peer_authentication};
 use crate::tree;
 
 /// A kind that is read.
@@ -31,6 +34,20 @@ pub enum Kind {
     EndpointSlice,
     /// `v1 ServiceAccount`.
     ServiceAccount,
+    /// `v1 ConfigMap`, of which one holds the mesh's settings.
+    ConfigMap,
+    /// `mesh.istio.io MeshConfig`.
+    MeshConfig,
+    /// `security.istio.io AuthorizationPolicy`.
+    AuthorizationPolicy,
+    /// `security.istio.io PeerAuthentication`.
+    PeerAuthentication,
+    /// `networking.istio.io ServiceEntry`.
+    ServiceEntry,
+    /// `networking.istio.io WorkloadEntry`.
+    WorkloadEntry,
+    /// `networking.istio.io WorkloadGroup`.
+    WorkloadGroup,
 }
 
 /// An object of any kind.
@@ -48,6 +65,20 @@ pub enum Resource {
     EndpointSlice(Box<EndpointSlice>),
     /// A service account.
     ServiceAccount(ServiceAccount),
+    /// A ConfigMap: the mesh's settings, if it holds them.
+    ConfigMap(Option<Box<MeshConfig>>),
+    /// The mesh's settings.
+    MeshConfig(Box<MeshConfig>),
+    /// An authorization policy.
+    AuthorizationPolicy(Box<AuthorizationPolicy>),
+    /// A peer authentication.
+    PeerAuthentication(Box<PeerAuthentication>),
+    /// A service outside Kubernetes' registry.
+    ServiceEntry(Box<ServiceEntry>),
+    /// A machine outside Kubernetes.
+    WorkloadEntry(Box<WorkloadEntry>),
+    /// A template for machines.
+    WorkloadGroup,
 }
 
 /// Reads the fields beside `apiVersion`, `kind` and `metadata`; `None` when the object is not valid, which has
@@ -81,6 +112,13 @@ pub static KINDS: &[&KindSpec] = &[
     &service_account::KIND,
     &namespace::KIND,
     &node::KIND,
+    &authorization::KIND,
+    &peer_authentication::KIND,
+    &service_entry::KIND,
+    &workload_entry::KIND,
+    &workload_group::KIND,
+    &mesh_config::CONFIG_MAP_KIND,
+    &mesh_config::KIND,
 ];
 
 impl Kind {

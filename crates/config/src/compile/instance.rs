@@ -7,6 +7,8 @@ use model::{Change, ServiceMembership, Str, TunnelProtocol, Workload};
 use crate::diagnostic::Code;
 use crate::kinds::{Capture, service::Distribution};
 use crate::labels::{Labels, Selector};
+use crate::policy::Binding;
+use crate::policy::selector::Target;
 use crate::resource::ObjectKey;
 
 /// Something with labels, and addresses or a host name. Services and policies of its namespace select it.
@@ -77,6 +79,8 @@ pub struct Definition {
     pub distribution: Option<Distribution>,
     /// Whether only endpoints on the client's node take traffic.
     pub local_only: bool,
+    /// Which waypoint its traffic is meant to pass.
+    pub waypoint: Binding,
 }
 
 /// The port of an endpoint behind a port of a service.
@@ -141,6 +145,12 @@ pub struct Finding {
 pub enum Affected {
     /// Those of a namespace that have these labels.
     Selected(Str, Selector),
+    /// Those of any namespace that have these labels.
+    SelectedAnywhere(Selector),
+    /// The endpoints of the services that an object defines.
+    Behind(ObjectKey),
+    /// Those that are bound to a waypoint that is this target of a policy of this namespace.
+    Bound(Str, Target),
     /// Those of a namespace.
     Namespace(Str),
     /// All.

@@ -35,7 +35,6 @@ static UNSUPPORTED: &[(&str, &[&str])] = &[
 
 /// Kinds of the core group that have no part in the mesh.
 static CORE: &[&str] = &[
-    "ConfigMap",
     "Secret",
     "Event",
     "LimitRange",
@@ -57,6 +56,7 @@ static OWN_GROUPS: &[&str] = &[
     "telemetry.istio.io",
     "extensions.istio.io",
     "gateway.networking.k8s.io",
+    "mesh.istio.io",
     "culvert.dev",
 ];
 

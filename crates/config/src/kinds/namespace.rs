@@ -62,7 +62,7 @@ fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resourc
 }
 
 /// Says so when the value of [`DATAPLANE_MODE`] is not one of ours.
-pub(super) fn report_mode(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) {
+pub(crate) fn report_mode(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) {
     let mode = metadata.labels.get(DATAPLANE_MODE);
     if mode.is_some_and(|m| !matches!(&**m, "ambient" | "none")) {
         let message = "the value is neither 'ambient' nor 'none', so it enrols nothing";
@@ -71,7 +71,7 @@ pub(super) fn report_mode(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) 
 }
 
 /// Says so when traffic is meant to pass a waypoint: there are none yet.
-pub(super) fn report_waypoint(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) {
+pub(crate) fn report_waypoint(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) {
     const USE_WAYPOINT: &str = "istio.io/use-waypoint";
     if metadata.labels.get(USE_WAYPOINT).is_some_and(|w| &**w != "none") {
         let message = "waypoints are not part of this version; traffic passes none";

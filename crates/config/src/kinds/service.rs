@@ -10,6 +10,7 @@ use crate::diagnostic::Code;
 use crate::fields::{Cursor, Fields, Schema, enforced, nested, not_applicable, silent};
 use crate::labels::Selector;
 use crate::metadata::{METADATA, Metadata, is_label};
+use crate::policy::Binding;
 use crate::resource::{Kind, KindSpec, Resource};
 use crate::tree::Value;
 
@@ -34,6 +35,8 @@ pub struct Service {
     pub local_only: bool,
     /// Which endpoints it prefers; `None` where it does not say.
     pub distribution: Option<Distribution>,
+    /// Which waypoint its traffic is meant to pass.
+    pub waypoint: Binding,
 }
 
 /// What kind of service.
@@ -182,6 +185,8 @@ fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resourc
         fields.report(Code::InvalidValue, "a service's name is a DNS label of at most 63 characters", "");
     }
     let annotated = distribution_annotation(fields, metadata);
+    let namespace = fields.context().pool.string(metadata.namespace);
+    let waypoint = Binding::of(&metadata.labels, &namespace);
     let balancers = fields.object("status").map(|mut s| balancer_addresses(&mut s)).unwrap_or_default();
     let mut spec = fields.required("spec")?.fields()?;
     let (service_type, mut addresses) = addresses(&mut spec)?;
@@ -206,6 +211,7 @@ fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resourc
         affinity,
         local_only,
         distribution: distribution.and_then(read_distribution).or(annotated),
+        waypoint,
     };
     Some(Resource::Service(Box::new(service)))
 }
@@ -233,7 +239,7 @@ fn read_distribution(text: &str) -> Option<Distribution> {
 }
 
 /// `networking.istio.io/traffic-distribution`, on a service or a namespace.
-pub(super) fn distribution_annotation(
+pub(crate) fn distribution_annotation(
     fields: &mut Fields<'_, '_>,
     metadata: &Metadata<'_>,
 ) -> Option<Distribution> {
@@ -282,6 +288,7 @@ fn addresses(spec: &mut Fields<'_, '_>) -> Option<(ServiceType, Vec<IpAddr>)> {
                 spec.report(Code::InvalidValue, message, "make them equal");
             }
             (Err(_), _) => {
+                valid = false;
                 let message = format!("clusterIP: {text:?} is neither an address nor None");
                 spec.report(Code::InvalidValue, message, "");
             }

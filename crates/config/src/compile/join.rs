@@ -1,0 +1,544 @@
+//! Joining instances with services, policies, nodes and namespaces.
+
+use std::sync::Arc;
+
+use model::{
+    Change, Health, LoadBalancingMode, LocalityScope, NetworkAddress, NetworkMode, PolicyKey, PortMapping,
+    ServiceKey, ServiceMembership, Str, TunnelProtocol, Vip, Workload,
+};
+
+use super::enrolment::{self, EnrolmentChange, Verdict};
+use super::index::{Holders, Id};
+use super::instance::{Definition, Finding, Instance, Membership, Names, PortRule, Rank, RuleTarget};
+use super::{Compiler, Record, Source};
+use crate::diagnostic::Code;
+use crate::kinds::namespace::DATAPLANE_MODE;
+use crate::kinds::service::Distribution;
+use crate::labels::{Labels, Pool, Selector};
+use crate::policy::Subject;
+use crate::resource::{Kind, ObjectKey};
+
+impl Record {
+    fn empty() -> Self {
+        Self {
+            draft: None,
+            compiled: None,
+            emitted: false,
+            dirty: false,
+            labels: Labels::default(),
+            ports: Arc::new([]),
+            names: Names::Containers,
+            rank: Rank::Endpoint,
+            maker: Kind::Pod,
+            membership: Membership::Labelled,
+            fixed_locality: false,
+            services: Box::new([]),
+            capture: None,
+            enrolment: None,
+        }
+    }
+
+    /// What is known of the workload: as the resource says, or as it was compiled.
+    fn workload(&self) -> Option<&Workload> {
+        self.draft.as_deref().or(self.compiled.as_deref())
+    }
+
+    /// The addresses that it is found by: a node's are not its own.
+    fn addresses(&self) -> Vec<NetworkAddress> {
+        match self.workload() {
+            Some(w) if w.network_mode == NetworkMode::Standard => w.network_addresses().collect(),
+            _ => Vec::new(),
+        }
+    }
+}
+
+impl Compiler {
+    fn record(&self, id: Id) -> Option<&Record> {
+        self.records.get(usize::try_from(id).ok()?)?.as_ref()
+    }
+
+    fn record_mut(&mut self, id: Id) -> Option<&mut Record> {
+        self.records.get_mut(usize::try_from(id).ok()?)?.as_mut()
+    }
+
+    /// Has an instance compiled by the next commit.
+    pub(super) fn mark(&mut self, id: Id) {
+        self.steps += 1;
+        if let Some(record) = self.record_mut(id)
+            && !record.dirty
+        {
+            record.dirty = true;
+            self.dirty.push(id);
+        }
+    }
+
+    /// Marks the instances that `selector` selects.
+    pub(super) fn mark_selected(&mut self, namespace: &str, selector: &Selector) {
+        let Some(members) = self.areas.get(namespace).and_then(|a| a.candidates(selector)) else { return };
+        let candidates: Vec<Id> = members.iter().collect();
+        for id in candidates {
+            self.steps += 1;
+            if self.record(id).is_some_and(|r| selector.matches(&r.labels)) {
+                self.mark(id);
+            }
+        }
+    }
+
+    /// Adds an instance or replaces the one of its uid.
+    pub(super) fn put_instance(&mut self, maker: Kind, instance: Instance) -> Id {
+        let known = self.by_uid.get(&instance.workload.uid).copied();
+        let id = known.unwrap_or_else(|| self.free.pop().unwrap_or_else(|| self.grow()));
+        let old = self.records.get_mut(id as usize).and_then(Option::take);
+        let old_addresses = old.as_ref().map(Record::addresses).unwrap_or_default();
+        if let Some(old) = &old {
+            self.unindex(id, old);
+        }
+        let uid = instance.workload.uid.clone();
+        let old = old.unwrap_or_else(Record::empty);
+        let record = Record {
+            draft: Some(Box::new(instance.workload)),
+            labels: instance.labels,
+            ports: instance.ports,
+            names: instance.names,
+            rank: instance.rank,
+            maker,
+            membership: instance.membership,
+            fixed_locality: instance.fixed_locality,
+            services: instance.services,
+            capture: instance.capture,
+            ..old
+        };
+        let addresses = record.addresses();
+        self.index(id, &record);
+        if known.is_none() {
+            self.by_uid.insert(uid, id);
+        }
+        if let Some(slot) = self.records.get_mut(id as usize) {
+            *slot = Some(record);
+        }
+        for address in old_addresses.iter().filter(|a| !addresses.contains(a)) {
+            self.leave_address(id, address);
+        }
+        for address in addresses {
+            self.join_address(id, address);
+        }
+        self.mark(id);
+        id
+    }
+
+    fn grow(&mut self) -> Id {
+        self.records.push(None);
+        Id::try_from(self.records.len() - 1).unwrap_or(Id::MAX)
+    }
+
+    pub(super) fn remove_uid(&mut self, uid: &str) {
+        if let Some(id) = self.by_uid.get(uid).copied() {
+            self.remove_instance(id);
+        }
+    }
+
+    pub(super) fn remove_instance(&mut self, id: Id) {
+        self.steps += 1;
+        let Some(record) = self.records.get_mut(id as usize).and_then(Option::take) else { return };
+        self.unindex(id, &record);
+        for address in record.addresses() {
+            self.leave_address(id, &address);
+        }
+        if let Some(workload) = record.workload() {
+            self.by_uid.remove(&workload.uid);
+            if record.emitted {
+                self.removed.push(Change::RemoveWorkload(workload.uid.clone()));
+            }
+            if record.enrolment.is_some() {
+                self.enrolments.push(EnrolmentChange::Remove(workload.uid.clone()));
+            }
+            let key = key_of(record.maker, workload);
+            let namespace = workload.namespace.clone();
+            self.set_findings(&key, &Source::Instance, Vec::new());
+            self.drop_unused_area(&namespace);
+        }
+        // A dirty id may still be in the list; compiling it finds nothing, or its successor.
+        self.free.push(id);
+    }
+
+    fn index(&mut self, id: Id, record: &Record) {
+        let Some(workload) = record.workload() else { return };
+        self.area(&workload.namespace).insert_instance(id, &record.labels);
+        if !workload.node.is_empty() {
+            self.places.entry(workload.node.clone()).or_default().instances.insert(id);
+        }
+    }
+
+    fn unindex(&mut self, id: Id, record: &Record) {
+        let Some(workload) = record.workload() else { return };
+        self.area(&workload.namespace).remove_instance(id, &record.labels);
+        if let Some(place) = self.places.get_mut(&workload.node) {
+            place.instances.remove(&id);
+            if place.instances.is_empty() && place.locality.is_none() {
+                self.places.remove(&workload.node);
+            }
+        }
+    }
+
+    fn join_address(&mut self, id: Id, address: NetworkAddress) {
+        let Some(rank) = self.record(id).map(|r| r.rank) else { return };
+        let Some(mut holders) = self.by_address.remove(&address) else {
+            self.by_address.insert(address, Holders::One(id));
+            return;
+        };
+        holders.insert(id, |other| self.record(other).is_some_and(|r| r.rank <= rank));
+        // Also where it was there before: what it is an endpoint of may have changed for the one in force.
+        self.mark_holders(&holders);
+        self.by_address.insert(address, holders);
+    }
+
+    fn leave_address(&mut self, id: Id, address: &NetworkAddress) {
+        let Some(mut holders) = self.by_address.remove(address) else { return };
+        if !holders.remove(id) {
+            self.mark_holders(&holders);
+            self.by_address.insert(address.clone(), holders);
+        }
+    }
+
+    fn mark_holders(&mut self, holders: &Holders) {
+        for id in holders.as_slice() {
+            self.mark(*id);
+        }
+    }
+
+    /// Who has one of the record's addresses in its place, and which address that is.
+    fn displaced_by(&self, id: Id, record: &Record) -> Option<(Id, NetworkAddress)> {
+        record.addresses().into_iter().find_map(|address| {
+            let first = *self.by_address.get(&address)?.as_slice().first()?;
+            (first != id).then_some((first, address))
+        })
+    }
+
+    /// Compiles an instance; gives the change that this makes, if any.
+    pub(super) fn compile_instance(&mut self, id: Id, pool: &mut Pool) -> Option<Change> {
+        self.steps += 1;
+        let record = self.record(id).filter(|r| r.dirty)?;
+        let rank = record.rank;
+        let displaced = self.displaced_by(id, record);
+        let key = key_of(record.maker, record.workload()?);
+        if let Some((holder, address)) = displaced {
+            let findings = if rank == Rank::Endpoint { Vec::new() } else { self.conflict(holder, &address) };
+            self.set_findings(&key, &Source::Instance, findings);
+            return self.withdraw(id);
+        }
+        let workload = self.join(id, pool)?;
+        let record = self.record(id)?;
+        let verdict = enrolment::decide(&workload, record.capture.as_deref(), self.options.node.as_ref());
+        let verdict = if rank == Rank::Pod { verdict } else { Verdict::Leave };
+        let findings =
+            if matches!(verdict, Verdict::NoNetns) { vec![no_netns(&workload)] } else { Vec::new() };
+        self.set_findings(&key, &Source::Instance, findings);
+        self.enrol(id, verdict);
+        let record = self.record_mut(id)?;
+        record.dirty = false;
+        record.draft = None;
+        if record.emitted && record.compiled.as_deref() == Some(&workload) {
+            return None;
+        }
+        let workload = Arc::new(workload);
+        record.compiled = Some(workload.clone());
+        record.emitted = true;
+        Some(Change::SetWorkload(workload))
+    }
+
+    /// Takes an instance that lost its address out of the model; it stays in the table.
+    fn withdraw(&mut self, id: Id) -> Option<Change> {
+        self.enrol(id, Verdict::Leave);
+        let record = self.record_mut(id)?;
+        record.dirty = false;
+        let uid = record.workload()?.uid.clone();
+        std::mem::take(&mut record.emitted).then_some(Change::RemoveWorkload(uid))
+    }
+
+    fn enrol(&mut self, id: Id, verdict: Verdict) {
+        let Some(record) = self.record_mut(id) else { return };
+        let new = match verdict {
+            Verdict::Enrol(enrolment) => Some(enrolment),
+            Verdict::NoNetns | Verdict::Leave => None,
+        };
+        if record.enrolment == new {
+            return;
+        }
+        let change = match (&new, &record.enrolment) {
+            (Some(enrolment), _) => EnrolmentChange::Set(enrolment.clone()),
+            (None, Some(old)) => EnrolmentChange::Remove(old.uid.clone()),
+            (None, None) => return,
+        };
+        record.enrolment = new;
+        self.enrolments.push(change);
+    }
+
+    /// The workload that an instance is in the light of everything else.
+    fn join(&self, id: Id, pool: &mut Pool) -> Option<Workload> {
+        let record = self.record(id)?;
+        let mut workload = record.workload()?.clone();
+        let area = self.areas.get(&workload.namespace);
+        workload.trust_domain = self.settings().trust_domains.own.clone();
+        workload.tunnel = match record.membership {
+            Membership::Fixed(tunnel) => tunnel,
+            Membership::Labelled => {
+                let label = record.labels.get(DATAPLANE_MODE).map(|mode| &**mode);
+                let ambient = match label {
+                    Some("ambient") => true,
+                    Some("none") => false,
+                    _ => area.is_some_and(|a| a.ambient),
+                };
+                if ambient { TunnelProtocol::Hbone } else { TunnelProtocol::None }
+            }
+        };
+        if !record.fixed_locality {
+            let place = self.places.get(&workload.node).and_then(|p| p.locality.clone());
+            workload.locality = place.unwrap_or_else(|| self.shared.no_locality.clone());
+        }
+        let label = |names: &[&str]| names.iter().find_map(|name| record.labels.get(name)).cloned();
+        workload.canonical_name =
+            label(&["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"])
+                .unwrap_or_else(|| workload.workload_name.clone());
+        workload.canonical_revision =
+            label(&["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"])
+                .unwrap_or_else(|| self.shared.latest.clone());
+        workload.services = self.memberships(id, record, pool);
+        workload.policies = self.policies_of(&workload, record);
+        Some(workload)
+    }
+
+    /// The services that an instance is an endpoint of: those that select it, those that it names, and those that
+    /// list its address.
+    fn memberships(&self, id: Id, record: &Record, pool: &mut Pool) -> Box<[ServiceMembership]> {
+        let mut found: Vec<ServiceMembership> = record.services.to_vec();
+        let area = record.workload().and_then(|w| self.areas.get(&w.namespace));
+        if let (Some(area), true) = (area, record.rank != Rank::Endpoint) {
+            for (selector, key) in area.selecting(&record.labels) {
+                let definition = self.services.get(key).and_then(|e| e.definitions.first());
+                if let (Some((_, definition)), true) = (definition, selector.matches(&record.labels)) {
+                    let ports = pool.mappings(&port_mappings(&definition.ports, record));
+                    found.push(ServiceMembership { service: key.clone(), ports });
+                }
+            }
+        }
+        for address in record.addresses() {
+            let Some(Holders::Many(holders)) = self.by_address.get(&address) else { continue };
+            for other in holders.iter().filter(|other| **other != id) {
+                let Some(other) = self.record(*other).filter(|r| r.rank == Rank::Endpoint) else { continue };
+                if other.workload().is_some_and(|w| w.health == Health::Healthy) {
+                    found.extend(other.services.iter().cloned());
+                }
+            }
+        }
+        found.sort_by(|a, b| a.service.cmp(&b.service));
+        found.dedup_by(|a, b| a.service == b.service);
+        found.into()
+    }
+
+    /// The policies that a workload lists, given its services.
+    fn policies_of(&self, workload: &Workload, record: &Record) -> Box<[PolicyKey]> {
+        let definer = |m: &ServiceMembership| {
+            let (by, _) = self.services.get(&m.service)?.definitions.first()?;
+            Some(by.clone())
+        };
+        let behind: Vec<ObjectKey> = workload.services.iter().filter_map(definer).collect();
+        let subject = Subject { namespace: &workload.namespace, labels: &record.labels, behind: &behind };
+        self.policies.attached(&subject).into()
+    }
+
+    /// Marks the endpoints of the services that `object` defines.
+    pub(super) fn mark_behind(&mut self, object: &ObjectKey) {
+        let services = self.made_services.get(object).cloned().unwrap_or_default();
+        for service in services {
+            let definition = self.services.get(&service).and_then(|e| e.definitions.first());
+            let selector = definition.and_then(|(_, d)| d.selector.clone());
+            if let Some(selector) = selector {
+                self.mark_selected(&service.namespace, &selector);
+            }
+            let makers = self.slices_of.get(&service).into_iter().flatten().chain([object]);
+            let listed = makers.filter_map(|maker| self.made_instances.get(maker)).flatten();
+            let listed: Vec<Id> = listed.copied().collect();
+            for id in listed {
+                let addresses = self.record(id).map(Record::addresses).unwrap_or_default();
+                let holders = addresses.iter().filter_map(|a| self.by_address.get(a));
+                let holders: Vec<Id> = holders.flat_map(|h| h.as_slice().to_vec()).collect();
+                holders.into_iter().chain([id]).for_each(|id| self.mark(id));
+            }
+        }
+    }
+
+    /// What to say of an instance that another displaces.
+    fn conflict(&self, holder: Id, address: &NetworkAddress) -> Vec<Finding> {
+        let holder = self.record(holder);
+        let name = holder.and_then(|r| Some(key_of(r.maker, r.workload()?).resource_name().to_string()));
+        vec![Finding {
+            code: Code::AddressConflict,
+            message: format!("{} is the address of {} already", address.ip, name.unwrap_or_default()),
+            remedy: "the other stays in force until it is gone or has another address".to_owned(),
+        }]
+    }
+}
+
+fn no_netns(workload: &Workload) -> Finding {
+    let message = format!("the pod is in the mesh on this node ({}), and nothing captures it", workload.node);
+    let remedy = "name its network namespace: annotation culvert.dev/netns: /run/netns/NAME".to_owned();
+    Finding { code: Code::NetnsMissing, message, remedy }
+}
+
+fn key_of(maker: Kind, workload: &Workload) -> ObjectKey {
+    ObjectKey { kind: maker, namespace: workload.namespace.clone(), name: workload.name.clone() }
+}
+
+fn port_mappings(rules: &[PortRule], record: &Record) -> Vec<PortMapping> {
+    let named = |name: &Str| record.ports.iter().find(|(n, _)| n == name).map(|(_, port)| *port);
+    let mapping = |rule: &PortRule| {
+        let target_port = match &rule.target {
+            RuleTarget::Number(number) => *number,
+            RuleTarget::Name(name) => named(name)?,
+            RuleTarget::NameOr(name, number) => match record.names {
+                Names::Entry => named(name).unwrap_or(*number),
+                Names::Containers => *number,
+            },
+        };
+        Some(PortMapping { service_port: rule.service_port, target_port })
+    };
+    rules.iter().filter_map(mapping).collect()
+}
+
+impl Compiler {
+    /// Sets, or with `None` removes, what `by` says of a service.
+    pub(super) fn change_service(
+        &mut self,
+        key: &ServiceKey,
+        by: &ObjectKey,
+        definition: Option<Definition>,
+        pool: &mut Pool,
+    ) {
+        self.steps += 1;
+        let entry = self.services.entry(key.clone()).or_default();
+        let old = entry.definitions.first().map(|(_, d)| d.clone());
+        let known = entry.definitions.iter_mut().find(|(owner, _)| owner == by);
+        match (known, definition) {
+            (Some(slot), Some(definition)) => slot.1 = definition,
+            (None, Some(definition)) if by.kind == Kind::Service => {
+                entry.definitions.insert(0, (by.clone(), definition));
+            }
+            (None, Some(definition)) => entry.definitions.push((by.clone(), definition)),
+            (_, None) => {
+                entry.definitions.retain(|(owner, _)| owner != by);
+                self.set_findings(by, &Source::Service(key.hostname.clone()), Vec::new());
+            }
+        }
+        let new = self.services.get(key).and_then(|e| e.definitions.first()).map(|(_, d)| d.clone());
+        let area = self.area(&key.namespace);
+        if new.is_some() {
+            area.services.insert(key.clone());
+        } else {
+            area.services.remove(key);
+        }
+        self.dirty_services.insert(key.clone());
+        self.reselect(key, old.as_ref(), new.as_ref());
+        self.readdress(key, old.as_ref(), new.as_ref());
+        let slices: Vec<ObjectKey> = self.slices_of.get(key).into_iter().flatten().cloned().collect();
+        for slice in slices {
+            self.derive_slice(&slice, key, pool);
+        }
+        self.drop_unused_area(&key.namespace);
+    }
+
+    fn reselect(&mut self, key: &ServiceKey, old: Option<&Definition>, new: Option<&Definition>) {
+        let relevant = |d: &Definition| (d.selector.clone(), d.ports.clone());
+        if old.map(relevant) == new.map(relevant) {
+            return;
+        }
+        if let Some(selector) = old.and_then(|d| d.selector.as_ref()) {
+            self.area(&key.namespace).remove_selector(selector, key);
+            self.mark_selected(&key.namespace, selector);
+        }
+        if let Some(selector) = new.and_then(|d| d.selector.as_ref()) {
+            self.area(&key.namespace).insert_selector(selector, key);
+            self.mark_selected(&key.namespace, selector);
+        }
+    }
+
+    fn readdress(&mut self, key: &ServiceKey, old: Option<&Definition>, new: Option<&Definition>) {
+        let vips = |d: Option<&Definition>| d.map(|d| d.service.vips.clone()).unwrap_or_default();
+        let (old, new) = (vips(old), vips(new));
+        for vip in old.iter().filter(|vip| !new.contains(vip)) {
+            let Some(list) = self.by_vip.get_mut(vip) else { continue };
+            list.retain(|other| other != key);
+            self.dirty_services.extend(list.iter().cloned());
+            if list.is_empty() {
+                self.by_vip.remove(vip);
+            }
+        }
+        for vip in new.iter().filter(|vip| !old.contains(vip)) {
+            let list = self.by_vip.entry(vip.clone()).or_default();
+            if !list.contains(key) {
+                list.push(key.clone());
+            }
+        }
+    }
+
+    pub(super) fn compile_service(&mut self, key: &ServiceKey) {
+        self.steps += 1;
+        let Some(entry) = self.services.get(key) else { return };
+        let Some((owner, definition)) = entry.definitions.first() else {
+            if entry.emitted.is_some() {
+                self.removed.push(Change::RemoveService(key.clone()));
+            }
+            self.services.remove(key);
+            return;
+        };
+        let mut service = definition.service.clone();
+        let area = self.areas.get(&key.namespace);
+        let distribution = definition.distribution.or(area.and_then(|a| a.distribution));
+        (service.load_balancing.mode, service.load_balancing.scopes) =
+            preference(definition.local_only, distribution);
+        let mut findings = Vec::new();
+        let holder = |vip: &Vip| self.by_vip.get(vip).and_then(|list| list.first()).filter(|h| *h != key);
+        service.vips = service.vips.iter().filter(|vip| holder(vip).is_none()).cloned().collect();
+        for vip in &definition.service.vips {
+            if let Some(holder) = holder(vip) {
+                let message = format!("{} is the address of the service {holder} already", vip.range);
+                let remedy = "the other keeps it until it is gone or has another address".to_owned();
+                findings.push(Finding { code: Code::AddressConflict, message, remedy });
+            }
+        }
+        let others = entry.definitions.iter().skip(1).map(|(by, _)| {
+            let message =
+                format!("the host {} is defined by {} already", key.hostname, owner.resource_name());
+            let remedy = "the other stays in force until it is gone".to_owned();
+            (by.clone(), vec![Finding { code: Code::HostConflict, message, remedy }])
+        });
+        let others: Vec<_> = others.collect();
+        let owner = owner.clone();
+        let changed = entry.emitted.as_deref() != Some(&service);
+        let source = Source::Service(key.hostname.clone());
+        self.set_findings(&owner, &source, findings);
+        for (by, findings) in others {
+            self.set_findings(&by, &source, findings);
+        }
+        if changed && let Some(entry) = self.services.get_mut(key) {
+            let service = Arc::new(service);
+            entry.emitted = Some(service.clone());
+            self.changes.push(Change::SetService(service));
+        }
+    }
+}
+
+/// facts.md 4.7: what the presets stand for.
+fn preference(
+    local_only: bool,
+    distribution: Option<Distribution>,
+) -> (LoadBalancingMode, Box<[LocalityScope]>) {
+    use LocalityScope::{Network, Node, Region, Subzone, Zone};
+    match distribution {
+        _ if local_only => (LoadBalancingMode::Strict, Box::new([Node])),
+        Some(Distribution::SameZone) => (LoadBalancingMode::Failover, Box::new([Network, Region, Zone])),
+        Some(Distribution::SameNode) => {
+            (LoadBalancingMode::Failover, Box::new([Network, Region, Zone, Subzone, Node]))
+        }
+        Some(Distribution::Any) | None => (LoadBalancingMode::Any, Box::new([])),
+    }
+}

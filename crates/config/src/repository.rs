@@ -1,0 +1,103 @@
+//! Files in, changes of the model out: the store of objects and the compiler together. No I/O; a directory of
+//! files is watched by [`crate::directory`].
+
+use std::sync::Arc;
+
+use model::{Change, Settings};
+
+use crate::compile::{Batch, Compiler, EnrolmentChange, Options};
+use crate::diagnostic::{Code, Diagnostic, Severity};
+use crate::labels::Pool;
+use crate::resource::ObjectKey;
+use crate::store::Store;
+
+pub use crate::store::Content;
+
+/// What a batch of changed files came to.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// Steps from the model as it was to the model as it is; to be applied as one.
+    pub changes: Vec<Change>,
+    /// Which of the node's pods are to be captured, and how, as far as it changed.
+    pub enrolments: Vec<EnrolmentChange>,
+    /// What is to be said that was not said before. All there is to say: [`Repository::diagnostics`].
+    pub diagnostics: Vec<Diagnostic>,
+}
+
+/// All that is known from files, and what it compiles to.
+pub struct Repository {
+    store: Store,
+    compiler: Compiler,
+    pool: Pool,
+}
+
+impl Repository {
+    /// A repository without files.
+    #[must_use]
+    pub fn new(options: Options) -> Self {
+        Self { store: Store::default(), compiler: Compiler::new(options), pool: Pool::default() }
+    }
+
+    /// Takes what a file holds now, as a part of a batch that [`Repository::commit`] ends.
+    pub fn stage(&mut self, path: &Arc<str>, content: Content<'_>) {
+        let compiler = &mut self.compiler;
+        self.store.set_file(path, content, &mut self.pool, &mut |key, resource, pool| {
+            compiler.stage(key, resource, pool);
+        });
+    }
+
+    /// Compiles what the staged files changed.
+    pub fn commit(&mut self) -> Outcome {
+        let compiler = &mut self.compiler;
+        self.store.settle(&mut self.pool, &mut |key, resource, pool| compiler.stage(key, resource, pool));
+        let Batch { changes, enrolments, found } = self.compiler.commit(&mut self.pool);
+        for key in &found {
+            self.store.touch(key);
+        }
+        let compiler = &self.compiler;
+        let diagnostics = self.store.news(&|key| findings(compiler, key));
+        self.pool.sweep();
+        Outcome { changes, enrolments, diagnostics }
+    }
+
+    /// A batch of one file.
+    pub fn apply(&mut self, path: &Arc<str>, content: Content<'_>) -> Outcome {
+        self.stage(path, content);
+        self.commit()
+    }
+
+    /// All there is to say, by file and place.
+    #[must_use]
+    pub fn diagnostics(&self) -> Vec<Diagnostic> {
+        self.store.diagnostics(&|key| findings(&self.compiler, key))
+    }
+
+    /// Whether a file could not be taken, or an object in it, as opposed to conflicts between objects that are
+    /// each valid.
+    #[must_use]
+    pub fn has_bad_files(&self) -> bool {
+        self.store.diagnostics(&|_| Vec::new()).iter().any(|d| d.severity == Severity::Error)
+    }
+
+    /// The settings in force.
+    #[must_use]
+    pub fn settings(&self) -> &Settings {
+        self.compiler.settings()
+    }
+
+    /// How many objects are in force.
+    #[must_use]
+    pub fn object_count(&self) -> usize {
+        self.store.len()
+    }
+
+    /// How many objects, instances and services were looked at so far: what the changes cost.
+    #[must_use]
+    pub fn steps(&self) -> u64 {
+        self.compiler.steps()
+    }
+}
+
+fn findings(compiler: &Compiler, key: &ObjectKey) -> Vec<(Code, String, String)> {
+    compiler.findings(key).map(|f| (f.code, f.message.clone(), f.remedy.clone())).collect()
+}

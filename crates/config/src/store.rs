@@ -1,0 +1,394 @@
+//! The files, the objects that they hold, and which version of each object is in force.
+//!
+//! * A file is taken whole or not at all: while it is not YAML, or cannot be read, all that it last held stays in
+//!   force. So a half-written file changes nothing.
+//! * An object with errors keeps its last good version in force; a new one with errors is not in force.
+//! * An object that is gone from its file is removed, unless the file holds something that might be it: a
+//!   document whose name cannot be read.
+//! * Of two objects with one kind, namespace and name the first stays in force until it is gone.
+//!
+//! A document whose text did not change is not parsed again. Positions are kept relative to the document, so one
+//! that only moved is not either.
+
+mod file;
+
+use std::collections::{BTreeSet, HashSet};
+use std::hash::BuildHasher;
+use std::sync::Arc;
+
+use hashbrown::{DefaultHashBuilder, HashMap};
+
+use crate::diagnostic::{Code, Diagnostic};
+use crate::labels::Pool;
+use crate::resource::{ObjectKey, Reading, Resource};
+use crate::tree::{self, Limits, Position, Problem, SyntaxError};
+use file::{Document, File, Held, State};
+
+/// What a file holds now.
+#[derive(Clone, Copy, Debug)]
+pub enum Content<'c> {
+    /// These bytes.
+    Bytes(&'c [u8]),
+    /// It cannot be read; with the reason.
+    Unreadable(&'c str),
+    /// It is too large to be read; with its size and the limit.
+    TooLarge(u64, u64),
+    /// It is gone.
+    Gone,
+}
+
+/// What becomes of an object.
+pub(crate) type Sink<'s> = dyn FnMut(&ObjectKey, Option<Resource>, &mut Pool) + 's;
+
+/// An object that is not in force because another of its name is.
+#[derive(Debug)]
+struct Shadow {
+    file: Arc<str>,
+    hash: u64,
+    resource: Resource,
+}
+
+/// See the module's documentation.
+#[derive(Debug, Default)]
+pub(crate) struct Store {
+    files: HashMap<Arc<str>, File>,
+    /// Which file an object in force stands in.
+    objects: HashMap<ObjectKey, Arc<str>>,
+    shadows: HashMap<ObjectKey, Vec<Shadow>>,
+    /// Objects to be removed unless they turn up in another file of the same batch.
+    pending: HashSet<ObjectKey>,
+    /// Files about which something may have changed.
+    touched: BTreeSet<Arc<str>>,
+    /// Files about which there is something to say.
+    diagnosed: BTreeSet<Arc<str>>,
+    limits: Limits,
+    hasher: DefaultHashBuilder,
+}
+
+/// A document of the new content of a file.
+enum New {
+    /// The same text as an old one's.
+    Same(Document, u32),
+    /// Parsed.
+    Parsed(Document, Vec<(Reading, Position)>),
+}
+
+impl Store {
+    /// How many objects are in force.
+    pub(crate) fn len(&self) -> usize {
+        self.objects.len()
+    }
+
+    /// Takes what a file holds now. Objects that are new or changed go to `sink`; those that are gone do with
+    /// [`Store::settle`].
+    pub(crate) fn set_file(
+        &mut self,
+        path: &Arc<str>,
+        content: Content<'_>,
+        pool: &mut Pool,
+        sink: &mut Sink<'_>,
+    ) {
+        self.touched.insert(path.clone());
+        let mut file = self.files.remove(path).unwrap_or_default();
+        match self.read(path, content, &mut file, pool) {
+            Ok(documents) => {
+                file.problems.clear();
+                self.replace(path, &mut file, documents, pool, sink);
+                if !matches!(content, Content::Gone) || !file.orphans.is_empty() {
+                    self.files.insert(path.clone(), file);
+                }
+            }
+            Err(mut problems) => {
+                let held = file.documents.iter().map(|d| d.held.len()).sum::<usize>() + file.orphans.len();
+                if held > 0 {
+                    let message = format!("the {held} objects that the file last held stay in force");
+                    problems.push(Diagnostic::about_file(Code::LastGoodVersion, path.clone(), message, ""));
+                }
+                file.problems = problems;
+                self.files.insert(path.clone(), file);
+            }
+        }
+    }
+
+    /// Gives the objects that are gone to `sink`, at the end of a batch.
+    pub(crate) fn settle(&mut self, pool: &mut Pool, sink: &mut Sink<'_>) {
+        for key in self.pending.drain() {
+            sink(&key, None, pool);
+        }
+    }
+
+    fn read(
+        &self,
+        path: &Arc<str>,
+        content: Content<'_>,
+        old: &mut File,
+        pool: &mut Pool,
+    ) -> Result<Vec<New>, Vec<Diagnostic>> {
+        let problem = |code, message: String, remedy: &str| {
+            Err(vec![Diagnostic::about_file(code, path.clone(), message, remedy)])
+        };
+        let bytes = match content {
+            Content::Bytes(bytes) => bytes,
+            Content::Gone => return Ok(Vec::new()),
+            Content::Unreadable(reason) => {
+                return problem(Code::FileUnreadable, format!("the file cannot be read: {reason}"), "");
+            }
+            Content::TooLarge(size, limit) => {
+                let message = format!("the file has {size} bytes, and at most {limit} are read");
+                return problem(Code::FileTooLarge, message, "split it into several files");
+            }
+        };
+        let text = match std::str::from_utf8(bytes) {
+            Ok(text) => text,
+            Err(e) => {
+                let message = format!("the file is not UTF-8: byte {}", e.valid_up_to() + 1);
+                return problem(Code::MalformedYaml, message, "");
+            }
+        };
+        self.read_documents(path, text, old, pool)
+    }
+
+    fn read_documents(
+        &self,
+        path: &Arc<str>,
+        text: &str,
+        old: &mut File,
+        pool: &mut Pool,
+    ) -> Result<Vec<New>, Vec<Diagnostic>> {
+        let mut known: HashMap<u64, Vec<usize>> = HashMap::new();
+        for (index, document) in old.documents.iter().enumerate().rev() {
+            known.entry(document.hash).or_default().push(index);
+        }
+        let (mut plan, mut problems, mut room) = (Vec::new(), Vec::new(), file::MOST_DIAGNOSTICS);
+        for text in tree::documents(text) {
+            let hash = self.hasher.hash_one(text.text);
+            let same = known.get_mut(&hash).and_then(Vec::pop);
+            if let Some(index) = same
+                && old.documents.get(index).is_some_and(|d| d.length == text.text.len())
+            {
+                plan.push((Some(index), text.lines_before, None));
+                continue;
+            }
+            match tree::parse(text, &self.limits) {
+                Ok(None) => {}
+                Ok(Some(node)) => {
+                    let parsed = Document::read(path, text, &node, hash, pool, &mut room);
+                    plan.push((None, text.lines_before, Some(parsed)));
+                }
+                Err(error) if problems.len() < file::MOST_DIAGNOSTICS => {
+                    problems.push(syntax(path, text, &error));
+                }
+                Err(_) => {}
+            }
+        }
+        if !problems.is_empty() {
+            return Err(problems);
+        }
+        // Only now, so that a file with an error keeps its old documents.
+        let mut documents: Vec<Option<Document>> = old.documents.drain(..).map(Some).collect();
+        let new = plan.into_iter().filter_map(|(index, lines_before, parsed)| match (index, parsed) {
+            (Some(index), _) => Some(New::Same(documents.get_mut(index)?.take()?, lines_before)),
+            (None, Some((document, readings))) => Some(New::Parsed(document, readings)),
+            (None, None) => None,
+        });
+        let new = new.collect();
+        old.documents = documents.into_iter().flatten().collect();
+        Ok(new)
+    }
+
+    /// Puts new documents in the place of those that are left in `file`.
+    fn replace(
+        &mut self,
+        path: &Arc<str>,
+        file: &mut File,
+        new: Vec<New>,
+        pool: &mut Pool,
+        sink: &mut Sink<'_>,
+    ) {
+        // What stood in the documents that are gone.
+        let mut gone: HashSet<ObjectKey> = file.orphans.drain(..).collect();
+        for document in std::mem::take(&mut file.documents) {
+            for held in document.held {
+                match held.state {
+                    State::InForce | State::LastGood => {
+                        gone.insert(held.key);
+                    }
+                    State::Shadowed => self.drop_shadow(path, document.hash, &held.key),
+                    State::Nothing => {}
+                }
+            }
+        }
+        let mut unidentified = false;
+        for new in new {
+            let document = match new {
+                New::Same(mut document, lines_before) => {
+                    document.lines_before = lines_before;
+                    document
+                }
+                New::Parsed(mut document, readings) => {
+                    document.held = readings
+                        .into_iter()
+                        .filter_map(|(reading, position)| {
+                            self.hold(path, document.hash, reading, position, &mut gone, pool, sink)
+                        })
+                        .collect();
+                    document
+                }
+            };
+            unidentified |= document.unidentified;
+            file.documents.push(document);
+        }
+        if unidentified {
+            file.orphans = gone.into_iter().collect();
+            return;
+        }
+        for key in gone {
+            self.objects.remove(&key);
+            if !self.promote(&key, path, file, pool, sink) {
+                self.pending.insert(key);
+            }
+        }
+    }
+
+    /// Decides what becomes of an object that was read. `gone` has the objects of this file that have not turned
+    /// up again.
+    #[expect(clippy::too_many_arguments, reason = "the store's parts are borrowed apart")]
+    fn hold(
+        &mut self,
+        path: &Arc<str>,
+        hash: u64,
+        reading: Reading,
+        position: Position,
+        gone: &mut HashSet<ObjectKey>,
+        pool: &mut Pool,
+        sink: &mut Sink<'_>,
+    ) -> Option<Held> {
+        let (key, state) = match reading {
+            Reading::Ignored | Reading::Unidentified => return None,
+            Reading::Invalid(key) => {
+                let state = if gone.remove(&key) { State::LastGood } else { State::Nothing };
+                (key, state)
+            }
+            Reading::Object(key, resource) => {
+                if gone.remove(&key) || !self.objects.contains_key(&key) {
+                    self.objects.insert(key.clone(), path.clone());
+                    self.pending.remove(&key);
+                    sink(&key, Some(resource), pool);
+                    (key, State::InForce)
+                } else {
+                    let shadow = Shadow { file: path.clone(), hash, resource };
+                    self.shadows.entry(key.clone()).or_default().push(shadow);
+                    (key, State::Shadowed)
+                }
+            }
+        };
+        Some(Held { key, position, state })
+    }
+
+    fn drop_shadow(&mut self, path: &str, hash: u64, key: &ObjectKey) {
+        let Some(list) = self.shadows.get_mut(key) else { return };
+        if let Some(index) = list.iter().position(|s| *s.file == *path && s.hash == hash) {
+            list.remove(index);
+        }
+        if list.is_empty() {
+            self.shadows.remove(key);
+        }
+    }
+
+    /// Puts the next object of a name that became free in force. `file` is the one of `path`, which is being
+    /// changed.
+    fn promote(
+        &mut self,
+        key: &ObjectKey,
+        path: &Arc<str>,
+        file: &mut File,
+        pool: &mut Pool,
+        sink: &mut Sink<'_>,
+    ) -> bool {
+        let Some(list) = self.shadows.get_mut(key) else { return false };
+        if list.is_empty() {
+            return false;
+        }
+        let shadow = list.remove(0);
+        if list.is_empty() {
+            self.shadows.remove(key);
+        }
+        let file = if shadow.file == *path { Some(file) } else { self.files.get_mut(&shadow.file) };
+        let held = file.and_then(|f| f.held_mut(shadow.hash, key, State::Shadowed));
+        let Some(held) = held else { return false };
+        held.state = State::InForce;
+        self.touched.insert(shadow.file.clone());
+        self.objects.insert(key.clone(), shadow.file);
+        self.pending.remove(key);
+        sink(key, Some(shadow.resource), pool);
+        true
+    }
+}
+
+/// Saying what there is to say.
+impl Store {
+    /// Notes that something may have changed about an object's file.
+    pub(crate) fn touch(&mut self, key: &ObjectKey) {
+        if let Some(path) = self.objects.get(key) {
+            self.touched.insert(path.clone());
+        }
+    }
+
+    /// The diagnostics that there were not at the last call. `more` adds what was found about an object in force,
+    /// as code, message and remedy.
+    pub(crate) fn news(&mut self, more: &More<'_>) -> Vec<Diagnostic> {
+        let mut news = Vec::new();
+        for path in std::mem::take(&mut self.touched) {
+            let all = self.of_file(&path, more);
+            if all.is_empty() {
+                self.diagnosed.remove(&path);
+            } else {
+                self.diagnosed.insert(path.clone());
+            }
+            let Some(file) = self.files.get_mut(&path) else { continue };
+            let before: HashSet<u64> = std::mem::take(&mut file.said).into_iter().collect();
+            for diagnostic in all {
+                let hash = self.hasher.hash_one((
+                    diagnostic.code,
+                    &diagnostic.resource,
+                    &diagnostic.field,
+                    &diagnostic.message,
+                ));
+                file.said.push(hash);
+                if !before.contains(&hash) {
+                    news.push(diagnostic);
+                }
+            }
+        }
+        news
+    }
+
+    /// All diagnostics, by file and place.
+    pub(crate) fn diagnostics(&self, more: &More<'_>) -> Vec<Diagnostic> {
+        self.diagnosed.iter().flat_map(|path| self.of_file(path, more)).collect()
+    }
+
+    fn of_file(&self, path: &Arc<str>, more: &More<'_>) -> Vec<Diagnostic> {
+        let Some(file) = self.files.get(path) else { return Vec::new() };
+        let elsewhere = |key: &ObjectKey| {
+            let path = self.objects.get(key)?;
+            let position = self.files.get(path).and_then(|f| f.position_of(key));
+            Some((path.clone(), position))
+        };
+        file.diagnostics(path, &elsewhere, more)
+    }
+}
+
+/// What was found about an object in the light of others.
+pub(crate) type More<'m> = dyn Fn(&ObjectKey) -> Vec<(Code, String, String)> + 'm;
+
+fn syntax(path: &Arc<str>, text: tree::Text<'_>, error: &SyntaxError) -> Diagnostic {
+    let (code, remedy) = match &error.problem {
+        Problem::Malformed(_) => (Code::MalformedYaml, ""),
+        Problem::DuplicateKey { .. } => (Code::DuplicateKey, "remove one of them"),
+        Problem::TooLarge(_) => (Code::FileTooLarge, "split it into several documents"),
+    };
+    let index = error.position.line.saturating_sub(text.lines_before + 1);
+    let line = text.text.lines().nth(index as usize).unwrap_or_default();
+    Diagnostic::about_file(code, path.clone(), error.problem.to_string(), remedy).at(error.position, line)
+}

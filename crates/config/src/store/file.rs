@@ -1,0 +1,216 @@
+//! A file: its documents, and what there is to say about them.
+
+use std::sync::Arc;
+
+use crate::diagnostic::{Code, Diagnostic};
+use crate::fields::{Context, Cursor};
+use crate::labels::Pool;
+use crate::resource::{self, LIST, ObjectKey, Reading};
+use crate::store::More;
+use crate::tree::{Node, Position, Text};
+
+/// How many diagnostics are kept of a file.
+pub(super) const MOST_DIAGNOSTICS: usize = 200;
+
+/// A file.
+#[derive(Debug, Default)]
+pub(super) struct File {
+    pub(super) documents: Vec<Document>,
+    /// Objects that stay in force though they are in no document, see the module above.
+    pub(super) orphans: Vec<ObjectKey>,
+    /// Why the file's content was not taken.
+    pub(super) problems: Vec<Diagnostic>,
+    /// What was said last, by hashes.
+    pub(super) said: Vec<u64>,
+}
+
+/// A document that was read.
+#[derive(Debug)]
+pub(super) struct Document {
+    pub(super) hash: u64,
+    pub(super) length: usize,
+    pub(super) lines_before: u32,
+    pub(super) unidentified: bool,
+    pub(super) held: Box<[Held]>,
+    /// With lines relative to the document.
+    diagnostics: Box<[Diagnostic]>,
+    suppressed: u32,
+}
+
+/// An object in a document.
+#[derive(Debug)]
+pub(super) struct Held {
+    pub(super) key: ObjectKey,
+    /// Relative to the document.
+    pub(super) position: Position,
+    pub(super) state: State,
+}
+
+/// What is in force of an object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum State {
+    /// The object as it stands here.
+    InForce,
+    /// It has errors, and what it was before is in force.
+    LastGood,
+    /// Another object of its name.
+    Shadowed,
+    /// It has errors, and nothing of it is in force.
+    Nothing,
+}
+
+impl Document {
+    /// Reads the objects of a document. `room` is how many more diagnostics the file may have.
+    pub(super) fn read(
+        path: &Arc<str>,
+        text: Text<'_>,
+        root: &Node<'_>,
+        hash: u64,
+        pool: &mut Pool,
+        room: &mut usize,
+    ) -> (Self, Vec<(Reading, Position)>) {
+        let (mut readings, mut diagnostics, mut suppressed) = (Vec::new(), Vec::new(), 0);
+        let mut keep = |new: Vec<Diagnostic>| {
+            for mut diagnostic in new {
+                if *room == 0 {
+                    suppressed += 1;
+                    continue;
+                }
+                *room -= 1;
+                diagnostic.line = diagnostic.line.saturating_sub(text.lines_before);
+                diagnostics.push(diagnostic);
+            }
+        };
+        let items = resource::list_items(root);
+        if items.is_some() {
+            let mut context = Context::new(path, text, pool);
+            if let Some(mut list) = Cursor::root(root, &LIST, &mut context).fields() {
+                list.take("items");
+            }
+            keep(context.take_diagnostics());
+        }
+        for node in items.unwrap_or(std::slice::from_ref(root)) {
+            let mut context = Context::new(path, text, pool);
+            let reading = resource::read(node, &mut context);
+            keep(context.take_diagnostics());
+            let position =
+                Position { line: node.position.line.saturating_sub(text.lines_before), ..node.position };
+            readings.push((reading, position));
+        }
+        let document = Self {
+            hash,
+            length: text.text.len(),
+            lines_before: text.lines_before,
+            unidentified: readings.iter().any(|(r, _)| matches!(r, Reading::Unidentified)),
+            held: Box::new([]),
+            diagnostics: diagnostics.into(),
+            suppressed,
+        };
+        (document, readings)
+    }
+}
+
+impl File {
+    /// The object of a document, in a state.
+    pub(super) fn held_mut(&mut self, hash: u64, key: &ObjectKey, state: State) -> Option<&mut Held> {
+        let documents = self.documents.iter_mut().filter(|d| d.hash == hash);
+        documents.flat_map(|d| d.held.iter_mut()).find(|h| h.key == *key && h.state == state)
+    }
+
+    /// Where an object in force stands.
+    pub(super) fn position_of(&self, key: &ObjectKey) -> Option<Position> {
+        self.documents.iter().find_map(|document| {
+            let mut held = document.held.iter();
+            let held = held.find(|h| h.key == *key && matches!(h.state, State::InForce | State::LastGood))?;
+            Some(document.absolute(held.position))
+        })
+    }
+
+    /// All there is to say, in the order of the file.
+    pub(super) fn diagnostics(
+        &self,
+        path: &Arc<str>,
+        elsewhere: &dyn Fn(&ObjectKey) -> Option<(Arc<str>, Option<Position>)>,
+        more: &More<'_>,
+    ) -> Vec<Diagnostic> {
+        let mut all = self.problems.clone();
+        if !self.orphans.is_empty() {
+            let names: Vec<String> =
+                self.orphans.iter().take(5).map(|k| k.resource_name().to_string()).collect();
+            let message = format!(
+                "{} objects are gone from the file, which holds something that cannot be identified; they stay in \
+                 force: {}",
+                self.orphans.len(),
+                names.join(", ")
+            );
+            all.push(Diagnostic::about_file(Code::LastGoodVersion, path.clone(), message, ""));
+        }
+        let mut suppressed = 0;
+        for document in &self.documents {
+            suppressed += document.suppressed;
+            let start = all.len();
+            all.extend(document.diagnostics.iter().cloned().map(|mut diagnostic| {
+                diagnostic.line += document.lines_before;
+                diagnostic
+            }));
+            for held in &document.held {
+                let about = |code, message: String, remedy: String| {
+                    Diagnostic::about_file(code, path.clone(), message, remedy)
+                        .at(document.absolute(held.position), "")
+                        .about(Some(held.key.resource_name()))
+                };
+                match held.state {
+                    State::LastGood => {
+                        let message = "the object has errors; what it was before stays in force".to_owned();
+                        all.push(about(Code::LastGoodVersion, message, String::new()));
+                    }
+                    State::Shadowed => {
+                        let place = match elsewhere(&held.key) {
+                            Some((path, Some(position))) => format!("{path}:{position}"),
+                            Some((path, None)) => path.to_string(),
+                            None => "another file".to_owned(),
+                        };
+                        let message = format!("the same object is at {place}, and stays in force");
+                        all.push(about(Code::DuplicateObject, message, "remove one of them".to_owned()));
+                    }
+                    State::InForce | State::Nothing => {}
+                }
+                if held.state != State::Nothing && held.state != State::Shadowed {
+                    all.extend(more(&held.key).into_iter().map(|(code, m, remedy)| about(code, m, remedy)));
+                }
+            }
+            if let Some(new) = all.get_mut(start..) {
+                new.sort_by_key(|d| (d.line, d.column));
+            }
+        }
+        if suppressed > 0 {
+            let message = format!("{suppressed} more findings are not shown");
+            all.push(Diagnostic::about_file(Code::TooManyDiagnostics, path.clone(), message, ""));
+        }
+        all
+    }
+}
+
+impl Document {
+    fn absolute(&self, position: Position) -> Position {
+        Position { line: position.line + self.lines_before, ..position }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tree;
+
+    #[test]
+    fn positions_are_relative_to_the_document() {
+        let file = "---\na: 1\n---\nx\n";
+        let text = tree::documents(file).nth(1).unwrap();
+        let root = tree::parse(text, &tree::Limits::default()).unwrap().unwrap();
+        let (mut pool, mut room) = (Pool::default(), 10);
+        let (document, readings) = Document::read(&"f".into(), text, &root, 1, &mut pool, &mut room);
+        assert!(document.unidentified && readings.len() == 1);
+        assert_eq!((document.diagnostics[0].line, document.lines_before), (2, 2));
+        assert_eq!(document.absolute(readings[0].1), Position { line: 4, column: 1 });
+    }
+}

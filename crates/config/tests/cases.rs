@@ -1,0 +1,210 @@
+//! Cases as data: each file of `cases/compile/` has steps, each of which changes files and says what is expected then.
+//!
+//! `expect` is compared with a dump of the model, of the enrolments and of the diagnostics. Mappings are compared
+//! for the keys that are expected, where `null` means that the key must not be there; everything else must be
+//! equal. A step may also say what the changes of the batch are (`changes`), and which diagnostics are new (`news`).
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use config::compile::{EnrolmentChange, Options};
+use config::diagnostic::Diagnostic;
+use config::repository::{Content, Repository};
+use config::tree::{self, Limits, Node, Value};
+use model::{Change, Mesh, Service, TargetPort, Workload};
+use serde_json::{Map, Value as Json, json};
+
+fn to_json(node: &Node<'_>) -> Json {
+    match &node.value {
+        Value::Null => Json::Null,
+        Value::Bool(b) => json!(b),
+        Value::Int(n) => json!(n),
+        Value::Float(n) => json!(n),
+        Value::String(s) => json!(s),
+        Value::Sequence(items) => items.iter().map(to_json).collect(),
+        Value::Mapping(entries) => {
+            Json::Object(entries.iter().map(|e| (e.key.to_string(), to_json(&e.value))).collect())
+        }
+    }
+}
+
+fn workload(w: &Workload) -> Json {
+    let services: Map<String, Json> = w
+        .services
+        .iter()
+        .map(|m| {
+            let ports: Vec<String> =
+                m.ports.iter().map(|p| format!("{}:{}", p.service_port, p.target_port)).collect();
+            (m.service.to_string(), json!(ports))
+        })
+        .collect();
+    json!({
+        "name": &*w.name,
+        "namespace": &*w.namespace,
+        "account": &*w.service_account,
+        "addresses": w.addresses.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "hostname": &*w.hostname,
+        "node": &*w.node,
+        "cluster": &*w.cluster,
+        "trust_domain": w.trust_domain.as_str(),
+        "tunnel": format!("{:?}", w.tunnel),
+        "network_mode": format!("{:?}", w.network_mode),
+        "health": format!("{:?}", w.health),
+        "locality": format!("{}/{}/{}", w.locality.region, w.locality.zone, w.locality.subzone),
+        "canonical": format!("{}/{}", w.canonical_name, w.canonical_revision),
+        "workload": format!("{}/{}", w.workload_kind, w.workload_name),
+        "services": services,
+        "policies": w.policies.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "capacity": w.capacity,
+    })
+}
+
+fn service(s: &Service) -> Json {
+    let port = |p: &model::ServicePort| {
+        let target = match p.target {
+            TargetPort::Number(n) => n.to_string(),
+            TargetPort::PerEndpoint => "named".to_owned(),
+        };
+        format!("{}:{}:{}:{}", p.name, p.port, target, p.app_protocol)
+    };
+    json!({
+        "vips": s.vips.iter().map(|v| v.range.to_string()).collect::<Vec<_>>(),
+        "ports": s.ports.iter().map(port).collect::<Vec<_>>(),
+        "mode": format!("{:?}", s.load_balancing.mode),
+        "scopes": s.load_balancing.scopes.iter().map(|s| format!("{s:?}")).collect::<Vec<_>>(),
+        "endpoint_health": format!("{:?}", s.load_balancing.health),
+        "families": format!("{:?}", s.ip_families),
+        "affinity_s": s.session_affinity.map(|d| d.as_secs()),
+        "source": format!("{:?}", s.source),
+        "canonical": s.canonical,
+    })
+}
+
+fn change(c: &Change) -> String {
+    match c {
+        Change::SetWorkload(w) => format!("set workload {}", w.uid),
+        Change::RemoveWorkload(uid) => format!("remove workload {uid}"),
+        Change::SetService(s) => format!("set service {}", s.key()),
+        Change::RemoveService(key) => format!("remove service {key}"),
+        Change::SetPolicy(p) => format!("set policy {}", p.key),
+        Change::RemovePolicy(key) => format!("remove policy {key}"),
+        Change::SetSettings(_) => "set settings".to_owned(),
+    }
+}
+
+fn diagnostic(d: &Diagnostic) -> String {
+    let place = if d.line > 0 { format!("{}:{}:{}", d.file, d.line, d.column) } else { d.file.to_string() };
+    format!("{place} {} {}: {}", d.severity, d.code, d.message)
+}
+
+fn dump(mesh: &Mesh, enrolments: &BTreeMap<String, Json>, repository: &Repository) -> Json {
+    let workloads: Map<String, Json> = mesh.workloads().map(|w| (w.uid.to_string(), workload(w))).collect();
+    let services: Map<String, Json> = mesh.services().map(|s| (s.key().to_string(), service(s))).collect();
+    let mut policies: Vec<String> = mesh.policies().map(|p| p.key.to_string()).collect();
+    policies.sort();
+    let found: Vec<String> = repository.diagnostics().iter().map(diagnostic).collect();
+    json!({
+        "count": { "workloads": workloads.len(), "services": services.len(), "enrolments": enrolments.len() },
+        "workloads": workloads,
+        "services": services,
+        "policies": policies,
+        "enrolments": enrolments,
+        "diagnostics": found,
+    })
+}
+
+/// Where `actual` is not as `expected`.
+fn differences(path: &str, expected: &Json, actual: Option<&Json>, found: &mut Vec<String>) {
+    match (expected, actual) {
+        (Json::Null, None | Some(Json::Null)) => {}
+        (Json::Object(expected), Some(Json::Object(actual))) => {
+            for (key, value) in expected {
+                differences(&format!("{path}.{key}"), value, actual.get(key), found);
+            }
+        }
+        (expected, Some(actual)) if expected == actual => {}
+        (expected, actual) => {
+            let text = actual.map_or("nothing".to_owned(), ToString::to_string);
+            found.push(format!("{path}: expected {expected}, got {text}"));
+        }
+    }
+}
+
+fn enrol(enrolments: &mut BTreeMap<String, Json>, change: &EnrolmentChange) {
+    match change {
+        EnrolmentChange::Set(e) => {
+            let value = json!({
+                "name": format!("{}/{}", e.namespace, e.name),
+                "account": &*e.service_account,
+                "netns": e.netns.to_str(),
+                "addresses": e.addresses.iter().map(ToString::to_string).collect::<Vec<_>>(),
+                "exclusions": format!("{:?}", e.exclusions),
+                "dns_capture": e.dns_capture,
+                "bypass_inbound": e.bypass_inbound,
+            });
+            enrolments.insert(e.uid.to_string(), value);
+        }
+        EnrolmentChange::Remove(uid) => {
+            assert!(enrolments.remove(&**uid).is_some(), "an enrolment that is not there is removed: {uid}");
+        }
+    }
+}
+
+fn run(path: &Path) -> Vec<String> {
+    let text = std::fs::read_to_string(path).unwrap();
+    let document = tree::documents(&text).next().unwrap();
+    let case = to_json(&tree::parse(document, &Limits::default()).unwrap().unwrap());
+    let mut options = Options::default();
+    if let Some(node) = case["node"].as_str() {
+        options.node = Some(node.into());
+    }
+    let mut repository = Repository::new(options);
+    let (mut mesh, mut enrolments, mut found) = (Mesh::default(), BTreeMap::new(), Vec::new());
+    for (index, step) in
+        case["steps"].as_array().unwrap_or_else(|| panic!("{}: no steps", path.display())).iter().enumerate()
+    {
+        for (file, content) in step["files"].as_object().expect("files") {
+            let content = match content {
+                Json::String(text) => Content::Bytes(text.as_bytes()),
+                Json::Null => Content::Gone,
+                other => Content::Unreadable(other["unreadable"].as_str().unwrap()),
+            };
+            repository.stage(&file.as_str().into(), content);
+        }
+        let outcome = repository.commit();
+        let mut changes: Vec<String> = outcome.changes.iter().map(change).collect();
+        changes.sort();
+        let news: Vec<String> = outcome.diagnostics.iter().map(diagnostic).collect();
+        mesh = mesh.apply(outcome.changes);
+        outcome.enrolments.iter().for_each(|e| enrol(&mut enrolments, e));
+        let actual = dump(&mesh, &enrolments, &repository);
+        let at = format!("step {index}");
+        if !step["expect"].is_null() {
+            differences(&at, &step["expect"], Some(&actual), &mut found);
+        }
+        if !step["changes"].is_null() {
+            differences(&format!("{at} changes"), &step["changes"], Some(&json!(changes)), &mut found);
+        }
+        if !step["news"].is_null() {
+            differences(&format!("{at} news"), &step["news"], Some(&json!(news)), &mut found);
+        }
+    }
+    found
+}
+
+#[test]
+fn every_case_comes_out_as_it_says() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases/compile");
+    let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
+    files.sort();
+    assert!(files.len() > 10, "the cases are there");
+    let only = std::env::var("CASE").unwrap_or_default();
+    let mut failed = Vec::new();
+    for file in files.iter().filter(|f| f.to_string_lossy().contains(&only)) {
+        for difference in run(file) {
+            failed.push(format!("{}: {difference}", file.file_stem().unwrap().display()));
+        }
+    }
+    assert!(failed.is_empty(), "\n{}\n", failed.join("\n"));
+}
