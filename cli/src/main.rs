@@ -2,14 +2,17 @@
 #![forbid(unsafe_code)]
 
 mod admin;
+mod analyze;
 mod bench;
 mod ca;
 mod connections;
 mod demo;
+mod files;
 mod lab;
 mod load;
 mod netns;
 mod table;
+mod what_if;
 mod why;
 mod ztunnel_config;
 
@@ -32,6 +35,8 @@ struct Cli {
 enum Command {
     Demo(demo::DemoArgs),
     Bench(bench::BenchArgs),
+    Analyze(analyze::AnalyzeArgs),
+    WhatIf(what_if::WhatIfArgs),
     Why(why::WhyArgs),
     Ca(ca::CaArgs),
     ZtunnelConfig(ztunnel_config::ZtunnelConfigArgs),
@@ -72,6 +77,8 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Demo(args) => demo::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Ca(args) => ca::run(&args),
+        Command::Analyze(args) => analyze::run(&args),
+        Command::WhatIf(args) => what_if::run(&args),
         Command::Why(args) => why::run(&args),
         Command::ZtunnelConfig(args) => ztunnel_config::run(&args),
         Command::Completion { shell } => {

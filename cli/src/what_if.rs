@@ -1,0 +1,294 @@
+//! `culvert what-if`: what would be decided over a connection, by the files alone, as they are or with a change.
+//! The decision is `model`'s, as in ztunnel.
+
+use std::fmt::Write;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use config::diagnostic::Severity;
+use model::{
+    Allow, Connection, Decision, Destination, Mesh, NetworkAddress, OriginalDst, OutboundMode, Service,
+    SpiffeId, TunnelProtocol, Workload,
+};
+use serde::Serialize;
+
+use crate::files::{Compiled, Files};
+use crate::table::{print, printable};
+use crate::why::Output;
+
+/// More endpoints than this are counted, not listed.
+const LISTED: usize = 20;
+
+/// What would be decided over a connection, by the manifests as they are, or with a changed file; the exit code is 1
+/// where it would be refused
+#[derive(Args, Debug)]
+pub struct WhatIfArgs {
+    /// Directories and files of manifests
+    #[arg(required = true, value_name = "DIR|FILE")]
+    paths: Vec<PathBuf>,
+    /// Who connects: namespace/workload, an address, or a SPIFFE ID
+    #[arg(long, value_name = "WHO")]
+    source: String,
+    /// To what: namespace/service, namespace/workload, a host name, or an address
+    #[arg(long, value_name = "WHERE")]
+    destination: String,
+    /// The port that is dialled: a service's for a service, the workload's own for a workload
+    #[arg(long)]
+    port: u16,
+    /// Decide also with this file, which replaces the file of its name and the objects of its objects' names
+    #[arg(long, value_name = "FILE")]
+    with: Vec<PathBuf>,
+    /// The form of the output
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
+}
+
+/// Who connects, as one mesh knows it.
+struct Source {
+    shown: String,
+    identity: Option<SpiffeId>,
+    ip: IpAddr,
+    in_mesh: bool,
+}
+
+/// What is decided for one endpoint.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+struct Verdict {
+    workload: String,
+    address: String,
+    carried: &'static str,
+    allowed: bool,
+    reason: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    policy: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    dry_run: Vec<String>,
+}
+
+/// What is decided by one state of the files.
+#[derive(Clone, Debug, Serialize)]
+struct Answer {
+    files: String,
+    source: String,
+    destination: String,
+    allowed: bool,
+    endpoints: Vec<Verdict>,
+}
+
+/// Runs the command.
+pub fn run(args: &WhatIfArgs) -> Result<ExitCode> {
+    let files = Files::read(&args.paths)?;
+    let compiled = files.compile();
+    warn(&compiled)?;
+    let mut answers = vec![answer(args, &compiled.mesh, "as it is".to_owned())?];
+    if !args.with.is_empty() {
+        let changed = files.compile_with(&Files::read(&args.with)?);
+        let names: Vec<_> = args.with.iter().map(|p| p.display().to_string()).collect();
+        answers.push(answer(args, &changed.mesh, format!("with {}", names.join(", ")))?);
+    }
+    match args.output {
+        Output::Json => print(&format!("{}\n", serde_json::to_string_pretty(&answers)?))?,
+        Output::Text => print(&printable(&text(&answers)?))?,
+    }
+    let allowed = answers.last().is_some_and(|a| a.allowed);
+    Ok(if allowed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// A decision by files of which a part is not in force is said to be one.
+fn warn(compiled: &Compiled) -> Result<()> {
+    let errors = compiled.diagnostics.iter().filter(|d| d.severity == Severity::Error).count();
+    if errors > 0 {
+        use std::io::Write;
+        writeln!(
+            std::io::stderr(),
+            "note: {errors} errors in the files, and what they are in is not in force: culvert analyze lists them"
+        )?;
+    }
+    Ok(())
+}
+
+fn answer(args: &WhatIfArgs, mesh: &Mesh, files: String) -> Result<Answer> {
+    let source = source(mesh, &args.source)?;
+    let (destination, endpoints) = destination(mesh, &args.destination, args.port)?;
+    let mut verdicts: Vec<Verdict> = match endpoints {
+        Endpoints::Known(list) => list.iter().map(|(w, port)| decide(mesh, &source, w, *port)).collect(),
+        Endpoints::Unknown(at) => vec![outside(mesh, at)],
+    };
+    verdicts.sort_by(|a, b| a.workload.cmp(&b.workload));
+    if verdicts.is_empty() {
+        bail!("{destination} has no endpoint: nothing would be decided, the connection would fail");
+    }
+    let allowed = verdicts.iter().all(|v| v.allowed);
+    Ok(Answer { files, source: source.shown, destination, allowed, endpoints: verdicts })
+}
+
+fn source(mesh: &Mesh, who: &str) -> Result<Source> {
+    if let Ok(identity) = who.parse::<SpiffeId>() {
+        let of = |w: &&Arc<Workload>| w.identity().is_ok_and(|i| i == identity) && !w.addresses.is_empty();
+        let workload = mesh.workloads().filter(of).min_by(|a, b| a.uid.cmp(&b.uid));
+        let ip = workload.and_then(|w| w.addresses.first().copied());
+        let at = ip.map_or("no workload has it: no address is known".to_owned(), |ip| ip.to_string());
+        let shown = format!("{identity} ({at})");
+        let ip = ip.unwrap_or(Ipv4Addr::UNSPECIFIED.into());
+        return Ok(Source { shown, identity: Some(identity), ip, in_mesh: true });
+    }
+    if let Ok(ip) = who.parse::<IpAddr>() {
+        return Ok(match mesh.workload_at(&NetworkAddress::new("".into(), ip)) {
+            Some(workload) => of_workload(workload, ip),
+            None => Source { shown: format!("{ip}, no workload"), identity: None, ip, in_mesh: false },
+        });
+    }
+    let workload = workload_named(mesh, who).with_context(|| {
+        format!("there is no workload {who}: name it as namespace/name, or give an address or a SPIFFE ID")
+    })?;
+    let ip = workload.addresses.first().copied();
+    Ok(of_workload(workload, ip.with_context(|| format!("{who} has no address"))?))
+}
+
+fn of_workload(workload: &Workload, ip: IpAddr) -> Source {
+    let in_mesh = workload.tunnel == TunnelProtocol::Hbone;
+    let identity = workload.identity().ok().filter(|_| in_mesh);
+    let who = identity.as_ref().map_or("not in the mesh: no identity".to_owned(), ToString::to_string);
+    Source { shown: format!("{}/{} {ip}, {who}", workload.namespace, workload.name), identity, ip, in_mesh }
+}
+
+fn workload_named<'m>(mesh: &'m Mesh, who: &str) -> Option<&'m Arc<Workload>> {
+    let (namespace, name) = who.split_once('/')?;
+    let named = |w: &&Arc<Workload>| *w.namespace == *namespace && *w.name == *name;
+    mesh.workloads().filter(named).min_by(|a, b| a.uid.cmp(&b.uid))
+}
+
+enum Endpoints {
+    Known(Vec<(Arc<Workload>, u16)>),
+    Unknown(SocketAddr),
+}
+
+fn destination(mesh: &Mesh, wanted: &str, port: u16) -> Result<(String, Endpoints)> {
+    if let Ok(ip) = wanted.parse::<IpAddr>() {
+        let at = SocketAddr::new(ip, port);
+        return match mesh.destination(&"".into(), OriginalDst::new(at)) {
+            Destination::Service(service) => of_service(mesh, &service, port),
+            Destination::Workload(workload) => Ok(of_pod(&workload, port)),
+            Destination::Unknown => Ok((at.to_string(), Endpoints::Unknown(at))),
+        };
+    }
+    let named = |s: &&Arc<Service>| match wanted.split_once('/') {
+        Some((namespace, name)) => *s.namespace == *namespace && *s.name == *name,
+        None => *s.hostname == *wanted,
+    };
+    let service = mesh.services().filter(named).min_by(|a, b| a.key().cmp(&b.key()));
+    let workload = workload_named(mesh, wanted);
+    match (service, workload) {
+        // Where both have the name, the port tells which is meant.
+        (Some(service), None) => of_service(mesh, service, port),
+        (Some(service), Some(_)) if service.port(port).is_some() => of_service(mesh, service, port),
+        (_, Some(workload)) => Ok(of_pod(workload, port)),
+        (None, None) => bail!(
+            "there is no service or workload {wanted}: name it as namespace/name, or give a host name or an address"
+        ),
+    }
+}
+
+fn of_service(mesh: &Mesh, service: &Service, port: u16) -> Result<(String, Endpoints)> {
+    if service.port(port).is_none() {
+        let ports: Vec<_> = service.ports.iter().map(|p| p.port.to_string()).collect();
+        bail!("service {} has no port {port}: it has {}", service.key(), ports.join(", "));
+    }
+    let endpoints = mesh.endpoints(&service.key()).map(|set| set.as_slice().to_vec()).unwrap_or_default();
+    let known = endpoints.into_iter().filter_map(|e| Some((e.workload.clone(), e.target_port(port)?)));
+    Ok((format!("service {}:{port}", service.hostname), Endpoints::Known(known.collect())))
+}
+
+fn of_pod(workload: &Arc<Workload>, port: u16) -> (String, Endpoints) {
+    let shown = format!("workload {}/{}:{port}", workload.namespace, workload.name);
+    (shown, Endpoints::Known(vec![(workload.clone(), port)]))
+}
+
+fn decide(mesh: &Mesh, source: &Source, workload: &Workload, port: u16) -> Verdict {
+    let same_family = workload.addresses.iter().find(|a| a.is_ipv4() == source.ip.is_ipv4());
+    let ip = same_family.or(workload.addresses.first()).copied();
+    let name = format!("{}/{}", workload.namespace, workload.name);
+    let address =
+        ip.map_or_else(|| workload.hostname.to_string(), |ip| SocketAddr::new(ip, port).to_string());
+    if workload.tunnel != TunnelProtocol::Hbone {
+        return Verdict {
+            workload: name,
+            address,
+            carried: "plaintext",
+            allowed: true,
+            reason: "not in the mesh: nothing is decided there".to_owned(),
+            policy: None,
+            dry_run: Vec::new(),
+        };
+    }
+    let destination = SocketAddr::new(ip.unwrap_or(Ipv4Addr::UNSPECIFIED.into()), port);
+    let connection = Connection::new(source.identity.clone(), source.ip, destination);
+    let decision = mesh.authorize(workload, &connection);
+    let carried = if source.in_mesh { "hbone" } else { "plaintext" };
+    explained(name, address, carried, &decision)
+}
+
+fn explained(workload: String, address: String, carried: &'static str, decision: &Decision) -> Verdict {
+    let (allowed, reason, policy) = match &decision.outcome {
+        Ok(permit) => {
+            let policy = match permit.reason() {
+                Allow::Matched(rule) => Some(rule.policy.to_string()),
+                Allow::NoAllowPolicies => None,
+            };
+            (true, permit.reason().to_string(), policy)
+        }
+        Err(deny) => (false, deny.to_string(), deny.policy().map(ToString::to_string)),
+    };
+    let dry_run = decision.dry_run.iter().map(|d| match &d.would {
+        Ok(allow) => format!("if {} were enforced: {allow}", d.policy),
+        Err(deny) => format!("if {} were enforced: {deny}", d.policy),
+    });
+    Verdict { workload, address, carried, allowed, reason, policy, dry_run: dry_run.collect() }
+}
+
+/// An address of which nothing is known.
+fn outside(mesh: &Mesh, at: SocketAddr) -> Verdict {
+    let (allowed, reason) = match mesh.settings().outbound {
+        OutboundMode::AllowAny => (true, "not known to the mesh: passed through (ALLOW_ANY)"),
+        OutboundMode::RegistryOnly => (false, "not known to the mesh: REGISTRY_ONLY"),
+    };
+    Verdict {
+        workload: "(unknown)".to_owned(),
+        address: at.to_string(),
+        carried: "plaintext",
+        allowed,
+        reason: reason.to_owned(),
+        policy: None,
+        dry_run: Vec::new(),
+    }
+}
+
+fn text(answers: &[Answer]) -> Result<String> {
+    let mut text = String::new();
+    for answer in answers {
+        writeln!(text, "{}:", answer.files)?;
+        writeln!(text, "  from  {}", answer.source)?;
+        writeln!(text, "  to    {}", answer.destination)?;
+        for v in answer.endpoints.iter().take(LISTED) {
+            let word = if v.allowed { "allowed" } else { "refused" };
+            writeln!(text, "  {word} at {} {} over {}", v.workload, v.address, v.carried)?;
+            writeln!(text, "        {}", v.reason)?;
+            for line in &v.dry_run {
+                writeln!(text, "        dry run: {line}")?;
+            }
+        }
+        if answer.endpoints.len() > LISTED {
+            let refused = answer.endpoints.iter().filter(|v| !v.allowed).count();
+            writeln!(text, "  … {} endpoints in all, {refused} of them refuse", answer.endpoints.len())?;
+        }
+    }
+    if let [before, after] = answers {
+        let same = before.endpoints == after.endpoints;
+        writeln!(text, "{}", if same { "no difference" } else { "the decision, or its reason, changes" })?;
+    }
+    Ok(text)
+}

@@ -1,0 +1,225 @@
+//! The commands that need no ztunnel, run as a user runs them.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+const MESH: &str = r#"apiVersion: v1
+kind: Namespace
+metadata: {name: shop, labels: {istio.io/dataplane-mode: ambient}}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: web, namespace: shop, uid: web, labels: {app: web}}
+spec: {nodeName: node-1, serviceAccountName: web, containers: [{name: main, image: web}]}
+status: {podIP: 10.0.0.2, phase: Running, conditions: [{type: Ready, status: "True"}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: batch, namespace: shop, uid: batch}
+spec: {nodeName: node-1, serviceAccountName: batch, containers: [{name: main, image: batch}]}
+status: {podIP: 10.0.0.3, phase: Running}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: legacy, namespace: outside, uid: legacy}
+spec: {nodeName: node-1, containers: [{name: main, image: legacy}]}
+status: {podIP: 10.0.0.4, phase: Running}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop}
+spec: {clusterIP: 10.96.0.21, selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}
+"#;
+
+const STRICT: &str = "apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: default, namespace: shop}
+spec: {mtls: {mode: STRICT}}
+";
+
+/// Two versions of one policy.
+fn policy(account: &str) -> String {
+    format!(
+        "apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {{name: web, namespace: shop}}
+spec:
+  selector: {{matchLabels: {{app: web}}}}
+  rules: [{{from: [{{source: {{principals: [cluster.local/ns/shop/sa/{account}]}}}}]}}]
+"
+    )
+}
+
+struct Files(tempfile::TempDir);
+
+impl Files {
+    fn new(files: &[(&str, &str)]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            fs::write(dir.path().join(name), text).unwrap();
+        }
+        Self(dir)
+    }
+
+    fn dir(&self) -> String {
+        self.0.path().to_string_lossy().into_owned()
+    }
+
+    fn file(&self, name: &str) -> String {
+        self.0.path().join(name).to_string_lossy().into_owned()
+    }
+}
+
+fn culvert(args: &[&str]) -> Output {
+    Command::new(PathBuf::from(env!("CARGO_BIN_EXE_culvert"))).args(args).output().unwrap()
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn what_if(dir: &str, source: &str, destination: &str, port: &str, more: &[&str]) -> (i32, Vec<Value>) {
+    let mut args = vec!["what-if", dir, "--source", source, "--destination", destination, "--port", port];
+    args.extend(["-o", "json"]);
+    args.extend(more);
+    let output = culvert(&args);
+    let code = output.status.code().unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    (code, serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {text}")))
+}
+
+#[test]
+fn what_if_resolves_every_way_to_name_an_end() {
+    let files = Files::new(&[("mesh.yaml", MESH), ("policy.yaml", &policy("batch"))]);
+    let batch = ["shop/batch", "10.0.0.3", "spiffe://cluster.local/ns/shop/sa/batch"];
+    let web = [
+        ("shop/web", "80"),
+        ("shop/web", "8080"),
+        ("web.shop.svc.cluster.local", "80"),
+        ("10.96.0.21", "80"),
+        ("10.0.0.2", "8080"),
+    ];
+    for source in batch {
+        for (destination, port) in web {
+            let (code, answers) = what_if(&files.dir(), source, destination, port, &[]);
+            assert_eq!(code, 0, "{source} {destination}: {answers:?}");
+            let endpoint = &answers[0]["endpoints"][0];
+            assert_eq!(endpoint["address"], "10.0.0.2:8080");
+            assert_eq!(endpoint["policy"], "shop/web");
+            assert_eq!(endpoint["carried"], "hbone");
+        }
+    }
+    for source in ["outside/legacy", "10.9.9.9", "spiffe://cluster.local/ns/shop/sa/other"] {
+        assert_eq!(what_if(&files.dir(), source, "shop/web", "80", &[]).0, 1, "{source}");
+    }
+}
+
+#[test]
+fn what_if_says_what_a_changed_file_changes() {
+    let files = Files::new(&[("mesh.yaml", MESH), ("policy.yaml", &policy("batch"))]);
+    // The same object in a file of another name takes its place; so does a file of the same name.
+    for name in ["other.yaml", "policy.yaml"] {
+        let changed = Files::new(&[(name, &policy("frontend"))]);
+        let more = ["--with", &changed.file(name)];
+        let (code, answers) = what_if(&files.dir(), "shop/batch", "shop/web", "80", &more);
+        assert_eq!((code, answers.len()), (1, 2));
+        assert_eq!((&answers[0]["allowed"], &answers[1]["allowed"]), (&true.into(), &false.into()));
+        let reason = answers[1]["endpoints"][0]["reason"].as_str().unwrap();
+        assert!(reason.contains("sa/frontend") && reason.contains("sa/batch"), "{reason}");
+    }
+    let strict = Files::new(&[("strict.yaml", STRICT)]);
+    let open = Files::new(&[("mesh.yaml", MESH)]);
+    let more = ["--with", &strict.file("strict.yaml")];
+    let (code, answers) = what_if(&open.dir(), "outside/legacy", "shop/web", "80", &more);
+    assert_eq!((code, &answers[0]["allowed"], &answers[1]["allowed"]), (1, &true.into(), &false.into()));
+    let (code, _) = what_if(&open.dir(), "shop/batch", "shop/web", "80", &more);
+    assert_eq!(code, 0);
+}
+
+#[test]
+fn what_if_does_not_guess() {
+    let files = Files::new(&[("mesh.yaml", MESH)]);
+    for (source, destination, port, says) in [
+        ("shop/nobody", "shop/web", "80", "no workload shop/nobody"),
+        ("shop/batch", "shop/nowhere", "80", "no service or workload shop/nowhere"),
+        ("shop/batch", "web.shop.svc.cluster.local", "81", "has no port 81: it has 80"),
+    ] {
+        let args =
+            ["what-if", &files.dir(), "--source", source, "--destination", destination, "--port", port];
+        let output = culvert(&args);
+        assert_eq!(output.status.code(), Some(2));
+        assert!(String::from_utf8_lossy(&output.stderr).contains(says), "{output:?}");
+    }
+}
+
+#[test]
+fn analyze_fails_from_the_threshold_on_and_says_where() {
+    let bad = MESH
+        .replace("nodeName: node-1, serviceAccountName: web", "nodename: node-1, serviceAccountName: web");
+    let files = Files::new(&[("a.yaml", &bad), ("b.yaml", "kind: [\n")]);
+    let output = culvert(&["analyze", &files.dir()]);
+    assert_eq!(output.status.code(), Some(1));
+    let text = stdout(&output);
+    assert!(text.contains("a.yaml:8:8: error[unknown-field]: Pod shop/web"), "{text}");
+    assert!(text.contains("did you mean nodeName?") && text.contains("b.yaml"), "{text}");
+
+    let json: Value =
+        serde_json::from_slice(&culvert(&["analyze", "-o", "json", &files.dir()]).stdout).unwrap();
+    assert_eq!((&json["failed"], &json["files"]), (&true.into(), &2.into()));
+    let fields = ["code", "severity", "file", "line", "column", "text", "message", "remedy"];
+    let first = &json["diagnostics"][0];
+    assert!(fields.iter().all(|f| first.get(f).is_some()), "{first}");
+
+    let sarif: Value =
+        serde_json::from_slice(&culvert(&["analyze", "-o", "sarif", &files.dir()]).stdout).unwrap();
+    let results = sarif["runs"][0]["results"].as_array().unwrap();
+    assert_eq!(results.len(), json["diagnostics"].as_array().unwrap().len());
+
+    // What is only a warning, and what is only a note, fails from its own threshold on.
+    let kinds = "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: d, namespace: shop}\nspec: {}\n";
+    let files = Files::new(&[("mesh.yaml", MESH), ("kinds.yaml", kinds)]);
+    let json: Value =
+        serde_json::from_slice(&culvert(&["analyze", "-o", "json", &files.dir()]).stdout).unwrap();
+    let severities: Vec<_> =
+        json["diagnostics"].as_array().unwrap().iter().map(|d| d["severity"].clone()).collect();
+    for (threshold, fails) in [
+        ("error", severities.contains(&"error".into())),
+        ("warning", severities.iter().any(|s| s != "info")),
+        ("info", !severities.is_empty()),
+    ] {
+        let output = culvert(&["analyze", "--failure-threshold", threshold, &files.dir()]);
+        assert_eq!(output.status.code(), Some(i32::from(fails)), "{threshold}: {severities:?}");
+    }
+}
+
+#[test]
+fn what_is_not_there_is_an_error_with_a_way_out() {
+    let empty = Files::new(&[]);
+    for (args, says) in [
+        (vec!["analyze", "/does/not/exist"], "cannot read /does/not/exist"),
+        (vec!["analyze", &empty.dir()], "no .yaml, .yml or .json file"),
+        (vec!["why"], "--source and --destination"),
+        (vec!["why", "7", "--admin", "127.0.0.1:1"], "--netns"),
+        (vec!["why", "7", "--netns", "no-such-namespace"], "no-such-namespace"),
+        (vec!["ca", "--ca-dir", "/does/not/exist", "status"], "--ca-dir"),
+    ] {
+        let output = culvert(&args);
+        assert_eq!(output.status.code(), Some(2), "{args:?}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains(says), "{args:?}: {output:?}");
+    }
+}
+
+#[test]
+fn completion_knows_the_commands() {
+    for shell in ["bash", "zsh", "fish"] {
+        let output = culvert(&["completion", shell]);
+        assert!(output.status.success());
+        for command in ["analyze", "what-if", "why", "ztunnel-config", "demo"] {
+            assert!(stdout(&output).contains(command), "{shell} {command}");
+        }
+    }
+}
