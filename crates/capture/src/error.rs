@@ -78,9 +78,9 @@ pub enum Error {
         /// How long it was given.
         limit: Duration,
     },
-    /// The kernel refused a policy rule or route.
+    /// The kernel refused a policy rule, a route, or another request of ours.
     #[error("cannot {action} in {netns}: {source}")]
-    Routing {
+    Netlink {
         /// What was attempted.
         action: &'static str,
         /// Where.

@@ -10,12 +10,11 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 
 use ipnet::IpNet;
-use net::netlink::{Message, Netlink};
 use net::{MARK_MASK, Netns, ZTUNNEL_MARK};
-use nix::sys::socket::SockProtocol;
 
 use crate::backend::{Backend, Capture, Drift, Installed, check, compare};
 use crate::error::{Error, Missing};
+use crate::nf_tables::{self, Chain};
 use crate::probe::{privileges, trial};
 use crate::routing::{self, REPLY_MARK};
 use crate::rules::{InterfaceName, Matcher, Plan, Rules, Step, Verdict};
@@ -26,8 +25,9 @@ const SYN: &str = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN";
 const NOT_SYN: &str = "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN";
 /// Our chains start with it.
 const OURS: &str = "CULVERT_";
-/// An empty chain in a table that wasn't there before us, and that goes with us.
-const MADE_BY_US: &str = "CULVERT_MADE";
+/// Prefix of an empty chain that says: the built-in chain behind the prefix wasn't there before us, and goes
+/// with us. Only iptables-nft has chains that come and go.
+const MADE_BY_US: &str = "CULVERT_MADE_";
 /// The tables in the order of installation; their built-in chains and our chains behind them.
 const TABLES: [(&str, &[(&str, &str)]); 4] = [
     ("filter", &[("INPUT", "CULVERT_INPUT"), ("FORWARD", "CULVERT_FORWARD"), ("OUTPUT", "CULVERT_OUTPUT")]),
@@ -120,7 +120,7 @@ impl Iptables {
         let plan = Plan::new(rules);
         let mut found = Vec::new();
         for programs in self.families() {
-            programs.load(&netns, &plan, &Saved::default())?;
+            programs.load(&netns, self.backend, &plan, &Saved::default())?;
             found.push(programs.saved(&netns)?.ours());
         }
         if let Ok(mut listings) = self.listings.lock() {
@@ -148,7 +148,7 @@ impl Capture for Iptables {
             let saved = programs.saved(netns)?;
             let ours = saved.ours();
             if ours.is_empty() || self.expected(rules)?.get(number) != Some(&ours) {
-                programs.load(netns, &plan, &saved)?;
+                programs.load(netns, self.backend, &plan, &saved)?;
                 changed = true;
             }
         }
@@ -181,7 +181,7 @@ impl Capture for Iptables {
             changed = true;
             run(netns, &programs.restore, &RESTORE, &removal(&saved))?;
             if self.backend == Backend::IptablesNft {
-                programs.remove_tables(netns, &saved)?;
+                programs.remove_made(netns, &saved)?;
             }
         }
         Ok(routing::remove(netns)? || changed)
@@ -193,61 +193,43 @@ impl Programs {
         run(netns, &self.save, &[], "").map(|text| Saved::parse(&text))
     }
 
-    fn load(&self, netns: &Netns, plan: &Plan, saved: &Saved) -> Result<(), Error> {
-        run(netns, &self.restore, &RESTORE, &installation(plan, self.v6, saved)).map(drop)
-    }
-
-    /// Deletes the tables that came with us, unless someone else uses them by now.
-    fn remove_tables(&self, netns: &Netns, before: &Saved) -> Result<(), Error> {
-        let after = self.saved(netns)?;
-        for table in &after.tables {
-            let made_by_us =
-                before.table(table.name.as_str()).is_some_and(|table| table.has_chain(MADE_BY_US));
-            if made_by_us && table.rules.is_empty() {
-                let failed = |source| Error::Routing {
-                    action: "delete an empty iptables table",
-                    netns: netns.to_string(),
-                    source,
-                };
-                delete_table(netns, self.v6, table).map_err(failed)?;
-            }
+    fn load(&self, netns: &Netns, backend: Backend, plan: &Plan, saved: &Saved) -> Result<(), Error> {
+        let mut made = saved.made_by_us();
+        if backend == Backend::IptablesNft {
+            let there = nf_tables::chains(netns, self.v6).map_err(|source| listing_failed(netns, source))?;
+            let builtin =
+                TABLES.iter().flat_map(|(table, hooks)| hooks.iter().map(|(hook, _)| (*table, *hook)));
+            let new = builtin.map(|(table, hook)| Chain { table: table.to_owned(), name: hook.to_owned() });
+            made.extend(new.filter(|chain| !there.contains(chain)));
         }
-        Ok(())
+        run(netns, &self.restore, &RESTORE, &installation(plan, self.v6, saved, &made)).map(drop)
+    }
+
+    /// Deletes the built-in chains that came with us, and tables that are empty then, unless someone else uses
+    /// them by now.
+    fn remove_made(&self, netns: &Netns, before: &Saved) -> Result<(), Error> {
+        let after = self.saved(netns)?;
+        let unused = |chain: &Chain| {
+            let rule = format!("-A {} ", chain.name);
+            let table = after.table(&chain.table);
+            !table.is_some_and(|table| table.rules.iter().any(|other| other.starts_with(&rule)))
+        };
+        let there = nf_tables::chains(netns, self.v6).map_err(|source| listing_failed(netns, source))?;
+        let mut made = before.made_by_us();
+        made.retain(|chain| there.contains(chain) && unused(chain));
+        let mut tables: Vec<_> = made.iter().map(|chain| chain.table.clone()).collect();
+        tables.dedup();
+        tables.retain(|table| there.iter().all(|chain| chain.table != *table || made.contains(chain)));
+        nf_tables::delete(netns, self.v6, &made, &tables).map_err(|source| Error::Netlink {
+            action: "delete empty iptables chains",
+            netns: netns.to_string(),
+            source,
+        })
     }
 }
 
-/// Deletes a table with its built-in chains; fails as a whole if one of them has rules.
-fn delete_table(netns: &Netns, v6: bool, table: &Table) -> std::io::Result<()> {
-    // kernel include/uapi/linux/netfilter/nfnetlink.h and nf_tables.h
-    const BATCH_BEGIN: u16 = 0x10;
-    const BATCH_END: u16 = 0x11;
-    const NFTABLES: u16 = 10;
-    const DELETE_TABLE: u16 = NFTABLES << 8 | 2;
-    const DELETE_CHAIN: u16 = NFTABLES << 8 | 5;
-    const TABLE_NAME: u16 = 1;
-    const CHAIN_TABLE: u16 = 1;
-    const CHAIN_NAME: u16 = 3;
-    // An `nfgenmsg`: family, version, resource in network order.
-    let envelope = |kind| Message::new(kind, 0).body(&[0, 0, 0, low_byte(NFTABLES)]);
-    let message = |kind| Message::new(kind, 0).body(&[if v6 { 10 } else { 2 }, 0, 0, 0]);
-    let text = |name: &str| [name.as_bytes(), &[0]].concat();
-    let mut messages: Vec<_> = table
-        .chains
-        .iter()
-        .map(|chain| {
-            let name = chain.split(' ').next().unwrap_or_default();
-            message(DELETE_CHAIN)
-                .attribute(CHAIN_TABLE, &text(&table.name))
-                .attribute(CHAIN_NAME, &text(name))
-        })
-        .collect();
-    messages.push(message(DELETE_TABLE).attribute(TABLE_NAME, &text(&table.name)));
-    let mut netlink = Netlink::open(netns, SockProtocol::NetlinkNetFilter)?;
-    netlink.transaction(envelope(BATCH_BEGIN), messages, envelope(BATCH_END))
-}
-
-fn low_byte(number: u16) -> u8 {
-    number.to_be_bytes()[1]
+fn listing_failed(netns: &Netns, source: std::io::Error) -> Error {
+    Error::Netlink { action: "list the chains of iptables", netns: netns.to_string(), source }
 }
 
 /// What iptables-save printed.
@@ -288,6 +270,16 @@ impl Saved {
         self.tables.iter().find(|table| table.name == name)
     }
 
+    /// The built-in chains that weren't there before us.
+    fn made_by_us(&self) -> Vec<Chain> {
+        let of_table = |table: &Table| {
+            let names = table.chains.iter().filter_map(|chain| chain.split(' ').next());
+            let hooks = names.filter_map(|name| name.strip_prefix(MADE_BY_US));
+            hooks.map(|hook| Chain { table: table.name.clone(), name: hook.to_owned() }).collect::<Vec<_>>()
+        };
+        self.tables.iter().flat_map(of_table).collect()
+    }
+
     /// Our chains and their rules, and the places of the jumps to them.
     fn ours(&self) -> Vec<String> {
         let mut ours = Vec::new();
@@ -313,10 +305,6 @@ impl Saved {
 }
 
 impl Table {
-    fn has_chain(&self, name: &str) -> bool {
-        self.chains.iter().any(|chain| chain.split(' ').next() == Some(name))
-    }
-
     /// Places among the rules of `hook` that jump to `chain`, from 0.
     fn jumps(&self, hook: &str, chain: &str) -> impl Iterator<Item = usize> {
         let (hook, jump) = (format!("-A {hook} "), format!("-A {hook} -j {chain}"));
@@ -326,14 +314,14 @@ impl Table {
 }
 
 /// Input for iptables-restore that brings our chains in, whatever of them is there.
-fn installation(plan: &Plan, v6: bool, saved: &Saved) -> String {
+fn installation(plan: &Plan, v6: bool, saved: &Saved, made: &[Chain]) -> String {
     let mut text = String::new();
     for (name, hooks) in TABLES {
         let table = saved.table(name);
         // Writing to a string can't fail.
         let _ = writeln!(text, "*{name}");
-        if table.is_none_or(|table| table.has_chain(MADE_BY_US)) {
-            let _ = writeln!(text, ":{MADE_BY_US} - [0:0]");
+        for chain in made.iter().filter(|chain| chain.table == name) {
+            let _ = writeln!(text, ":{MADE_BY_US}{} - [0:0]", chain.name);
         }
         for (hook, chain) in hooks {
             // Declaring a chain empties it.

@@ -28,6 +28,7 @@ mod backend;
 mod error;
 mod iptables;
 mod live;
+mod nf_tables;
 mod nft;
 mod probe;
 mod routing;

@@ -61,7 +61,7 @@ pub enum Ipv6 {
 /// Adds rules and routes that aren't there. Whether anything was added, and the state of IPv6.
 pub(crate) fn install(netns: &Netns) -> Result<(bool, Ipv6), Error> {
     let mut netlink = open(netns)?;
-    let fail = |action| move |source| Error::Routing { action, netns: netns.to_string(), source };
+    let fail = |action| move |source| Error::Netlink { action, netns: netns.to_string(), source };
     let rule =
         added(netlink.acknowledged(rule(RTM_NEWRULE, AF_INET))).map_err(fail("add the policy rule"))?;
     let route =
@@ -92,7 +92,7 @@ pub(crate) fn missing(netns: &Netns) -> Result<Vec<String>, Error> {
             let mut found = false;
             match netlink.dump(request, |_, payload| found |= matches(payload)) {
                 Err(error) if family == AF_INET6 && is_absent(&error) => Ok(true),
-                Err(source) => Err(Error::Routing { action, netns: netns.to_string(), source }),
+                Err(source) => Err(Error::Netlink { action, netns: netns.to_string(), source }),
                 Ok(()) => Ok(found),
             }
         };
@@ -121,7 +121,7 @@ pub(crate) fn remove(netns: &Netns) -> Result<bool, Error> {
             match netlink.acknowledged(request) {
                 Ok(()) => changed = true,
                 Err(error) if is_gone(&error) || (family == AF_INET6 && is_absent(&error)) => {}
-                Err(source) => return Err(Error::Routing { action, netns: netns.to_string(), source }),
+                Err(source) => return Err(Error::Netlink { action, netns: netns.to_string(), source }),
             }
         }
     }
@@ -136,7 +136,7 @@ pub(crate) fn loopback_up(netns: &Netns) -> Result<(), Error> {
         body.extend(field.to_ne_bytes());
     }
     let raised = open(netns)?.acknowledged(Message::new(RTM_NEWLINK, 0).body(&body));
-    raised.map_err(|source| Error::Routing { action: "bring lo up", netns: netns.to_string(), source })
+    raised.map_err(|source| Error::Netlink { action: "bring lo up", netns: netns.to_string(), source })
 }
 
 fn open(netns: &Netns) -> Result<Netlink, Error> {

@@ -1,0 +1,222 @@
+//! Without a live ztunnel, and without the redirection, enrolled traffic is refused; it never passes.
+
+use std::io;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use capture::{Backend, Include, PortRange, Rules};
+use harness::netns::{Host, Lab, Process};
+use net::Netns;
+use nix::sys::signal::Signal;
+
+use crate::fixture::{
+    Case, FakeZtunnel, block_on, dial, each_case, echo, greeting, in_time, start_app, two_nodes,
+};
+
+const NAMESPACE: &str = "CULVERT_TEST_ZTUNNEL_NAMESPACE";
+
+/// Not a test: the process that the tests below kill. It runs only when one of them starts it.
+#[test]
+fn fake_ztunnel_process() {
+    let Some(path) = std::env::var_os(NAMESPACE) else { return };
+    block_on(async {
+        let _ztunnel = FakeZtunnel::start(&Netns::open(path).unwrap());
+        println!("listening");
+        std::future::pending::<()>().await;
+    });
+}
+
+fn start_ztunnel(pod: &Host) -> Process {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "closed::fake_ztunnel_process", "--nocapture"]);
+    command.env(NAMESPACE, pod.netns.name()).stdout(Stdio::piped());
+    let mut process = pod.spawn(&mut command).unwrap();
+    let mut printed = io::BufReader::new(process.child().stdout.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("listening") {
+        line.clear();
+        assert_ne!(io::BufRead::read_line(&mut printed, &mut line).unwrap(), 0, "ztunnel ended");
+    }
+    process
+}
+
+/// Dials for ever, and counts what came of it.
+#[derive(Clone, Default)]
+struct Load {
+    served: Arc<AtomicU64>,
+    refused: Arc<AtomicU64>,
+    other: Arc<AtomicU64>,
+}
+
+impl Load {
+    fn start(netns: &Netns, to: std::net::SocketAddr) -> Self {
+        let this = Self::default();
+        let (load, netns) = (this.clone(), netns.clone());
+        tokio::spawn(async move {
+            loop {
+                let count = match dial(&netns, to).await {
+                    Ok(mut stream) => {
+                        let mut byte = [0];
+                        let read = tokio::io::AsyncReadExt::read(&mut stream, &mut byte).await;
+                        net::reset(stream);
+                        if matches!(read, Ok(1)) { &load.served } else { &load.other }
+                    }
+                    Err(io::ErrorKind::ConnectionRefused) => &load.refused,
+                    Err(_) => &load.other,
+                };
+                count.fetch_add(1, Ordering::Relaxed);
+                tokio::time::sleep(Duration::from_micros(500)).await;
+            }
+        });
+        this
+    }
+
+    async fn until(&self, count: &AtomicU64, more: u64) {
+        let goal = count.load(Ordering::Relaxed) + more;
+        in_time(async {
+            while count.load(Ordering::Relaxed) < goal {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        })
+        .await;
+    }
+}
+
+/// Counts SYN-ACKs from a port on the link between the nodes while `during` runs.
+async fn syn_acks_on_the_link<T>(lab: &Lab, ports: &str, during: impl Future<Output = T>) -> usize {
+    let filter = format!(
+        "tcp src {ports} and (tcp[tcpflags] & (tcp-syn|tcp-ack) == (tcp-syn|tcp-ack) \
+         or (ip6 and ip6[53] & 0x12 == 0x12))"
+    );
+    let mut command = Command::new("tcpdump");
+    command.args(["-i", "br0", "-n", "-l", "--immediate-mode", &filter]);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut tcpdump = lab.link().unwrap().spawn(&mut command).unwrap();
+    let mut said = io::BufReader::new(tcpdump.child().stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("listening on") {
+        line.clear();
+        assert_ne!(io::BufRead::read_line(&mut said, &mut line).unwrap(), 0, "tcpdump ended");
+    }
+    during.await;
+    // What passed by now is printed.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    tcpdump.signal(Signal::SIGINT).unwrap();
+    let printed = io::read_to_string(tcpdump.child().stdout.take().unwrap()).unwrap();
+    printed.lines().filter(|line| !line.is_empty()).count()
+}
+
+#[test]
+fn a_killed_ztunnel_lets_nothing_pass() {
+    each_case("a_killed_ztunnel_lets_nothing_pass", async |case: Case| {
+        let lab = two_nodes();
+        let (server, client) = (lab.pod("server"), lab.pod("client"));
+        start_app(&server.netns, 8080);
+        start_app(&client.netns, 9090);
+        let ztunnel = start_ztunnel(server);
+        case.capture().install(&server.netns, &Rules::default()).unwrap();
+        let inbound = Load::start(&client.netns, case.addr(server, 8080));
+        let outbound = Load::start(&server.netns, case.addr(client, 9090));
+
+        // The capture would see them: this ztunnel passes connections on in plaintext.
+        let seen = syn_acks_on_the_link(&lab, "port 8080 or tcp src port 9090", async {
+            inbound.until(&inbound.served, 20).await;
+            outbound.until(&outbound.served, 20).await;
+        });
+        assert!(seen.await >= 40);
+
+        ztunnel.signal(Signal::SIGKILL).unwrap();
+        drop(ztunnel);
+        let seen = syn_acks_on_the_link(&lab, "port 8080 or tcp src port 9090", async {
+            inbound.until(&inbound.refused, 100).await;
+            outbound.until(&outbound.refused, 100).await;
+        });
+        assert_eq!(seen.await, 0, "SYN-ACKs passed");
+        let served = [inbound.served.load(Ordering::Relaxed), outbound.served.load(Ordering::Relaxed)];
+        inbound.until(&inbound.refused, 10).await;
+        let after = [inbound.served.load(Ordering::Relaxed), outbound.served.load(Ordering::Relaxed)];
+        assert_eq!(served, after);
+
+        // Back again, with the rules as they were.
+        let _ztunnel = start_ztunnel(server);
+        inbound.until(&inbound.served, 20).await;
+        outbound.until(&outbound.served, 20).await;
+    });
+}
+
+/// Takes the redirection away and leaves the guard, as no installation of ours does.
+fn break_redirection(case: Case, pod: &Host) {
+    let family = if case.v6 { "ip6tables" } else { "iptables" };
+    let line = match case.backend {
+        Backend::Nftables => {
+            "nft flush chain inet culvert nat_prerouting; nft flush chain inet culvert nat_output".to_owned()
+        }
+        Backend::IptablesNft => format!("{family}-nft -t nat -F PREROUTING; {family}-nft -t nat -F OUTPUT"),
+        Backend::IptablesLegacy => {
+            format!("{family}-legacy -w -t nat -F PREROUTING; {family}-legacy -w -t nat -F OUTPUT")
+        }
+    };
+    pod.shell(&line).unwrap();
+}
+
+#[test]
+fn what_is_not_redirected_is_refused() {
+    each_case("what_is_not_redirected_is_refused", async |case: Case| {
+        let lab = two_nodes();
+        let (server, client) = (lab.pod("server"), lab.pod("client"));
+        start_app(&server.netns, 8080);
+        start_app(&server.netns, 8081);
+        start_app(&client.netns, 9090);
+        start_app(&client.netns, 53);
+        let _ztunnel = FakeZtunnel::start(&server.netns);
+        let capture = case.capture();
+        let range = |port| PortRange::new(port, port).unwrap();
+        let rules = Rules { exclude_inbound_ports: vec![range(8081)], ..Rules::default() };
+        capture.install(&server.netns, &rules).unwrap();
+        break_redirection(case, server);
+        assert!(!capture.verify(&server.netns, &rules).unwrap().is_none());
+
+        let refused = Err(io::ErrorKind::ConnectionRefused);
+        let outcome = async |from: &Host, to| dial(&from.netns, to).await.map(drop);
+        assert_eq!(outcome(client, case.addr(server, 8080)).await, refused);
+        assert_eq!(outcome(server, case.addr(client, 9090)).await, refused);
+        assert_eq!(outcome(server, case.addr(client, 53)).await, refused);
+        // What is exempt isn't: that is the application's owner's word.
+        let mut exempt = dial(&client.netns, case.addr(server, 8081)).await.unwrap();
+        greeting(&mut exempt).await;
+
+        // Installing repairs it, and the exempt connection lives on.
+        assert!(capture.install(&server.netns, &rules).unwrap().changed);
+        assert!(capture.verify(&server.netns, &rules).unwrap().is_none());
+        let mut captured = dial(&client.netns, case.addr(server, 8080)).await.unwrap();
+        greeting(&mut captured).await;
+        echo(&mut exempt, "still here").await;
+    });
+}
+
+#[test]
+fn rules_change_without_a_gap() {
+    each_case("rules_change_without_a_gap", async |case: Case| {
+        let lab = two_nodes();
+        let (server, client) = (lab.pod("server"), lab.pod("client"));
+        start_app(&server.netns, 8080);
+        // No ztunnel: whoever is served got through a gap.
+        let capture = case.capture();
+        capture.install(&server.netns, &Rules::default()).unwrap();
+        let load = Load::start(&client.netns, case.addr(server, 8080));
+        load.until(&load.refused, 5).await;
+        for round in 0..10_u16 {
+            let only = PortRange::new(8080, 9000 + round).unwrap();
+            let rules =
+                Rules { include_inbound_ports: Include::Only(vec![only]), dns: false, ..Rules::default() };
+            let (capture, netns) = (capture.clone(), server.netns.clone());
+            let install = move || capture.install(&netns, &rules).unwrap().changed;
+            assert!(tokio::task::spawn_blocking(install).await.unwrap());
+        }
+        load.until(&load.refused, 5).await;
+        assert_eq!(load.served.load(Ordering::Relaxed), 0);
+        assert_eq!(load.other.load(Ordering::Relaxed), 0);
+    });
+}

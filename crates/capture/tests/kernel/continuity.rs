@@ -1,0 +1,66 @@
+//! Connections that are alive when capture comes and goes.
+
+use capture::Rules;
+
+use crate::fixture::{Case, FakeZtunnel, dial, each_case, echo, greeting, start_app, two_nodes};
+
+#[test]
+fn connections_alive_at_enrolment_go_on() {
+    each_case("connections_alive_at_enrolment_go_on", async |case: Case| {
+        let lab = two_nodes();
+        let (server, client) = (lab.pod("server"), lab.pod("client"));
+        let capture = case.capture();
+        start_app(&server.netns, 8080);
+        start_app(&client.netns, 9090);
+        let mut inbound = dial(&client.netns, case.addr(server, 8080)).await.unwrap();
+        let mut outbound = dial(&server.netns, case.addr(client, 9090)).await.unwrap();
+        greeting(&mut inbound).await;
+        greeting(&mut outbound).await;
+
+        let ztunnel = FakeZtunnel::start(&server.netns);
+        capture.install(&server.netns, &Rules::default()).unwrap();
+        for round in 0..200 {
+            echo(&mut inbound, &format!("in {round}")).await;
+            echo(&mut outbound, &format!("out {round}")).await;
+        }
+        assert_eq!(ztunnel.taken(), [], "the old connections go past ztunnel");
+
+        // New ones from the same ends don't.
+        let mut captured = dial(&client.netns, case.addr(server, 8080)).await.unwrap();
+        greeting(&mut captured).await;
+        assert!(ztunnel.took().await.inbound);
+
+        // The old ones outlive the end of capture too.
+        capture.remove(&server.netns).unwrap();
+        for round in 0..100 {
+            echo(&mut inbound, &format!("in again {round}")).await;
+            echo(&mut outbound, &format!("out again {round}")).await;
+        }
+        let mut direct = dial(&client.netns, case.addr(server, 8080)).await.unwrap();
+        greeting(&mut direct).await;
+        assert_eq!(ztunnel.taken(), []);
+    });
+}
+
+#[test]
+fn captured_connections_outlive_a_change_of_rules() {
+    each_case("captured_connections_outlive_a_change_of_rules", async |case: Case| {
+        let lab = two_nodes();
+        let (server, client) = (lab.pod("server"), lab.pod("client"));
+        let capture = case.capture();
+        start_app(&server.netns, 8080);
+        let ztunnel = FakeZtunnel::start(&server.netns);
+        capture.install(&server.netns, &Rules::default()).unwrap();
+        let mut stream = dial(&client.netns, case.addr(server, 8080)).await.unwrap();
+        greeting(&mut stream).await;
+        assert!(ztunnel.took().await.inbound);
+        for dns in [false, true, false] {
+            let rules = Rules { dns, ..Rules::default() };
+            assert!(capture.install(&server.netns, &rules).unwrap().changed);
+            assert!(!capture.install(&server.netns, &rules).unwrap().changed);
+            for round in 0..50 {
+                echo(&mut stream, &format!("round {round}")).await;
+            }
+        }
+    });
+}
