@@ -4,69 +4,70 @@ use hickory_proto::op::ResponseCode;
 
 use super::*;
 
+/// What each name gives: addresses, or `forward` where upstream resolvers are asked.
+const NAMES: &[(&str, &str)] = &[
+    // The forms of a service's name.
+    ("cart.shop.svc.cluster.local", "10.96.0.1"),
+    ("cart.shop.svc", "10.96.0.1"),
+    ("cart.shop", "10.96.0.1"),
+    ("cart", "10.96.0.1"),
+    ("cart.office", "10.96.0.5"),
+    ("mail.office", "10.96.0.4"),
+    ("mail", "forward"),
+    ("both", "10.96.0.2 fd00:96::2"),
+    ("six", "fd00:96::3"),
+    // Search domains, which stand for what the resolver would ask next.
+    ("mail.office.shop.svc.cluster.local", "10.96.0.4"),
+    ("mail.office.svc.shop.svc.cluster.local", "10.96.0.4"),
+    ("api.example.com.shop.svc.cluster.local", "240.240.0.1"),
+    ("api.example.com.svc.cluster.local", "240.240.0.1"),
+    ("api.example.com.cluster.local", "240.240.0.1"),
+    ("x.wild.example.com.shop.svc.cluster.local", "240.240.0.2"),
+    // Not a search domain of this pod's.
+    ("api.example.com.office.svc.cluster.local", "forward"),
+    // The whole name of something that is not there does not become something else.
+    ("mail.svc.cluster.local", "forward"),
+    ("cart.nowhere.svc.cluster.local", "forward"),
+    // Headless: ready pods, or all where the service says so.
+    ("db", "10.1.0.1 10.1.0.2 fd00::1"),
+    ("db.shop.svc.cluster.local", "10.1.0.1 10.1.0.2 fd00::1"),
+    ("queue.shop", "10.1.1.1"),
+    ("old.shop", "10.1.2.1"),
+    ("empty.shop.svc.cluster.local", ""),
+    // Pods of a headless service.
+    ("db-0.db.shop.svc.cluster.local", "10.1.0.1 fd00::1"),
+    ("db-0.db.shop", "10.1.0.1 fd00::1"),
+    ("db-0.db", "10.1.0.1 fd00::1"),
+    ("db-2.db.shop.svc.cluster.local", "forward"),
+    ("db-9.db.shop.svc.cluster.local", "forward"),
+    ("10-1-0-2.db.shop.svc.cluster.local", "10.1.0.2"),
+    ("fd00--1.db.shop.svc.cluster.local", "10.1.0.1 fd00::1"),
+    ("queue-0.queue.shop", "10.1.1.1"),
+    ("pod.cart.shop.svc.cluster.local", "forward"),
+    // Another network's address is of no use here, but the name exists.
+    ("far.shop", ""),
+    // External hosts.
+    ("api.example.com", "240.240.0.1"),
+    ("www.api.example.com", "forward"),
+    ("x.wild.example.com", "240.240.0.2"),
+    ("x.y.wild.example.com", "240.240.0.2"),
+    ("x.deep.wild.example.com", "240.240.0.3"),
+    ("wild.example.com", "forward"),
+    ("plain.example.com", "forward"),
+    ("range.example.com", "forward"),
+    ("two.example.com", "240.240.0.11"),
+    ("example.com", "forward"),
+    ("cluster.local", "forward"),
+    ("svc.cluster.local", "forward"),
+    ("local", "forward"),
+];
+
 #[test]
 fn names_stand_for_what_a_pod_means_by_them() {
     let mesh = mesh();
     let network: Str = "".into();
     let asker = registry::Asker { namespace: "shop", network: &network, preferred_namespace: Some("b") };
-    // What each name gives: addresses, or `forward` where upstream resolvers are asked.
-    let cases = [
-        // The forms of a service's name.
-        ("cart.shop.svc.cluster.local", "10.96.0.1"),
-        ("cart.shop.svc", "10.96.0.1"),
-        ("cart.shop", "10.96.0.1"),
-        ("cart", "10.96.0.1"),
-        ("cart.office", "10.96.0.5"),
-        ("mail.office", "10.96.0.4"),
-        ("mail", "forward"),
-        ("both", "10.96.0.2 fd00:96::2"),
-        ("six", "fd00:96::3"),
-        // Search domains, which stand for what the resolver would ask next.
-        ("mail.office.shop.svc.cluster.local", "10.96.0.4"),
-        ("mail.office.svc.shop.svc.cluster.local", "10.96.0.4"),
-        ("api.example.com.shop.svc.cluster.local", "240.240.0.1"),
-        ("api.example.com.svc.cluster.local", "240.240.0.1"),
-        ("api.example.com.cluster.local", "240.240.0.1"),
-        ("x.wild.example.com.shop.svc.cluster.local", "240.240.0.2"),
-        // Not a search domain of this pod's.
-        ("api.example.com.office.svc.cluster.local", "forward"),
-        // The whole name of something that is not there does not become something else.
-        ("mail.svc.cluster.local", "forward"),
-        ("cart.nowhere.svc.cluster.local", "forward"),
-        // Headless: ready pods, or all where the service says so.
-        ("db", "10.1.0.1 10.1.0.2 fd00::1"),
-        ("db.shop.svc.cluster.local", "10.1.0.1 10.1.0.2 fd00::1"),
-        ("queue.shop", "10.1.1.1"),
-        ("old.shop", "10.1.2.1"),
-        ("empty.shop.svc.cluster.local", ""),
-        // Pods of a headless service.
-        ("db-0.db.shop.svc.cluster.local", "10.1.0.1 fd00::1"),
-        ("db-0.db.shop", "10.1.0.1 fd00::1"),
-        ("db-0.db", "10.1.0.1 fd00::1"),
-        ("db-2.db.shop.svc.cluster.local", "forward"),
-        ("db-9.db.shop.svc.cluster.local", "forward"),
-        ("10-1-0-2.db.shop.svc.cluster.local", "10.1.0.2"),
-        ("fd00--1.db.shop.svc.cluster.local", "10.1.0.1 fd00::1"),
-        ("queue-0.queue.shop", "10.1.1.1"),
-        ("pod.cart.shop.svc.cluster.local", "forward"),
-        // Another network's address is of no use here, but the name exists.
-        ("far.shop", ""),
-        // External hosts.
-        ("api.example.com", "240.240.0.1"),
-        ("www.api.example.com", "forward"),
-        ("x.wild.example.com", "240.240.0.2"),
-        ("x.y.wild.example.com", "240.240.0.2"),
-        ("x.deep.wild.example.com", "240.240.0.3"),
-        ("wild.example.com", "forward"),
-        ("plain.example.com", "forward"),
-        ("range.example.com", "forward"),
-        ("two.example.com", "240.240.0.11"),
-        ("example.com", "forward"),
-        ("cluster.local", "forward"),
-        ("svc.cluster.local", "forward"),
-        ("local", "forward"),
-    ];
-    for (name, wanted) in cases {
+    for (name, wanted) in NAMES {
         let found = registry::find(&mesh, &asker, name);
         let mut found = found.and_then(|host| registry::addresses(&mesh, &asker, &host)).map(|ips| {
             let mut ips: Vec<String> = ips.iter().map(ToString::to_string).collect();
