@@ -3,13 +3,14 @@
 //!
 //! * [`netns`]: opening a namespace and stepping into it;
 //! * [`listen`], [`connect`], [`ProxyUdpSocket`]: sockets inside a pod, made from outside;
-//! * [`original_dst`]: where a redirected connection was meant to go;
+//! * [`original_dst`], [`Conntrack`]: where a redirected connection or datagram was meant to go;
 //! * [`AcceptLoop`]: accepting when descriptors run out;
 //! * [`copy()`]: two connections joined; [`Scratch`]: buffers that idle connections don't hold;
 //! * [`sock_diag`]: the connections of a namespace, and an end to them; [`netlink`] is what it asks with;
 //! * [`limits`]: the limit of descriptors.
 
 mod accept;
+mod conntrack;
 pub mod copy;
 mod io;
 pub mod limits;
@@ -23,6 +24,7 @@ mod socket;
 mod udp;
 
 pub use accept::{AcceptLoop, AcceptStats};
+pub use conntrack::Conntrack;
 pub use copy::{ByteCounts, End, Side, copy};
 pub use io::Io;
 pub use netns::{Netns, NetnsId};

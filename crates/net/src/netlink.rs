@@ -65,11 +65,7 @@ impl Message {
     /// Appends an attribute.
     #[must_use]
     pub fn attribute(mut self, kind: u16, value: &[u8]) -> Self {
-        let len = u16::try_from(ATTRIBUTE_HEADER + value.len()).unwrap_or(u16::MAX);
-        self.bytes.extend(len.to_ne_bytes());
-        self.bytes.extend(kind.to_ne_bytes());
-        self.bytes.extend(value);
-        self.pad();
+        self.bytes.extend(attribute(kind, value));
         self
     }
 
@@ -207,6 +203,16 @@ fn error_of(payload: &[u8]) -> io::Result<()> {
         Some(code) => Err(io::Error::from_raw_os_error(code.saturating_neg())),
         None => Err(io::ErrorKind::InvalidData.into()),
     }
+}
+
+/// An attribute with its header and padding, to be put into another one.
+#[must_use]
+pub fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+    let len = u16::try_from(ATTRIBUTE_HEADER + value.len()).unwrap_or(u16::MAX);
+    let mut bytes = [len.to_ne_bytes(), kind.to_ne_bytes()].concat();
+    bytes.extend(value);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes
 }
 
 /// The attributes in `bytes`, type (without flags) and value. Stops at the first that doesn't fit.
