@@ -202,7 +202,8 @@ impl Proxy {
     ) -> Recheck {
         let (state, tls, uid) = (self.state.clone(), self.tls.clone(), pod.uid.clone());
         Box::new(move || {
-            if let Some(distrust) = peer.as_ref().and_then(|peer| tls.bundle().still_trusts(peer).err()) {
+            let trust = peer.as_ref().map_or(Ok(()), |peer| tls.trusts(peer, connection.source_ip()));
+            if let Err(distrust) = trust {
                 return Some(distrust.to_string());
             }
             let mesh = state.mesh();
@@ -224,8 +225,13 @@ impl Proxy {
         let (state, tls, uid) = (self.state.clone(), self.tls.clone(), pod.uid.clone());
         let unknown = matches!(route, Route::Plain { why: resolve::NoTunnel::UnknownAddress, .. });
         let identity = state.mesh().workload(&pod.uid).and_then(|w| w.identity().ok());
+        let peer = peer.and_then(|peer| match route {
+            Route::Tunnel { hbone, .. } => Some((peer, hbone.ip())),
+            _ => None,
+        });
         Box::new(move || {
-            if let Some(distrust) = peer.as_ref().and_then(|peer| tls.bundle().still_trusts(peer).err()) {
+            let trust = peer.as_ref().map_or(Ok(()), |(peer, ip)| tls.trusts(peer, *ip));
+            if let Err(distrust) = trust {
                 return Some(distrust.to_string());
             }
             let mesh = state.mesh();

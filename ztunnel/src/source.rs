@@ -1,84 +1,52 @@
 //! Where the configuration comes from: in file mode, a directory of manifests.
 
-use std::sync::Arc;
-use std::time::Duration;
-
-use config::compile::{EnrolmentChange, Options};
-use config::repository::{Content, Repository};
+use config::compile;
+use config::diagnostic::Severity;
+use config::directory::{Directory, Options};
+use config::repository::Outcome;
 use serde_json::Value;
 
 use crate::settings::Flags;
 
-/// What changed.
-pub struct Batch {
-    /// For the snapshot.
-    pub changes: Vec<model::Change>,
-    /// For this node's pods.
-    pub enrolments: Vec<EnrolmentChange>,
-    /// All diagnostics of now.
-    pub diagnostics: Value,
-}
-
-/// A directory.
+/// A directory that is followed.
 pub struct Source {
-    dir: std::path::PathBuf,
-    repository: Repository,
-    seen: std::collections::HashMap<std::path::PathBuf, Vec<u8>>,
-    first: Option<Batch>,
+    directory: Directory,
 }
 
 impl Source {
-    pub fn open(flags: &Flags) -> anyhow::Result<Self> {
-        let options = Options { node: Some(flags.node.as_str().into()), ..Options::default() };
-        let mut source = Self {
-            dir: flags.config_dir.clone(),
-            repository: Repository::new(options),
-            seen: std::collections::HashMap::default(),
-            first: None,
-        };
-        source.first = source.poll();
-        Ok(source)
+    /// Reads the directory.
+    ///
+    /// # Errors
+    /// It can't be read, or something in it has an error: nothing was in force before that could stay.
+    pub fn open(flags: &Flags) -> anyhow::Result<(Self, Outcome)> {
+        let compile =
+            compile::Options { node: Some(flags.node.as_str().into()), ..compile::Options::default() };
+        let (directory, first) =
+            Directory::open(&flags.config_dir, Options { compile, ..Options::default() })?;
+        say(&first);
+        Ok((Self { directory }, first))
     }
 
-    pub fn first(&mut self) -> Batch {
-        self.first.take().unwrap_or(Batch { changes: vec![], enrolments: vec![], diagnostics: Value::Null })
+    /// The next change.
+    pub async fn next(&mut self) -> Outcome {
+        let outcome = self.directory.next().await;
+        say(&outcome);
+        outcome
     }
 
-    fn poll(&mut self) -> Option<Batch> {
-        let mut now = std::collections::HashMap::default();
-        for entry in std::fs::read_dir(&self.dir).ok()?.flatten() {
-            if let Ok(bytes) = std::fs::read(entry.path()) {
-                now.insert(entry.path(), bytes);
-            }
-        }
-        if now == self.seen {
-            return None;
-        }
-        for (path, bytes) in &now {
-            if self.seen.get(path) != Some(bytes) {
-                let name: Arc<str> = path.to_string_lossy().into();
-                self.repository.stage(&name, Content::Bytes(bytes));
-            }
-        }
-        for path in self.seen.keys().filter(|p| !now.contains_key(*p)) {
-            let name: Arc<str> = path.to_string_lossy().into();
-            self.repository.stage(&name, Content::Gone);
-        }
-        self.seen = now;
-        let outcome = self.repository.commit();
-        for d in &outcome.diagnostics {
-            tracing::warn!("{d}");
-        }
-        let diagnostics = serde_json::to_value(self.repository.diagnostics()).unwrap_or_default();
-        Some(Batch { changes: outcome.changes, enrolments: outcome.enrolments, diagnostics })
+    /// All there is to say of the directory as it is.
+    pub fn diagnostics(&self) -> Value {
+        serde_json::to_value(self.directory.diagnostics()).unwrap_or_default()
     }
+}
 
-    pub async fn next(&mut self) -> Batch {
-        loop {
-            tokio::time::sleep(Duration::from_millis(100)).await;
-            if let Some(batch) = self.poll() {
-                return batch;
-            }
+/// Logs what is new.
+fn say(outcome: &Outcome) {
+    for diagnostic in &outcome.diagnostics {
+        match diagnostic.severity {
+            Severity::Error => tracing::error!("{diagnostic}"),
+            Severity::Warning => tracing::warn!("{diagnostic}"),
+            Severity::Info => tracing::debug!("{diagnostic}"),
         }
     }
 }

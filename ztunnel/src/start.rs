@@ -1,5 +1,6 @@
 //! Start-up and the end of the process, in order.
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -66,9 +67,8 @@ async fn serve(
     let (configured, enrolled) = (readiness.condition("configuration"), readiness.condition("pods"));
     let ports = Ports::bind(settings).await?;
 
-    let mut source = Source::open(flags)?;
+    let (source, first) = Source::open(flags)?;
     let state = Arc::new(State::default());
-    let first = source.first();
     state.apply(first.changes);
     let tls = tls(flags, &state)?;
     let registry = Metrics::new();
@@ -85,11 +85,11 @@ async fn serve(
         readiness.routes(&shutdown),
     );
 
-    node.set_diagnostics(first.diagnostics);
+    node.set_diagnostics(source.diagnostics());
     configured.holds();
     node.apply(first.enrolments).await;
     tokio::spawn(look_after(proxy.clone(), node.clone(), enrolled));
-    tokio::spawn(follow_trust(proxy.clone()));
+    tokio::spawn(follow_trust(proxy.clone(), data_plane.clone()));
     tokio::spawn(follow(source, proxy.clone(), node.clone()));
 
     let left = shutdown.finished().await;
@@ -205,7 +205,7 @@ async fn follow(mut source: Source, proxy: Arc<Proxy>, node: Arc<Node>) {
         let before = proxy.state.mesh().policy_generation();
         let mesh = proxy.state.apply(change.changes);
         proxy.tls.bundle().set_trust_domains(mesh.settings().trust_domains.clone());
-        node.set_diagnostics(change.diagnostics);
+        node.set_diagnostics(source.diagnostics());
         if mesh.policy_generation() != before {
             recheck(&proxy, &node).await;
         }
@@ -223,13 +223,29 @@ async fn recheck(proxy: &Proxy, node: &Node) {
     node.recheck_adopted().await;
 }
 
-/// When the roots change: pooled connections are made anew, and what hangs on a root that is gone is cut.
-async fn follow_trust(proxy: Arc<Proxy>) {
+/// When the roots change, pooled connections are made anew, which proves both ends to each other again; what is
+/// not proved in time is cut. See [`crate::tls`].
+async fn follow_trust(proxy: Arc<Proxy>, data_plane: Handle) {
     let mut generation = proxy.tls.bundle().subscribe();
     while generation.changed().await.is_ok() {
+        proxy.tls.roots_changed();
+        let in_use: HashSet<_> =
+            proxy.tunnels.snapshot().into_iter().filter(|c| c.streams > 0).map(|c| c.key).collect();
         let retired = proxy.tunnels.retire(|_| true);
+        for key in &in_use {
+            let (proxy, key) = (proxy.clone(), key.clone());
+            data_plane.spawn(async move {
+                if let Err(error) = proxy.tunnels.warm(&key).await {
+                    tracing::warn!(to = %key.to, %error, "the peer has not proved itself under the new roots");
+                }
+            });
+        }
+        tracing::info!(retired, proving_anew = in_use.len(), "the trust bundle changed");
+        tokio::time::sleep(crate::tls::REAUTHENTICATION).await;
         let cut = proxy.registry.recheck();
-        tracing::info!(retired, cut, "the trust bundle changed");
+        if cut > 0 {
+            tracing::warn!(connections = cut, "cut connections whose peer is no longer trusted");
+        }
     }
 }
 

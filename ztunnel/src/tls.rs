@@ -1,13 +1,26 @@
-//! TLS as one of this node's pods: handshakes with their failures put in the data plane's words.
+//! TLS as one of this node's pods: handshakes with their failures put in the data plane's words, and whether a peer
+//! is still trusted after the roots have changed.
+//!
+//! # Roots that go
+//! A connection that was secured under a root that is no longer trusted may go on only if its peer has proved the
+//! same identity again, from the same address, under a root that is. After a change of the bundle the dialling side
+//! makes a new connection to each peer that it has tunnels to, which proves both ends to each other; the accepting
+//! side waits [`REAUTHENTICATION`] for that before it cuts. So an exchange of roots in stages loses no connection,
+//! and a peer that holds nothing but a certificate of the old root is out after that time.
 
-use std::net::SocketAddr;
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use identity::{Certificates, ExpectedPeers, HandshakeError, HandshakeLimits, TlsStream, TrustBundle};
+use identity::{
+    Certificates, Distrust, ExpectedPeers, HandshakeError, HandshakeLimits, PeerInfo, TlsStream, TrustBundle,
+};
 use model::SpiffeId;
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
+use tokio::time::Instant;
 
 use crate::proxy::failure::Failure;
 
@@ -17,7 +30,17 @@ pub struct Tls {
     certificates: Arc<Certificates>,
     limits: HandshakeLimits,
     counts: Arc<Counts>,
+    proofs: Arc<Mutex<Proofs>>,
+    changed: Arc<Mutex<Option<Instant>>>,
 }
+
+/// How long a peer has to prove itself again after the roots have changed.
+pub const REAUTHENTICATION: Duration = Duration::from_secs(3);
+/// Peers whose last proof is remembered; beyond, all are forgotten, which at worst cuts more than necessary.
+const PROOFS: usize = 65_536;
+
+/// Who a peer was when it last proved itself, by identity and address.
+type Proofs = HashMap<(SpiffeId, IpAddr), PeerInfo>;
 
 #[derive(Debug, Default)]
 struct Counts {
@@ -28,7 +51,13 @@ struct Counts {
 impl Tls {
     /// Handshakes with `certificates`.
     pub fn new(certificates: Arc<Certificates>) -> Self {
-        Self { certificates, limits: HandshakeLimits::default(), counts: Arc::default() }
+        Self {
+            certificates,
+            limits: HandshakeLimits::default(),
+            counts: Arc::default(),
+            proofs: Arc::default(),
+            changed: Arc::default(),
+        }
     }
 
     /// Whom we trust.
@@ -52,7 +81,7 @@ impl Tls {
         own: &SpiffeId,
     ) -> Result<TlsStream<TcpStream>, Failure> {
         let accepted = identity::accept(stream, &self.certificates, own, self.limits).await;
-        self.counted(accepted).map_err(|e| failure(peer, own, &e))
+        self.counted(peer.ip(), accepted).map_err(|e| failure(peer, own, &e))
     }
 
     /// Connects as `own` to one of `expected`.
@@ -67,13 +96,56 @@ impl Tls {
         expected: ExpectedPeers,
     ) -> Result<TlsStream<TcpStream>, Failure> {
         let connected = identity::connect(stream, &self.certificates, own, expected, self.limits).await;
-        self.counted(connected).map_err(|e| failure(to, own, &e))
+        self.counted(to.ip(), connected).map_err(|e| failure(to, own, &e))
     }
 
-    fn counted<T, E>(&self, outcome: Result<T, E>) -> Result<T, E> {
-        let count = if outcome.is_ok() { &self.counts.done } else { &self.counts.failed };
-        count.fetch_add(1, Ordering::Relaxed);
+    fn counted<T, E>(&self, peer: IpAddr, outcome: Result<TlsStream<T>, E>) -> Result<TlsStream<T>, E> {
+        match &outcome {
+            Ok(stream) => {
+                self.counts.done.fetch_add(1, Ordering::Relaxed);
+                let info = stream.peer();
+                let mut proofs = self.proofs.lock().unwrap_or_else(PoisonError::into_inner);
+                if proofs.len() >= PROOFS {
+                    proofs.clear();
+                }
+                proofs.insert((info.id.clone(), peer), info.clone());
+            }
+            Err(_) => {
+                self.counts.failed.fetch_add(1, Ordering::Relaxed);
+            }
+        }
         outcome
+    }
+
+    /// Says that the roots have changed: peers have [`REAUTHENTICATION`] from now.
+    pub fn roots_changed(&self) {
+        *self.changed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    fn is_reauthenticating(&self) -> bool {
+        let changed = *self.changed.lock().unwrap_or_else(PoisonError::into_inner);
+        // A change that was not announced yet has just happened.
+        changed.is_none_or(|at| at.elapsed() < REAUTHENTICATION)
+    }
+
+    /// Whether the peer at `address`, which proved itself as `info` once, is still to be trusted, or has time left to
+    /// prove itself anew.
+    ///
+    /// # Errors
+    /// It isn't, and has not proved itself anew.
+    pub fn trusts(&self, info: &PeerInfo, address: IpAddr) -> Result<(), Distrust> {
+        let distrust = match self.bundle().still_trusts(info) {
+            Ok(()) => return Ok(()),
+            Err(distrust) => distrust,
+        };
+        if self.is_reauthenticating() {
+            return Ok(());
+        }
+        let proofs = self.proofs.lock().unwrap_or_else(PoisonError::into_inner);
+        match proofs.get(&(info.id.clone(), address)) {
+            Some(anew) if self.bundle().still_trusts(anew).is_ok() => Ok(()),
+            _ => Err(distrust),
+        }
     }
 
     /// Handshakes that succeeded.
@@ -89,16 +161,17 @@ impl Tls {
     /// The certificates as JSON, for `/config_dump`.
     pub fn dump(&self) -> Value {
         let status = |s: identity::CertificateStatus| {
-            let certificate = s.certificate.map(|c| {
-                json!({
-                    "serial": c.serial,
-                    "notBefore": c.not_before.to_string(),
-                    "notAfter": c.not_after.to_string(),
-                    "renewAt": c.renew_at.to_string(),
-                    "root": c.root.to_string(),
-                })
-            });
-            json!({ "identity": s.id.to_string(), "valid": s.valid, "certificate": certificate, "failure": s.failure })
+            let c = s.certificate.as_ref();
+            json!({
+                "identity": s.id.to_string(),
+                "valid": s.valid,
+                "failure": s.failure,
+                "serial": c.map(|c| &c.serial),
+                "notBefore": c.map(|c| c.not_before.to_string()),
+                "notAfter": c.map(|c| c.not_after.to_string()),
+                "renewAt": c.map(|c| c.renew_at.to_string()),
+                "root": c.map(|c| c.root.to_string()),
+            })
         };
         let bundle = self.bundle().snapshot();
         json!({

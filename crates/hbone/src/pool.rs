@@ -226,6 +226,15 @@ impl<C: Connector> Pool<C> {
         all
     }
 
+    /// Makes sure that there is a connection for `key`, without a stream: it proves both ends to each other, and
+    /// the next tunnel need not wait for it.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub async fn warm(&self, key: &C::Key) -> Result<(), OpenError<C::Error>> {
+        self.link(key).await.map(drop)
+    }
+
     /// A link with a free stream, from the pool or new.
     pub(crate) async fn link(&self, key: &C::Key) -> Result<Reserved<C::Peer>, OpenError<C::Error>> {
         let inner = &self.0;

@@ -23,6 +23,9 @@ use super::pod::{LocalPod, Place};
 use super::{Carried, Proxy, is_listener_port};
 use crate::connections::{Carrier, Direction, Story, Verdict, now_ms};
 
+/// A drain that waits for the tunnels, not for a deadline.
+const UNTIL_THEY_END: Duration = Duration::from_secs(365 * 24 * 3600);
+
 /// Serves one connection of a peer, and all tunnels in it, to its end.
 pub async fn handle(proxy: Arc<Proxy>, pod: Arc<LocalPod>, stream: TcpStream, peer: SocketAddr) {
     let local = match stream.local_addr() {
@@ -37,17 +40,28 @@ pub async fn handle(proxy: Arc<Proxy>, pod: Arc<LocalPod>, stream: TcpStream, pe
     };
     let info = Arc::new(tls.peer().clone());
     let control = Control::default();
-    let session = Arc::new(Session { proxy: proxy.clone(), pod, peer, local, info });
+    let session = Arc::new(Session { proxy: proxy.clone(), pod, peer, local, info: info.clone() });
     let serving = hbone::serve(tls, &proxy.server, &control, &proxy.server_counters, |incoming| {
         tokio::spawn(session.clone().tunnel(incoming));
     });
     let mut serving = std::pin::pin!(serving);
-    let closed = tokio::select! {
-        closed = &mut serving => closed,
-        () = proxy.shutdown.draining() => {
-            // No new tunnels, and the peer's pool goes elsewhere; those that are open have the grace period.
-            control.drain(patience(&proxy));
-            serving.await
+    let mut roots = proxy.tls.bundle().subscribe();
+    let closed = loop {
+        tokio::select! {
+            closed = &mut serving => break closed,
+            () = proxy.shutdown.draining() => {
+                // No new tunnels, and the peer's pool goes elsewhere; those that are open have the grace period.
+                control.drain(patience(&proxy));
+                break serving.await;
+            }
+            changed = roots.changed() => {
+                // New tunnels only over a connection that is secured anew. Whether those that are open may go on
+                // is asked for each of them.
+                if changed.is_err() || proxy.tls.bundle().still_trusts(&info).is_err() {
+                    control.drain(UNTIL_THEY_END);
+                    break serving.await;
+                }
+            }
         }
     };
     match closed {
@@ -116,7 +130,8 @@ impl Session {
         let to = self.addressed(incoming)?;
         let mesh = self.proxy.state.mesh();
         let workload = self.pod.workload(&mesh)?;
-        if let Err(distrust) = self.proxy.tls.bundle().still_trusts(&self.info) {
+        // The connection is being drained then; for a moment its peer may not know yet.
+        if let Err(distrust) = self.proxy.tls.trusts(&self.info, self.peer.ip()) {
             return Err(Failure::Tls { to: self.peer, reason: distrust.to_string() });
         }
         let connection = Connection::new(Some(self.info.id.clone()), self.peer.ip(), to);
