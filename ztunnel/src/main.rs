@@ -6,6 +6,7 @@
 
 mod admin;
 mod connections;
+mod dns;
 mod dump;
 mod metrics;
 mod node;

@@ -19,14 +19,15 @@ use std::time::Duration;
 use capture::{Capture, Direction, Include, InterfaceName, LiveConnection, PortRange, Rules};
 use config::compile::{Enrolment, EnrolmentChange};
 use model::{Connection, Str};
-use net::{ListenOptions, Netns, sock_diag};
+use net::{DatagramOptions, ListenOptions, Netns, ProxyUdpSocket, sock_diag};
 use serde_json::{Value, json};
 use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
+use crate::dns::{self, DnsProxy, Upstreams};
 use crate::proxy::pod::LocalPod;
-use crate::proxy::{self, HBONE_PORT, OUTBOUND_PORT, PLAINTEXT_PORT, Proxy};
+use crate::proxy::{self, DNS_PORT, HBONE_PORT, OUTBOUND_PORT, PLAINTEXT_PORT, Proxy};
 
 /// How often failed enrolments are tried again, and standing ones looked at.
 pub const RECONCILE_INTERVAL: Duration = Duration::from_secs(1);
@@ -39,6 +40,8 @@ const ADOPTED_LIMIT: usize = 10_000;
 pub struct Node {
     proxy: Arc<Proxy>,
     capture: Arc<dyn Capture>,
+    dns: Arc<DnsProxy>,
+    upstreams: Arc<Upstreams>,
     /// Where connections are carried; this module itself runs on the control runtime.
     data_plane: Handle,
     pods: Mutex<HashMap<Str, Slot>>,
@@ -93,10 +96,18 @@ enum EnrolError {
 
 impl Node {
     /// A node without pods.
-    pub fn new(proxy: Arc<Proxy>, capture: Arc<dyn Capture>, data_plane: Handle) -> Self {
+    pub fn new(
+        proxy: Arc<Proxy>,
+        capture: Arc<dyn Capture>,
+        dns: Arc<DnsProxy>,
+        upstreams: Arc<Upstreams>,
+        data_plane: Handle,
+    ) -> Self {
         Self {
             proxy,
             capture,
+            dns,
+            upstreams,
             data_plane,
             pods: Mutex::default(),
             diagnostics: Mutex::new(Value::Array(Vec::new())),
@@ -194,7 +205,7 @@ impl Node {
         let netns = Netns::open(&enrolment.netns)?;
         let rules = rules(enrolment)?;
         let pod = Arc::new(LocalPod::new(enrolment.uid.clone(), netns.clone()));
-        let accepting = self.listen(&pod)?;
+        let accepting = self.listen(&pod, enrolment)?;
         let (capture, target) = (self.capture.clone(), netns.clone());
         let installed = tokio::task::spawn_blocking(move || {
             let installed = capture.install(&target, &rules);
@@ -224,18 +235,45 @@ impl Node {
     }
 
     /// The pod's listeners, each accepting in a task of the data plane.
-    fn listen(&self, pod: &Arc<LocalPod>) -> Result<Vec<AbortHandle>, EnrolError> {
+    fn listen(&self, pod: &Arc<LocalPod>, enrolment: &Enrolment) -> Result<Vec<AbortHandle>, EnrolError> {
         // Sockets belong to the runtime that they are made in.
         let _context = self.data_plane.enter();
         let options = ListenOptions { mark: Some(net::ZTUNNEL_MARK), ..ListenOptions::default() };
         let on = |port| net::listen(&pod.netns, SocketAddr::from(([0_u16; 8], port)), &options);
         let (outbound, plaintext, hbone) = (on(OUTBOUND_PORT)?, on(PLAINTEXT_PORT)?, on(HBONE_PORT)?);
-        let (proxy, pod) = (|| self.proxy.clone(), || pod.clone());
-        Ok(vec![
-            tokio::spawn(proxy::accept(proxy(), pod(), outbound, proxy::outbound::handle)).abort_handle(),
-            tokio::spawn(proxy::accept(proxy(), pod(), plaintext, proxy::plaintext::handle)).abort_handle(),
-            tokio::spawn(proxy::accept(proxy(), pod(), hbone, proxy::inbound::handle)).abort_handle(),
-        ])
+        let (proxy, shared) = (|| self.proxy.clone(), || pod.clone());
+        let mut accepting = Vec::new();
+        if enrolment.dns_capture {
+            let any = SocketAddr::from(([0_u16; 8], DNS_PORT));
+            let options = DatagramOptions { mark: Some(net::ZTUNNEL_MARK), ..DatagramOptions::default() };
+            let (udp, tcp) = (ProxyUdpSocket::bind(&pod.netns, any, &options)?, on(DNS_PORT)?);
+            let client = self.dns_client(enrolment);
+            accepting.push(tokio::spawn(self.dns.clone().serve_udp(udp, client.clone())).abort_handle());
+            accepting.push(tokio::spawn(self.dns.clone().serve_tcp(tcp, client)).abort_handle());
+        }
+        accepting.extend([
+            tokio::spawn(proxy::accept(proxy(), shared(), outbound, proxy::outbound::handle)).abort_handle(),
+            tokio::spawn(proxy::accept(proxy(), shared(), plaintext, proxy::plaintext::handle))
+                .abort_handle(),
+            tokio::spawn(proxy::accept(proxy(), shared(), hbone, proxy::inbound::handle)).abort_handle(),
+        ]);
+        Ok(accepting)
+    }
+
+    /// The pod as the DNS proxy sees it.
+    fn dns_client(&self, enrolment: &Enrolment) -> Arc<dns::Client> {
+        let mesh = self.proxy.state.mesh_owned();
+        let workload = mesh.workload(&enrolment.uid);
+        let of = |part: fn(&model::Workload) -> &Str| workload.map_or_else(|| "".into(), |w| part(w).clone());
+        self.dns.client(dns::ClientSettings {
+            namespace: enrolment.namespace.clone(),
+            network: of(|w| &w.network),
+            addresses: enrolment.addresses.clone(),
+            canonical_service: of(|w| &w.canonical_name),
+            canonical_revision: of(|w| &w.canonical_revision),
+            upstreams: self.upstreams.clone(),
+            upstreams_from: None,
+        })
     }
 
     /// Whether the namespace is still the pod's and the rules are as they should be; repaired if they aren't.

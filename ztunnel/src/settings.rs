@@ -1,5 +1,6 @@
 //! Flags and environment, and what the data plane's limits are.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -36,6 +37,12 @@ pub struct Flags {
     /// redirection stays, and the pods' traffic is refused until a ztunnel is back
     #[arg(long)]
     pub cleanup: bool,
+    /// Resolvers for names outside the mesh, instead of those of --resolv-conf
+    #[arg(long, env = "CULVERT_DNS_UPSTREAM", value_name = "ADDR:PORT", value_delimiter = ',')]
+    pub dns_upstream: Vec<SocketAddr>,
+    /// Where the resolvers for names outside the mesh are listed
+    #[arg(long, env = "CULVERT_RESOLV_CONF", value_name = "FILE", default_value = "/etc/resolv.conf")]
+    pub resolv_conf: PathBuf,
     /// What all of the project's binaries understand.
     #[command(flatten)]
     pub shared: process::settings::RawSettings,

@@ -22,6 +22,7 @@ use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use crate::connections::Registry;
+use crate::dns::{DnsMetrics, DnsProxy, DnsSettings, Upstreams};
 use crate::node::{Node, RECONCILE_INTERVAL};
 use crate::proxy::Proxy;
 use crate::proxy::dialer::Dialer;
@@ -73,7 +74,8 @@ async fn serve(
     let tls = tls(flags, &state)?;
     let registry = Metrics::new();
     let proxy = Arc::new(proxy(state, tls, &registry, settings, logs, &shutdown));
-    let node = Arc::new(Node::new(proxy.clone(), capture(flags)?, data_plane.clone()));
+    let (capture, dns) = (capture(flags)?, dns(&proxy, &registry));
+    let node = Arc::new(Node::new(proxy.clone(), capture, dns, upstreams(flags)?, data_plane.clone()));
 
     register_process(&registry);
     build_info(&registry, "ztunnel", env!("CARGO_PKG_VERSION"));
@@ -131,6 +133,26 @@ fn proxy(
         shutdown: shutdown.clone(),
         started: Instant::now(),
     }
+}
+
+/// The DNS proxy, which answers from the same snapshots as the data plane.
+fn dns(proxy: &Proxy, registry: &Metrics) -> Arc<DnsProxy> {
+    let state = proxy.state.clone();
+    DnsProxy::new(DnsSettings::default(), move || state.mesh_owned(), DnsMetrics::new(registry))
+}
+
+/// Whom the DNS proxy asks for names outside the mesh.
+fn upstreams(flags: &Flags) -> anyhow::Result<Arc<Upstreams>> {
+    if !flags.dns_upstream.is_empty() {
+        return Ok(Arc::new(Upstreams::new(flags.dns_upstream.iter().copied())));
+    }
+    let text = std::fs::read_to_string(&flags.resolv_conf).with_context(|| {
+        format!(
+            "{}: the resolvers for names outside the mesh (--dns-upstream names others)",
+            flags.resolv_conf.display()
+        )
+    })?;
+    Ok(Arc::new(Upstreams::from_resolv_conf(&text)))
 }
 
 /// The back-end that redirects pods' traffic.

@@ -86,8 +86,10 @@ impl DnsMetrics {
                 .counters("istio_dns_upstream_requests", "DNS queries that upstream resolvers were asked"),
             upstream_failures: registry
                 .counters("istio_dns_upstream_failures", "DNS queries that no upstream resolver answered"),
-            upstream_duration: registry
-                .latencies("istio_dns_upstream_request_duration_seconds", "Time that upstream resolvers took"),
+            upstream_duration: registry.latencies(
+                "istio_dns_upstream_request_duration_seconds",
+                "Time that upstream resolvers took",
+            ),
             dropped: registry.counters("culvert_dns_dropped", "DNS queries that got no or a refusing answer"),
             from_cache: registry.counter("culvert_dns_cache_hits", "DNS queries that the cache answered"),
             stale: registry

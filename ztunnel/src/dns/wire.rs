@@ -404,7 +404,11 @@ impl Response {
 /// the same question in any letter case. An error may come without the question.
 pub(super) fn answers(response: &[u8], query: &Query, id: u16) -> bool {
     let flags = u16_at(response, 2);
-    if response.len() < HEADER || u16_at(response, 0) != id || flags & flag::QR == 0 || flags & flag::OPCODE != 0 {
+    if response.len() < HEADER
+        || u16_at(response, 0) != id
+        || flags & flag::QR == 0
+        || flags & flag::OPCODE != 0
+    {
         return false;
     }
     match u16_at(response, 4) {

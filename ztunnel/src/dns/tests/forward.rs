@@ -43,7 +43,10 @@ async fn unknown_types_and_options_pass_byte_for_byte() {
         wanted[..2].copy_from_slice(&query[..2]);
         assert_eq!(response, wanted, "the answer was changed");
     }
-    assert!(lab.metric("istio_dns_upstream_requests_total{request_query_type=\"other\",request_protocol=\"udp\"") == 1.0);
+    assert!(
+        lab.metric("istio_dns_upstream_requests_total{request_query_type=\"other\",request_protocol=\"udp\"")
+            == 1.0
+    );
 }
 
 #[tokio::test]
@@ -67,13 +70,13 @@ async fn forged_and_late_answers_are_ignored() {
             forged
         };
         vec![
-            forged(&|r| r[0] ^= 1),                    // another identifier
-            forged(&|r| r[13] = b'x'),                 // another name
-            forged(&|r| r[30] ^= 3),                   // another type
-            forged(&|r| r[2] &= 0x7f),                 // a query
-            forged(&|r| r[5] = 0),                     // no question
-            forged(&|r| r[5] = 2),                     // two
-            forged(&|r| r.truncate(11)),               // no header
+            forged(&|r| r[0] ^= 1),      // another identifier
+            forged(&|r| r[13] = b'x'),   // another name
+            forged(&|r| r[30] ^= 3),     // another type
+            forged(&|r| r[2] &= 0x7f),   // a query
+            forged(&|r| r[5] = 0),       // no question
+            forged(&|r| r[5] = 2),       // two
+            forged(&|r| r.truncate(11)), // no header
             Vec::new(),
             reply(query, "192.0.2.1", 60),
         ]
@@ -313,7 +316,8 @@ async fn what_is_cut_off_is_fetched_over_tcp() {
 #[tokio::test]
 async fn one_client_can_not_take_all_places() {
     let upstream = Upstream::start(|_, _| Vec::new()).await;
-    let settings = DnsSettings { in_flight_per_client: 10, connections_per_client: 3, ..DnsSettings::default() };
+    let settings =
+        DnsSettings { in_flight_per_client: 10, connections_per_client: 3, ..DnsSettings::default() };
     let lab = Lab::start(mesh(), [upstream.address], settings);
     let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     socket.connect(lab.address).await.unwrap();
@@ -393,8 +397,7 @@ async fn an_entry_is_fresh_then_stale_then_gone() {
 fn resolv_conf_is_read_as_the_c_library_does() {
     let text = "# nameserver 1.1.1.1\nnameserver 10.0.0.10\nnameserver\t fd00::10 \nnameserver nonsense\n\
                 nameserver fe80::1%eth0\n;nameserver 2.2.2.2\nsearch a b\nnameserver\nnameserverx 3.3.3.3\n";
-    let servers: Vec<String> =
-        Upstreams::from_resolv_conf(text).addresses().map(|a| a.to_string()).collect();
+    let servers: Vec<String> = Upstreams::from_resolv_conf(text).addresses().map(|a| a.to_string()).collect();
     assert_eq!(servers, ["10.0.0.10:53", "[fd00::10]:53"]);
     let many = "nameserver 10.0.0.1\n".repeat(100);
     assert_eq!(Upstreams::from_resolv_conf(&many).addresses().count(), 8);

@@ -7,7 +7,8 @@ use super::*;
 /// A proxy without sockets.
 fn bare() -> (Arc<DnsProxy>, Arc<Client>) {
     let mesh = Arc::new(mesh());
-    let proxy = DnsProxy::new(DnsSettings::default(), move || mesh.clone(), DnsMetrics::new(&Registry::new()));
+    let proxy =
+        DnsProxy::new(DnsSettings::default(), move || mesh.clone(), DnsMetrics::new(&Registry::new()));
     let client = proxy.client(ClientSettings {
         namespace: "shop".into(),
         network: "".into(),
@@ -34,7 +35,11 @@ fn seeds() -> Vec<Vec<u8>> {
 }
 
 fn message_bytes() -> impl Strategy<Value = Vec<u8>> {
-    let changed = (0..seeds().len(), prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..8), any::<u16>())
+    let changed = (
+        0..seeds().len(),
+        prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..8),
+        any::<u16>(),
+    )
         .prop_map(|(seed, changes, cut)| {
             let mut bytes = seeds().swap_remove(seed);
             for (index, value) in changes {
@@ -175,18 +180,19 @@ async fn malformed_queries_are_told_or_dropped() {
     let rcodes = [
         (changed(&|b| b[5] = 0), Some(1)),
         (changed(&|b| b[5] = 2), Some(1)),
-        (changed(&|b| b[2] |= 0x28), Some(4)),             // an update
+        (changed(&|b| b[2] |= 0x28), Some(4)), // an update
         (changed(&|b| b.truncate(20)), Some(1)),
-        (changed(&|b| b[12] = 0xc0), Some(1)),             // a pointer in the question
-        (changed(&|b| b[12] = 0x40), Some(1)),             // a label of a kind that nobody defined
-        (changed(&|b| b[11] = 1), Some(1)),                // a record that is not there
-        (changed(&|b| b[2] |= 0x80), None),                // a response
+        (changed(&|b| b[12] = 0xc0), Some(1)), // a pointer in the question
+        (changed(&|b| b[12] = 0x40), Some(1)), // a label of a kind that nobody defined
+        (changed(&|b| b[11] = 1), Some(1)),    // a record that is not there
+        (changed(&|b| b[2] |= 0x80), None),    // a response
         (changed(&|b| b.truncate(11)), None),
         (Vec::new(), None),
         (vec![0; 5000], None),
     ];
     for (bytes, rcode) in rcodes {
-        let response = lab.udp_within(&bytes, Duration::from_millis(if rcode.is_some() { 5000 } else { 300 })).await;
+        let response =
+            lab.udp_within(&bytes, Duration::from_millis(if rcode.is_some() { 5000 } else { 300 })).await;
         assert_eq!(response.as_ref().map(|r| r[3] & 15), rcode, "{bytes:?} {response:?}");
     }
 }

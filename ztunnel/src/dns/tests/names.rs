@@ -82,9 +82,12 @@ fn names_stand_for_what_a_pod_means_by_them() {
 fn a_host_is_the_clients_own_before_the_preferred_ones() {
     let mesh = mesh();
     let network: Str = "".into();
-    for (namespace, preferred, wanted) in
-        [("a", Some("b"), "240.240.0.10"), ("b", None, "240.240.0.11"), ("c", None, "240.240.0.10"), ("c", Some("b"), "240.240.0.11")]
-    {
+    for (namespace, preferred, wanted) in [
+        ("a", Some("b"), "240.240.0.10"),
+        ("b", None, "240.240.0.11"),
+        ("c", None, "240.240.0.10"),
+        ("c", Some("b"), "240.240.0.11"),
+    ] {
         let asker = registry::Asker { namespace, network: &network, preferred_namespace: preferred };
         let host = registry::find(&mesh, &asker, "two.example.com").unwrap();
         let ips = registry::addresses(&mesh, &asker, &host).unwrap();
@@ -166,7 +169,12 @@ async fn an_answer_that_does_not_fit_is_cut_off_and_comes_whole_over_tcp() {
     let large = kubernetes("large", "shop", &[]);
     let pods = (0..200u32).map(|i| {
         let ip = IpAddr::from(std::net::Ipv4Addr::from(0x0a02_0000 + i)).to_string();
-        Change::SetWorkload(Arc::new(endpoint(&format!("large-{i}"), &large, &[ip.as_str()], Health::Healthy)))
+        Change::SetWorkload(Arc::new(endpoint(
+            &format!("large-{i}"),
+            &large,
+            &[ip.as_str()],
+            Health::Healthy,
+        )))
     });
     let changes: Vec<Change> = pods.chain([Change::SetService(Arc::new(large.clone()))]).collect();
     let lab = Lab::start(mesh().apply(changes), [], DnsSettings::default());
@@ -248,14 +256,18 @@ async fn dig_agrees() {
         command.arg(format!("-p{}", lab.address.port())).arg("@127.0.0.1").args(arguments);
         Some(String::from_utf8(command.output().await.ok()?.stdout).unwrap())
     };
-    let Some(short) = dig(&["+short", "both.shop.svc.cluster.local", "A", "both.shop.svc.cluster.local", "AAAA"]).await
+    let Some(short) =
+        dig(&["+short", "both.shop.svc.cluster.local", "A", "both.shop.svc.cluster.local", "AAAA"]).await
     else {
         println!("skipped: there is no dig");
         return;
     };
     assert_eq!(short, "10.96.0.2\nfd00:96::2\n");
     let whole = dig(&["+tcp", "+dnssec", "_http._tcp.db.shop.svc.cluster.local", "SRV"]).await.unwrap();
-    assert!(whole.contains("status: NOERROR") && whole.contains("ANSWER: 2") && !whole.contains("WARNING"), "{whole}");
+    assert!(
+        whole.contains("status: NOERROR") && whole.contains("ANSWER: 2") && !whole.contains("WARNING"),
+        "{whole}"
+    );
     let nodata = dig(&["cart.shop.svc.cluster.local", "AAAA"]).await.unwrap();
     assert!(nodata.contains("status: NOERROR") && nodata.contains("ANSWER: 0"), "{nodata}");
 }

@@ -13,7 +13,8 @@ struct World {
 
 fn run(line: &str) -> Result<String, String> {
     let mut words = line.split_whitespace();
-    let output = Command::new(words.next().unwrap()).args(words).output().map_err(|e| format!("{line}: {e}"))?;
+    let output =
+        Command::new(words.next().unwrap()).args(words).output().map_err(|e| format!("{line}: {e}"))?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     if output.status.success() {
         Ok(text)
@@ -32,7 +33,8 @@ impl World {
         run(&format!("ip netns add {pod}"))?;
         run(&format!("ip netns add {outside}"))?;
         run(&format!("ip -n {pod} link add eth0 type veth peer name eth0 netns {outside}"))?;
-        for (netns, v4, v6) in [(pod, "10.77.0.2/24", "fd77::2/64"), (outside, "10.77.0.1/24", "fd77::1/64")] {
+        for (netns, v4, v6) in [(pod, "10.77.0.2/24", "fd77::2/64"), (outside, "10.77.0.1/24", "fd77::1/64")]
+        {
             run(&format!("ip -n {netns} address add {v4} dev eth0"))?;
             run(&format!("ip -n {netns} address add {v6} dev eth0 nodad"))?;
             run(&format!("ip -n {netns} link set eth0 up"))?;
@@ -71,7 +73,8 @@ async fn a_pods_queries_come_here_and_nobody_elses() {
     };
     let (pod, outside) = (World::netns(&world.pod), World::netns(&world.outside));
     // Outside is a server that knows one name.
-    let server = ProxyUdpSocket::bind(&outside, "[::]:53".parse().unwrap(), &DatagramOptions::default()).unwrap();
+    let server =
+        ProxyUdpSocket::bind(&outside, "[::]:53".parse().unwrap(), &DatagramOptions::default()).unwrap();
     tokio::spawn(async move {
         let mut buffer = vec![0; 4096];
         loop {
@@ -82,8 +85,7 @@ async fn a_pods_queries_come_here_and_nobody_elses() {
     });
     let registry = Registry::new();
     let snapshot = Arc::new(mesh());
-    let proxy =
-        DnsProxy::new(DnsSettings::default(), move || snapshot.clone(), DnsMetrics::new(&registry));
+    let proxy = DnsProxy::new(DnsSettings::default(), move || snapshot.clone(), DnsMetrics::new(&registry));
     let client = proxy.client(ClientSettings {
         namespace: "shop".into(),
         network: "".into(),
@@ -113,7 +115,9 @@ async fn a_pods_queries_come_here_and_nobody_elses() {
     // From outside, to the proxy's port.
     for server in ["10.77.0.2", "fd77::2"] {
         for transport in ["+notcp", "+tcp"] {
-            let found = dig(&world.outside, &format!("@{server} -p 15053 {transport} cart.shop.svc.cluster.local")).await;
+            let found =
+                dig(&world.outside, &format!("@{server} -p 15053 {transport} cart.shop.svc.cluster.local"))
+                    .await;
             assert!(!found.contains("10.96.0.1"), "{server} {transport}: a stranger was answered: {found}");
         }
     }
