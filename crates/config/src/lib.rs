@@ -3,6 +3,7 @@
 
 pub mod compile;
 pub mod diagnostic;
+pub mod directory;
 pub mod external;
 pub mod fields;
 pub mod kinds;

@@ -33,6 +33,8 @@ pub enum Content<'c> {
     Unreadable(&'c str),
     /// It is too large to be read; with its size and the limit.
     TooLarge(u64, u64),
+    /// It stands for something else that cannot be read, such as a directory; with what to report.
+    Refused(Code, &'c str),
     /// It is gone.
     Gone,
 }
@@ -132,6 +134,9 @@ impl Store {
             Content::Gone => return Ok(Vec::new()),
             Content::Unreadable(reason) => {
                 return problem(Code::FileUnreadable, format!("the file cannot be read: {reason}"), "");
+            }
+            Content::Refused(code, reason) => {
+                return problem(code, format!("{reason}; what it last held stays in force"), "");
             }
             Content::TooLarge(size, limit) => {
                 let message = format!("the file has {size} bytes, and at most {limit} are read");

@@ -12,6 +12,9 @@ use crate::tree::{Node, Position, Text};
 /// How many diagnostics are kept of a file.
 pub(super) const MOST_DIAGNOSTICS: usize = 200;
 
+/// In which file an object is in force, and where there.
+pub(super) type Elsewhere<'e> = dyn Fn(&ObjectKey) -> Option<(Arc<str>, Option<Position>)> + 'e;
+
 /// A file.
 #[derive(Debug, Default)]
 pub(super) struct File {
@@ -130,7 +133,7 @@ impl File {
     pub(super) fn diagnostics(
         &self,
         path: &Arc<str>,
-        elsewhere: &dyn Fn(&ObjectKey) -> Option<(Arc<str>, Option<Position>)>,
+        elsewhere: &Elsewhere<'_>,
         more: &More<'_>,
     ) -> Vec<Diagnostic> {
         let mut all = self.problems.clone();
