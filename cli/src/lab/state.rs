@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use nix::mount::{MntFlags, umount2};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
@@ -65,7 +65,7 @@ fn record_file(name: &str) -> PathBuf {
 }
 
 impl State {
-    /// Makes the lab's folder. What a lab of the same name left behind whose owner is gone is cleared first,
+    /// Makes the lab's folder, a tmpfs: keys of its CA are in it. What a lab of the same name left behind whose owner is gone is cleared first,
     /// unless it was kept on purpose.
     pub(super) fn claim(name: &str) -> Result<Self> {
         let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
@@ -89,6 +89,15 @@ impl State {
             .mode(0o700)
             .create(&dir)
             .with_context(|| format!("cannot make {}: the lab needs root (sudo)", dir.display()))?;
+        mount(
+            Some("culvert"),
+            &dir,
+            Some("tmpfs"),
+            MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+            Some("mode=0700,size=1g"),
+        )
+        .inspect_err(|_| drop(fs::remove_dir(&dir)))
+        .with_context(|| format!("cannot mount a tmpfs on {}", dir.display()))?;
         let record = Record { owner: Started::of(std::process::id()), ..Record::default() };
         let state = Self { file: record_file(name), record };
         state.write()?;
@@ -148,6 +157,7 @@ pub fn clear(name: &str) -> Vec<String> {
             left.push(format!("mount {}: {e}", mount.display()));
         }
     }
+    // Its files are in the tmpfs; what is left is the mount point.
     if let Err(e) = fs::remove_dir_all(directory(name)) {
         left.push(format!("{}: {e}", directory(name).display()));
     }
@@ -194,7 +204,7 @@ fn mounts_under(dir: &Path) -> Vec<PathBuf> {
         .lines()
         .filter_map(|line| line.split(' ').nth(1))
         .map(PathBuf::from)
-        .filter(|mount| mount.starts_with(dir) && mount != dir)
+        .filter(|mount| mount.starts_with(dir))
         .collect();
     found.sort();
     found.reverse();

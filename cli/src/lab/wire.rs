@@ -4,7 +4,7 @@ use std::io::{self, BufReader, Read};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::process::{Child, Command, Stdio};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
@@ -28,6 +28,8 @@ pub const UPLINK: &str = "uplink";
 /// A TCP or UDP packet that passed.
 #[derive(Clone, Copy, Debug)]
 pub struct Packet {
+    /// When the kernel saw it.
+    pub at: SystemTime,
     /// Sender.
     pub source: (IpAddr, u16),
     /// Receiver.
@@ -158,8 +160,11 @@ fn read_capture(mut source: impl Read, needle: &[u8]) -> io::Result<Seen> {
             Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(seen),
             Err(e) => return Err(e),
         }
-        let [.., a, b, c, d, _, _, _, _] = record;
-        let length = u32::from_ne_bytes([a, b, c, d]) as usize;
+        let [s0, s1, s2, s3, u0, u1, u2, u3, l0, l1, l2, l3, _, _, _, _] = record;
+        let length = u32::from_ne_bytes([l0, l1, l2, l3]) as usize;
+        let seconds = u64::from(u32::from_ne_bytes([s0, s1, s2, s3]));
+        let micros = u64::from(u32::from_ne_bytes([u0, u1, u2, u3]));
+        let at = SystemTime::UNIX_EPOCH + Duration::from_micros(seconds * 1_000_000 + micros);
         if length > LARGEST_PACKET {
             return Err(io::Error::other(format!("a frame of {length} bytes")));
         }
@@ -168,7 +173,7 @@ fn read_capture(mut source: impl Read, needle: &[u8]) -> io::Result<Seen> {
         seen.frames += 1;
         seen.bytes += length as u64;
         seen.hits += u64::from(contains(&frame, needle));
-        if let Some(packet) = parse(&frame)
+        if let Some(packet) = parse(&frame, at)
             && seen.packets.len() < MOST_PACKETS
         {
             seen.packets.push(packet);
@@ -195,7 +200,7 @@ fn be16(bytes: &[u8], at: usize) -> Option<u16> {
 }
 
 /// Ethernet, IPv4 (RFC 791) or IPv6 (RFC 8200) without extension headers, TCP (RFC 9293) or UDP.
-fn parse(frame: &[u8]) -> Option<Packet> {
+fn parse(frame: &[u8], at: SystemTime) -> Option<Packet> {
     let ip = frame.get(14..)?;
     let (protocol, from, to, rest): (u8, IpAddr, IpAddr, &[u8]) = match be16(frame, 12)? {
         0x0800 => {
@@ -214,7 +219,7 @@ fn parse(frame: &[u8]) -> Option<Packet> {
         17 => None,
         _ => return None,
     };
-    Some(Packet { source: (from, be16(rest, 0)?), destination: (to, be16(rest, 2)?), tcp_flags })
+    Some(Packet { at, source: (from, be16(rest, 0)?), destination: (to, be16(rest, 2)?), tcp_flags })
 }
 
 #[cfg(test)]
@@ -254,12 +259,12 @@ mod tests {
     fn no_bytes_make_the_parser_panic() {
         let whole = frame();
         for length in 0..whole.len() {
-            let _ = parse(&whole[..length]);
+            let _ = parse(&whole[..length], SystemTime::UNIX_EPOCH);
         }
         let mut v6 = whole;
         v6[12..14].copy_from_slice(&[0x86, 0xdd]);
         for length in 0..v6.len() {
-            let _ = parse(&v6[..length]);
+            let _ = parse(&v6[..length], SystemTime::UNIX_EPOCH);
         }
     }
 }

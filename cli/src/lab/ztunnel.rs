@@ -1,6 +1,7 @@
 //! A node's ztunnel, started in the node's network namespace.
 
-use std::fs;
+use std::fs::{self, DirBuilder};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -58,6 +59,10 @@ impl Ztunnel {
             "--ca-dir".to_owned(),
             text(&options.ca_dir),
         ];
+        // A tmpfs, as the lab's folder is: certificates outlive a restart.
+        let keys = lab.dir().join(format!("keys-{}", node.name()));
+        DirBuilder::new().mode(0o700).recursive(true).create(&keys)?;
+        argv.extend(["--key-dir".to_owned(), text(&keys)]);
         argv.extend(options.more.iter().cloned());
         let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
         let log = lab.dir().join(format!("ztunnel-{}.log", node.name()));

@@ -43,10 +43,10 @@ impl Demo {
         Ok(ran)
     }
 
-    /// The newest connection that the node's ztunnel knows from a pod to an address, open or ended.
-    fn last_connection(&self, node: NodeId, pod: &str, to: SocketAddr) -> Result<Option<Connection>> {
-        let from = self.lab.pod(pod)?.ips();
+    /// The newest connection that the node's ztunnel knows from one pod to another, open or ended.
+    fn last_connection(&self, node: NodeId, from: &str, to: &str) -> Result<Option<Connection>> {
+        let (from, to) = (self.lab.pod(from)?.ips(), self.lab.pod(to)?.ips());
         let all = fetch(&self.lab.ztunnel(node)?.admin())?;
-        Ok(all.into_iter().rev().find(|c| from.contains(&c.source.ip()) && c.destination == to))
+        Ok(all.into_iter().rev().find(|c| from.contains(&c.source.ip()) && to.contains(&c.destination.ip())))
     }
 }

@@ -45,7 +45,7 @@ fn web(demo: &mut Demo) -> Result<()> {
         names.stdout.contains("10.96.0.21"),
         "the pod's resolver knows the Service (ztunnel's DNS proxy answers)",
     );
-    let page = demo.lab.run("frontend", &["curl", "-sS", "-m", "5", "http://web/"])?;
+    let page = demo.lab.run("frontend", &["curl", "-4", "-sS", "-m", "5", "http://web/"])?;
     let first = page.stdout.lines().next().unwrap_or_default().to_owned();
     demo.report.ran_showing(
         &page,
@@ -85,9 +85,10 @@ fn redis_and_mail(demo: &mut Demo) -> Result<()> {
 
 /// What node-2's ztunnel knows of the request.
 fn identity(demo: &mut Demo) -> Result<()> {
-    let shown = demo.culvert_on(NodeId::Two, &["ztunnel-config", "connections", "--last", "4"])?;
+    let shown =
+        demo.culvert_on(NodeId::Two, &["ztunnel-config", "connections", "--destination", "shop/web"])?;
     demo.report.ran(&shown);
-    let connection = demo.last_connection(NodeId::Two, "frontend", demo.web_pod()?)?;
+    let connection = demo.last_connection(NodeId::Two, "frontend", "web")?;
     let seen = connection.and_then(|c| c.source_identity);
     let seen = seen.as_deref();
     demo.report.claim(
