@@ -24,6 +24,7 @@
 //! what it made before and makes no more is removed. A change of one resource may change what others make (a
 //! WorkloadGroup's entries, virtual addresses that collide): then `made` lists these too.
 
+mod attach;
 mod convert;
 mod enrolment;
 mod index;
@@ -47,7 +48,7 @@ use crate::external::External;
 use crate::kinds::namespace::DATAPLANE_MODE;
 use crate::kinds::{Capture, EndpointSlice, Namespace};
 use crate::labels::{Labels, Pool};
-use crate::policy::Policies;
+use crate::policy::{Binding, Policies};
 use crate::resource::{Kind, ObjectKey, Resource};
 use index::{Area, Holders, Id, Place};
 
@@ -345,10 +346,12 @@ impl Compiler {
         let mode = namespace.and_then(|n| n.labels.get(DATAPLANE_MODE));
         let ambient = mode.is_some_and(|m| &**m == "ambient");
         let distribution = namespace.and_then(|n| n.distribution);
+        let waypoint = namespace.map(|n| Binding::of(&n.labels, name)).unwrap_or_default();
         let area = self.area(name);
         let (was_ambient, was_distribution) = (area.ambient, area.distribution);
         (area.ambient, area.distribution) = (ambient, distribution);
-        if was_ambient != ambient {
+        let was_bound = std::mem::replace(&mut area.waypoint, waypoint);
+        if was_ambient != ambient || was_bound != area.waypoint {
             let instances: Vec<Id> = area.instances.iter().copied().collect();
             instances.into_iter().for_each(|id| self.mark(id));
         }
@@ -460,6 +463,10 @@ impl Compiler {
             Affected::SelectedAnywhere(selector) => {
                 let namespaces: Vec<Str> = self.areas.keys().cloned().collect();
                 namespaces.iter().for_each(|namespace| self.mark_selected(namespace, selector));
+                return;
+            }
+            Affected::Bound(namespace, target) => {
+                self.mark_bound(namespace, target);
                 return;
             }
             Affected::Behind(key) => {

@@ -438,6 +438,12 @@ impl<'f, 'n> Fields<'f, 'n> {
         self.context
     }
 
+    /// Whether no field is set.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.entries.iter().all(|e| e.value.value == Value::Null)
+    }
+
     /// The value of a field. The name must be an enforced one of the schema.
     pub fn take(&mut self, name: &'static str) -> Option<Cursor<'_, 'n>> {
         let field = self.schema.fields.iter().find(|f| f.name == name);

@@ -13,8 +13,10 @@ pub mod pattern;
 pub mod peer_authentication;
 pub mod selector;
 pub mod state;
+pub mod waypoint;
 
 pub use authorization::AuthorizationPolicy;
 pub use mesh_config::MeshConfig;
 pub use peer_authentication::PeerAuthentication;
 pub use state::{Policies, Subject};
+pub use waypoint::{Binding, Waypoint};

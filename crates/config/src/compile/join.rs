@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use model::{
-    Change, Health, LoadBalancingMode, LocalityScope, NetworkAddress, NetworkMode, PolicyKey, PortMapping,
-    ServiceKey, ServiceMembership, Str, TunnelProtocol, Vip, Workload,
+    Change, Health, LoadBalancingMode, LocalityScope, NetworkAddress, NetworkMode, PortMapping, ServiceKey,
+    ServiceMembership, Str, TunnelProtocol, Vip, Workload,
 };
 
 use super::enrolment::{self, EnrolmentChange, Verdict};
@@ -15,7 +15,6 @@ use crate::diagnostic::Code;
 use crate::kinds::namespace::DATAPLANE_MODE;
 use crate::kinds::service::Distribution;
 use crate::labels::{Labels, Pool, Selector};
-use crate::policy::Subject;
 use crate::resource::{Kind, ObjectKey};
 
 impl Record {
@@ -39,12 +38,12 @@ impl Record {
     }
 
     /// What is known of the workload: as the resource says, or as it was compiled.
-    fn workload(&self) -> Option<&Workload> {
+    pub(super) fn workload(&self) -> Option<&Workload> {
         self.draft.as_deref().or(self.compiled.as_deref())
     }
 
     /// The addresses that it is found by: a node's are not its own.
-    fn addresses(&self) -> Vec<NetworkAddress> {
+    pub(super) fn addresses(&self) -> Vec<NetworkAddress> {
         match self.workload() {
             Some(w) if w.network_mode == NetworkMode::Standard => w.network_addresses().collect(),
             _ => Vec::new(),
@@ -53,7 +52,7 @@ impl Record {
 }
 
 impl Compiler {
-    fn record(&self, id: Id) -> Option<&Record> {
+    pub(super) fn record(&self, id: Id) -> Option<&Record> {
         self.records.get(usize::try_from(id).ok()?)?.as_ref()
     }
 
@@ -310,7 +309,7 @@ impl Compiler {
     /// The services that an instance is an endpoint of: those that select it, those that it names, and those that
     /// list its address.
     fn memberships(&self, id: Id, record: &Record, pool: &mut Pool) -> Box<[ServiceMembership]> {
-        let mut found: Vec<ServiceMembership> = record.services.to_vec();
+        let mut found: Vec<ServiceMembership> = self.named(record).cloned().collect();
         let area = record.workload().and_then(|w| self.areas.get(&w.namespace));
         if let (Some(area), true) = (area, record.rank != Rank::Endpoint) {
             for (selector, key) in area.selecting(&record.labels) {
@@ -326,45 +325,13 @@ impl Compiler {
             for other in holders.iter().filter(|other| **other != id) {
                 let Some(other) = self.record(*other).filter(|r| r.rank == Rank::Endpoint) else { continue };
                 if other.workload().is_some_and(|w| w.health == Health::Healthy) {
-                    found.extend(other.services.iter().cloned());
+                    found.extend(self.named(other).cloned());
                 }
             }
         }
         found.sort_by(|a, b| a.service.cmp(&b.service));
         found.dedup_by(|a, b| a.service == b.service);
         found.into()
-    }
-
-    /// The policies that a workload lists, given its services.
-    fn policies_of(&self, workload: &Workload, record: &Record) -> Box<[PolicyKey]> {
-        let definer = |m: &ServiceMembership| {
-            let (by, _) = self.services.get(&m.service)?.definitions.first()?;
-            Some(by.clone())
-        };
-        let behind: Vec<ObjectKey> = workload.services.iter().filter_map(definer).collect();
-        let subject = Subject { namespace: &workload.namespace, labels: &record.labels, behind: &behind };
-        self.policies.attached(&subject).into()
-    }
-
-    /// Marks the endpoints of the services that `object` defines.
-    pub(super) fn mark_behind(&mut self, object: &ObjectKey) {
-        let services = self.made_services.get(object).cloned().unwrap_or_default();
-        for service in services {
-            let definition = self.services.get(&service).and_then(|e| e.definitions.first());
-            let selector = definition.and_then(|(_, d)| d.selector.clone());
-            if let Some(selector) = selector {
-                self.mark_selected(&service.namespace, &selector);
-            }
-            let makers = self.slices_of.get(&service).into_iter().flatten().chain([object]);
-            let listed = makers.filter_map(|maker| self.made_instances.get(maker)).flatten();
-            let listed: Vec<Id> = listed.copied().collect();
-            for id in listed {
-                let addresses = self.record(id).map(Record::addresses).unwrap_or_default();
-                let holders = addresses.iter().filter_map(|a| self.by_address.get(a));
-                let holders: Vec<Id> = holders.flat_map(|h| h.as_slice().to_vec()).collect();
-                holders.into_iter().chain([id]).for_each(|id| self.mark(id));
-            }
-        }
     }
 
     /// What to say of an instance that another displaces.
@@ -385,7 +352,7 @@ fn no_netns(workload: &Workload) -> Finding {
     Finding { code: Code::NetnsMissing, message, remedy }
 }
 
-fn key_of(maker: Kind, workload: &Workload) -> ObjectKey {
+pub(super) fn key_of(maker: Kind, workload: &Workload) -> ObjectKey {
     ObjectKey { kind: maker, namespace: workload.namespace.clone(), name: workload.name.clone() }
 }
 
@@ -417,6 +384,7 @@ impl Compiler {
         self.steps += 1;
         let entry = self.services.entry(key.clone()).or_default();
         let old = entry.definitions.first().map(|(_, d)| d.clone());
+        let old_owner = entry.definitions.first().map(|(by, _)| by.clone());
         let known = entry.definitions.iter_mut().find(|(owner, _)| owner == by);
         match (known, definition) {
             (Some(slot), Some(definition)) => slot.1 = definition,
@@ -430,6 +398,7 @@ impl Compiler {
             }
         }
         let new = self.services.get(key).and_then(|e| e.definitions.first()).map(|(_, d)| d.clone());
+        self.change_owner(key, old_owner);
         let area = self.area(&key.namespace);
         if new.is_some() {
             area.services.insert(key.clone());
@@ -438,6 +407,9 @@ impl Compiler {
         }
         self.dirty_services.insert(key.clone());
         self.reselect(key, old.as_ref(), new.as_ref());
+        if old.as_ref().map(|d| &d.waypoint) != new.as_ref().map(|d| &d.waypoint) {
+            self.mark_behind(by);
+        }
         self.readdress(key, old.as_ref(), new.as_ref());
         let slices: Vec<ObjectKey> = self.slices_of.get(key).into_iter().flatten().cloned().collect();
         for slice in slices {
@@ -478,6 +450,22 @@ impl Compiler {
                 list.push(key.clone());
             }
         }
+        for vip in &new {
+            self.rank_holders(vip);
+        }
+    }
+
+    /// Puts the services of an address in order, the one that has it first. The order must be the same on every
+    /// node, whatever came first there, and nobody who may write a ServiceEntry may take a Service's address.
+    fn rank_holders(&mut self, vip: &Vip) {
+        let services = &self.services;
+        let rank = |key: &ServiceKey| {
+            let owner = services.get(key).and_then(|e| e.definitions.first());
+            (owner.is_none_or(|(by, _)| by.kind != Kind::Service), key.clone())
+        };
+        let Some(list) = self.by_vip.get_mut(vip).filter(|list| list.len() > 1) else { return };
+        list.sort_by_cached_key(rank);
+        self.dirty_services.extend(list.iter().cloned());
     }
 
     pub(super) fn compile_service(&mut self, key: &ServiceKey) {

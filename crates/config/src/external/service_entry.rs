@@ -15,6 +15,7 @@ use crate::kinds::namespace::report_waypoint;
 use crate::kinds::service::{Distribution, distribution_annotation};
 use crate::labels::Selector;
 use crate::metadata::{METADATA, Metadata, is_label};
+use crate::policy::Binding;
 use crate::policy::pattern::parse_range;
 use crate::policy::selector::read_labels;
 use crate::resource::{Kind, KindSpec, Resource};
@@ -92,6 +93,8 @@ pub struct ServiceEntry {
     pub auto_allocate: bool,
     /// Which endpoints it prefers; `None` where it does not say.
     pub distribution: Option<Distribution>,
+    /// Which waypoint its traffic is meant to pass.
+    pub waypoint: Binding,
     /// When it was made (RFC 3339), empty when not said.
     pub created: Str,
 }
@@ -135,6 +138,8 @@ pub enum Members {
 fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resource> {
     report_waypoint(fields, metadata);
     let distribution = distribution_annotation(fields, metadata);
+    let namespace = fields.context().pool.string(metadata.namespace);
+    let waypoint = Binding::of(&metadata.labels, &namespace);
     let allocate = metadata.labels.get(AUTO_ALLOCATE).is_none_or(|v| !v.eq_ignore_ascii_case("false"));
     let created = fields.context().pool.string(metadata.created);
     let mut spec = fields.required("spec")?.fields()?;
@@ -162,6 +167,7 @@ fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resourc
         identities,
         auto_allocate,
         distribution,
+        waypoint,
         created,
     };
     check_whole(&mut spec, &entry);
@@ -429,11 +435,10 @@ fn read_identities(spec: &mut Fields<'_, '_>) -> Box<[SpiffeId]> {
 /// What can only be said of all fields together.
 fn check_whole(spec: &mut Fields<'_, '_>, entry: &ServiceEntry) {
     let listed = !entry.endpoints.is_empty() || entry.members != Members::None;
-    if entry.resolution == Resolution::Dns && !listed {
-        if let Some(host) = entry.hosts.iter().find(|h| !is_host(h)) {
-            let message = format!("{host:?} cannot be looked up, and there are no endpoints");
-            spec.report(Code::InvalidValue, message, "list endpoints, or name the hosts in full");
-        }
+    let unresolvable = entry.hosts.iter().find(|h| !is_host(h));
+    if let (Resolution::Dns, false, Some(host)) = (entry.resolution, listed, unresolvable) {
+        let message = format!("{host:?} cannot be looked up, and there are no endpoints");
+        spec.report(Code::InvalidValue, message, "list endpoints, or name the hosts in full");
     }
     if entry.resolution == Resolution::Static && !listed {
         let message = "there is neither an endpoint nor a workloadSelector: connections to it fail";

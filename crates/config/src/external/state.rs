@@ -40,7 +40,7 @@ impl External {
     /// Sets or replaces a resource. Resources of other kinds have no effect.
     pub fn set(&mut self, key: &ObjectKey, resource: Resource, context: &mut Context<'_>) -> Effects {
         match resource {
-            Resource::ServiceEntry(entry) => self.set_entry(key, Some(Arc::new(*entry)), context),
+            Resource::ServiceEntry(entry) => self.set_entry(key, Some(&Arc::new(*entry)), context),
             Resource::WorkloadEntry(entry) => {
                 let instances = workload_entry(key, *entry, context).into_iter().collect();
                 let made = Made { by: key.clone(), instances, definitions: Vec::new() };
@@ -65,7 +65,7 @@ impl External {
     fn set_entry(
         &mut self,
         key: &ObjectKey,
-        entry: Option<Arc<ServiceEntry>>,
+        entry: Option<&Arc<ServiceEntry>>,
         context: &mut Context<'_>,
     ) -> Effects {
         let old = self.entries.remove(key);
@@ -75,15 +75,14 @@ impl External {
                 |host: &Str| ServiceKey { namespace: key.namespace.clone(), hostname: host.clone() };
             entry.into_iter().flat_map(|e| e.hosts.iter()).map(service).collect()
         };
-        let concerned: BTreeSet<ServiceKey> =
-            hosts(old.as_ref()).union(&hosts(entry.as_ref())).cloned().collect();
+        let concerned: BTreeSet<ServiceKey> = hosts(old.as_ref()).union(&hosts(entry)).cloned().collect();
         for host in &concerned {
             touched.extend(self.owner(host).cloned());
         }
         if let Some(old) = &old {
             self.leave(key, old, &mut touched);
         }
-        if let Some(new) = &entry {
+        if let Some(new) = entry {
             self.enter(key, new, &mut touched);
         }
         for host in &concerned {
@@ -108,7 +107,7 @@ impl External {
         }
         for address in singles(entry) {
             let moved = self.vips.reserve(address);
-            self.touch(moved, touched);
+            self.touch(&moved, touched);
         }
     }
 
@@ -124,7 +123,7 @@ impl External {
         }
         for address in singles(entry) {
             let moved = self.vips.release(address);
-            self.touch(moved, touched);
+            self.touch(&moved, touched);
         }
     }
 
@@ -133,10 +132,10 @@ impl External {
         let entry = self.owner(host).and_then(|key| self.entries.get(key));
         let wanted = entry.is_some_and(|e| e.auto_allocate) && is_host(&host.hostname);
         let moved = if wanted { self.vips.insert(host) } else { self.vips.remove(host) };
-        self.touch(moved, touched);
+        self.touch(&moved, touched);
     }
 
-    fn touch(&self, hosts: BTreeSet<ServiceKey>, touched: &mut BTreeSet<ObjectKey>) {
+    fn touch(&self, hosts: &BTreeSet<ServiceKey>, touched: &mut BTreeSet<ObjectKey>) {
         touched.extend(hosts.iter().filter_map(|host| self.owner(host)).cloned());
     }
 
@@ -233,6 +232,7 @@ impl External {
             ports: entry.ports.iter().map(port_rule).collect(),
             distribution: entry.distribution,
             local_only: false,
+            waypoint: entry.waypoint.clone(),
         }
     }
 }

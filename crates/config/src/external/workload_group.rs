@@ -3,7 +3,7 @@
 
 use super::endpoint::{self, ENDPOINT};
 use crate::diagnostic::Code;
-use crate::fields::{Fields, Schema, enforced, nested, silent};
+use crate::fields::{Cursor, Fields, Schema, enforced, nested, silent};
 use crate::metadata::{METADATA, Metadata};
 use crate::policy::selector::non_empty;
 use crate::resource::{Kind, KindSpec, Resource};
@@ -81,7 +81,7 @@ static GRPC: Schema =
 
 fn parse(fields: &mut Fields<'_, '_>, _: &Metadata<'_>) -> Option<Resource> {
     let mut spec = fields.required("spec")?.fields()?;
-    if let Some(mut template) = spec.required("template").and_then(|c| c.fields()) {
+    if let Some(mut template) = spec.required("template").and_then(Cursor::fields) {
         endpoint::read(&mut template, true);
     }
     if let Some(mut object) = spec.object("metadata") {

@@ -259,11 +259,12 @@ fn read_scope(spec: &mut Fields<'_, '_>) -> PolicyScope {
         (None, false) => {
             let message = "only a waypoint can enforce a policy for what reaches an object; until one is deployed, \
                            the workloads behind it refuse what the policy could refuse";
-            spec.report(
-                Code::NeedsWaypoint,
-                message,
-                "deploy a waypoint for the target, or select the workloads by labels",
-            );
+            let remedy = "deploy a waypoint for the target, or select the workloads by labels";
+            for name in ["targetRef", "targetRefs"] {
+                if let Some(mut cursor) = spec.take(name) {
+                    cursor.report(Code::NeedsWaypoint, message, remedy);
+                }
+            }
             PolicyScope::Targets(targets.into())
         }
         (Some(selector), true) => PolicyScope::Selector(selector),
@@ -346,6 +347,7 @@ fn read_source(
     action: RequestedAction,
     beyond: &mut Vec<String>,
 ) -> PolicyMatch {
+    let is_empty = source.is_empty();
     let connection = Match {
         principals: read_list(&mut source, "principals", pattern::principal),
         not_principals: read_list(&mut source, "notPrincipals", pattern::principal),
@@ -366,11 +368,11 @@ fn read_source(
     for name in ["remoteIpBlocks", "notRemoteIpBlocks"] {
         needs_requests |= read_beyond(&mut source, name, beyond, pattern::range);
     }
-    check_source(&mut source, &connection, needs_requests, action);
+    check_source(&mut source, &connection, is_empty, action);
     PolicyMatch { connection, needs_requests }
 }
 
-fn check_source(source: &mut Fields<'_, '_>, m: &Match, needs_requests: bool, action: RequestedAction) {
+fn check_source(source: &mut Fields<'_, '_>, m: &Match, is_empty: bool, action: RequestedAction) {
     let accounts = !(m.service_accounts.is_empty() && m.not_service_accounts.is_empty());
     let principals = !(m.principals.is_empty() && m.not_principals.is_empty());
     let namespaces = !(m.namespaces.is_empty() && m.not_namespaces.is_empty());
@@ -381,7 +383,7 @@ fn check_source(source: &mut Fields<'_, '_>, m: &Match, needs_requests: bool, ac
             "make two sources of it",
         );
     }
-    if *m == Match::default() && !needs_requests && source.context().is_valid() {
+    if is_empty {
         source.report(Code::InvalidValue, "an empty source would match everything", "remove it, or fill it");
     }
     // As in Istio: the connection to the provider is made before the identity is known there.
@@ -429,6 +431,7 @@ fn read_beyond<'n, T>(
 }
 
 fn read_operation(mut operation: Fields<'_, '_>, beyond: &mut Vec<String>) -> PolicyMatch {
+    let is_empty = operation.is_empty();
     let connection = Match {
         destination_ports: read_list(&mut operation, "ports", pattern::port),
         not_destination_ports: read_list(&mut operation, "notPorts", pattern::port),
@@ -439,7 +442,7 @@ fn read_operation(mut operation: Fields<'_, '_>, beyond: &mut Vec<String>) -> Po
         // Only that there is something: patterns of paths have a syntax of their own.
         needs_requests |= read_beyond(&mut operation, name, beyond, non_empty);
     }
-    if connection == Match::default() && !needs_requests && operation.context().is_valid() {
+    if is_empty {
         operation.report(
             Code::InvalidValue,
             "an empty operation would match everything",

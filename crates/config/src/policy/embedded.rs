@@ -53,14 +53,15 @@ struct Block {
 /// Finds the lines of the file that `text` is made of.
 fn literal_block(cursor: &mut Cursor<'_, '_>, text: &str) -> Option<Block> {
     let start = cursor.position().line;
-    let first = text.lines().next()?;
-    // The block's first line is the next one, or, as parsers differ in where a block starts, the same.
-    [start, start.saturating_add(1)].into_iter().find_map(|line| {
-        let outer = cursor.context().line(line);
+    let (skipped, first) = text.lines().enumerate().find(|(_, line)| !line.trim().is_empty())?;
+    let skipped = u32::try_from(skipped).ok()?;
+    // The parser has a block start at its first line that is not blank; at its header would be as good.
+    (start..=start.saturating_add(skipped).saturating_add(1)).find_map(|line| {
+        let outer = cursor.context().line(line).trim_end_matches('\r');
         let indent = outer.len().checked_sub(first.len()).filter(|i| outer.get(*i..) == Some(first))?;
         let blank = outer.get(..indent)?.bytes().all(|b| b == b' ');
-        (blank && !first.is_empty())
-            .then_some(Block { lines_before: line.saturating_sub(1), indent: u32::try_from(indent).ok()? })
+        let lines_before = line.checked_sub(skipped)?.checked_sub(1)?;
+        blank.then_some(Block { lines_before, indent: u32::try_from(indent).ok()? })
     })
 }
 

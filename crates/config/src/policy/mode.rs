@@ -83,7 +83,7 @@ impl Modes {
             effects.affected.push(Affected::Namespace(namespace.clone()));
             self.give_policies(namespace, effects);
         } else {
-            self.affected_by_selecting(namespace, before, after.as_ref(), mode_after, effects);
+            self.affected_by_selecting(namespace, before.as_ref(), after.as_ref(), mode_after, effects);
             self.give_policies(namespace, effects);
         }
         self.find_conflicts(key, effects);
@@ -136,7 +136,7 @@ impl Modes {
     fn affected_by_selecting(
         &self,
         namespace: &Str,
-        before: Option<(Age, Arc<PeerAuthentication>)>,
+        before: Option<&(Age, Arc<PeerAuthentication>)>,
         after: Option<&(Age, Arc<PeerAuthentication>)>,
         inherited: Mode,
         effects: &mut Effects,
@@ -150,7 +150,7 @@ impl Modes {
             };
             policy.selector.clone().map(|selector| (age.clone(), selector, key))
         };
-        let (before, after) = (seen(before.as_ref()), seen(after));
+        let (before, after) = (seen(before), seen(after));
         if before == after {
             return;
         }

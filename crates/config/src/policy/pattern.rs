@@ -158,7 +158,7 @@ pub fn expand_principals(list: &[StringMatch], domains: &TrustDomains) -> Box<[S
         match pattern {
             StringMatch::Exact(t) => match t.split_once('/') {
                 Some((domain, rest)) if is_ours(domain, domains) => {
-                    expanded.extend(each(rest, StringMatch::Exact))
+                    expanded.extend(each(rest, StringMatch::Exact));
                 }
                 _ => expanded.push(pattern.clone()),
             },

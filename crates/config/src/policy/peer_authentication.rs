@@ -84,7 +84,7 @@ fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resourc
             let digits = !key.is_empty() && key.bytes().all(|b| b.is_ascii_digit());
             match key.parse::<u16>().ok().filter(|p| digits && *p > 0) {
                 None => {
-                    value.invalid(format_args!("{key:?} is not a port"), "write a number from 1 to 65535")
+                    value.invalid(format_args!("{key:?} is not a port"), "write a number from 1 to 65535");
                 }
                 Some(port) => {
                     let mode = value.fields().and_then(read_mode);

@@ -161,6 +161,12 @@ impl Target {
         Some(Self { kind, name: object.name.clone() })
     }
 
+    /// Whether it is a gateway, or all of a class.
+    #[must_use]
+    pub fn is_gateway(&self) -> bool {
+        matches!(self.kind, TargetKind::Gateway | TargetKind::GatewayClass)
+    }
+
     /// The object of `namespace` that it points to, where workloads are behind it.
     #[must_use]
     pub fn object(&self, namespace: &Str) -> Option<ObjectKey> {

@@ -9,7 +9,8 @@ use super::authorization::{AuthorizationPolicy, PolicyScope};
 use super::l4;
 use super::mesh_config::{CONFIG_MAP, MeshConfig};
 use super::mode::Modes;
-use super::selector::Target;
+use super::selector::{Target, TargetKind};
+use super::waypoint::Waypoint;
 use crate::compile::{Affected, Effects, Finding};
 use crate::diagnostic::Code;
 use crate::labels::{Labels, Selector};
@@ -75,6 +76,8 @@ pub struct Subject<'a> {
     pub labels: &'a Labels,
     /// The Services and ServiceEntries that it is an endpoint of.
     pub behind: &'a [ObjectKey],
+    /// The waypoints that it, or a service that it is an endpoint of, is bound to.
+    pub waypoints: &'a [&'a Waypoint],
 }
 
 /// All policies and the settings.
@@ -89,6 +92,8 @@ pub struct Policies {
     by_selector: BySelector,
     /// Policies for what reaches an object.
     by_target: HashMap<(Str, Target), BTreeSet<PolicyKey>>,
+    /// Policies for what passes a waypoint.
+    for_waypoints: BTreeMap<PolicyKey, Box<[Target]>>,
     modes: Modes,
 }
 
@@ -137,6 +142,7 @@ impl Policies {
             authorization: HashMap::new(),
             by_selector: BySelector::default(),
             by_target: HashMap::new(),
+            for_waypoints: BTreeMap::new(),
         }
     }
 
@@ -188,6 +194,10 @@ impl Policies {
                 keys.extend(target.and_then(|t| self.by_target.get(&t)).into_iter().flatten().cloned());
             }
         }
+        for (key, targets) in &self.for_waypoints {
+            let meant = |w: &&Waypoint| targets.iter().any(|t| w.is_target(&key.namespace, t));
+            keys.extend(subject.waypoints.iter().any(meant).then(|| key.clone()));
+        }
         keys.extend(self.modes.attached(subject.namespace, subject.labels));
         keys.sort_unstable();
         keys.dedup();
@@ -219,16 +229,32 @@ impl Policies {
             |entry: Option<&Entry>| entry.filter(|e| e.compiled.is_some()).map(|e| e.source.scope.clone());
         let (before, after) = (scope(old.as_ref()), scope(new.as_ref()));
         if before != after {
-            for scope in before.iter() {
+            if let Some(scope) = &before {
                 self.unindex(key, scope);
                 self.affect(key, scope, effects);
             }
-            for scope in after.iter() {
+            if let Some(scope) = &after {
                 self.index(key, scope);
                 self.affect(key, scope, effects);
             }
         }
+        effects.findings.push((object_key(key), self.misplaced(key, new.as_ref())));
         self.authorization.extend(new.map(|entry| (key.clone(), entry)));
+    }
+
+    /// A policy for a GatewayClass is for the whole mesh, and holds in the root namespace only, as in Istio.
+    fn misplaced(&self, key: &PolicyKey, entry: Option<&Entry>) -> Vec<Finding> {
+        let scope = entry.filter(|e| e.compiled.is_some()).map(|e| &e.source.scope);
+        let Some(PolicyScope::Targets(targets)) = scope else { return Vec::new() };
+        if self.is_root(&key.namespace) || targets.iter().all(|t| t.kind != TargetKind::GatewayClass) {
+            return Vec::new();
+        }
+        let root = &self.settings.root_namespace;
+        vec![Finding {
+            code: Code::WithoutEffect,
+            message: format!("a policy for a GatewayClass has an effect in the namespace {root} only"),
+            remedy: "move it there, or refer to a Gateway".to_owned(),
+        }]
     }
 
     fn compile(&self, key: &PolicyKey, policy: &AuthorizationPolicy) -> Option<Arc<Policy>> {
@@ -243,9 +269,15 @@ impl Policies {
                 self.by_selector.insert(namespace, selector, key);
             }
             PolicyScope::Targets(targets) => {
-                for target in targets {
+                for target in targets.iter().filter(|t| !t.is_gateway()) {
                     let slot = (key.namespace.clone(), target.clone());
                     self.by_target.entry(slot).or_default().insert(key.clone());
+                }
+                let root = self.is_root(&key.namespace);
+                let counts = |t: &&Target| t.kind == TargetKind::Gateway || (root && t.is_gateway());
+                let gateways: Box<[Target]> = targets.iter().filter(counts).cloned().collect();
+                if !gateways.is_empty() {
+                    self.for_waypoints.insert(key.clone(), gateways);
                 }
             }
         }
@@ -259,6 +291,7 @@ impl Policies {
                 self.by_selector.remove(namespace, selector, key);
             }
             PolicyScope::Targets(targets) => {
+                self.for_waypoints.remove(key);
                 for target in targets {
                     let slot = (key.namespace.clone(), target.clone());
                     if let Some(keys) = self.by_target.get_mut(&slot) {
@@ -283,8 +316,10 @@ impl Policies {
                 effects.affected.push(Affected::Selected(key.namespace.clone(), selector.clone()));
             }
             PolicyScope::Targets(targets) => {
-                let behind = |t: &Target| t.object(&key.namespace).map(Affected::Behind);
-                effects.affected.extend(targets.iter().filter_map(behind));
+                effects.affected.extend(targets.iter().map(|target| match target.object(&key.namespace) {
+                    Some(object) => Affected::Behind(object),
+                    None => Affected::Bound(key.namespace.clone(), target.clone()),
+                }));
             }
         }
     }
@@ -337,16 +372,23 @@ impl Policies {
             if compiled != entry.compiled {
                 effects.changes.extend(compiled.clone().map(Change::SetPolicy));
             }
-            if compiled.is_some() {
+            let entry = Entry { compiled, source: entry.source };
+            if entry.compiled.is_some() {
                 self.index(&key, &entry.source.scope);
             }
-            self.authorization.insert(key, Entry { compiled, source: entry.source });
+            effects.findings.push((object_key(&key), self.misplaced(&key, Some(&entry))));
+            self.authorization.insert(key, entry);
         }
         if root_changed {
             self.modes.set_root(self.settings.root_namespace.clone(), effects);
         }
         effects.affected.push(Affected::Mesh);
     }
+}
+
+fn object_key(key: &PolicyKey) -> ObjectKey {
+    let (namespace, name) = (key.namespace.clone(), key.name.clone());
+    ObjectKey { kind: Kind::AuthorizationPolicy, namespace, name }
 }
 
 fn policy_key(key: &ObjectKey) -> PolicyKey {

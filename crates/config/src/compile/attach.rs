@@ -1,0 +1,102 @@
+//! Which policies a workload lists, and which workloads a change of policies, waypoints or owners concerns.
+
+use model::{PolicyKey, ServiceKey, ServiceMembership, Str, Workload};
+
+use super::index::Id;
+use super::join::key_of;
+use super::{Compiler, Record};
+use crate::policy::selector::{Target, TargetKind};
+use crate::policy::waypoint::USE_WAYPOINT;
+use crate::policy::{Binding, Subject, Waypoint};
+use crate::resource::{Kind, ObjectKey};
+
+impl Compiler {
+    /// The policies that a workload lists, given its services.
+    pub(super) fn policies_of(&self, workload: &Workload, record: &Record) -> Box<[PolicyKey]> {
+        let definer = |m: &ServiceMembership| {
+            let (by, _) = self.services.get(&m.service)?.definitions.first()?;
+            Some(by.clone())
+        };
+        let behind: Vec<ObjectKey> = workload.services.iter().filter_map(definer).collect();
+        let inherited = self.areas.get(&workload.namespace).map(|a| &a.waypoint);
+        let inherited = inherited.unwrap_or(&Binding::Inherited);
+        let own = Binding::of(&record.labels, &workload.namespace);
+        let services = workload.services.iter().filter_map(|m| self.services.get(&m.service));
+        let bindings = services.filter_map(|e| e.definitions.first()).map(|(_, d)| &d.waypoint);
+        let waypoints: Vec<&Waypoint> =
+            bindings.chain([&own]).filter_map(|binding| binding.or(inherited)).collect();
+        let subject = Subject {
+            namespace: &workload.namespace,
+            labels: &record.labels,
+            behind: &behind,
+            waypoints: &waypoints,
+        };
+        self.policies.attached(&subject).into()
+    }
+
+    /// The services that an instance names. A ServiceEntry's endpoints are those of its hosts as far as it is the
+    /// one in force: else it could add endpoints to a Service by giving itself its name.
+    pub(super) fn named<'r>(&'r self, record: &'r Record) -> impl Iterator<Item = &'r ServiceMembership> {
+        let maker = record.workload().map(|w| key_of(record.maker, w));
+        record.services.iter().filter(move |membership| {
+            let owner = self.services.get(&membership.service).and_then(|e| e.definitions.first());
+            record.maker != Kind::ServiceEntry || owner.map(|(by, _)| by) == maker.as_ref()
+        })
+    }
+
+    /// Marks the instances that are bound to a waypoint that policies of `namespace` mean by `target`.
+    pub(super) fn mark_bound(&mut self, namespace: &str, target: &Target) {
+        let bound = |binding: &Binding| matches!(binding, Binding::To(w) if w.is_target(namespace, target));
+        let mut ids: Vec<Id> = Vec::new();
+        let label: Str = USE_WAYPOINT.into();
+        for area in self.areas.values() {
+            let any = target.kind == TargetKind::GatewayClass;
+            if any || bound(&area.waypoint) {
+                ids.extend(&area.instances);
+            } else {
+                ids.extend(area.labelled(&label, &target.name));
+            }
+        }
+        let defined = self.services.values().filter_map(|entry| entry.definitions.first());
+        let defined = defined.filter(|(_, d)| bound(&d.waypoint));
+        let makers: Vec<ObjectKey> = defined.map(|(by, _)| by.clone()).collect();
+        ids.into_iter().for_each(|id| self.mark(id));
+        makers.iter().for_each(|by| self.mark_behind(by));
+    }
+
+    /// Marks the endpoints of the services that `object` defines.
+    pub(super) fn mark_behind(&mut self, object: &ObjectKey) {
+        let services = self.made_services.get(object).cloned().unwrap_or_default();
+        for service in services {
+            let definition = self.services.get(&service).and_then(|e| e.definitions.first());
+            let selector = definition.and_then(|(_, d)| d.selector.clone());
+            if let Some(selector) = selector {
+                self.mark_selected(&service.namespace, &selector);
+            }
+            let makers = self.slices_of.get(&service).into_iter().flatten().chain([object]);
+            let listed = makers.filter_map(|maker| self.made_instances.get(maker)).flatten();
+            let listed: Vec<Id> = listed.copied().collect();
+            listed.into_iter().for_each(|id| self.mark_with_holders(id));
+        }
+    }
+
+    /// Has the endpoints that entries name looked at again when another definition of a service is in force.
+    pub(super) fn change_owner(&mut self, key: &ServiceKey, old: Option<ObjectKey>) {
+        let new = self.services.get(key).and_then(|e| e.definitions.first()).map(|(by, _)| by.clone());
+        if old == new {
+            return;
+        }
+        let entries = old.into_iter().chain(new).filter(|by| by.kind == Kind::ServiceEntry);
+        let made: Vec<Id> =
+            entries.filter_map(|by| self.made_instances.get(&by)).flatten().copied().collect();
+        made.into_iter().for_each(|id| self.mark_with_holders(id));
+    }
+
+    /// Marks an instance and those that share an address with it: the one that has it takes over its services.
+    fn mark_with_holders(&mut self, id: Id) {
+        let addresses = self.record(id).map(Record::addresses).unwrap_or_default();
+        let holders = addresses.iter().filter_map(|a| self.by_address.get(a));
+        let holders: Vec<Id> = holders.flat_map(|h| h.as_slice().to_vec()).collect();
+        holders.into_iter().chain([id]).for_each(|id| self.mark(id));
+    }
+}
