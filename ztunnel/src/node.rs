@@ -131,6 +131,8 @@ impl Node {
             self.un_enrol(slot).await;
         }
         self.reconcile().await;
+        // What a pod's policies refuse they refuse from its first moment in the mesh.
+        self.recheck_adopted().await;
     }
 
     fn set(&self, enrolment: Enrolment) {
@@ -205,6 +207,7 @@ impl Node {
         let netns = Netns::open(&enrolment.netns)?;
         let rules = rules(enrolment)?;
         let pod = Arc::new(LocalPod::new(enrolment.uid.clone(), netns.clone()));
+        self.prepare_certificate(&pod);
         let accepting = self.listen(&pod, enrolment)?;
         let (capture, target) = (self.capture.clone(), netns.clone());
         let installed = tokio::task::spawn_blocking(move || {
@@ -232,6 +235,18 @@ impl Node {
             "pod enrolled"
         );
         Ok(enrolled)
+    }
+
+    /// Has the pod's certificate issued, so that its first connection need not wait for it.
+    fn prepare_certificate(&self, pod: &LocalPod) {
+        let workload = pod.workload(&self.proxy.state.mesh());
+        let Some(id) = workload.ok().and_then(|w| w.identity().ok()) else { return };
+        let tls = self.proxy.tls.clone();
+        tokio::spawn(async move {
+            if let Err(error) = tls.certificates().get(&id).await {
+                tracing::warn!(%id, %error, "no certificate yet; it is tried again");
+            }
+        });
     }
 
     /// The pod's listeners, each accepting in a task of the data plane.

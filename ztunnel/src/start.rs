@@ -1,15 +1,17 @@
 //! Start-up and the end of the process, in order.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use config::compile::EnrolmentChange;
 use identity::{
     CaDirectory, CertificateSettings, Certificates, Clock, KeyStore, LocalIssuer, LocalIssuerSettings,
     Validity,
 };
+use model::SpiffeId;
 use process::logs::Logs;
 use process::metrics::tcp::TcpMetrics;
 use process::metrics::{Registry as Metrics, build_info, register_process};
@@ -18,7 +20,7 @@ use process::shutdown::Shutdown;
 use process::{admin as pages, http, runtimes};
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
 
 use crate::connections::Registry;
@@ -35,6 +37,9 @@ use crate::{admin, metrics};
 /// How often the metrics of open connections are brought up to date.
 const SETTLE_INTERVAL: Duration = Duration::from_secs(5);
 const SWEEP_INTERVAL: Duration = Duration::from_secs(120);
+const RENEWAL_INTERVAL: Duration = Duration::from_secs(1);
+/// Changes of enrolments that may wait; the source of configuration waits then.
+const ENROLMENT_QUEUE: usize = 64;
 
 /// Runs until a signal, or the admin port, ends the process in good order.
 ///
@@ -89,10 +94,12 @@ async fn serve(
 
     node.set_diagnostics(source.diagnostics());
     configured.holds();
-    node.apply(first.enrolments).await;
-    tokio::spawn(look_after(proxy.clone(), node.clone(), enrolled));
+    let (enrolments, pods) = mpsc::channel(ENROLMENT_QUEUE);
+    let _ = enrolments.send(first.enrolments).await; // the receiver is `pods`
+    tokio::spawn(look_after_pods(pods, node.clone(), enrolled));
+    tokio::spawn(look_after(proxy.clone()));
     tokio::spawn(follow_trust(proxy.clone(), data_plane.clone()));
-    tokio::spawn(follow(source, proxy.clone(), node.clone()));
+    tokio::spawn(follow(source, proxy.clone(), node.clone(), enrolments));
 
     let left = shutdown.finished().await;
     if left > 0 {
@@ -221,7 +228,12 @@ impl Ports {
 }
 
 /// Puts each change of the configuration in force.
-async fn follow(mut source: Source, proxy: Arc<Proxy>, node: Arc<Node>) {
+async fn follow(
+    mut source: Source,
+    proxy: Arc<Proxy>,
+    node: Arc<Node>,
+    enrolments: mpsc::Sender<Vec<EnrolmentChange>>,
+) {
     loop {
         let change = source.next().await;
         let before = proxy.state.mesh().policy_generation();
@@ -231,7 +243,10 @@ async fn follow(mut source: Source, proxy: Arc<Proxy>, node: Arc<Node>) {
         if mesh.policy_generation() != before {
             recheck(&proxy, &node).await;
         }
-        node.apply(change.enrolments).await;
+        // Enrolling takes its time; policies don't wait for it.
+        if !change.enrolments.is_empty() && enrolments.send(change.enrolments).await.is_err() {
+            return; // the process ends
+        }
         proxy.balancer.sweep(proxy.started.elapsed(), |key| mesh.service(key).is_some());
         tracing::debug!(generation = mesh.generation(), "configuration in force");
     }
@@ -271,25 +286,71 @@ async fn follow_trust(proxy: Arc<Proxy>, data_plane: Handle) {
     }
 }
 
-/// What has to be done now and then.
-async fn look_after(proxy: Arc<Proxy>, node: Arc<Node>, enrolled: process::readiness::Condition) {
+/// Enrols this node's pods and lets them go, and looks after those that are enrolled.
+async fn look_after_pods(
+    mut changes: mpsc::Receiver<Vec<EnrolmentChange>>,
+    node: Arc<Node>,
+    enrolled: process::readiness::Condition,
+) {
     let mut reconcile = tokio::time::interval(RECONCILE_INTERVAL);
-    let mut settle = tokio::time::interval(SETTLE_INTERVAL);
-    let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
     loop {
         tokio::select! {
-            _ = reconcile.tick() => {
-                node.reconcile().await;
-                match node.ready() {
-                    Ok(()) => enrolled.holds(),
-                    Err(reason) => enrolled.fails(reason),
-                }
-            }
+            change = changes.recv() => match change {
+                Some(change) => node.apply(change).await,
+                None => return,
+            },
+            _ = reconcile.tick() => node.reconcile().await,
+        }
+        match node.ready() {
+            Ok(()) => enrolled.holds(),
+            Err(reason) => enrolled.fails(reason),
+        }
+    }
+}
+
+/// What has to be done now and then.
+async fn look_after(proxy: Arc<Proxy>) {
+    let mut settle = tokio::time::interval(SETTLE_INTERVAL);
+    let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
+    let mut renewals = tokio::time::interval(RENEWAL_INTERVAL);
+    let mut certificates = Renewals::default();
+    loop {
+        tokio::select! {
             _ = settle.tick() => proxy.registry.settle(),
+            _ = renewals.tick() => certificates.follow(&proxy),
             _ = sweep.tick() => {
                 let mesh = proxy.state.mesh_owned();
                 proxy.balancer.sweep(proxy.started.elapsed(), |key| mesh.service(key).is_some());
             }
         }
+    }
+}
+
+/// The certificates in use. A pooled connection shows the one that it was made with, so new tunnels get new
+/// connections once there is another.
+#[derive(Default)]
+struct Renewals {
+    renewed: u64,
+    serials: HashMap<SpiffeId, String>,
+}
+
+impl Renewals {
+    fn follow(&mut self, proxy: &Proxy) {
+        let renewed = proxy.tls.certificates().counts().renewed_total;
+        if renewed == self.renewed {
+            return;
+        }
+        self.renewed = renewed;
+        let serials: HashMap<SpiffeId, String> = proxy
+            .tls
+            .certificates()
+            .status()
+            .into_iter()
+            .filter_map(|status| Some((status.id, status.certificate?.serial)))
+            .collect();
+        let old = std::mem::replace(&mut self.serials, serials);
+        let unchanged =
+            |id: &SpiffeId| old.get(id).is_some_and(|serial| self.serials.get(id) == Some(serial));
+        proxy.tunnels.retire(|key| !unchanged(&key.source));
     }
 }

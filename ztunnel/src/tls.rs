@@ -117,6 +117,11 @@ impl Tls {
         outcome
     }
 
+    /// Whether the peer's chain is no longer valid: what it opened may go on, it opens nothing more.
+    pub fn is_expired(&self, info: &PeerInfo) -> bool {
+        info.not_after < self.certificates.clock().now()
+    }
+
     /// Says that the roots have changed: peers have [`REAUTHENTICATION`] from now.
     pub fn roots_changed(&self) {
         *self.changed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());

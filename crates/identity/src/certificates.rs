@@ -364,7 +364,8 @@ impl Certificates {
         &self.0.bundle
     }
 
-    pub(crate) fn clock(&self) -> &Clock {
+    #[must_use]
+    pub fn clock(&self) -> &Clock {
         &self.0.clock
     }
 

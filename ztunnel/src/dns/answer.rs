@@ -88,7 +88,11 @@ fn encode_within(mut message: Message, limit: usize) -> Option<Vec<u8>> {
     loop {
         let mut bytes = Vec::with_capacity(512);
         // Past 64 KiB the encoder itself cuts off, and says so with an error or the flag.
+        #[cfg(test)]
+        eprintln!("answers {} limit {limit}", message.answers.len());
         let encoded = message.emit(&mut BinEncoder::new(&mut bytes));
+        #[cfg(test)]
+        eprintln!("len {}", bytes.len());
         if encoded.is_ok() && bytes.len() <= limit {
             return Some(bytes);
         }

@@ -6,13 +6,14 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket as StdUdpSocket};
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use net::{ConnectOptions, Netns, Scratch, ZTUNNEL_MARK};
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
 use rustls::crypto::SecureRandom;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UdpSocket;
 use tokio::time::{Instant, timeout_at};
 
@@ -189,20 +190,19 @@ impl Dialer<'_> {
         let socket = self.udp_socket(server)?;
         let id = self.random_id()?;
         socket.send(&query.with_id(id)).await?;
+        // An ICMP error comes as readiness of its own: without it a closed port would look like a silent one.
+        let interest = Interest::READABLE | Interest::ERROR;
         loop {
-            socket.readable().await?;
-            let mut buffer = Scratch::take();
-            match socket.try_recv(&mut buffer) {
-                Ok(len) => {
-                    let response = buffer.get(..len).unwrap_or_default();
-                    if wire::answers(response, query, id) {
-                        return Ok(response.to_vec());
-                    }
-                    self.metrics.mismatched.inc();
-                }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-                Err(e) => return Err(e),
+            let receive = || {
+                let mut buffer = Scratch::take();
+                let len = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
+                Ok(buffer.get(..len).unwrap_or_default().to_vec())
+            };
+            let response = socket.async_io(interest, receive).await?;
+            if wire::answers(&response, query, id) {
+                return Ok(response);
             }
+            self.metrics.mismatched.inc();
         }
     }
 

@@ -134,6 +134,10 @@ impl Session {
         if let Err(distrust) = self.proxy.tls.trusts(&self.info, self.peer.ip()) {
             return Err(Failure::Tls { to: self.peer, reason: distrust.to_string() });
         }
+        if self.proxy.tls.is_expired(&self.info) {
+            let reason = "the certificate that the connection was secured with has expired".to_owned();
+            return Err(Failure::Tls { to: self.peer, reason });
+        }
         let connection = Connection::new(Some(self.info.id.clone()), self.peer.ip(), to);
         let decision = mesh.authorize(&workload, &connection);
         let service = incoming.headers.parse_forwarded().and_then(|f| f.host);

@@ -263,11 +263,12 @@ async fn the_next_server_is_asked_when_one_fails() {
     let good = Upstream::start(|query, _| vec![reply(query, "192.0.2.1", 0)]).await;
     let silent = Upstream::start(|_, _| Vec::new()).await;
     let refusing = Upstream::start(|query, _| vec![reply_code(query, 5)]).await;
-    let closed = {
-        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-        socket.local_addr().unwrap()
-    };
-    for (first, least, most) in [(closed, 0, 500), (refusing.address, 0, 500), (silent.address, 1000, 2000)] {
+    // A socket that is connected elsewhere: its port is taken, and refuses everybody else.
+    let closed = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    closed.connect("127.0.0.1:9").await.unwrap();
+    let closed = (closed.local_addr().unwrap(), closed);
+    for (first, least, most) in [(closed.0, 0, 500), (refusing.address, 0, 500), (silent.address, 1000, 2000)]
+    {
         let lab = Lab::start(mesh(), [first, good.address], DnsSettings::default());
         let start = std::time::SystemTime::now();
         assert_eq!(addresses(&lab.ask("a.example.com.", RecordType::A).await), ["192.0.2.1"]);
