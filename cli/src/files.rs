@@ -6,13 +6,14 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use config::compile::Options;
 use config::diagnostic::Diagnostic;
+use config::directory::manifests;
 use config::repository::{Content, Repository};
 use model::Mesh;
 
-/// As ztunnel's directory source has it.
+/// As [`config::directory::Options`] has them.
 const MOST_FILES: usize = 10_000;
 const MOST_BYTES: u64 = 64 << 20;
 
@@ -21,7 +22,7 @@ const MOST_BYTES: u64 = 64 << 20;
 pub struct Files(BTreeMap<PathBuf, Vec<u8>>);
 
 impl Files {
-    /// Reads `paths`: a file as it is, a directory with all of its `.yaml`, `.yml` and `.json` files below it.
+    /// Reads `paths`: a file as it is, a directory with the files that ztunnel would read.
     ///
     /// # Errors
     /// A path is not there, can't be read, or there is too much of it.
@@ -43,20 +44,8 @@ impl Files {
     }
 
     fn add_directory(&mut self, dir: &Path) -> Result<()> {
-        let entries = fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))?;
-        for entry in entries {
-            let entry = entry.with_context(|| format!("cannot read {}", dir.display()))?;
-            let path = entry.path();
-            let hidden = entry.file_name().to_string_lossy().starts_with('.');
-            let kind = fs::metadata(&path).with_context(|| format!("cannot read {}", path.display()))?;
-            let named = |e: &str| path.extension().is_some_and(|x| x.eq_ignore_ascii_case(e));
-            if hidden {
-                continue;
-            } else if kind.is_dir() && !entry.file_type()?.is_symlink() {
-                self.add_directory(&path)?;
-            } else if kind.is_file() && ["yaml", "yml", "json"].into_iter().any(named) {
-                self.add(&path)?;
-            }
+        for path in manifests(dir, MOST_FILES).map_err(|e| anyhow!("cannot read {e}"))? {
+            self.add(&path)?;
         }
         Ok(())
     }

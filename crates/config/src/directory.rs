@@ -273,6 +273,19 @@ impl Directory {
     }
 }
 
+/// The files below `path` that a [`Directory`] reads, in the order of their paths; for those who read them once.
+///
+/// # Errors
+/// A file or directory cannot be looked at, or there are more than `most_files`; the text says which.
+pub fn manifests(path: &Path, most_files: usize) -> Result<Vec<PathBuf>, String> {
+    let scan =
+        Scan::of(path, most_files, None).map_err(|(_, reason)| format!("{}: {reason}", path.display()))?;
+    match scan.refused.first_key_value() {
+        Some((path, reason)) => Err(format!("{}: {reason}", path.display())),
+        None => Ok(scan.files.into_keys().collect()),
+    }
+}
+
 fn name_of(path: &Path) -> Arc<str> {
     path.to_string_lossy().into()
 }
