@@ -364,6 +364,7 @@ impl Certificates {
         &self.0.bundle
     }
 
+    /// The time that certificates are judged by.
     #[must_use]
     pub fn clock(&self) -> &Clock {
         &self.0.clock
