@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use model::{Mesh, Str};
-use net::{Netns, ProxyUdpSocket};
+use net::{Conntrack, Netns, ProxyUdpSocket};
 use rustls::crypto::SecureRandom;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::OwnedWriteHalf;
@@ -32,6 +32,7 @@ use tokio::time::timeout;
 
 use cache::{Cache, Cached};
 use metrics::{QueryLabels, Transport};
+use upstream::Originals;
 use wire::{Query, Rejection, kind, rcode};
 
 pub use metrics::DnsMetrics;
@@ -102,6 +103,8 @@ pub struct Client {
     pub upstreams: Arc<Upstreams>,
     /// The namespace from which upstreams are asked; `None` for this process's own.
     pub upstreams_from: Option<Netns>,
+    /// What tells the server that a datagram was sent to; `None` where only [`Client::upstreams`] are asked.
+    conntrack: Option<Mutex<Conntrack>>,
     limits: ClientLimits,
 }
 
@@ -116,6 +119,19 @@ impl Client {
     fn owns(&self, address: IpAddr) -> bool {
         let address = address.to_canonical();
         address.is_loopback() || self.addresses.contains(&address)
+    }
+
+    /// The server that a datagram from `peer` to `local` was sent to, before it was redirected here.
+    fn original_of_datagram(&self, peer: SocketAddr, local: SocketAddr) -> Option<SocketAddr> {
+        let mut conntrack = self.conntrack.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner);
+        conntrack.original_udp_dst(peer, local).ok().filter(|original| *original != local)
+    }
+
+    /// The server that a connection was made to, before it was redirected here.
+    fn original_of_stream(&self, stream: &TcpStream, peer: SocketAddr) -> Option<SocketAddr> {
+        self.conntrack.as_ref()?;
+        let local = net::canonical(stream.local_addr().ok()?);
+        net::original_dst(stream, peer).ok().filter(|original| *original != local)
     }
 }
 
@@ -136,6 +152,9 @@ pub struct ClientSettings {
     pub upstreams: Arc<Upstreams>,
     /// See [`Client::upstreams_from`].
     pub upstreams_from: Option<Netns>,
+    /// Ask the server that the pod asked, and [`Client::upstreams`] only where that is not known. Needs
+    /// `upstreams_from`, and conntrack in that namespace.
+    pub ask_original: bool,
 }
 
 /// Gives the snapshot of the moment.
@@ -147,6 +166,7 @@ pub struct DnsProxy {
     mesh: MeshSource,
     metrics: DnsMetrics,
     cache: Mutex<Cache>,
+    originals: Originals,
     in_flight: Arc<Semaphore>,
     random: &'static dyn SecureRandom,
     /// Counts answers, to rotate addresses.
@@ -173,6 +193,7 @@ enum Next {
 struct Forward {
     query: Query,
     transport: Transport,
+    upstreams: Arc<Upstreams>,
     key: Option<Box<[u8]>>,
     /// An expired response, for when they do not answer.
     stale: Option<Vec<u8>>,
@@ -189,6 +210,7 @@ impl DnsProxy {
     ) -> Arc<Self> {
         Arc::new(Self {
             cache: Mutex::new(Cache::new(settings.cache_bytes, settings.stale_limit)),
+            originals: Originals::default(),
             in_flight: Arc::new(Semaphore::new(settings.in_flight)),
             random: rustls::crypto::aws_lc_rs::default_provider().secure_random,
             settings,
@@ -209,7 +231,16 @@ impl DnsProxy {
             canonical_revision,
             upstreams,
             upstreams_from,
+            ask_original,
         } = settings;
+        let conntrack = upstreams_from.as_ref().filter(|_| ask_original).and_then(|netns| {
+            let opened = Conntrack::open(netns);
+            if let Err(error) = &opened {
+                let error = error as &dyn std::error::Error;
+                tracing::warn!(error, %netns, "the configured resolvers are asked: conntrack is not there");
+            }
+            opened.ok().map(Mutex::new)
+        });
         Arc::new(Client {
             namespace,
             network,
@@ -218,6 +249,7 @@ impl DnsProxy {
             canonical_revision,
             upstreams,
             upstreams_from,
+            conntrack,
             limits: ClientLimits {
                 queries: Arc::new(Semaphore::new(self.settings.in_flight_per_client)),
                 connections: Arc::new(Semaphore::new(self.settings.connections_per_client)),
@@ -227,6 +259,7 @@ impl DnsProxy {
 
     /// Answers the datagrams that come to `socket`, until the future is dropped.
     pub async fn serve_udp(self: Arc<Self>, socket: ProxyUdpSocket, client: Arc<Client>) {
+        let port = socket.local_addr().map_or(0, |address| address.port());
         let socket = Arc::new(socket);
         let mut buffer = vec![0; QUERY_LIMIT].into_boxed_slice();
         loop {
@@ -247,7 +280,9 @@ impl DnsProxy {
                 self.metrics.dropped("too_long");
                 continue;
             }
-            match self.next(message, Transport::Udp, &client) {
+            let original =
+                || client.original_of_datagram(datagram.peer, SocketAddr::new(datagram.local, port));
+            match self.next(message, Transport::Udp, &client, original) {
                 Next::Drop => {}
                 Next::Reply(reply) => send(&socket, &reply, datagram.peer, datagram.local).await,
                 Next::Forward(forward) => {
@@ -283,14 +318,20 @@ impl DnsProxy {
             };
             let (proxy, client) = (self.clone(), client.clone());
             tokio::spawn(async move {
-                proxy.serve_connection(stream, &client).await;
+                let original = client.original_of_stream(&stream, peer);
+                proxy.serve_connection(stream, original, &client).await;
                 drop(place);
             });
         }
     }
 
     /// Answers the queries of one connection, each when its answer is there (RFC 7766, section 6.2.1.1).
-    async fn serve_connection(self: Arc<Self>, stream: TcpStream, client: &Arc<Client>) {
+    async fn serve_connection(
+        self: Arc<Self>,
+        stream: TcpStream,
+        original: Option<SocketAddr>,
+        client: &Arc<Client>,
+    ) {
         let (mut reader, writer) = stream.into_split();
         let writer = Arc::new(tokio::sync::Mutex::new(writer));
         let mut message = Vec::new();
@@ -304,7 +345,7 @@ impl DnsProxy {
             if !matches!(timeout(IDLE_TIMEOUT, read).await, Ok(Some(()))) {
                 return; // what is under way still answers: it holds the writer
             }
-            match self.next(&message, Transport::Tcp, client) {
+            match self.next(&message, Transport::Tcp, client, || original) {
                 Next::Drop => return,
                 Next::Reply(reply) => {
                     if !write_message(&writer, &reply).await {
@@ -331,8 +372,14 @@ impl DnsProxy {
         Some((own, self.in_flight.clone().try_acquire_owned().ok()?))
     }
 
-    /// Decides about a message without waiting for anything.
-    fn next(&self, message: &[u8], transport: Transport, client: &Client) -> Next {
+    /// Decides about a message without waiting for anything. `original` finds the server that it was sent to.
+    fn next(
+        &self,
+        message: &[u8],
+        transport: Transport,
+        client: &Client,
+        original: impl FnOnce() -> Option<SocketAddr>,
+    ) -> Next {
         let query = match Query::parse(message) {
             Ok(query) => query,
             Err(Rejection::Drop) => {
@@ -354,7 +401,9 @@ impl DnsProxy {
             // Zones come in many messages, and are none of a pod's business.
             return Next::Reply(query.bare_response(rcode::REFUSED));
         }
-        let key = query.cache_key(client.upstreams.id());
+        let upstreams =
+            original().map_or_else(|| client.upstreams.clone(), |server| self.originals.of(server));
+        let key = query.cache_key(upstreams.id());
         let cached = key.as_deref().map_or(Cached::No, |key| self.cache().get(key));
         let stale = match cached {
             Cached::Fresh(response) => {
@@ -368,7 +417,7 @@ impl DnsProxy {
             Cached::Stale { response, ask: true } => Some(response),
             Cached::No => None,
         };
-        Next::Forward(Forward { query, transport, key, stale, labels })
+        Next::Forward(Forward { query, transport, upstreams, key, stale, labels })
     }
 
     /// The answer of the mesh, if it has one.
@@ -396,18 +445,17 @@ impl DnsProxy {
 
     /// The answer of an upstream, a stale one, or an error.
     async fn forward(self: &Arc<Self>, forward: Forward, client: &Arc<Client>) -> Vec<u8> {
-        let Forward { query, transport, key, stale, labels } = forward;
-        let Some(stale) = stale else {
-            let response = self.ask(&query, transport, key, &labels, client).await;
-            return match response {
-                Some(response) => finish(response, &query, transport),
-                None => query.bare_response(rcode::SERVER_FAILURE),
+        let Some(stale) = forward.stale.clone() else {
+            return match self.ask(&forward, client).await {
+                Some(response) => finish(response, &forward.query, forward.transport),
+                None => forward.query.bare_response(rcode::SERVER_FAILURE),
             };
         };
         // In a task of its own: it goes on, and fills the cache, when the client has its stale answer.
+        let forward = Arc::new(forward);
         let asking = tokio::spawn({
-            let (proxy, client, query) = (self.clone(), client.clone(), query.clone());
-            async move { proxy.ask(&query, transport, key, &labels, &client).await }
+            let (proxy, client, forward) = (self.clone(), client.clone(), forward.clone());
+            async move { proxy.ask(&forward, &client).await }
         });
         let response = match timeout(CLIENT_RESPONSE_TIMEOUT, asking).await {
             Ok(Ok(Some(response))) if !is_failure(&response) => response,
@@ -416,17 +464,12 @@ impl DnsProxy {
                 stale
             }
         };
-        finish(response, &query, transport)
+        finish(response, &forward.query, forward.transport)
     }
 
-    async fn ask(
-        &self,
-        query: &Query,
-        transport: Transport,
-        key: Option<Box<[u8]>>,
-        labels: &QueryLabels,
-        client: &Client,
-    ) -> Option<Vec<u8>> {
+    /// The answer of an upstream, which the cache keeps.
+    async fn ask(&self, forward: &Forward, client: &Client) -> Option<Vec<u8>> {
+        let Forward { query, transport, upstreams, key, labels, .. } = forward;
         let started = tokio::time::Instant::now();
         self.metrics.upstream_requests.with(labels).inc();
         let dialer = upstream::Dialer {
@@ -434,26 +477,29 @@ impl DnsProxy {
             random: self.random,
             metrics: &self.metrics,
         };
-        let result = dialer.ask(&client.upstreams, query, transport).await;
+        let result = dialer.ask(upstreams, query, *transport).await;
         self.metrics.upstream_duration.with(labels).observe(started.elapsed().as_secs_f64());
-        let failed = result.as_ref().map_or(true, |response| is_failure(response));
         if let Err(error) = &result {
             self.metrics.upstream_failures.with(labels).inc();
-            tracing::debug!(error = error as &dyn std::error::Error, "DNS query not answered");
+            tracing::debug!(error = error as &dyn std::error::Error, %upstreams, "DNS query not answered");
         }
+        let response = result.ok();
         if let Some(key) = key {
-            let mut cache = self.cache();
-            if failed {
-                cache.failed(&key, FAILURE_RECHECK);
-            } else if let Ok(response) = &result
-                && let Some(parsed) = wire::Response::parse(response)
-            {
-                cache.put(key, response, &parsed);
-            }
-            self.metrics.cache_entries.set(i64::try_from(cache.len()).unwrap_or(i64::MAX));
-            self.metrics.cache_bytes.set(i64::try_from(cache.bytes()).unwrap_or(i64::MAX));
+            self.keep(key, response.as_deref());
         }
-        result.ok()
+        response
+    }
+
+    /// Keeps a response, or remembers that there was none.
+    fn keep(&self, key: &[u8], response: Option<&[u8]>) {
+        let proper = response.filter(|response| !is_failure(response));
+        let mut cache = self.cache();
+        match proper.and_then(|response| Some((response, wire::Response::parse(response)?))) {
+            Some((response, parsed)) => cache.put(key.into(), response, &parsed),
+            None => cache.failed(key, FAILURE_RECHECK),
+        }
+        self.metrics.cache_entries.set(i64::try_from(cache.len()).unwrap_or(i64::MAX));
+        self.metrics.cache_bytes.set(i64::try_from(cache.bytes()).unwrap_or(i64::MAX));
     }
 
     fn cache(&self) -> MutexGuard<'_, Cache> {

@@ -288,6 +288,7 @@ impl Node {
             canonical_revision: of(|w| &w.canonical_revision),
             upstreams: self.upstreams.clone(),
             upstreams_from: None,
+            ask_original: false,
         })
     }
 

@@ -142,11 +142,13 @@ impl Proxy {
     /// The kernel doesn't say, or it was one of our own listeners that was dialled.
     pub fn captured(&self, client: &TcpStream, peer: SocketAddr) -> Result<OriginalDst, Failure> {
         let dialled = net::original_dst(client, peer).map_err(Failure::OriginalDst)?;
-        let local = client.local_addr().map_err(Failure::OriginalDst)?;
         // A connection that was not redirected has its own address as the original one. To carry it would be to
-        // dial ourselves, for ever.
-        if dialled == net::canonical(local) && is_listener_port(dialled.port()) {
-            return Err(Failure::Loop(dialled));
+        // dial ourselves, for ever. Any other address asks for no further system call.
+        if is_listener_port(dialled.port()) {
+            let local = client.local_addr().map_err(Failure::OriginalDst)?;
+            if dialled == net::canonical(local) {
+                return Err(Failure::Loop(dialled));
+            }
         }
         Ok(OriginalDst::new(dialled))
     }

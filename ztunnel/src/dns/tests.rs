@@ -155,6 +155,7 @@ impl Lab {
             canonical_revision: "v1".into(),
             upstreams: Arc::new(Upstreams::new(upstreams)),
             upstreams_from: None,
+            ask_original: false,
         });
         let netns = Netns::current().unwrap();
         let any = "127.0.0.1:0".parse().unwrap();
@@ -255,11 +256,13 @@ fn addresses(message: &Message) -> Vec<String> {
 /// What the upstream server does with a query: the datagrams or messages that it sends back.
 type Behaviour = Box<dyn FnMut(&[u8], Transport) -> Vec<Vec<u8>> + Send>;
 
+type Seen = Arc<Mutex<Vec<(Transport, Vec<u8>)>>>;
+
 /// An upstream server.
 struct Upstream {
     address: SocketAddr,
     behaviour: Arc<Mutex<Behaviour>>,
-    seen: Arc<Mutex<Vec<(Transport, Vec<u8>)>>>,
+    seen: Seen,
 }
 
 impl Upstream {

@@ -4,12 +4,15 @@
 //! that whoever wants to forge an answer has to guess the port and the identifier (RFC 5452, section 9); what does
 //! not answer the question is counted and ignored. A server that fails is asked last for a while.
 
+use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket as StdUdpSocket};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use hashbrown::HashMap;
 use net::{ConnectOptions, Netns, Scratch, ZTUNNEL_MARK};
 use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
 use rustls::crypto::SecureRandom;
@@ -76,11 +79,6 @@ impl Upstreams {
         Self::new(servers)
     }
 
-    /// The servers' addresses.
-    pub fn addresses(&self) -> impl Iterator<Item = SocketAddr> {
-        self.servers.iter().map(|server| server.address)
-    }
-
     pub(super) fn id(&self) -> u32 {
         self.id
     }
@@ -99,6 +97,31 @@ impl Upstreams {
 
     fn failed(&self, server: &Server) {
         server.avoid_until_ms.store(self.now_ms() + AVOIDED.as_millis() as u64, Relaxed);
+    }
+}
+
+impl fmt::Display for Upstreams {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.servers.iter().map(|server| server.address)).finish()
+    }
+}
+
+/// The sets of one server each that clients asked for themselves. Bounded: past the limit all are forgotten, and
+/// with them what the cache has of them, which can't be found any more.
+#[derive(Debug, Default)]
+pub(super) struct Originals(Mutex<HashMap<SocketAddr, Arc<Upstreams>>>);
+
+/// A pod names a few servers; a program that names thousands is scanning.
+const ORIGINALS: usize = 1024;
+
+impl Originals {
+    /// The set of this server alone.
+    pub(super) fn of(&self, server: SocketAddr) -> Arc<Upstreams> {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.len() >= ORIGINALS && !known.contains_key(&server) {
+            known.clear();
+        }
+        known.entry(server).or_insert_with(|| Arc::new(Upstreams::new([server]))).clone()
     }
 }
 

@@ -16,6 +16,8 @@ pub(super) mod flag {
     pub(crate) const QR: u16 = 0x8000;
     /// The operation.
     pub(crate) const OPCODE: u16 = 0x7800;
+    /// It comes from whoever decides about the name.
+    pub(crate) const AA: u16 = 0x0400;
     /// It was cut off.
     pub(crate) const TC: u16 = 0x0200;
     /// Recursion is desired.
@@ -213,11 +215,6 @@ impl Query {
         Ok(Self { bytes: bytes.to_vec(), name_len, edns })
     }
 
-    /// The whole message.
-    pub(super) fn bytes(&self) -> &[u8] {
-        &self.bytes
-    }
-
     pub(super) fn id(&self) -> u16 {
         u16_at(&self.bytes, 0)
     }
@@ -314,20 +311,81 @@ impl Query {
 
     /// A response without records: an error, or one that says that it was cut off.
     pub(super) fn bare_response(&self, flags: u16) -> Vec<u8> {
-        let mut response = bare_header(&self.bytes, flags);
-        response.extend_from_slice(self.question());
-        put(&mut response, 4, &1u16.to_be_bytes());
-        if let Some(edns) = &self.edns {
-            // RFC 6891, section 6.1.1: a response to EDNS has EDNS.
-            let dnssec_ok: u32 = if edns.dnssec_ok { 0x8000 } else { 0 };
-            response.push(0);
-            response.extend_from_slice(&kind::OPT.to_be_bytes());
-            response.extend_from_slice(&OWN_UDP_SIZE.to_be_bytes());
-            response.extend_from_slice(&dnssec_ok.to_be_bytes());
-            response.extend_from_slice(&0u16.to_be_bytes());
-            put(&mut response, 10, &1u16.to_be_bytes());
+        Builder::new(self, flags, usize::MAX).finish(0)
+    }
+}
+
+/// A response under construction, which never gets longer than its limit.
+pub(super) struct Builder<'a> {
+    query: &'a Query,
+    bytes: Vec<u8>,
+    limit: usize,
+    flags: u16,
+    answers: u16,
+    additionals: u16,
+}
+
+/// The length of an EDNS record without options.
+const OPT_SIZE: usize = 11;
+
+/// The question's name, which always stands at the same place (RFC 1035, section 4.1.4).
+const QUESTION_NAME: &[u8] = &[0xc0, HEADER as u8];
+
+impl<'a> Builder<'a> {
+    /// Starts a response to `query` with these flags beside the usual ones, of at most `limit` bytes.
+    pub(super) fn new(query: &'a Query, flags: u16, limit: usize) -> Self {
+        let mut bytes = bare_header(&query.bytes, 0);
+        bytes.extend_from_slice(query.question());
+        Self { query, bytes, limit, flags, answers: 0, additionals: 0 }
+    }
+
+    /// Appends an answer for the name that was asked for; without room, says that the response is cut off.
+    pub(super) fn answer(&mut self, kind: u16, ttl: u32, data: &[u8]) {
+        if self.flags & flag::TC == 0 && self.append(QUESTION_NAME, kind, ttl, data) {
+            self.answers += 1;
+        } else {
+            self.flags |= flag::TC;
         }
-        response
+    }
+
+    /// Appends a record that may help, if there is room. Answers must come first.
+    pub(super) fn additional(&mut self, name: &[u8], kind: u16, ttl: u32, data: &[u8]) {
+        if self.flags & flag::TC == 0 && self.append(name, kind, ttl, data) {
+            self.additionals += 1;
+        }
+    }
+
+    fn append(&mut self, name: &[u8], kind: u16, ttl: u32, data: &[u8]) -> bool {
+        let reserved = if self.query.edns.is_some() { OPT_SIZE } else { 0 };
+        let fits = self.bytes.len() + name.len() + 10 + data.len() + reserved <= self.limit;
+        let Some(len) = u16::try_from(data.len()).ok().filter(|_| fits) else { return false };
+        self.bytes.extend_from_slice(name);
+        self.bytes.extend_from_slice(&kind.to_be_bytes());
+        self.bytes.extend_from_slice(&CLASS_IN.to_be_bytes());
+        self.bytes.extend_from_slice(&ttl.to_be_bytes());
+        self.bytes.extend_from_slice(&len.to_be_bytes());
+        self.bytes.extend_from_slice(data);
+        true
+    }
+
+    /// The response. `extended_code` is the part of the response code that EDNS carries.
+    pub(super) fn finish(self, extended_code: u8) -> Vec<u8> {
+        let Self { query, mut bytes, flags, answers, mut additionals, .. } = self;
+        if let Some(edns) = &query.edns {
+            // RFC 6891, section 6.1.1: a response to EDNS has EDNS.
+            let dnssec_ok = if edns.dnssec_ok { 0x80 } else { 0 };
+            bytes.push(0);
+            bytes.extend_from_slice(&kind::OPT.to_be_bytes());
+            bytes.extend_from_slice(&OWN_UDP_SIZE.to_be_bytes());
+            bytes.extend_from_slice(&[extended_code, 0, dnssec_ok, 0, 0, 0]);
+            additionals += 1;
+        }
+        let flags = u16_at(&bytes, 2) | flags;
+        put(&mut bytes, 2, &flags.to_be_bytes());
+        for (at, count) in [(4, 1), (6, answers), (10, additionals)] {
+            put(&mut bytes, at, &count.to_be_bytes());
+        }
+        bytes
     }
 }
 

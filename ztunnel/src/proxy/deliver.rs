@@ -21,7 +21,8 @@ pub async fn deliver(proxy: &Proxy, pod: &LocalPod, permit: &Permit) -> Result<T
     // A pod that calls itself: its own address needs no transparent socket. Families differ when a dual-stack
     // service was reached by the other one; then the source can't be the client's.
     let source = (client != to.ip() && client.is_ipv4() == to.is_ipv4()).then(|| SocketAddr::new(client, 0));
-    let options = ConnectOptions { source, ..ConnectOptions::default() };
+    // Within the pod: an end that is gone says so, there is nothing on the way to probe for.
+    let options = ConnectOptions { source, keepalive: None, ..ConnectOptions::default() };
     net::connect(&pod.netns, &options, to, proxy.limits.connect_timeout)
         .await
         .map_err(|e| Failure::Connect { to, reason: e.source.to_string() })

@@ -398,8 +398,8 @@ async fn an_entry_is_fresh_then_stale_then_gone() {
 fn resolv_conf_is_read_as_the_c_library_does() {
     let text = "# nameserver 1.1.1.1\nnameserver 10.0.0.10\nnameserver\t fd00::10 \nnameserver nonsense\n\
                 nameserver fe80::1%eth0\n;nameserver 2.2.2.2\nsearch a b\nnameserver\nnameserverx 3.3.3.3\n";
-    let servers: Vec<String> = Upstreams::from_resolv_conf(text).addresses().map(|a| a.to_string()).collect();
-    assert_eq!(servers, ["10.0.0.10:53", "[fd00::10]:53"]);
+    let servers = Upstreams::from_resolv_conf(text).to_string();
+    assert_eq!(servers, "[10.0.0.10:53, [fd00::10]:53]");
     let many = "nameserver 10.0.0.1\n".repeat(100);
-    assert_eq!(Upstreams::from_resolv_conf(&many).addresses().count(), 8);
+    assert_eq!(Upstreams::from_resolv_conf(&many).to_string().matches("10.0.0.1:53").count(), 8);
 }

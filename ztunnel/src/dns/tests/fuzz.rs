@@ -17,6 +17,7 @@ fn bare() -> (Arc<DnsProxy>, Arc<Client>) {
         canonical_revision: "".into(),
         upstreams: Arc::new(Upstreams::new([])),
         upstreams_from: None,
+        ask_original: false,
     });
     (proxy, client)
 }
@@ -61,7 +62,7 @@ proptest! {
     fn no_message_does_harm(bytes in message_bytes(), tcp in any::<bool>()) {
         let (proxy, client) = thread_proxy();
         let transport = if tcp { Transport::Tcp } else { Transport::Udp };
-        if let Next::Reply(reply) = proxy.next(&bytes, transport, &client) {
+        if let Next::Reply(reply) = proxy.next(&bytes, transport, &client, || None) {
             // A reply is one: to this query, within its limits, and readable for others.
             prop_assert_eq!(&reply[..2], &bytes[..2]);
             prop_assert!(reply[2] & 0x80 != 0);
@@ -83,7 +84,7 @@ proptest! {
             prop_assert_eq!(u16::from(question.query_type()), ours.kind());
             prop_assert_eq!(u16::from(question.query_class()), ours.class());
             let mut name = Vec::new();
-            for label in question.name().iter() {
+            for label in question.name() {
                 name.push(u8::try_from(label.len()).unwrap());
                 name.extend_from_slice(label);
             }

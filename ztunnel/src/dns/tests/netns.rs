@@ -40,6 +40,7 @@ impl World {
             run(&format!("ip -n {netns} link set eth0 up"))?;
             run(&format!("ip -n {netns} link set lo up"))?;
         }
+        run(&format!("ip -n {outside} address add 10.77.0.3/24 dev eth0"))?;
         let rules = "add table inet t; add chain inet t o { type nat hook output priority -100 ; }; \
                      add rule inet t o meta mark & 0xfff == 0x539 return; \
                      add rule inet t o udp dport 53 redirect to :15053; \
@@ -62,27 +63,30 @@ impl Drop for World {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_pods_queries_come_here_and_nobody_elses() {
-    let world = match World::new() {
-        Ok(world) => world,
-        Err(error) => {
-            println!("skipped: making namespaces needs root, ip and nft: {error}");
-            return;
-        }
-    };
-    let (pod, outside) = (World::netns(&world.pod), World::netns(&world.outside));
-    // Outside is a server that knows one name.
-    let server =
-        ProxyUdpSocket::bind(&outside, "[::]:53".parse().unwrap(), &DatagramOptions::default()).unwrap();
+/// A server at `ip`, port 53, for both transports, which says `says` of every name.
+fn serve_outside(outside: &Netns, ip: &str, says: &'static str) {
+    let address = SocketAddr::new(ip.parse().unwrap(), 53);
+    let socket = ProxyUdpSocket::bind(outside, address, &DatagramOptions::default()).unwrap();
+    let listener = net::listen(outside, address, &ListenOptions::default()).unwrap();
     tokio::spawn(async move {
         let mut buffer = vec![0; 4096];
         loop {
-            let query = server.recv(&mut buffer).await.unwrap();
-            let answer = reply(&buffer[..query.len], "192.0.2.1", 60);
-            server.send(&answer, query.peer, query.local).await.unwrap();
+            let query = socket.recv(&mut buffer).await.unwrap();
+            socket.send(&reply(&buffer[..query.len], says, 60), query.peer, query.local).await.unwrap();
         }
     });
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            while let Ok(query) = read_framed(&mut stream).await {
+                write_framed(&mut stream, &reply(&query, says, 60)).await;
+            }
+        }
+    });
+}
+
+/// The proxy in the pod, until the tasks are ended.
+fn serve_inside(pod: &Netns, ask_original: bool) -> (Registry, [tokio::task::JoinHandle<()>; 2]) {
     let registry = Registry::new();
     let snapshot = Arc::new(mesh());
     let proxy = DnsProxy::new(DnsSettings::default(), move || snapshot.clone(), DnsMetrics::new(&registry));
@@ -94,33 +98,67 @@ async fn a_pods_queries_come_here_and_nobody_elses() {
         canonical_revision: "".into(),
         upstreams: Arc::new(Upstreams::new(["10.77.0.1:53".parse().unwrap()])),
         upstreams_from: Some(pod.clone()),
+        ask_original,
     });
     let address = "[::]:15053".parse().unwrap();
-    let socket = ProxyUdpSocket::bind(&pod, address, &DatagramOptions::default()).unwrap();
-    let listener = net::listen(&pod, address, &ListenOptions::default()).unwrap();
-    tokio::spawn(proxy.clone().serve_udp(socket, client.clone()));
-    tokio::spawn(proxy.serve_tcp(listener, client));
-    let dig = async |netns: &str, arguments: &str| {
-        let line = format!("ip netns exec {netns} dig +short +time=1 +tries=1 {arguments}");
-        tokio::task::spawn_blocking(move || run(&line).unwrap_or_default()).await.unwrap()
+    let socket = ProxyUdpSocket::bind(pod, address, &DatagramOptions::default()).unwrap();
+    let listener = net::listen(pod, address, &ListenOptions::default()).unwrap();
+    let udp = tokio::spawn(proxy.clone().serve_udp(socket, client.clone()));
+    (registry, [udp, tokio::spawn(proxy.serve_tcp(listener, client))])
+}
+
+async fn dig(netns: &str, arguments: &str) -> String {
+    let line = format!("ip netns exec {netns} dig +short +time=2 +tries=1 {arguments}");
+    tokio::task::spawn_blocking(move || run(&line).unwrap_or_default()).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pods_queries_come_here_and_nobody_elses() {
+    let world = match World::new() {
+        Ok(world) => world,
+        Err(error) => {
+            println!("skipped: making namespaces needs root, ip and nft: {error}");
+            return;
+        }
     };
-    // From the pod, to whichever server, over both transports and families.
-    for server in ["10.77.0.1", "10.77.0.2", "127.0.0.1", "fd77::1", "::1", "10.77.0.99"] {
+    let (pod, outside) = (World::netns(&world.pod), World::netns(&world.outside));
+    for (ip, says) in [("10.77.0.1", "192.0.2.1"), ("10.77.0.3", "192.0.2.3"), ("fd77::1", "192.0.2.6")] {
+        serve_outside(&outside, ip, says);
+    }
+    for ask_original in [false, true] {
+        let (registry, tasks) = serve_inside(&pod, ask_original);
         for transport in ["+notcp", "+tcp"] {
-            let found = dig(&world.pod, &format!("@{server} {transport} cart.shop.svc.cluster.local")).await;
-            assert_eq!(found, "10.96.0.1\n", "{server} {transport}");
+            // Names of the mesh, whichever server is asked, on both families.
+            for server in ["10.77.0.1", "10.77.0.2", "127.0.0.1", "fd77::1", "::1", "10.77.0.99"] {
+                let found =
+                    dig(&world.pod, &format!("@{server} {transport} cart.shop.svc.cluster.local")).await;
+                assert_eq!(found, "10.96.0.1\n", "{server} {transport}");
+            }
+            // Other names: the configured server's answer, or that of the one that was asked.
+            for (server, own) in
+                [("10.77.0.1", "192.0.2.1"), ("10.77.0.3", "192.0.2.3"), ("fd77::1", "192.0.2.6")]
+            {
+                let wanted = if ask_original { own } else { "192.0.2.1" };
+                for _ in 0..2 {
+                    // The second time from the cache.
+                    let found = dig(&world.pod, &format!("@{server} {transport} www.example.com")).await;
+                    assert_eq!(found, format!("{wanted}\n"), "{server} {transport} original {ask_original}");
+                }
+            }
+            // From outside, to the proxy's port.
+            for server in ["10.77.0.2", "fd77::2"] {
+                let line = format!("@{server} -p 15053 {transport} cart.shop.svc.cluster.local");
+                let found = dig(&world.outside, &line).await;
+                assert!(!found.contains("10.96.0.1"), "{line}: a stranger was answered: {found}");
+            }
+        }
+        let text = registry.encode(Format::Prometheus);
+        assert!(text.contains("culvert_dns_dropped_total{reason=\"stranger\"} "), "{text}");
+        let asked = text.lines().filter(|l| l.starts_with("istio_dns_upstream_requests_total")).count();
+        assert!(asked > 0 && text.contains("culvert_dns_cache_hits_total "), "{text}");
+        for task in tasks {
+            task.abort();
+            let _ = task.await;
         }
     }
-    assert_eq!(dig(&world.pod, "@10.77.0.1 www.example.com").await, "192.0.2.1\n", "the server outside");
-    // From outside, to the proxy's port.
-    for server in ["10.77.0.2", "fd77::2"] {
-        for transport in ["+notcp", "+tcp"] {
-            let found =
-                dig(&world.outside, &format!("@{server} -p 15053 {transport} cart.shop.svc.cluster.local"))
-                    .await;
-            assert!(!found.contains("10.96.0.1"), "{server} {transport}: a stranger was answered: {found}");
-        }
-    }
-    let text = registry.encode(Format::Prometheus);
-    assert!(text.contains("culvert_dns_dropped_total{reason=\"stranger\"} "), "{text}");
 }
