@@ -122,10 +122,18 @@ fn workload(v: &Value) -> Vec<String> {
 fn service(v: &Value) -> Vec<String> {
     let port = |p: &Value| format!("{}->{}", text(p, "port"), text(p, "targetPort"));
     let ports = v.get("ports").and_then(Value::as_array).into_iter().flatten().map(port);
-    let mut row: Vec<String> = ["namespace", "name", "hostname", "vips"].map(|k| text(v, k)).into();
+    let mut row: Vec<String> = ["namespace", "name", "hostname"].map(|k| text(v, k)).into();
+    row.push(text(v, "vips").split(',').map(vip).collect::<Vec<_>>().join(","));
     row.push(ports.collect::<Vec<_>>().join(","));
     row.push(count(v, "endpoints"));
     row
+}
+
+/// `network/address/length`, without the parts that say nothing: no network, and the length of a single address.
+fn vip(text: &str) -> &str {
+    let text = text.strip_prefix('/').unwrap_or(text);
+    let single = if text.contains(':') { "/128" } else { "/32" };
+    text.strip_suffix(single).unwrap_or(text)
 }
 
 fn policy(v: &Value) -> Vec<String> {
@@ -225,6 +233,12 @@ fn escaped(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_vip_is_shown_without_what_says_nothing() {
+        let shown = ["/10.96.0.1/32", "/fd00::1/128", "/10.0.0.0/8", "east/10.96.0.1/32", ""].map(vip);
+        assert_eq!(shown, ["10.96.0.1", "fd00::1", "10.0.0.0/8", "east/10.96.0.1", ""]);
+    }
 
     #[test]
     fn directives_survive_the_way_into_a_query() {

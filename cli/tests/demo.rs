@@ -1,6 +1,12 @@
 //! The whole demo, as `make demo` runs it: it is the test of the mesh from outside. Needs root, and the packages of
 //! `.ci/packages.txt`.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stderr
+)]
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -222,7 +222,7 @@ impl Demo {
         self.report.say(&format!("  {} ztunnel-config connections --netns {node}", self.culvert));
         self.report
             .say(&format!("Edit the manifests in {}; clear it all with", self.manifests.dir().display()));
-        self.report.say(&format!("  {} demo --clean", self.culvert));
+        self.report.say(&format!("  {} demo --clean --name {}", self.culvert, self.lab.name()));
     }
 
     /// Runs this program in a node's namespace, as an operator would, and shows it by its name.

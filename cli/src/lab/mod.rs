@@ -164,6 +164,11 @@ impl Lab {
         Ok(lab)
     }
 
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// The folder of its files: root's alone, in memory.
     pub fn dir(&self) -> &Path {
         &self.dir
