@@ -30,6 +30,7 @@ mod enrolment;
 mod index;
 mod instance;
 mod join;
+mod review;
 
 use std::sync::Arc;
 
@@ -148,6 +149,7 @@ pub struct Compiler {
     external: External,
     /// Whether the settings were given out.
     announced: bool,
+    namespaces: HashSet<Str>,
     areas: HashMap<Str, Area>,
     places: HashMap<Str, Place>,
     records: Vec<Option<Record>>,
@@ -208,6 +210,7 @@ impl Compiler {
                 latest: "latest".into(),
                 no_locality: Arc::new(Locality::default()),
             },
+            namespaces: HashSet::new(),
             areas: HashMap::new(),
             places: HashMap::new(),
             records: Vec::new(),
@@ -343,6 +346,10 @@ impl Compiler {
     }
 
     fn set_namespace(&mut self, name: &Str, namespace: Option<&Namespace>) {
+        match namespace {
+            Some(_) => self.namespaces.insert(name.clone()),
+            None => self.namespaces.remove(name),
+        };
         let mode = namespace.and_then(|n| n.labels.get(DATAPLANE_MODE));
         let ambient = mode.is_some_and(|m| &**m == "ambient");
         let distribution = namespace.and_then(|n| n.distribution);
@@ -400,6 +407,28 @@ impl Compiler {
                 self.slices.remove(key);
                 self.set_instances(key, Vec::new());
             }
+        }
+    }
+
+    /// Names the Services anew when the settings say that the cluster's domain is another.
+    fn follow_cluster_domain(&mut self, pool: &mut Pool) {
+        let domain = &self.policies.settings().cluster_domain;
+        if self.options.cluster_domain == *domain {
+            return;
+        }
+        self.options.cluster_domain = domain.clone();
+        let of_services = |(by, definition): &(ObjectKey, Definition)| {
+            (by.kind == Kind::Service).then(|| (by.clone(), definition.clone()))
+        };
+        let definitions: Vec<_> =
+            self.services.values().flat_map(|e| &e.definitions).filter_map(of_services).collect();
+        for (by, mut definition) in definitions {
+            definition.service.hostname = convert::service_key(&self.options, &by).hostname;
+            self.set_definitions(&by, vec![definition], pool);
+        }
+        self.slices_of.clear();
+        for (key, slice) in std::mem::take(&mut self.slices) {
+            self.set_slice(&key, Some(slice), pool);
         }
     }
 
@@ -485,6 +514,7 @@ impl Compiler {
     fn take(&mut self, effects: Effects, pool: &mut Pool) {
         self.announced |= effects.changes.iter().any(|c| matches!(c, Change::SetSettings(_)));
         self.changes.extend(effects.changes);
+        self.follow_cluster_domain(pool);
         for affected in &effects.affected {
             self.affect(affected);
         }

@@ -97,6 +97,9 @@ codes! {
     ActsOtherwise = "acts-otherwise", Warning, "A value is taken as another one, which is named.";
     PolicyConflict = "policy-conflict", Warning, "Two policies of one level are for the same workloads; the older one is in force.";
     SelectsEverything = "selects-everything", Warning, "A selector without labels selects everything, which is seldom meant.";
+    NoWorkload = "no-workload", Warning, "A policy is for no workload that there is.";
+    OutsideTheMesh = "outside-the-mesh", Warning, "A policy is for workloads that are not in the mesh, where nothing enforces it.";
+    NamesNothing = "names-nothing", Warning, "A policy names a namespace or an object that there is not.";
     AmbiguousAddress = "ambiguous-address", Warning, "Several hosts share an address, by which alone connections are told apart.";
     // fields
     UnknownField = "unknown-field", Error, "The kind has no such field; the object is not in force as it stands.";

@@ -11,6 +11,7 @@ pub mod mesh_config;
 pub mod mode;
 pub mod pattern;
 pub mod peer_authentication;
+pub mod review;
 pub mod selector;
 pub mod state;
 pub mod waypoint;

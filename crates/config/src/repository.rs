@@ -72,6 +72,17 @@ impl Repository {
         self.store.diagnostics(&|key| findings(&self.compiler, key))
     }
 
+    /// All there is to say, and beside it what is said of objects that are in order and may still not do what
+    /// they are meant to: policies that select nothing, or name what is not there. Costs a look at every policy.
+    #[must_use]
+    pub fn review(&self) -> Vec<Diagnostic> {
+        self.store.review(&|key| {
+            let mut found = findings(&self.compiler, key);
+            found.extend(self.compiler.review(key).into_iter().map(|f| (f.code, f.message, f.remedy)));
+            found
+        })
+    }
+
     /// Whether a file could not be taken, or an object in it, as opposed to conflicts between objects that are
     /// each valid.
     #[must_use]

@@ -373,6 +373,12 @@ impl Store {
         self.diagnosed.iter().flat_map(|path| self.of_file(path, more)).collect()
     }
 
+    /// The same, where `more` may have something to say about any object, not only of what was found before.
+    pub(crate) fn review(&self, more: &More<'_>) -> Vec<Diagnostic> {
+        let paths: BTreeSet<&Arc<str>> = self.files.keys().collect();
+        paths.into_iter().flat_map(|path| self.of_file(path, more)).collect()
+    }
+
     fn of_file(&self, path: &Arc<str>, more: &More<'_>) -> Vec<Diagnostic> {
         let Some(file) = self.files.get(path) else { return Vec::new() };
         let elsewhere = |key: &ObjectKey| {

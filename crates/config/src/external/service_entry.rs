@@ -436,9 +436,11 @@ fn read_identities(spec: &mut Fields<'_, '_>) -> Box<[SpiffeId]> {
 fn check_whole(spec: &mut Fields<'_, '_>, entry: &ServiceEntry) {
     let listed = !entry.endpoints.is_empty() || entry.members != Members::None;
     let unresolvable = entry.hosts.iter().find(|h| !is_host(h));
-    if let (Resolution::Dns, false, Some(host)) = (entry.resolution, listed, unresolvable) {
-        let message = format!("{host:?} cannot be looked up, and there are no endpoints");
-        spec.report(Code::InvalidValue, message, "list endpoints, or name the hosts in full");
+    if let (Resolution::Dns, false, Some(host)) = (entry.resolution, listed, unresolvable)
+        && let Some(mut hosts) = spec.take("hosts")
+    {
+        let remedy = "list endpoints, or name the hosts in full";
+        hosts.invalid(format_args!("{host:?} cannot be looked up, and there are no endpoints"), remedy);
     }
     if entry.resolution == Resolution::Static && !listed {
         let message = "there is neither an endpoint nor a workloadSelector: connections to it fail";

@@ -153,7 +153,7 @@ impl External {
                 findings.push(Finding {
                     code: Code::HostConflict,
                     message: format!(
-                        "{host:?} is not in force here: the ServiceEntry {} defines it too, and is older",
+                        "{host:?} is not in force here: the ServiceEntry {} defines it too, and is older or the first by name",
                         owner.name
                     ),
                     remedy: "put the ports and endpoints of both into one entry".to_owned(),

@@ -195,3 +195,104 @@ fn slot_at(address: IpAddr) -> Option<u32> {
     };
     (1..=SLOTS).contains(&slot).then_some(slot)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use proptest::sample::Index;
+
+    fn host(number: usize) -> ServiceKey {
+        ServiceKey {
+            namespace: format!("ns{}", number % 3).into(),
+            hostname: format!("h{}.example.com", number / 2).into(),
+        }
+    }
+
+    fn given(number: usize) -> IpAddr {
+        let slot = slot_of(&format!("h{number}.example.com"), u32::try_from(number % 3).unwrap());
+        let [_, _, high, low] = slot.to_be_bytes();
+        Ipv4Addr::new(240, 240, high, low).into()
+    }
+
+    /// What the module says of the outcome, done plainly: the hosts in order take their first free slot.
+    fn expected(hosts: &BTreeSet<usize>, reserved: &BTreeSet<usize>) -> BTreeMap<ServiceKey, Option<u32>> {
+        let mut taken: BTreeSet<u32> = reserved.iter().filter_map(|n| slot_at(given(*n))).collect();
+        let keys: BTreeSet<Claimant> = hosts.iter().map(|n| Claimant::of(&host(*n))).collect();
+        let mut outcome = BTreeMap::new();
+        for claimant in keys {
+            let Claimant::Host(name, key) = claimant else { continue };
+            let slot = (0..TRIES).map(|attempt| slot_of(&name, attempt)).find(|slot| taken.insert(*slot));
+            outcome.insert(key, slot);
+        }
+        outcome
+    }
+
+    fn check(vips: &Vips, hosts: &BTreeSet<usize>, reserved: &BTreeSet<usize>) {
+        for (key, slot) in expected(hosts, reserved) {
+            let got = vips.addresses(&key).and_then(|[v4, v6]| {
+                assert_eq!(slot_at(v4), slot_at(v6));
+                slot_at(v4)
+            });
+            assert_eq!(got, slot, "{key}");
+        }
+        for number in (0..40).filter(|n| !hosts.contains(n)) {
+            assert!(
+                hosts.iter().any(|h| host(*h) == host(number)) || vips.addresses(&host(number)).is_none()
+            );
+        }
+    }
+
+    /// Hosts of one name in several namespaces want the same slots, and given addresses are chosen among these, so
+    /// that collisions are the rule.
+    fn steps() -> impl Strategy<Value = Vec<(u8, Index)>> {
+        proptest::collection::vec((0u8..4, any::<Index>()), 1..120)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn the_outcome_depends_on_what_there_is_and_not_on_how_it_came(steps in steps()) {
+            let mut vips = Vips::default();
+            let (mut hosts, mut reserved) = (BTreeSet::new(), BTreeSet::new());
+            for (step, index) in steps {
+                let number = index.index(40);
+                let before: BTreeMap<_, _> =
+                    hosts.iter().map(|n| (host(*n), vips.addresses(&host(*n)))).collect();
+                let moved = match step {
+                    0 if hosts.insert(number) => vips.insert(&host(number)),
+                    1 if hosts.remove(&number) => vips.remove(&host(number)),
+                    2 if reserved.insert(number) => vips.reserve(given(number)),
+                    3 if reserved.remove(&number) => vips.release(given(number)),
+                    _ => continue,
+                };
+                check(&vips, &hosts, &reserved);
+                for (key, address) in before.iter().filter(|(key, _)| hosts.iter().any(|n| host(*n) == **key)) {
+                    prop_assert!(vips.addresses(key) == *address || moved.contains(key), "{} moved", key);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn thousands_of_hosts_have_addresses_of_their_own_and_few_move() {
+        let key =
+            |n: usize| ServiceKey { namespace: "a".into(), hostname: format!("s{n}.example.com").into() };
+        let mut vips = Vips::default();
+        let moved: usize = (0..10_000).map(|n| vips.insert(&key(n)).len() - 1).sum();
+        let addresses: BTreeSet<_> = (0..10_000).filter_map(|n| vips.addresses(&key(n))).collect();
+        assert_eq!(addresses.len(), 10_000);
+        assert!(moved < 1000, "{moved} hosts moved while 10,000 came");
+    }
+
+    /// Nodes of different versions must agree: these never change.
+    #[test]
+    fn addresses_are_what_they_were() {
+        let mut vips = Vips::default();
+        let key = ServiceKey { namespace: "a".into(), hostname: "api.example.com".into() };
+        vips.insert(&key);
+        let [v4, v6] = vips.addresses(&key).unwrap();
+        assert_eq!((v4.to_string().as_str(), v6.to_string().as_str()), ("240.240.186.4", "2001:2::ba04"));
+    }
+}

@@ -100,7 +100,7 @@ mod tests {
     #[test]
     fn the_oldest_comes_first_and_the_undated_last() {
         let age = |created: &str, name: &str| Age::new(created, "ns".into(), name.into());
-        let mut ages = vec![
+        let mut ages = [
             age("", "a"),
             age("2026-01-02T00:00:00Z", "b"),
             age("2026-01-01T00:00:00Z", "d"),

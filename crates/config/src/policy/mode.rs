@@ -110,6 +110,14 @@ impl Modes {
         }
     }
 
+    /// The selector of a policy, if there is the policy.
+    pub(super) fn selector_of(&self, key: &ObjectKey) -> Option<Option<&Selector>> {
+        let here = self.namespaces.get(&key.namespace)?;
+        let age = here.ages.get(&key.name)?;
+        let policy = here.wide.get(age).or_else(|| here.selecting.get(age))?;
+        Some(policy.selector.as_ref())
+    }
+
     fn static_strict(&self) -> PolicyKey {
         PolicyKey { namespace: self.root.clone(), name: STATIC_STRICT.into() }
     }
@@ -220,7 +228,9 @@ impl Modes {
         for age in here.wide.keys() {
             let older = first.filter(|first| *first != age);
             find(age, older, &|older| {
-                format!("has no effect: {older} is for all of the namespace too, and older")
+                format!(
+                    "has no effect: {older} is for all of the namespace too, and older or the first by name"
+                )
             });
         }
         for (age, policy) in &here.selecting {
@@ -230,7 +240,9 @@ impl Modes {
             };
             let older = here.selecting.range(..age).take(COMPARED).find(|(_, p)| overlaps(p)).map(|(a, _)| a);
             find(age, older, &|older| {
-                format!("has no effect on workloads that {older} selects too: it is older")
+                format!(
+                    "has no effect on workloads that {older} selects too: it is older or the first by name"
+                )
             });
         }
     }

@@ -9,6 +9,7 @@ use super::authorization::{AuthorizationPolicy, PolicyScope};
 use super::l4;
 use super::mesh_config::{CONFIG_MAP, MeshConfig};
 use super::mode::Modes;
+use super::review::{self, World};
 use super::selector::{Target, TargetKind};
 use super::waypoint::Waypoint;
 use crate::compile::{Affected, Effects, Finding};
@@ -202,6 +203,25 @@ impl Policies {
         keys.sort_unstable();
         keys.dedup();
         keys
+    }
+
+    /// What to say of a policy in the light of all that there is.
+    #[must_use]
+    pub fn review(&self, key: &ObjectKey, world: &dyn World) -> Vec<Finding> {
+        match key.kind {
+            Kind::AuthorizationPolicy => {
+                let policy = self.authorization.get(&policy_key(key)).map(|e| &*e.source);
+                let root = self.is_root(&key.namespace);
+                policy.map(|p| review::authorization(p, key, root, world)).unwrap_or_default()
+            }
+            Kind::PeerAuthentication => {
+                // With a selector it is for its own namespace, even if that is the root namespace.
+                let root = self.is_root(&key.namespace);
+                let selector = self.modes.selector_of(key);
+                selector.map(|s| review::selection(s, key, root && s.is_none(), world)).unwrap_or_default()
+            }
+            _ => Vec::new(),
+        }
     }
 
     fn is_root(&self, namespace: &str) -> bool {

@@ -1,0 +1,56 @@
+//! What is said of policies on request, see [`crate::policy::review`].
+
+use model::{Str, StringMatch, TunnelProtocol};
+
+use super::index::Id;
+use super::{Compiler, Finding};
+use crate::labels::Selector;
+use crate::policy::review::{Selected, World};
+use crate::resource::ObjectKey;
+
+impl Compiler {
+    /// What to say of an object in the light of all that there is, beside what was found.
+    #[must_use]
+    pub fn review(&self, key: &ObjectKey) -> Vec<Finding> {
+        self.policies.review(key, self)
+    }
+
+    fn is_in_mesh(&self, id: Id) -> bool {
+        let compiled = self.record(id).and_then(|r| r.compiled.as_ref());
+        compiled.is_some_and(|w| w.tunnel == TunnelProtocol::Hbone)
+    }
+}
+
+impl World for Compiler {
+    fn has_namespace(&self, pattern: &StringMatch) -> bool {
+        let inhabited = self.areas.iter().filter(|(_, a)| !a.instances.is_empty()).map(|(name, _)| name);
+        self.namespaces.iter().chain(inhabited).any(|name| pattern.matches(name))
+    }
+
+    fn has_object(&self, object: &ObjectKey) -> bool {
+        self.made_services.contains_key(object)
+    }
+
+    fn selected(&self, namespace: Option<&Str>, selector: Option<&Selector>) -> Selected {
+        let areas: Vec<_> = match namespace {
+            Some(name) => self.areas.get(name).into_iter().collect(),
+            None => self.areas.values().collect(),
+        };
+        let mut found = Selected::Nothing;
+        for area in areas {
+            let ids: Vec<Id> = match selector {
+                Some(selector) => area.candidates(selector).map(|m| m.iter().collect()).unwrap_or_default(),
+                None => area.instances.iter().copied().collect(),
+            };
+            let selects =
+                |id: &Id| selector.is_none_or(|s| self.record(*id).is_some_and(|r| s.matches(&r.labels)));
+            for id in ids.into_iter().filter(selects) {
+                if self.is_in_mesh(id) {
+                    return Selected::InMesh;
+                }
+                found = Selected::Outside;
+            }
+        }
+        found
+    }
+}
