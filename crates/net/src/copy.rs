@@ -30,7 +30,7 @@ use crate::scratch::Scratch;
 
 /// A read of so much makes the next one a splice, and a splice of less makes the next one a read: below it,
 /// copying is the cheaper of the two (`examples/copy_bench.rs`).
-const BULK: usize = 32 * 1024;
+const BULK: usize = 16 * 1024;
 
 /// Moves in one poll of a direction before other tasks of the thread get their turn.
 const MOVES_PER_POLL: usize = 16;

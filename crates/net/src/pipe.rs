@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use nix::fcntl::{OFlag, SpliceFFlags, splice};
+use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
 use nix::unistd::pipe2;
 
 /// Pipes that exist at a time in the whole process; a connection beyond them copies through user space.
@@ -16,7 +16,8 @@ const LIMIT: usize = 1024;
 /// Empty pipes that a thread keeps for later.
 const KEPT_PER_THREAD: usize = 4;
 
-/// Bytes asked for at once. A pipe holds 16 fragments of up to 32 KiB on its own.
+/// How much a pipe is to hold, and what is asked for at once, bytes. The default is 64 KiB in 16 pages.
+const CAPACITY: i32 = 512 * 1024;
 const AT_ONCE: usize = 512 * 1024;
 
 static EXISTING: AtomicUsize = AtomicUsize::new(0);
@@ -58,7 +59,11 @@ impl Pipe {
             return None;
         }
         match pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK) {
-            Ok((read, write)) => Some(Ends { read, write }),
+            Ok((read, write)) => {
+                // Refused where the user's pipes hold too much already; a small one serves too.
+                let _ = fcntl(&write, FcntlArg::F_SETPIPE_SZ(CAPACITY));
+                Some(Ends { read, write })
+            }
             Err(_) => {
                 EXISTING.fetch_sub(1, Ordering::Relaxed);
                 None
