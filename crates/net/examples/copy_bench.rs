@@ -21,7 +21,8 @@ fn relay(to: std::net::SocketAddr, port: &std::sync::mpsc::Sender<std::net::Sock
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let netns = Netns::current().unwrap();
-        let listener = net::listen(&netns, (Ipv4Addr::LOCALHOST, 0).into(), &ListenOptions::default()).unwrap();
+        let listener =
+            net::listen(&netns, (Ipv4Addr::LOCALHOST, 0).into(), &ListenOptions::default()).unwrap();
         port.send(listener.local_addr().unwrap()).unwrap();
         let (client, _) = listener.accept().await.unwrap();
         let options = ConnectOptions { mark: None, ..ConnectOptions::default() };
