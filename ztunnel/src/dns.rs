@@ -28,6 +28,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::OwnedWriteHalf;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use cache::{Cache, Cached};
@@ -261,6 +262,8 @@ impl DnsProxy {
     pub async fn serve_udp(self: Arc<Self>, socket: ProxyUdpSocket, client: Arc<Client>) {
         let port = socket.local_addr().map_or(0, |address| address.port());
         let socket = Arc::new(socket);
+        // Ended with this future: each holds the socket, whose port the pod's next proxy wants.
+        let mut forwarding = JoinSet::new();
         let mut buffer = vec![0; QUERY_LIMIT].into_boxed_slice();
         loop {
             let datagram = match socket.recv(&mut buffer).await {
@@ -292,8 +295,9 @@ impl DnsProxy {
                         send(&socket, &reply, datagram.peer, datagram.local).await;
                         continue;
                     };
+                    while forwarding.try_join_next().is_some() {}
                     let (proxy, client, socket) = (self.clone(), client.clone(), socket.clone());
-                    tokio::spawn(async move {
+                    forwarding.spawn(async move {
                         let reply = proxy.forward(forward, &client).await;
                         send(&socket, &reply, datagram.peer, datagram.local).await;
                         drop(permits);
@@ -306,6 +310,7 @@ impl DnsProxy {
     /// Answers the connections that come to `listener`, until the future is dropped.
     pub async fn serve_tcp(self: Arc<Self>, listener: TcpListener, client: Arc<Client>) {
         let mut accepting = net::AcceptLoop::new(listener, Arc::default());
+        let mut connections = JoinSet::new();
         loop {
             let (stream, peer) = accepting.next().await;
             if !client.owns(peer.ip()) {
@@ -316,8 +321,9 @@ impl DnsProxy {
                 self.metrics.dropped("too_many");
                 continue;
             };
+            while connections.try_join_next().is_some() {}
             let (proxy, client) = (self.clone(), client.clone());
-            tokio::spawn(async move {
+            connections.spawn(async move {
                 let original = client.original_of_stream(&stream, peer);
                 proxy.serve_connection(stream, original, &client).await;
                 drop(place);
@@ -334,6 +340,7 @@ impl DnsProxy {
     ) {
         let (mut reader, writer) = stream.into_split();
         let writer = Arc::new(tokio::sync::Mutex::new(writer));
+        let mut forwarding = JoinSet::new();
         let mut message = Vec::new();
         loop {
             let read = async {
@@ -343,21 +350,22 @@ impl DnsProxy {
                 (len <= QUERY_LIMIT).then_some(())
             };
             if !matches!(timeout(IDLE_TIMEOUT, read).await, Ok(Some(()))) {
-                return; // what is under way still answers: it holds the writer
+                break;
             }
             match self.next(&message, Transport::Tcp, client, || original) {
-                Next::Drop => return,
+                Next::Drop => break,
                 Next::Reply(reply) => {
                     if !write_message(&writer, &reply).await {
-                        return;
+                        break;
                     }
                 }
                 Next::Forward(forward) => {
                     // A connection waits for its turn: unlike a datagram it can.
-                    let Ok(own) = client.limits.queries.clone().acquire_owned().await else { return };
-                    let Ok(shared) = self.in_flight.clone().acquire_owned().await else { return };
+                    let Ok(own) = client.limits.queries.clone().acquire_owned().await else { break };
+                    let Ok(shared) = self.in_flight.clone().acquire_owned().await else { break };
+                    while forwarding.try_join_next().is_some() {}
                     let (proxy, client, writer) = (self.clone(), client.clone(), writer.clone());
-                    tokio::spawn(async move {
+                    forwarding.spawn(async move {
                         let reply = proxy.forward(forward, &client).await;
                         write_message(&writer, &reply).await;
                         drop((own, shared));
@@ -365,6 +373,8 @@ impl DnsProxy {
                 }
             }
         }
+        // What is under way is still answered: a client may have closed its side only.
+        while forwarding.join_next().await.is_some() {}
     }
 
     fn permits(&self, client: &Client) -> Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {

@@ -140,6 +140,7 @@ fn mesh() -> Mesh {
 struct Lab {
     address: SocketAddr,
     registry: Registry,
+    serving: [tokio::task::JoinHandle<()>; 2],
 }
 
 impl Lab {
@@ -168,9 +169,9 @@ impl Lab {
             })
             .expect("no port is free for both UDP and TCP");
         let address = listener.local_addr().unwrap();
-        tokio::spawn(proxy.clone().serve_udp(socket, client.clone()));
-        tokio::spawn(proxy.serve_tcp(listener, client));
-        Self { address, registry }
+        let udp = tokio::spawn(proxy.clone().serve_udp(socket, client.clone()));
+        let tcp = tokio::spawn(proxy.serve_tcp(listener, client));
+        Self { address, registry, serving: [udp, tcp] }
     }
 
     /// Without an upstream.

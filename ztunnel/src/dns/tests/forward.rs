@@ -349,6 +349,35 @@ async fn one_client_can_not_take_all_places() {
     assert!(!lab.tcp(&query("cart.", RecordType::A)).await.is_empty());
 }
 
+#[tokio::test]
+async fn a_half_closed_connection_still_gets_its_answer() {
+    let upstream = Upstream::start(|query, _| vec![reply(query, "192.0.2.1", 60)]).await;
+    let lab = lab_with(&upstream).await;
+    let mut stream = TcpStream::connect(lab.address).await.unwrap();
+    write_framed(&mut stream, &query("www.example.com.", RecordType::A)).await;
+    stream.shutdown().await.unwrap();
+    let response = timeout(SOON, read_framed(&mut stream)).await.unwrap().unwrap();
+    assert_eq!(addresses(&Message::from_vec(&response).unwrap()), ["192.0.2.1"]);
+}
+
+#[tokio::test]
+async fn a_proxy_that_ends_gives_its_port_back_at_once() {
+    let upstream = Upstream::start(|_, _| Vec::new()).await;
+    let lab = lab_with(&upstream).await;
+    let bytes = query("www.example.com.", RecordType::A);
+    assert!(lab.udp_within(&bytes, Duration::from_millis(100)).await.is_none());
+    let mut stream = TcpStream::connect(lab.address).await.unwrap();
+    write_framed(&mut stream, &bytes).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(upstream.count(), 2, "both are under way");
+    for task in lab.serving {
+        task.abort();
+        let _ = task.await;
+    }
+    assert_eq!(timeout(SOON, stream.read(&mut [0])).await.unwrap().unwrap_or(0), 0);
+    UdpSocket::bind(lab.address).await.unwrap();
+}
+
 #[tokio::test(start_paused = true)]
 async fn the_cache_is_bounded_and_keeps_what_is_used() {
     const LIMIT: usize = 100_000;
