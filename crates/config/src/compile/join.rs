@@ -185,7 +185,15 @@ impl Compiler {
             self.by_address.insert(address, Holders::One(id));
             return;
         };
-        holders.insert(id, |other| self.record(other).is_some_and(|r| r.rank <= rank));
+        // Endpoints need not have come in one order on every node, and none of them is anybody's own.
+        let uid = |id: Id| self.record(id).and_then(Record::workload).map(|w| w.uid.clone());
+        let own = uid(id);
+        holders.insert(id, |other| {
+            let before = |r: &Record| {
+                r.rank < rank || (r.rank == rank && (rank != Rank::Endpoint || uid(other) < own))
+            };
+            self.record(other).is_some_and(before)
+        });
         // Also where it was there before: what it is an endpoint of may have changed for the one in force.
         self.mark_holders(&holders);
         self.by_address.insert(address, holders);

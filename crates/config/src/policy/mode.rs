@@ -191,20 +191,25 @@ impl Modes {
     }
 
     fn give_all(&mut self, effects: &mut Effects) {
+        self.give_static(effects);
         let namespaces: BTreeSet<Str> = self.namespaces.keys().chain(self.given.keys()).cloned().collect();
         for namespace in namespaces {
             self.give_policies(&namespace, effects);
         }
     }
 
+    /// The policy that all share is there while there is any PeerAuthentication.
     fn give_static(&mut self, effects: &mut Effects) {
-        let key = self.static_strict();
-        if self.given_static.as_ref() == Some(&key) {
+        let wanted = (!self.namespaces.is_empty()).then(|| self.static_strict());
+        if self.given_static == wanted {
             return;
         }
-        let plaintext = Match { not_principals: [StringMatch::Presence].into(), ..Match::default() };
-        effects.changes.push(Change::SetPolicy(denying(key.clone(), plaintext)));
-        effects.changes.extend(self.given_static.replace(key).map(Change::RemovePolicy));
+        if let Some(key) = &wanted {
+            let plaintext = Match { not_principals: [StringMatch::Presence].into(), ..Match::default() };
+            effects.changes.push(Change::SetPolicy(denying(key.clone(), plaintext)));
+        }
+        let old = std::mem::replace(&mut self.given_static, wanted);
+        effects.changes.extend(old.map(Change::RemovePolicy));
     }
 
     /// Says of each policy of a namespace whether an older one takes its place.
