@@ -13,7 +13,7 @@ use crate::fixture::{Case, app_listener, dial, each_case, in_time, two_nodes, wi
 /// A resolver's socket: connected, so that an answer from anyone else is no answer.
 async fn resolver(netns: &Netns, to: SocketAddr, from_port: u16, mark: bool) -> UdpSocket {
     let any: IpAddr = if to.is_ipv4() { [0, 0, 0, 0].into() } else { [0_u16; 8].into() };
-    let bind = move || {
+    let bind = || {
         let socket = std::net::UdpSocket::bind((any, from_port))?;
         socket.set_nonblocking(true)?;
         if mark {
@@ -21,7 +21,18 @@ async fn resolver(netns: &Netns, to: SocketAddr, from_port: u16, mark: bool) -> 
         }
         io::Result::Ok(socket)
     };
-    let socket = UdpSocket::from_std(netns.run(bind).unwrap().unwrap()).unwrap();
+    // A program that another case is just starting holds the last socket of this port until it runs.
+    let bound = in_time(async {
+        loop {
+            match netns.run(bind).unwrap() {
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+                bound => break bound.unwrap(),
+            }
+        }
+    });
+    let socket = UdpSocket::from_std(bound.await).unwrap();
     socket.connect(to).await.unwrap();
     socket
 }
