@@ -1,10 +1,16 @@
 //! What the encrypted stream costs, beside tokio-rustls and plaintext, on this machine:
-//! `cargo run --release -p identity --example tls_stream`.
+//! `cargo run --release -p identity --example tls_stream [plain|tokiorustls|ours]`.
 //!
 //! First over loopback TCP, sender and receiver each on a thread of its own: throughput, and CPU of both together.
 //! Then without a transport, on one thread: what sealing and opening alone cost, of this crate's stream, of
 //! tokio-rustls, and of rustls' unbuffered API.
-#![allow(clippy::unwrap_used, clippy::print_stdout, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic
+)]
 
 use std::collections::VecDeque;
 use std::io;
@@ -30,9 +36,11 @@ const BYTES: u64 = 4 << 30;
 fn main() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let setup = runtime.block_on(Setup::new());
+    let only = std::env::args().nth(1);
+    let wanted = |kind: Kind| only.as_ref().is_none_or(|only| format!("{kind:?}").eq_ignore_ascii_case(only));
     println!("loopback TCP, {} GiB, CPU of both ends together", BYTES >> 30);
     for chunk in [16 * 1024, 64 * 1024] {
-        for kind in [Kind::Plain, Kind::TokioRustls, Kind::Ours] {
+        for kind in [Kind::Plain, Kind::TokioRustls, Kind::Ours].into_iter().filter(|kind| wanted(*kind)) {
             let best = (0..3).map(|_| over_tcp(&setup, kind, chunk)).min_by(|a, b| a.cpu.total_cmp(&b.cpu));
             let best = best.unwrap();
             println!(
@@ -42,6 +50,9 @@ fn main() {
                 best.cpu
             );
         }
+    }
+    if only.is_some() {
+        return;
     }
     println!("no transport, one thread");
     for (name, cost) in [
@@ -133,7 +144,8 @@ fn over_tcp(setup: &Setup, kind: Kind, chunk: usize) -> Cost {
                     Kind::TokioRustls => receive(setup.acceptor.accept(io).await.unwrap(), chunk).await,
                     Kind::Ours => {
                         let limits = HandshakeLimits::default();
-                        receive(accept(io, &setup.certificates, &setup.id, limits).await.unwrap(), chunk).await
+                        receive(accept(io, &setup.certificates, &setup.id, limits).await.unwrap(), chunk)
+                            .await
                     }
                 }
             })
@@ -251,8 +263,7 @@ fn in_memory(setup: &Setup, kind: Kind) -> f64 {
             exchange(client.unwrap(), server.unwrap()).await
         } else {
             let name = ServerName::try_from("bench.example").unwrap();
-            let (client, server) =
-                tokio::join!(setup.connector.connect(name, a), setup.acceptor.accept(b));
+            let (client, server) = tokio::join!(setup.connector.connect(name, a), setup.acceptor.accept(b));
             exchange(client.unwrap(), server.unwrap()).await
         }
     })

@@ -145,7 +145,8 @@ pub async fn accept<IO: AsyncRead + AsyncWrite + Unpin>(
     local: &SpiffeId,
     limits: HandshakeLimits,
 ) -> Result<TlsStream<IO>, HandshakeError> {
-    let attempt = async {
+    // Boxed: a handshake's state is large and short-lived, its caller's is neither.
+    let attempt = Box::pin(async {
         let own = certificates.get(local).await?;
         let algorithms = crypto_provider().signature_verification_algorithms;
         let verifier = HandshakeVerifier::new(certificates.bundle(), algorithms, ExpectedPeers::AnyOfMesh);
@@ -153,7 +154,7 @@ pub async fn accept<IO: AsyncRead + AsyncWrite + Unpin>(
             server_config(own.key(), verifier.clone(), certificates.clock()).map_err(HandshakeError::Tls)?;
         let connection = UnbufferedServerConnection::new(config).map_err(HandshakeError::Tls)?;
         Handshake::new(connection, verifier).run(io).await
-    };
+    });
     within(limits, attempt).await
 }
 
@@ -169,7 +170,8 @@ pub async fn connect<IO: AsyncRead + AsyncWrite + Unpin>(
     expected: ExpectedPeers,
     limits: HandshakeLimits,
 ) -> Result<TlsStream<IO>, HandshakeError> {
-    let attempt = async {
+    // Boxed: a handshake's state is large and short-lived, its caller's is neither.
+    let attempt = Box::pin(async {
         let own = certificates.get(local).await?;
         let algorithms = crypto_provider().signature_verification_algorithms;
         let verifier = HandshakeVerifier::new(certificates.bundle(), algorithms, expected);
@@ -179,7 +181,7 @@ pub async fn connect<IO: AsyncRead + AsyncWrite + Unpin>(
         let nobody = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::from([0; 4])));
         let connection = UnbufferedClientConnection::new(config, nobody).map_err(HandshakeError::Tls)?;
         Handshake::new(connection, verifier).run(io).await
-    };
+    });
     within(limits, attempt).await
 }
 
@@ -187,10 +189,8 @@ async fn within<T>(
     limits: HandshakeLimits,
     attempt: impl Future<Output = Result<T, HandshakeError>>,
 ) -> Result<T, HandshakeError> {
-    // Boxed: a handshake's state is large and short-lived, its caller's is neither.
-    tokio::time::timeout(limits.time, Box::pin(attempt))
-        .await
-        .unwrap_or(Err(HandshakeError::TimedOut(limits.time)))
+    let timed = tokio::time::timeout(limits.time, attempt).await;
+    timed.unwrap_or(Err(HandshakeError::TimedOut(limits.time)))
 }
 
 /// What client and server connections of rustls have in common, as far as a handshake needs it.

@@ -220,18 +220,15 @@ impl CaDirectory {
         if let Err(StorageError::NotInMemory { path, .. }) = self.dir.check_in_memory() {
             warnings.push(CaWarning::NotInMemory { path });
         }
-        let soon = |not_after| between(now, not_after) < EXPIRES_SOON;
-        if soon(authority.not_after()) {
-            warnings.push(CaWarning::ExpiresSoon {
-                subject: authority.subject().to_owned(),
-                not_after: Timestamp(authority.not_after()),
-            });
-        }
-        for root in bundle.snapshot().roots().iter().filter(|root| soon(root.not_after)) {
-            warnings.push(CaWarning::ExpiresSoon {
-                subject: root.subject.clone(),
-                not_after: Timestamp(root.not_after),
-            });
+        let trust = bundle.snapshot();
+        let roots = trust.roots().iter().map(|root| (root.subject.as_str(), root.not_after));
+        for (subject, not_after) in roots.chain([(authority.subject(), authority.not_after())]) {
+            let warning =
+                CaWarning::ExpiresSoon { subject: subject.to_owned(), not_after: Timestamp(not_after) };
+            // A root may be the signer too.
+            if between(now, not_after) < EXPIRES_SOON && !warnings.contains(&warning) {
+                warnings.push(warning);
+            }
         }
         warnings
     }

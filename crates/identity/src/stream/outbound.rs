@@ -25,8 +25,8 @@ use super::record::{FRAGMENT, Keys};
 const STAGED: usize = 4096;
 /// From so many queued bytes on, they are handed to the transport without waiting for a flush.
 const WRITE_FROM: usize = 64 * 1024;
-/// With so many queued bytes, nothing more is accepted.
-const QUEUE_LIMIT: usize = 256 * 1024;
+/// With so many queued bytes, nothing more is accepted: what is sealed long before it is written has left the cache.
+const QUEUE_LIMIT: usize = 64 * 1024;
 /// Records handed to the transport at once.
 const SLICES: usize = 32;
 /// Slices accepted at once from a vectored write.

@@ -129,6 +129,11 @@ impl Keys {
     }
 
     #[cfg(test)]
+    pub(super) fn sent(&self) -> u64 {
+        self.sent
+    }
+
+    #[cfg(test)]
     pub(super) fn limit_sending_key(&mut self, records: u64) {
         self.sent_limit = records;
     }
