@@ -110,7 +110,7 @@ pub struct Context<'n> {
     line_starts: OnceCell<Vec<usize>>,
     /// Shared strings and label sets.
     pub pool: &'n mut Pool,
-    resource: Option<ResourceName>,
+    resource: Option<(Arc<str>, &'n str, &'n str)>,
     diagnostics: Vec<Diagnostic>,
     errors: usize,
 }
@@ -130,8 +130,13 @@ impl<'n> Context<'n> {
     }
 
     /// Names the object that later diagnostics are about.
-    pub fn set_resource(&mut self, resource: ResourceName) {
-        self.resource = Some(resource);
+    pub fn set_resource(&mut self, kind: Arc<str>, namespace: &'n str, name: &'n str) {
+        self.resource = Some((kind, namespace, name));
+    }
+
+    fn resource(&self) -> Option<ResourceName> {
+        let (kind, namespace, name) = self.resource.as_ref()?;
+        Some(ResourceName { kind: kind.clone(), namespace: (*namespace).into(), name: (*name).into() })
     }
 
     /// Whether no error was reported so far.
@@ -157,7 +162,7 @@ impl<'n> Context<'n> {
         self.errors += usize::from(code.severity() == Severity::Error);
         let mut diagnostic = Diagnostic::about_file(code, self.file.clone(), message, remedy)
             .at(position, self.line(position.line))
-            .about(self.resource.clone());
+            .about(self.resource());
         diagnostic.field = path.to_string();
         self.diagnostics.push(diagnostic);
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::diagnostic::{Code, ResourceName};
+use crate::diagnostic::Code;
 use crate::fields::{Cursor, Fields, Path, Schema, enforced, nested, silent};
 use crate::labels::Labels;
 use crate::tree::Position;
@@ -151,8 +151,7 @@ pub fn read<'n>(cursor: Cursor<'_, 'n>, kind: &Arc<str>, namespaced: bool) -> Op
         }
         ""
     };
-    let resource = ResourceName { kind: kind.clone(), namespace: namespace.into(), name: name.into() };
-    fields.context().set_resource(resource);
+    fields.context().set_resource(kind.clone(), namespace, name);
     let (labels, label_positions) = labels(&mut fields);
     let mut annotations = Vec::new();
     if let Some(cursor) = fields.take("annotations") {

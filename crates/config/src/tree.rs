@@ -8,6 +8,7 @@
 //! 9.1.2), so a broken document breaks no other, an unchanged one need not be parsed again, and no more than one
 //! tree exists at a time. Everything is bounded by [`Limits`]; the tree borrows its strings from the text.
 
+mod plain;
 mod scalar;
 
 use std::borrow::Cow;
@@ -232,6 +233,14 @@ pub fn parse<'s>(document: Text<'s>, limits: &Limits) -> Result<Option<Node<'s>>
             format!("the document has {} bytes; at most {}", document.text.len(), limits.document_bytes);
         return Err(SyntaxError::too_large(start, message));
     }
+    match plain::parse(document, limits) {
+        Some(root) => Ok(Some(root)),
+        None => parse_any(document, limits),
+    }
+}
+
+/// Reads one document with the full parser.
+fn parse_any<'s>(document: Text<'s>, limits: &Limits) -> Result<Option<Node<'s>>, SyntaxError> {
     refuse_control_characters(document)?;
     let mut builder = Builder::new(document.lines_before, limits);
     let mut parser = Parser::new_from_str(document.text);
@@ -272,7 +281,8 @@ fn count(items: impl Iterator) -> u32 {
 /// A collection whose end has not come yet.
 enum Open<'s> {
     Sequence {
-        position: Position,
+        /// `None` for a block list: it starts with its first item.
+        position: Option<Position>,
         anchor: usize,
         items: Vec<Node<'s>>,
     },
@@ -322,6 +332,8 @@ impl<'s, 'l> Builder<'s, 'l> {
             }
             Event::SequenceStart(anchor, tag) => {
                 self.enter(position, tag.as_deref(), "seq")?;
+                // Where the parser says that a block list starts depends on what it stands in.
+                let position = (!span.is_empty()).then_some(position);
                 self.open.push(Open::Sequence { position, anchor, items: Vec::new() });
                 Ok(None)
             }
@@ -337,7 +349,8 @@ impl<'s, 'l> Builder<'s, 'l> {
                 Ok(None)
             }
             Event::SequenceEnd | Event::MappingEnd => match self.open.pop() {
-                Some(Open::Sequence { position, anchor, items }) => {
+                Some(Open::Sequence { position: start, anchor, items }) => {
+                    let position = start.or(items.first().map(|i| i.position)).unwrap_or(position);
                     self.complete(Node { value: Value::Sequence(items), position }, anchor, false)
                 }
                 Some(Open::Mapping { position, anchor, entries, merges, .. }) => {

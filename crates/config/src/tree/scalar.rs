@@ -54,7 +54,8 @@ pub(super) fn key(value: Value<'_>) -> Result<Cow<'_, str>, String> {
     }
 }
 
-fn resolve_plain(text: Cow<'_, str>) -> Value<'_> {
+/// The value of a plain scalar.
+pub(super) fn resolve_plain(text: Cow<'_, str>) -> Value<'_> {
     let Some(first) = text.bytes().next() else { return Value::Null };
     match first {
         b'y' | b'Y' | b'n' | b'N' | b't' | b'T' | b'f' | b'F' | b'o' | b'O' | b'~' => match &*text {

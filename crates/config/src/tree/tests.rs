@@ -139,3 +139,132 @@ fn json_is_yaml() {
     assert_eq!(items[4].value, Value::String("xé\n".into()));
     assert_eq!(items[3].value, Value::Null);
 }
+
+/// What both readers make of a text, where the quick one reads it at all.
+fn compare(text: &str) -> bool {
+    let mut read = false;
+    for document in documents(text) {
+        let limits = Limits::default();
+        if let Some(quick) = plain::parse(document, &limits) {
+            assert_eq!(parse_any(document, &limits), Ok(Some(quick)), "{text}");
+            read = true;
+        }
+    }
+    read
+}
+
+const POD: &str = "\
+apiVersion: v1
+kind: Pod
+metadata:
+  name: app-1
+  labels:
+    app.kubernetes.io/name: app
+    on: off
+spec:
+  containers:
+  - name: main
+    args: [\"-c\", 'x', 1, true]
+    ports:
+      - containerPort: 8080
+        name: http
+  -
+  - - a
+    - b:
+  empty:
+  serviceAccountName: \"a\\\"b\"
+status: {podIP: 10.0.0.1, podIPs: [{ip: 10.0.0.1}]}
+";
+
+#[test]
+fn the_quick_reader_reads_what_programs_write() {
+    assert!(compare(POD));
+    for text in [
+        "---\na: 1\n# c\n\nb:\n- x\n- y: 1\n  z: 2\nc: a b c\nd: http://x:80/#y\n",
+        "{\"a\": [1, 2.5, true, null, \"x\\n\"], \"b\": {}, \"c\":{\"d\":\"e\"}}\n",
+        "{\n  \"a\": [\n    1,\n    {\"b\": []}\n  ]\n}\n",
+        "a:\n  b:\n    c: -1\n  d: ~\ne:",
+        "- a\n- - b\n  - c\n-\n  d: e\n",
+    ] {
+        assert!(compare(text), "{text}");
+    }
+}
+
+mod readers {
+    use proptest::prelude::*;
+
+    use super::{POD, compare};
+
+    /// A value in block style at an indentation, mostly of the kind that the quick reader takes.
+    fn block(depth: u32) -> BoxedStrategy<Vec<String>> {
+        let scalar = prop_oneof![
+            20 => "[a-z]{1,5}",
+            10 => "-?[0-9]{1,3}(\\.[0-9])?",
+            1 => "[ -~]{0,12}",
+            2 => "\"[ -~]{0,6}\"",
+            4 => "'[a-z ]{0,6}'",
+            2 => "(yes|no|~|null|true|0x1f|1e3|\\.5|10\\.0\\.0\\.1|a:b|a: b|a #b|a#b|- a|\\? a|&a b|\\*a|!t a|\\||>)",
+            1 => "\\[(a|1|\"b\"|'c'|\\{\\}| |,|:){0,6}\\]",
+            1 => "\\{(a: 1|\"b\":2|'c': d|a:b|, |,| ){0,5}\\}",
+            4 => Just(String::new()),
+        ];
+        let one_line = scalar.prop_map(|s| vec![s]).boxed();
+        if depth == 0 {
+            return one_line;
+        }
+        let key = prop_oneof![30 => "[a-j]", 3 => "[a-c./_-]{1,4}", 1 => "(y|1|\"a\"|a b|on|-)"];
+        let mapping =
+            proptest::collection::vec((key, block(depth - 1), 0..4usize, ends()), 1..4).prop_map(|entries| {
+                entries.into_iter().flat_map(|(k, v, i, e)| entry(&format!("{k}:"), &v, i, &e)).collect()
+            });
+        let list = proptest::collection::vec((block(depth - 1), 0..4usize, ends()), 1..4)
+            .prop_map(|items| items.into_iter().flat_map(|(v, i, e)| entry("-", &v, i, &e)).collect());
+        prop_oneof![2 => one_line, 4 => mapping, 3 => list].boxed()
+    }
+
+    fn ends() -> impl Strategy<Value = String> {
+        prop_oneof![80 => Just(""), 1 => Just(" "), 1 => Just(" # c"), 1 => Just("\n"), 1 => Just("\n# c")]
+            .prop_map(str::to_owned)
+    }
+
+    /// `head` with its value: behind it where that is one line, or a block below or beside a dash.
+    fn entry(head: &str, value: &[String], indent: usize, end: &str) -> Vec<String> {
+        let block = value.len() > 1 || value[0].starts_with("- ") || value[0].ends_with(':');
+        if !block {
+            let space = if value[0].is_empty() { "" } else { " " };
+            return vec![format!("{head}{space}{}{end}", value[0])];
+        }
+        let pad = " ".repeat(indent);
+        if head == "-" && indent > 0 {
+            let pad = " ".repeat(indent);
+            let mut lines = value.iter().map(|l| format!(" {pad}{l}"));
+            let first = format!("-{}", lines.next().unwrap());
+            return std::iter::once(first).chain(lines.map(|l| format!(" {l}"))).collect();
+        }
+        std::iter::once(format!("{head}{end}")).chain(value.iter().map(|l| format!("{pad}{l}"))).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        #[test]
+        fn agree_on_what_programs_and_people_write(lines in block(3)) {
+            compare(&(lines.join("\n") + "\n"));
+        }
+
+        #[test]
+        fn agree_on_a_manifest_with_any_change(
+            at in 0..POD.len(),
+            cut in 0..4usize,
+            insert in "[a-z]{0,2}|[ -~\n]{0,3}|\n  - |: |\n\n|#| #|\"|'|\\{|\\}|\\[|\\]|,|&|\\*|!|\\||>|%|@|`|\\?|---|\t|é",
+        ) {
+            let (head, tail) = POD.split_at(at);
+            compare(&format!("{head}{insert}{}", tail.get(cut..).unwrap_or_default()));
+        }
+
+        #[test]
+        fn agree_on_json(value in "[\\[\\]{},:\"a1 \n]{0,40}|\\{\"a\": ?[\\[\\]{},:\"a1 \n]{0,40}\\}") {
+            compare(&value);
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! What changes cost when there is a lot, and what reading a lot costs.
+//!
+//! `cargo test --release -p config --test scale -- --ignored --nocapture` prints time and memory for 100,000 pods.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stdout
+)]
+
+use std::fmt::Write;
+use std::path::Path;
+use std::sync::Arc;
+
+use config::compile::Options;
+use config::directory::{self, Directory};
+use config::repository::{Content, Repository};
+use model::Mesh;
+use tempfile::TempDir;
+
+/// A pod of one of a hundred Deployments in one of twenty namespaces, as a cluster would show it in short.
+fn pod(number: usize, ready: bool) -> String {
+    let (app, namespace) = (number % 100, number % 20);
+    format!(
+        "---
+apiVersion: v1
+kind: Pod
+metadata:
+  name: app-{app}-5d8f7c9b6-{number:05x}
+  namespace: ns-{namespace}
+  labels:
+    app: app-{app}
+    version: v1
+    pod-template-hash: 5d8f7c9b6
+  ownerReferences:
+  - apiVersion: apps/v1
+    kind: ReplicaSet
+    name: app-{app}-5d8f7c9b6
+    uid: 8b0f3f2e-7a61-4a58-9d3c-000000000000
+    controller: true
+spec:
+  nodeName: node-{node}
+  serviceAccountName: app-{app}
+  containers:
+  - name: main
+    image: registry.example.com/app-{app}:v1
+    ports:
+    - name: http
+      containerPort: 8080
+status:
+  phase: Running
+  podIP: 10.{a}.{b}.{c}
+  podIPs:
+  - ip: 10.{a}.{b}.{c}
+  conditions:
+  - type: Ready
+    status: \"{status}\"
+",
+        node = number % 500,
+        a = 1 + number / 65_536,
+        b = number / 256 % 256,
+        c = number % 256,
+        status = if ready { "True" } else { "False" },
+    )
+}
+
+fn surroundings() -> String {
+    let mut text = String::new();
+    for n in 0..20 {
+        writeln!(
+            text,
+            "---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: ns-{n}, labels: {{istio.io/dataplane-mode: \
+             ambient}}}}"
+        )
+        .unwrap();
+    }
+    for app in 0..100 {
+        writeln!(
+            text,
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: app-{app}, namespace: ns-{}}}\nspec: \
+             {{clusterIP: 10.96.0.{app}, selector: {{app: app-{app}}}, ports: [{{port: 80, targetPort: http}}]}}",
+            app % 20
+        )
+        .unwrap();
+    }
+    for node in 0..500 {
+        writeln!(
+            text,
+            "---\napiVersion: v1\nkind: Node\nmetadata: {{name: node-{node}, labels: \
+             {{topology.kubernetes.io/region: r, topology.kubernetes.io/zone: z{}}}}}",
+            node % 3
+        )
+        .unwrap();
+    }
+    text
+}
+
+fn file(first: usize, count: usize) -> String {
+    (first..first + count).map(|n| pod(n, true)).collect()
+}
+
+/// What one pod's change costs in a repository of `count` pods.
+fn steps_of_one_change(count: usize) -> u64 {
+    let mut repository = Repository::new(Options::default());
+    repository.stage(&"a.yaml".into(), Content::Bytes(surroundings().as_bytes()));
+    let path: Arc<str> = "pods.yaml".into();
+    let text = file(0, count);
+    repository.stage(&path, Content::Bytes(text.as_bytes()));
+    let outcome = repository.commit();
+    let mesh = Mesh::default().apply(outcome.changes);
+    assert_eq!(mesh.workload_count(), count);
+    let before = repository.steps();
+    let changed = text.replace(&pod(count / 2, true), &pod(count / 2, false));
+    let outcome = repository.apply(&path, Content::Bytes(changed.as_bytes()));
+    assert_eq!(outcome.changes.len(), 1);
+    repository.steps() - before
+}
+
+#[test]
+fn one_pods_change_costs_the_same_however_many_there_are() {
+    let (few, many) = (steps_of_one_change(100), steps_of_one_change(10_000));
+    assert_eq!(few, many);
+    assert!(many < 10, "{many} steps");
+}
+
+#[test]
+fn a_policys_change_costs_what_it_selects() {
+    let mut repository = Repository::new(Options::default());
+    let text = surroundings() + &file(0, 5000);
+    repository.apply(&"a.yaml".into(), Content::Bytes(text.as_bytes()));
+    let before = repository.steps();
+    let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p, namespace: \
+                  ns-7}\nspec: {selector: {matchLabels: {app: app-7, version: v1}}, action: DENY, rules: [{}]}\n";
+    let outcome = repository.apply(&"p.yaml".into(), Content::Bytes(policy.as_bytes()));
+    // 50 of the 5000 are selected: each is found, marked and compiled.
+    assert_eq!(outcome.changes.len(), 51, "{:?}", outcome.diagnostics);
+    let steps = repository.steps() - before;
+    assert!(steps < 200, "{steps} steps");
+}
+
+fn status(field: &str) -> u64 {
+    let text = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = text.lines().find(|l| l.starts_with(field)).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1024
+}
+
+/// User and system time in milliseconds.
+fn cpu_ms() -> u64 {
+    let text = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let fields: Vec<&str> = text.rsplit(')').next().unwrap().split_whitespace().collect();
+    10 * (fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap())
+}
+
+fn write_directory(path: &Path, pods: usize) -> u64 {
+    std::fs::write(path.join("0.yaml"), surroundings()).unwrap();
+    let mut size = 0;
+    for n in 0..pods / 1000 {
+        let text = file(n * 1000, 1000);
+        size += text.len() as u64;
+        std::fs::write(path.join(format!("pods-{n:03}.yaml")), text).unwrap();
+    }
+    size >> 20
+}
+
+#[test]
+#[ignore = "a measurement: run it alone, in a release build"]
+fn time_and_memory_of_100_000_pods() {
+    let dir = TempDir::new().unwrap();
+    let megabytes = write_directory(dir.path(), 100_000);
+    let (rss, cpu) = (status("VmRSS"), cpu_ms());
+    let (directory, outcome) = Directory::open(dir.path(), directory::Options::default()).unwrap();
+    let read = cpu_ms();
+    let (changes, after_read) = (outcome.changes.len(), status("VmRSS"));
+    let mesh = Mesh::default().apply(outcome.changes);
+    println!(
+        "{megabytes} MB of YAML, {changes} changes, {} workloads: {} ms CPU to read and compile, {} ms to apply; \
+         resident {rss} MB before, {after_read} MB after reading, {} MB after applying, peak {} MB",
+        mesh.workload_count(),
+        read - cpu,
+        cpu_ms() - read,
+        status("VmRSS"),
+        status("VmHWM"),
+    );
+    drop((directory, mesh));
+    println!("resident {} MB after dropping everything", status("VmRSS"));
+}
