@@ -17,7 +17,7 @@ use crate::error::{Error, Missing};
 use crate::nf_tables::{self, Chain};
 use crate::probe::{privileges, trial};
 use crate::routing::{self, REPLY_MARK};
-use crate::rules::{InterfaceName, Matcher, Plan, Rules, Step, Verdict};
+use crate::rules::{InterfaceName, Matcher, Plan, Rules, Step, Tuple, Verdict};
 use crate::tool::{Tools, run};
 
 /// New connections: of the four flags, SYN alone.
@@ -380,7 +380,9 @@ fn rules(plan: &Plan, v6: bool, table: &str, chain: &str) -> Vec<String> {
         }
         ("filter", _) => {
             let dns = ("-m conntrack --ctstate NEW -j REJECT", format!("-j {refuse}"));
-            outbound(plan, v6, refuse, &dns)
+            let mut lines = refused(plan, Way::Out, v6);
+            lines.extend(outbound(plan, v6, refuse, &dns));
+            lines
         }
         ("nat", "CULVERT_PRERT") => {
             let mut lines: Vec<_> = plan
@@ -415,7 +417,8 @@ fn rules(plan: &Plan, v6: bool, table: &str, chain: &str) -> Vec<String> {
 
 fn guard_input(plan: &Plan, v6: bool, refuse: &str) -> Vec<String> {
     let ports = plan.ports;
-    let mut lines = vec![format!("{NOT_SYN} -j RETURN")];
+    let mut lines = refused(plan, Way::In, v6);
+    lines.push(format!("{NOT_SYN} -j RETURN"));
     if plan.dns {
         // The proxy answers the pod, not the world.
         lines.push(format!("! -i lo -p udp -m udp --dport {} -j DROP", ports.dns));
@@ -440,6 +443,22 @@ fn outbound(plan: &Plan, v6: bool, capture: &str, dns: &(&str, String)) -> Vec<S
     lines.push("! -p tcp -j RETURN".to_owned());
     lines.extend(steps(&plan.outbound, Way::Out, v6, capture));
     lines
+}
+
+/// Resets for the connections that are no longer allowed, but not for resets: ours pass this way too.
+fn refused(plan: &Plan, way: Way, v6: bool) -> Vec<String> {
+    let line = |tuple: &Tuple| {
+        let (source, destination) =
+            if way == Way::In { (tuple.peer, tuple.local) } else { (tuple.local, tuple.peer) };
+        format!(
+            "-s {} -d {} -p tcp -m tcp --sport {} --dport {} --tcp-flags RST NONE -j REJECT --reject-with tcp-reset",
+            source.ip(),
+            destination.ip(),
+            source.port(),
+            destination.port()
+        )
+    };
+    plan.refused.iter().filter(|tuple| tuple.local.is_ipv6() == v6).map(line).collect()
 }
 
 /// Which way a chain's packets go, which decides what "interface" means.

@@ -5,10 +5,12 @@ use std::collections::HashSet;
 use std::io;
 use std::net::SocketAddr;
 
-use net::sock_diag::{self, Connection};
+use net::sock_diag::{self, Connection, DestroyError};
 use net::{Netns, ZTUNNEL_MARK};
 
-use crate::rules::Ports;
+use crate::backend::Capture;
+use crate::error::Error;
+use crate::rules::{Ports, Rules, Tuple};
 
 /// Who opened a connection.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -19,8 +21,7 @@ pub enum Direction {
     Outbound,
 }
 
-/// A connection between the pod and elsewhere that doesn't pass ztunnel. End it with
-/// [`net::sock_diag::destroy`].
+/// A connection between the pod and elsewhere that doesn't pass ztunnel. [`cut`] ends it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct LiveConnection {
     /// Its addresses and state, seen from the pod.
@@ -55,6 +56,57 @@ pub fn live_connections(netns: &Netns, ports: &Ports) -> io::Result<Vec<LiveConn
         LiveConnection { connection, direction }
     });
     Ok(directed.collect())
+}
+
+/// How [`cut`] ended a connection.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Cut {
+    /// It has ended, now or before.
+    Ended,
+    /// This kernel can't end it at once (`CONFIG_INET_DIAG_DESTROY`); its packets are answered with resets, so
+    /// that it ends with the next one.
+    Refused,
+}
+
+/// Ends a connection of the pod in `netns` that is no longer allowed. `rules` are those that are installed; a
+/// connection that the kernel can't end is added to them. Blocks, as installing does.
+///
+/// # Errors
+/// We may not, or the rules could not be changed.
+pub fn cut(
+    capture: &dyn Capture,
+    netns: &Netns,
+    rules: &mut Rules,
+    connection: &Connection,
+) -> Result<Cut, Error> {
+    match sock_diag::destroy(netns, connection) {
+        Ok(()) | Err(DestroyError::Gone) => Ok(Cut::Ended),
+        Err(DestroyError::Io(source)) => {
+            Err(Error::Netlink { action: "end a connection", netns: netns.to_string(), source })
+        }
+        Err(DestroyError::Unsupported) => {
+            refuse(capture, netns, rules, connection)?;
+            Ok(Cut::Refused)
+        }
+    }
+}
+
+/// Answers the packets of a connection of the pod in `netns` with resets from now on; what [`cut`] does where
+/// the kernel can't end it. Take its tuple out of [`Rules::refused`] when the connection is gone.
+///
+/// # Errors
+/// The rules could not be changed.
+pub fn refuse(
+    capture: &dyn Capture,
+    netns: &Netns,
+    rules: &mut Rules,
+    connection: &Connection,
+) -> Result<(), Error> {
+    let tuple = Tuple { local: connection.local, peer: connection.peer };
+    if !rules.refused.contains(&tuple) {
+        rules.refused.push(tuple);
+    }
+    capture.install(netns, rules).map(drop)
 }
 
 fn is_target(ports: &Ports, port: u16) -> bool {

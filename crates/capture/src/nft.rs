@@ -12,7 +12,7 @@ use crate::backend::{Backend, Capture, Drift, Installed, check, compare};
 use crate::error::{Error, Missing};
 use crate::probe::{privileges, trial};
 use crate::routing::{self, REPLY_MARK};
-use crate::rules::{InterfaceName, Matcher, Plan, PortRange, Rules, Step, Verdict};
+use crate::rules::{InterfaceName, Matcher, Plan, PortRange, Rules, Step, Tuple, Verdict};
 use crate::tool::{Tools, refused, run, run_any};
 
 const TABLE: &str = "inet culvert";
@@ -181,6 +181,10 @@ fn base_chains(text: &mut String, plan: &Plan) {
     let (mut raw_in, mut raw_out) = (Vec::new(), Vec::new());
     let (mut nat_in, mut nat_out) = (Vec::new(), vec![format!("{SYN} jump outbound_redirect")]);
     let (mut guard_in, mut guard_out) = (Vec::new(), vec![format!("{SYN} jump outbound_refuse")]);
+    let refused =
+        |way| plan.refused.iter().map(move |tuple| format!("{} reject with tcp reset", between(tuple, way)));
+    guard_in.splice(0..0, refused(Way::In));
+    guard_out.splice(0..0, refused(Way::Out));
     if plan.dns {
         // The proxy's own queries in a zone of their own: an application's earlier query from the same port
         // has left an entry that would send them back to the proxy.
@@ -274,6 +278,20 @@ fn matches(matcher: &Matcher, way: Way) -> Vec<String> {
             .collect(),
     };
     rules.into_iter().map(|rule| rule + " ").collect()
+}
+
+/// The packets of one connection but resets: ours pass this way too.
+fn between(tuple: &Tuple, way: Way) -> String {
+    let (source, destination) =
+        if way == Way::In { (tuple.peer, tuple.local) } else { (tuple.local, tuple.peer) };
+    let family = if source.is_ipv4() { "ip" } else { "ip6" };
+    format!(
+        "{family} saddr {} {family} daddr {} tcp sport {} tcp dport {} tcp flags & rst == 0x0",
+        source.ip(),
+        destination.ip(),
+        source.port(),
+        destination.port()
+    )
 }
 
 fn marked(relation: &str) -> String {

@@ -1,7 +1,7 @@
 //! What of a pod's traffic is captured: the settings, valid by construction.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
@@ -122,6 +122,15 @@ impl Default for ProbeSources {
     }
 }
 
+/// A TCP connection of the pod, by its addresses.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
+pub struct Tuple {
+    /// The pod's end.
+    pub local: SocketAddr,
+    /// The other end, of the same family.
+    pub peer: SocketAddr,
+}
+
 /// What of a pod's traffic is captured. The default is everything but probes' exemption: TCP both ways, and
 /// DNS. Make one with [`Rules::default`] or from annotations, and change fields; lists past [`LIST_LIMIT`] are
 /// refused at installation.
@@ -152,6 +161,9 @@ pub struct Rules {
     pub virtual_interfaces: Vec<InterfaceName>,
     /// Lets kubelet's probes through. Only where the node rewrites their source.
     pub probes: Option<ProbeSources>,
+    /// Connections that go past ztunnel and are no longer allowed to: their packets are answered with resets.
+    /// For kernels that can't end a connection at once; see [`crate::cut`].
+    pub refused: Vec<Tuple>,
 }
 
 impl Default for Rules {
@@ -169,6 +181,7 @@ impl Default for Rules {
             exclude_interfaces: Vec::new(),
             virtual_interfaces: Vec::new(),
             probes: None,
+            refused: Vec::new(),
         }
     }
 }
@@ -193,6 +206,7 @@ impl Rules {
             self.exclude_outbound_ranges.len(),
             self.exclude_interfaces.len(),
             self.virtual_interfaces.len(),
+            self.refused.len(),
         ];
         lists.into_iter().max().unwrap_or_default()
     }
@@ -245,6 +259,8 @@ pub(crate) struct Plan {
     pub(crate) outbound: Vec<Step>,
     /// What passes through the pod from one interface to another.
     pub(crate) forwarded: Vec<Step>,
+    /// Connections to be reset.
+    pub(crate) refused: Vec<Tuple>,
 }
 
 impl Plan {
@@ -297,6 +313,7 @@ impl Plan {
             outbound_always,
             outbound,
             forwarded,
+            refused: sorted(&rules.refused),
         }
     }
 }

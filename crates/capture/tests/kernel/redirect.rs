@@ -1,9 +1,12 @@
 //! Captured connections: who meets whom, and which addresses they see.
 
-use capture::{Direction, Ports, Rules, live_connections};
+use std::io::ErrorKind;
+
+use capture::{Cut, Direction, Ports, Rules, live_connections};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::fixture::{
-    Case, FakeZtunnel, app_listener, dial, each_case, echo, greeting, start_app, two_nodes,
+    Case, FakeZtunnel, app_listener, dial, each_case, echo, greeting, in_time, start_app, two_nodes,
 };
 
 #[test]
@@ -123,12 +126,27 @@ fn what_goes_past_ztunnel_is_listed() {
         assert_eq!(seen_in.connection.local, case.addr(server, 8080));
         assert_eq!(seen_out.connection.local, outbound.local_addr().unwrap());
 
-        // And can be cut, alone.
-        net::sock_diag::destroy(&server.netns, &seen_in.connection).unwrap();
+        // And can be cut, alone: the way of kernels that can end a connection, and the way of others.
+        let (capture, mut rules) = (case.capture(), Rules::default());
+        let cut = capture::cut(&*capture, &server.netns, &mut rules, &seen_in.connection).unwrap();
+        assert_eq!(cut, Cut::Ended);
         let mut byte = [0];
-        let end = crate::fixture::in_time(tokio::io::AsyncReadExt::read(&mut inbound, &mut byte)).await;
-        assert_eq!(end.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+        let end = in_time(inbound.read(&mut byte)).await;
+        assert_eq!(end.unwrap_err().kind(), ErrorKind::ConnectionReset);
+        assert_eq!(
+            capture::cut(&*capture, &server.netns, &mut rules, &seen_in.connection).unwrap(),
+            Cut::Ended
+        );
         echo(&mut outbound, "still here").await;
+
+        let mut second = dial(&server.netns, case.addr(client, 9090)).await.unwrap();
+        greeting(&mut second).await;
+        capture::refuse(&*capture, &server.netns, &mut rules, &seen_out.connection).unwrap();
+        assert!(capture.verify(&server.netns, &rules).unwrap().is_none());
+        outbound.write_all(b"?").await.unwrap();
+        let end = in_time(outbound.read(&mut byte)).await;
+        assert_eq!(end.unwrap_err().kind(), ErrorKind::ConnectionReset);
         echo(&mut captured, "here too").await;
+        echo(&mut second, "and here").await;
     });
 }
