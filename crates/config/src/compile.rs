@@ -358,11 +358,12 @@ impl Compiler {
         let (was_ambient, was_distribution) = (area.ambient, area.distribution);
         (area.ambient, area.distribution) = (ambient, distribution);
         let was_bound = std::mem::replace(&mut area.waypoint, waypoint);
-        if was_ambient != ambient || was_bound != area.waypoint {
+        let rebound = was_bound != area.waypoint;
+        if was_ambient != ambient || rebound {
             let instances: Vec<Id> = area.instances.iter().copied().collect();
             instances.into_iter().for_each(|id| self.mark(id));
         }
-        if was_distribution != distribution {
+        if was_distribution != distribution || rebound {
             let services: Vec<ServiceKey> = self.area(name).services.iter().cloned().collect();
             self.dirty_services.extend(services);
         }
@@ -426,6 +427,7 @@ impl Compiler {
             definition.service.hostname = convert::service_key(&self.options, &by).hostname;
             self.set_definitions(&by, vec![definition], pool);
         }
+        self.dirty_services.extend(self.services.keys().cloned());
         self.slices_of.clear();
         for (key, slice) in std::mem::take(&mut self.slices) {
             self.set_slice(&key, Some(slice), pool);

@@ -96,7 +96,6 @@ codes! {
     WithoutEffect = "without-effect", Warning, "An object, or a part of it, has no effect as it stands.";
     ActsOtherwise = "acts-otherwise", Warning, "A value is taken as another one, which is named.";
     PolicyConflict = "policy-conflict", Warning, "Two policies of one level are for the same workloads; the older one is in force.";
-    SelectsEverything = "selects-everything", Warning, "A selector without labels selects everything, which is seldom meant.";
     NoWorkload = "no-workload", Warning, "A policy is for no workload that there is.";
     OutsideTheMesh = "outside-the-mesh", Warning, "A policy is for workloads that are not in the mesh, where nothing enforces it.";
     NamesNothing = "names-nothing", Warning, "A policy names a namespace or an object that there is not.";

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use config::compile::Options;
 use config::repository::{Content, Repository};
 use config::tree::{Limits, Node, Value, documents, parse};
-use model::{Connection, Destination, Mesh, OriginalDst, SpiffeId, Workload};
+use model::{Connection, Destination, GatewayAddress, GatewayTarget, Mesh, OriginalDst, SpiffeId, Workload};
 
 fn case_files() -> Vec<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases");
@@ -174,7 +174,15 @@ fn run(path: &Path) -> Vec<String> {
         let policies: Vec<_> = pod(&mesh, &name).policies.iter().map(ToString::to_string).collect();
         case.same(&format!("policies of {name}"), &list(expected, "policies"), &policies);
     }
-    let known = ["says", "decisions", "services", "dialled", "workloads", "settings"];
+    for expected in items(&expected, "egress") {
+        let host = text_of(expected, "host").unwrap();
+        let through = match &mesh.services_named(&host)[0].waypoint {
+            Some(GatewayAddress { target: GatewayTarget::Service(key), .. }) => key.hostname.to_string(),
+            other => format!("{other:?}").replace("None", ""),
+        };
+        case.same(&format!("waypoint of {host}"), &[text_of(expected, "through").unwrap()], &[through]);
+    }
+    let known = ["egress", "says", "decisions", "services", "dialled", "workloads", "settings"];
     if let Value::Mapping(entries) = &expected.value {
         for entry in entries {
             assert!(known.contains(&&*entry.key), "{}: {} is not checked", case.name, entry.key);

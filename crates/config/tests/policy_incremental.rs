@@ -123,6 +123,13 @@ fn files() -> Vec<Vec<String>> {
                     "AuthorizationPolicy",
                     namespace,
                     &format!("p{number}"),
+                    "{targetRefs: [{group: networking.istio.io, kind: ServiceEntry, name: se0}]}",
+                )
+                .replace("metadata: {", "metadata: {annotations: {istio.io/dry-run: 'true'}, "),
+                security(
+                    "AuthorizationPolicy",
+                    namespace,
+                    &format!("p{number}"),
                     "{targetRefs: [{group: gateway.networking.k8s.io, kind: Gateway, name: gate}]}",
                 ),
                 security(

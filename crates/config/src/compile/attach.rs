@@ -1,10 +1,10 @@
 //! Which policies a workload lists, and which workloads a change of policies, waypoints or owners concerns.
 
-use model::{PolicyKey, ServiceKey, ServiceMembership, Str, Workload};
+use model::{GatewayAddress, GatewayTarget, PolicyKey, ServiceKey, ServiceMembership, Str, Workload};
 
 use super::index::Id;
 use super::join::key_of;
-use super::{Compiler, Record};
+use super::{Compiler, Definition, Record};
 use crate::policy::selector::{Target, TargetKind};
 use crate::policy::waypoint::USE_WAYPOINT;
 use crate::policy::{Binding, Subject, Waypoint};
@@ -44,6 +44,22 @@ impl Compiler {
         })
     }
 
+    /// Where connections to an external service have to go that only a waypoint may let out: policies are for it,
+    /// and no workload of the mesh is behind it to enforce them. There are no waypoints, so they go nowhere.
+    pub(super) fn closed_egress(&self, owner: &ObjectKey, definition: &Definition) -> Option<GatewayAddress> {
+        let inherited = self.areas.get(&owner.namespace).map(|a| &a.waypoint);
+        let waypoint = definition.waypoint.or(inherited.unwrap_or(&Binding::Inherited));
+        if !definition.external || !self.policies.refuses_egress(owner, waypoint) {
+            return None;
+        }
+        let (namespace, name) =
+            waypoint.map_or((&*owner.namespace, "waypoint"), |w| (&*w.namespace, &*w.name));
+        let hostname = format!("{name}.{namespace}.svc.{}", self.options.cluster_domain);
+        let target =
+            GatewayTarget::Service(ServiceKey { namespace: namespace.into(), hostname: hostname.into() });
+        Some(GatewayAddress { target, hbone_mtls_port: 15008 })
+    }
+
     /// Marks the instances that are bound to a waypoint that policies of `namespace` mean by `target`.
     pub(super) fn mark_bound(&mut self, namespace: &str, target: &Target) {
         let bound = |binding: &Binding| matches!(binding, Binding::To(w) if w.is_target(namespace, target));
@@ -58,7 +74,10 @@ impl Compiler {
             }
         }
         let defined = self.services.values().filter_map(|entry| entry.definitions.first());
-        let defined = defined.filter(|(_, d)| bound(&d.waypoint));
+        let defined = defined.filter(|(by, d)| {
+            let inherited = self.areas.get(&by.namespace).map_or(&Binding::Inherited, |a| &a.waypoint);
+            d.waypoint.or(inherited).is_some_and(|w| w.is_target(namespace, target))
+        });
         let makers: Vec<ObjectKey> = defined.map(|(by, _)| by.clone()).collect();
         ids.into_iter().for_each(|id| self.mark(id));
         makers.iter().for_each(|by| self.mark_behind(by));
@@ -67,6 +86,7 @@ impl Compiler {
     /// Marks the endpoints of the services that `object` defines.
     pub(super) fn mark_behind(&mut self, object: &ObjectKey) {
         let services = self.made_services.get(object).cloned().unwrap_or_default();
+        self.dirty_services.extend(services.iter().cloned());
         for service in services {
             let definition = self.services.get(&service).and_then(|e| e.definitions.first());
             let selector = definition.and_then(|(_, d)| d.selector.clone());

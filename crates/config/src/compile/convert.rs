@@ -85,6 +85,7 @@ pub(super) fn service(key: &ObjectKey, service: Service, context: &Context<'_>) 
         distribution: service.distribution,
         local_only: service.local_only,
         waypoint: service.waypoint,
+        external: false,
     })
 }
 

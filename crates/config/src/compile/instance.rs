@@ -81,6 +81,8 @@ pub struct Definition {
     pub local_only: bool,
     /// Which waypoint its traffic is meant to pass.
     pub waypoint: Binding,
+    /// Whether its endpoints are outside the mesh, where nothing enforces policies for it.
+    pub external: bool,
 }
 
 /// The port of an endpoint behind a port of a service.

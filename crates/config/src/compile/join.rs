@@ -488,6 +488,7 @@ impl Compiler {
         };
         let mut service = definition.service.clone();
         let area = self.areas.get(&key.namespace);
+        service.waypoint = self.closed_egress(owner, definition);
         let distribution = definition.distribution.or(area.and_then(|a| a.distribution));
         (service.load_balancing.mode, service.load_balancing.scopes) =
             preference(definition.local_only, distribution);

@@ -86,7 +86,9 @@ pub struct ServiceEntry {
     /// The endpoints that it lists.
     pub endpoints: Box<[EntryEndpoint]>,
     /// Which pods and WorkloadEntries of its namespace are endpoints.
-    pub members: Members,
+    pub selector: Option<Selector>,
+    /// Whether it is outside the mesh (`location: MESH_EXTERNAL`), where nothing enforces policies.
+    pub external: bool,
     /// Identities accepted from endpoints beside their own.
     pub identities: Box<[SpiffeId]>,
     /// Whether it gets virtual addresses when it has none.
@@ -124,17 +126,6 @@ pub enum Resolution {
     Dns,
 }
 
-/// Which pods and WorkloadEntries are endpoints.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Members {
-    /// None of them.
-    None,
-    /// Those with certain labels.
-    Selected(Selector),
-    /// All of the namespace.
-    All,
-}
-
 fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resource> {
     report_waypoint(fields, metadata);
     let distribution = distribution_annotation(fields, metadata);
@@ -152,8 +143,8 @@ fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resourc
         let message = format!("DNS_ROUND_ROBIN has one endpoint, and {} are listed", endpoints.len());
         spec.report(Code::InvalidValue, message, "set the resolution to DNS");
     }
-    let members = read_members(&mut spec, resolution, !endpoints.is_empty());
-    check_location(&mut spec);
+    let selector = read_selector(&mut spec, resolution, !endpoints.is_empty());
+    let external = read_location(&mut spec);
     check_export(&mut spec);
     let identities = read_identities(&mut spec);
     let auto_allocate = allocate && addresses.is_empty() && resolution != Resolution::None;
@@ -163,7 +154,8 @@ fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resourc
         ports,
         resolution,
         endpoints,
-        members,
+        selector,
+        external,
         identities,
         auto_allocate,
         distribution,
@@ -348,9 +340,9 @@ fn check_endpoint(
     }
 }
 
-fn read_members(spec: &mut Fields<'_, '_>, resolution: Resolution, has_endpoints: bool) -> Members {
-    let Some(cursor) = spec.take("workloadSelector") else { return Members::None };
-    let labels = cursor.fields().and_then(|mut f| f.take("labels").and_then(read_labels));
+fn read_selector(spec: &mut Fields<'_, '_>, resolution: Resolution, has_endpoints: bool) -> Option<Selector> {
+    let selector =
+        spec.take("workloadSelector")?.fields().and_then(|mut f| f.take("labels").and_then(read_labels));
     if has_endpoints {
         spec.report(
             Code::InvalidValue,
@@ -364,26 +356,26 @@ fn read_members(spec: &mut Fields<'_, '_>, resolution: Resolution, has_endpoints
             "workloadSelector has no effect with resolution NONE: connections go where they were dialled",
             "set the resolution to STATIC",
         );
-        return Members::None;
+        return None;
     }
-    let Some(selector) = labels else {
+    if selector.is_none() {
         spec.report(
-            Code::SelectsEverything,
-            "a workloadSelector without labels selects every workload of the namespace",
-            "name the labels",
+            Code::FieldRefused,
+            "a workloadSelector without labels would make every workload of the namespace an endpoint",
+            "name the labels of those that are",
         );
-        return Members::All;
-    };
-    Members::Selected(selector)
+    }
+    selector
 }
 
-fn check_location(spec: &mut Fields<'_, '_>) {
-    let Some(mut cursor) = spec.take("location") else { return };
+/// Whether it is outside the mesh.
+fn read_location(spec: &mut Fields<'_, '_>) -> bool {
+    let Some(mut cursor) = spec.take("location") else { return true };
     let known = |t: &str| matches!(t, "MESH_EXTERNAL" | "MESH_INTERNAL");
     if cursor.node().as_str().is_some_and(|t| !known(t)) {
         cursor.invalid("is neither MESH_EXTERNAL nor MESH_INTERNAL", "");
     }
-    cursor.string();
+    cursor.string() != Some("MESH_INTERNAL")
 }
 
 fn check_export(spec: &mut Fields<'_, '_>) {
@@ -434,7 +426,7 @@ fn read_identities(spec: &mut Fields<'_, '_>) -> Box<[SpiffeId]> {
 
 /// What can only be said of all fields together.
 fn check_whole(spec: &mut Fields<'_, '_>, entry: &ServiceEntry) {
-    let listed = !entry.endpoints.is_empty() || entry.members != Members::None;
+    let listed = !entry.endpoints.is_empty() || entry.selector.is_some();
     let unresolvable = entry.hosts.iter().find(|h| !is_host(h));
     if let (Resolution::Dns, false, Some(host)) = (entry.resolution, listed, unresolvable)
         && let Some(mut hosts) = spec.take("hosts")

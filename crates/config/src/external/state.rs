@@ -10,7 +10,7 @@ use model::{
 
 use super::endpoint::EntryEndpoint;
 use super::host::{Address, is_host};
-use super::service_entry::{Members, Resolution, ServiceEntry};
+use super::service_entry::{Resolution, ServiceEntry};
 use super::vip::Vips;
 use super::workload_entry::WorkloadEntry;
 use crate::compile::{
@@ -189,8 +189,7 @@ impl External {
         let listed = entry.endpoints.iter().enumerate();
         made.instances
             .extend(listed.filter_map(|(i, e)| listed_endpoint(&made.by, entry, i, e, &own, context)));
-        if entry.resolution == Resolution::Dns && entry.endpoints.is_empty() && entry.members == Members::None
-        {
+        if entry.resolution == Resolution::Dns && entry.endpoints.is_empty() && entry.selector.is_none() {
             made.instances.extend(own.iter().map(|host| host_itself(&made.by, entry, host, context)));
         }
         made
@@ -225,14 +224,12 @@ impl External {
                 },
                 canonical: false,
             },
-            selector: match &entry.members {
-                Members::Selected(selector) => Some(selector.clone()),
-                Members::None | Members::All => None,
-            },
+            selector: entry.selector.clone(),
             ports: entry.ports.iter().map(port_rule).collect(),
             distribution: entry.distribution,
             local_only: false,
             waypoint: entry.waypoint.clone(),
+            external: entry.external,
         }
     }
 }

@@ -195,7 +195,7 @@ fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resourc
 fn read(mut spec: Fields<'_, '_>, namespace: &Str, dry_run: bool) -> AuthorizationPolicy {
     let action = read_action(&mut spec);
     check_provider(&mut spec, action);
-    let scope = read_scope(&mut spec);
+    let scope = read_scope(&mut spec, action);
     let rules = read_rules(&mut spec, namespace, action);
     AuthorizationPolicy { scope, action, rules, dry_run }
 }
@@ -244,7 +244,7 @@ fn check_provider(spec: &mut Fields<'_, '_>, action: RequestedAction) {
     }
 }
 
-fn read_scope(spec: &mut Fields<'_, '_>) -> PolicyScope {
+fn read_scope(spec: &mut Fields<'_, '_>, action: RequestedAction) -> PolicyScope {
     let selector = read_selector(spec);
     let targets = read_targets(spec);
     match (selector, targets.is_empty()) {
@@ -258,10 +258,11 @@ fn read_scope(spec: &mut Fields<'_, '_>) -> PolicyScope {
         }
         (None, false) => {
             let message = "only a waypoint can enforce a policy for what reaches an object; until one is deployed, \
-                           the workloads behind it refuse what the policy could refuse";
+                           the workloads behind it refuse what the policy could refuse, and connections to it \
+                           fail where it is external";
             let remedy = "deploy a waypoint for the target, or select the workloads by labels";
             for name in ["targetRef", "targetRefs"] {
-                if let Some(mut cursor) = spec.take(name) {
+                if let (Some(mut cursor), true) = (spec.take(name), action != RequestedAction::Audit) {
                     cursor.report(Code::NeedsWaypoint, message, remedy);
                 }
             }

@@ -17,7 +17,9 @@
 //! refuse: a DENY or CUSTOM policy refuses what its rules match, without regard to ports and addresses of the
 //! destination, since those are the service's there and the workload's here. An ALLOW policy refuses everything:
 //! its "nothing else" is a refusal of its own, which no other ALLOW policy at the node may undo, and no connection
-//! can be told to be one that the waypoint would have let in. Both are compiled to DENY for these reasons.
+//! can be told to be one that the waypoint would have let in. Both are compiled to DENY for these reasons. Behind
+//! an external ServiceEntry there is nobody to refuse; there it is the clients' proxy that lets nothing out, as for a
+//! service whose waypoint is not ready.
 
 use std::sync::Arc;
 

@@ -205,6 +205,21 @@ impl Policies {
         keys
     }
 
+    /// Whether a policy in force is for what reaches an object, or passes its waypoint.
+    #[must_use]
+    pub fn refuses_egress(&self, object: &ObjectKey, waypoint: Option<&Waypoint>) -> bool {
+        let enforced = |key: &PolicyKey| {
+            let compiled = self.authorization.get(key).and_then(|e| e.compiled.as_ref());
+            compiled.is_some_and(|policy| !policy.dry_run)
+        };
+        let target = Target::of(object).and_then(|t| self.by_target.get(&(object.namespace.clone(), t)));
+        let meant = |key: &PolicyKey, targets: &[Target]| {
+            waypoint.is_some_and(|w| targets.iter().any(|t| w.is_target(&key.namespace, t)))
+        };
+        let through = self.for_waypoints.iter().filter(|(key, targets)| meant(key, targets));
+        target.into_iter().flatten().chain(through.map(|(key, _)| key)).any(enforced)
+    }
+
     /// What to say of a policy in the light of all that there is.
     #[must_use]
     pub fn review(&self, key: &ObjectKey, world: &dyn World) -> Vec<Finding> {
@@ -245,15 +260,18 @@ impl Policies {
             });
         }
         // Who lists it: only changes of that touch workloads.
-        let scope =
-            |entry: Option<&Entry>| entry.filter(|e| e.compiled.is_some()).map(|e| e.source.scope.clone());
+        let scope = |entry: Option<&Entry>| {
+            // What is external is closed by policies in force only, and lists none.
+            let trial = |e: &Entry| matches!(e.source.scope, PolicyScope::Targets(_)) && e.source.dry_run;
+            entry.filter(|e| e.compiled.is_some()).map(|e| (e.source.scope.clone(), trial(e)))
+        };
         let (before, after) = (scope(old.as_ref()), scope(new.as_ref()));
         if before != after {
-            if let Some(scope) = &before {
+            if let Some((scope, _)) = &before {
                 self.unindex(key, scope);
                 self.affect(key, scope, effects);
             }
-            if let Some(scope) = &after {
+            if let Some((scope, _)) = &after {
                 self.index(key, scope);
                 self.affect(key, scope, effects);
             }
@@ -397,6 +415,9 @@ impl Policies {
                 self.index(&key, &entry.source.scope);
             }
             effects.findings.push((object_key(&key), self.misplaced(&key, Some(&entry))));
+            if matches!(entry.source.scope, PolicyScope::Targets(_)) {
+                self.affect(&key, &entry.source.scope, effects);
+            }
             self.authorization.insert(key, entry);
         }
         if root_changed {
