@@ -141,7 +141,11 @@ fn boolean(annotation: &'static str, value: &str) -> Result<bool, InvalidAnnotat
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+    use proptest::sample::select;
+
     use super::*;
+    use crate::rules::Plan;
 
     fn parse(annotations: &[(&str, &str)]) -> Result<Rules, Vec<InvalidAnnotation>> {
         Rules::default().with_annotations(annotations.iter().copied())
@@ -179,6 +183,20 @@ mod tests {
         };
         assert_eq!(rules, Ok(expected));
         assert_eq!(parse(&[("traffic.sidecar.istio.io/includeInboundPorts", "*")]), Ok(Rules::default()));
+    }
+
+    proptest! {
+        /// Whatever is written, it is understood or refused; what is understood can be written as rules.
+        #[test]
+        fn any_value_is_rules_or_a_mistake(
+            annotation in select(ANNOTATIONS.to_vec()),
+            value in "[0-9a-z.,:/*-]{0,40}|.{0,40}",
+        ) {
+            match parse(&[(annotation, &value)]) {
+                Ok(rules) => drop(Plan::new(&rules)),
+                Err(wrong) => prop_assert!(!wrong.is_empty()),
+            }
+        }
     }
 
     #[test]

@@ -405,7 +405,7 @@ fn rules(plan: &Plan, v6: bool, table: &str, chain: &str) -> Vec<String> {
         }
         ("raw", _) if plan.dns => vec![format!("-p udp -m udp --dport 53 {} -j CT --zone 1", marked(""))],
         ("mangle", "CULVERT_PRERT") => {
-            vec![format!("{} -j CONNMARK --set-xmark {REPLY_MARK:#x}/{MARK_MASK:#x}", marked(""))]
+            vec![format!("-i lo {} -j CONNMARK --set-xmark {REPLY_MARK:#x}/{MARK_MASK:#x}", marked(""))]
         }
         ("mangle", _) => vec![format!(
             "{} -m connmark --mark {REPLY_MARK:#x}/{MARK_MASK:#x} -j MARK --set-xmark {REPLY_MARK:#x}/{MARK_MASK:#x}",

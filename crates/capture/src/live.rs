@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::io;
 use std::net::SocketAddr;
 
-use net::sock_diag::{self, Connection, DestroyError};
+use net::sock_diag::{self, Connection, DestroyError, TcpState};
 use net::{Netns, ZTUNNEL_MARK};
 
 use crate::backend::Capture;
@@ -48,7 +48,9 @@ pub fn live_connections(netns: &Netns, ports: &Ports) -> io::Result<Vec<LiveConn
         let of_ztunnel = socket.mark == Some(ZTUNNEL_MARK)
             || is_target(ports, socket.local.port())
             || socket.local.port() == ports.inbound_hbone;
-        !(internal || of_ztunnel || redirected.contains(&socket.local))
+        // Its next SYN will be redirected.
+        let unanswered = socket.state == TcpState::SynSent;
+        !(internal || of_ztunnel || unanswered || redirected.contains(&socket.local))
     });
     let directed = live.map(|connection| {
         let inbound = listening.contains(&connection.local.port());

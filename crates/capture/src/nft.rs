@@ -206,7 +206,7 @@ fn base_chains(text: &mut String, plan: &Plan) {
     }
     let keep = !MARK_MASK;
     let set = format!("& {keep:#010x} | {REPLY_MARK:#010x}");
-    let remember = format!("{} ct mark set ct mark {set}", marked("=="));
+    let remember = format!("iifname \"lo\" {} ct mark set ct mark {set}", marked("=="));
     let restore = format!(
         "ct mark & {MARK_MASK:#010x} == {REPLY_MARK:#010x} {} meta mark set meta mark {set}",
         marked("!=")

@@ -268,7 +268,9 @@ impl Plan {
         use Matcher::{Any, Destination, FromZtunnel, Interfaces, Loopback, LoopbackAddress, Source};
         use Verdict::{Capture, Pass};
 
-        let mut always = vec![(Loopback, Pass), (FromZtunnel, Pass)];
+        // ztunnel's connections to the application come in by the loopback device, too. Its mark exempts what
+        // goes out alone: what comes in from elsewhere with that mark was never ours.
+        let mut always = vec![(Loopback, Pass)];
         if !rules.exclude_interfaces.is_empty() {
             always.push((Interfaces(sorted(&rules.exclude_interfaces)), Pass));
         }
@@ -303,7 +305,7 @@ impl Plan {
         let mut forwarded = always.clone();
         forwarded.push((Any, Capture));
         let mut outbound_always = always;
-        outbound_always.push((LoopbackAddress, Pass));
+        outbound_always.extend([(FromZtunnel, Pass), (LoopbackAddress, Pass)]);
 
         Self {
             ports: rules.ports,
