@@ -126,7 +126,6 @@ impl Live {
 }
 
 /// What came of a run.
-#[derive(Debug)]
 pub struct Outcome {
     /// Requests answered in the measured time.
     pub requests: u64,
@@ -214,10 +213,7 @@ pub fn start(plan: Plan) -> io::Result<Running> {
     let live = Arc::new(Live::default());
     let seen = live.clone();
     let thread = std::thread::Builder::new().name("load".to_owned()).spawn(move || {
-        if let Some(namespace) = &plan.namespace {
-            netns::enter(namespace)?;
-        }
-        netns::block_on(client::drive(&plan, &seen))?
+        netns::run_in(plan.namespace.as_deref(), || netns::block_on(client::drive(&plan, &seen)))??
     })?;
     Ok(Running { live, thread: Some(thread) })
 }
