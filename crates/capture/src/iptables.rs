@@ -32,7 +32,10 @@ const MADE_BY_US: &str = "CULVERT_MADE_";
 const TABLES: [(&str, &[(&str, &str)]); 4] = [
     ("filter", &[("INPUT", "CULVERT_INPUT"), ("FORWARD", "CULVERT_FORWARD"), ("OUTPUT", "CULVERT_OUTPUT")]),
     ("raw", &[("PREROUTING", "CULVERT_PRERT"), ("OUTPUT", "CULVERT_OUTPUT")]),
-    ("mangle", &[("PREROUTING", "CULVERT_PRERT"), ("OUTPUT", "CULVERT_OUTPUT")]),
+    (
+        "mangle",
+        &[("PREROUTING", "CULVERT_PRERT"), ("OUTPUT", "CULVERT_OUTPUT"), ("POSTROUTING", "CULVERT_POSTRT")],
+    ),
     ("nat", &[("PREROUTING", "CULVERT_PRERT"), ("OUTPUT", "CULVERT_OUTPUT")]),
 ];
 /// Seconds to wait for the lock that all iptables-legacy programs of the machine share.
@@ -143,6 +146,8 @@ impl Capture for Iptables {
     fn install(&self, netns: &Netns, rules: &Rules) -> Result<Installed, Error> {
         check(rules)?;
         let plan = Plan::new(rules);
+        // Routes first, for the replies of what is captured next; without them too, so that nothing passes.
+        let routing = routing::install(netns);
         let mut changed = false;
         for (number, programs) in self.families().enumerate() {
             let saved = programs.saved(netns)?;
@@ -152,7 +157,7 @@ impl Capture for Iptables {
                 changed = true;
             }
         }
-        let (routed, ipv6) = routing::install(netns)?;
+        let (routed, ipv6) = routing?;
         Ok(Installed { changed: changed || routed, ipv6 })
     }
 
@@ -406,6 +411,10 @@ fn rules(plan: &Plan, v6: bool, table: &str, chain: &str) -> Vec<String> {
         ("raw", _) if plan.dns => vec![format!("-p udp -m udp --dport 53 {} -j CT --zone 1", marked(""))],
         ("mangle", "CULVERT_PRERT") => {
             vec![format!("-i lo {} -j CONNMARK --set-xmark {REPLY_MARK:#x}/{MARK_MASK:#x}", marked(""))]
+        }
+        // Should the policy route be gone, an application's replies to ztunnel would leave for the client.
+        ("mangle", "CULVERT_POSTRT") => {
+            vec![format!("! -o lo -m mark --mark {REPLY_MARK:#x}/{MARK_MASK:#x} -j DROP")]
         }
         ("mangle", _) => vec![format!(
             "{} -m connmark --mark {REPLY_MARK:#x}/{MARK_MASK:#x} -j MARK --set-xmark {REPLY_MARK:#x}/{MARK_MASK:#x}",

@@ -97,13 +97,14 @@ impl Capture for Nftables {
 
     fn install(&self, netns: &Netns, rules: &Rules) -> Result<Installed, Error> {
         check(rules)?;
-        // Routes first: without them captured connections fail, but nothing is captured yet.
-        let (routed, ipv6) = routing::install(netns)?;
+        // Routes first, for the replies of what is captured next; without them too, so that nothing passes.
+        let routing = routing::install(netns);
         let listing = self.listing(netns)?;
         let loaded = listing.is_empty() || listing != self.expected(rules)?;
         if loaded {
             self.load(netns, rules)?;
         }
+        let (routed, ipv6) = routing?;
         Ok(Installed { changed: routed || loaded, ipv6 })
     }
 
@@ -211,6 +212,8 @@ fn base_chains(text: &mut String, plan: &Plan) {
         "ct mark & {MARK_MASK:#010x} == {REPLY_MARK:#010x} {} meta mark set meta mark {set}",
         marked("!=")
     );
+    // Should the policy route be gone, an application's replies to ztunnel would leave for the client.
+    let astray = format!("oifname != \"lo\" meta mark & {MARK_MASK:#010x} == {REPLY_MARK:#010x} drop");
     for (name, kind, hook, priority, lines) in [
         ("raw_prerouting", "filter", "prerouting", -300, raw_in),
         ("raw_output", "filter", "output", -300, raw_out),
@@ -221,6 +224,7 @@ fn base_chains(text: &mut String, plan: &Plan) {
         ("guard_input", "filter", "input", 10, guard_in),
         ("guard_forward", "filter", "forward", 10, vec![format!("{SYN} jump forwarded_refuse")]),
         ("guard_output", "filter", "output", 10, guard_out),
+        ("guard_postrouting", "filter", "postrouting", 10, vec![astray]),
     ] {
         if !lines.is_empty() {
             let base = format!("type {kind} hook {hook} priority {priority}; policy accept;");

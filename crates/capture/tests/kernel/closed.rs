@@ -10,6 +10,7 @@ use capture::{Backend, Include, PortRange, Rules};
 use harness::netns::{Host, Lab, Process};
 use net::Netns;
 use nix::sys::signal::Signal;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::fixture::{
     Case, FakeZtunnel, block_on, dial, each_case, echo, greeting, in_time, start_app, two_nodes,
@@ -59,7 +60,7 @@ impl Load {
                 let count = match dial(&netns, to).await {
                     Ok(mut stream) => {
                         let mut byte = [0];
-                        let read = tokio::io::AsyncReadExt::read(&mut stream, &mut byte).await;
+                        let read = stream.read(&mut byte).await;
                         net::reset(stream);
                         if matches!(read, Ok(1)) { &load.served } else { &load.other }
                     }
@@ -84,14 +85,10 @@ impl Load {
     }
 }
 
-/// Counts SYN-ACKs from a port on the link between the nodes while `during` runs.
-async fn syn_acks_on_the_link<T>(lab: &Lab, ports: &str, during: impl Future<Output = T>) -> usize {
-    let filter = format!(
-        "tcp src {ports} and (tcp[tcpflags] & (tcp-syn|tcp-ack) == (tcp-syn|tcp-ack) \
-         or (ip6 and ip6[53] & 0x12 == 0x12))"
-    );
+/// Counts the packets of a kind on the link between the nodes while `during` runs.
+async fn on_the_link<T>(lab: &Lab, filter: &str, during: impl Future<Output = T>) -> usize {
     let mut command = Command::new("tcpdump");
-    command.args(["-i", "br0", "-n", "-l", "--immediate-mode", &filter]);
+    command.args(["-i", "br0", "-n", "-l", "--immediate-mode", filter]);
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut tcpdump = lab.link().unwrap().spawn(&mut command).unwrap();
     let mut said = io::BufReader::new(tcpdump.child().stderr.take().unwrap());
@@ -108,6 +105,10 @@ async fn syn_acks_on_the_link<T>(lab: &Lab, ports: &str, during: impl Future<Out
     printed.lines().filter(|line| !line.is_empty()).count()
 }
 
+/// SYN-ACKs of the applications of the tests.
+const SYN_ACKS: &str = "(tcp src port 8080 or tcp src port 9090) and \
+    ((tcp[tcpflags] & (tcp-syn|tcp-ack) == (tcp-syn|tcp-ack)) or (ip6 and ip6[53] & 0x12 == 0x12))";
+
 #[test]
 fn a_killed_ztunnel_lets_nothing_pass() {
     each_case("a_killed_ztunnel_lets_nothing_pass", async |case: Case| {
@@ -121,7 +122,7 @@ fn a_killed_ztunnel_lets_nothing_pass() {
         let outbound = Load::start(&server.netns, case.addr(client, 9090));
 
         // The capture would see them: this ztunnel passes connections on in plaintext.
-        let seen = syn_acks_on_the_link(&lab, "port 8080 or tcp src port 9090", async {
+        let seen = on_the_link(&lab, SYN_ACKS, async {
             inbound.until(&inbound.served, 20).await;
             outbound.until(&outbound.served, 20).await;
         });
@@ -129,7 +130,7 @@ fn a_killed_ztunnel_lets_nothing_pass() {
 
         ztunnel.signal(Signal::SIGKILL).unwrap();
         drop(ztunnel);
-        let seen = syn_acks_on_the_link(&lab, "port 8080 or tcp src port 9090", async {
+        let seen = on_the_link(&lab, SYN_ACKS, async {
             inbound.until(&inbound.refused, 100).await;
             outbound.until(&outbound.refused, 100).await;
         });
@@ -143,6 +144,37 @@ fn a_killed_ztunnel_lets_nothing_pass() {
         let _ztunnel = start_ztunnel(server);
         inbound.until(&inbound.served, 20).await;
         outbound.until(&outbound.served, 20).await;
+    });
+}
+
+#[test]
+fn replies_never_leave_past_ztunnel() {
+    each_case("replies_never_leave_past_ztunnel", async |case: Case| {
+        let lab = two_nodes();
+        let (server, client) = (lab.pod("server"), lab.pod("client"));
+        start_app(&server.netns, 8080);
+        let _ztunnel = FakeZtunnel::start(&server.netns);
+        case.capture().install(&server.netns, &Rules::default()).unwrap();
+        let mut stream = dial(&client.netns, case.addr(server, 8080)).await.unwrap();
+        greeting(&mut stream).await;
+        let data = "a thousand bytes, or more, ".repeat(40);
+        let large = "tcp src port 8080 and greater 1000";
+        // With the policy route, ztunnel brings the reply.
+        assert_ne!(on_the_link(&lab, large, echo(&mut stream, &data)).await, 0);
+        // Without it, the application's reply goes nowhere; not to the client, on its own.
+        server.shell("ip rule del pref 32764; ip -6 rule del pref 32764").unwrap();
+        let seen = on_the_link(&lab, large, async {
+            stream.write_all(data.as_bytes()).await.unwrap();
+            let mut byte = [0];
+            let read = tokio::time::timeout(Duration::from_millis(500), stream.read(&mut byte)).await;
+            assert!(read.is_err(), "{read:?}");
+        });
+        assert_eq!(seen.await, 0);
+        // Repaired, the connection goes on where it stood.
+        case.capture().install(&server.netns, &Rules::default()).unwrap();
+        let mut back = vec![0; data.len()];
+        in_time(stream.read_exact(&mut back)).await.unwrap();
+        assert_eq!(back, data.as_bytes());
     });
 }
 
