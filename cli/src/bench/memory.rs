@@ -31,13 +31,11 @@ fn wait(bench: &Bench<'_>) -> Result<()> {
 
 /// An idle ztunnel, and what an idle connection adds to each of the two that carry it.
 pub(super) fn idle(bench: &mut Bench<'_>) -> Result<()> {
-    bench.results.note("memory, idle");
     wait(bench)?;
     let before = resident_kb(bench)?;
     let largest = before.into_iter().max().unwrap_or_default();
     bench.results.add("memory", "across", "rss_mb_idle", "MB", largest as f64 / 1000.0, None);
 
-    bench.results.note(&format!("memory, {IDLE_CONNECTIONS} idle connections"));
     let running = load::start(Plan {
         namespace: Some(bench.lab.pod("client")?.netns_path()),
         target: SocketAddr::new(bench.lab.pod("far")?.v4.into(), EXCHANGE_PORT),
@@ -64,7 +62,6 @@ pub(super) fn idle(bench: &mut Bench<'_>) -> Result<()> {
 
 /// A ztunnel that knows of 100,000 pods in 1,000 services.
 pub(super) fn large_mesh(bench: &mut Bench<'_>) -> Result<()> {
-    bench.results.note(&format!("memory, {WORKLOADS} workloads"));
     write_pods(bench)?;
     bench.lab.ztunnel_mut(NodeId::Two)?.terminate();
     let options = bench.options.clone();

@@ -8,7 +8,7 @@ mod picture;
 mod results;
 mod scenarios;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
@@ -16,16 +16,16 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use crate::lab::manifests::{ENROLLED, Manifests, OUTSIDE};
-use crate::lab::{Lab, NodeId, PodPlan, ZtunnelOptions, missing_programs, stop_on_signals};
+use crate::lab::{Interrupted, Lab, NodeId, PodPlan, ZtunnelOptions, missing_programs, stop_on_signals};
 use crate::load::SINK_PORT;
 use results::{Machine, Results};
 
 /// Measures what the tunnel costs beside the direct path. Needs root; half an hour at the defaults.
 #[derive(Args, Debug)]
 pub struct BenchArgs {
-    /// Where tunnel.json, tunnel.md and tunnel.svg go
-    #[arg(long, default_value = "bench/results", value_name = "DIR")]
-    out: PathBuf,
+    /// Where tunnel.json, tunnel.md and tunnel.svg go [default: bench/results; nowhere with --only]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
     /// How often each figure is measured; the median counts
     #[arg(long, default_value_t = 5, value_name = "N")]
     repetitions: usize,
@@ -47,6 +47,12 @@ impl BenchArgs {
     fn wants(&self, scenario: &str) -> bool {
         self.only.is_empty() || self.only.iter().any(|s| scenario.starts_with(s.as_str()))
     }
+
+    /// A part must not take the place of the whole.
+    fn out(&self) -> Option<&Path> {
+        let default = self.only.is_empty().then_some(Path::new("bench/results"));
+        self.out.as_deref().or(default)
+    }
 }
 
 /// A client and a server on each side, in the mesh and outside of it.
@@ -66,6 +72,7 @@ struct Bench<'a> {
     manifests: Manifests,
     options: ZtunnelOptions,
     results: Results,
+    failures: Vec<String>,
 }
 
 /// Runs the command.
@@ -102,12 +109,21 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
         more: Vec::new(),
     };
     let results = Results::new(machine(args.repetitions)?);
-    let mut bench = Bench { args, lab, manifests, options, results };
+    if let Some(load) = busy().filter(|load| *load > 0.5) {
+        results.note(&format!(
+            "this machine is busy (load {load}): wait until it is not, or take the figures as rough"
+        ));
+    }
+    let mut bench = Bench { args, lab, manifests, options, results, failures: Vec::new() };
     bench.start_ztunnels()?;
     bench.measure()?;
-    bench.results.write(&args.out)?;
-    let left = bench.lab.clear();
-    if left.is_empty() { Ok(ExitCode::SUCCESS) } else { bail!("could not clear: {}", left.join("; ")) }
+    if let Some(out) = args.out() {
+        bench.results.write(out)?;
+    }
+    for left in bench.lab.clear() {
+        bench.failures.push(format!("could not clear: {left}"));
+    }
+    if bench.failures.is_empty() { Ok(ExitCode::SUCCESS) } else { bail!("{}", bench.failures.join("\n")) }
 }
 
 impl Bench<'_> {
@@ -121,13 +137,28 @@ impl Bench<'_> {
     fn measure(&mut self) -> Result<()> {
         if self.args.wants("memory") {
             // First: nothing has been carried yet.
-            memory::idle(self)?;
+            self.attempt("memory", memory::idle)?;
         }
         scenarios::measure(self)?;
         if self.args.wants("memory") {
-            memory::large_mesh(self)?;
+            self.attempt("memory of a large mesh", memory::large_mesh)?;
         }
         Ok(())
+    }
+
+    /// Does one part; one that fails is said at the end, and does not cost the others. Only a stop is an error.
+    fn attempt(&mut self, name: &str, part: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        self.results.note(name);
+        match part(self) {
+            Err(e) if e.is::<Interrupted>() => Err(e),
+            Err(e) => {
+                self.results.note(&format!("  failed: {e:#}"));
+                self.failures.push(format!("{name}: {e:#}"));
+                // What it did to the ztunnels is not to be the next one's.
+                self.start_ztunnels()
+            }
+            Ok(()) => Ok(()),
+        }
     }
 
     fn seconds(&self) -> Duration {
@@ -158,6 +189,11 @@ fn machine(repetitions: usize) -> Result<Machine> {
         commit: commit(),
         repetitions,
     })
+}
+
+/// The load of this machine over the last minute.
+fn busy() -> Option<f64> {
+    std::fs::read_to_string("/proc/loadavg").ok()?.split(' ').next()?.parse().ok()
 }
 
 fn commit() -> String {

@@ -119,15 +119,13 @@ pub(super) fn measure(bench: &mut Bench<'_>) -> Result<()> {
     for scenario in SCENARIOS {
         for path in PATHS {
             if bench.args.wants(scenario.name) {
-                bench.results.note(&format!("{} {}", scenario.name, path.0));
-                one(bench, scenario, path)?;
+                bench.attempt(&format!("{} {}", scenario.name, path.0), |b| one(b, scenario, path))?;
             }
         }
     }
     if bench.args.wants("cold-start") {
         for path in PATHS {
-            bench.results.note(&format!("cold-start {}", path.0));
-            cold_start(bench, path)?;
+            bench.attempt(&format!("cold-start {}", path.0), |b| cold_start(b, path))?;
         }
     }
     Ok(())
