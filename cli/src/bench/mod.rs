@@ -35,7 +35,7 @@ pub struct BenchArgs {
     /// How long memory is left idle before it is read
     #[arg(long, default_value_t = 60, value_name = "S")]
     idle_seconds: u64,
-    /// Only the scenarios whose name starts with one of these
+    /// Only these scenarios; `closed` stands for all whose name goes on with a dash
     #[arg(long, value_delimiter = ',', value_name = "SCENARIO")]
     only: Vec<String>,
     /// The ztunnel to measure [default: the one beside this program]
@@ -45,7 +45,9 @@ pub struct BenchArgs {
 
 impl BenchArgs {
     fn wants(&self, scenario: &str) -> bool {
-        self.only.is_empty() || self.only.iter().any(|s| scenario.starts_with(s.as_str()))
+        let is =
+            |s: &String| scenario == s || scenario.strip_prefix(s).is_some_and(|rest| rest.starts_with('-'));
+        self.only.is_empty() || self.only.iter().any(is)
     }
 
     /// A part must not take the place of the whole.
