@@ -36,8 +36,7 @@ use std::sync::Arc;
 
 use hashbrown::{HashMap, HashSet};
 use model::{
-    Change, Locality, NetworkAddress, Service, ServiceKey, ServiceMembership, Settings, Str, TrustDomain,
-    Vip, Workload,
+    Change, Locality, Service, ServiceKey, ServiceMembership, Settings, Str, TrustDomain, Vip, Workload,
 };
 
 pub use enrolment::{Enrolment, EnrolmentChange};
@@ -51,7 +50,7 @@ use crate::kinds::{Capture, EndpointSlice, Namespace};
 use crate::labels::{Labels, Pool};
 use crate::policy::{Binding, Policies};
 use crate::resource::{Kind, ObjectKey, Resource};
-use index::{Area, Holders, Id, Place};
+use index::{Addresses, Area, Id, Place};
 
 /// What is known of the mesh before any resource is read.
 #[derive(Clone, Debug)]
@@ -155,7 +154,7 @@ pub struct Compiler {
     records: Vec<Option<Record>>,
     free: Vec<Id>,
     by_uid: HashMap<Str, Id>,
-    by_address: HashMap<NetworkAddress, Holders>,
+    by_address: Addresses,
     services: HashMap<ServiceKey, Entry>,
     by_vip: HashMap<Vip, Vec<ServiceKey>>,
     slices: HashMap<ObjectKey, EndpointSlice>,
@@ -216,7 +215,7 @@ impl Compiler {
             records: Vec::new(),
             free: Vec::new(),
             by_uid: HashMap::new(),
-            by_address: HashMap::new(),
+            by_address: Addresses::default(),
             services: HashMap::new(),
             by_vip: HashMap::new(),
             slices: HashMap::new(),

@@ -101,7 +101,8 @@ impl Store {
                 }
             }
             Err(mut problems) => {
-                let held = file.documents.iter().map(|d| d.held.len()).sum::<usize>() + file.orphans.len();
+                let held = file.documents.iter().map(|d| d.held.as_slice().len()).sum::<usize>()
+                    + file.orphans.len();
                 if held > 0 {
                     let message = format!("the {held} objects that the file last held stay in force");
                     problems.push(Diagnostic::about_file(Code::LastGoodVersion, path.clone(), message, ""));
@@ -169,7 +170,7 @@ impl Store {
             let hash = self.hasher.hash_one(text.text);
             let same = known.get_mut(&hash).and_then(Vec::pop);
             if let Some(index) = same
-                && old.documents.get(index).is_some_and(|d| d.length == text.text.len())
+                && old.documents.get(index).is_some_and(|d| d.length as usize == text.text.len())
             {
                 plan.push((Some(index), text.lines_before, None));
                 continue;
@@ -213,10 +214,10 @@ impl Store {
         // What stood in the documents that are gone.
         let mut gone: HashSet<ObjectKey> = file.orphans.drain(..).collect();
         for document in std::mem::take(&mut file.documents) {
-            for held in document.held {
+            for held in document.held.as_slice() {
                 match held.state {
                     State::InForce | State::LastGood => {
-                        gone.insert(held.key);
+                        gone.insert(held.key.clone());
                     }
                     State::Shadowed => self.drop_shadow(path, document.hash, &held.key),
                     State::Nothing => {}
@@ -231,12 +232,10 @@ impl Store {
                     document
                 }
                 New::Parsed(mut document, readings) => {
-                    document.held = readings
-                        .into_iter()
-                        .filter_map(|(reading, position)| {
-                            self.hold(path, document.hash, reading, position, &mut gone, pool, sink)
-                        })
-                        .collect();
+                    let held = readings.into_iter().filter_map(|(reading, position)| {
+                        self.hold(path, document.hash, reading, position, &mut gone, pool, sink)
+                    });
+                    document.held = held.collect::<Vec<_>>().into();
                     document
                 }
             };

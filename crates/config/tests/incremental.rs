@@ -27,7 +27,7 @@ fn object() -> impl Strategy<Value = (String, String)> {
     ]
 }
 
-fn file(kind: &str, name: String, text: String) -> (String, String) {
+fn file(kind: &str, name: &str, text: String) -> (String, String) {
     (format!("{kind}-{name}.yaml"), text)
 }
 
@@ -70,7 +70,7 @@ status: {{podIP: 10.0.{n}.{i}, phase: {phase}}}
         i % 2,
         8000 + version,
     );
-    file("pod", format!("{n}-{i}"), text)
+    file("pod", &format!("{n}-{i}"), text)
 }
 
 fn service(n: usize, i: usize, app: usize, version: usize) -> (String, String) {
@@ -83,7 +83,7 @@ fn service(n: usize, i: usize, app: usize, version: usize) -> (String, String) {
         "apiVersion: v1\nkind: Service\nmetadata: {{name: s{i}, namespace: n{n}}}\nspec: {{{selector}{more}clusterIP: \
          {ip}, ports: [{{name: http, port: 80{target}}}]}}\n"
     );
-    file("service", format!("{n}-{i}"), text)
+    file("service", &format!("{n}-{i}"), text)
 }
 
 /// Endpoints at a pod's address, and at one that nobody has.
@@ -99,14 +99,14 @@ endpoints:
 - {{addresses: [192.0.2.{service}], nodeName: node0}}
 "
     );
-    file("slice", format!("{n}-{service}"), text)
+    file("slice", &format!("{n}-{service}"), text)
 }
 
 fn node(i: usize, zone: usize) -> (String, String) {
     let text = format!(
         "apiVersion: v1\nkind: Node\nmetadata: {{name: node{i}, labels: {{topology.kubernetes.io/zone: z{zone}}}}}\n"
     );
-    file("node", i.to_string(), text)
+    file("node", &i.to_string(), text)
 }
 
 fn policy(n: usize, app: usize, version: usize) -> (String, String) {
@@ -122,7 +122,7 @@ fn policy(n: usize, app: usize, version: usize) -> (String, String) {
          n{n}}}\nspec: {}\n",
         spec[version]
     );
-    file("policy", format!("{n}-{app}"), text)
+    file("policy", &format!("{n}-{app}"), text)
 }
 
 fn authentication(n: usize, app: usize, version: usize) -> (String, String) {
@@ -139,7 +139,7 @@ fn authentication(n: usize, app: usize, version: usize) -> (String, String) {
         "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: {name}, namespace: \
          {namespace}}}\nspec: {spec}\n"
     );
-    file("authentication", format!("{namespace}-{name}"), text)
+    file("authentication", &format!("{namespace}-{name}"), text)
 }
 
 fn service_entry(n: usize, app: usize, version: usize) -> (String, String) {
@@ -154,7 +154,7 @@ fn service_entry(n: usize, app: usize, version: usize) -> (String, String) {
          {}}}\n",
         members[version]
     );
-    file("entry", format!("{n}-{app}"), text)
+    file("entry", &format!("{n}-{app}"), text)
 }
 
 fn workload_entry(n: usize, app: usize) -> (String, String) {
@@ -162,7 +162,7 @@ fn workload_entry(n: usize, app: usize) -> (String, String) {
         "apiVersion: networking.istio.io/v1\nkind: WorkloadEntry\nmetadata: {{name: v{app}, namespace: n{n}, labels: \
          {{app: a{app}}}}}\nspec: {{address: 172.16.{n}.{app}, labels: {{app: a{app}}}}}\n"
     );
-    file("machine", format!("{n}-{app}"), text)
+    file("machine", &format!("{n}-{app}"), text)
 }
 
 /// The model, the enrolments and what is said, in words.

@@ -115,8 +115,7 @@ impl Compiler {
     /// Marks an instance and those that share an address with it: the one that has it takes over its services.
     fn mark_with_holders(&mut self, id: Id) {
         let addresses = self.record(id).map(Record::addresses).unwrap_or_default();
-        let holders = addresses.iter().filter_map(|a| self.by_address.get(a));
-        let holders: Vec<Id> = holders.flat_map(|h| h.as_slice().to_vec()).collect();
-        holders.into_iter().chain([id]).for_each(|id| self.mark(id));
+        addresses.iter().for_each(|address| self.mark_holders(address));
+        self.mark(id);
     }
 }

@@ -1,9 +1,10 @@
 //! The indexes by which a change finds what it touches.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use hashbrown::{HashMap, HashSet};
-use model::{Locality, ServiceKey, Str};
+use model::{Locality, NetworkAddress, ServiceKey, Str};
 
 use crate::kinds::service::Distribution;
 use crate::labels::{Labels, Selector};
@@ -149,40 +150,52 @@ pub(super) struct Place {
     pub(super) instances: HashSet<Id>,
 }
 
-/// Who has an address, the one in force first.
-#[derive(Debug)]
-pub(super) enum Holders {
-    One(Id),
-    Many(Box<[Id]>),
+/// Who has which address, the one in force first. Nearly always that is one, so that costs no more than a number.
+#[derive(Debug, Default)]
+pub(super) struct Addresses {
+    single: HashMap<Str, HashMap<IpAddr, Id>>,
+    shared: HashMap<NetworkAddress, Box<[Id]>>,
 }
 
-impl Holders {
-    pub(super) fn as_slice(&self) -> &[Id] {
-        match self {
-            Self::One(one) => std::slice::from_ref(one),
-            Self::Many(many) => many,
+impl Addresses {
+    /// Who has an address.
+    pub(super) fn holders(&self, address: &NetworkAddress) -> &[Id] {
+        let single = self.single.get(&address.network).and_then(|n| n.get(&address.ip));
+        match single {
+            Some(id) => std::slice::from_ref(id),
+            None => self.shared.get(address).map_or(&[], |list| list),
         }
     }
 
-    /// Adds `id` behind all for which `before` holds.
-    pub(super) fn insert(&mut self, id: Id, before: impl Fn(Id) -> bool) {
-        let mut list = self.as_slice().to_vec();
-        if list.contains(&id) {
-            return;
+    /// Gives an address to `id` too, behind all for which `before` holds.
+    pub(super) fn insert(&mut self, address: &NetworkAddress, id: Id, before: impl Fn(Id) -> bool) {
+        let mut list = self.holders(address).to_vec();
+        if !list.contains(&id) {
+            let at = list.iter().position(|other| !before(*other)).unwrap_or(list.len());
+            list.insert(at, id);
+            self.set(address, &list);
         }
-        let at = list.iter().position(|other| !before(*other)).unwrap_or(list.len());
-        list.insert(at, id);
-        *self = Self::Many(list.into());
     }
 
-    /// Whether nobody has the address afterwards.
-    pub(super) fn remove(&mut self, id: Id) -> bool {
-        let list: Vec<Id> = self.as_slice().iter().copied().filter(|other| *other != id).collect();
-        match list.as_slice() {
-            [] => return true,
-            [one] => *self = Self::One(*one),
-            _ => *self = Self::Many(list.into()),
+    /// Takes an address from `id`.
+    pub(super) fn remove(&mut self, address: &NetworkAddress, id: Id) {
+        let list: Vec<Id> = self.holders(address).iter().copied().filter(|other| *other != id).collect();
+        self.set(address, &list);
+    }
+
+    fn set(&mut self, address: &NetworkAddress, list: &[Id]) {
+        if let [one] = list {
+            self.single.entry(address.network.clone()).or_default().insert(address.ip, *one);
+        } else if let Some(network) = self.single.get_mut(&address.network) {
+            network.remove(&address.ip);
+            if network.is_empty() {
+                self.single.remove(&address.network);
+            }
         }
-        false
+        if list.len() > 1 {
+            self.shared.insert(address.clone(), list.into());
+        } else {
+            self.shared.remove(address);
+        }
     }
 }

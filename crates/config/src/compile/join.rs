@@ -8,7 +8,7 @@ use model::{
 };
 
 use super::enrolment::{self, EnrolmentChange, Verdict};
-use super::index::{Holders, Id};
+use super::index::Id;
 use super::instance::{Definition, Finding, Instance, Membership, Names, PortRule, Rank, RuleTarget};
 use super::{Compiler, Record, Source};
 use crate::diagnostic::Code;
@@ -119,7 +119,7 @@ impl Compiler {
             self.leave_address(id, address);
         }
         for address in addresses {
-            self.join_address(id, address);
+            self.join_address(id, &address);
         }
         self.mark(id);
         id
@@ -179,44 +179,39 @@ impl Compiler {
         }
     }
 
-    fn join_address(&mut self, id: Id, address: NetworkAddress) {
+    fn join_address(&mut self, id: Id, address: &NetworkAddress) {
         let Some(rank) = self.record(id).map(|r| r.rank) else { return };
-        let Some(mut holders) = self.by_address.remove(&address) else {
-            self.by_address.insert(address, Holders::One(id));
-            return;
-        };
+        let mut by_address = std::mem::take(&mut self.by_address);
         // Endpoints need not have come in one order on every node, and none of them is anybody's own.
         let uid = |id: Id| self.record(id).and_then(Record::workload).map(|w| w.uid.clone());
         let own = uid(id);
-        holders.insert(id, |other| {
+        by_address.insert(address, id, |other| {
             let before = |r: &Record| {
                 r.rank < rank || (r.rank == rank && (rank != Rank::Endpoint || uid(other) < own))
             };
             self.record(other).is_some_and(before)
         });
+        self.by_address = by_address;
         // Also where it was there before: what it is an endpoint of may have changed for the one in force.
-        self.mark_holders(&holders);
-        self.by_address.insert(address, holders);
+        self.mark_holders(address);
     }
 
     fn leave_address(&mut self, id: Id, address: &NetworkAddress) {
-        let Some(mut holders) = self.by_address.remove(address) else { return };
-        if !holders.remove(id) {
-            self.mark_holders(&holders);
-            self.by_address.insert(address.clone(), holders);
-        }
+        self.by_address.remove(address, id);
+        self.mark_holders(address);
     }
 
-    fn mark_holders(&mut self, holders: &Holders) {
-        for id in holders.as_slice() {
-            self.mark(*id);
+    /// Marks who has an address.
+    pub(super) fn mark_holders(&mut self, address: &NetworkAddress) {
+        for id in self.by_address.holders(address).to_vec() {
+            self.mark(id);
         }
     }
 
     /// Who has one of the record's addresses in its place, and which address that is.
     fn displaced_by(&self, id: Id, record: &Record) -> Option<(Id, NetworkAddress)> {
         record.addresses().into_iter().find_map(|address| {
-            let first = *self.by_address.get(&address)?.as_slice().first()?;
+            let first = *self.by_address.holders(&address).first()?;
             (first != id).then_some((first, address))
         })
     }
@@ -329,8 +324,7 @@ impl Compiler {
             }
         }
         for address in record.addresses() {
-            let Some(Holders::Many(holders)) = self.by_address.get(&address) else { continue };
-            for other in holders.iter().filter(|other| **other != id) {
+            for other in self.by_address.holders(&address).iter().filter(|other| **other != id) {
                 let Some(other) = self.record(*other).filter(|r| r.rank == Rank::Endpoint) else { continue };
                 if other.workload().is_some_and(|w| w.health == Health::Healthy) {
                     found.extend(self.named(other).cloned());

@@ -31,13 +31,48 @@ pub(super) struct File {
 #[derive(Debug)]
 pub(super) struct Document {
     pub(super) hash: u64,
-    pub(super) length: usize,
+    pub(super) held: Objects,
+    pub(super) length: u32,
     pub(super) lines_before: u32,
     pub(super) unidentified: bool,
-    pub(super) held: Box<[Held]>,
     /// With lines relative to the document.
     diagnostics: Box<[Diagnostic]>,
     suppressed: u32,
+}
+
+/// The objects in a document; nearly always one.
+#[derive(Debug)]
+pub(super) enum Objects {
+    One(Held),
+    Some(Box<[Held]>),
+}
+
+impl From<Vec<Held>> for Objects {
+    fn from(mut list: Vec<Held>) -> Self {
+        match list.pop() {
+            Some(one) if list.is_empty() => Self::One(one),
+            last => {
+                list.extend(last);
+                Self::Some(list.into())
+            }
+        }
+    }
+}
+
+impl Objects {
+    pub(super) fn as_slice(&self) -> &[Held] {
+        match self {
+            Self::One(one) => std::slice::from_ref(one),
+            Self::Some(list) => list,
+        }
+    }
+
+    fn as_mut_slice(&mut self) -> &mut [Held] {
+        match self {
+            Self::One(one) => std::slice::from_mut(one),
+            Self::Some(list) => list,
+        }
+    }
 }
 
 /// An object in a document.
@@ -102,10 +137,10 @@ impl Document {
         }
         let document = Self {
             hash,
-            length: text.text.len(),
+            length: u32::try_from(text.text.len()).unwrap_or(u32::MAX),
             lines_before: text.lines_before,
             unidentified: readings.iter().any(|(r, _)| matches!(r, Reading::Unidentified)),
-            held: Box::new([]),
+            held: Objects::Some(Box::new([])),
             diagnostics: diagnostics.into(),
             suppressed,
         };
@@ -117,13 +152,13 @@ impl File {
     /// The object of a document, in a state.
     pub(super) fn held_mut(&mut self, hash: u64, key: &ObjectKey, state: State) -> Option<&mut Held> {
         let documents = self.documents.iter_mut().filter(|d| d.hash == hash);
-        documents.flat_map(|d| d.held.iter_mut()).find(|h| h.key == *key && h.state == state)
+        documents.flat_map(|d| d.held.as_mut_slice()).find(|h| h.key == *key && h.state == state)
     }
 
     /// Where an object in force stands.
     pub(super) fn position_of(&self, key: &ObjectKey) -> Option<Position> {
         self.documents.iter().find_map(|document| {
-            let mut held = document.held.iter();
+            let mut held = document.held.as_slice().iter();
             let held = held.find(|h| h.key == *key && matches!(h.state, State::InForce | State::LastGood))?;
             Some(document.absolute(held.position))
         })
@@ -156,7 +191,7 @@ impl File {
                 diagnostic.line += document.lines_before;
                 diagnostic
             }));
-            for held in &document.held {
+            for held in document.held.as_slice() {
                 let about = |code, message: String, remedy: String| {
                     Diagnostic::about_file(code, path.clone(), message, remedy)
                         .at(document.absolute(held.position), "")
