@@ -42,7 +42,7 @@ fn namespace(n: usize, version: usize) -> (String, String) {
     let fields: Vec<_> = fields.into_iter().filter(|f| !f.is_empty()).collect();
     file(
         "namespace",
-        n.to_string(),
+        &n.to_string(),
         format!("apiVersion: v1\nkind: Namespace\nmetadata: {{{}}}\n", fields.join(", ")),
     )
 }
