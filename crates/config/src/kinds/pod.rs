@@ -9,7 +9,7 @@ use super::capture;
 use super::capture::Capture;
 use super::namespace::{report_mode, report_waypoint};
 use crate::diagnostic::Code;
-use crate::fields::{Cursor, Fields, Schema, enforced, nested, not_applicable, silent};
+use crate::fields::{Cursor, Fields, Schema, enforced, nested, silent};
 use crate::labels::Labels;
 use crate::metadata::{METADATA, Metadata, Owner, is_subdomain};
 use crate::resource::{Kind, KindSpec, Resource};
@@ -86,7 +86,7 @@ static SPEC: Schema = Schema {
         silent("hostUsers", NODES_WORK),
         silent("shareProcessNamespace", NODES_WORK),
         silent("imagePullSecrets", NODES_WORK),
-        not_applicable("hostname", "under a headless service a pod is found by its own name"),
+        enforced("hostname"),
         silent("subdomain", "a headless service's pods are found whether they name it or not"),
         silent("setHostnameAsFQDN", NODES_WORK),
         silent("hostnameOverride", NODES_WORK),
@@ -203,7 +203,7 @@ pub static KIND: KindSpec = KindSpec {
 fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resource> {
     report_mode(fields, metadata);
     report_waypoint(fields, metadata);
-    let spec = fields.object("spec").map(|mut spec| read_spec(&mut spec)).unwrap_or_default();
+    let spec = fields.object("spec").map(|mut spec| read_spec(&mut spec, metadata.name)).unwrap_or_default();
     let status = fields.object("status").map(|mut status| read_status(&mut status)).unwrap_or_default();
     let sidecar = metadata.annotation("sidecar.istio.io/status").is_some();
     // What these annotations ask for is then the sidecar's to do.
@@ -238,7 +238,20 @@ struct Spec<'n> {
     ports: Vec<(&'n str, u16)>,
 }
 
-fn read_spec<'n>(spec: &mut Fields<'_, 'n>) -> Spec<'n> {
+fn read_spec<'n>(spec: &mut Fields<'_, 'n>, name: &str) -> Spec<'n> {
+    // A StatefulSet sets it to the pod's own name.
+    if let Some(mut cursor) = spec.take("hostname") {
+        match cursor.node().as_str() {
+            Some(hostname) if hostname == name => {}
+            Some(_) => {
+                let message = "spec.hostname has no effect: a headless service's pods have their own names";
+                cursor.report(Code::FieldNotApplicable, message, "");
+            }
+            None => {
+                cursor.string();
+            }
+        }
+    }
     let mut read = Spec { host_network: spec.boolean("hostNetwork").unwrap_or(false), ..Spec::default() };
     // The older field is a copy; the API server keeps them equal.
     for name in ["serviceAccount", "serviceAccountName"] {
