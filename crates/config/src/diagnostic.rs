@@ -84,6 +84,8 @@ codes! {
     LastGoodVersion = "last-good-version", Warning, "An object or file has errors, and what it was before stays in force.";
     SidecarNamespace = "sidecar-namespace", Info, "The namespace is set up for sidecars; its pods are left alone.";
     UnknownLabelValue = "unknown-label-value", Warning, "A label that the mesh reads has a value that means nothing to it.";
+    MisspeltKey = "misspelt-key", Warning, "The key of a label or annotation looks like one that is read, and is none.";
+    MisplacedKey = "misplaced-key", Warning, "A label is read as an annotation only, or an annotation as a label only.";
     WaypointUnsupported = "waypoint-unsupported", Warning, "Traffic is meant to pass a waypoint, and this version has none.";
     ExternalName = "external-name", Info, "A service that is an alias of a host name carries no traffic of its own.";
     ServiceWithoutAddress = "service-without-address", Warning, "A service has neither a virtual address nor clusterIP None.";

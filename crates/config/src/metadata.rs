@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::diagnostic::Code;
 use crate::fields::{Cursor, Fields, Path, Schema, enforced, nested, silent};
+use crate::keys;
 use crate::labels::Labels;
 use crate::tree::Position;
 
@@ -155,8 +156,9 @@ pub fn read<'n>(cursor: Cursor<'_, 'n>, kind: &Arc<str>, namespaced: bool) -> Op
     let (labels, label_positions) = labels(&mut fields);
     let mut annotations = Vec::new();
     if let Some(cursor) = fields.take("annotations") {
-        cursor.entries(|key, value| {
+        cursor.entries(|key, mut value| {
             let position = value.position();
+            keys::check(key, false, &mut value);
             annotations.extend(value.string().map(|value| Annotation { key, value, position }));
         });
     }
@@ -198,6 +200,7 @@ fn labels<'n>(fields: &mut Fields<'_, 'n>) -> (Labels, Vec<(&'n str, Position)>)
             if !is_label_key(key) {
                 value.invalid("the key is not [prefix/]name with a name of at most 63 characters", "");
             }
+            keys::check(key, true, &mut value);
             if value.node().as_str().is_some_and(|v| !is_label_value(v)) {
                 value.invalid("not at most 63 letters, digits, '-', '_' and '.'", "");
             }
