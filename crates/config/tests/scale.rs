@@ -185,3 +185,23 @@ fn time_and_memory_of_100_000_pods() {
     drop((directory, mesh));
     println!("resident {} MB after dropping everything", status("VmRSS"));
 }
+
+#[test]
+#[ignore = "a measurement: run it alone, in a release build"]
+fn time_of_one_change_among_100_000_pods() {
+    let mut repository = Repository::new(Options::default());
+    repository.stage(&"0.yaml".into(), Content::Bytes(surroundings().as_bytes()));
+    for n in 0..100 {
+        let path: Arc<str> = format!("pods-{n}.yaml").into();
+        repository.stage(&path, Content::Bytes(file(n * 1000, 1000).as_bytes()));
+    }
+    let mut mesh = Mesh::default().apply(repository.commit().changes);
+    let texts = [true, false].map(|ready| file(50_000, 999) + &pod(50_999, ready));
+    let cpu = cpu_ms();
+    for n in 0..200 {
+        let outcome = repository.apply(&"pods-50.yaml".into(), Content::Bytes(texts[(n + 1) % 2].as_bytes()));
+        assert_eq!(outcome.changes.len(), 1);
+        mesh = mesh.apply(outcome.changes);
+    }
+    println!("a change of one pod in a file of 1000: {} us CPU", (cpu_ms() - cpu) * 1000 / 200);
+}
