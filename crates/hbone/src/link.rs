@@ -61,6 +61,11 @@ impl<P> Link<P> {
         self.bytes.load(Ordering::Relaxed)
     }
 
+    /// Whether a stream was ever opened.
+    pub(crate) fn was_used(&self) -> bool {
+        self.opened.load(Ordering::Relaxed) > 0
+    }
+
     /// Streams that the peer and `most` allow.
     pub(crate) fn limit(&self, most: usize) -> usize {
         self.requests().as_ref().map_or(0, |requests| requests.current_max_send_streams().min(most))

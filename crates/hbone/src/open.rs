@@ -19,7 +19,7 @@ use crate::pump::{AppIo, read_at_most};
 use crate::tunnel::{Ticket, Tunnel, TunnelError};
 
 /// How often a request is sent before it counts as failed.
-const TRIES: u32 = 3;
+pub(crate) const TRIES: u32 = 3;
 
 /// What is asked of the peer.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -177,6 +177,9 @@ impl<C: Connector> Pool<C> {
                     self.counters().retried.up();
                 }
                 Err(_) => {
+                    // A peer answers within its own time limits. If it doesn't, the next request had better go over
+                    // a new connection.
+                    pending.link.retire();
                     self.counters().responses_timed_out.up();
                     return Err(OpenError::ResponseTimeout);
                 }

@@ -24,13 +24,13 @@ use std::time::Duration;
 use net::Io;
 use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::counters::PoolCounters;
 use crate::link::{self, Driver, Ended, Link};
-use crate::open::OpenError;
+use crate::open::{OpenError, TRIES};
 use crate::settings::PoolSettings;
-use crate::tunnel::Ticket;
+use crate::tunnel::{Ticket, TunnelError};
 
 /// Makes the secured connections of a pool.
 pub trait Connector: Send + Sync + 'static {
@@ -97,6 +97,8 @@ struct State<C: Connector> {
     members: Vec<Member<C::Peer>>,
     attempt: Option<Attempt<C::Error>>,
     attempts_made: u64,
+    /// Connections in a row that ended before a stream was opened on them, and how the last one did.
+    stillborn: (u32, String),
     /// Callers inside [`Pool::link`].
     callers: usize,
     /// The slot is no longer in the map.
@@ -240,7 +242,15 @@ impl<C: Connector> Pool<C> {
         let inner = &self.0;
         let slot = inner.enter(key)?;
         let deadline = Instant::now() + inner.settings.queue_timeout + inner.settings.connect_timeout;
-        loop {
+        for round in 0u32.. {
+            if round >= TRIES {
+                let stillborn = slot.slot.state().stillborn();
+                if let Some(reason) = stillborn {
+                    return Err(OpenError::Lost(TunnelError::Connection(reason)));
+                }
+                // Connections come, and others take all of their streams; or the connector panics. No hurry then.
+                sleep(Duration::from_millis(10) * round.min(50)).await;
+            }
             let mut freed = pin!(slot.slot.freed.notified());
             freed.as_mut().enable();
             let mut verdict = match inner.pick(&slot.slot) {
@@ -262,12 +272,15 @@ impl<C: Connector> Pool<C> {
             match timeout_at(deadline, wait).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => return Err(OpenError::Connect(error)),
-                Err(_) => {
-                    inner.counters.queue_timed_out.up();
-                    return Err(OpenError::QueueTimeout);
-                }
+                Err(_) => break,
+            }
+            // What is ready at once is not limited by the line above.
+            if Instant::now() >= deadline {
+                break;
             }
         }
+        inner.counters.queue_timed_out.up();
+        Err(OpenError::QueueTimeout)
     }
 
     /// Uses `link` no more: its peer has announced its end.
@@ -309,6 +322,19 @@ impl<C: Connector> Slot<C> {
 impl<C: Connector> State<C> {
     fn is_empty(&self) -> bool {
         self.members.is_empty() && self.attempt.is_none() && self.callers == 0
+    }
+
+    fn stillborn(&self) -> Option<String> {
+        let (count, last) = &self.stillborn;
+        (*count >= TRIES).then(|| format!("{count} connections ended before a request, the last: {last}"))
+    }
+
+    fn note_end(&mut self, link: &Link<C::Peer>, ended: &Ended) {
+        if link.was_used() {
+            self.stillborn.0 = 0;
+        } else if !matches!(ended, Ended::Finished | Ended::Aborted) {
+            self.stillborn = (self.stillborn.0.saturating_add(1), ended.to_string());
+        }
     }
 
     /// Stops the attempt under way; who waits for it makes another one.
@@ -394,8 +420,14 @@ impl<C: Connector> Inner<C> {
         if let Some(slot) = slots.get(key) {
             return Arc::clone(slot);
         }
-        let state =
-            State { members: Vec::new(), attempt: None, attempts_made: 0, callers: 0, removed: false };
+        let state = State {
+            members: Vec::new(),
+            attempt: None,
+            attempts_made: 0,
+            stillborn: (0, String::new()),
+            callers: 0,
+            removed: false,
+        };
         let slot = Arc::new(Slot { key: key.clone(), state: Mutex::new(state), freed: Arc::default() });
         slots.insert(key.clone(), Arc::clone(&slot));
         slot
@@ -583,7 +615,10 @@ async fn drive<C: Connector>(
     tracing::debug!(key = ?slot.key, %ended, "a pooled connection ended");
     inner.counters.connections_now.down();
     drop(seat);
-    slot.state().members.retain(|member| !Arc::ptr_eq(&member.link, &link));
+    let mut state = slot.state();
+    state.members.retain(|member| !Arc::ptr_eq(&member.link, &link));
+    state.note_end(&link, &ended);
+    drop(state);
     // Whoever waits for a stream of this link is to look again.
     slot.freed.notify_waiters();
     inner.remove_if_empty(&slot);

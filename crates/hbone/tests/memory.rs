@@ -4,25 +4,25 @@
 
 mod support;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hbone::{Closed, ServerSettings, Transport};
 use support::raw::*;
 use support::{echo, hostile_over, resident};
 use tokio::io::AsyncWriteExt;
+use tokio::sync::{Mutex, MutexGuard};
 use tokio::time::timeout;
 
 const FLOW_CONTROL_ERROR: u32 = 3;
 
-fn alone() -> MutexGuard<'static, ()> {
-    static ALONE: Mutex<()> = Mutex::new(());
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+async fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::const_new(());
+    ALONE.lock().await
 }
 
 #[tokio::test(start_paused = true)]
 async fn header_blocks_without_end_are_cut_off() {
-    let _alone = alone();
+    let _alone = alone().await;
     // A block that goes on, in pieces of the size given.
     for size in [0, 1, 1000, 16_000] {
         let (mut raw, served) = hostile_over(1 << 20, ServerSettings::default(), echo());
@@ -35,7 +35,6 @@ async fn header_blocks_without_end_are_cut_off() {
         }
         for _ in 0..20_000 {
             if raw.io.write_all(&frame(CONTINUATION, 0, 1, &piece)).await.is_err() {
-                let _alone = alone();
                 break;
             }
         }
@@ -47,7 +46,7 @@ async fn header_blocks_without_end_are_cut_off() {
 
 #[tokio::test(start_paused = true)]
 async fn a_header_bomb_is_bounded_by_its_decoded_size() {
-    let _alone = alone();
+    let _alone = alone().await;
     let (mut raw, served) = hostile_over(1 << 20, ServerSettings::default(), echo());
     raw.begin().await;
     // One entry of 3,000 bytes in the dynamic table, and then 60,000 references of one byte to it.
@@ -70,7 +69,7 @@ async fn a_header_bomb_is_bounded_by_its_decoded_size() {
 
 #[tokio::test(start_paused = true)]
 async fn a_flood_from_a_peer_that_reads_no_answers_fills_no_memory() {
-    let _alone = alone();
+    let _alone = alone().await;
     for bytes in [frame(PING, 0, 0, &[0; 8]), frame(SETTINGS, 0, 0, &[])] {
         let (mut raw, served) = hostile_over(4096, ServerSettings::default(), echo());
         raw.begin().await;
@@ -87,7 +86,7 @@ async fn a_flood_from_a_peer_that_reads_no_answers_fills_no_memory() {
 
 #[tokio::test(start_paused = true)]
 async fn a_slow_writer_is_bounded_by_its_window() {
-    let _alone = alone();
+    let _alone = alone().await;
     // The application reads nothing; the peer sends until its windows are used up.
     let settings = ServerSettings {
         transport: Transport {

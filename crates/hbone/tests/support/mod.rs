@@ -31,6 +31,8 @@ pub struct Net {
     pub ended: Arc<Mutex<Vec<Closed>>>,
     /// Time that connecting takes.
     pub delay: Duration,
+    /// Time that the server takes before it says anything.
+    pub server_delay: Duration,
     /// The capacity of each connection's pipe.
     pub pipe: usize,
 }
@@ -45,6 +47,7 @@ impl Net {
             controls: Mutex::default(),
             ended: Arc::default(),
             delay: Duration::ZERO,
+            server_delay: Duration::ZERO,
             pipe: 64 * 1024,
         }
     }
@@ -77,8 +80,9 @@ impl Connector for Net {
         self.controls.lock().unwrap().push(control.clone());
         let (settings, counters, handler) =
             (self.settings, Arc::clone(&self.server), Arc::clone(&self.handler));
-        let ended = Arc::clone(&self.ended);
+        let (ended, server_delay) = (Arc::clone(&self.ended), self.server_delay);
         tokio::spawn(async move {
+            tokio::time::sleep(server_delay).await;
             let closed = serve(server, &settings, &control, &counters, |incoming| handler(incoming)).await;
             ended.lock().unwrap().push(closed);
         });
