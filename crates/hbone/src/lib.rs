@@ -34,7 +34,7 @@ pub use headers::{Baggage, Forwarded, TunnelHeaders};
 pub use http::{HeaderValue, StatusCode};
 pub use open::{ConnectRequest, NotOpened, OpenError, Opened};
 pub use pool::{ConnectError, ConnectionInfo, Connector, Pool};
-pub use pump::{AppIo, Outcome, PumpLimits, Side, Traffic, pump, pump_with};
+pub use pump::{AppIo, Outcome, PumpLimits, Side, Traffic, pump};
 pub use server::{Closed, Incoming, serve};
 pub use settings::{PoolSettings, ServerSettings, Transport};
 pub use tunnel::{ErrorCode, Tunnel, TunnelError};

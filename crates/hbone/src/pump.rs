@@ -12,7 +12,7 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
-use std::future::{Future, poll_fn};
+use std::future::Future;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -143,35 +143,25 @@ impl std::fmt::Display for Side {
 }
 
 /// Copies both ways until both have ended. Dropping the future before that resets both sides.
-pub async fn pump<A: AppIo>(tunnel: Tunnel, app: A, traffic: &Traffic, limits: PumpLimits) -> Outcome {
-    pump_with(tunnel, app, Bytes::new(), traffic, limits).await
-}
-
-/// As [`pump`], and sends `first` ahead of what is read from the application. `first` is not counted as traffic
-/// before it is handed to the tunnel.
-pub async fn pump_with<A: AppIo>(
+pub fn pump<A: AppIo>(
     tunnel: Tunnel,
     app: A,
-    first: Bytes,
     traffic: &Traffic,
     limits: PumpLimits,
-) -> Outcome {
-    let idle = limits.idle_timeout.map(|timeout| Idle {
-        timer: Box::pin(sleep(timeout)),
-        timeout,
-        seen: traffic.total(),
-    });
-    let mut pump = Pump {
+) -> impl Future<Output = Outcome> + Send {
+    let idle = limits
+        .idle_timeout
+        .map(|timeout| Box::new(Idle { timer: Box::pin(sleep(timeout)), timeout, seen: traffic.total() }));
+    Pump {
         tunnel,
         app,
         traffic,
-        up: Up { pending: first, done: false },
+        up: Up { pending: Bytes::new(), done: false },
         down: Down::default(),
         first_end: None,
         idle,
         ended: false,
-    };
-    poll_fn(|cx| pump.poll(cx)).await
+    }
 }
 
 struct Pump<'a, A: AppIo> {
@@ -181,7 +171,7 @@ struct Pump<'a, A: AppIo> {
     up: Up,
     down: Down,
     first_end: Option<Side>,
-    idle: Option<Idle>,
+    idle: Option<Box<Idle>>,
     ended: bool,
 }
 
@@ -216,21 +206,28 @@ enum Failure {
     App(io::Error),
 }
 
-impl<A: AppIo> Pump<'_, A> {
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Outcome> {
-        let outcome = match self.poll_both(cx) {
-            Ok(Poll::Ready(())) => Outcome::Finished(self.first_end.unwrap_or(Side::App)),
+// A future of its own and no async function: one of these lives as long as each tunnel, and an async function would
+// hold its arguments twice.
+impl<A: AppIo> Future for Pump<'_, A> {
+    type Output = Outcome;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Outcome> {
+        let pump = self.get_mut();
+        let outcome = match pump.poll_both(cx) {
+            Ok(Poll::Ready(())) => Outcome::Finished(pump.first_end.unwrap_or(Side::App)),
             Ok(Poll::Pending) => {
-                ready!(self.poll_idle(cx));
+                ready!(pump.poll_idle(cx));
                 Outcome::Idle
             }
             Err(Failure::Tunnel(error)) => Outcome::Tunnel(error),
             Err(Failure::App(error)) => Outcome::App(error),
         };
-        self.end(outcome.is_finished());
+        pump.end(outcome.is_finished());
         Poll::Ready(outcome)
     }
+}
 
+impl<A: AppIo> Pump<'_, A> {
     fn poll_both(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, Failure> {
         let up = self.poll_up(cx)?;
         let down = self.poll_down(cx)?;

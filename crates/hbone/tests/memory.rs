@@ -6,10 +6,11 @@ mod support;
 
 use std::time::Duration;
 
-use hbone::{Closed, ServerSettings, Transport};
+use hbone::{Closed, Control, Pool, PoolSettings, PumpLimits, ServerSettings, Traffic, Transport, pump};
 use support::raw::*;
-use support::{echo, hostile_over, resident};
-use tokio::io::AsyncWriteExt;
+use support::{Net, echo, hostile_over, request, resident};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::sync::{Mutex, MutexGuard};
 use tokio::time::timeout;
 
@@ -126,4 +127,72 @@ async fn a_slow_writer_is_bounded_by_its_window() {
     let answer = raw.next_answer().await.unwrap();
     assert_eq!((answer.kind, answer.stream, answer.code()), (RST_STREAM, 1, FLOW_CONTROL_ERROR));
     assert!(!served.task.is_finished());
+}
+
+/// The size of what a function returns.
+fn size_of_output<A, B, C, D, O>(_: impl Fn(A, B, C, D) -> O) -> usize {
+    size_of::<O>()
+}
+
+#[test]
+fn futures_that_live_as_long_as_a_connection_are_small() {
+    let pump = size_of_output(|tunnel, app: TcpStream, traffic: &'static Traffic, limits| {
+        hbone::pump(tunnel, app, traffic, limits)
+    });
+    let serve = size_of_output(
+        |io: TcpStream, settings: &'static ServerSettings, control: &'static Control, counters| {
+            hbone::serve(io, settings, control, counters, |_| {})
+        },
+    );
+    println!("pump {pump}, serve {serve}, tunnel {}", size_of::<hbone::Tunnel>());
+    assert!(pump <= 288, "{pump} bytes for each tunnel");
+    assert!(serve <= 1792, "{serve} bytes for each connection that is served");
+    assert!(size_of::<hbone::Tunnel>() <= 112, "{}", size_of::<hbone::Tunnel>());
+}
+
+#[tokio::test]
+async fn idle_tunnels_and_connections_cost_little() {
+    let _alone = alone().await;
+    // An application on both sides of each tunnel, and 64 KiB once in each direction, so that whatever is kept of
+    // buffers is there.
+    let handler = support::to_app(|mut app| async move {
+        let mut block = vec![0; 64 * 1024];
+        app.read_exact(&mut block).await.unwrap();
+        app.write_all(&block).await.unwrap();
+        drop(block);
+        let _ = app.read_u8().await;
+    });
+    let settings = PoolSettings { spread: 1, ..PoolSettings::default() };
+    let pool = Pool::new(Net::new(handler), settings);
+    let mut apps = Vec::new();
+    // The first ones pay for what is shared.
+    let mut before = 0;
+    for count in 0..1100 {
+        if count == 100 {
+            before = resident();
+        }
+        let opened = pool.open(&1, &request()).await.unwrap();
+        let (near, mut far) = tokio::io::duplex(8 * 1024);
+        tokio::spawn(
+            async move { pump(opened.tunnel, near, &Traffic::default(), PumpLimits::default()).await },
+        );
+        let mut block = vec![0; 64 * 1024];
+        far.write_all(&block).await.unwrap();
+        far.read_exact(&mut block).await.unwrap();
+        apps.push(far);
+    }
+    let each = (resident() - before) / 1000;
+    println!("{each} bytes for an idle tunnel, both ends and both applications' pipes");
+    // Four pipes of 8 KiB each are the test's own.
+    assert!(each < 4 * 8 * 1024 + 9 * 1024, "{each}");
+
+    // Connections with a tunnel each.
+    let before = resident();
+    let mut tunnels = Vec::new();
+    for key in 10..510 {
+        tunnels.push(pool.open(&key, &request()).await.unwrap());
+    }
+    let each = (resident() - before) / 500;
+    println!("{each} bytes for an idle connection with a tunnel, both ends");
+    assert!(each < 64 * 1024, "{each}");
 }
