@@ -1,9 +1,10 @@
 //! What the encrypted stream costs, beside tokio-rustls and plaintext, on this machine:
-//! `cargo run --release -p identity --example tls_stream [plain|tokiorustls|ours]`.
+//! `cargo run --release -p identity --example tls_stream [plain|tokiorustls|ours|handshakes]`.
 //!
 //! First over loopback TCP, sender and receiver each on a thread of its own: throughput, and CPU of both together.
 //! Then without a transport, on one thread: what sealing and opening alone cost, of this crate's stream, of
-//! tokio-rustls, and of rustls' unbuffered API.
+//! tokio-rustls (both less the copies of the pipe that stands for the transport), and of rustls' unbuffered API
+//! (which needs no pipe).
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
@@ -31,6 +32,10 @@ use rustls_pki_types::{ServerName, UnixTime};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 
+/// As in ztunnel.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const BYTES: u64 = 4 << 30;
 
 fn main() {
@@ -51,17 +56,43 @@ fn main() {
             );
         }
     }
+    if only.as_deref().is_some_and(|only| only != "handshakes") {
+        return;
+    }
     if only.is_some() {
+        println!("a handshake: {:.0} CPU µs, both ends together", handshakes(&setup));
         return;
     }
     println!("no transport, one thread");
+    let pipe = in_memory(&setup, Kind::Plain);
     for (name, cost) in [
-        ("this crate", in_memory(&setup, Kind::Ours)),
-        ("tokio-rustls", in_memory(&setup, Kind::TokioRustls)),
+        ("this crate", in_memory(&setup, Kind::Ours) - pipe),
+        ("tokio-rustls", in_memory(&setup, Kind::TokioRustls) - pipe),
         ("rustls unbuffered", unbuffered(&setup)),
     ] {
         println!("{name}: {cost:.3} CPU s/GB to seal and open");
     }
+    println!("a handshake: {:.0} CPU µs, both ends together", handshakes(&setup));
+}
+
+/// CPU microseconds of a handshake in which both sides are authenticated.
+fn handshakes(setup: &Setup) -> f64 {
+    const HANDSHAKES: u32 = 3000;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let begin = cpu_seconds();
+        for _ in 0..HANDSHAKES {
+            let (a, b) = tokio::io::duplex(64 * 1024);
+            let limits = HandshakeLimits::default();
+            let (client, server) = tokio::join!(
+                connect(a, &setup.certificates, &setup.id, setup.id.clone().into(), limits),
+                accept(b, &setup.certificates, &setup.id, limits)
+            );
+            client.unwrap();
+            server.unwrap();
+        }
+        (cpu_seconds() - begin) * 1e6 / f64::from(HANDSHAKES)
+    })
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -254,7 +285,9 @@ fn in_memory(setup: &Setup, kind: Kind) -> f64 {
     runtime.block_on(async {
         let pipe = Pipe::default();
         let (a, b) = (pipe.clone(), pipe.other_end());
-        if kind == Kind::Ours {
+        if kind == Kind::Plain {
+            exchange(a, b).await
+        } else if kind == Kind::Ours {
             let limits = HandshakeLimits::default();
             let (client, server) = tokio::join!(
                 connect(a, &setup.certificates, &setup.id, ExpectedPeers::AnyOfMesh, limits),

@@ -12,6 +12,8 @@ mod buffers;
 mod inbound;
 mod outbound;
 mod record;
+#[cfg(test)]
+mod tests;
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -180,61 +182,5 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for TlsStream<IO> {
 impl<IO> std::fmt::Debug for TlsStream<IO> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("TlsStream").field("peer", &self.tls.peer).finish_non_exhaustive()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::Arc;
-
-    use model::{SpiffeId, TrustDomain, TrustDomains};
-    use rustls_pki_types::UnixTime;
-    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
-
-    use crate::{
-        CaDirectory, CertificateSettings, Certificates, Clock, ExpectedPeers, HandshakeLimits, LocalIssuer,
-        LocalIssuerSettings, Validity, accept, connect,
-    };
-
-    #[tokio::test]
-    async fn a_sending_key_that_is_used_up_is_replaced() {
-        const KEY_RECORDS: u64 = 7;
-        const RECORDS: usize = 100;
-        let dir = tempfile::tempdir().unwrap();
-        let ca = CaDirectory::open_or_make(&dir.path().join("ca")).unwrap();
-        let domain = TrustDomain::cluster_local();
-        ca.make_if_missing(&domain, Validity::of_roots(), UnixTime::now()).unwrap();
-        let domains = TrustDomains::only(domain);
-        let issuer =
-            LocalIssuer::start(ca, domains, LocalIssuerSettings::default(), Clock::system()).unwrap();
-        let bundle = issuer.bundle().clone();
-        let certificates = Certificates::new(
-            Arc::new(issuer),
-            bundle,
-            CertificateSettings::default(),
-            None,
-            Clock::system(),
-        );
-        let id: SpiffeId = "spiffe://cluster.local/ns/a/sa/a".parse().unwrap();
-        let (a, b) = duplex(64 * 1024);
-        let limits = HandshakeLimits::default();
-        let (a, b) = tokio::join!(
-            connect(a, &certificates, &id, ExpectedPeers::AnyOfMesh, limits),
-            accept(b, &certificates, &id, limits)
-        );
-        let (mut a, mut b) = (a.unwrap(), b.unwrap());
-        a.tls.keys.limit_sending_key(KEY_RECORDS);
-        for n in 0..RECORDS {
-            let text = format!("record {n:5}");
-            a.write_all(text.as_bytes()).await.unwrap();
-            a.flush().await.unwrap();
-            let mut got = [0; 12];
-            b.read_exact(&mut got).await.unwrap();
-            assert_eq!(got, text.as_bytes());
-            a.tls.keys.limit_sending_key(KEY_RECORDS);
-            assert!(a.tls.keys.sent() < KEY_RECORDS, "the key of record {n} was used too often");
-        }
-        a.shutdown().await.unwrap();
-        assert_eq!(b.read(&mut [0]).await.unwrap(), 0);
     }
 }

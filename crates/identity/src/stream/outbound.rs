@@ -23,10 +23,10 @@ use super::record::{FRAGMENT, Keys};
 
 /// Less plaintext than this waits for more or for a flush; copying it once more is cheaper than a record.
 const STAGED: usize = 4096;
-/// From so many queued bytes on, they are handed to the transport without waiting for a flush.
-const WRITE_FROM: usize = 64 * 1024;
-/// With so many queued bytes, nothing more is accepted: what is sealed long before it is written has left the cache.
-const QUEUE_LIMIT: usize = 64 * 1024;
+/// So many queued bytes are handed to the transport without waiting for a flush, and nothing more is accepted until
+/// it has taken some. With less, the receiver is woken more often; with much more, the first record has left the
+/// cache when it is written (examples/tls_stream.rs).
+const BATCH: usize = 128 * 1024;
 /// Records handed to the transport at once.
 const SLICES: usize = 32;
 /// Slices accepted at once from a vectored write.
@@ -61,7 +61,7 @@ impl Outbound {
         if self.closing {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
-        while self.queued >= QUEUE_LIMIT {
+        while self.queued >= BATCH {
             ready!(self.poll_drain(io, cx))?;
         }
         if std::mem::take(key_update_due) {
@@ -69,7 +69,7 @@ impl Outbound {
             self.update_keys(keys)?;
         }
         let accepted = self.accept(keys, input)?;
-        if self.queued >= WRITE_FROM {
+        if self.queued >= BATCH {
             // The bytes are accepted whether the transport takes them now or not.
             let _ = self.poll_drain(io, cx)?;
         }
@@ -155,7 +155,7 @@ impl Outbound {
 
     /// Seals what makes whole records, or is large enough for one, and stages the rest.
     fn accept(&mut self, keys: &mut Keys, input: &[IoSlice<'_>]) -> io::Result<usize> {
-        let room = (QUEUE_LIMIT - self.queued.min(QUEUE_LIMIT)).max(FRAGMENT);
+        let room = BATCH.saturating_sub(self.queued).max(FRAGMENT);
         let offered: usize = input.iter().take(INPUT_SLICES).map(|slice| slice.len()).sum();
         let accepted = offered.min(room);
         let total = self.staged.len() + accepted;
