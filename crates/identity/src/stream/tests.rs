@@ -84,10 +84,13 @@ async fn a_sending_key_that_is_used_up_is_replaced() {
     assert_eq!(b.read(&mut [0]).await.unwrap(), 0);
 }
 
+/// What is sent, as records of a type and a content, and the error that must come of it.
+type Case = (&'static str, Vec<(u8, Vec<u8>)>, &'static str);
+
 /// A sequence of records from the client, and what the server must make of it.
 #[tokio::test]
 async fn records_that_no_honest_peer_sends_end_the_connection() {
-    let cases: Vec<(&str, Vec<(u8, Vec<u8>)>, &str)> = vec![
+    let cases: Vec<Case> = vec![
         ("a ticket from a client", vec![(HANDSHAKE, vec![4, 0, 0, 1, 0])], "unexpected handshake"),
         ("a ClientHello", vec![(HANDSHAKE, vec![1, 0, 0, 1, 0])], "unexpected handshake"),
         (
