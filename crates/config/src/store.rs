@@ -22,7 +22,7 @@ use crate::diagnostic::{Code, Diagnostic};
 use crate::labels::Pool;
 use crate::resource::{ObjectKey, Reading, Resource};
 use crate::tree::{self, Limits, Position, Problem, SyntaxError};
-use file::{Document, File, Held, State};
+use file::{Document, File, Held, Room, State};
 
 /// What a file holds now.
 #[derive(Clone, Copy, Debug)]
@@ -165,7 +165,7 @@ impl Store {
         for (index, document) in old.documents.iter().enumerate().rev() {
             known.entry(document.hash).or_default().push(index);
         }
-        let (mut plan, mut problems, mut room) = (Vec::new(), Vec::new(), file::MOST_DIAGNOSTICS);
+        let (mut plan, mut problems, mut room) = (Vec::new(), Vec::new(), Room::new());
         for text in tree::documents(text) {
             let hash = self.hasher.hash_one(text.text);
             let same = known.get_mut(&hash).and_then(Vec::pop);

@@ -111,6 +111,48 @@ fn a_bad_file_at_first_start_refuses_to_start_with_all_that_is_wrong() {
     assert!(matches!(Directory::open(missing, Options::default()), Err(OpenError::Unreadable(..))));
 }
 
+#[test]
+fn no_number_of_lesser_findings_hides_an_error() {
+    let dir = directory();
+    let ignored = |n| format!("---\napiVersion: apps/v1\nkind: Deployment\nmetadata: {{name: d{n}}}\n");
+    let many: String = (0..1000).map(ignored).collect();
+    write(dir.path().join("b.yaml"), &(many + &pod("b", "nowhere")));
+    let Err(OpenError::Bad(_, diagnostics)) = Directory::open(dir.path(), Options::default()) else {
+        panic!("it must be refused");
+    };
+    let count = |code| diagnostics.iter().filter(|d| d.code == code).count();
+    assert_eq!(
+        (count(Code::IgnoredKind), count(Code::InvalidValue), count(Code::TooManyDiagnostics)),
+        (200, 1, 1)
+    );
+}
+
+#[tokio::test]
+async fn a_directory_that_is_never_quiet_is_read_all_the_same() {
+    let dir = directory();
+    let options = Options { longest: Duration::from_millis(300), ..Options::default() };
+    let (mut directory, _) = Directory::open(dir.path(), options).unwrap();
+    let path = dir.path().to_owned();
+    let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let stopped = stop.clone();
+    let writer = std::thread::spawn(move || {
+        for n in 0.. {
+            write(
+                path.join(format!("{}.yaml", n % 3)),
+                &pod(&format!("p{}", n % 3), &format!("10.0.1.{}", n % 200)),
+            );
+            std::thread::sleep(Duration::from_millis(1));
+            if stopped.load(std::sync::atomic::Ordering::Relaxed) {
+                return;
+            }
+        }
+    });
+    let outcome = timeout(Duration::from_secs(5), directory.next()).await;
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    writer.join().unwrap();
+    assert!(!outcome.expect("an outcome").changes.is_empty());
+}
+
 #[tokio::test]
 async fn files_that_change_together_are_one_outcome() {
     let dir = directory();

@@ -2,15 +2,35 @@
 
 use std::sync::Arc;
 
-use crate::diagnostic::{Code, Diagnostic};
+use crate::diagnostic::{Code, Diagnostic, Severity};
 use crate::fields::{Context, Cursor};
 use crate::labels::Pool;
 use crate::resource::{self, LIST, ObjectKey, Reading};
 use crate::store::More;
 use crate::tree::{Node, Position, Text};
 
-/// How many diagnostics are kept of a file.
+/// How many errors are kept of a file, and how many of what is less.
 pub(super) const MOST_DIAGNOSTICS: usize = 200;
+
+/// How many more diagnostics a file may have. Errors are counted apart: no number of lesser findings hides that
+/// there are any.
+pub(super) struct Room {
+    errors: usize,
+    others: usize,
+}
+
+impl Room {
+    pub(super) fn new() -> Self {
+        Self { errors: MOST_DIAGNOSTICS, others: MOST_DIAGNOSTICS }
+    }
+
+    fn take(&mut self, severity: Severity) -> bool {
+        let left = if severity == Severity::Error { &mut self.errors } else { &mut self.others };
+        let taken = *left > 0;
+        *left -= usize::from(taken);
+        taken
+    }
+}
 
 /// In which file an object is in force, and where there.
 pub(super) type Elsewhere<'e> = dyn Fn(&ObjectKey) -> Option<(Arc<str>, Option<Position>)> + 'e;
@@ -98,23 +118,22 @@ pub(super) enum State {
 }
 
 impl Document {
-    /// Reads the objects of a document. `room` is how many more diagnostics the file may have.
+    /// Reads the objects of a document.
     pub(super) fn read(
         path: &Arc<str>,
         text: Text<'_>,
         root: &Node<'_>,
         hash: u64,
         pool: &mut Pool,
-        room: &mut usize,
+        room: &mut Room,
     ) -> (Self, Vec<(Reading, Position)>) {
         let (mut readings, mut diagnostics, mut suppressed) = (Vec::new(), Vec::new(), 0);
         let mut keep = |new: Vec<Diagnostic>| {
             for mut diagnostic in new {
-                if *room == 0 {
+                if !room.take(diagnostic.severity) {
                     suppressed += 1;
                     continue;
                 }
-                *room -= 1;
                 diagnostic.line = diagnostic.line.saturating_sub(text.lines_before);
                 diagnostics.push(diagnostic);
             }
@@ -245,7 +264,7 @@ mod tests {
         let file = "---\na: 1\n---\nx\n";
         let text = tree::documents(file).nth(1).unwrap();
         let root = tree::parse(text, &tree::Limits::default()).unwrap().unwrap();
-        let (mut pool, mut room) = (Pool::default(), 10);
+        let (mut pool, mut room) = (Pool::default(), Room::new());
         let (document, readings) = Document::read(&"f".into(), text, &root, 1, &mut pool, &mut room);
         assert!(document.unidentified && readings.len() == 1);
         assert_eq!((document.diagnostics[0].line, document.lines_before), (2, 2));
