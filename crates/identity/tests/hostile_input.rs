@@ -18,6 +18,7 @@ use tokio::runtime::Runtime;
 struct Ready {
     runtime: Runtime,
     mesh: Mesh,
+    ca: rcgen::Issuer<'static, rcgen::KeyPair>,
     hello: Vec<u8>,
 }
 
@@ -38,7 +39,10 @@ static READY: LazyLock<Ready> = LazyLock::new(|| {
         let (_, hello) = tokio::join!(connecting, first);
         (mesh, hello)
     });
-    Ready { runtime, mesh, hello }
+    let ca = mesh.stolen_ca().1;
+    // A static is never dropped; what was loaded stays in force without its files.
+    std::fs::remove_dir_all(mesh.dir.path()).unwrap();
+    Ready { runtime, mesh, ca, hello }
 });
 
 fn limits() -> HandshakeLimits {
@@ -164,8 +168,7 @@ proptest! {
 /// bytes as its name: the verifier sees all of it.
 #[test]
 fn leaves_with_any_bytes_in_them_are_judged_without_a_panic() {
-    let Ready { runtime, mesh, .. } = &*READY;
-    let ca = mesh.stolen_ca().1;
+    let Ready { runtime, mesh, ca, .. } = &*READY;
     let mut runner =
         proptest::test_runner::TestRunner::new(ProptestConfig { cases: 150, ..ProptestConfig::default() });
     let strategy = (
@@ -180,7 +183,7 @@ fn leaves_with_any_bytes_in_them_are_judged_without_a_panic() {
         for name in [text.as_str(), uri.as_str()].iter().cycle().take(copies) {
             params.subject_alt_names.push(rcgen::SanType::URI((*name).try_into().unwrap()));
         }
-        let mut leaf = sign(&params, &ca);
+        let mut leaf = sign(&params, ca);
         let mut der = leaf.chain[0].to_vec();
         for (at, byte) in changes {
             let at = at.index(der.len());
