@@ -5,7 +5,12 @@
 //! unknown kinds, RST_STREAM and WINDOW_UPDATE for closed streams. Those cost memory nothing, but a core. Here they
 //! draw on allowances that grow with time and with the work that justifies them.
 //!
-//! Nothing is stored of a frame but its nine-byte header (RFC 9113 section 4.1).
+//! Of its own limits one is for a connection's whole life: how many streams it has reset because of errors. Tunnels
+//! that are cut while their peer sends make such errors too (frames for streams that are forgotten), so a connection
+//! that lives for weeks would be ended for nothing, with all its tunnels. That limit is off; instead the resets that
+//! `h2` sends are followed here and may come at a rate.
+//!
+//! Nothing is stored of a frame but its nine-byte header (RFC 9113 section 4.1), and a reset's code.
 
 use std::fmt;
 use std::time::Duration;
@@ -13,6 +18,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 const HEADER: usize = 9;
+/// A header and the code of a RST_STREAM.
+const HEADER_AND_CODE: usize = 13;
 /// The client's connection preface (RFC 9113 section 3.4) comes before the first frame.
 const PREFACE: u32 = 24;
 
@@ -21,6 +28,11 @@ const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
 const WINDOW_UPDATE: u8 = 8;
 const CONTINUATION: u8 = 9;
+
+const PROTOCOL_ERROR: u32 = 1;
+const FLOW_CONTROL_ERROR: u32 = 3;
+const STREAM_CLOSED: u32 = 5;
+const REFUSED_STREAM: u32 = 7;
 
 /// What a peer sent too much of.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -31,6 +43,8 @@ pub enum Flood {
     Resets,
     /// WINDOW_UPDATE beyond what was sent to the peer.
     WindowUpdates,
+    /// Requests and frames that had to be answered with a reset.
+    Errors,
     /// Streams opened and reset before they were answered (CVE-2023-44487).
     EarlyResets,
 }
@@ -41,6 +55,7 @@ impl fmt::Display for Flood {
             Self::Control => "a flood of SETTINGS, PING or PRIORITY frames",
             Self::Resets => "a flood of RST_STREAM frames",
             Self::WindowUpdates => "a flood of WINDOW_UPDATE frames",
+            Self::Errors => "a flood of frames that are stream errors",
             Self::EarlyResets => "a flood of streams that were reset before they were answered",
         })
     }
@@ -82,39 +97,108 @@ impl Allowance {
     }
 }
 
-/// Follows the frame boundaries of what is read from a peer.
+/// Finds the frames in one direction of a connection.
 #[derive(Debug)]
-pub(crate) struct FrameWatch {
-    header: [u8; HEADER],
+struct Frames {
+    head: [u8; HEADER_AND_CODE],
     have: usize,
     /// Bytes of the current frame (or of the preface) still to come.
     skip: u32,
-    /// Whether the current frame is DATA: its bytes are progress of their own.
+    /// Whether the current frame is DATA.
     in_data: bool,
+}
+
+enum Found {
+    /// A frame has begun; of a RST_STREAM the code is there too.
+    Frame { kind: u8, code: u32 },
+    /// A frame is complete, or more of a DATA frame has come.
+    Progress,
+}
+
+impl Frames {
+    fn new(skip: u32) -> Self {
+        Self { head: [0; HEADER_AND_CODE], have: 0, skip, in_data: false }
+    }
+
+    /// The next thing to note in `bytes`, which are consumed up to there.
+    fn next(&mut self, bytes: &mut &[u8]) -> Option<Found> {
+        while !bytes.is_empty() {
+            if self.skip > 0 {
+                let step = bytes.len().min(usize::try_from(self.skip).unwrap_or(usize::MAX));
+                self.skip -= u32::try_from(step).unwrap_or(self.skip);
+                *bytes = bytes.get(step..).unwrap_or_default();
+                if self.in_data || self.skip == 0 {
+                    return Some(Found::Progress);
+                }
+                continue;
+            }
+            let want = self.wanted();
+            let (now, later) = bytes.split_at(bytes.len().min(want - self.have));
+            if let Some(room) = self.head.get_mut(self.have..self.have + now.len()) {
+                room.copy_from_slice(now);
+            }
+            self.have += now.len();
+            *bytes = later;
+            if self.have == self.wanted() {
+                return Some(self.begin());
+            }
+        }
+        None
+    }
+
+    /// How much of the frame has to be there before it is noted.
+    fn wanted(&self) -> usize {
+        let [a, b, c, kind, ..] = self.head;
+        let with_code = self.have >= HEADER && kind == RST_STREAM && u32::from_be_bytes([0, a, b, c]) >= 4;
+        if with_code { HEADER_AND_CODE } else { HEADER }
+    }
+
+    fn begin(&mut self) -> Found {
+        let [a, b, c, kind, _, _, _, _, _, code @ ..] = self.head;
+        let length = u32::from_be_bytes([0, a, b, c]);
+        let code_length = if self.have == HEADER_AND_CODE { 4 } else { 0 };
+        self.have = 0;
+        self.skip = length.saturating_sub(code_length);
+        self.in_data = kind == DATA;
+        Found::Frame { kind, code: u32::from_be_bytes(code) }
+    }
+}
+
+/// Follows the frames of both directions of a connection.
+#[derive(Debug)]
+pub(crate) struct FrameWatch {
+    read: Frames,
+    written: Frames,
     progress: u64,
     control: Allowance,
     resets: Allowance,
     window_updates: Allowance,
+    errors: Allowance,
+    late_frames: Allowance,
     unpaid_bytes: usize,
 }
 
 impl FrameWatch {
-    /// Watches what a client sends, from its preface on.
+    /// Watches a client.
     pub(crate) fn of_client() -> Self {
-        Self { skip: PREFACE, ..Self::of_server() }
+        Self::new(PREFACE, 0)
     }
 
-    /// Watches what a server sends.
+    /// Watches a server.
     pub(crate) fn of_server() -> Self {
+        Self::new(0, PREFACE)
+    }
+
+    fn new(preface_of_peer: u32, own_preface: u32) -> Self {
         Self {
-            header: [0; HEADER],
-            have: 0,
-            skip: 0,
-            in_data: false,
+            read: Frames::new(preface_of_peer),
+            written: Frames::new(own_preface),
             progress: 0,
             control: Allowance::new(1_000, 100),
             resets: Allowance::new(1_000, 100),
             window_updates: Allowance::new(20_000, 2_000),
+            errors: Allowance::new(1_000, 20),
+            late_frames: Allowance::new(10_000, 1_000),
             unpaid_bytes: 0,
         }
     }
@@ -125,59 +209,50 @@ impl FrameWatch {
         self.progress
     }
 
-    /// Notes that `bytes` were sent to the peer, which earns it window updates: two for each KiB, so that a peer may
+    /// Follows `bytes` that are sent to the peer. They earn it window updates: two for each KiB, so that a peer may
     /// update stream and connection for every smallest sensible frame.
-    pub(crate) fn sent(&mut self, bytes: usize) {
-        self.unpaid_bytes += bytes;
+    pub(crate) fn write(&mut self, mut bytes: &[u8]) -> Result<(), Flood> {
+        self.unpaid_bytes += bytes.len();
         let earned = self.unpaid_bytes / 512;
         self.unpaid_bytes %= 512;
         self.window_updates.earn(u32::try_from(earned).unwrap_or(u32::MAX));
-    }
-
-    /// Follows `bytes` that were read from the peer.
-    pub(crate) fn read(&mut self, mut bytes: &[u8]) -> Result<(), Flood> {
-        while !bytes.is_empty() {
-            if self.skip > 0 {
-                let step = bytes.len().min(usize::try_from(self.skip).unwrap_or(usize::MAX));
-                self.skip -= u32::try_from(step).unwrap_or(self.skip);
-                bytes = bytes.get(step..).unwrap_or_default();
-                if self.in_data || self.skip == 0 {
-                    self.progress += 1;
-                }
-                continue;
-            }
-            let step = bytes.len().min(HEADER - self.have);
-            let (now, later) = bytes.split_at(step);
-            if let Some(room) = self.header.get_mut(self.have..self.have + step) {
-                room.copy_from_slice(now);
-            }
-            self.have += step;
-            bytes = later;
-            if self.have == HEADER {
-                self.have = 0;
-                self.frame()?;
+        while let Some(found) = self.written.next(&mut bytes) {
+            if let Found::Frame { kind: RST_STREAM, code } = found {
+                let within = match code {
+                    PROTOCOL_ERROR | FLOW_CONTROL_ERROR | REFUSED_STREAM => self.errors.draw(),
+                    STREAM_CLOSED => self.late_frames.draw(),
+                    // What we reset for reasons of our own.
+                    _ => true,
+                };
+                within.then_some(()).ok_or(Flood::Errors)?;
             }
         }
         Ok(())
     }
 
-    fn frame(&mut self) -> Result<(), Flood> {
-        let [a, b, c, kind, ..] = self.header;
-        self.skip = u32::from_be_bytes([0, a, b, c]);
-        self.in_data = kind == DATA;
-        if self.skip == 0 {
-            self.progress += 1;
-        }
-        match kind {
-            DATA | CONTINUATION => Ok(()),
-            HEADERS => {
-                self.resets.earn(1);
-                Ok(())
+    /// Follows `bytes` that were read from the peer.
+    pub(crate) fn read(&mut self, mut bytes: &[u8]) -> Result<(), Flood> {
+        while let Some(found) = self.read.next(&mut bytes) {
+            let Found::Frame { kind, .. } = found else {
+                self.progress += 1;
+                continue;
+            };
+            if self.read.skip == 0 {
+                self.progress += 1;
             }
-            RST_STREAM => self.resets.draw().then_some(()).ok_or(Flood::Resets),
-            WINDOW_UPDATE => self.window_updates.draw().then_some(()).ok_or(Flood::WindowUpdates),
-            _ => self.control.draw().then_some(()).ok_or(Flood::Control),
+            let within = match kind {
+                DATA | CONTINUATION => Ok(()),
+                HEADERS => {
+                    self.resets.earn(1);
+                    Ok(())
+                }
+                RST_STREAM => self.resets.draw().then_some(()).ok_or(Flood::Resets),
+                WINDOW_UPDATE => self.window_updates.draw().then_some(()).ok_or(Flood::WindowUpdates),
+                _ => self.control.draw().then_some(()).ok_or(Flood::Control),
+            };
+            within?;
         }
+        Ok(())
     }
 }
 
@@ -214,7 +289,7 @@ mod tests {
         for _ in 0..50_000 {
             watch.read(&frame(HEADERS, 30)).unwrap();
             watch.read(&frame(RST_STREAM, 4)).unwrap();
-            watch.sent(1024);
+            watch.write(&frame(DATA, 1015)).unwrap();
             watch.read(&frame(WINDOW_UPDATE, 4)).unwrap();
             watch.read(&frame(WINDOW_UPDATE, 4)).unwrap();
         }
@@ -222,6 +297,31 @@ mod tests {
         assert_eq!(flood, Some(Flood::WindowUpdates));
         let flood = (0..2_000).find_map(|_| watch.read(&frame(RST_STREAM, 4)).err());
         assert_eq!(flood, Some(Flood::Resets));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn errors_that_are_answered_may_burst_and_then_trickle() {
+        let reset =
+            |code: u32| [frame(RST_STREAM, 4)[..HEADER].to_vec(), code.to_be_bytes().to_vec()].concat();
+        let mut watch = FrameWatch::of_server();
+        watch.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").unwrap();
+        // Tunnels that are cut are no errors of the peer.
+        for _ in 0..100_000 {
+            watch.write(&reset(8)).unwrap();
+        }
+        for _ in 0..10_000 {
+            watch.write(&reset(STREAM_CLOSED)).unwrap();
+        }
+        assert_eq!(watch.write(&reset(STREAM_CLOSED)), Err(Flood::Errors));
+        for _ in 0..1_000 {
+            watch.write(&reset(PROTOCOL_ERROR)).unwrap();
+        }
+        assert_eq!(watch.write(&reset(REFUSED_STREAM)), Err(Flood::Errors));
+        tokio::time::advance(Duration::from_secs(10)).await;
+        for _ in 0..200 {
+            watch.write(&reset(REFUSED_STREAM)).unwrap();
+        }
+        assert_eq!(watch.write(&reset(REFUSED_STREAM)), Err(Flood::Errors));
     }
 
     #[tokio::test(start_paused = true)]
@@ -261,7 +361,8 @@ mod tests {
             prop_assert_eq!(whole.control.left, cut.control.left);
             prop_assert_eq!(whole.resets.left, cut.resets.left);
             prop_assert_eq!(whole.window_updates.left, cut.window_updates.left);
-            prop_assert_eq!((cut.have, cut.skip), (0, 0));
+            prop_assert_eq!((cut.read.have, cut.read.skip), (0, 0));
+            prop_assert_eq!((whole.read.have, whole.read.skip), (0, 0));
         }
     }
 }

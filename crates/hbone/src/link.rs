@@ -24,7 +24,7 @@ use crate::control::{Control, Order};
 use crate::counters::PoolCounters;
 use crate::flood::{Flood, FrameWatch};
 use crate::keepalive::Keepalive;
-use crate::settings::{PoolSettings, Transport};
+use crate::settings::{PoolSettings, RESET_MEMORY, Transport};
 use crate::tunnel::Owner;
 use crate::wire::Wire;
 
@@ -155,7 +155,9 @@ pub(crate) async fn begin<T: Io, P>(
         .initial_connection_window_size(Transport::window(transport.connection_window))
         .max_send_buffer_size(transport.send_buffer)
         .max_header_list_size(transport.header_list)
-        .max_concurrent_reset_streams(128)
+        .max_concurrent_reset_streams(1024)
+        .reset_stream_duration(RESET_MEMORY)
+        .max_local_error_reset_streams(None)
         .enable_push(false);
     let mut handshake = pin!(builder.handshake(wire.clone()));
     let (requests, mut connection) = poll_fn(|cx| handshake.as_mut().poll(cx)).await?;

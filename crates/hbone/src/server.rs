@@ -30,7 +30,7 @@ use crate::counters::ServerCounters;
 use crate::flood::{Allowance, Flood, FrameWatch};
 use crate::headers::TunnelHeaders;
 use crate::keepalive::Keepalive;
-use crate::settings::{ServerSettings, Transport};
+use crate::settings::{RESET_MEMORY, ServerSettings, Transport};
 use crate::tunnel::{ErrorCode, Owner, Ticket, Tunnel, TunnelError};
 use crate::wire::Wire;
 
@@ -119,7 +119,9 @@ async fn begin<T: Io>(
         .max_header_list_size(transport.header_list)
         .max_concurrent_streams(settings.max_streams)
         .max_pending_accept_reset_streams(64)
-        .max_concurrent_reset_streams(128);
+        .max_concurrent_reset_streams(1024)
+        .reset_stream_duration(RESET_MEMORY)
+        .max_local_error_reset_streams(None);
     let mut handshake = pin!(builder.handshake(wire.clone()));
     let handshake = poll_fn(|cx| {
         if control.poll_ended(cx).is_ready() {

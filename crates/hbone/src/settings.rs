@@ -6,6 +6,10 @@ use std::time::Duration;
 /// let one stream hold up the others.
 const FRAME_SIZE: u32 = 64 * 1024;
 
+/// How long a stream that was reset is remembered, so that what the peer had sent by then is passed over. Longer than
+/// any round trip with its queues.
+pub(crate) const RESET_MEMORY: Duration = Duration::from_secs(5);
+
 /// Flow control and frame sizes, the same for both sides of a connection.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Transport {

@@ -95,8 +95,19 @@ impl<T: Io> State<T> {
             return false;
         }
         pieces.iter().for_each(|piece| self.out.extend_from_slice(piece));
-        self.watch.sent(total);
+        self.note_written(pieces, total);
         true
+    }
+
+    /// Shows the watch the first `length` bytes of `pieces`.
+    fn note_written(&mut self, pieces: &[IoSlice<'_>], mut length: usize) {
+        for piece in pieces {
+            let part = piece.get(..length).unwrap_or(piece);
+            length -= part.len();
+            if let Err(flood) = self.watch.write(part) {
+                self.flood = Some(flood);
+            }
+        }
     }
 
     fn poll_write(&mut self, cx: &mut Context<'_>, pieces: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
@@ -120,7 +131,7 @@ impl<T: Io> State<T> {
             self.unflushed = true;
             self.out.advance(sent.min(collected));
             if sent > collected {
-                self.watch.sent(sent - collected);
+                self.note_written(pieces, sent - collected);
                 return Poll::Ready(Ok(sent - collected));
             }
             if self.collect(pieces, total) {

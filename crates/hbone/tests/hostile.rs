@@ -398,6 +398,29 @@ async fn streams_beyond_the_limit_are_refused_and_may_be_tried_again() {
         raw.connect(stream, "10.0.0.1:80").await;
     }
     assert_eq!(raw.goaway().await.unwrap().code(), ENHANCE_YOUR_CALM);
+    assert!(matches!(served.task.await.unwrap(), Closed::Flood(Flood::Errors)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn stream_errors_end_the_connection_only_when_they_come_in_masses() {
+    let (mut raw, served) = hostile_over(1 << 20, ServerSettings::default(), echo());
+    raw.begin().await;
+    let malformed = block(&[(":method", "CONNECT"), (":authority", "a b:80")]);
+    let mut stream = 1;
+    // More in all than `h2` would take in a connection's life, a few each second.
+    for _ in 0..1500 {
+        raw.send(HEADERS, END_HEADERS, stream, &malformed).await;
+        assert_eq!(raw.next_answer().await.unwrap().kind, RST_STREAM);
+        stream += 2;
+        sleep(Duration::from_millis(100)).await;
+    }
+    assert_echo(&mut raw, stream).await;
+    for _ in 0..3000 {
+        stream += 2;
+        raw.send(HEADERS, END_HEADERS, stream, &malformed).await;
+    }
+    assert_eq!(raw.goaway().await.unwrap().code(), ENHANCE_YOUR_CALM);
+    assert!(matches!(served.task.await.unwrap(), Closed::Flood(Flood::Errors)));
 }
 
 #[tokio::test(start_paused = true)]
