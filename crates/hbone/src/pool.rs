@@ -15,7 +15,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
-use std::hash::Hash;
+use std::hash::{BuildHasherDefault, DefaultHasher, Hash};
 use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -77,11 +77,15 @@ impl<C: Connector> Clone for Pool<C> {
     }
 }
 
+/// All keys and what there is for them. Without random seeds, so that a simulation can be replayed; keys come from the
+/// mesh's own configuration, nobody outside chooses them.
+type Slots<C> = HashMap<<C as Connector>::Key, Arc<Slot<C>>, BuildHasherDefault<DefaultHasher>>;
+
 struct Inner<C: Connector> {
     connector: C,
     settings: PoolSettings,
     counters: Arc<PoolCounters>,
-    slots: Mutex<HashMap<C::Key, Arc<Slot<C>>>>,
+    slots: Mutex<Slots<C>>,
     /// Connections that are open or being made.
     seats: AtomicUsize,
 }
@@ -261,6 +265,7 @@ impl<C: Connector> Pool<C> {
             let _waiting = Gauge::up(&inner.counters);
             let wait = async {
                 tokio::select! {
+                    biased;
                     () = freed => Ok(()),
                     over = verdict.wait_for(Option::is_some) => match over.as_deref() {
                         Ok(Some(Err(error))) => Err(Arc::clone(error)),
@@ -374,7 +379,7 @@ impl<C: Connector> Drop for Seat<C> {
 }
 
 impl<C: Connector> Inner<C> {
-    fn slots(&self) -> MutexGuard<'_, HashMap<C::Key, Arc<Slot<C>>>> {
+    fn slots(&self) -> MutexGuard<'_, Slots<C>> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
