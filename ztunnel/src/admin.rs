@@ -21,7 +21,7 @@ pub fn routes(routes: Routes, proxy: &Arc<Proxy>, node: &Arc<Node>) -> Routes {
     let routes = routes.get("/config_dump", "the mesh as this node knows it", move |_request| {
         let (proxy, node) = (dumped.clone(), dumped_node.clone());
         async move {
-            let mut dump = dump::config(&proxy.state.mesh_owned(), proxy.tls.dump());
+            let mut dump = dump::config(&proxy.state.mesh_owned(), &proxy.tls.dump());
             if let Value::Object(fields) = &mut dump {
                 fields.insert("pods".to_owned(), node.dump());
                 fields.insert("diagnostics".to_owned(), node.diagnostics());

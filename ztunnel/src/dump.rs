@@ -7,7 +7,7 @@ use model::{
 use serde_json::{Map, Value, json};
 
 /// The whole snapshot. `certificates` is what identity knows, already as JSON.
-pub fn config(mesh: &Mesh, certificates: Value) -> Value {
+pub fn config(mesh: &Mesh, certificates: &Value) -> Value {
     let mut workloads: Vec<_> = mesh.workloads().collect();
     workloads.sort_by(|a, b| a.uid.cmp(&b.uid));
     let mut services: Vec<_> = mesh.services().collect();
@@ -19,7 +19,7 @@ pub fn config(mesh: &Mesh, certificates: Value) -> Value {
         "generation": mesh.generation(),
         "settings": {
             "trustDomain": settings.trust_domains.own.as_str(),
-            "trustDomainAliases": settings.trust_domains.aliases.iter().map(|a| a.as_str()).collect::<Vec<_>>(),
+            "trustDomainAliases": settings.trust_domains.aliases.iter().map(model::TrustDomain::as_str).collect::<Vec<_>>(),
             "rootNamespace": &*settings.root_namespace,
             "clusterDomain": &*settings.cluster_domain,
             "outboundTrafficPolicy": match settings.outbound {

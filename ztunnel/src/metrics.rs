@@ -10,7 +10,7 @@ use crate::proxy::Proxy;
 
 /// Registers all of them.
 pub fn register(registry: &Registry, proxy: &Arc<Proxy>, node: &Arc<Node>) {
-    let number = |name, help, kind, read: Box<dyn Fn(&Proxy, &Node) -> u64 + Send + Sync>| {
+    let number = |name, help, kind, read: Read| {
         let (proxy, node) = (proxy.clone(), node.clone());
         registry.collect(Description { name, help, kind }, move |out| {
             out.integer(&|_| {}, read(&proxy, &node));
@@ -22,7 +22,7 @@ pub fn register(registry: &Registry, proxy: &Arc<Proxy>, node: &Arc<Node>) {
     pool(&gauge, &counter);
     inbound(&gauge, &counter);
     certificates(&gauge, &counter);
-    let (node, _) = (node.clone(), ());
+    let node = node.clone();
     registry.collect(
         Description { name: "culvert_pods", help: "Pods of this node by capture state", kind: Kind::Gauge },
         move |out| {
@@ -70,7 +70,7 @@ fn connections(gauge: Register<'_>, counter: Register<'_>) {
 fn pool(gauge: Register<'_>, counter: Register<'_>) {
     macro_rules! pool {
         ($register:ident, $name:literal, $help:literal, $field:ident) => {
-            $register($name, $help, Box::new(|p, _| p.tunnels.counters().$field.get()));
+            $register($name, $help, Box::new(|p, _| p.tunnels.count(|counters| &counters.$field)));
         };
     }
     pool!(gauge, "culvert_hbone_pool_connections", "Pooled HBONE connections", connections_now);

@@ -13,6 +13,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -20,7 +21,9 @@ use capture::{Capture, Direction, Include, InterfaceName, LiveConnection, PortRa
 use config::compile::{Enrolment, EnrolmentChange};
 use model::{Connection, Str};
 use net::{DatagramOptions, ListenOptions, Netns, ProxyUdpSocket, sock_diag};
+use process::runtimes::Workers;
 use serde_json::{Value, json};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
@@ -43,7 +46,7 @@ pub struct Node {
     dns: Arc<DnsProxy>,
     upstreams: Arc<Upstreams>,
     /// Where connections are carried; this module itself runs on the control runtime.
-    data_plane: Handle,
+    workers: Arc<Workers>,
     pods: Mutex<HashMap<Str, Slot>>,
     diagnostics: Mutex<Value>,
 }
@@ -84,6 +87,8 @@ enum EnrolError {
     Netns(#[from] net::netns::OpenError),
     #[error("{0}")]
     Socket(#[from] net::SocketError),
+    #[error("a listener for each thread: {0}")]
+    Listener(#[source] std::io::Error),
     #[error("redirection: {0}")]
     Capture(#[from] capture::Error),
     #[error("the network namespace is another one than before")]
@@ -101,14 +106,14 @@ impl Node {
         capture: Arc<dyn Capture>,
         dns: Arc<DnsProxy>,
         upstreams: Arc<Upstreams>,
-        data_plane: Handle,
+        workers: Arc<Workers>,
     ) -> Self {
         Self {
             proxy,
             capture,
             dns,
             upstreams,
-            data_plane,
+            workers,
             pods: Mutex::default(),
             diagnostics: Mutex::new(Value::Array(Vec::new())),
         }
@@ -249,30 +254,55 @@ impl Node {
         });
     }
 
-    /// The pod's listeners, each accepting in a task of the data plane.
+    /// The pod's listeners. Every thread of the data plane accepts from each of them.
     fn listen(&self, pod: &Arc<LocalPod>, enrolment: &Enrolment) -> Result<Vec<AbortHandle>, EnrolError> {
-        // Sockets belong to the runtime that they are made in.
-        let _context = self.data_plane.enter();
-        let options = ListenOptions { mark: Some(net::ZTUNNEL_MARK), ..ListenOptions::default() };
-        let on = |port| net::listen(&pod.netns, SocketAddr::from(([0_u16; 8], port)), &options);
-        let (outbound, plaintext, hbone) = (on(OUTBOUND_PORT)?, on(PLAINTEXT_PORT)?, on(HBONE_PORT)?);
-        let (proxy, shared) = (|| self.proxy.clone(), || pod.clone());
-        let mut accepting = Vec::new();
+        let mut tasks = Vec::new();
+        self.accept(&mut tasks, pod, OUTBOUND_PORT, proxy::outbound::handle)?;
+        self.accept(&mut tasks, pod, PLAINTEXT_PORT, proxy::plaintext::handle)?;
+        self.accept(&mut tasks, pod, HBONE_PORT, proxy::inbound::handle)?;
         if enrolment.dns_capture {
-            let any = SocketAddr::from(([0_u16; 8], DNS_PORT));
+            // One thread serves a pod's queries; which one differs from pod to pod.
+            let worker = self.worker(pod.netns.id().inode());
+            let _context = worker.enter();
+            let any = any(DNS_PORT);
             let options = DatagramOptions { mark: Some(net::ZTUNNEL_MARK), ..DatagramOptions::default() };
-            let (udp, tcp) = (ProxyUdpSocket::bind(&pod.netns, any, &options)?, on(DNS_PORT)?);
+            let udp = ProxyUdpSocket::bind(&pod.netns, any, &options)?;
+            let tcp = net::listen(&pod.netns, any, &listen_options())?;
             let client = self.dns_client(enrolment);
-            accepting.push(tokio::spawn(self.dns.clone().serve_udp(udp, client.clone())).abort_handle());
-            accepting.push(tokio::spawn(self.dns.clone().serve_tcp(tcp, client)).abort_handle());
+            tasks.push(worker.spawn(self.dns.clone().serve_udp(udp, client.clone())).abort_handle());
+            tasks.push(worker.spawn(self.dns.clone().serve_tcp(tcp, client)).abort_handle());
         }
-        accepting.extend([
-            tokio::spawn(proxy::accept(proxy(), shared(), outbound, proxy::outbound::handle)).abort_handle(),
-            tokio::spawn(proxy::accept(proxy(), shared(), plaintext, proxy::plaintext::handle))
-                .abort_handle(),
-            tokio::spawn(proxy::accept(proxy(), shared(), hbone, proxy::inbound::handle)).abort_handle(),
-        ]);
-        Ok(accepting)
+        Ok(tasks)
+    }
+
+    /// One of the data plane's threads.
+    fn worker(&self, number: u64) -> Handle {
+        let handles = self.workers.handles();
+        let index = usize::try_from(number % handles.len().max(1) as u64).unwrap_or(0);
+        handles.get(index).cloned().unwrap_or_else(Handle::current)
+    }
+
+    fn accept<F, Fut>(
+        &self,
+        tasks: &mut Vec<AbortHandle>,
+        pod: &Arc<LocalPod>,
+        port: u16,
+        handle: F,
+    ) -> Result<(), EnrolError>
+    where
+        F: Fn(Arc<Proxy>, Arc<LocalPod>, TcpStream, SocketAddr) -> Fut + Clone + Send + 'static,
+        Fut: Future<Output = ()> + Send + 'static,
+    {
+        let first = net::listen(&pod.netns, any(port), &listen_options())?;
+        for worker in self.workers.handles() {
+            // The same socket, known to each thread's own runtime.
+            let shared = first.as_fd().try_clone_to_owned().map_err(EnrolError::Listener)?;
+            let _context = worker.enter();
+            let listener = TcpListener::from_std(shared.into()).map_err(EnrolError::Listener)?;
+            let accepting = proxy::accept(self.proxy.clone(), pod.clone(), listener, handle.clone());
+            tasks.push(worker.spawn(accepting).abort_handle());
+        }
+        Ok(())
     }
 
     /// The pod as the DNS proxy sees it.
@@ -334,7 +364,7 @@ impl Node {
         match tokio::task::spawn_blocking(move || capture.remove(&target)).await {
             Ok(Ok(_)) => tracing::info!(pod, "pod un-enrolled"),
             Ok(Err(error)) => {
-                tracing::error!(pod, %error, "the pod's redirection could not be removed: its traffic is refused")
+                tracing::error!(pod, %error, "the pod's redirection could not be removed: its traffic is refused");
             }
             Err(error) => tracing::error!(pod, %error, "un-enrolling failed"),
         }
@@ -498,6 +528,15 @@ fn cut_adopted(netns: &Netns, connection: &sock_diag::Connection, deny: &model::
             tracing::error!(%local, %peer, %error, reason = %deny, "a connection of before the enrolment can't be cut");
         }
     }
+}
+
+/// All addresses of both families.
+fn any(port: u16) -> SocketAddr {
+    SocketAddr::from(([0_u16; 8], port))
+}
+
+fn listen_options() -> ListenOptions {
+    ListenOptions { mark: Some(net::ZTUNNEL_MARK), ..ListenOptions::default() }
 }
 
 /// The rules that a pod's enrolment asks for.

@@ -33,7 +33,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
-use self::dialer::Dialer;
+use self::dialer::Tunnels;
 use self::failure::Failure;
 use self::pod::LocalPod;
 use self::resolve::Route;
@@ -68,7 +68,7 @@ pub struct Proxy {
     /// The access log.
     pub access: Arc<AccessLog>,
     /// Tunnels to peers.
-    pub tunnels: hbone::Pool<Dialer>,
+    pub tunnels: Tunnels,
     /// Endpoint choice.
     pub balancer: Balancer,
     /// Host names of endpoints.
@@ -282,9 +282,9 @@ impl Proxy {
     }
 
     /// Refuses a connection of which all is known: counted, remembered, logged, and reset.
-    pub fn refuse(&self, client: TcpStream, story: Story, failure: Failure) {
+    pub fn refuse(&self, client: TcpStream, story: Story, failure: &Failure) {
         net::reset(client);
-        self.refused(story, &failure);
+        self.refused(story, failure);
     }
 
     /// The part of [`Proxy::refuse`] after the reset, for connections that are refused in another way.
@@ -296,10 +296,10 @@ impl Proxy {
     }
 
     /// Refuses a connection of which only the addresses are known.
-    pub fn refuse_early(&self, client: TcpStream, direction: Direction, peer: SocketAddr, failure: Failure) {
+    pub fn refuse_early(&self, client: TcpStream, direction: Direction, peer: SocketAddr, failure: &Failure) {
         let local = client.local_addr().map_or(peer, net::canonical);
         net::reset(client);
-        self.refused_early(direction, peer, local, &failure);
+        self.refused_early(direction, peer, local, failure);
     }
 
     /// The part of [`Proxy::refuse_early`] after the reset.
@@ -363,5 +363,28 @@ fn record<'a>(
         policy: story.verdict.policy().map(|p| p as _),
         reason: Some(&story.verdict),
         id: Some(&story.id),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The size of the future that a handler of connections returns.
+    fn future_size<H, Fut>(_handler: H) -> usize
+    where
+        H: Fn(Arc<Proxy>, Arc<LocalPod>, TcpStream, SocketAddr) -> Fut,
+        Fut: Future<Output = ()>,
+    {
+        size_of::<Fut>()
+    }
+
+    /// A connection's task is as large as its future, for as long as the connection lives: what is needed only
+    /// while it is opened belongs in a box that is dropped then.
+    #[test]
+    fn the_tasks_of_connections_are_small() {
+        let sizes =
+            [future_size(outbound::handle), future_size(inbound::handle), future_size(plaintext::handle)];
+        assert!(sizes.iter().all(|size| *size <= 2048), "{sizes:?} bytes: outbound, inbound, plaintext");
     }
 }

@@ -16,10 +16,10 @@ use process::logs::Logs;
 use process::metrics::tcp::TcpMetrics;
 use process::metrics::{Registry as Metrics, build_info, register_process};
 use process::readiness::Readiness;
+use process::runtimes::{self, Workers};
 use process::shutdown::Shutdown;
-use process::{admin as pages, http, runtimes};
+use process::{admin as pages, http};
 use tokio::net::TcpListener;
-use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
 
@@ -27,7 +27,7 @@ use crate::connections::Registry;
 use crate::dns::{DnsMetrics, DnsProxy, DnsSettings, Upstreams};
 use crate::node::{Node, RECONCILE_INTERVAL};
 use crate::proxy::Proxy;
-use crate::proxy::dialer::Dialer;
+use crate::proxy::dialer::Tunnels;
 use crate::settings::{Flags, Limits};
 use crate::source::Source;
 use crate::state::State;
@@ -53,10 +53,9 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
         tracing::warn!(%error, "the limit of open files could not be raised");
     }
     let control = runtimes::control_plane().context("control runtime")?;
-    let data_plane = runtimes::data_plane(settings.worker_threads).context("data-plane runtime")?;
-    let result = control.block_on(serve(flags, &settings, &logs, data_plane.handle()));
+    let workers = Arc::new(Workers::start(settings.worker_threads).context("data-plane threads")?);
+    let result = control.block_on(serve(flags, &settings, &logs, &workers));
     logs.flush();
-    data_plane.shutdown_background();
     control.shutdown_background();
     result
 }
@@ -65,7 +64,7 @@ async fn serve(
     flags: &Flags,
     settings: &process::settings::Settings,
     logs: &Logs,
-    data_plane: &Handle,
+    workers: &Arc<Workers>,
 ) -> anyhow::Result<()> {
     let shutdown = Shutdown::new(settings.grace);
     shutdown.on_signals().context("signal handlers")?;
@@ -78,9 +77,9 @@ async fn serve(
     state.apply(first.changes);
     let tls = tls(flags, &state)?;
     let registry = Metrics::new();
-    let proxy = Arc::new(proxy(state, tls, &registry, settings, logs, &shutdown));
+    let proxy = Arc::new(proxy(state, tls, &registry, settings, logs, &shutdown, workers));
     let (capture, dns) = (capture(flags)?, dns(&proxy, &registry));
-    let node = Arc::new(Node::new(proxy.clone(), capture, dns, upstreams(flags)?, data_plane.clone()));
+    let node = Arc::new(Node::new(proxy.clone(), capture, dns, upstreams(flags)?, workers.clone()));
 
     register_process(&registry);
     build_info(&registry, "ztunnel", env!("CARGO_PKG_VERSION"));
@@ -98,7 +97,7 @@ async fn serve(
     let _ = enrolments.send(first.enrolments).await; // the receiver is `pods`
     tokio::spawn(look_after_pods(pods, node.clone(), enrolled));
     tokio::spawn(look_after(proxy.clone()));
-    tokio::spawn(follow_trust(proxy.clone(), data_plane.clone()));
+    tokio::spawn(follow_trust(proxy.clone(), workers.clone()));
     tokio::spawn(follow(source, proxy.clone(), node.clone(), enrolments));
 
     let left = shutdown.finished().await;
@@ -120,16 +119,16 @@ fn proxy(
     settings: &process::settings::Settings,
     logs: &Logs,
     shutdown: &Shutdown,
+    workers: &Workers,
 ) -> Proxy {
     let limits = Limits::default();
-    let dialer = Dialer { tls: tls.clone(), connect_timeout: limits.connect_timeout };
     Proxy {
         state,
         registry: Arc::new(Registry::default()),
         metrics: TcpMetrics::new(metrics, settings.series_limit),
         access: logs.access().clone(),
+        tunnels: Tunnels::new(workers.handles().len(), &tls, limits.connect_timeout),
         tls,
-        tunnels: hbone::Pool::new(dialer, hbone::PoolSettings::default()),
         server: hbone::ServerSettings::default(),
         server_counters: Arc::default(),
         balancer: balance::Balancer::new(balance::Limits::default()),
@@ -262,17 +261,23 @@ async fn recheck(proxy: &Proxy, node: &Node) {
 
 /// When the roots change, pooled connections are made anew, which proves both ends to each other again; what is
 /// not proved in time is cut. See [`crate::tls`].
-async fn follow_trust(proxy: Arc<Proxy>, data_plane: Handle) {
+async fn follow_trust(proxy: Arc<Proxy>, workers: Arc<Workers>) {
     let mut generation = proxy.tls.bundle().subscribe();
     while generation.changed().await.is_ok() {
         proxy.tls.roots_changed();
-        let in_use: HashSet<_> =
-            proxy.tunnels.snapshot().into_iter().filter(|c| c.streams > 0).map(|c| c.key).collect();
+        let in_use: HashSet<_> = proxy
+            .tunnels
+            .pools()
+            .iter()
+            .flat_map(hbone::Pool::snapshot)
+            .filter(|c| c.streams > 0)
+            .map(|c| c.key)
+            .collect();
         let retired = proxy.tunnels.retire(|_| true);
-        for key in &in_use {
+        for (key, worker) in in_use.iter().zip(workers.handles().iter().cycle()) {
             let (proxy, key) = (proxy.clone(), key.clone());
-            data_plane.spawn(async move {
-                if let Err(error) = proxy.tunnels.warm(&key).await {
+            worker.spawn(async move {
+                if let Err(error) = proxy.tunnels.here().warm(&key).await {
                     tracing::warn!(to = %key.to, %error, "the peer has not proved itself under the new roots");
                 }
             });

@@ -1,11 +1,13 @@
-//! The two runtimes of a proxy: the data plane's, and the control plane's (configuration, admin, metrics), so that
+//! The runtimes of a proxy: the data plane's, one for each of its threads, and the control plane's (configuration, admin, metrics), so that
 //! a scrape or a large update never delays traffic. And the limits of the process that concern them.
 
+use std::cell::Cell;
 use std::num::NonZeroUsize;
 use std::str::FromStr;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use tokio::runtime::{Builder, Runtime};
+use tokio::runtime::{Builder, Handle, Runtime};
+use tokio::sync::watch;
 
 /// The environment variable that sets the number of the data plane's threads.
 pub const WORKER_THREADS_VARIABLE: &str = "ZTUNNEL_WORKER_THREADS";
@@ -68,16 +70,53 @@ pub fn processors() -> usize {
     std::thread::available_parallelism().map_or(1, NonZeroUsize::get)
 }
 
-/// The runtime that carries traffic.
-///
-/// # Errors
-/// The threads can't be started.
-pub fn data_plane(threads: WorkerThreads) -> std::io::Result<Runtime> {
-    Builder::new_multi_thread()
-        .worker_threads(threads.resolve(processors()))
-        .thread_name("data-plane")
-        .enable_all()
-        .build()
+thread_local! {
+    static WORKER: Cell<usize> = const { Cell::new(0) };
+}
+
+/// The threads that carry traffic, each with a runtime of its own. A connection stays on the thread that accepted it,
+/// with all its tasks: no wake-up and no lock crosses threads, and its packets leave from one processor in order
+/// (a task that moves between threads makes TCP see reordering, also on loopback, and send again).
+#[derive(Debug)]
+pub struct Workers {
+    handles: Vec<Handle>,
+    /// Closed when dropped, which ends the threads.
+    _alive: watch::Sender<()>,
+}
+
+impl Workers {
+    /// Starts the threads.
+    ///
+    /// # Errors
+    /// They can't be started.
+    pub fn start(threads: WorkerThreads) -> std::io::Result<Self> {
+        let alive = watch::Sender::new(());
+        let mut handles = Vec::new();
+        for index in 0..threads.resolve(processors()) {
+            let runtime = Builder::new_current_thread().max_blocking_threads(4).enable_all().build()?;
+            handles.push(runtime.handle().clone());
+            let mut ended = alive.subscribe();
+            std::thread::Builder::new().name(format!("data-plane-{index}")).spawn(move || {
+                WORKER.set(index);
+                // An error is the sender's end, the only thing that happens.
+                let _ = runtime.block_on(ended.changed());
+                runtime.shutdown_background();
+            })?;
+        }
+        Ok(Self { handles, _alive: alive })
+    }
+
+    /// Each thread's runtime; never empty.
+    #[must_use]
+    pub fn handles(&self) -> &[Handle] {
+        &self.handles
+    }
+
+    /// The index among [`Workers::handles`] of the thread that this is called on; 0 on threads that are none.
+    #[must_use]
+    pub fn current() -> usize {
+        WORKER.get()
+    }
 }
 
 /// The runtime for all else: one thread, and a few for work that blocks.
@@ -124,12 +163,16 @@ mod tests {
     }
 
     #[test]
-    fn threads_have_names() {
-        let runtime = data_plane("1".parse().unwrap()).unwrap();
-        let name = runtime.block_on(async {
-            tokio::spawn(async { std::thread::current().name().map(str::to_owned) }).await.unwrap()
-        });
-        assert_eq!(name.as_deref(), Some("data-plane"));
+    fn a_task_stays_on_its_worker_with_all_that_it_spawns() {
+        let workers = Workers::start("2".parse().unwrap()).unwrap();
+        let control = control_plane().unwrap();
+        for (index, handle) in workers.handles().iter().enumerate() {
+            let here = || (Workers::current(), std::thread::current().name().map(str::to_owned));
+            let task =
+                handle.spawn(async move { (here(), tokio::spawn(async move { here() }).await.unwrap()) });
+            let expected = (index, Some(format!("data-plane-{index}")));
+            assert_eq!(control.block_on(task).unwrap(), (expected.clone(), expected));
+        }
     }
 
     #[test]

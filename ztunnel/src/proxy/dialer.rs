@@ -2,11 +2,16 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
-use hbone::{Authority, ConnectError, ConnectRequest, Connector, OpenError, TunnelHeaders};
+use hbone::{
+    Authority, ConnectError, ConnectRequest, Connector, Counter, OpenError, Pool, PoolCounters, PoolSettings,
+    TunnelHeaders,
+};
 use identity::{ExpectedPeers, PeerInfo, TlsStream};
 use model::{HboneAddr, SpiffeId};
 use net::{ConnectOptions, Netns};
+use process::runtimes::Workers;
 use tokio::net::TcpStream;
 
 use super::Proxy;
@@ -34,7 +39,7 @@ pub struct Dialer {
     /// TLS, as one of this node's pods.
     pub tls: Tls,
     /// For the TCP connect alone.
-    pub connect_timeout: std::time::Duration,
+    pub connect_timeout: Duration,
 }
 
 impl Connector for Dialer {
@@ -57,6 +62,47 @@ impl Connector for Dialer {
     }
 }
 
+/// The pools of tunnels, one for each thread of the data plane: a tunnel's connection is driven by the thread that
+/// carries the tunnel.
+pub struct Tunnels(Box<[Pool<Dialer>]>);
+
+impl Tunnels {
+    /// Empty pools for this many threads.
+    pub fn new(threads: usize, tls: &Tls, connect_timeout: Duration) -> Self {
+        let defaults = PoolSettings::default();
+        // Load is spread over cores by having a pool each; the limit of all connections is shared out.
+        let settings = PoolSettings {
+            spread: 1,
+            max_connections: (defaults.max_connections / threads.max(1)).max(64),
+            ..defaults
+        };
+        let dialer = || Dialer { tls: tls.clone(), connect_timeout };
+        Self((0..threads.max(1)).map(|_| Pool::new(dialer(), settings)).collect())
+    }
+
+    /// All of them.
+    pub fn pools(&self) -> &[Pool<Dialer>] {
+        &self.0
+    }
+
+    /// The pool of the thread that this is called on.
+    // There is at least one pool, by construction.
+    #[allow(clippy::indexing_slicing)]
+    pub fn here(&self) -> &Pool<Dialer> {
+        &self.0[Workers::current() % self.0.len()]
+    }
+
+    /// See [`Pool::retire`].
+    pub fn retire(&self, matches: impl Fn(&TunnelKey) -> bool) -> usize {
+        self.0.iter().map(|pool| pool.retire(&matches)).sum()
+    }
+
+    /// The sum of a counter of all pools.
+    pub fn count(&self, counter: fn(&PoolCounters) -> &Counter) -> u64 {
+        self.0.iter().map(|pool| counter(pool.counters()).get()).sum()
+    }
+}
+
 impl Proxy {
     /// Opens a tunnel to `authority` over a pooled connection of `key`.
     ///
@@ -72,7 +118,7 @@ impl Proxy {
         let authority = Authority::from_addr(authority)
             .ok_or_else(|| Failure::Connect { to: authority, reason: "port 0".into() })?;
         let request = ConnectRequest { authority, headers };
-        let opened = self.tunnels.open(key, &request).await.map_err(|error| failure(to, error))?;
+        let opened = self.tunnels.here().open(key, &request).await.map_err(|error| failure(to, error))?;
         Ok((opened.tunnel, opened.peer))
     }
 }

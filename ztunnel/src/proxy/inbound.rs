@@ -31,10 +31,10 @@ pub async fn handle(proxy: Arc<Proxy>, pod: Arc<LocalPod>, stream: TcpStream, pe
     let local = match stream.local_addr() {
         Ok(local) => net::canonical(local),
         Err(error) => {
-            return proxy.refuse_early(stream, Direction::Inbound, peer, Failure::OriginalDst(error));
+            return proxy.refuse_early(stream, Direction::Inbound, peer, &Failure::OriginalDst(error));
         }
     };
-    let tls = match secure(&proxy, &pod, stream, peer).await {
+    let tls = match Box::pin(secure(&proxy, &pod, stream, peer)).await {
         Ok(secured) => secured,
         Err(failure) => return proxy.refused_early(Direction::Inbound, peer, local, &failure),
     };
@@ -115,7 +115,8 @@ impl Session {
                 return refuse(incoming, &failure);
             }
         };
-        match self.open(incoming, decision).await {
+        // Boxed: delivering needs kilobytes, and the task lives as long as the tunnel.
+        match Box::pin(self.open(incoming, decision)).await {
             Ok((tunnel, tcp, permit, place)) => {
                 let peer = Some(self.info.clone());
                 let recheck = self.proxy.recheck_inbound(&self.pod, permit.connection().clone(), peer);

@@ -28,9 +28,10 @@ pub async fn handle(proxy: Arc<Proxy>, pod: Arc<LocalPod>, client: TcpStream, pe
         proxy.captured(&client, peer).and_then(|dialled| Outbound::new(&proxy, &pod, peer, dialled));
     let outbound = match prepared {
         Ok(outbound) => outbound,
-        Err(failure) => return proxy.refuse_early(client, Direction::Outbound, peer, failure),
+        Err(failure) => return proxy.refuse_early(client, Direction::Outbound, peer, &failure),
     };
-    match outbound.open().await {
+    // Boxed: dialling needs kilobytes, and the task lives as long as the connection.
+    match Box::pin(outbound.open()).await {
         Ok((route, upstream)) => {
             let story = outbound.story(Some(&route), route_words(&route));
             let recheck = proxy.recheck_outbound(&pod, outbound.dialled, &route, upstream.peer());
@@ -39,7 +40,7 @@ pub async fn handle(proxy: Arc<Proxy>, pod: Arc<LocalPod>, client: TcpStream, pe
         }
         Err((route, failure)) => {
             let story = outbound.story(route.as_ref(), Verdict::proxy(failure.to_string()));
-            proxy.refuse(client, story, failure);
+            proxy.refuse(client, story, &failure);
         }
     }
 }

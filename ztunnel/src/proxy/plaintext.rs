@@ -17,14 +17,14 @@ use crate::proxy::failure::Failure;
 pub async fn handle(proxy: Arc<Proxy>, pod: Arc<LocalPod>, client: TcpStream, peer: SocketAddr) {
     let dialled = match proxy.captured(&client, peer) {
         Ok(dialled) => dialled,
-        Err(failure) => return proxy.refuse_early(client, Direction::Inbound, peer, failure),
+        Err(failure) => return proxy.refuse_early(client, Direction::Inbound, peer, &failure),
     };
     let (story, decision) = match decide(&proxy, &pod, peer, dialled) {
         Ok(decided) => decided,
-        Err(failure) => return proxy.refuse_early(client, Direction::Inbound, peer, failure),
+        Err(failure) => return proxy.refuse_early(client, Direction::Inbound, peer, &failure),
     };
     let delivered = match decision {
-        Ok(permit) => open(&proxy, &pod, &permit).await.map(|server| (server, permit)),
+        Ok(permit) => Box::pin(open(&proxy, &pod, &permit)).await.map(|server| (server, permit)),
         Err(failure) => Err(failure),
     };
     match delivered {
@@ -32,7 +32,7 @@ pub async fn handle(proxy: Arc<Proxy>, pod: Arc<LocalPod>, client: TcpStream, pe
             let recheck = proxy.recheck_inbound(&pod, permit.connection().clone(), None);
             proxy.carry(story, recheck, Carried::Plain { client, server }, place).await;
         }
-        Err(failure) => proxy.refuse(client, story, failure),
+        Err(failure) => proxy.refuse(client, story, &failure),
     }
 }
 

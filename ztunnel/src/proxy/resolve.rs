@@ -163,7 +163,7 @@ impl Context<'_> {
                     let target = Target { workload: Some(workload.clone()), ..Target::default() };
                     return self.waypoint(waypoint, dialled.socket_addr(), target);
                 }
-                self.workload(workload, dialled.socket_addr(), &[], Target::default())
+                self.workload(&workload, dialled.socket_addr(), &[], Target::default())
             }
             Destination::Unknown => match self.mesh.settings().outbound {
                 OutboundMode::AllowAny => Ok(Route::Plain {
@@ -205,7 +205,7 @@ impl Context<'_> {
             let target = Target { workload: Some(workload), ..target };
             return Ok(Route::PlainHost { host, port: target_port, target });
         };
-        self.workload(workload, SocketAddr::new(ip, target_port), &sans, target)
+        self.workload(&workload, SocketAddr::new(ip, target_port), &sans, target)
     }
 
     fn pick(&self, service: &Arc<Service>, port: u16) -> Result<Picked, Refusal> {
@@ -225,7 +225,7 @@ impl Context<'_> {
 
     fn workload(
         &self,
-        workload: Arc<Workload>,
+        workload: &Arc<Workload>,
         to: SocketAddr,
         sans: &[Str],
         target: Target,
@@ -234,7 +234,7 @@ impl Context<'_> {
         if workload.tunnel != TunnelProtocol::Hbone {
             return Ok(Route::Plain { to, why: NoTunnel::NotInMesh, target });
         }
-        let expected = expected_identities(&workload, sans)?;
+        let expected = expected_identities(workload, sans)?;
         let hbone = HboneAddr::new(SocketAddr::new(to.ip(), HBONE_PORT));
         Ok(Route::Tunnel { hbone, authority: to, expected, target })
     }
