@@ -164,6 +164,10 @@ pub struct Rules {
     /// Connections that go past ztunnel and are no longer allowed to: their packets are answered with resets.
     /// For kernels that can't end a connection at once; see [`crate::cut`].
     pub refused: Vec<Tuple>,
+    /// Captures nothing new, whatever the other fields say, and keeps what connections that are captured already
+    /// need: for a pod that leaves the mesh while some are open. Without any rules the kernel would no longer
+    /// translate their addresses.
+    pub leaving: bool,
 }
 
 impl Default for Rules {
@@ -182,6 +186,7 @@ impl Default for Rules {
             virtual_interfaces: Vec::new(),
             probes: None,
             refused: Vec::new(),
+            leaving: false,
         }
     }
 }
@@ -246,7 +251,7 @@ pub(crate) type Step = (Matcher, Verdict);
 
 /// The rules as the back-ends write them down: the first step that matches decides; past the last, a packet
 /// passes. Redirection and guard are written from the same steps, so that they can't disagree.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Plan {
     pub(crate) ports: Ports,
     pub(crate) dns: bool,
@@ -268,6 +273,10 @@ impl Plan {
         use Matcher::{Any, Destination, FromZtunnel, Interfaces, Loopback, LoopbackAddress, Source};
         use Verdict::{Capture, Pass};
 
+        if rules.leaving {
+            let refused = sorted(&rules.refused);
+            return Self { ports: rules.ports, refused, ..Self::default() };
+        }
         // ztunnel's connections to the application come in by the loopback device, too. Its mark exempts what
         // goes out alone: what comes in from elsewhere with that mark was never ours.
         let mut always = vec![(Loopback, Pass)];

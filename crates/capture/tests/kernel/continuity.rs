@@ -64,3 +64,46 @@ fn captured_connections_outlive_a_change_of_rules() {
         }
     });
 }
+
+#[test]
+fn captured_connections_go_on_while_their_pod_leaves() {
+    each_case("captured_connections_go_on_while_their_pod_leaves", async |case: Case| {
+        let lab = two_nodes();
+        let (server, client) = (lab.pod("server"), lab.pod("client"));
+        let capture = case.capture();
+        start_app(&server.netns, 8080);
+        start_app(&client.netns, 9090);
+        let ztunnel = FakeZtunnel::start(&server.netns);
+        capture.install(&server.netns, &Rules::default()).unwrap();
+        let mut inbound = dial(&client.netns, case.addr(server, 8080)).await.unwrap();
+        greeting(&mut inbound).await;
+        assert!(ztunnel.took().await.inbound);
+        let mut outbound = dial(&server.netns, case.addr(client, 9090)).await.unwrap();
+        greeting(&mut outbound).await;
+        assert!(!ztunnel.took().await.inbound);
+
+        let leaving = Rules { leaving: true, ..Rules::default() };
+        assert!(capture.install(&server.netns, &leaving).unwrap().changed);
+        assert!(capture.verify(&server.netns, &leaving).unwrap().is_none());
+        for round in 0..50 {
+            echo(&mut inbound, &format!("in {round}")).await;
+            echo(&mut outbound, &format!("out {round}")).await;
+        }
+        // New ones go past ztunnel, and need none.
+        let mut direct = dial(&client.netns, case.addr(server, 8080)).await.unwrap();
+        greeting(&mut direct).await;
+        let mut direct = dial(&server.netns, case.addr(client, 9090)).await.unwrap();
+        greeting(&mut direct).await;
+        assert_eq!(ztunnel.taken(), []);
+
+        // And back into the mesh.
+        capture.install(&server.netns, &Rules::default()).unwrap();
+        for round in 0..50 {
+            echo(&mut inbound, &format!("in again {round}")).await;
+            echo(&mut outbound, &format!("out again {round}")).await;
+        }
+        let mut captured = dial(&client.netns, case.addr(server, 8080)).await.unwrap();
+        greeting(&mut captured).await;
+        assert!(ztunnel.took().await.inbound);
+    });
+}
