@@ -6,6 +6,8 @@
 //!       ▲                                    │
 //!       └────────────── PONG, or any frame ──┘
 //! ```
+//!
+//! The timer is not set anew with every frame: when it runs out, it is set to what is left.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -21,7 +23,9 @@ pub(crate) struct Keepalive {
     ping: PingPong,
     timer: Pin<Box<Sleep>>,
     asked: bool,
+    /// The progress seen last, and when it was new.
     seen: u64,
+    seen_at: Instant,
     interval: Duration,
     timeout: Duration,
 }
@@ -30,20 +34,21 @@ impl Keepalive {
     pub(crate) fn new(ping: PingPong, settings: &Transport) -> Self {
         let timer = Box::pin(sleep(settings.ping_interval));
         let (interval, timeout) = (settings.ping_interval, settings.ping_timeout);
-        Self { ping, timer, asked: false, seen: 0, interval, timeout }
+        Self { ping, timer, asked: false, seen: 0, seen_at: Instant::now(), interval, timeout }
     }
 
     /// Ready when the peer is dead. `progress` changes with every frame from the peer.
     pub(crate) fn poll_dead(&mut self, cx: &mut Context<'_>, progress: u64) -> Poll<()> {
-        if self.asked && self.ping.poll_pong(cx).is_ready() {
-            // Answered, or the connection is gone, which its own task sees.
-            self.watch(progress);
+        if progress != self.seen {
+            (self.seen, self.seen_at, self.asked) = (progress, Instant::now(), false);
         }
         while self.timer.as_mut().poll(cx).is_ready() {
-            if progress != self.seen {
-                self.watch(progress);
-            } else if self.asked {
+            if self.asked {
                 return Poll::Ready(());
+            }
+            let next = self.seen_at + self.interval;
+            if next > Instant::now() {
+                self.timer.as_mut().reset(next);
             } else {
                 self.ask(cx);
             }
@@ -52,19 +57,12 @@ impl Keepalive {
     }
 
     fn ask(&mut self, cx: &mut Context<'_>) {
-        // The answer to an earlier PING may still lie there, if other frames came first; only one PING can be
-        // under way. Another error means that the connection is ending.
+        // The answer to the PING before lies there still, since only the frame that carries it was noted; only one
+        // PING can be under way. Another error means that the connection is ending.
         if self.ping.send_ping(Ping::opaque()).is_err() && self.ping.poll_pong(cx).is_ready() {
             let _ = self.ping.send_ping(Ping::opaque());
         }
-        let _ = self.ping.poll_pong(cx);
         self.asked = true;
         self.timer.as_mut().reset(Instant::now() + self.timeout);
-    }
-
-    fn watch(&mut self, progress: u64) {
-        self.asked = false;
-        self.seen = progress;
-        self.timer.as_mut().reset(Instant::now() + self.interval);
     }
 }

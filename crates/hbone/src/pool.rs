@@ -18,11 +18,11 @@ use std::future::Future;
 use std::hash::{BuildHasherDefault, DefaultHasher, Hash};
 use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use net::Io;
-use tokio::sync::{Notify, watch};
+use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
@@ -100,7 +100,6 @@ struct Slot<C: Connector> {
 struct State<C: Connector> {
     members: Vec<Member<C::Peer>>,
     attempt: Option<Attempt<C::Error>>,
-    attempts_made: u64,
     /// Connections in a row that ended before a stream was opened on them, and how the last one did.
     stillborn: (u32, String),
     /// Callers inside [`Pool::link`].
@@ -114,13 +113,21 @@ struct Member<P> {
     meter: Meter,
 }
 
-/// `None` until the attempt is over.
-type Verdict<E> = Option<Result<(), Arc<ConnectError<E>>>>;
+/// How an attempt to connect has ended.
+enum Verdict<E: std::error::Error + 'static> {
+    Connected,
+    Failed(Arc<ConnectError<E>>),
+    /// The key was retired meanwhile, or the connector panicked.
+    Stopped,
+}
+
+/// Empty until the attempt has ended.
+type VerdictCell<E> = Arc<OnceLock<Verdict<E>>>;
 
 struct Attempt<E: std::error::Error + 'static> {
-    number: u64,
-    verdict: watch::Receiver<Verdict<E>>,
-    task: Option<AbortHandle>,
+    /// Set before those who wait for the slot are told.
+    verdict: VerdictCell<E>,
+    task: AbortHandle,
 }
 
 /// Bytes a second on a link, over at least a tenth of a second.
@@ -246,42 +253,33 @@ impl<C: Connector> Pool<C> {
         let inner = &self.0;
         let slot = inner.enter(key)?;
         let deadline = Instant::now() + inner.settings.queue_timeout + inner.settings.connect_timeout;
-        for round in 0u32.. {
-            if round >= TRIES {
+        let mut attempts = 0u32;
+        while Instant::now() < deadline {
+            let mut freed = pin!(slot.slot.freed.notified());
+            freed.as_mut().enable();
+            let verdict = match inner.pick(&slot.slot) {
+                Pick::Use(reserved) => return Ok(reserved),
+                Pick::Wait(verdict) => verdict,
+                Pick::Fail(error) => return Err(OpenError::Connect(Arc::new(error))),
+            };
+            let waiting = Gauge::up(&inner.counters);
+            if timeout_at(deadline, freed).await.is_err() {
+                break;
+            }
+            drop(waiting);
+            match verdict.get() {
+                Some(Verdict::Failed(error)) => return Err(OpenError::Connect(Arc::clone(error))),
+                Some(Verdict::Connected | Verdict::Stopped) => attempts += 1,
+                // A stream has ended; perhaps it is ours to take.
+                None => continue,
+            }
+            if attempts >= TRIES {
                 let stillborn = slot.slot.state().stillborn();
                 if let Some(reason) = stillborn {
                     return Err(OpenError::Lost(TunnelError::Connection(reason)));
                 }
                 // Connections come, and others take all of their streams; or the connector panics. No hurry then.
-                sleep(Duration::from_millis(10) * round.min(50)).await;
-            }
-            let mut freed = pin!(slot.slot.freed.notified());
-            freed.as_mut().enable();
-            let mut verdict = match inner.pick(&slot.slot) {
-                Pick::Use(reserved) => return Ok(reserved),
-                Pick::Wait(verdict) => verdict,
-                Pick::Fail(error) => return Err(OpenError::Connect(Arc::new(error))),
-            };
-            let _waiting = Gauge::up(&inner.counters);
-            let wait = async {
-                tokio::select! {
-                    biased;
-                    () = freed => Ok(()),
-                    over = verdict.wait_for(Option::is_some) => match over.as_deref() {
-                        Ok(Some(Err(error))) => Err(Arc::clone(error)),
-                        // Connected; or the attempt was stopped, and another one is to be made.
-                        _ => Ok(()),
-                    },
-                }
-            };
-            match timeout_at(deadline, wait).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => return Err(OpenError::Connect(error)),
-                Err(_) => break,
-            }
-            // What is ready at once is not limited by the line above.
-            if Instant::now() >= deadline {
-                break;
+                sleep(Duration::from_millis(10) * attempts.min(50)).await;
             }
         }
         inner.counters.queue_timed_out.up();
@@ -314,7 +312,8 @@ impl Drop for Gauge<'_> {
 
 enum Pick<C: Connector> {
     Use(Reserved<C::Peer>),
-    Wait(watch::Receiver<Verdict<C::Error>>),
+    /// Until the slot's `freed` tells of something new; then the attempt may have a verdict.
+    Wait(VerdictCell<C::Error>),
     Fail(ConnectError<C::Error>),
 }
 
@@ -344,8 +343,9 @@ impl<C: Connector> State<C> {
 
     /// Stops the attempt under way; who waits for it makes another one.
     fn stop_attempt(&mut self) {
-        if let Some(task) = self.attempt.take().and_then(|attempt| attempt.task) {
-            task.abort();
+        if let Some(attempt) = self.attempt.take() {
+            attempt.verdict.get_or_init(|| Verdict::Stopped);
+            attempt.task.abort();
         }
     }
 }
@@ -396,6 +396,7 @@ impl<C: Connector> Inner<C> {
             .iter()
             .map(|slot| {
                 let done = act(&mut slot.state());
+                slot.freed.notify_waiters();
                 self.remove_if_empty(slot);
                 done
             })
@@ -428,7 +429,6 @@ impl<C: Connector> Inner<C> {
         let state = State {
             members: Vec::new(),
             attempt: None,
-            attempts_made: 0,
             stillborn: (0, String::new()),
             callers: 0,
             removed: false,
@@ -463,7 +463,7 @@ impl<C: Connector> Inner<C> {
         });
         let Some((fast, open, link)) = usable.min_by_key(|(fast, open, _)| (*fast, *open)) else {
             return match &state.attempt {
-                Some(attempt) => Pick::Wait(attempt.verdict.clone()),
+                Some(attempt) => Pick::Wait(Arc::clone(&attempt.verdict)),
                 None => match self.start(slot, &mut state) {
                     Ok(verdict) => Pick::Wait(verdict),
                     Err(error) => Pick::Fail(error),
@@ -487,24 +487,23 @@ impl<C: Connector> Inner<C> {
         self: &Arc<Self>,
         slot: &Arc<Slot<C>>,
         state: &mut State<C>,
-    ) -> Result<watch::Receiver<Verdict<C::Error>>, ConnectError<C::Error>> {
+    ) -> Result<VerdictCell<C::Error>, ConnectError<C::Error>> {
         let seat = self.seat(slot).ok_or_else(|| {
             self.counters.overloaded.up();
             ConnectError::TooManyConnections(self.settings.max_connections)
         })?;
-        let (tell, verdict) = watch::channel(None);
-        state.attempts_made += 1;
-        let number = state.attempts_made;
-        let attempt = Making { slot: Arc::clone(slot), inner: Arc::clone(self), number };
+        let verdict = Arc::new(OnceLock::new());
+        let attempt =
+            Making { slot: Arc::clone(slot), inner: Arc::clone(self), verdict: Arc::clone(&verdict) };
         self.counters.connecting_now.up();
         // The task can't look at the slot before this function's caller lets go of it.
         let task = tokio::spawn(async move {
-            let verdict = attempt.run(seat).await;
-            drop(attempt);
-            let _ = tell.send(Some(verdict.map_err(Arc::new)));
+            let result = attempt.run(seat).await;
+            let outcome =
+                result.map_or_else(|error| Verdict::Failed(Arc::new(error)), |()| Verdict::Connected);
+            attempt.verdict.get_or_init(|| outcome);
         });
-        let task = Some(task.abort_handle());
-        state.attempt = Some(Attempt { number, verdict: verdict.clone(), task });
+        state.attempt = Some(Attempt { verdict: Arc::clone(&verdict), task: task.abort_handle() });
         Ok(verdict)
     }
 
@@ -541,7 +540,7 @@ impl<C: Connector> Inner<C> {
 struct Making<C: Connector> {
     slot: Arc<Slot<C>>,
     inner: Arc<Inner<C>>,
-    number: u64,
+    verdict: VerdictCell<C::Error>,
 }
 
 impl<C: Connector> Making<C> {
@@ -576,7 +575,7 @@ impl<C: Connector> Making<C> {
     }
 
     fn is_current(&self, state: &State<C>) -> bool {
-        state.attempt.as_ref().is_some_and(|attempt| attempt.number == self.number)
+        state.attempt.as_ref().is_some_and(|attempt| Arc::ptr_eq(&attempt.verdict, &self.verdict))
     }
 }
 
@@ -589,6 +588,8 @@ impl<C: Connector> Drop for Making<C> {
         }
         let empty = state.is_empty();
         drop(state);
+        self.verdict.get_or_init(|| Verdict::Stopped);
+        self.slot.freed.notify_waiters();
         if empty {
             self.inner.remove_if_empty(&self.slot);
         }
