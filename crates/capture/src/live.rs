@@ -10,7 +10,7 @@ use net::{Netns, ZTUNNEL_MARK};
 
 use crate::backend::Capture;
 use crate::error::Error;
-use crate::rules::{Ports, Rules, Tuple};
+use crate::rules::{Matcher, Plan, Ports, Rules, Step, Tuple, Verdict};
 
 /// Who opened a connection.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -28,6 +28,37 @@ pub struct LiveConnection {
     pub connection: Connection,
     /// Who opened it. Told by whether the pod listens on the local port, now.
     pub direction: Direction,
+}
+
+impl Rules {
+    /// Whether a new connection between the pod's end `local` and `peer` would be captured. If so, one that goes past
+    /// ztunnel does it for its age alone. Which interface it uses is not known here: an exemption by interface is
+    /// not seen.
+    #[must_use]
+    pub fn capture(&self, direction: Direction, local: SocketAddr, peer: SocketAddr) -> bool {
+        let plan = Plan::new(self);
+        match direction {
+            Direction::Inbound => decide(&plan.inbound, peer, local).unwrap_or(false),
+            Direction::Outbound => decide(&plan.outbound_always, local, peer)
+                .or_else(|| (plan.dns && peer.port() == 53).then_some(true))
+                .or_else(|| decide(&plan.outbound, local, peer))
+                .unwrap_or(false),
+        }
+    }
+}
+
+/// What the first step that matches a new connection says; `None` if none does.
+fn decide(steps: &[Step], source: SocketAddr, destination: SocketAddr) -> Option<bool> {
+    let matches = |matcher: &Matcher| match matcher {
+        Matcher::Any => true,
+        // Connections within the pod are not among those that are looked at.
+        Matcher::Loopback | Matcher::FromZtunnel | Matcher::Interfaces(_) => false,
+        Matcher::LoopbackAddress => destination.ip().is_loopback(),
+        Matcher::Ports(ranges) => ranges.iter().any(|range| range.contains(destination.port())),
+        Matcher::Source(ip) => source.ip() == *ip,
+        Matcher::Destination(ranges) => ranges.iter().any(|range| range.contains(&destination.ip())),
+    };
+    steps.iter().find(|(matcher, _)| matches(matcher)).map(|(_, verdict)| *verdict == Verdict::Capture)
 }
 
 /// The connections of the pod in `netns` that go past the ztunnel that listens on `ports`. May be called at
@@ -113,4 +144,48 @@ pub fn refuse(
 
 fn is_target(ports: &Ports, port: u16) -> bool {
     [ports.outbound, ports.inbound_plaintext, ports.dns].contains(&port)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rules::{Include, PortRange};
+
+    fn captured(rules: &Rules, direction: Direction, local: &str, peer: &str) -> bool {
+        rules.capture(direction, local.parse().unwrap(), peer.parse().unwrap())
+    }
+
+    #[test]
+    fn what_is_exempt_is_not_captured_for_its_age() {
+        use Direction::{Inbound, Outbound};
+        let ports = |first, last| vec![PortRange::new(first, last).unwrap()];
+        let rules = Rules {
+            exclude_inbound_ports: ports(9000, 9100),
+            exclude_outbound_ports: ports(3306, 3306),
+            include_outbound_ports: ports(80, 80),
+            exclude_outbound_ranges: vec!["10.9.0.0/16".parse().unwrap()],
+            ..Rules::default()
+        };
+        for (direction, local, peer, expected) in [
+            (Inbound, "10.0.0.1:8080", "10.0.0.2:5000", true),
+            (Inbound, "10.0.0.1:9090", "10.0.0.2:5000", false),
+            (Inbound, "10.0.0.1:15008", "10.0.0.2:5000", false),
+            (Outbound, "10.0.0.1:5000", "10.0.0.2:9090", true),
+            (Outbound, "10.0.0.1:5000", "10.0.0.2:3306", false),
+            (Outbound, "10.0.0.1:5000", "10.9.0.2:8080", false),
+            (Outbound, "10.0.0.1:5000", "10.9.0.2:80", true),
+            (Outbound, "10.0.0.1:5000", "10.9.0.2:53", true),
+            (Outbound, "[fd00::1]:5000", "[fd00::2]:443", true),
+        ] {
+            assert_eq!(captured(&rules, direction, local, peer), expected, "{direction:?} {local} {peer}");
+        }
+        let inbound = |rules| captured(&rules, Inbound, "10.0.0.1:8080", "10.0.0.2:5000");
+        assert!(!inbound(Rules { bypass_inbound: true, ..Rules::default() }));
+        assert!(!inbound(Rules { leaving: true, ..Rules::default() }));
+        assert!(!inbound(Rules { include_inbound_ports: Include::Only(ports(1, 2)), ..Rules::default() }));
+        assert!(inbound(Rules {
+            include_inbound_ports: Include::Only(ports(8080, 8080)),
+            ..Rules::default()
+        }));
+    }
 }
