@@ -5,7 +5,7 @@ RELEASE := target/release
 # Namespaces need root; building does not.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: help demo build test lint bench clean-demo
+.PHONY: help demo build test test-node lint bench clean-demo
 
 help: ## What there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,10 @@ clean-demo: ## Clears what `make demo ARGS=--keep`, or one that was killed, left
 
 test: ## All tests; those of namespaces and capture need root, without it they are skipped and say so
 	@.ci/test
+
+test-node: ## Two nodes with real traffic and faults, by the real ztunnel (root, two minutes)
+	@.ci/packages test
+	$(CARGO) test --locked -p ztunnel --test node
 
 lint: ## Format, clippy and the dependencies' rules, as CI checks them
 	$(CARGO) fmt --all --check

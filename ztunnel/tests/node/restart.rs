@@ -1,0 +1,44 @@
+//! ztunnel ends, in good order and without; what its pods see meanwhile, and when it is back.
+
+use std::net::SocketAddr;
+
+use harness::netns::root_or_skip;
+use nix::sys::signal::Signal;
+
+use crate::lab::traffic::{PORT, ask, serve, talk};
+use crate::lab::{Mesh, Options};
+
+#[tokio::test]
+async fn a_killed_ztunnel_fails_closed_and_its_successor_takes_over() {
+    if !root_or_skip("restart") {
+        return;
+    }
+    let mut mesh = Mesh::start(&[("a", &["client"]), ("b", &["web", "outside/old"])]).await;
+    let (client, web, old) = (mesh.pod("client").clone(), mesh.pod("web").clone(), mesh.pod("old").clone());
+    let _servers = [serve(&web, PORT), serve(&old, PORT)];
+    let to_web = SocketAddr::new(web.ipv4.into(), PORT);
+    let to_old = SocketAddr::new(old.ipv4.into(), PORT);
+    let roots = mesh.ztunnel("b").config_dump().await["certificates"]["roots"].clone();
+    for node in ["b", "a"] {
+        let mut open = talk(&client, to_web).await.unwrap();
+        mesh.ztunnel_mut(node).signal(Signal::SIGKILL);
+        assert!(!mesh.ztunnel_mut(node).ended().await.success());
+        // Of the peer's death the client's ztunnel tells with a reset; of its own the kernel, with an end in order.
+        assert!(open.end().await.is_err() || node == "a");
+        let _ = ask(&client, to_web).await.unwrap_err();
+        let (pod, other) = if node == "b" { (&old, to_web) } else { (&client, to_old) };
+        let error = ask(pod, other).await.map(drop);
+        assert!(error.is_err(), "plaintext passes while ztunnel of {node} is dead");
+
+        mesh.run(node, &Options::default()).await;
+        assert_eq!(ask(&client, to_web).await.unwrap().client.ip(), client.ipv4, "{node}");
+        ask(pod, other).await.unwrap();
+        let ztunnel = mesh.ztunnel(node);
+        assert_eq!(ztunnel.config_dump().await["certificates"]["roots"], roots);
+        assert_eq!(
+            ztunnel.metric("culvert_certificates_issued_total").await,
+            0.0,
+            "its certificates were kept"
+        );
+    }
+}
