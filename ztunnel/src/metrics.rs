@@ -44,6 +44,8 @@ fn connections(gauge: Register<'_>, counter: Register<'_>) {
     );
     gauge("istio_active_proxy_count", "Pods whose traffic is carried", Box::new(|_, n| n.counts().0 as u64));
     gauge("istio_pending_proxy_count", "Pods that wait to be enrolled", Box::new(|_, n| n.counts().1 as u64));
+    counter("istio_proxies_started", "Pods that were enrolled", Box::new(|_, n| n.totals().0));
+    counter("istio_proxies_stopped", "Pods that were un-enrolled", Box::new(|_, n| n.totals().1));
     gauge(
         "culvert_connections_before_enrolment",
         "Connections alive at enrolment that go on outside the mesh",

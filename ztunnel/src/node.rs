@@ -4,20 +4,23 @@
 //!            netns, listeners, rules        manifest gone, or no longer in the mesh
 //!   Pending ------------------------> Enrolled ------------------------------------> gone
 //!      ^  | failed: say why, try again   |
-//!      |  +------------------------------+ the rules drifted, the namespace is another one
+//!      |  +------------------------------+ the namespace is another one, or what listens changes
 //! ```
 //!
 //! Order matters. Listeners stand before the redirection does, so that no connection meets a closed port; on a
-//! restart the redirection stands already, and refuses until the listeners are there. A pod that can't be enrolled
-//! keeps what it has: nothing here removes a rule because something failed.
+//! restart the redirection stands already, and refuses until the listeners are there. A pod keeps what it has when
+//! something fails: neither a rule nor a listener goes because of that.
+//!
+//! One task does all the work on pods; only [`Node::recheck_adopted`] may run beside it.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use capture::{Capture, Direction, Include, InterfaceName, LiveConnection, PortRange, Rules};
+use capture::{Capture, Cut, Direction, Include, InterfaceName, LiveConnection, PortRange, Rules, Tuple};
 use config::compile::{Enrolment, EnrolmentChange};
 use model::{Connection, Str};
 use net::{DatagramOptions, ListenOptions, Netns, ProxyUdpSocket, sock_diag};
@@ -36,8 +39,13 @@ use crate::proxy::{self, DNS_PORT, HBONE_PORT, OUTBOUND_PORT, PLAINTEXT_PORT, Pr
 pub const RECONCILE_INTERVAL: Duration = Duration::from_secs(1);
 /// How often the rules of an enrolled pod are compared with what they should be.
 const VERIFY_INTERVAL: Duration = Duration::from_secs(30);
-/// More connections of before the enrolment are not kept account of; they go on all the same.
-const ADOPTED_LIMIT: usize = 10_000;
+/// More connections of before the enrolment are not kept account of; they go on all the same. Incoming ones, which
+/// policies may refuse, come first.
+const ADOPTED_LIMIT: usize = 65_536;
+/// How soon they are compared again when that failed.
+const TROUBLE_INTERVAL: Duration = Duration::from_secs(5);
+/// For the tasks of listeners to end when they are told to.
+const CLOSING_LIMIT: Duration = Duration::from_secs(1);
 
 /// This node's pods.
 pub struct Node {
@@ -48,36 +56,68 @@ pub struct Node {
     /// Where connections are carried; this module itself runs on the control runtime.
     workers: Arc<Workers>,
     pods: Mutex<HashMap<Str, Slot>>,
+    /// Pods that left the mesh and have open connections.
+    leaving: Mutex<Vec<(Arc<str>, Arc<LocalPod>)>>,
+    started: AtomicU64,
+    stopped: AtomicU64,
     diagnostics: Mutex<Value>,
 }
 
 struct Slot {
     enrolment: Enrolment,
     state: PodState,
-    /// Whether work on the pod is under way: only one at a time.
-    busy: bool,
 }
 
 enum PodState {
     Pending { failures: u32, reason: String, retry_at: Instant },
-    Enrolled(Enrolled),
+    Enrolled(Box<Enrolled>),
 }
 
 /// An enrolled pod. Dropping it closes the listeners; open connections go on.
 struct Enrolled {
     pod: Arc<LocalPod>,
     accepting: Vec<AbortHandle>,
+    /// What is installed.
+    rules: Rules,
     ipv6: capture::Ipv6,
-    verified_at: Instant,
+    /// When the rules are compared with what they should be.
+    verify_at: Instant,
+    /// Why they can't be.
+    trouble: Option<String>,
     /// Connections of before the enrolment that are still alive.
     adopted: Vec<LiveConnection>,
     drifts: u64,
+}
+
+impl Enrolled {
+    /// Closes the listeners, and waits for it: the ports are free then.
+    async fn close(self) {
+        let tasks = self.accepting.clone();
+        drop(self);
+        let closed = async {
+            while !tasks.iter().all(AbortHandle::is_finished) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        // A thread that hangs is another trouble; binding will say so.
+        let _ = tokio::time::timeout(CLOSING_LIMIT, closed).await;
+    }
 }
 
 impl Drop for Enrolled {
     fn drop(&mut self) {
         self.accepting.iter().for_each(AbortHandle::abort);
     }
+}
+
+/// What looking at an enrolled pod's rules came to.
+enum Verified {
+    /// They are as they should be.
+    Standing,
+    /// They are others now, with the connections that these find alive.
+    Changed(Box<Rules>, Vec<LiveConnection>),
+    /// Somebody had changed them.
+    Restored(capture::Drift),
 }
 
 /// Why a pod is not enrolled.
@@ -91,8 +131,8 @@ enum EnrolError {
     Listener(#[source] std::io::Error),
     #[error("redirection: {0}")]
     Capture(#[from] capture::Error),
-    #[error("the network namespace is another one than before")]
-    Replaced,
+    #[error("the network namespace is ztunnel's own: to capture its traffic would be to cut the node off")]
+    Own,
     #[error("{0} is not a valid exclusion")]
     Exclusion(String),
     #[error("the task of the enrolment failed: {0}")]
@@ -115,6 +155,9 @@ impl Node {
             upstreams,
             workers,
             pods: Mutex::default(),
+            leaving: Mutex::default(),
+            started: AtomicU64::new(0),
+            stopped: AtomicU64::new(0),
             diagnostics: Mutex::new(Value::Array(Vec::new())),
         }
     }
@@ -123,16 +166,20 @@ impl Node {
         self.pods.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Follows a change of the configuration.
-    pub async fn apply(self: &Arc<Self>, changes: Vec<EnrolmentChange>) {
-        let mut removed = Vec::new();
+    fn leaving(&self) -> MutexGuard<'_, Vec<(Arc<str>, Arc<LocalPod>)>> {
+        self.leaving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Follows changes of the configuration.
+    pub async fn apply(self: &Arc<Self>, changes: impl IntoIterator<Item = EnrolmentChange>) {
+        let mut left = Vec::new();
         for change in changes {
             match change {
-                EnrolmentChange::Set(enrolment) => self.set(*enrolment),
-                EnrolmentChange::Remove(uid) => removed.extend(self.pods().remove(&uid)),
+                EnrolmentChange::Set(enrolment) => left.extend(self.set(*enrolment)),
+                EnrolmentChange::Remove(uid) => left.extend(self.pods().remove(&uid)),
             }
         }
-        for slot in removed {
+        for slot in left {
             self.un_enrol(slot).await;
         }
         self.reconcile().await;
@@ -140,39 +187,45 @@ impl Node {
         self.recheck_adopted().await;
     }
 
-    fn set(&self, enrolment: Enrolment) {
+    /// Notes what is to be. Returns what has to go first.
+    fn set(&self, enrolment: Enrolment) -> Option<Slot> {
         let mut pods = self.pods();
         let now = Instant::now();
         let pending = || PodState::Pending { failures: 0, reason: "new".into(), retry_at: now };
-        match pods.get_mut(&enrolment.uid) {
-            Some(slot) if slot.enrolment == enrolment => {}
-            Some(slot) => {
-                // Other rules or another namespace: enrolled anew. The rules are replaced without a gap.
-                slot.enrolment = enrolment;
-                slot.state = pending();
+        let Some(slot) = pods.get_mut(&enrolment.uid) else {
+            pods.insert(enrolment.uid.clone(), Slot { enrolment, state: pending() });
+            return None;
+        };
+        if slot.enrolment == enrolment {
+            return None;
+        }
+        let old = std::mem::replace(&mut slot.enrolment, enrolment);
+        let new = &slot.enrolment;
+        let listens_alike = old.netns == new.netns
+            && old.dns_capture == new.dns_capture
+            && old.addresses == new.addresses
+            && old.namespace == new.namespace;
+        match &mut slot.state {
+            // Other rules, which replace the old ones without a gap.
+            PodState::Enrolled(enrolled) if listens_alike => {
+                enrolled.verify_at = now;
+                None
             }
-            None => {
-                pods.insert(enrolment.uid.clone(), Slot { enrolment, state: pending(), busy: false });
-            }
+            state => Some(Slot { enrolment: old, state: std::mem::replace(state, pending()) }),
         }
     }
 
     /// Enrols what is not, and looks after what is.
     pub async fn reconcile(self: &Arc<Self>) {
+        self.release_left().await;
         let now = Instant::now();
-        let due: Vec<Enrolment> = self
-            .pods()
-            .values_mut()
-            .filter(|slot| !slot.busy)
-            .filter(|slot| match &slot.state {
-                PodState::Pending { retry_at, .. } => *retry_at <= now,
-                PodState::Enrolled(enrolled) => enrolled.verified_at + VERIFY_INTERVAL <= now,
-            })
-            .map(|slot| {
-                slot.busy = true;
-                slot.enrolment.clone()
-            })
-            .collect();
+        let is_due = |slot: &&Slot| match &slot.state {
+            PodState::Pending { retry_at, .. } => *retry_at <= now,
+            // A pod that began anew under its name must not wait long: it is not captured yet.
+            PodState::Enrolled(enrolled) => enrolled.verify_at <= now || slot.is_elsewhere(),
+        };
+        let due: Vec<Enrolment> =
+            self.pods().values().filter(is_due).map(|slot| slot.enrolment.clone()).collect();
         let mut tasks = tokio::task::JoinSet::new();
         for enrolment in due {
             let node = self.clone();
@@ -182,55 +235,57 @@ impl Node {
     }
 
     async fn look_after(self: Arc<Self>, enrolment: Enrolment) {
-        let standing = match self.pods().get(&enrolment.uid).map(|slot| &slot.state) {
-            Some(PodState::Enrolled(enrolled)) => Some(enrolled.pod.clone()),
+        let standing = match self.pods().get(&enrolment.uid) {
+            Some(slot) if slot.is_elsewhere() => None,
+            Some(Slot { state: PodState::Enrolled(e), .. }) => Some((e.pod.clone(), e.rules.clone())),
             _ => None,
         };
-        let outcome = match standing {
-            Some(pod) => self.verify(&enrolment, &pod).await.map(|()| None),
-            None => self.enrol(&enrolment).await.map(Some),
-        };
-        let mut pods = self.pods();
-        let Some(slot) = pods.get_mut(&enrolment.uid) else { return };
-        slot.busy = false;
-        if slot.enrolment != enrolment {
-            return; // changed meanwhile; the next round sees to it
-        }
-        match outcome {
-            Ok(Some(enrolled)) => slot.state = PodState::Enrolled(enrolled),
-            Ok(None) => {
-                if let PodState::Enrolled(enrolled) = &mut slot.state {
-                    enrolled.verified_at = Instant::now();
+        if let Some((pod, installed)) = standing {
+            let outcome = self.verify(&enrolment, &pod.netns, installed).await;
+            if let Some(slot) = self.pods().get_mut(&enrolment.uid) {
+                slot.verified(outcome);
+            }
+        } else {
+            let outcome = self.enrol(&enrolment).await;
+            if let Some(slot) = self.pods().get_mut(&enrolment.uid) {
+                match outcome {
+                    Ok(enrolled) => slot.state = PodState::Enrolled(Box::new(enrolled)),
+                    Err(error) => slot.failed(&error),
                 }
             }
-            Err(error) => slot.failed(&enrolment, &error),
         }
     }
 
     /// Listeners, then redirection, then the connections that lived before.
     async fn enrol(&self, enrolment: &Enrolment) -> Result<Enrolled, EnrolError> {
         let netns = Netns::open(&enrolment.netns)?;
+        if netns.same(&Netns::current()?) {
+            return Err(EnrolError::Own);
+        }
         let rules = rules(enrolment)?;
-        let pod = Arc::new(LocalPod::new(enrolment.uid.clone(), netns.clone()));
+        let pod = self.returning(&enrolment.uid, &netns);
+        let pod = pod.unwrap_or_else(|| Arc::new(LocalPod::new(enrolment.uid.clone(), netns.clone())));
         self.prepare_certificate(&pod);
-        let accepting = self.listen(&pod, enrolment)?;
-        let (capture, target) = (self.capture.clone(), netns.clone());
-        let installed = tokio::task::spawn_blocking(move || {
-            let installed = capture.install(&target, &rules);
-            let mut alive = capture::live_connections(&target, &rules.ports).unwrap_or_default();
-            alive.truncate(ADOPTED_LIMIT);
-            (installed, alive)
-        })
-        .await?;
-        let (installed, alive) = installed;
-        let enrolled = Enrolled {
-            ipv6: installed?.ipv6,
-            adopted: alive,
-            pod,
-            accepting,
-            verified_at: Instant::now(),
+        // Closes what listens already when something fails from here on.
+        let mut enrolled = Enrolled {
+            accepting: Vec::new(),
+            pod: pod.clone(),
+            rules: rules.clone(),
+            ipv6: capture::Ipv6::Absent,
+            verify_at: Instant::now() + VERIFY_INTERVAL,
+            trouble: None,
+            adopted: Vec::new(),
             drifts: 0,
         };
+        self.listen(&mut enrolled.accepting, &pod, enrolment)?;
+        let capture = self.capture.clone();
+        let installed = tokio::task::spawn_blocking(move || {
+            let installed = capture.install(&netns, &rules)?;
+            Ok::<_, capture::Error>((installed, before(&netns, &rules)))
+        });
+        let (installed, adopted) = installed.await??;
+        (enrolled.ipv6, enrolled.adopted) = (installed.ipv6, adopted);
+        self.started.fetch_add(1, Ordering::Relaxed);
         tracing::info!(
             pod = %format_args!("{}/{}", enrolment.namespace, enrolment.name),
             netns = %enrolment.netns.display(),
@@ -255,11 +310,15 @@ impl Node {
     }
 
     /// The pod's listeners. Every thread of the data plane accepts from each of them.
-    fn listen(&self, pod: &Arc<LocalPod>, enrolment: &Enrolment) -> Result<Vec<AbortHandle>, EnrolError> {
-        let mut tasks = Vec::new();
-        self.accept(&mut tasks, pod, OUTBOUND_PORT, proxy::outbound::handle)?;
-        self.accept(&mut tasks, pod, PLAINTEXT_PORT, proxy::plaintext::handle)?;
-        self.accept(&mut tasks, pod, HBONE_PORT, proxy::inbound::handle)?;
+    fn listen(
+        &self,
+        tasks: &mut Vec<AbortHandle>,
+        pod: &Arc<LocalPod>,
+        enrolment: &Enrolment,
+    ) -> Result<(), EnrolError> {
+        self.accept(tasks, pod, OUTBOUND_PORT, proxy::outbound::handle)?;
+        self.accept(tasks, pod, PLAINTEXT_PORT, proxy::plaintext::handle)?;
+        self.accept(tasks, pod, HBONE_PORT, proxy::inbound::handle)?;
         if enrolment.dns_capture {
             // One thread serves a pod's queries; which one differs from pod to pod.
             let worker = self.worker(pod.netns.id().inode());
@@ -272,7 +331,7 @@ impl Node {
             tasks.push(worker.spawn(self.dns.clone().serve_udp(udp, client.clone())).abort_handle());
             tasks.push(worker.spawn(self.dns.clone().serve_tcp(tcp, client)).abort_handle());
         }
-        Ok(tasks)
+        Ok(())
     }
 
     /// One of the data plane's threads.
@@ -322,54 +381,116 @@ impl Node {
         })
     }
 
-    /// Whether the namespace is still the pod's and the rules are as they should be; repaired if they aren't.
-    async fn verify(&self, enrolment: &Enrolment, pod: &LocalPod) -> Result<(), EnrolError> {
-        let netns = Netns::open(&enrolment.netns)?;
-        if !netns.same(&pod.netns) {
-            return Err(EnrolError::Replaced);
-        }
-        let rules = rules(enrolment)?;
-        let capture = self.capture.clone();
-        let drift = tokio::task::spawn_blocking(move || {
-            let drift = capture.verify(&netns, &rules)?;
-            if !drift.is_none() {
-                capture.install(&netns, &rules)?;
+    /// Sees to it that the rules are as they should be. `installed` are those that were.
+    async fn verify(
+        &self,
+        enrolment: &Enrolment,
+        netns: &Netns,
+        installed: Rules,
+    ) -> Result<Verified, EnrolError> {
+        let wanted = Rules { refused: installed.refused.clone(), ..rules(enrolment)? };
+        let (capture, netns) = (self.capture.clone(), netns.clone());
+        let verified = tokio::task::spawn_blocking(move || {
+            if wanted != installed {
+                capture.install(&netns, &wanted)?;
+                let adopted = before(&netns, &wanted);
+                return Ok(Verified::Changed(Box::new(wanted), adopted));
             }
-            Ok::<_, capture::Error>(drift)
+            let drift = capture.verify(&netns, &wanted)?;
+            if drift.is_none() {
+                return Ok(Verified::Standing);
+            }
+            capture.install(&netns, &wanted)?;
+            Ok::<_, capture::Error>(Verified::Restored(drift))
         })
         .await??;
-        if !drift.is_none() {
-            let pod = format_args!("{}/{}", enrolment.namespace, enrolment.name);
-            tracing::warn!(%pod, %drift, "somebody changed the pod's redirection; it is restored");
-            if let Some(Slot { state: PodState::Enrolled(enrolled), .. }) =
-                self.pods().get_mut(&enrolment.uid)
-            {
-                enrolled.drifts += 1;
+        let pod = format_args!("{}/{}", enrolment.namespace, enrolment.name);
+        match &verified {
+            Verified::Standing => {}
+            Verified::Changed(..) => tracing::info!(%pod, "the pod's redirection follows its manifest"),
+            Verified::Restored(drift) => {
+                tracing::warn!(%pod, %drift, "somebody changed the pod's redirection; it is restored");
             }
         }
-        Ok(())
+        Ok(verified)
     }
 
     /// Takes a pod out of the mesh: no more redirection, then no more listeners. Open connections go on.
     async fn un_enrol(&self, slot: Slot) {
-        let Slot { enrolment, state, .. } = slot;
-        let pod = format!("{}/{}", enrolment.namespace, enrolment.name);
-        let netns = match &state {
-            PodState::Enrolled(enrolled) => Some(enrolled.pod.netns.clone()),
-            // A namespace that is gone has no rules either.
-            PodState::Pending { .. } => Netns::open(&enrolment.netns).ok(),
+        let Slot { enrolment, state } = slot;
+        let pod: Arc<str> = format!("{}/{}", enrolment.namespace, enrolment.name).into();
+        let enrolled = match state {
+            PodState::Enrolled(enrolled) => enrolled,
+            PodState::Pending { .. } => {
+                // A namespace that is gone has no rules either.
+                if let Ok(netns) = Netns::open(&enrolment.netns) {
+                    self.release(&pod, &netns).await;
+                }
+                return;
+            }
         };
-        let Some(netns) = netns else { return };
+        self.stopped.fetch_add(1, Ordering::Relaxed);
+        let (local, rules) = (enrolled.pod.clone(), Rules { leaving: true, ..enrolled.rules.clone() });
+        self.proxy.tunnels.retire(|key| key.netns == local.netns);
+        if local.open() == 0 {
+            self.release(&pod, &local.netns).await;
+        } else {
+            self.leave(pod, local, rules).await;
+        }
+        enrolled.close().await;
+    }
+
+    /// Captures nothing new of a pod that left, and keeps up what its open connections need.
+    async fn leave(&self, pod: Arc<str>, local: Arc<LocalPod>, rules: Rules) {
+        if !self.is_claimed(&local.netns) {
+            let (capture, netns) = (self.capture.clone(), local.netns.clone());
+            match flatten(tokio::task::spawn_blocking(move || capture.install(&netns, &rules)).await) {
+                Ok(_) => {
+                    tracing::info!(%pod, connections = local.open(), "pod leaves; its connections go on");
+                }
+                Err(error) => tracing::error!(%pod, %error, "the pod's new connections are refused"),
+            }
+        }
+        self.leaving().push((pod, local));
+    }
+
+    /// The pod as it was before it left, if it has open connections of that time.
+    fn returning(&self, uid: &Str, netns: &Netns) -> Option<Arc<LocalPod>> {
+        let mut leaving = self.leaving();
+        let found = leaving.iter().position(|(_, pod)| pod.uid == *uid && pod.netns.same(netns))?;
+        Some(leaving.swap_remove(found).1)
+    }
+
+    /// Removes the redirection of a namespace, unless it is another pod's by now: removed, it would leave that one
+    /// open until it is restored.
+    async fn release(&self, pod: &str, netns: &Netns) {
+        if self.is_claimed(netns) {
+            tracing::info!(pod, %netns, "pod un-enrolled; another has its network namespace");
+            return;
+        }
         let (capture, target) = (self.capture.clone(), netns.clone());
-        match tokio::task::spawn_blocking(move || capture.remove(&target)).await {
-            Ok(Ok(_)) => tracing::info!(pod, "pod un-enrolled"),
-            Ok(Err(error)) => {
+        match flatten(tokio::task::spawn_blocking(move || capture.remove(&target)).await) {
+            Ok(_) => tracing::info!(pod, "pod un-enrolled"),
+            Err(error) => {
                 tracing::error!(pod, %error, "the pod's redirection could not be removed: its traffic is refused");
             }
-            Err(error) => tracing::error!(pod, %error, "un-enrolling failed"),
         }
-        self.proxy.tunnels.retire(|key| key.netns == netns);
-        drop(state);
+    }
+
+    /// Removes what is left of the redirection of pods that left the mesh and have no open connections any more.
+    async fn release_left(&self) {
+        let over: Vec<_> = self.leaving().extract_if(.., |(_, local)| local.open() == 0).collect();
+        for (pod, local) in over {
+            self.release(&pod, &local.netns).await;
+        }
+    }
+
+    /// Whether a pod that is or should be enrolled has this namespace.
+    fn is_claimed(&self, netns: &Netns) -> bool {
+        self.pods().values().any(|slot| match &slot.state {
+            PodState::Enrolled(enrolled) if enrolled.pod.netns.same(netns) => true,
+            _ => Netns::open(&slot.enrolment.netns).is_ok_and(|its| its.same(netns)),
+        })
     }
 
     /// Removes the redirection from all pods: they are outside the mesh from then on.
@@ -378,46 +499,57 @@ impl Node {
         for slot in slots {
             self.un_enrol(slot).await;
         }
+        let left = std::mem::take(&mut *self.leaving());
+        for (pod, local) in left {
+            self.release(&pod, &local.netns).await;
+        }
     }
 
     /// Ends the connections of before the enrolment that the policies of now refuse. They came without identity.
     pub async fn recheck_adopted(&self) {
-        let candidates: Vec<(Str, Netns, Vec<LiveConnection>)> = self
+        let candidates: Vec<(Str, Netns, Rules, Vec<LiveConnection>)> = self
             .pods()
             .values()
             .filter_map(|slot| match &slot.state {
-                PodState::Enrolled(e) if !e.adopted.is_empty() => {
-                    Some((e.pod.uid.clone(), e.pod.netns.clone(), e.adopted.clone()))
+                PodState::Enrolled(e) if !e.adopted.is_empty() || !e.rules.refused.is_empty() => {
+                    Some((e.pod.uid.clone(), e.pod.netns.clone(), e.rules.clone(), e.adopted.clone()))
                 }
                 _ => None,
             })
             .collect();
-        for (uid, netns, adopted) in candidates {
+        for (uid, netns, mut rules, adopted) in candidates {
             let mesh = self.proxy.state.mesh_owned();
             let Some(workload) = mesh.workload(&uid).cloned() else { continue };
+            let capture = self.capture.clone();
             let result = tokio::task::spawn_blocking(move || {
-                let alive = sock_diag::connections(&netns)?;
+                let alive = alive(&netns)?;
+                rules.refused.retain(|tuple| alive.contains_key(&(tuple.local, tuple.peer)));
                 let mut left = Vec::new();
                 for live in adopted {
                     let old = &live.connection;
-                    let same = |c: &&sock_diag::Connection| c.local == old.local && c.peer == old.peer;
-                    let Some(now) = alive.iter().find(same) else { continue };
-                    if live.direction == Direction::Outbound {
-                        left.push(live); // the destination's node decides over it
-                        continue;
-                    }
+                    let Some(now) = alive.get(&(old.local, old.peer)) else { continue };
                     let inbound = Connection::new(None, old.peer.ip(), old.local);
-                    match mesh.authorize(&workload, &inbound).outcome {
-                        Ok(_) => left.push(live),
-                        Err(deny) => cut_adopted(&netns, now, &deny),
+                    let denied = match live.direction {
+                        Direction::Outbound => None, // the destination's node decides over it
+                        Direction::Inbound => mesh.authorize(&workload, &inbound).outcome.err(),
+                    };
+                    if denied.is_none_or(|deny| !cut_adopted(&*capture, &netns, &mut rules, now, &deny)) {
+                        left.push(live);
                     }
                 }
-                std::io::Result::Ok(left)
+                std::io::Result::Ok((left, rules.refused))
             })
             .await;
-            let Ok(Ok(left)) = result else { continue };
-            if let Some(Slot { state: PodState::Enrolled(enrolled), .. }) = self.pods().get_mut(&uid) {
-                enrolled.adopted = left;
+            match result {
+                Ok(Ok((left, refused))) => {
+                    if let Some(Slot { state: PodState::Enrolled(e), .. }) = self.pods().get_mut(&uid) {
+                        (e.adopted, e.rules.refused) = (left, refused);
+                    }
+                }
+                Ok(Err(error)) => {
+                    tracing::error!(pod = %uid, %error, "connections of before the enrolment can't be looked at");
+                }
+                Err(error) => tracing::error!(pod = %uid, %error, "looking at connections failed"),
             }
         }
     }
@@ -440,6 +572,11 @@ impl Node {
         let pods = self.pods();
         let enrolled = pods.values().filter(|s| matches!(s.state, PodState::Enrolled(_))).count();
         (enrolled, pods.len() - enrolled)
+    }
+
+    /// How many pods were enrolled, and un-enrolled, since the start.
+    pub fn totals(&self) -> (u64, u64) {
+        (self.started.load(Ordering::Relaxed), self.stopped.load(Ordering::Relaxed))
     }
 
     /// Connections of before the enrolment that were alive when they were last looked at.
@@ -471,7 +608,18 @@ impl Node {
 }
 
 impl Slot {
-    fn failed(&mut self, enrolment: &Enrolment, error: &EnrolError) {
+    /// Whether the pod has another network namespace than the one that it is enrolled in.
+    fn is_elsewhere(&self) -> bool {
+        match &self.state {
+            PodState::Enrolled(enrolled) => {
+                Netns::open(&self.enrolment.netns).is_ok_and(|now| !now.same(&enrolled.pod.netns))
+            }
+            PodState::Pending { .. } => false,
+        }
+    }
+
+    fn failed(&mut self, error: &EnrolError) {
+        let enrolment = &self.enrolment;
         let failures = match &self.state {
             PodState::Pending { failures, .. } => failures + 1,
             PodState::Enrolled(_) => 1,
@@ -483,6 +631,37 @@ impl Slot {
         }
         let retry_at = Instant::now() + wait;
         self.state = PodState::Pending { failures, reason: error.to_string(), retry_at };
+    }
+
+    /// Notes what came of looking at the pod. What stands stays, whatever went wrong.
+    fn verified(&mut self, outcome: Result<Verified, EnrolError>) {
+        let PodState::Enrolled(enrolled) = &mut self.state else { return };
+        enrolled.verify_at = Instant::now() + VERIFY_INTERVAL;
+        let trouble = match outcome {
+            Ok(Verified::Standing) => None,
+            Ok(Verified::Changed(rules, adopted)) => {
+                (enrolled.rules, enrolled.adopted) = (*rules, adopted);
+                None
+            }
+            Ok(Verified::Restored(_)) => {
+                enrolled.drifts += 1;
+                None
+            }
+            Err(error) => {
+                enrolled.verify_at = Instant::now() + TROUBLE_INTERVAL;
+                Some(error.to_string())
+            }
+        };
+        if trouble != enrolled.trouble {
+            let pod = format_args!("{}/{}", self.enrolment.namespace, self.enrolment.name);
+            match &trouble {
+                Some(error) => {
+                    tracing::error!(%pod, error, "the pod's redirection can't be looked at; it stays as it was");
+                }
+                None => tracing::info!(%pod, "the pod's redirection is as it should be again"),
+            }
+        }
+        enrolled.trouble = trouble;
     }
 
     fn dump(&self, backend: &str) -> Value {
@@ -506,6 +685,7 @@ impl Slot {
                 "ipv6": format!("{:?}", enrolled.ipv6),
                 "openConnections": enrolled.pod.open(),
                 "drifts": enrolled.drifts,
+                "trouble": enrolled.trouble,
                 "connectionsFromBefore": enrolled.adopted.iter().map(|c| json!({
                     "local": c.connection.local.to_string(),
                     "peer": c.connection.peer.to_string(),
@@ -520,14 +700,57 @@ impl Slot {
     }
 }
 
-fn cut_adopted(netns: &Netns, connection: &sock_diag::Connection, deny: &model::Deny) {
+/// Whether it is cut. `rules` are those that are installed, and are changed where the kernel can't end connections.
+fn cut_adopted(
+    capture: &dyn Capture,
+    netns: &Netns,
+    rules: &mut Rules,
+    connection: &sock_diag::Connection,
+    deny: &model::Deny,
+) -> bool {
     let (local, peer) = (connection.local, connection.peer);
-    match sock_diag::destroy(netns, connection) {
-        Ok(()) => tracing::info!(%local, %peer, reason = %deny, "cut a connection of before the enrolment"),
+    match capture::cut(capture, netns, rules, connection) {
+        Ok(Cut::Ended) => {
+            tracing::info!(%local, %peer, reason = %deny, "cut a connection of before the enrolment");
+        }
+        Ok(Cut::Refused) => {
+            tracing::info!(%local, %peer, reason = %deny, "a connection of before the enrolment ends with its next packet");
+        }
         Err(error) => {
+            rules.refused.retain(|tuple| *tuple != Tuple { local, peer });
             tracing::error!(%local, %peer, %error, reason = %deny, "a connection of before the enrolment can't be cut");
+            return false;
         }
     }
+    true
+}
+
+/// The connections of a namespace by their ends.
+fn alive(netns: &Netns) -> std::io::Result<HashMap<(SocketAddr, SocketAddr), sock_diag::Connection>> {
+    Ok(sock_diag::connections(netns)?.into_iter().map(|c| ((c.local, c.peer), c)).collect())
+}
+
+/// The connections that go past ztunnel because they are older than the rules, not because these exempt them.
+fn before(netns: &Netns, rules: &Rules) -> Vec<LiveConnection> {
+    let mut found = match capture::live_connections(netns, &rules.ports) {
+        Ok(found) => found,
+        Err(error) => {
+            tracing::error!(%netns, %error, "connections of before the enrolment can't be listed: they go on");
+            return Vec::new();
+        }
+    };
+    found.retain(|live| rules.capture(live.direction, live.connection.local, live.connection.peer));
+    if found.len() > ADOPTED_LIMIT {
+        tracing::warn!(%netns, connections = found.len(), kept = ADOPTED_LIMIT, "too many of before the enrolment");
+        found.sort_by_key(|live| live.direction == Direction::Outbound);
+        found.truncate(ADOPTED_LIMIT);
+    }
+    found
+}
+
+/// One error for what failed and what did not get to its end.
+fn flatten<T>(result: Result<Result<T, capture::Error>, tokio::task::JoinError>) -> Result<T, EnrolError> {
+    Ok(result??)
 }
 
 /// All addresses of both families.
