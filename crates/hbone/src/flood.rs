@@ -26,6 +26,7 @@ const PREFACE: u32 = 24;
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
+const GOAWAY: u8 = 7;
 const WINDOW_UPDATE: u8 = 8;
 const CONTINUATION: u8 = 9;
 
@@ -170,6 +171,7 @@ pub(crate) struct FrameWatch {
     read: Frames,
     written: Frames,
     progress: u64,
+    goaway: bool,
     control: Allowance,
     resets: Allowance,
     window_updates: Allowance,
@@ -194,6 +196,7 @@ impl FrameWatch {
             read: Frames::new(preface_of_peer),
             written: Frames::new(own_preface),
             progress: 0,
+            goaway: false,
             control: Allowance::new(1_000, 100),
             resets: Allowance::new(1_000, 100),
             window_updates: Allowance::new(20_000, 2_000),
@@ -207,6 +210,11 @@ impl FrameWatch {
     /// header block don't count, or a peer could keep a connection by sending one a minute.
     pub(crate) fn progress(&self) -> u64 {
         self.progress
+    }
+
+    /// Whether the peer has announced that it takes no more streams.
+    pub(crate) fn goaway(&self) -> bool {
+        self.goaway
     }
 
     /// Follows `bytes` that are sent to the peer. They earn it window updates: two for each KiB, so that a peer may
@@ -240,6 +248,7 @@ impl FrameWatch {
             if self.read.skip == 0 {
                 self.progress += 1;
             }
+            self.goaway |= kind == GOAWAY;
             let within = match kind {
                 DATA | CONTINUATION => Ok(()),
                 HEADERS => {

@@ -90,9 +90,12 @@ impl<P> Link<P> {
 
     /// Opens no more streams; those that are open may finish. Returns whether it was usable until now.
     pub(crate) fn retire(&self) -> bool {
-        let requests = self.requests().take();
-        self.control.wake();
-        requests.is_some()
+        let retired = self.requests().take().is_some();
+        // The driver, which itself retires the link at each look at it, must not wake itself for ever.
+        if retired {
+            self.control.wake();
+        }
+        retired
     }
 
     /// Ends the connection with all its streams.
@@ -210,15 +213,18 @@ impl<T: Io> Driver<T> {
                 Poll::Ready(Err(error)) => return Poll::Ready(Ended::Failed(error)),
                 Poll::Pending => {}
             }
-            if let Some(flood) = self.wire.flood() {
+            let seen = self.wire.seen();
+            if let Some(flood) = seen.flood {
                 return Poll::Ready(Ended::Flood(flood));
+            }
+            if seen.goaway && link.retire() {
+                link.counters.going_away.up();
             }
             if let Poll::Ready(Err(error)) = self.wire.poll_flush_now(cx) {
                 return Poll::Ready(Ended::Io(error));
             }
-            let progress = self.wire.progress();
             if let Some(keepalive) = &mut self.keepalive
-                && keepalive.poll_dead(cx, progress).is_ready()
+                && keepalive.poll_dead(cx, seen.progress).is_ready()
             {
                 return Poll::Ready(Ended::PingTimeout);
             }

@@ -251,7 +251,7 @@ impl<T: Io> Driver<T> {
         if let Poll::Ready(Err(error)) = self.wire.poll_flush_now(cx) {
             return Step::Done(Closed::Io(error));
         }
-        let progress = self.wire.progress();
+        let progress = self.wire.seen().progress;
         if let Some(keepalive) = &mut self.keepalive
             && keepalive.poll_dead(cx, progress).is_ready()
         {
@@ -293,7 +293,7 @@ impl<T: Io> Driver<T> {
                 return Some(Flood::EarlyResets);
             }
         }
-        self.wire.flood()
+        self.wire.seen().flood
     }
 
     fn poll_timer(&mut self, cx: &mut Context<'_>) -> Step {

@@ -55,15 +55,21 @@ impl<T: Io> Wire<T> {
         self.state().poll_flush_now(cx)
     }
 
-    /// See [`FrameWatch::progress`].
-    pub(crate) fn progress(&self) -> u64 {
-        self.state().watch.progress()
+    /// What came of the frames so far.
+    pub(crate) fn seen(&self) -> Seen {
+        let state = self.state();
+        Seen { progress: state.watch.progress(), goaway: state.watch.goaway(), flood: state.flood }
     }
+}
 
+/// What a peer's frames say to the task that drives its connection.
+pub(crate) struct Seen {
+    /// See [`FrameWatch::progress`].
+    pub(crate) progress: u64,
+    /// See [`FrameWatch::goaway`].
+    pub(crate) goaway: bool,
     /// The flood that ended reading, if there was one.
-    pub(crate) fn flood(&self) -> Option<Flood> {
-        self.state().flood
-    }
+    pub(crate) flood: Option<Flood>,
 }
 
 impl<T: Io> State<T> {
