@@ -113,7 +113,7 @@ fn inbound(gauge: Register<'_>, counter: Register<'_>) {
     gauge(
         "culvert_tls_handshakes_active",
         "Inbound TLS handshakes under way",
-        Box::new(|p, _| p.limits.handshakes.saturating_sub(p.handshakes.available_permits()) as u64),
+        Box::new(|p, _| p.handshakes.active() as u64),
     );
     counter(
         "culvert_tls_handshakes_failed",

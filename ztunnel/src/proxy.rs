@@ -10,6 +10,7 @@
 pub mod deliver;
 pub mod dialer;
 pub mod failure;
+pub mod handshakes;
 pub mod hosts;
 pub mod inbound;
 pub mod outbound;
@@ -30,7 +31,6 @@ use process::logs::{AccessLog, AccessRecord, Refusal};
 use process::metrics::tcp::TcpMetrics;
 use process::shutdown::Shutdown;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use self::dialer::Tunnels;
@@ -81,8 +81,8 @@ pub struct Proxy {
     pub server: hbone::ServerSettings,
     /// Counters of connections that peers opened.
     pub server_counters: Arc<hbone::ServerCounters>,
-    /// TLS handshakes under way.
-    pub handshakes: Arc<Semaphore>,
+    /// Inbound TLS handshakes under way.
+    pub handshakes: handshakes::Handshakes,
     /// Counters of the accept loops.
     pub accepts: Arc<AcceptStats>,
     /// When to end.
@@ -385,6 +385,6 @@ mod tests {
     fn the_tasks_of_connections_are_small() {
         let sizes =
             [future_size(outbound::handle), future_size(inbound::handle), future_size(plaintext::handle)];
-        assert!(sizes.iter().all(|size| *size <= 3500), "{sizes:?} bytes: outbound, inbound, plaintext");
+        assert!(sizes.iter().all(|size| *size <= 2048), "{sizes:?} bytes: outbound, inbound, plaintext");
     }
 }

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use clap::Parser;
 
+use crate::proxy::handshakes::Places;
+
 /// The node proxy of a Culvert mesh: captures the traffic of this node's pods, gives it their identity, carries
 /// it over HBONE and enforces L4 policy.
 ///
@@ -55,8 +57,8 @@ pub struct Limits {
     pub connect_timeout: Duration,
     /// Endpoints that one connection tries.
     pub attempts: usize,
-    /// TLS handshakes that are under way at once, all pods together; a further one waits in the listen queue.
-    pub handshakes: usize,
+    /// Inbound TLS handshakes that are under way at once, all pods together.
+    pub handshakes: Places,
     /// Open connections of one pod, both directions together.
     pub connections_per_pod: usize,
 }
@@ -66,7 +68,13 @@ impl Default for Limits {
         Self {
             connect_timeout: Duration::from_secs(10),
             attempts: 3,
-            handshakes: 1024,
+            handshakes: Places {
+                all: 1024,
+                per_source: 128,
+                // A gateway that begins anew reaches all pods of a node at once.
+                waiting_per_source: 1024,
+                patience: Duration::from_secs(10),
+            },
             connections_per_pod: 100_000,
         }
     }

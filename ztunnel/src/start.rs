@@ -20,7 +20,7 @@ use process::runtimes::{self, Workers};
 use process::shutdown::Shutdown;
 use process::{admin as pages, http};
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::connections::Registry;
@@ -28,6 +28,7 @@ use crate::dns::{DnsMetrics, DnsProxy, DnsSettings, Upstreams};
 use crate::node::{Node, RECONCILE_INTERVAL};
 use crate::proxy::Proxy;
 use crate::proxy::dialer::Tunnels;
+use crate::proxy::handshakes::Handshakes;
 use crate::settings::{Flags, Limits};
 use crate::source::Source;
 use crate::state::State;
@@ -38,6 +39,8 @@ use crate::{admin, metrics};
 const SETTLE_INTERVAL: Duration = Duration::from_secs(5);
 const SWEEP_INTERVAL: Duration = Duration::from_secs(120);
 const RENEWAL_INTERVAL: Duration = Duration::from_secs(1);
+/// For connections that are cut at the end to be reset.
+const LAST_MOMENT: Duration = Duration::from_secs(2);
 /// Changes of enrolments that may wait; the source of configuration waits then.
 const ENROLMENT_QUEUE: usize = 64;
 
@@ -104,12 +107,24 @@ async fn serve(
     if left > 0 {
         tracing::warn!(connections = left, "the grace period is over; cutting what is left");
     }
-    proxy.registry.cut_all("ztunnel stops");
+    cut_all(&proxy).await;
     if flags.cleanup {
         node.clean_up().await;
     }
     tracing::info!("stopped");
     Ok(())
+}
+
+/// Resets what is still open. Left to the end of the process, it would look as if it had come to its own end.
+async fn cut_all(proxy: &Proxy) {
+    proxy.registry.cut_all("ztunnel stops");
+    let over = async {
+        while proxy.registry.open_count() > 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    // A thread that hangs must not keep the process.
+    let _ = tokio::time::timeout(LAST_MOMENT, over).await;
 }
 
 fn proxy(
@@ -133,7 +148,7 @@ fn proxy(
         server_counters: Arc::default(),
         balancer: balance::Balancer::new(balance::Limits::default()),
         hosts: crate::proxy::hosts::Hosts::default(),
-        handshakes: Arc::new(Semaphore::new(limits.handshakes)),
+        handshakes: Handshakes::new(limits.handshakes),
         limits,
         accepts: Arc::default(),
         shutdown: shutdown.clone(),
@@ -341,11 +356,14 @@ struct Renewals {
 
 impl Renewals {
     fn follow(&mut self, proxy: &Proxy) {
-        let renewed = proxy.tls.certificates().counts().renewed_total;
-        if renewed == self.renewed {
+        let counts = proxy.tls.certificates().counts();
+        if counts.valid < counts.identities {
+            demand(proxy.tls.certificates());
+        }
+        if counts.renewed_total == self.renewed {
             return;
         }
-        self.renewed = renewed;
+        self.renewed = counts.renewed_total;
         let serials: HashMap<SpiffeId, String> = proxy
             .tls
             .certificates()
@@ -357,5 +375,17 @@ impl Renewals {
         let unchanged =
             |id: &SpiffeId| old.get(id).is_some_and(|serial| self.serials.get(id) == Some(serial));
         proxy.tunnels.retire(|key| !unchanged(&key.source));
+    }
+}
+
+/// Has those issued anew that are not valid, which the clock may have made them by a jump. Pooled connections don't:
+/// they ask for a certificate when they are made.
+fn demand(certificates: &Arc<Certificates>) {
+    for status in certificates.status().into_iter().filter(|status| !status.valid) {
+        let certificates = certificates.clone();
+        tokio::spawn(async move {
+            // Failures are logged where they happen.
+            let _ = tokio::time::timeout(RENEWAL_INTERVAL, certificates.get(&status.id)).await;
+        });
     }
 }

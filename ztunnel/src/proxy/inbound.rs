@@ -88,8 +88,8 @@ async fn secure(
     let workload = pod.workload(&proxy.state.mesh())?;
     let own =
         workload.identity().map_err(|e| super::resolve::Refusal::NoIdentity(workload.uid.clone(), e))?;
-    // Closed only when the process ends.
-    let _slot = proxy.handshakes.acquire().await.map_err(|_| Failure::Draining)?;
+    let place = proxy.handshakes.place(peer.ip()).await;
+    let _place = place.map_err(|e| Failure::Tls { to: peer, reason: e.to_string() })?;
     proxy.tls.accept(stream, peer, &own).await
 }
 
