@@ -6,6 +6,7 @@ use aws_lc_rs::digest;
 use model::SpiffeId;
 use rustls_pki_types::{CertificateDer, TrustAnchor, UnixTime};
 use x509_parser::extensions::GeneralName;
+use x509_parser::oid_registry::Oid;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::clock::at;
@@ -98,7 +99,9 @@ impl Facts {
         for name in certificate.subject().iter() {
             let mut attributes = name.iter();
             match (attributes.next(), attributes.next()) {
-                (Some(only), None) if !types.contains(&only.attr_type()) => types.push(only.attr_type()),
+                (Some(only), None) if !types.contains(&only.attr_type()) && writable(only.attr_type()) => {
+                    types.push(only.attr_type());
+                }
                 _ => plain_subject = false,
             }
         }
@@ -116,6 +119,12 @@ impl Facts {
             plain_subject,
         })
     }
+}
+
+/// Whether an attribute's type can be copied into what is issued. The first octet of an OID holds its first two arcs
+/// (X.690, section 8.19.4); below 2.40, which all attribute types in use are, reader and writer agree on them.
+fn writable(oid: &Oid<'_>) -> bool {
+    oid.as_bytes().first().is_some_and(|first| *first < 120)
 }
 
 /// The SPIFFE ID of an X.509-SVID: its one URI SAN (X509-SVID specification, section 2). Certificates with several

@@ -120,6 +120,12 @@ fn a_given_ca_that_is_not_right_is_refused_with_the_reason() {
         "is not a CA certificate",
     );
     refuse("expired", |p| p.not_after = time::OffsetDateTime::now_utc() - DAY, "expired at");
+    // Its first octets are read as arcs that can't be written: the library panics over them.
+    refuse(
+        "an attribute of an unknown arc",
+        |p| p.distinguished_name.push(DnType::CustomDnType(vec![2, 999, 1]), "given"),
+        "unknown attribute",
+    );
     refuse("early", |p| p.not_before = time::OffsetDateTime::now_utc() + DAY / 2, "is not valid before");
 }
 

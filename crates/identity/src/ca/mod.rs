@@ -87,8 +87,8 @@ pub enum CaError {
     },
     /// The signing certificate's name can't be written into what it issues.
     #[error(
-        "the subject of {subject} has a repeated or multi-valued attribute, which can't be issued under: sign \
-         an intermediate with a plain name by it"
+        "the subject of {subject} has a repeated, multi-valued or unknown attribute, which can't be issued under: \
+         sign an intermediate with a plain name by it"
     )]
     Subject {
         /// The signing certificate.
