@@ -15,8 +15,9 @@ use crate::kinds::{
     pod, service, service_account,
 };
 use crate::metadata::{self, Metadata};
+use crate::policy::authorization::{self, PolicyScope};
 use crate::policy::{AuthorizationPolicy, MeshConfig, PeerAuthentication};
-use crate::policy::{authorization, mesh_config, peer_authentication};
+use crate::policy::{mesh_config, peer_authentication};
 use crate::tree;
 
 /// A kind that is read.
@@ -79,6 +80,28 @@ pub enum Resource {
     WorkloadEntry(Box<WorkloadEntry>),
     /// A template for machines.
     WorkloadGroup,
+}
+
+impl Resource {
+    /// What fails closed in the place of an object with errors, as far as it could be read; `None` for a kind that
+    /// restricts nothing.
+    fn stand_in(kind: Kind, read: Option<Self>) -> Option<Self> {
+        match (kind, read) {
+            (Kind::AuthorizationPolicy, Some(Self::AuthorizationPolicy(policy))) => {
+                policy.closed().map(|policy| Self::AuthorizationPolicy(Box::new(policy)))
+            }
+            (Kind::AuthorizationPolicy, _) => Some(Self::AuthorizationPolicy(Box::new(
+                AuthorizationPolicy::denying(PolicyScope::Namespace),
+            ))),
+            (Kind::PeerAuthentication, Some(Self::PeerAuthentication(policy))) => {
+                Some(Self::PeerAuthentication(Box::new(PeerAuthentication::strict(policy.selector))))
+            }
+            (Kind::PeerAuthentication, _) => {
+                Some(Self::PeerAuthentication(Box::new(PeerAuthentication::strict(None))))
+            }
+            _ => None,
+        }
+    }
 }
 
 /// Reads the fields beside `apiVersion`, `kind` and `metadata`; `None` when the object is not valid, which has
@@ -165,8 +188,8 @@ pub enum Reading {
     Object(ObjectKey, Resource),
     /// Nothing that concerns the mesh.
     Ignored,
-    /// An object with errors, and whose it is.
-    Invalid(ObjectKey),
+    /// An object with errors: whose it is, and what stands in for it where nothing is known of it from before.
+    Invalid(ObjectKey, Option<Resource>),
     /// Something with errors that could be any object.
     Unidentified,
 }
@@ -178,7 +201,9 @@ pub fn read<'n>(node: &'n tree::Node<'n>, context: &mut Context<'n>) -> Reading 
         return foreign::report(node, group, kind, context);
     };
     let key = key_of(node, spec, context);
-    let invalid = |key: Option<ObjectKey>| key.map_or(Reading::Unidentified, Reading::Invalid);
+    let invalid = |key: Option<ObjectKey>| {
+        key.map_or(Reading::Unidentified, |key| Reading::Invalid(key, Resource::stand_in(spec.kind, None)))
+    };
     if !spec.versions.contains(&version) {
         let position = node.get("apiVersion").map_or(node.position, |n| n.position);
         let versions = spec.versions.join(", ");
@@ -196,7 +221,7 @@ pub fn read<'n>(node: &'n tree::Node<'n>, context: &mut Context<'n>) -> Reading 
     };
     match parse(node, spec, context) {
         Some(resource) if context.is_valid() => Reading::Object(key, resource),
-        _ => Reading::Invalid(key),
+        read => Reading::Invalid(key, Resource::stand_in(spec.kind, read)),
     }
 }
 

@@ -3,6 +3,8 @@
 //! * A file is taken whole or not at all: while it is not YAML, or cannot be read, all that it last held stays in
 //!   force. So a half-written file changes nothing.
 //! * An object with errors keeps its last good version in force; a new one with errors is not in force.
+//! * In the first batch nobody can tell what was in force before. There, a policy with errors is represented by one
+//!   that fails closed for its scope.
 //! * An object that is gone from its file is removed, unless the file holds something that might be it: a
 //!   document whose name cannot be read.
 //! * Of two objects with one kind, namespace and name the first stays in force until it is gone.
@@ -57,6 +59,10 @@ pub(crate) struct Store {
     /// Which file an object in force stands in.
     objects: HashMap<ObjectKey, Arc<str>>,
     shadows: HashMap<ObjectKey, Vec<Shadow>>,
+    /// Those of them that represent an object with errors, of which there was no good version.
+    stand_ins: HashSet<ObjectKey>,
+    /// Whether the first batch is over.
+    settled: bool,
     /// Objects to be removed unless they turn up in another file of the same batch.
     pending: HashSet<ObjectKey>,
     /// Files about which something may have changed.
@@ -115,6 +121,7 @@ impl Store {
 
     /// Gives the objects that are gone to `sink`, at the end of a batch.
     pub(crate) fn settle(&mut self, pool: &mut Pool, sink: &mut Sink<'_>) {
+        self.settled = true;
         for key in self.pending.drain() {
             sink(&key, None, pool);
         }
@@ -216,7 +223,7 @@ impl Store {
         for document in std::mem::take(&mut file.documents) {
             for held in document.held.as_slice() {
                 match held.state {
-                    State::InForce | State::LastGood => {
+                    State::InForce | State::LastGood | State::StandIn => {
                         gone.insert(held.key.clone());
                     }
                     State::Shadowed => self.drop_shadow(path, document.hash, &held.key),
@@ -248,6 +255,7 @@ impl Store {
         }
         for key in gone {
             self.objects.remove(&key);
+            self.stand_ins.remove(&key);
             if !self.promote(&key, path, file, pool, sink) {
                 self.pending.insert(key);
             }
@@ -269,12 +277,24 @@ impl Store {
     ) -> Option<Held> {
         let (key, state) = match reading {
             Reading::Ignored | Reading::Unidentified => return None,
-            Reading::Invalid(key) => {
-                let state = if gone.remove(&key) { State::LastGood } else { State::Nothing };
+            Reading::Invalid(key, stand_in) => {
+                let known = self.objects.contains_key(&key);
+                let state = match stand_in.filter(|_| !self.settled && !known) {
+                    Some(stand_in) => {
+                        self.objects.insert(key.clone(), path.clone());
+                        self.stand_ins.insert(key.clone());
+                        sink(&key, Some(stand_in), pool);
+                        State::StandIn
+                    }
+                    None if !gone.remove(&key) => State::Nothing,
+                    None if self.stand_ins.contains(&key) => State::StandIn,
+                    None => State::LastGood,
+                };
                 (key, state)
             }
             Reading::Object(key, resource) => {
                 if gone.remove(&key) || !self.objects.contains_key(&key) {
+                    self.stand_ins.remove(&key);
                     self.objects.insert(key.clone(), path.clone());
                     self.pending.remove(&key);
                     sink(&key, Some(resource), pool);

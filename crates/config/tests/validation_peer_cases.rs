@@ -86,7 +86,7 @@ fn verdict(object: &Value) -> (&'static str, String) {
     let said: Vec<_> =
         diagnostics.iter().map(|d| format!("{} {}: {}", d.severity, d.code, d.message)).collect();
     let verdict = match reading {
-        Reading::Invalid(_) | Reading::Unidentified => "invalid",
+        Reading::Invalid(..) | Reading::Unidentified => "invalid",
         _ if diagnostics.iter().any(|d| d.severity == Severity::Warning) => "warning",
         _ => "valid",
     };

@@ -86,6 +86,20 @@ pub struct AuthorizationPolicy {
     pub dry_run: bool,
 }
 
+impl AuthorizationPolicy {
+    /// One that refuses every connection to what is in `scope`.
+    pub(crate) fn denying(scope: PolicyScope) -> Self {
+        let rules = [PolicyRule::default()].into();
+        Self { scope, action: RequestedAction::Deny, rules, dry_run: false }
+    }
+
+    /// What refuses at least as much as this one, which has errors; `None` where it changes no decision.
+    pub(crate) fn closed(self) -> Option<Self> {
+        let decides = !self.dry_run && self.action != RequestedAction::Audit;
+        decides.then(|| Self::denying(self.scope))
+    }
+}
+
 /// Which workloads a policy is for.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum PolicyScope {
@@ -460,7 +474,10 @@ fn read_condition(
     beyond: &mut Vec<String>,
 ) -> Option<PolicyMatch> {
     let mut key = when.required("key")?;
-    let name = key.node().as_str()?;
+    let Some(name) = key.node().as_str() else {
+        key.string();
+        return None;
+    };
     let by_identity = matches!(
         name,
         "source.namespace" | "source.principal" | "source.serviceAccount" | "source.trustDomain"

@@ -58,6 +58,13 @@ pub struct PeerAuthentication {
     pub created: Str,
 }
 
+impl PeerAuthentication {
+    /// STRICT on all ports of what is selected.
+    pub(crate) fn strict(selector: Option<Selector>) -> Self {
+        Self { selector, mode: Some(Mode::Strict), ports: BTreeMap::new(), created: Str::default() }
+    }
+}
+
 /// What a workload, or a port of it, takes.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Mode {

@@ -122,7 +122,11 @@ fn read_target(cursor: Cursor<'_, '_>) -> Option<Target> {
         }
     }
     let mut kind = fields.required("kind")?;
-    let known = match (group, kind.node().as_str()?) {
+    let Some(text) = kind.node().as_str() else {
+        kind.string();
+        return None;
+    };
+    let known = match (group, text) {
         ("" | "core", "Service") => TargetKind::Service,
         ("networking.istio.io", "ServiceEntry") => TargetKind::ServiceEntry,
         ("gateway.networking.k8s.io", "Gateway") => TargetKind::Gateway,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::diagnostic::{Code, Diagnostic, Severity};
 use crate::fields::{Context, Cursor};
 use crate::labels::Pool;
-use crate::resource::{self, LIST, ObjectKey, Reading};
+use crate::resource::{self, Kind, LIST, ObjectKey, Reading};
 use crate::store::More;
 use crate::tree::{Node, Position, Text};
 
@@ -111,6 +111,8 @@ pub(super) enum State {
     InForce,
     /// It has errors, and what it was before is in force.
     LastGood,
+    /// It has errors, and something that fails closed in its place.
+    StandIn,
     /// Another object of its name.
     Shadowed,
     /// It has errors, and nothing of it is in force.
@@ -178,7 +180,9 @@ impl File {
     pub(super) fn position_of(&self, key: &ObjectKey) -> Option<Position> {
         self.documents.iter().find_map(|document| {
             let mut held = document.held.as_slice().iter();
-            let held = held.find(|h| h.key == *key && matches!(h.state, State::InForce | State::LastGood))?;
+            let held = held.find(|h| {
+                h.key == *key && matches!(h.state, State::InForce | State::LastGood | State::StandIn)
+            })?;
             Some(document.absolute(held.position))
         })
     }
@@ -220,6 +224,16 @@ impl File {
                     State::LastGood => {
                         let message = "the object has errors; what it was before stays in force".to_owned();
                         all.push(about(Code::LastGoodVersion, message, String::new()));
+                    }
+                    State::StandIn => {
+                        let effect = match held.key.kind {
+                            Kind::PeerAuthentication => "only connections with an identity are let in",
+                            _ => "every connection is refused",
+                        };
+                        let message =
+                            format!("the policy has errors; until it is corrected, {effect} where it is for");
+                        let remedy = "correct the policy, or remove it".to_owned();
+                        all.push(about(Code::FailsClosed, message, remedy));
                     }
                     State::Shadowed => {
                         let place = match elsewhere(&held.key) {
