@@ -208,17 +208,19 @@ impl<T: Io> Driver<T> {
             if self.control.poll_order(cx) == Order::Abort {
                 return Poll::Ready(Ended::Aborted);
             }
-            match Pin::new(&mut self.connection).poll(cx) {
+            let polled = Pin::new(&mut self.connection).poll(cx);
+            let seen = self.wire.seen();
+            // First: a peer that goes away may end the connection in the same breath.
+            if seen.goaway && link.retire() {
+                link.counters.going_away.up();
+            }
+            match polled {
                 Poll::Ready(Ok(())) => return Poll::Ready(Ended::Finished),
                 Poll::Ready(Err(error)) => return Poll::Ready(Ended::Failed(error)),
                 Poll::Pending => {}
             }
-            let seen = self.wire.seen();
             if let Some(flood) = seen.flood {
                 return Poll::Ready(Ended::Flood(flood));
-            }
-            if seen.goaway && link.retire() {
-                link.counters.going_away.up();
             }
             if let Poll::Ready(Err(error)) = self.wire.poll_flush_now(cx) {
                 return Poll::Ready(Ended::Io(error));

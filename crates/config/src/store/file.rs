@@ -187,6 +187,20 @@ impl File {
         })
     }
 
+    /// What is said of the objects that may be gone.
+    fn about_orphans(&self, path: &Arc<str>) -> Option<Diagnostic> {
+        if self.orphans.is_empty() {
+            return None;
+        }
+        let names: Vec<String> = self.orphans.iter().take(5).map(|k| k.resource_name().to_string()).collect();
+        let message = format!(
+            "{} objects are gone from the file, which holds something that cannot be identified; they stay in force: {}",
+            self.orphans.len(),
+            names.join(", ")
+        );
+        Some(Diagnostic::about_file(Code::LastGoodVersion, path.clone(), message, ""))
+    }
+
     /// All there is to say, in the order of the file.
     pub(super) fn diagnostics(
         &self,
@@ -195,17 +209,7 @@ impl File {
         more: &More<'_>,
     ) -> Vec<Diagnostic> {
         let mut all = self.problems.clone();
-        if !self.orphans.is_empty() {
-            let names: Vec<String> =
-                self.orphans.iter().take(5).map(|k| k.resource_name().to_string()).collect();
-            let message = format!(
-                "{} objects are gone from the file, which holds something that cannot be identified; they stay in \
-                 force: {}",
-                self.orphans.len(),
-                names.join(", ")
-            );
-            all.push(Diagnostic::about_file(Code::LastGoodVersion, path.clone(), message, ""));
-        }
+        all.extend(self.about_orphans(path));
         let mut suppressed = 0;
         for document in &self.documents {
             suppressed += document.suppressed;
