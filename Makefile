@@ -25,7 +25,7 @@ clean-demo: ## Clears what `make demo ARGS=--keep`, or one that was killed, left
 test: ## All tests; those of namespaces and capture need root, without it they are skipped and say so
 	@.ci/test
 
-test-node: ## Two nodes with real traffic and faults, by the real ztunnel (root, two minutes)
+test-node: ## Two nodes with real traffic and faults, by the real ztunnel (root, a minute)
 	@.ci/packages test
 	$(CARGO) test --locked -p ztunnel --test node
 

@@ -379,9 +379,9 @@ impl Renewals {
 }
 
 /// Has those issued anew that are not valid, which the clock may have made them by a jump. Pooled connections don't:
-/// they ask for a certificate when they are made.
+/// they ask for a certificate when they are made. What failed already is tried again with back-off as it is.
 fn demand(certificates: &Arc<Certificates>) {
-    for status in certificates.status().into_iter().filter(|status| !status.valid) {
+    for status in certificates.status().into_iter().filter(|s| !s.valid && s.failure.is_none()) {
         let certificates = certificates.clone();
         tokio::spawn(async move {
             // Failures are logged where they happen.

@@ -4,7 +4,7 @@
 //!   force. So a half-written file changes nothing.
 //! * An object with errors keeps its last good version in force; a new one with errors is not in force.
 //! * In the first batch nobody can tell what was in force before. There, a policy with errors is represented by one
-//!   that fails closed for its scope.
+//!   that fails closed for its scope, for those who go on at all: a proxy does not start on such files.
 //! * An object that is gone from its file is removed, unless the file holds something that might be it: a
 //!   document whose name cannot be read.
 //! * Of two objects with one kind, namespace and name the first stays in force until it is gone.
