@@ -2,7 +2,6 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
 
 use harness::netns::Host;
 use net::{ConnectOptions, ListenOptions};
