@@ -119,7 +119,7 @@ impl Compiled {
         let changes = repository.commit().changes;
         Self {
             mesh: Mesh::default().apply(changes.clone()),
-            diagnostics: repository.diagnostics(),
+            diagnostics: repository.review(),
             objects: repository.object_count(),
             changes,
         }

@@ -197,6 +197,27 @@ fn analyze_fails_from_the_threshold_on_and_says_where() {
 }
 
 #[test]
+fn analyze_says_which_policies_are_for_nothing() {
+    let policies = "apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: typo, namespace: shop}
+spec: {selector: {matchLabels: {app: wbe}}, rules: [{from: [{source: {namespaces: [shpo]}}]}]}
+---
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: useless, namespace: outside}
+spec: {mtls: {mode: STRICT}}
+";
+    let files = Files::new(&[("mesh.yaml", MESH), ("policies.yaml", policies)]);
+    let output = culvert(&["analyze", &files.dir()]);
+    let text = stdout(&output);
+    assert!(output.status.success(), "{text}");
+    for (place, code) in [("1:1", "no-workload"), ("1:1", "names-nothing"), ("6:1", "outside-the-mesh")] {
+        assert!(text.contains(&format!("policies.yaml:{place}: warning[{code}]")), "{code}: {text}");
+    }
+}
+
+#[test]
 fn what_is_not_there_is_an_error_with_a_way_out() {
     let empty = Files::new(&[]);
     for (args, says) in [

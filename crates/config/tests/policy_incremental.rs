@@ -33,6 +33,18 @@ fn labelled(kind: &str, namespace: &str, name: &str, labels: &str, rest: &str) -
 
 /// Each file with its versions. Addresses are shared only where what wins does not depend on who came first.
 fn files() -> Vec<Vec<String>> {
+    let mut files = inventory();
+    for namespace in ["a", "istio-system"] {
+        files.extend(authorization_policies(namespace));
+        files.extend(peer_authentications(namespace));
+    }
+    files.extend(external());
+    files.push(settings());
+    files
+}
+
+/// Namespaces, pods and a service.
+fn inventory() -> Vec<Vec<String>> {
     let mut files = Vec::new();
     for namespace in ["a", "b", "istio-system"] {
         let mode = "istio.io/dataplane-mode: ambient";
@@ -81,78 +93,52 @@ fn files() -> Vec<Vec<String>> {
             )])
             .collect(),
     );
-    for namespace in ["a", "istio-system"] {
-        for (number, selector) in
-            ["", "selector: {matchLabels: {app: x}}, ", "selector: {matchLabels: {app: x, tier: t}}, "]
-                .iter()
-                .enumerate()
-        {
-            let rule = "rules: [{from: [{source: {principals: [cluster.local/ns/a/sa/z]}}]}]";
-            files.push(vec![
-                security(
-                    "AuthorizationPolicy",
-                    namespace,
-                    &format!("p{number}"),
-                    &format!("{{{selector}{rule}}}"),
-                ),
-                security(
-                    "AuthorizationPolicy",
-                    namespace,
-                    &format!("p{number}"),
-                    &format!("{{{selector}action: DENY, {rule}}}"),
-                ),
-                security(
-                    "AuthorizationPolicy",
-                    namespace,
-                    &format!("p{number}"),
-                    &format!("{{{selector}action: AUDIT, {rule}}}"),
-                ),
-                security(
-                    "AuthorizationPolicy",
-                    namespace,
-                    &format!("p{number}"),
-                    "{targetRefs: [{group: '', kind: Service, name: svc}]}",
-                ),
-                security(
-                    "AuthorizationPolicy",
-                    namespace,
-                    &format!("p{number}"),
-                    "{targetRefs: [{group: networking.istio.io, kind: ServiceEntry, name: se0}]}",
-                ),
-                security(
-                    "AuthorizationPolicy",
-                    namespace,
-                    &format!("p{number}"),
-                    "{targetRefs: [{group: networking.istio.io, kind: ServiceEntry, name: se0}]}",
-                )
-                .replace("metadata: {", "metadata: {annotations: {istio.io/dry-run: 'true'}, "),
-                security(
-                    "AuthorizationPolicy",
-                    namespace,
-                    &format!("p{number}"),
-                    "{targetRefs: [{group: gateway.networking.k8s.io, kind: Gateway, name: gate}]}",
-                ),
-                security(
-                    "AuthorizationPolicy",
-                    namespace,
-                    &format!("p{number}"),
-                    "{targetRefs: [{group: gateway.networking.k8s.io, kind: GatewayClass, name: c}]}",
-                ),
-            ]);
-        }
-        for name in ["m0", "m1", "m2"] {
-            let pa = |spec: &str| security("PeerAuthentication", namespace, name, spec);
-            files.push(vec![
-                pa("{mtls: {mode: STRICT}}"),
-                pa("{mtls: {mode: PERMISSIVE}}"),
-                pa("{}"),
-                pa("{selector: {matchLabels: {app: x}}, mtls: {mode: STRICT}, portLevelMtls: {80: {mode: PERMISSIVE}}}"),
-                pa("{selector: {matchLabels: {app: x}}, portLevelMtls: {80: {mode: STRICT}, 81: {mode: PERMISSIVE}}}"),
-                pa("{selector: {matchLabels: {tier: t}}, mtls: {mode: PERMISSIVE}}"),
-                pa("{selector: {matchLabels: {tier: t}}}").replace(&format!("name: {name},"), &format!("name: {name}, creationTimestamp: '2026-01-01T00:00:00Z',")),
-            ]);
-        }
+    files
+}
+
+fn authorization_policies(namespace: &str) -> Vec<Vec<String>> {
+    let rule = "rules: [{from: [{source: {principals: [cluster.local/ns/a/sa/z]}}]}]";
+    let service_entry = "{targetRefs: [{group: networking.istio.io, kind: ServiceEntry, name: se0}]}";
+    ["", "selector: {matchLabels: {app: x}}, ", "selector: {matchLabels: {app: x, tier: t}}, "]
+        .iter()
+        .enumerate()
+        .map(|(number, selector)| {
+            let policy = |spec: &str| security("AuthorizationPolicy", namespace, &format!("p{number}"), spec);
+            vec![
+                policy(&format!("{{{selector}{rule}}}")),
+                policy(&format!("{{{selector}action: DENY, {rule}}}")),
+                policy(&format!("{{{selector}action: AUDIT, {rule}}}")),
+                policy("{targetRefs: [{group: '', kind: Service, name: svc}]}"),
+                policy(service_entry),
+                policy(service_entry)
+                    .replace("metadata: {", "metadata: {annotations: {istio.io/dry-run: 'true'}, "),
+                policy("{targetRefs: [{group: gateway.networking.k8s.io, kind: Gateway, name: gate}]}"),
+                policy("{targetRefs: [{group: gateway.networking.k8s.io, kind: GatewayClass, name: c}]}"),
+            ]
+        })
+        .collect()
+}
+
+fn peer_authentications(namespace: &str) -> Vec<Vec<String>> {
+    let mut files = Vec::new();
+    for name in ["m0", "m1", "m2"] {
+        let pa = |spec: &str| security("PeerAuthentication", namespace, name, spec);
+        files.push(vec![
+            pa("{mtls: {mode: STRICT}}"),
+            pa("{mtls: {mode: PERMISSIVE}}"),
+            pa("{}"),
+            pa("{selector: {matchLabels: {app: x}}, mtls: {mode: STRICT}, portLevelMtls: {80: {mode: PERMISSIVE}}}"),
+            pa("{selector: {matchLabels: {app: x}}, portLevelMtls: {80: {mode: STRICT}, 81: {mode: PERMISSIVE}}}"),
+            pa("{selector: {matchLabels: {tier: t}}, mtls: {mode: PERMISSIVE}}"),
+            pa("{selector: {matchLabels: {tier: t}}}").replace(&format!("name: {name},"), &format!("name: {name}, creationTimestamp: '2026-01-01T00:00:00Z',")),
+        ]);
     }
+    files
+}
+
+/// What lies outside the mesh.
+fn external() -> Vec<Vec<String>> {
+    let mut files = Vec::new();
     for name in ["se0", "se1", "se2"] {
         let ports = "ports: [{number: 80, name: http, targetPort: 8080}]";
         files.push(vec![
@@ -172,18 +158,21 @@ fn files() -> Vec<Vec<String>> {
         ),
         networking("WorkloadEntry", "a", "vm", "{address: vm.example.com, labels: {app: w, tier: t}}"),
     ]);
+    files
+}
+
+fn settings() -> Vec<String> {
     let config = |mesh: &str| {
         format!(
             "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: istio, namespace: istio-system}}\ndata: {{mesh: '{mesh}'}}\n"
         )
     };
-    files.push(vec![
+    vec![
         config("rootNamespace: a"),
         config("trustDomain: other.org"),
         config("clusterDomain: example"),
         config("outboundTrafficPolicy: {mode: REGISTRY_ONLY}"),
-    ]);
-    files
+    ]
 }
 
 fn path(number: usize) -> Arc<str> {

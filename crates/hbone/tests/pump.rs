@@ -18,7 +18,7 @@ use proptest::prelude::*;
 use support::{Handler, Net, request};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
@@ -341,86 +341,101 @@ struct Result_ {
 /// Acts out a script: one task reads and one writes, so that two writers never wait for each other for ever.
 async fn play(mut end: End, side: u8, script: Vec<Act>, ending: Ending) -> Result_ {
     let mut result = Result_::default();
-    let mut buffer = vec![0; 65_536];
-    let (mut reading, mut writing) = tokio::io::split(&mut end.io);
-    let (wanted, mut want) = tokio::sync::mpsc::unbounded_channel::<usize>();
-    let reader = async {
-        let (mut read, mut eof, mut wrong) = (0, false, false);
-        let mut more = |n: usize, read: &mut usize, buffer: &[u8]| {
-            for (at, got) in buffer[..n].iter().enumerate() {
-                wrong |= *got != byte(1 - side, *read + at);
-            }
-            *read += n;
-        };
-        // Whoever is asked for nothing for a second reads all the same: two applications that only write would wait
-        // for each other for ever, tunnel or not.
-        let patience = Duration::from_secs(1);
-        loop {
-            let bytes = match timeout(patience, want.recv()).await {
-                Ok(Some(bytes)) => bytes,
-                Ok(None) => break,
-                Err(_) => 100_000,
-            };
-            let target = read + bytes;
-            while read < target && !eof {
-                let room = buffer.len().min(target - read);
-                match timeout(patience, reading.read(&mut buffer[..room])).await {
-                    Ok(Ok(0)) => eof = true,
-                    Ok(Ok(n)) => more(n, &mut read, &buffer),
-                    Ok(Err(_)) => return (read, eof, wrong),
-                    Err(_) => break,
-                }
-            }
-        }
-        while ending != Ending::Reset && !eof {
-            match reading.read(&mut buffer).await {
-                Ok(0) => eof = true,
-                Ok(n) => more(n, &mut read, &buffer),
-                Err(_) => break,
-            }
-        }
-        (read, eof, wrong)
-    };
+    let (reading, writing) = tokio::io::split(&mut end.io);
+    let (wanted, want) = mpsc::unbounded_channel();
     let (eof_seen, saw_eof) = oneshot::channel();
     let reader = async {
-        let done = reader.await;
+        let done = read_as_asked(reading, 1 - side, want, ending).await;
         let _ = eof_seen.send(());
         done
     };
-    let writer = async {
-        let mut wrote = 0;
-        for act in script {
-            match act {
-                Act::Write { bytes, piece } => {
-                    let target = wrote + bytes;
-                    while wrote < target {
-                        let length = piece.min(target - wrote);
-                        let data: Vec<u8> = (wrote..wrote + length).map(|at| byte(side, at)).collect();
-                        match writing.write(&data).await {
-                            Ok(n) => wrote += n,
-                            Err(_) => return wrote,
-                        }
-                    }
-                }
-                Act::Read { bytes } => drop(wanted.send(bytes)),
-                Act::Wait { millis } => sleep(Duration::from_millis(millis)).await,
-            }
-        }
-        drop(wanted);
-        if ending == Ending::AfterPeer {
-            let _ = saw_eof.await;
-        }
-        if ending != Ending::Reset {
-            let _ = writing.shutdown().await;
-        }
-        wrote
-    };
-    let ((read, eof, wrong), wrote) = tokio::join!(reader, writer);
-    (result.read, result.eof, result.wrong, result.wrote) = (read, eof, wrong, wrote);
+    let writer = write_script(writing, side, script, wanted, ending, saw_eof);
+    ((result.read, result.eof, result.wrong), result.wrote) = tokio::join!(reader, writer);
     if ending == Ending::Reset {
         end.reset();
     }
     result
+}
+
+/// Reads as many bytes as it is asked for, then to the end. How many came, whether the end did, and whether any byte
+/// was not what the other side writes.
+async fn read_as_asked(
+    mut reading: impl AsyncRead + Unpin,
+    from: u8,
+    mut want: mpsc::UnboundedReceiver<usize>,
+    ending: Ending,
+) -> (usize, bool, bool) {
+    let mut buffer = vec![0; 65_536];
+    let (mut read, mut eof, mut wrong) = (0, false, false);
+    let mut more = |n: usize, read: &mut usize, buffer: &[u8]| {
+        wrong |= buffer[..n].iter().enumerate().any(|(at, got)| *got != byte(from, *read + at));
+        *read += n;
+    };
+    // Whoever is asked for nothing for a second reads all the same: two applications that only write would wait
+    // for each other for ever, tunnel or not.
+    let patience = Duration::from_secs(1);
+    loop {
+        let bytes = match timeout(patience, want.recv()).await {
+            Ok(Some(bytes)) => bytes,
+            Ok(None) => break,
+            Err(_) => 100_000,
+        };
+        let target = read + bytes;
+        while read < target && !eof {
+            let room = buffer.len().min(target - read);
+            match timeout(patience, reading.read(&mut buffer[..room])).await {
+                Ok(Ok(0)) => eof = true,
+                Ok(Ok(n)) => more(n, &mut read, &buffer),
+                Ok(Err(_)) => return (read, eof, wrong),
+                Err(_) => break,
+            }
+        }
+    }
+    while ending != Ending::Reset && !eof {
+        match reading.read(&mut buffer).await {
+            Ok(0) => eof = true,
+            Ok(n) => more(n, &mut read, &buffer),
+            Err(_) => break,
+        }
+    }
+    (read, eof, wrong)
+}
+
+/// Writes what the script says, passing on what it wants read, and ends as it should. How many bytes it wrote.
+async fn write_script(
+    mut writing: impl AsyncWrite + Unpin,
+    side: u8,
+    script: Vec<Act>,
+    wanted: mpsc::UnboundedSender<usize>,
+    ending: Ending,
+    saw_eof: oneshot::Receiver<()>,
+) -> usize {
+    let mut wrote = 0;
+    for act in script {
+        match act {
+            Act::Write { bytes, piece } => {
+                let target = wrote + bytes;
+                while wrote < target {
+                    let length = piece.min(target - wrote);
+                    let data: Vec<u8> = (wrote..wrote + length).map(|at| byte(side, at)).collect();
+                    match writing.write(&data).await {
+                        Ok(n) => wrote += n,
+                        Err(_) => return wrote,
+                    }
+                }
+            }
+            Act::Read { bytes } => drop(wanted.send(bytes)),
+            Act::Wait { millis } => sleep(Duration::from_millis(millis)).await,
+        }
+    }
+    drop(wanted);
+    if ending == Ending::AfterPeer {
+        let _ = saw_eof.await;
+    }
+    if ending != Ending::Reset {
+        let _ = writing.shutdown().await;
+    }
+    wrote
 }
 
 fn runtime() -> tokio::runtime::Runtime {

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use identity::rotation::{self, Consent, NewSigner, Pace, RotationError, Stage};
 use identity::{
-    CaDirectory, Certificates, Distrust, HandshakeLimits, LocalIssuerSettings, TlsStream, Validity, accept,
-    connect,
+    CaDirectory, Certificates, Distrust, HandshakeLimits, LocalIssuerSettings, RootId, TlsStream, Validity,
+    accept, connect,
 };
 use mesh::*;
 use rustls_pki_types::UnixTime;
@@ -225,6 +225,17 @@ async fn say(from: &mut TlsStream<DuplexStream>, to: &mut TlsStream<DuplexStream
     assert_eq!(&got, b"still here");
 }
 
+/// Until every certificate of these is signed by this root.
+async fn wait_for_issuer(nodes: &[&Certificates], root: RootId) {
+    for certificates in nodes {
+        for id in [id("shop/sa/web"), id("shop/sa/db")] {
+            while certificates.get(&id).await.unwrap().root() != root {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        }
+    }
+}
+
 /// Two nodes on one directory, new connections all the time in both directions, and long-lived ones; all three
 /// stages under them. No handshake fails, and no connection is lost, but those that the last stage is meant to cut.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -268,13 +279,7 @@ async fn a_rotation_under_traffic_loses_no_connection() {
     assert_eq!(middle.0.peer().root, old_root);
 
     rotation::sign_with_new(&mesh.ca, Consent::Acknowledged, &domains(), at(0)).unwrap();
-    for certificates in [&mine, &other] {
-        for id in [id("shop/sa/web"), id("shop/sa/db")] {
-            while certificates.get(&id).await.unwrap().root() != new_root {
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
-        }
-    }
+    wait_for_issuer(&[&mine, &other], new_root).await;
     more().await;
     let mut fresh = open(&mine, &other).await;
     assert_eq!((fresh.0.peer().root, fresh.1.peer().root), (new_root, new_root));
