@@ -18,7 +18,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Limited};
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
-use hyper::header::{ACCEPT, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_TYPE, HOST, HeaderValue};
+use hyper::header::{ACCEPT, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_TYPE, HOST, HeaderValue, ORIGIN};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -47,8 +47,9 @@ pub struct Limits {
     pub handler_time: Duration,
     /// How long a response may wait for a reader that takes nothing.
     pub stall_time: Duration,
-    /// Whether requests must name an address or `localhost` as the host. A page in a browser that resolves its own
-    /// name to a loopback address is then refused.
+    /// Whether requests must name an address or `localhost` as the host, and must not come from another page: a page
+    /// in a browser that resolves its own name to a loopback address is then refused, and so is one that sends
+    /// requests to this port without seeing the answers.
     pub local_host_only: bool,
 }
 
@@ -305,9 +306,10 @@ async fn serve_connection(stream: TcpStream, routes: Routes, limits: Limits) {
 
 async fn respond(request: http::Request<Incoming>, routes: &Routes, limits: Limits) -> Response {
     let (head, body) = request.into_parts();
-    if limits.local_host_only && !is_local(&head) {
-        let text = "this port answers only requests whose Host is an address or localhost\n";
-        return Response::text(StatusCode::FORBIDDEN, text);
+    if limits.local_host_only
+        && let Err(reason) = check_local(&head)
+    {
+        return Response::text(StatusCode::FORBIDDEN, reason);
     }
     let body = match tokio::time::timeout(limits.body_time, Limited::new(body, limits.body_bytes).collect())
         .await
@@ -322,15 +324,44 @@ async fn respond(request: http::Request<Incoming>, routes: &Routes, limits: Limi
     routes.answer(Request { head, body }, limits.handler_time).await
 }
 
-fn is_local(head: &http::request::Parts) -> bool {
-    let host = head.uri.host().map(str::to_owned).or_else(|| {
-        let authority = head.headers.get(HOST)?.to_str().ok()?.parse::<http::uri::Authority>().ok()?;
-        Some(authority.host().to_owned())
-    });
-    host.is_some_and(|host| {
-        let bare = host.trim_start_matches('[').trim_end_matches(']');
-        bare.eq_ignore_ascii_case("localhost") || bare.parse::<std::net::IpAddr>().is_ok()
-    })
+/// Refuses what a browser sends on behalf of a page that is not this port's own. Programs that are no browsers send
+/// neither `Origin` nor `Sec-Fetch-Site`.
+fn check_local(head: &http::request::Parts) -> Result<(), &'static str> {
+    let parse = |text: &str| text.parse::<http::uri::Authority>().ok();
+    let in_header = || parse(head.headers.get(HOST)?.to_str().ok()?);
+    let host = head.uri.authority().cloned().or_else(in_header);
+    let Some(host) = host.filter(|host| is_local(host.host())) else {
+        return Err("this port answers only requests whose Host is an address or localhost\n");
+    };
+    // Browsers have sent it with each POST for years (Fetch, "append a request `Origin` header"); `null` is one, too.
+    // Whatever forwards the port, the browser sees the same host in both.
+    let own = |origin: &HeaderValue| {
+        let origin = origin.to_str().ok().and_then(|text| parse(text.strip_prefix("http://")?));
+        origin.is_some_and(|origin| {
+            origin.host().eq_ignore_ascii_case(host.host())
+                && origin.port_u16().unwrap_or(80) == host.port_u16().unwrap_or(80)
+        })
+    };
+    if !head.headers.get_all(ORIGIN).iter().all(own) {
+        return Err(
+            "the header Origin says that another page sent this request: this port takes none from pages\n",
+        );
+    }
+    // Also with what has no `Origin`: images, forms with GET, links (Fetch Metadata, section 2.3). `same-site` is
+    // another port of this machine.
+    let direct = |site: &HeaderValue| matches!(site.as_bytes(), b"none" | b"same-origin");
+    if !head.headers.get_all("sec-fetch-site").iter().all(direct) {
+        return Err(
+            "the header Sec-Fetch-Site says that another page led here: enter the address by hand, this port \
+                    takes no requests from pages\n",
+        );
+    }
+    Ok(())
+}
+
+fn is_local(host: &str) -> bool {
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    bare.eq_ignore_ascii_case("localhost") || bare.parse::<IpAddr>().is_ok()
 }
 
 #[cfg(test)]

@@ -243,6 +243,57 @@ async fn the_admin_port_answers_no_page_of_a_browser() {
     assert!(answer.starts_with(b"HTTP/1.0 403"));
 }
 
+/// What a page in an operator's browser can make it send: such a request has the right `Host`, and its effect does not
+/// need the answer.
+#[tokio::test]
+async fn no_page_can_end_the_process_or_silence_its_log() {
+    let (logs, subscriber) = test_logs();
+    let _default = tracing::subscriber::set_default(subscriber);
+    let shutdown = Shutdown::new(SOON);
+    let address = start(admin::routes("culvert", &logs, &shutdown), admin::limits()).await;
+    let send = async |path: &str, head: &str| {
+        let request = format!(
+            "POST {path} HTTP/1.1\r\nHost: 127.0.0.1:15000\r\nConnection: close\r\nContent-Length: 0\r\n{head}\r\n"
+        );
+        String::from_utf8(read_all(send(address, request.as_bytes()).await).await).unwrap()
+    };
+    for (head, says) in [
+        ("Origin: http://evil.example\r\nSec-Fetch-Site: cross-site\r\n", "Origin"),
+        ("Origin: http://evil.example\r\n", "Origin"),
+        ("Origin: null\r\n", "Origin"),
+        ("Origin: http://127.0.0.1:3000\r\n", "Origin"),
+        ("Origin: https://127.0.0.1:15000\r\n", "Origin"),
+        ("Origin: http://127.0.0.1:15000.evil.example\r\n", "Origin"),
+        ("Origin: http://127.0.0.1:15000\r\nOrigin: http://evil.example\r\n", "Origin"),
+        ("Origin: \r\n", "Origin"),
+        ("Origin: \u{e9}\r\n", "Origin"),
+        ("Sec-Fetch-Site: cross-site\r\n", "Sec-Fetch-Site"),
+        ("Sec-Fetch-Site: same-site\r\n", "Sec-Fetch-Site"),
+        ("Sec-Fetch-Site: none\r\nSec-Fetch-Site: cross-site\r\n", "Sec-Fetch-Site"),
+    ] {
+        for path in ["/logging?level=off", "/quitquitquit"] {
+            let answer = send(path, head).await;
+            assert!(answer.starts_with("HTTP/1.1 403") && answer.contains(says), "{path} {head:?}: {answer}");
+        }
+    }
+    assert_eq!((logs.level(), shutdown.phase()), ("info".into(), Phase::Running));
+    // An image or a link has no Origin, and a body is not needed for a minute's profile.
+    let (status, ..) = fetch(address, "GET", "/logging", "Sec-Fetch-Site: cross-site\r\n").await;
+    assert_eq!(status, 403);
+
+    // The port's own pages, an address typed in, and what is no browser.
+    for head in [
+        "",
+        "Sec-Fetch-Site: none\r\n",
+        "Origin: http://127.0.0.1:15000\r\n",
+        "Origin: http://127.0.0.1:15000\r\nSec-Fetch-Site: same-origin\r\n",
+    ] {
+        let answer = send("/logging?level=warn", head).await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{head:?}: {answer}");
+    }
+    assert_eq!(logs.level(), "warn");
+}
+
 #[tokio::test]
 async fn the_level_is_shown_and_set() {
     let (logs, subscriber) = test_logs();
