@@ -105,6 +105,10 @@ pub trait Capture: Send + Sync + fmt::Debug {
     /// What the program calls itself.
     fn version(&self) -> &str;
 
+    /// Whether connections to the ports of ztunnel reach a socket of ztunnel's or nobody. Where the kernel can't
+    /// tell sockets apart, a process of the pod that binds such a port while no ztunnel runs gets them.
+    fn guards_ports(&self) -> bool;
+
     /// Captures the traffic of the pod in `netns`. From then on new connections reach ztunnel or are refused,
     /// whether ztunnel runs or not; connections that are alive go on as they are. Other rules are replaced
     /// without a moment in which traffic passes; the same rules again change nothing.

@@ -34,7 +34,12 @@ const TABLES: [(&str, &[(&str, &str)]); 4] = [
     ("raw", &[("PREROUTING", "CULVERT_PRERT"), ("OUTPUT", "CULVERT_OUTPUT")]),
     (
         "mangle",
-        &[("PREROUTING", "CULVERT_PRERT"), ("OUTPUT", "CULVERT_OUTPUT"), ("POSTROUTING", "CULVERT_POSTRT")],
+        &[
+            ("PREROUTING", "CULVERT_PRERT"),
+            ("INPUT", "CULVERT_INPUT"),
+            ("OUTPUT", "CULVERT_OUTPUT"),
+            ("POSTROUTING", "CULVERT_POSTRT"),
+        ],
     ),
     ("nat", &[("PREROUTING", "CULVERT_PRERT"), ("OUTPUT", "CULVERT_OUTPUT")]),
 ];
@@ -47,6 +52,8 @@ const REMEMBERED: usize = 32;
 pub struct Iptables {
     backend: Backend,
     version: String,
+    /// Whether this kernel knows whose socket a packet is for (`xt_socket`).
+    by_socket: bool,
     ipv4: Programs,
     /// `None` when the kernel has no IPv6.
     ipv6: Option<Programs>,
@@ -92,7 +99,9 @@ impl Iptables {
         let ipv4 = find(false)?;
         let ipv6 = if routing::kernel_has_ipv6() { Some(find(true)?) } else { None };
         privileges()?;
-        let mut found = Self { backend, version: String::new(), ipv4, ipv6, listings: Mutex::default() };
+        let (version, listings) = (String::new(), Mutex::default());
+        let mut found = Self { backend, version, by_socket: true, ipv4, ipv6, listings };
+        found.by_socket = trial(|netns| found.install(netns, &Rules::default())).is_ok();
         let mut is_flavour = false;
         trial(|netns| {
             found.version = run(netns, &found.ipv4.restore, &["--version"], "")?.trim().to_owned();
@@ -104,6 +113,14 @@ impl Iptables {
         } else {
             Err(Missing::Tool { tool: format!("iptables-{flavour}-restore"), package: "iptables" })
         }
+    }
+
+    fn plan(&self, rules: &Rules) -> Plan {
+        let mut plan = Plan::new(rules);
+        if !self.by_socket {
+            plan.targets.clear();
+        }
+        plan
     }
 
     fn families(&self) -> impl Iterator<Item = &Programs> {
@@ -120,7 +137,7 @@ impl Iptables {
         }
         let netns = Netns::new_empty()
             .map_err(|source| Error::Enter { netns: "an empty namespace".to_owned(), source })?;
-        let plan = Plan::new(rules);
+        let plan = self.plan(rules);
         let mut found = Vec::new();
         for programs in self.families() {
             programs.load(&netns, self.backend, &plan, &Saved::default())?;
@@ -143,9 +160,13 @@ impl Capture for Iptables {
         &self.version
     }
 
+    fn guards_ports(&self) -> bool {
+        self.by_socket
+    }
+
     fn install(&self, netns: &Netns, rules: &Rules) -> Result<Installed, Error> {
         check(rules)?;
-        let plan = Plan::new(rules);
+        let plan = self.plan(rules);
         // Routes first, for the replies of what is captured next; without them too, so that nothing passes.
         let routing = routing::install(netns);
         let mut changed = false;
@@ -412,6 +433,11 @@ fn rules(plan: &Plan, v6: bool, table: &str, chain: &str) -> Vec<String> {
         ("mangle", "CULVERT_PRERT") => {
             vec![format!("-i lo {} -j CONNMARK --set-xmark {REPLY_MARK:#x}/{MARK_MASK:#x}", marked(""))]
         }
+        // Gives a packet the mark of the socket that it is for, which the guard looks at next.
+        ("mangle", "CULVERT_INPUT") => {
+            let mark = |port| format!("{SYN} --dport {port} -m socket --nowildcard --restore-skmark");
+            plan.targets.iter().map(mark).collect()
+        }
         // Should the policy route be gone, an application's replies to ztunnel would leave for the client.
         ("mangle", "CULVERT_POSTRT") => {
             vec![format!("! -o lo -m mark --mark {REPLY_MARK:#x}/{MARK_MASK:#x} -j DROP")]
@@ -433,6 +459,10 @@ fn guard_input(plan: &Plan, v6: bool, refuse: &str) -> Vec<String> {
         lines.push(format!("! -i lo -p udp -m udp --dport {} -j DROP", ports.dns));
     }
     lines.push("! -p tcp -j RETURN".to_owned());
+    // Any process of the pod may bind these ports while no ztunnel has them.
+    for port in &plan.targets {
+        lines.push(format!("-p tcp -m tcp --dport {port} {} -j {refuse}", marked("! ")));
+    }
     for interface in &plan.virtual_interfaces {
         lines.push(format!("-i {} -p tcp -m tcp --dport {} -j RETURN", interface.as_str(), ports.outbound));
     }

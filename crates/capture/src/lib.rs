@@ -23,7 +23,6 @@
 //! marks don't leave a namespace, so nobody goes past another's incoming capture.
 #![forbid(unsafe_code)]
 
-mod annotations;
 mod backend;
 mod error;
 mod iptables;
@@ -36,7 +35,6 @@ mod rules;
 mod select;
 mod tool;
 
-pub use annotations::{ANNOTATIONS, InvalidAnnotation};
 pub use backend::{Backend, Capture, Drift, Installed, UnknownBackend};
 pub use error::{Error, Missing};
 pub use iptables::Iptables;

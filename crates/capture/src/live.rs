@@ -4,6 +4,7 @@
 use std::collections::HashSet;
 use std::io;
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 
 use net::sock_diag::{self, Connection, DestroyError, TcpState};
 use net::{Netns, ZTUNNEL_MARK};
@@ -26,7 +27,9 @@ pub enum Direction {
 pub struct LiveConnection {
     /// Its addresses and state, seen from the pod.
     pub connection: Connection,
-    /// Who opened it. Told by whether the pod listens on the local port, now.
+    /// Who opened it, as far as the kernel can tell: it doesn't keep that. `Outbound` when nothing listens on the
+    /// local port, which is one that the kernel gives to those who open connections, and the peer's is not. What
+    /// could be either is `Inbound`: policies decide over it.
     pub direction: Direction,
 }
 
@@ -68,6 +71,7 @@ fn decide(steps: &[Step], source: SocketAddr, destination: SocketAddr) -> Option
 /// The namespace can't be entered, or the kernel lacks sock_diag.
 pub fn live_connections(netns: &Netns, ports: &Ports) -> io::Result<Vec<LiveConnection>> {
     let listening: HashSet<u16> = sock_diag::listeners(netns)?.iter().map(SocketAddr::port).collect();
+    let given = given_ports(netns)?;
     let all = sock_diag::connections(netns)?;
     let ends: HashSet<_> = all.iter().map(|socket| (socket.local, socket.peer)).collect();
     // Peers of what ztunnel accepted on its redirect targets: the application's own ends.
@@ -84,11 +88,25 @@ pub fn live_connections(netns: &Netns, ports: &Ports) -> io::Result<Vec<LiveConn
         !(internal || of_ztunnel || unanswered || redirected.contains(&socket.local))
     });
     let directed = live.map(|connection| {
-        let inbound = listening.contains(&connection.local.port());
-        let direction = if inbound { Direction::Inbound } else { Direction::Outbound };
+        // Who has accepted a connection may have closed its listener since.
+        let (local, peer) = (connection.local.port(), connection.peer.port());
+        let outbound = !listening.contains(&local) && given.contains(&local) && !given.contains(&peer);
+        let direction = if outbound { Direction::Outbound } else { Direction::Inbound };
         LiveConnection { connection, direction }
     });
     Ok(directed.collect())
+}
+
+/// The ports that the kernel gives to sockets that connect without one (kernel Documentation/networking/ip-sysctl.rst,
+/// `ip_local_port_range`; for both families).
+fn given_ports(netns: &Netns) -> io::Result<RangeInclusive<u16>> {
+    const FILE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
+    let text = netns.run(|| std::fs::read_to_string(FILE))??;
+    let mut ports = text.split_whitespace().map(str::parse);
+    match (ports.next(), ports.next()) {
+        (Some(Ok(first)), Some(Ok(last))) => Ok(first..=last),
+        _ => Err(io::Error::new(io::ErrorKind::InvalidData, format!("{FILE} says {text:?}"))),
+    }
 }
 
 /// How [`cut`] ended a connection.

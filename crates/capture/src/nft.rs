@@ -26,6 +26,8 @@ const REMEMBERED: usize = 32;
 pub struct Nftables {
     nft: PathBuf,
     version: String,
+    /// Whether this kernel and this nft know whose socket a packet is for.
+    by_socket: bool,
     /// How the kernel lists the table of given rules, to compare with.
     listings: Mutex<VecDeque<(Rules, Vec<String>)>>,
 }
@@ -38,7 +40,8 @@ impl Nftables {
     pub fn probe(tools: &Tools) -> Result<Self, Missing> {
         let nft = tools.find(&["nft"], "nftables")?;
         privileges()?;
-        let mut found = Self { nft, version: String::new(), listings: Mutex::default() };
+        let mut found = Self { nft, version: String::new(), by_socket: true, listings: Mutex::default() };
+        found.by_socket = trial(|netns| found.install(netns, &Rules::default())).is_ok();
         trial(|netns| {
             found.version = found.run(netns, &["--version"], "")?.trim().to_owned();
             found.install(netns, &Rules::default())
@@ -82,7 +85,7 @@ impl Nftables {
     }
 
     fn load(&self, netns: &Netns, rules: &Rules) -> Result<(), Error> {
-        self.run(netns, &["-f", "-"], &ruleset(&Plan::new(rules))).map(drop)
+        self.run(netns, &["-f", "-"], &ruleset(&Plan::new(rules), self.by_socket)).map(drop)
     }
 }
 
@@ -93,6 +96,10 @@ impl Capture for Nftables {
 
     fn version(&self) -> &str {
         &self.version
+    }
+
+    fn guards_ports(&self) -> bool {
+        self.by_socket
     }
 
     fn install(&self, netns: &Netns, rules: &Rules) -> Result<Installed, Error> {
@@ -136,7 +143,7 @@ enum Way {
 ///
 /// Priorities are numbers because nft 1.0.6 refuses the name `dstnat` in an output hook. The guard comes after
 /// the filters of others: their `accept` doesn't end our chains.
-fn ruleset(plan: &Plan) -> String {
+fn ruleset(plan: &Plan, by_socket: bool) -> String {
     let mut text = format!("add table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{\n");
     let ports = plan.ports;
     let to = |port: u16| format!("meta l4proto tcp redirect to :{port}");
@@ -171,12 +178,12 @@ fn ruleset(plan: &Plan) -> String {
             chain(&mut text, name, None, lines);
         }
     }
-    base_chains(&mut text, plan);
+    base_chains(&mut text, plan, by_socket);
     text.push_str("}\n");
     text
 }
 
-fn base_chains(text: &mut String, plan: &Plan) {
+fn base_chains(text: &mut String, plan: &Plan, by_socket: bool) {
     let ports = plan.ports;
     let virtual_interfaces = interfaces("iifname", &plan.virtual_interfaces);
     let (mut raw_in, mut raw_out) = (Vec::new(), Vec::new());
@@ -186,6 +193,13 @@ fn base_chains(text: &mut String, plan: &Plan) {
         |way| plan.refused.iter().map(move |tuple| format!("{} reject with tcp reset", between(tuple, way)));
     guard_in.splice(0..0, refused(Way::In));
     guard_out.splice(0..0, refused(Way::Out));
+    if by_socket && !plan.targets.is_empty() {
+        // Any process of the pod may bind these ports while no ztunnel has them.
+        let targets = set(plan.targets.iter().map(u16::to_string));
+        let ours = format!("socket mark & {MARK_MASK:#010x} == {ZTUNNEL_MARK:#010x}");
+        guard_in.push(format!("tcp dport {targets} {SYN} {ours} accept"));
+        guard_in.push(format!("tcp dport {targets} {SYN} reject with tcp reset"));
+    }
     if plan.dns {
         // The proxy's own queries in a zone of their own: an application's earlier query from the same port
         // has left an entry that would send them back to the proxy.

@@ -132,8 +132,7 @@ pub struct Tuple {
 }
 
 /// What of a pod's traffic is captured. The default is everything but probes' exemption: TCP both ways, and
-/// DNS. Make one with [`Rules::default`] or from annotations, and change fields; lists past [`LIST_LIMIT`] are
-/// refused at installation.
+/// DNS. Lists past [`LIST_LIMIT`] are refused at installation.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Rules {
     /// Where to.
@@ -254,6 +253,8 @@ pub(crate) type Step = (Matcher, Verdict);
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Plan {
     pub(crate) ports: Ports,
+    /// Where ztunnel alone may listen; empty when nothing is captured.
+    pub(crate) targets: Vec<u16>,
     pub(crate) dns: bool,
     pub(crate) virtual_interfaces: Vec<InterfaceName>,
     /// Empty when incoming traffic is left alone.
@@ -316,8 +317,10 @@ impl Plan {
         let mut outbound_always = always;
         outbound_always.extend([(FromZtunnel, Pass), (LoopbackAddress, Pass)]);
 
+        let Ports { outbound: to_outbound, inbound_plaintext, inbound_hbone, dns } = rules.ports;
         Self {
             ports: rules.ports,
+            targets: vec![to_outbound, inbound_plaintext, inbound_hbone, dns],
             dns: rules.dns && !rules.exclude_outbound_ports.iter().any(|range| range.contains(53)),
             virtual_interfaces: sorted(&rules.virtual_interfaces),
             inbound,

@@ -2,12 +2,9 @@
 
 use std::sync::Arc;
 
-use capture::{ANNOTATIONS, Rules};
 use config::compile::Options;
 use config::repository::{Content, Repository};
 use model::Mesh;
-
-use crate::text;
 
 /// One object of every kind, with most of its fields.
 const MANIFESTS: &str = include_str!("manifests.yaml");
@@ -51,18 +48,4 @@ pub(crate) fn mesh() -> Mesh {
     let outcome = repository.apply(&"manifests.yaml".into(), Content::Bytes(MANIFESTS.as_bytes()));
     assert!(!repository.has_bad_files(), "{:?}", repository.diagnostics());
     Mesh::default().apply(outcome.changes)
-}
-
-/// Any value of any annotation that asks for a pod's capture is taken, or named as wrong.
-pub(crate) fn annotation(bytes: &[u8]) {
-    let Some(value) = text(bytes) else { return };
-    for name in ANNOTATIONS {
-        if let Err(wrong) = Rules::default().with_annotations([(name, value)]) {
-            assert!(wrong.iter().all(|w| w.annotation == name), "{wrong:?}");
-        }
-    }
-}
-
-pub(crate) fn annotations() -> Vec<Vec<u8>> {
-    crate::seeds_of(&["80, 8000-8010,,22", "10.1.2.3/8,::1,fd00::/8", "eth0,net1.5", "true", "*", "false"])
 }

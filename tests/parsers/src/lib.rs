@@ -29,18 +29,12 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 14] = [
+pub const TARGETS: [Target; 13] = [
     Target {
         name: "config_manifest",
         run: config_files::manifest,
         seeds: config_files::manifests,
         cases: 6000,
-    },
-    Target {
-        name: "capture_annotation",
-        run: config_files::annotation,
-        seeds: config_files::annotations,
-        cases: 20_000,
     },
     Target { name: "spiffe_id", run: identities::spiffe_id, seeds: identities::spiffe_ids, cases: 20_000 },
     Target { name: "ca_pem", run: identities::ca_pem, seeds: identities::ca_pems, cases: 3000 },

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use capture::{Backend, Include, PortRange, Rules};
+use capture::{Backend, Include, PortRange, Ports, Rules};
 use harness::netns::{Host, Lab, Process};
 use net::Netns;
 use nix::sys::signal::Signal;
@@ -250,5 +250,31 @@ fn rules_change_without_a_gap() {
         load.until(&load.refused, 5).await;
         assert_eq!(load.served.load(Ordering::Relaxed), 0);
         assert_eq!(load.other.load(Ordering::Relaxed), 0);
+    });
+}
+
+#[test]
+fn a_process_that_takes_the_ports_of_ztunnel_gets_nothing() {
+    each_case("a_process_that_takes_the_ports_of_ztunnel_gets_nothing", async |case: Case| {
+        let lab = two_nodes();
+        let (server, client) = (lab.pod("server"), lab.pod("client"));
+        start_app(&client.netns, 9090);
+        start_app(&server.netns, 8080);
+        let ports = Ports::default();
+        for port in [ports.outbound, ports.inbound_plaintext, ports.inbound_hbone] {
+            start_app(&server.netns, port);
+        }
+        let capture = case.capture();
+        assert!(capture.guards_ports(), "this kernel can't tell sockets apart");
+        capture.install(&server.netns, &Rules::default()).unwrap();
+        for (from, to) in [
+            (client, case.addr(server, 8080)),
+            (client, case.addr(server, ports.inbound_plaintext)),
+            (client, case.addr(server, ports.inbound_hbone)),
+            (server, case.addr(client, 9090)),
+        ] {
+            let dialled = dial(&from.netns, to).await.map(drop);
+            assert_eq!(dialled, Err(io::ErrorKind::ConnectionRefused), "{to}");
+        }
     });
 }

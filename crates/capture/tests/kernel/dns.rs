@@ -4,11 +4,11 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use capture::Rules;
+use capture::{PortRange, Rules};
 use net::{Conntrack, DatagramOptions, Netns, ProxyUdpSocket};
 use tokio::net::UdpSocket;
 
-use crate::fixture::{Case, app_listener, dial, each_case, in_time, two_nodes, wildcard};
+use crate::fixture::{Case, dial, each_case, in_time, two_nodes, wildcard, ztunnel_listener};
 
 /// A resolver's socket: connected, so that an answer from anyone else is no answer.
 async fn resolver(netns: &Netns, to: SocketAddr, from_port: u16, mark: bool) -> UdpSocket {
@@ -68,7 +68,7 @@ fn queries_go_to_the_proxy_and_answers_come_back() {
         let (server, client) = (lab.pod("server"), lab.pod("client"));
         start_server(&client.netns, 53, "upstream");
         start_server(&server.netns, 15053, "proxy");
-        let over_tcp = app_listener(&server.netns, 15053);
+        let over_tcp = ztunnel_listener(&server.netns, 15053);
         let upstream = case.addr(client, 53);
         let before = resolver(&server.netns, upstream, 0, false).await;
         assert_eq!(ask(&before, "1").await.unwrap(), format!("upstream: 1 to {upstream}"));
@@ -117,12 +117,11 @@ fn without_a_proxy_queries_are_refused_and_without_capture_they_pass() {
         let error = ask(&socket, "1").await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused, "{error}");
 
-        let annotations = [
-            ("ambient.istio.io/dns-capture", "false"),
-            ("traffic.sidecar.istio.io/excludeOutboundPorts", "53"),
-        ];
-        for annotation in annotations {
-            let rules = Rules::default().with_annotations([annotation]).unwrap();
+        let port_53 = PortRange::new(53, 53).into_iter().collect();
+        for rules in [
+            Rules { dns: false, ..Rules::default() },
+            Rules { exclude_outbound_ports: port_53, ..Rules::default() },
+        ] {
             capture.install(&server.netns, &rules).unwrap();
             let socket = resolver(&server.netns, upstream, 0, false).await;
             assert_eq!(ask(&socket, "2").await.unwrap(), format!("upstream: 2 to {upstream}"));

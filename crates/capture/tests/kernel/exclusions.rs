@@ -1,47 +1,50 @@
-//! What the annotations of a pod exempt goes past ztunnel, and nothing else does.
+//! What the rules of a pod exempt goes past ztunnel, and nothing else does.
 
 use std::io;
 use std::net::IpAddr;
 
-use capture::{ProbeSources, Rules};
+use capture::{Include, InterfaceName, PortRange, ProbeSources, Rules};
 use harness::netns::Lab;
+use ipnet::IpNet;
 use tokio::net::TcpStream;
 
 use crate::fixture::{Case, FakeZtunnel, dial, each_case, greeting, start_app, two_nodes};
 
-/// Annotations, and which of the connections of the table below are captured.
-struct Row {
-    annotations: &'static [(&'static str, &'static str)],
-    captured: &'static str,
+/// Connections in the order of their letters: into the pod at 8080 (a) and 8081 (b); out to `client` at 8080
+/// (c) and 8081 (d), and to `third` at 8080 (e). Rules, and which of the connections they capture.
+fn rows(client: &[IpNet]) -> Vec<(Rules, &'static str)> {
+    let ports = |list: &[(u16, u16)]| {
+        list.iter().map(|(first, last)| PortRange::new(*first, *last).unwrap()).collect::<Vec<_>>()
+    };
+    let interfaces = |name| vec![InterfaceName::new(name).unwrap()];
+    let (all, client) = (Rules::default, client.to_vec());
+    vec![
+        (all(), "abcde"),
+        (Rules { exclude_inbound_ports: ports(&[(8080, 8080)]), ..all() }, "bcde"),
+        (Rules { exclude_inbound_ports: ports(&[(1, 1), (8000, 8080)]), ..all() }, "bcde"),
+        (Rules { include_inbound_ports: Include::Only(ports(&[(8080, 8080)])), ..all() }, "acde"),
+        (Rules { include_inbound_ports: Include::Only(Vec::new()), ..all() }, "cde"),
+        (Rules { bypass_inbound: true, ..all() }, "cde"),
+        (Rules { exclude_outbound_ports: ports(&[(8081, 8081), (53, 53)]), ..all() }, "abce"),
+        (Rules { exclude_outbound_ranges: client.clone(), ..all() }, "abe"),
+        (Rules { include_outbound_ranges: Include::Only(client), ..all() }, "abcd"),
+        (Rules { include_outbound_ranges: Include::Only(Vec::new()), ..all() }, "ab"),
+        (
+            Rules {
+                include_outbound_ranges: Include::Only(Vec::new()),
+                include_outbound_ports: ports(&[(8081, 8081)]),
+                ..all()
+            },
+            "abd",
+        ),
+        (Rules { exclude_interfaces: interfaces("eth0"), ..all() }, ""),
+        (Rules { exclude_interfaces: interfaces("eth7"), ..all() }, "abcde"),
+    ]
 }
 
-/// Connections in the order of their letters: into the pod at 8080 (a) and 8081 (b); out to `client` at 8080
-/// (c) and 8081 (d), and to `third` at 8080 (e).
-const ROWS: [Row; 13] = [
-    Row { annotations: &[], captured: "abcde" },
-    Row { annotations: &[("traffic.sidecar.istio.io/excludeInboundPorts", "8080")], captured: "bcde" },
-    Row { annotations: &[("traffic.sidecar.istio.io/excludeInboundPorts", "1,8000-8080")], captured: "bcde" },
-    Row { annotations: &[("traffic.sidecar.istio.io/includeInboundPorts", "8080")], captured: "acde" },
-    Row { annotations: &[("traffic.sidecar.istio.io/includeInboundPorts", "")], captured: "cde" },
-    Row { annotations: &[("ambient.istio.io/bypass-inbound-capture", "true")], captured: "cde" },
-    Row { annotations: &[("traffic.sidecar.istio.io/excludeOutboundPorts", "8081,53")], captured: "abce" },
-    Row { annotations: &[("traffic.sidecar.istio.io/excludeOutboundIPRanges", "CLIENT")], captured: "abe" },
-    Row { annotations: &[("traffic.sidecar.istio.io/includeOutboundIPRanges", "CLIENT")], captured: "abcd" },
-    Row { annotations: &[("traffic.sidecar.istio.io/includeOutboundIPRanges", "")], captured: "ab" },
-    Row {
-        annotations: &[
-            ("traffic.sidecar.istio.io/includeOutboundIPRanges", ""),
-            ("traffic.sidecar.istio.io/includeOutboundPorts", "8081"),
-        ],
-        captured: "abd",
-    },
-    Row { annotations: &[("traffic.sidecar.istio.io/excludeInterfaces", "eth0")], captured: "" },
-    Row { annotations: &[("traffic.sidecar.istio.io/excludeInterfaces", "eth7")], captured: "abcde" },
-];
-
 #[test]
-fn annotations_exempt_what_they_say() {
-    each_case("annotations_exempt_what_they_say", async |case: Case| {
+fn rules_exempt_what_they_say() {
+    each_case("rules_exempt_what_they_say", async |case: Case| {
         let lab = two_nodes();
         let capture = case.capture();
         for pod in ["server", "client", "third"] {
@@ -49,18 +52,10 @@ fn annotations_exempt_what_they_say() {
             start_app(&lab.pod(pod).netns, 8081);
         }
         let ztunnel = FakeZtunnel::start(&lab.pod("server").netns);
-        let (v4, v6) = (lab.pod("client").ipv4, lab.pod("client").ipv6);
-        for row in ROWS {
-            let mut annotations = row.annotations.to_vec();
-            let client = format!("{v4}/32,{v6}");
-            for (_, value) in &mut annotations {
-                if *value == "CLIENT" {
-                    *value = &client;
-                }
-            }
-            let rules = Rules::default().with_annotations(annotations.iter().copied()).unwrap();
+        let client = [false, true].map(|v6| IpNet::from(lab.pod("client").ip(v6)));
+        for (rules, expected) in rows(&client) {
             capture.install(&lab.pod("server").netns, &rules).unwrap();
-            assert_eq!(captured(case, &lab, &ztunnel).await, row.captured, "{case:?} {:?}", row.annotations);
+            assert_eq!(captured(case, &lab, &ztunnel).await, expected, "{case:?} {rules:?}");
             let drift = capture.verify(&lab.pod("server").netns, &rules).unwrap();
             assert!(drift.is_none(), "{drift}");
         }
@@ -155,7 +150,7 @@ fn virtual_interfaces_send_outgoing_traffic() {
         assert_eq!(taken.original_dst, to);
 
         let rules =
-            Rules::default().with_annotations([("istio.io/reroute-virtual-interfaces", "virt0")]).unwrap();
+            Rules { virtual_interfaces: vec![InterfaceName::new("virt0").unwrap()], ..Rules::default() };
         capture.install(&server.netns, &rules).unwrap();
         let mut stream = dial(&inner.netns, to).await.unwrap();
         greeting(&mut stream).await;

@@ -78,6 +78,12 @@ pub fn app_listener(netns: &Netns, port: u16) -> TcpListener {
     net::listen(netns, wildcard(port), &ListenOptions::default()).unwrap()
 }
 
+/// Listens as ztunnel does, with its mark.
+pub fn ztunnel_listener(netns: &Netns, port: u16) -> TcpListener {
+    let options = ListenOptions { mark: Some(net::ZTUNNEL_MARK), ..ListenOptions::default() };
+    net::listen(netns, wildcard(port), &options).unwrap()
+}
+
 /// Connects as an application of `netns` does.
 pub async fn dial(netns: &Netns, to: SocketAddr) -> Result<TcpStream, io::ErrorKind> {
     net::connect(netns, &plain(), to, Duration::from_secs(3)).await.map_err(|error| error.kind())
@@ -142,8 +148,7 @@ impl FakeZtunnel {
         let this = Self::default();
         let ports = Ports::default();
         for (port, inbound) in [(ports.outbound, false), (ports.inbound_plaintext, true)] {
-            let options = ListenOptions { mark: Some(net::ZTUNNEL_MARK), ..ListenOptions::default() };
-            let listener = net::listen(netns, wildcard(port), &options).unwrap();
+            let listener = ztunnel_listener(netns, port);
             let mut accepting = AcceptLoop::new(listener, Arc::new(AcceptStats::default()));
             let (this, netns) = (this.clone(), netns.clone());
             tokio::spawn(async move {

@@ -3,10 +3,12 @@
 use std::io::ErrorKind;
 
 use capture::{Cut, Direction, Ports, Rules, live_connections};
+use harness::netns::Host;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::fixture::{
     Case, FakeZtunnel, app_listener, dial, each_case, echo, greeting, in_time, start_app, two_nodes,
+    ztunnel_listener,
 };
 
 #[test]
@@ -75,7 +77,7 @@ fn a_tunnel_is_not_redirected() {
         let lab = two_nodes();
         let (server, client) = (lab.pod("server"), lab.pod("client"));
         let ztunnel = FakeZtunnel::start(&server.netns);
-        let hbone = app_listener(&server.netns, Ports::default().inbound_hbone);
+        let hbone = ztunnel_listener(&server.netns, Ports::default().inbound_hbone);
         case.capture().install(&server.netns, &Rules::default()).unwrap();
         let stream = dial(&client.netns, case.addr(server, 15008)).await.unwrap();
         let (_, peer) = hbone.accept().await.unwrap();
@@ -148,5 +150,23 @@ fn what_goes_past_ztunnel_is_listed() {
         assert_eq!(end.unwrap_err().kind(), ErrorKind::ConnectionReset);
         echo(&mut captured, "here too").await;
         echo(&mut second, "and here").await;
+    });
+}
+
+#[test]
+fn a_connection_whose_listener_is_closed_is_still_incoming() {
+    each_case("a_connection_whose_listener_is_closed_is_still_incoming", async |case: Case| {
+        let lab = two_nodes();
+        let (server, client) = (lab.pod("server"), lab.pod("client"));
+        let listener = app_listener(&server.netns, 8080);
+        let _dialled = dial(&client.netns, case.addr(server, 8080)).await.unwrap();
+        let _accepted = listener.accept().await.unwrap();
+        drop(listener);
+        let direction = |pod: &Host| {
+            let live = live_connections(&pod.netns, &Ports::default()).unwrap();
+            live.iter().map(|live| live.direction).collect::<Vec<_>>()
+        };
+        assert_eq!(direction(server), [Direction::Inbound]);
+        assert_eq!(direction(client), [Direction::Outbound]);
     });
 }
