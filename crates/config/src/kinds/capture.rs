@@ -45,6 +45,9 @@ pub struct Exclusions {
     pub include_outbound_ranges: Option<Box<[IpNet]>>,
     /// `excludeInterfaces`: traffic through these interfaces is left alone.
     pub exclude_interfaces: Box<[Str]>,
+    /// `istio.io/reroute-virtual-interfaces`, formerly `kubevirtInterfaces`: interfaces inside the pod, of virtual
+    /// machines and containers in it, whose traffic is the pod's outgoing traffic.
+    pub virtual_interfaces: Box<[Str]>,
 }
 
 /// Ports from `first` to `last`, both included; never 0, never empty.
@@ -67,6 +70,8 @@ pub(super) fn read(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Opti
     for annotation in &metadata.annotations {
         if let Some(name) = annotation.key.strip_prefix(PREFIX) {
             exclusion(name, annotation, &mut capture.exclusions, fields);
+        } else if annotation.key == "istio.io/reroute-virtual-interfaces" {
+            exclusion("kubevirtInterfaces", annotation, &mut capture.exclusions, fields);
         }
     }
     let dns = metadata.boolean_annotation("ambient.istio.io/dns-capture", fields);
@@ -107,13 +112,11 @@ fn exclusion(
             Ok(list) => exclusions.include_outbound_ranges = Some(list.into()),
             Err(message) => annotation.invalid(fields, &message, ""),
         },
-        "excludeInterfaces" => match interfaces(value) {
-            Ok(list) => exclusions.exclude_interfaces = list.into(),
+        "excludeInterfaces" | "kubevirtInterfaces" => match interfaces(value) {
+            Ok(list) if name == "excludeInterfaces" => exclusions.exclude_interfaces = list.into(),
+            Ok(list) => exclusions.virtual_interfaces = list.into(),
             Err(message) => annotation.invalid(fields, &message, ""),
         },
-        "kubevirtInterfaces" => {
-            annotation.invalid(fields, "virtual machines' interfaces are not captured", "remove it");
-        }
         _ => annotation.invalid(fields, "there is no such annotation", "see the list of annotations"),
     }
 }
@@ -160,11 +163,12 @@ fn ranges(value: &str) -> Result<Vec<IpNet>, String> {
 }
 
 fn interfaces(value: &str) -> Result<Vec<Str>, String> {
-    // IFNAMSIZ is 16 with the terminating zero (linux/if.h); `dev_valid_name` refuses '/', ':' and spaces.
+    // IFNAMSIZ is 16 with the terminating zero (linux/if.h). The kernel takes more characters; the languages of nft
+    // and iptables give meaning to them.
     let valid = |name: &str| {
-        name.len() <= 15
+        (1..=15).contains(&name.len())
             && !matches!(name, "." | "..")
-            && name.bytes().all(|b| b.is_ascii_graphic() && !matches!(b, b'/' | b':' | b'"' | b'\\'))
+            && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
     };
     let name = |item: &str| {
         if valid(item) { Ok(item.into()) } else { Err(format!("{item:?} is no name of an interface")) }
@@ -210,7 +214,7 @@ mod tests {
     #[test]
     fn interfaces_are_names_that_the_kernel_takes() {
         assert!(interfaces("eth0,net1").is_ok());
-        for bad in ["a/b", "0123456789abcdef", "..", "a b", "a\"b"] {
+        for bad in ["a/b", "0123456789abcdef", "..", "a b", "a\"b", "eth0;x", "eth+", "é"] {
             assert!(interfaces(bad).is_err(), "{bad}");
         }
     }

@@ -127,9 +127,18 @@ static CONTAINER: Schema = Schema {
         silent("resizePolicy", NODES_WORK),
         silent("restartPolicyRules", NODES_WORK),
         silent("volumeDevices", NODES_WORK),
-        silent("livenessProbe", "the kubelet's probes come from the node and are let through"),
-        silent("readinessProbe", "the kubelet's probes come from the node and are let through"),
-        silent("startupProbe", "the kubelet's probes come from the node and are let through"),
+        silent(
+            "livenessProbe",
+            "the kubelet's probes are connections like any other of the node, until a node agent marks them",
+        ),
+        silent(
+            "readinessProbe",
+            "the kubelet's probes are connections like any other of the node, until a node agent marks them",
+        ),
+        silent(
+            "startupProbe",
+            "the kubelet's probes are connections like any other of the node, until a node agent marks them",
+        ),
         silent("lifecycle", NODES_WORK),
         silent("stdin", NODES_WORK),
         silent("stdinOnce", NODES_WORK),
