@@ -443,6 +443,26 @@ impl<'f, 'n> Fields<'f, 'n> {
         self.context
     }
 
+    /// The same fields, of which none may be null: what a template left empty is not what was left out. For
+    /// mappings whose fields restrict something, where an absent field restricts nothing.
+    #[must_use]
+    pub fn without_nulls(mut self) -> Self {
+        let enforced = self.schema.fields.iter().filter(|f| f.disposition == Disposition::Enforced);
+        enforced.for_each(|field| self.refuse_null(field.name));
+        self
+    }
+
+    /// Reports a field that is there and null.
+    pub fn refuse_null(&mut self, name: &'static str) {
+        let is_null = |e: &&Entry<'n>| e.key == name && e.value.value == Value::Null;
+        if let Some(entry) = self.entries.iter().find(is_null) {
+            let path = Path { parent: Some(&self.path), step: Step::Field(name) };
+            let message = format!("{path}: is empty (null), which would not restrict anything");
+            let remedy = "remove the field or fill it";
+            self.context.report(Code::InvalidValue, entry.position, &path, message, remedy);
+        }
+    }
+
     /// Whether no field is set.
     #[must_use]
     pub fn is_empty(&self) -> bool {

@@ -201,7 +201,7 @@ fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resourc
     });
     let namespace = fields.context().pool.string(metadata.namespace);
     // An absent spec would be an empty one, which refuses everything: too much for half a file to do.
-    let spec = fields.required("spec")?.fields()?;
+    let spec = fields.required("spec")?.fields()?.without_nulls();
     let policy = read(spec, &namespace, dry_run.unwrap_or(false));
     Some(Resource::AuthorizationPolicy(Box::new(policy)))
 }
@@ -307,7 +307,7 @@ fn read_rules(spec: &mut Fields<'_, '_>, namespace: &Str, action: RequestedActio
 }
 
 fn read_rule(cursor: Cursor<'_, '_>, namespace: &Str, action: RequestedAction) -> Option<PolicyRule> {
-    let mut rule = cursor.fields()?;
+    let mut rule = cursor.fields()?.without_nulls();
     let mut clauses = Vec::new();
     let mut beyond = Vec::new();
     for (part, inner) in [("from", "source"), ("to", "operation")] {
@@ -319,6 +319,7 @@ fn read_rule(cursor: Cursor<'_, '_>, namespace: &Str, action: RequestedAction) -
         list.each(|item| {
             let Some(mut fields) = item.fields() else { return };
             let Some(fields) = fields.required(inner).and_then(Cursor::fields) else { return };
+            let fields = fields.without_nulls();
             matches.push(match inner {
                 "source" => read_source(fields, namespace, action, &mut beyond),
                 _ => read_operation(fields, &mut beyond),
@@ -327,7 +328,8 @@ fn read_rule(cursor: Cursor<'_, '_>, namespace: &Str, action: RequestedAction) -
         clauses.push(PolicyClause { matches: matches.into() });
     }
     rule.each("when", |item| {
-        let read = item.fields().and_then(|f| read_condition(f, namespace, action, &mut beyond));
+        let read =
+            item.fields().and_then(|f| read_condition(f.without_nulls(), namespace, action, &mut beyond));
         clauses.extend(read.map(|m| PolicyClause { matches: [m].into() }));
     });
     let read = PolicyRule { clauses: clauses.into() };

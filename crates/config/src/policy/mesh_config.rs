@@ -212,6 +212,8 @@ fn read(mut spec: Fields<'_, '_>, config: &mut MeshConfig) {
     if let Some(cursor) = spec.take("clusterDomain") {
         config.cluster_domain = read_cluster_domain(cursor);
     }
+    // Not as if it were absent: that is ALLOW_ANY.
+    spec.refuse_null("outboundTrafficPolicy");
     if let Some(mut outbound) = spec.object("outboundTrafficPolicy") {
         // The default of the field, which protobuf gives an empty message, is not the default of the mesh.
         config.outbound = outbound.required("mode").and_then(read_outbound);

@@ -76,7 +76,7 @@ pub enum Mode {
 
 fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resource> {
     let created = fields.context().pool.string(metadata.created);
-    let mut spec = fields.required("spec")?.fields()?;
+    let mut spec = fields.required("spec")?.fields()?.without_nulls();
     let selector = read_selector(&mut spec);
     let mode = spec.object("mtls").and_then(read_mode);
     let mut ports = BTreeMap::new();
@@ -103,7 +103,8 @@ fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resourc
     Some(Resource::PeerAuthentication(Box::new(PeerAuthentication { selector, mode, ports, created })))
 }
 
-fn read_mode(mut fields: Fields<'_, '_>) -> Option<Mode> {
+fn read_mode(fields: Fields<'_, '_>) -> Option<Mode> {
+    let mut fields = fields.without_nulls();
     let mut cursor = fields.take("mode")?;
     let node = cursor.node();
     let Some(text) = node.as_str() else {

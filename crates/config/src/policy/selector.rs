@@ -18,7 +18,7 @@ pub static TARGET_REF: Schema = Schema {
 
 /// Reads `selector`. `None` when it is absent or has no labels: then it selects everything.
 pub fn read_selector(spec: &mut Fields<'_, '_>) -> Option<Selector> {
-    let mut fields = spec.object("selector")?;
+    let mut fields = spec.object("selector")?.without_nulls();
     fields.take("matchLabels").and_then(read_labels)
 }
 
@@ -112,7 +112,7 @@ pub fn read_targets(spec: &mut Fields<'_, '_>) -> Vec<Target> {
 }
 
 fn read_target(cursor: Cursor<'_, '_>) -> Option<Target> {
-    let mut fields = cursor.fields()?;
+    let mut fields = cursor.fields()?.without_nulls();
     let group = fields.string("group").unwrap_or_default();
     let name = fields.required("name").and_then(non_empty);
     if let Some(mut namespace) = fields.take("namespace") {

@@ -1,0 +1,123 @@
+//! Faults that were found in review, each by its name.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+use std::net::IpAddr;
+
+use config::compile::Options;
+use config::repository::{Content, Repository};
+use model::{Connection, Mesh};
+
+/// A repository and its mesh, changed file by file.
+struct World {
+    repository: Repository,
+    mesh: Mesh,
+}
+
+impl World {
+    fn new() -> Self {
+        Self { repository: Repository::new(Options::default()), mesh: Mesh::default() }
+    }
+
+    fn of(text: &str) -> Self {
+        let mut world = Self::new();
+        world.set("all.yaml", text);
+        world
+    }
+
+    fn set(&mut self, file: &str, text: &str) {
+        self.change(&[(file, Some(text))]);
+    }
+
+    /// Several files in one batch.
+    fn change(&mut self, files: &[(&str, Option<&str>)]) {
+        for (file, text) in files {
+            let content = text.map_or(Content::Gone, |text| Content::Bytes(text.as_bytes()));
+            self.repository.stage(&(*file).into(), content);
+        }
+        self.mesh = self.mesh.apply(self.repository.commit().changes);
+    }
+
+    /// The codes of all that is said.
+    fn said(&self) -> Vec<String> {
+        let mut said: Vec<_> = self.repository.diagnostics().iter().map(|d| d.code.to_string()).collect();
+        said.sort();
+        said
+    }
+
+    /// Whether a pod, `namespace/name`, lets in a connection from `namespace/account`.
+    fn allows(&self, to: &str, port: u16, from: &str) -> bool {
+        let (namespace, name) = to.split_once('/').unwrap();
+        let named = |w: &&std::sync::Arc<model::Workload>| &*w.namespace == namespace && &*w.name == name;
+        let workload = self.mesh.workloads().find(named).unwrap_or_else(|| panic!("no workload {to}"));
+        let (ns, account) = from.split_once('/').unwrap();
+        let identity = format!("spiffe://cluster.local/ns/{ns}/sa/{account}").parse().unwrap();
+        let peer: IpAddr = "10.9.9.9".parse().unwrap();
+        let connection = Connection::new(Some(identity), peer, (workload.addresses[0], port).into());
+        self.mesh.authorize(workload, &connection).outcome.is_ok()
+    }
+}
+
+/// The objects as documents of one file.
+fn file(objects: &[&str]) -> String {
+    objects.join("---\n")
+}
+
+fn namespace(name: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: Namespace\nmetadata: {{name: {name}, labels: {{istio.io/dataplane-mode: ambient}}}}\n"
+    )
+}
+
+fn pod(namespace: &str, name: &str, ip: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}, labels: {{app: {name}}}}}\nstatus: \
+         {{podIP: {ip}}}\n"
+    )
+}
+
+fn policy(kind: &str, namespace: &str, name: &str, spec: &str) -> String {
+    format!(
+        "apiVersion: security.istio.io/v1\nkind: {kind}\nmetadata: {{name: {name}, namespace: {namespace}}}\nspec: \
+         {spec}\n"
+    )
+}
+
+#[test]
+fn a_null_in_a_policy_is_not_taken_for_a_field_that_is_absent() {
+    for spec in [
+        "{rules: [{from: , to: [{operation: {ports: ['8080']}}]}]}",
+        "{rules: [{from: [{source: {namespaces: ['*'], principals: null}}]}]}",
+        "{rules: [{to: [{operation: {ports: ['80'], methods: }}]}]}",
+        "{rules: [{when: [{key: source.ip, values: [10.0.0.0/8], notValues: }]}]}",
+        "{rules: [{when: , from: [{source: {namespaces: [a]}}]}]}",
+        "{selector: {matchLabels: }, rules: [{}]}",
+        "{selector: , rules: [{}]}",
+        "{action: , rules: [{}]}",
+        "{targetRefs: , rules: [{}]}",
+        "{rules: }",
+    ] {
+        let mut world = World::of(&file(&[
+            &namespace("shop"),
+            &pod("shop", "cart", "10.0.0.1"),
+            &policy("AuthorizationPolicy", "shop", "closed", "{}"),
+        ]));
+        world.set("new.yaml", &policy("AuthorizationPolicy", "shop", "new", spec));
+        assert!(world.said().contains(&"invalid-value".to_owned()), "{spec}: {:?}", world.said());
+        assert!(!world.allows("shop/cart", 8080, "evil/mal"), "{spec}");
+    }
+    let strict = "{mtls: {mode: STRICT}}";
+    for spec in [
+        "{mtls: }",
+        "{mtls: {mode: }}",
+        "{selector: , mtls: {mode: PERMISSIVE}}",
+        "{selector: {matchLabels: }, mtls: {mode: PERMISSIVE}}",
+        "{selector: {matchLabels: {app: x}}, mtls: {mode: STRICT}, portLevelMtls: }",
+    ] {
+        let mut world = World::of(&policy("PeerAuthentication", "shop", "p", strict));
+        world.set("all.yaml", &policy("PeerAuthentication", "shop", "p", spec));
+        assert_eq!(world.said(), ["invalid-value", "last-good-version"], "{spec}");
+    }
+    let settings = "apiVersion: mesh.istio.io/v1alpha1\nkind: MeshConfig\nmetadata: {name: m}\nspec: ";
+    let world = World::of(&format!("{settings}{{outboundTrafficPolicy: }}\n"));
+    assert_eq!(world.said(), ["invalid-value"]);
+}
