@@ -121,3 +121,35 @@ fn a_null_in_a_policy_is_not_taken_for_a_field_that_is_absent() {
     let world = World::of(&format!("{settings}{{outboundTrafficPolicy: }}\n"));
     assert_eq!(world.said(), ["invalid-value"]);
 }
+
+/// A ServiceEntry of the namespace `shop`, made in a year.
+fn entry_of(name: &str, year: u16, spec: &str) -> String {
+    format!(
+        "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{name: {name}, namespace: shop, \
+         creationTimestamp: '{year}-01-01T00:00:00Z'}}\nspec: {spec}\n"
+    )
+}
+
+#[test]
+fn policies_of_selected_pods_follow_who_owns_a_host() {
+    let spec = "{hosts: [h.example.com], ports: [{number: 80, name: http}], resolution: STATIC, workloadSelector: \
+                {labels: {app: cart}}}";
+    let older = entry_of("a", 2020, spec);
+    let deny = policy(
+        "AuthorizationPolicy",
+        "shop",
+        "deny",
+        "{action: DENY, rules: [{}], targetRefs: [{group: networking.istio.io, kind: ServiceEntry, name: a}]}",
+    );
+    let mut world = World::of(&file(&[
+        &namespace("shop"),
+        &pod("shop", "cart", "10.0.0.1"),
+        &entry_of("b", 2021, spec),
+        &deny,
+    ]));
+    assert!(world.allows("shop/cart", 80, "shop/web"), "the policy's target defines nothing yet");
+    world.set("a.yaml", &older);
+    assert!(!world.allows("shop/cart", 80, "shop/web"), "the older entry has the host now");
+    world.change(&[("a.yaml", None)]);
+    assert!(world.allows("shop/cart", 80, "shop/web"), "the younger one has it again");
+}

@@ -101,15 +101,17 @@ impl Compiler {
     }
 
     /// Has the endpoints that entries name looked at again when another definition of a service is in force.
-    pub(super) fn change_owner(&mut self, key: &ServiceKey, old: Option<ObjectKey>) {
+    /// Whether one is.
+    pub(super) fn change_owner(&mut self, key: &ServiceKey, old: Option<ObjectKey>) -> bool {
         let new = self.services.get(key).and_then(|e| e.definitions.first()).map(|(by, _)| by.clone());
         if old == new {
-            return;
+            return false;
         }
         let entries = old.into_iter().chain(new).filter(|by| by.kind == Kind::ServiceEntry);
         let made: Vec<Id> =
             entries.filter_map(|by| self.made_instances.get(&by)).flatten().copied().collect();
         made.into_iter().for_each(|id| self.mark_with_holders(id));
+        true
     }
 
     /// Marks an instance and those that share an address with it: the one that has it takes over its services.

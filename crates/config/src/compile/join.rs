@@ -400,7 +400,7 @@ impl Compiler {
             }
         }
         let new = self.services.get(key).and_then(|e| e.definitions.first()).map(|(_, d)| d.clone());
-        self.change_owner(key, old_owner);
+        let owner_changed = self.change_owner(key, old_owner);
         let area = self.area(&key.namespace);
         if new.is_some() {
             area.services.insert(key.clone());
@@ -408,10 +408,7 @@ impl Compiler {
             area.services.remove(key);
         }
         self.dirty_services.insert(key.clone());
-        self.reselect(key, old.as_ref(), new.as_ref());
-        if old.as_ref().map(|d| &d.waypoint) != new.as_ref().map(|d| &d.waypoint) {
-            self.mark_behind(by);
-        }
+        self.reselect(key, old.as_ref(), new.as_ref(), owner_changed);
         self.readdress(key, old.as_ref(), new.as_ref());
         let slices: Vec<ObjectKey> = self.slices_of.get(key).into_iter().flatten().cloned().collect();
         for slice in slices {
@@ -420,17 +417,27 @@ impl Compiler {
         self.drop_unused_area(&key.namespace);
     }
 
-    fn reselect(&mut self, key: &ServiceKey, old: Option<&Definition>, new: Option<&Definition>) {
-        let relevant = |d: &Definition| (d.selector.clone(), d.ports.clone());
-        if old.map(relevant) == new.map(relevant) {
+    /// Follows a change of which instances a service selects, and of what follows for these: their ports, and the
+    /// policies for the service, which are those for its owner and its waypoint.
+    fn reselect(
+        &mut self,
+        key: &ServiceKey,
+        old: Option<&Definition>,
+        new: Option<&Definition>,
+        owner_changed: bool,
+    ) {
+        let indexed = |d: &Definition| (d.selector.clone(), d.ports.clone());
+        let reindex = old.map(indexed) != new.map(indexed);
+        if !reindex && !owner_changed && old.map(|d| &d.waypoint) == new.map(|d| &d.waypoint) {
             return;
         }
-        if let Some(selector) = old.and_then(|d| d.selector.as_ref()) {
-            self.area(&key.namespace).remove_selector(selector, key);
-            self.mark_selected(&key.namespace, selector);
+        let (old, new) = (old.and_then(|d| d.selector.as_ref()), new.and_then(|d| d.selector.as_ref()));
+        if reindex {
+            let area = self.area(&key.namespace);
+            old.into_iter().for_each(|selector| area.remove_selector(selector, key));
+            new.into_iter().for_each(|selector| area.insert_selector(selector, key));
         }
-        if let Some(selector) = new.and_then(|d| d.selector.as_ref()) {
-            self.area(&key.namespace).insert_selector(selector, key);
+        for selector in old.into_iter().chain(new.filter(|new| old != Some(new))) {
             self.mark_selected(&key.namespace, selector);
         }
     }
