@@ -24,6 +24,7 @@ pub fn routes(routes: Routes, proxy: &Arc<Proxy>, node: &Arc<Node>) -> Routes {
             let mut dump = dump::config(&proxy.state.mesh_owned(), &proxy.tls.dump());
             if let Value::Object(fields) = &mut dump {
                 fields.insert("pods".to_owned(), node.dump());
+                fields.insert("leaving".to_owned(), node.dump_leaving());
                 fields.insert("diagnostics".to_owned(), node.diagnostics());
             }
             Response::json(&dump)

@@ -43,6 +43,16 @@ fn connections(gauge: Register<'_>, counter: Register<'_>) {
         Box::new(|p, _| p.registry.open_count() as u64),
     );
     gauge("istio_active_proxy_count", "Pods whose traffic is carried", Box::new(|_, n| n.counts().0 as u64));
+    gauge(
+        "culvert_pods_leaving",
+        "Pods that left the mesh and are still redirected for their open connections",
+        Box::new(|_, n| n.leaving_counts().0 as u64),
+    );
+    gauge(
+        "culvert_pods_not_released",
+        "Pods that left the mesh and whose redirection could not be removed: their traffic is refused",
+        Box::new(|_, n| n.leaving_counts().1 as u64),
+    );
     gauge("istio_pending_proxy_count", "Pods that wait to be enrolled", Box::new(|_, n| n.counts().1 as u64));
     counter("istio_proxies_started", "Pods that were enrolled", Box::new(|_, n| n.totals().0));
     counter("istio_proxies_stopped", "Pods that were un-enrolled", Box::new(|_, n| n.totals().1));

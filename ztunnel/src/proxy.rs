@@ -25,7 +25,7 @@ use std::time::Duration;
 use balance::Balancer;
 use hbone::PumpLimits;
 use identity::PeerInfo;
-use model::{Connection, Mesh, NetworkAddress, OriginalDst, Str, Workload};
+use model::{Connection, Mesh, NetworkAddress, OriginalDst, SpiffeId, Str, Workload};
 use net::AcceptStats;
 use process::logs::{AccessLog, AccessRecord, Refusal};
 use process::metrics::tcp::TcpMetrics;
@@ -216,17 +216,17 @@ impl Proxy {
     }
 
     /// Whether an outbound connection may still go on: the settings may have come to forbid unknown addresses,
-    /// or the source's identity may have changed.
+    /// or the source's identity may have changed. `identity` is the one that it was opened with.
     pub fn recheck_outbound(
         &self,
         pod: &LocalPod,
+        identity: SpiffeId,
         dialled: OriginalDst,
         route: &Route,
         peer: Option<Arc<PeerInfo>>,
     ) -> Recheck {
         let (state, tls, uid) = (self.state.clone(), self.tls.clone(), pod.uid.clone());
         let unknown = matches!(route, Route::Plain { why: resolve::NoTunnel::UnknownAddress, .. });
-        let identity = state.mesh().workload(&pod.uid).and_then(|w| w.identity().ok());
         let peer = peer.and_then(|peer| match route {
             Route::Tunnel { hbone, .. } => Some((peer, hbone.ip())),
             _ => None,
@@ -238,7 +238,7 @@ impl Proxy {
             }
             let mesh = state.mesh();
             let source = mesh.workload(&uid)?;
-            if identity.is_some() && source.identity().ok() != identity {
+            if source.identity().as_ref() != Ok(&identity) {
                 return Some("the pod's identity changed".to_owned());
             }
             let refused = unknown

@@ -32,6 +32,10 @@ pub struct Flags {
     /// Directory on a tmpfs that only root can enter: keeps certificates over a restart
     #[arg(long, env = "CULVERT_KEY_DIR", value_name = "DIR")]
     pub key_dir: Option<PathBuf>,
+    /// Directory of what the next process has to know of this one: which pods are captured. Best on a file system that
+    /// is empty after a restart of the machine
+    #[arg(long, env = "CULVERT_STATE_DIR", value_name = "DIR", default_value = "/run/culvert")]
+    pub state_dir: PathBuf,
     /// How pods' traffic is redirected: auto, nftables, iptables-nft or iptables-legacy
     #[arg(long, env = "CULVERT_CAPTURE", default_value = "auto", value_name = "BACKEND")]
     pub capture: String,

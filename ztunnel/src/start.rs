@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use config::compile::EnrolmentChange;
 use identity::{
     CaDirectory, CertificateSettings, Certificates, Clock, KeyStore, LocalIssuer, LocalIssuerSettings,
     Validity,
@@ -20,12 +19,11 @@ use process::runtimes::{self, Workers};
 use process::shutdown::Shutdown;
 use process::{admin as pages, http};
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::connections::Registry;
 use crate::dns::{DnsMetrics, DnsProxy, DnsSettings, Upstreams};
-use crate::node::{Node, RECONCILE_INTERVAL};
+use crate::node::{Node, Record, Work};
 use crate::proxy::Proxy;
 use crate::proxy::dialer::Tunnels;
 use crate::proxy::handshakes::Handshakes;
@@ -41,8 +39,8 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(120);
 const RENEWAL_INTERVAL: Duration = Duration::from_secs(1);
 /// For connections that are cut at the end to be reset.
 const LAST_MOMENT: Duration = Duration::from_secs(2);
-/// Changes of enrolments that may wait; the source of configuration waits then.
-const ENROLMENT_QUEUE: usize = 64;
+/// For the work on pods that is under way at the end: programs that change rules have their own limit.
+const WORK_LIMIT: Duration = Duration::from_secs(30);
 
 /// Runs until a signal, or the admin port, ends the process in good order.
 ///
@@ -82,7 +80,9 @@ async fn serve(
     let registry = Metrics::new();
     let proxy = Arc::new(proxy(state, tls, &registry, settings, logs, &shutdown, workers));
     let (capture, dns) = (capture(flags)?, dns(&proxy, &registry));
-    let node = Arc::new(Node::new(proxy.clone(), capture, dns, upstreams(flags)?, workers.clone()));
+    let record = Record::open(&flags.state_dir, &flags.node)?;
+    let node = Node::new(proxy.clone(), capture, record, dns, upstreams(flags)?, workers.clone());
+    let node = Arc::new(node);
 
     register_process(&registry);
     build_info(&registry, "ztunnel", env!("CARGO_PKG_VERSION"));
@@ -96,18 +96,27 @@ async fn serve(
 
     node.set_diagnostics(source.diagnostics());
     configured.holds();
-    let (enrolments, pods) = mpsc::channel(ENROLMENT_QUEUE);
-    let _ = enrolments.send(first.enrolments).await; // the receiver is `pods`
-    tokio::spawn(look_after_pods(pods, node.clone(), enrolled));
+    let work = Arc::new(Work::default());
+    work.add(first.enrolments);
+    work.recheck();
+    let pods = tokio::spawn(node.clone().run(work.clone(), move |node| match node.ready() {
+        Ok(()) => enrolled.holds(),
+        Err(reason) => enrolled.fails(reason),
+    }));
     tokio::spawn(look_after(proxy.clone()));
     tokio::spawn(follow_trust(proxy.clone(), workers.clone()));
-    tokio::spawn(follow(source, proxy.clone(), node.clone(), enrolments));
+    tokio::spawn(follow(source, proxy.clone(), node.clone(), work.clone()));
 
     let left = shutdown.finished().await;
     if left > 0 {
         tracing::warn!(connections = left, "the grace period is over; cutting what is left");
     }
     cut_all(&proxy).await;
+    // A pod that is being enrolled would be overlooked.
+    work.close();
+    if tokio::time::timeout(WORK_LIMIT, pods).await.is_err() {
+        tracing::error!("the work on pods does not end; what it does now is not cleaned up");
+    }
     if flags.cleanup {
         node.clean_up().await;
     }
@@ -223,9 +232,8 @@ struct Ports {
 impl Ports {
     async fn bind(settings: &process::settings::Settings) -> anyhow::Result<Self> {
         async fn on(what: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
-            TcpListener::bind(address).await.with_context(|| {
-                format!("{what} port: listen on {address} (--{what}-address chooses another)")
-            })
+            let listening = http::listen(address).await;
+            listening.with_context(|| format!("{what} port (--{what}-address chooses another)"))
         }
         Ok(Self {
             admin: on("admin", settings.admin).await?,
@@ -242,12 +250,7 @@ impl Ports {
 }
 
 /// Puts each change of the configuration in force.
-async fn follow(
-    mut source: Source,
-    proxy: Arc<Proxy>,
-    node: Arc<Node>,
-    enrolments: mpsc::Sender<Vec<EnrolmentChange>>,
-) {
+async fn follow(mut source: Source, proxy: Arc<Proxy>, node: Arc<Node>, work: Arc<Work>) {
     loop {
         let change = source.next().await;
         let before = proxy.state.mesh().policy_generation();
@@ -255,23 +258,18 @@ async fn follow(
         proxy.tls.bundle().set_trust_domains(mesh.settings().trust_domains.clone());
         node.set_diagnostics(source.diagnostics());
         if mesh.policy_generation() != before {
-            recheck(&proxy, &node).await;
+            let cut = proxy.registry.recheck();
+            if cut > 0 {
+                tracing::info!(connections = cut, "cut connections that are no longer allowed");
+            }
+            work.recheck();
         }
-        // Enrolling takes its time; policies don't wait for it.
-        if !change.enrolments.is_empty() && enrolments.send(change.enrolments).await.is_err() {
-            return; // the process ends
+        if !change.enrolments.is_empty() {
+            work.add(change.enrolments);
         }
         proxy.balancer.sweep(proxy.started.elapsed(), |key| mesh.service(key).is_some());
         tracing::debug!(generation = mesh.generation(), "configuration in force");
     }
-}
-
-async fn recheck(proxy: &Proxy, node: &Node) {
-    let cut = proxy.registry.recheck();
-    if cut > 0 {
-        tracing::info!(connections = cut, "cut connections that are no longer allowed");
-    }
-    node.recheck_adopted().await;
 }
 
 /// When the roots change, pooled connections are made anew, which proves both ends to each other again; what is
@@ -302,28 +300,6 @@ async fn follow_trust(proxy: Arc<Proxy>, workers: Arc<Workers>) {
         let cut = proxy.registry.recheck();
         if cut > 0 {
             tracing::warn!(connections = cut, "cut connections whose peer is no longer trusted");
-        }
-    }
-}
-
-/// Enrols this node's pods and lets them go, and looks after those that are enrolled.
-async fn look_after_pods(
-    mut changes: mpsc::Receiver<Vec<EnrolmentChange>>,
-    node: Arc<Node>,
-    enrolled: process::readiness::Condition,
-) {
-    let mut reconcile = tokio::time::interval(RECONCILE_INTERVAL);
-    loop {
-        tokio::select! {
-            change = changes.recv() => match change {
-                Some(change) => node.apply(change).await,
-                None => return,
-            },
-            _ = reconcile.tick() => node.reconcile().await,
-        }
-        match node.ready() {
-            Ok(()) => enrolled.holds(),
-            Err(reason) => enrolled.fails(reason),
         }
     }
 }

@@ -63,6 +63,7 @@ impl Ztunnel {
         let keys = lab.dir().join(format!("keys-{}", node.name()));
         DirBuilder::new().mode(0o700).recursive(true).create(&keys)?;
         argv.extend(["--key-dir".to_owned(), text(&keys)]);
+        argv.extend(["--state-dir".to_owned(), text(&lab.dir().join("state"))]);
         argv.extend(options.more.iter().cloned());
         let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
         let log = lab.dir().join(format!("ztunnel-{}.log", node.name()));

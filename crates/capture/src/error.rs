@@ -78,6 +78,15 @@ pub enum Error {
         /// How long it was given.
         limit: Duration,
     },
+    /// A back-end that was in use before does not work here any more.
+    #[error("{backend} is not available here: {missing}")]
+    Unavailable {
+        /// Which.
+        backend: crate::Backend,
+        /// What it lacks.
+        #[source]
+        missing: Box<Missing>,
+    },
     /// The kernel refused a policy rule, a route, or another request of ours.
     #[error("cannot {action} in {netns}: {source}")]
     Netlink {

@@ -15,6 +15,9 @@ pub enum Failure {
     /// Somebody dialled a listener of ztunnel itself.
     #[error("{0} is a listener of ztunnel, not a destination")]
     Loop(std::net::SocketAddr),
+    /// Somebody beside the pod sent a packet for an address that is not on its wire.
+    #[error("{0} can't be reached from outside of the pod")]
+    NotReachable(std::net::SocketAddr),
     /// There is nowhere to go.
     #[error(transparent)]
     Refused(#[from] Refusal),

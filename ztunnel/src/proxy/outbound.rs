@@ -34,7 +34,13 @@ pub async fn handle(proxy: Arc<Proxy>, pod: Arc<LocalPod>, client: TcpStream, pe
     match Box::pin(outbound.open()).await {
         Ok((route, upstream)) => {
             let story = outbound.story(Some(&route), route_words(&route));
-            let recheck = proxy.recheck_outbound(&pod, outbound.dialled, &route, upstream.peer());
+            let recheck = proxy.recheck_outbound(
+                &pod,
+                outbound.identity.clone(),
+                outbound.dialled,
+                &route,
+                upstream.peer(),
+            );
             let carried = upstream.with(client);
             proxy.carry(story, recheck, carried, (outbound.place, route)).await;
         }

@@ -15,7 +15,7 @@ use crate::proxy::failure::Failure;
 
 /// Carries one captured connection from `peer` to its end.
 pub async fn handle(proxy: Arc<Proxy>, pod: Arc<LocalPod>, client: TcpStream, peer: SocketAddr) {
-    let dialled = match proxy.captured(&client, peer) {
+    let dialled = match proxy.captured(&client, peer).and_then(reachable) {
         Ok(dialled) => dialled,
         Err(failure) => return proxy.refuse_early(client, Direction::Inbound, peer, &failure),
     };
@@ -34,6 +34,17 @@ pub async fn handle(proxy: Arc<Proxy>, pod: Arc<LocalPod>, client: TcpStream, pe
         }
         Err(failure) => proxy.refuse(client, story, &failure),
     }
+}
+
+/// What could be reached without the redirection too. It comes before the kernel's check of addresses that don't belong on
+/// a wire: a neighbour's packet for 127.0.0.1 gets here.
+fn reachable(dialled: OriginalDst) -> Result<OriginalDst, Failure> {
+    let address = dialled.socket_addr();
+    let ip = address.ip().to_canonical();
+    if ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() {
+        return Err(Failure::NotReachable(address));
+    }
+    Ok(dialled)
 }
 
 type Decided = (Story, Result<Permit, Failure>);

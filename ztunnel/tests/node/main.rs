@@ -19,6 +19,7 @@ mod enrolment;
 mod externals;
 mod files;
 mod floods;
+mod gaps;
 mod lab;
 mod machine;
 mod policies;

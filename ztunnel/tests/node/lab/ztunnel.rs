@@ -63,9 +63,12 @@ impl Ztunnel {
         let mut words = options.wrapper.iter().map(String::as_str).chain([env!("CARGO_BIN_EXE_ztunnel")]);
         let mut command = Command::new(words.next().unwrap());
         command.args(words).args(["--node", &host.name, "--dns-upstream", "127.0.0.1:5399"]);
-        for (flag, path) in
-            [("--config-dir", dir.join("manifests")), ("--ca-dir", dir.join("ca")), ("--key-dir", keys)]
-        {
+        for (flag, path) in [
+            ("--config-dir", dir.join("manifests")),
+            ("--ca-dir", dir.join("ca")),
+            ("--key-dir", keys),
+            ("--state-dir", dir.join("state")),
+        ] {
             command.arg(flag).arg(path);
         }
         command.args(&options.arguments);

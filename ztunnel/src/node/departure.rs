@@ -1,0 +1,202 @@
+//! Pods that leave the mesh, and what earlier processes left behind.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use capture::{Backend, Rules};
+use net::Netns;
+use net::netns::OpenError;
+use tokio::time::Instant;
+
+use super::enrol::flatten;
+use super::slot::{PodState, Slot};
+use super::{Node, RECONCILE_INTERVAL};
+use crate::proxy::pod::LocalPod;
+
+/// A pod that left the mesh and still has our redirection.
+pub(super) struct Leaving {
+    /// `namespace/name`.
+    pub(super) pod: Arc<str>,
+    pub(super) netns: Netns,
+    /// With the open connections that go on.
+    pub(super) local: Option<Arc<LocalPod>>,
+    /// Why the redirection is still there, if it should not be.
+    pub(super) trouble: Option<String>,
+    failures: u32,
+    retry_at: Instant,
+}
+
+impl Leaving {
+    fn new(pod: Arc<str>, netns: Netns, local: Option<Arc<LocalPod>>) -> Self {
+        Self { pod, netns, local, trouble: None, failures: 0, retry_at: Instant::now() }
+    }
+
+    fn is_due(&self, now: Instant) -> bool {
+        self.retry_at <= now && self.local.as_ref().is_none_or(|local| local.open() == 0)
+    }
+}
+
+impl Node {
+    /// Takes a pod out of the mesh: no more redirection, then no more listeners. Open connections go on.
+    pub(super) async fn un_enrol(&self, slot: Slot) {
+        let Slot { enrolment, state } = slot;
+        let pod: Arc<str> = format!("{}/{}", enrolment.namespace, enrolment.name).into();
+        let enrolled = match state {
+            PodState::Enrolled(enrolled) => enrolled,
+            PodState::Pending { .. } => {
+                // A namespace that is gone has no rules either.
+                if let Ok(netns) = Netns::open(&enrolment.netns) {
+                    self.release(Leaving::new(pod, netns, None)).await;
+                }
+                return;
+            }
+        };
+        self.stopped.fetch_add(1, Ordering::Relaxed);
+        let (local, rules) = (enrolled.pod.clone(), Rules { leaving: true, ..enrolled.rules.clone() });
+        self.proxy.tunnels.retire(|key| key.netns == local.netns);
+        let open = local.open();
+        let leaving = Leaving::new(pod, local.netns.clone(), Some(local));
+        if open == 0 {
+            self.release(leaving).await;
+        } else {
+            self.leave(leaving, rules, open).await;
+        }
+        enrolled.close().await;
+    }
+
+    /// Captures nothing new of a pod that left, and keeps up what its open connections need.
+    async fn leave(&self, leaving: Leaving, rules: Rules, connections: usize) {
+        if self.is_claimed(&leaving.netns).is_ok_and(|claimed| !claimed) {
+            let (capture, netns, pod) = (self.capture.clone(), leaving.netns.clone(), &leaving.pod);
+            match flatten(tokio::task::spawn_blocking(move || capture.install(&netns, &rules)).await) {
+                Ok(_) => tracing::info!(%pod, connections, "pod leaves; its connections go on"),
+                Err(error) => tracing::error!(%pod, %error, "the pod's new connections are refused"),
+            }
+        }
+        self.leaving().push(leaving);
+    }
+
+    /// The pod as it was before it left, if it has open connections of that time.
+    pub(super) fn returning(&self, uid: &str, netns: &Netns) -> Option<Arc<LocalPod>> {
+        let leaving = self.leaving();
+        let locals = leaving.iter().filter_map(|leaving| leaving.local.as_ref());
+        locals.into_iter().find(|local| *local.uid == *uid && local.netns.same(netns)).cloned()
+    }
+
+    /// The pod is back.
+    pub(super) fn returned(&self, netns: &Netns) {
+        self.leaving().retain(|leaving| !leaving.netns.same(netns));
+    }
+
+    /// Removes the redirection of a namespace, unless it is another pod's by now: removed, it would leave that one
+    /// open until it is restored. What fails is tried again.
+    async fn release(&self, mut leaving: Leaving) {
+        let pod = leaving.pod.clone();
+        let error = match self.is_claimed(&leaving.netns) {
+            Ok(true) => {
+                tracing::info!(%pod, netns = %leaving.netns, "pod un-enrolled; another has its network namespace");
+                return;
+            }
+            Ok(false) => {
+                let (capture, record, netns) =
+                    (self.capture.clone(), self.record.clone(), leaving.netns.clone());
+                let removal = tokio::task::spawn_blocking(move || {
+                    let removed = capture.remove(&netns);
+                    if removed.is_ok() {
+                        record.forget(&netns);
+                    }
+                    removed
+                });
+                match flatten(removal.await) {
+                    Ok(_) => {
+                        tracing::info!(%pod, "pod un-enrolled");
+                        return;
+                    }
+                    Err(error) => error.to_string(),
+                }
+            }
+            Err(error) => error.to_string(),
+        };
+        if leaving.failures == 0 {
+            tracing::error!(
+                %pod, error,
+                "the pod's redirection could not be removed: its traffic is refused; trying again"
+            );
+        }
+        leaving.retry_at = Instant::now() + RECONCILE_INTERVAL * 2_u32.pow(leaving.failures.min(6));
+        leaving.failures += 1;
+        leaving.trouble = Some(error);
+        self.leaving().push(leaving);
+    }
+
+    /// Removes what is left of the redirection of pods that left the mesh and have no open connections any more.
+    pub(super) async fn release_left(&self) {
+        let now = Instant::now();
+        let over: Vec<_> = self.leaving().extract_if(.., |leaving| leaving.is_due(now)).collect();
+        for leaving in over {
+            self.release(leaving).await;
+        }
+    }
+
+    /// Removes the redirection that an earlier process has left in pods which are not in the mesh any more.
+    pub(super) async fn release_unclaimed(&self) {
+        let record = self.record.clone();
+        let standing = tokio::task::spawn_blocking(move || record.standing()).await.unwrap_or_default();
+        for (netns, entry) in standing {
+            if self.is_claimed(&netns).is_ok_and(|claimed| claimed) {
+                continue;
+            }
+            tracing::info!(pod = entry.pod, "left the mesh while no ztunnel ran");
+            let other = entry.backend.parse().ok().filter(|backend| *backend != self.capture.backend());
+            if let Some(backend) = other {
+                let target = netns.clone();
+                let removal = tokio::task::spawn_blocking(move || remove_of(backend, &target));
+                if let Err(error) = flatten(removal.await) {
+                    tracing::error!(pod = entry.pod, %backend, %error, "the redirection of another back-end stays");
+                    continue;
+                }
+            }
+            self.release(Leaving::new(entry.pod.into(), netns, None)).await;
+        }
+    }
+
+    /// Whether a pod that is or should be enrolled has this namespace.
+    ///
+    /// # Errors
+    /// The namespace of some pod can't be seen: it could be this one.
+    fn is_claimed(&self, netns: &Netns) -> Result<bool, OpenError> {
+        for slot in self.pods().values() {
+            if let PodState::Enrolled(enrolled) = &slot.state
+                && enrolled.pod.netns.same(netns)
+            {
+                return Ok(true);
+            }
+            match Netns::open(&slot.enrolment.netns) {
+                Ok(its) if its.same(netns) => return Ok(true),
+                Ok(_) | Err(OpenError::Vanished { .. } | OpenError::NotANamespace { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(false)
+    }
+
+    /// Removes the redirection from all pods: they are outside the mesh from then on.
+    pub async fn clean_up(&self) {
+        let slots: Vec<Slot> = self.pods().drain().map(|(_, slot)| slot).collect();
+        for slot in slots {
+            self.un_enrol(slot).await;
+        }
+        let left = std::mem::take(&mut *self.leaving());
+        for leaving in left {
+            self.release(leaving).await;
+        }
+    }
+}
+
+/// Removes what a back-end that is not in use has left.
+pub(super) fn remove_of(backend: Backend, netns: &Netns) -> Result<bool, capture::Error> {
+    match capture::probe(backend, &capture::Tools::default()) {
+        Ok(other) => other.remove(netns),
+        Err(missing) => Err(capture::Error::Unavailable { backend, missing: Box::new(missing) }),
+    }
+}

@@ -1,0 +1,269 @@
+//! Enrolment: listeners, redirection, and the connections that lived before.
+
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use capture::{Include, InterfaceName, PortRange, Rules};
+use config::compile::Enrolment;
+use model::Str;
+use net::{DatagramOptions, ListenOptions, Netns, ProxyUdpSocket};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::runtime::Handle;
+use tokio::task::AbortHandle;
+use tokio::time::Instant;
+
+use super::Node;
+use super::adopted::before;
+use super::departure::remove_of;
+use super::slot::{Enrolled, VERIFY_INTERVAL, Verified};
+use crate::dns;
+use crate::proxy::pod::LocalPod;
+use crate::proxy::{self, DNS_PORT, HBONE_PORT, OUTBOUND_PORT, PLAINTEXT_PORT, Proxy};
+
+/// Why a pod is not enrolled.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum EnrolError {
+    #[error("network namespace: {0}")]
+    Netns(#[from] net::netns::OpenError),
+    #[error("{0}")]
+    Socket(#[from] net::SocketError),
+    #[error("a listener for each thread: {0}")]
+    Listener(#[source] std::io::Error),
+    #[error("redirection: {0}")]
+    Capture(#[from] capture::Error),
+    #[error("the network namespace is ztunnel's own: to capture its traffic would be to cut the node off")]
+    Own,
+    #[error("{0} is not a valid exclusion")]
+    Exclusion(String),
+    #[error("the task of the enrolment failed: {0}")]
+    Task(#[from] tokio::task::JoinError),
+}
+
+impl Node {
+    /// Listeners, then redirection, then the connections that lived before.
+    pub(super) async fn enrol(&self, enrolment: &Enrolment) -> Result<Enrolled, EnrolError> {
+        let netns = Netns::open(&enrolment.netns)?;
+        if netns.same(&Netns::current()?) {
+            return Err(EnrolError::Own);
+        }
+        let name = format!("{}/{}", enrolment.namespace, enrolment.name);
+        let returning = self.returning(&enrolment.uid, &netns);
+        let is_back = returning.is_some();
+        let pod = returning.unwrap_or_else(|| Arc::new(LocalPod::new(enrolment.uid.clone(), netns.clone())));
+        self.prepare_certificate(&pod);
+        // Closes what listens already when something fails from here on.
+        let mut enrolled = Enrolled {
+            accepting: Vec::new(),
+            pod: pod.clone(),
+            rules: Rules::default(),
+            ipv6: capture::Ipv6::Absent,
+            verify_at: Instant::now() + VERIFY_INTERVAL,
+            trouble: None,
+            adopted: Vec::new(),
+            drifts: 0,
+        };
+        let ready = rules(enrolment).and_then(|rules| {
+            enrolled.rules = rules;
+            self.listen(&mut enrolled.accepting, &pod, enrolment)
+        });
+        // Also when it isn't: the pod is closed then, and not open.
+        let (capture, record, rules) = (self.capture.clone(), self.record.clone(), enrolled.rules.clone());
+        let installed = tokio::task::spawn_blocking(move || {
+            let other = record.note(&netns, &name, capture.backend());
+            let mut installed = capture.install(&netns, &rules)?;
+            if let Some(other) = other {
+                tracing::info!(pod = name, %other, "removing the redirection of another back-end");
+                remove_of(other, &netns)?;
+                // They share routes.
+                installed = capture.install(&netns, &rules)?;
+            }
+            Ok::<_, capture::Error>((installed, before(&netns, &rules)))
+        });
+        let (installed, adopted) = flatten(installed.await)?;
+        ready?;
+        (enrolled.ipv6, enrolled.adopted) = (installed.ipv6, adopted);
+        if is_back {
+            self.returned(&pod.netns);
+            // Policies may have changed while it was no workload of the mesh.
+            self.proxy.registry.recheck();
+        }
+        self.started.fetch_add(1, Ordering::Relaxed);
+        tracing::info!(
+            pod = %format_args!("{}/{}", enrolment.namespace, enrolment.name),
+            netns = %enrolment.netns.display(),
+            backend = self.capture.backend().as_str(),
+            ipv6 = ?enrolled.ipv6,
+            connections_alive = enrolled.adopted.len(),
+            "pod enrolled"
+        );
+        Ok(enrolled)
+    }
+
+    /// Has the pod's certificate issued, so that its first connection need not wait for it.
+    fn prepare_certificate(&self, pod: &LocalPod) {
+        let workload = pod.workload(&self.proxy.state.mesh());
+        let Some(id) = workload.ok().and_then(|w| w.identity().ok()) else { return };
+        let tls = self.proxy.tls.clone();
+        tokio::spawn(async move {
+            if let Err(error) = tls.certificates().get(&id).await {
+                tracing::warn!(%id, %error, "no certificate yet; it is tried again");
+            }
+        });
+    }
+
+    /// The pod's listeners. Every thread of the data plane accepts from each of them.
+    fn listen(
+        &self,
+        tasks: &mut Vec<AbortHandle>,
+        pod: &Arc<LocalPod>,
+        enrolment: &Enrolment,
+    ) -> Result<(), EnrolError> {
+        self.accept(tasks, pod, OUTBOUND_PORT, proxy::outbound::handle)?;
+        self.accept(tasks, pod, PLAINTEXT_PORT, proxy::plaintext::handle)?;
+        self.accept(tasks, pod, HBONE_PORT, proxy::inbound::handle)?;
+        if enrolment.dns_capture {
+            // One thread serves a pod's queries; which one differs from pod to pod.
+            let worker = self.worker(pod.netns.id().inode());
+            let _context = worker.enter();
+            let any = any(DNS_PORT);
+            let options = DatagramOptions { mark: Some(net::ZTUNNEL_MARK), ..DatagramOptions::default() };
+            let udp = ProxyUdpSocket::bind(&pod.netns, any, &options)?;
+            let tcp = net::listen(&pod.netns, any, &listen_options())?;
+            let client = self.dns_client(enrolment);
+            tasks.push(worker.spawn(self.dns.clone().serve_udp(udp, client.clone())).abort_handle());
+            tasks.push(worker.spawn(self.dns.clone().serve_tcp(tcp, client)).abort_handle());
+        }
+        Ok(())
+    }
+
+    /// One of the data plane's threads.
+    fn worker(&self, number: u64) -> Handle {
+        let handles = self.workers.handles();
+        let index = usize::try_from(number % handles.len().max(1) as u64).unwrap_or(0);
+        handles.get(index).cloned().unwrap_or_else(Handle::current)
+    }
+
+    fn accept<F, Fut>(
+        &self,
+        tasks: &mut Vec<AbortHandle>,
+        pod: &Arc<LocalPod>,
+        port: u16,
+        handle: F,
+    ) -> Result<(), EnrolError>
+    where
+        F: Fn(Arc<Proxy>, Arc<LocalPod>, TcpStream, SocketAddr) -> Fut + Clone + Send + 'static,
+        Fut: Future<Output = ()> + Send + 'static,
+    {
+        let first = net::listen(&pod.netns, any(port), &listen_options())?;
+        for worker in self.workers.handles() {
+            // The same socket, known to each thread's own runtime.
+            let shared = first.as_fd().try_clone_to_owned().map_err(EnrolError::Listener)?;
+            let _context = worker.enter();
+            let listener = TcpListener::from_std(shared.into()).map_err(EnrolError::Listener)?;
+            let accepting = proxy::accept(self.proxy.clone(), pod.clone(), listener, handle.clone());
+            tasks.push(worker.spawn(accepting).abort_handle());
+        }
+        Ok(())
+    }
+
+    /// The pod as the DNS proxy sees it.
+    fn dns_client(&self, enrolment: &Enrolment) -> Arc<dns::Client> {
+        let mesh = self.proxy.state.mesh_owned();
+        let workload = mesh.workload(&enrolment.uid);
+        let of = |part: fn(&model::Workload) -> &Str| workload.map_or_else(|| "".into(), |w| part(w).clone());
+        self.dns.client(dns::ClientSettings {
+            namespace: enrolment.namespace.clone(),
+            network: of(|w| &w.network),
+            addresses: enrolment.addresses.clone(),
+            canonical_service: of(|w| &w.canonical_name),
+            canonical_revision: of(|w| &w.canonical_revision),
+            upstreams: self.upstreams.clone(),
+            upstreams_from: None,
+            ask_original: false,
+        })
+    }
+
+    /// Sees to it that the rules are as they should be. `installed` are those that were.
+    pub(super) async fn verify(
+        &self,
+        enrolment: &Enrolment,
+        netns: &Netns,
+        installed: Rules,
+    ) -> Result<Verified, EnrolError> {
+        let wanted = Rules { refused: installed.refused.clone(), ..rules(enrolment)? };
+        let (capture, netns) = (self.capture.clone(), netns.clone());
+        let verified = tokio::task::spawn_blocking(move || {
+            if wanted != installed {
+                capture.install(&netns, &wanted)?;
+                let adopted = before(&netns, &wanted);
+                return Ok(Verified::Changed(Box::new(wanted), adopted));
+            }
+            let drift = capture.verify(&netns, &wanted)?;
+            if drift.is_none() {
+                return Ok(Verified::Standing);
+            }
+            capture.install(&netns, &wanted)?;
+            Ok::<_, capture::Error>(Verified::Restored(drift, before(&netns, &wanted)))
+        })
+        .await??;
+        let pod = format_args!("{}/{}", enrolment.namespace, enrolment.name);
+        match &verified {
+            Verified::Standing => {}
+            Verified::Changed(..) => tracing::info!(%pod, "the pod's redirection follows its manifest"),
+            Verified::Restored(drift, _) => {
+                tracing::warn!(%pod, %drift, "somebody changed the pod's redirection; it is restored");
+            }
+        }
+        Ok(verified)
+    }
+}
+
+/// One error for what failed and what did not get to its end.
+pub(super) fn flatten<T>(
+    result: Result<Result<T, capture::Error>, tokio::task::JoinError>,
+) -> Result<T, EnrolError> {
+    Ok(result??)
+}
+
+/// All addresses of both families.
+fn any(port: u16) -> SocketAddr {
+    SocketAddr::from(([0_u16; 8], port))
+}
+
+fn listen_options() -> ListenOptions {
+    ListenOptions { mark: Some(net::ZTUNNEL_MARK), ..ListenOptions::default() }
+}
+
+/// The rules that a pod's enrolment asks for.
+fn rules(enrolment: &Enrolment) -> Result<Rules, EnrolError> {
+    let ports = |list: &[config::kinds::PortRange]| -> Result<Vec<PortRange>, EnrolError> {
+        let range = |p: &config::kinds::PortRange| {
+            PortRange::new(p.first, p.last)
+                .ok_or_else(|| EnrolError::Exclusion(format!("{}-{}", p.first, p.last)))
+        };
+        list.iter().map(range).collect()
+    };
+    let e = &enrolment.exclusions;
+    let interface =
+        |name: &Str| InterfaceName::new(name).ok_or_else(|| EnrolError::Exclusion(name.to_string()));
+    Ok(Rules {
+        dns: enrolment.dns_capture,
+        bypass_inbound: enrolment.bypass_inbound,
+        include_inbound_ports: match &e.include_inbound_ports {
+            None => Include::All,
+            Some(list) => Include::Only(ports(list)?),
+        },
+        exclude_inbound_ports: ports(&e.exclude_inbound_ports)?,
+        include_outbound_ports: ports(&e.include_outbound_ports)?,
+        exclude_outbound_ports: ports(&e.exclude_outbound_ports)?,
+        include_outbound_ranges: e
+            .include_outbound_ranges
+            .as_ref()
+            .map_or(Include::All, |l| Include::Only(l.to_vec())),
+        exclude_outbound_ranges: e.exclude_outbound_ranges.to_vec(),
+        exclude_interfaces: e.exclude_interfaces.iter().map(interface).collect::<Result<_, _>>()?,
+        ..Rules::default()
+    })
+}
