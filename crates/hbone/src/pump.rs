@@ -6,6 +6,9 @@
 //!                                                  a reset of one side ──▶ a reset of the other
 //! ```
 //!
+//! A reset that follows the peer's END_STREAM takes back nothing of what came before it (RFC 9113 section 8.1): that is
+//! delivered first. With NO_ERROR the peer only says that it reads no more, and the connection ends in good order.
+//!
 //! An idle pump holds no buffer: reads go into a slab that all pumps of a thread share, and only what was read is
 //! kept. A side that doesn't take data stops the other: nothing is read from the application while the tunnel's window
 //! is used up, and the tunnel's window is opened only for what the application has taken.
@@ -38,6 +41,8 @@ const COPY: usize = 4 * 1024;
 const GATHER: usize = 4 * 1024;
 /// Pieces of one vectored write to the application.
 const PIECES: usize = 16;
+/// How often it is looked whether an application has got the last bytes of a tunnel that is gone: at first, and at last.
+const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
 /// What one poll takes from the tunnel, or reads from the application, before others get their turn.
 const TURN: usize = 1 << 20;
 
@@ -49,11 +54,20 @@ thread_local! {
 pub trait AppIo: Io {
     /// Makes the close that follows a reset, where the transport has one.
     fn abort(&mut self);
+
+    /// Bytes that were written and that a reset, or a close before all was read, would take back.
+    fn undelivered(&self) -> usize {
+        0
+    }
 }
 
 impl AppIo for TcpStream {
     fn abort(&mut self) {
         let _ = self.set_zero_linger();
+    }
+
+    fn undelivered(&self) -> usize {
+        net::unacknowledged(self).unwrap_or(0)
     }
 }
 
@@ -159,6 +173,7 @@ pub fn pump<A: AppIo>(
         up: Up { pending: Bytes::new(), done: false },
         down: Down::default(),
         first_end: None,
+        gone: None,
         idle,
         ended: false,
     }
@@ -171,6 +186,8 @@ struct Pump<'a, A: AppIo> {
     up: Up,
     down: Down,
     first_end: Option<Side>,
+    /// The tunnel takes nothing more, whatever the application sends.
+    gone: Option<Box<Gone>>,
     idle: Option<Box<Idle>>,
     ended: bool,
 }
@@ -190,9 +207,18 @@ struct Down {
     /// Small pieces that follow the queue.
     tail: BytesMut,
     unflushed: bool,
+    /// The tunnel had nothing more when it was last asked.
+    dry: bool,
     /// The tunnel has ended; what is queued is the last.
     last: bool,
     done: bool,
+}
+
+/// A tunnel that was reset, or whose connection has ended, with what it brought still to be delivered.
+struct Gone {
+    why: TunnelError,
+    timer: Pin<Box<Sleep>>,
+    pause: Duration,
 }
 
 struct Idle {
@@ -231,30 +257,48 @@ impl<A: AppIo> Pump<'_, A> {
     fn poll_both(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, Failure> {
         let up = self.poll_up(cx)?;
         let down = self.poll_down(cx)?;
-        if up.is_ready() && down.is_ready() {
-            return Ok(Poll::Ready(()));
+        match (up, down) {
+            (Poll::Ready(()), Poll::Ready(())) => Ok(Poll::Ready(())),
+            (Poll::Pending, Poll::Ready(())) => self.poll_gone(cx),
+            // What the tunnel brought before it failed is told by its receiving side, and that comes to an end of its
+            // own, unless nothing was lost there.
+            (_, Poll::Pending) => match &self.gone {
+                Some(gone) if self.down.dry && !self.down.last => Err(Failure::Tunnel(gone.why.clone())),
+                _ => Ok(Poll::Pending),
+            },
         }
-        // While the peer has finished sending, only this tells that it is gone.
-        if self.down.last
-            && let Poll::Ready(error) = self.tunnel.poll_reset(cx)
-            && !self.up.done
-        {
-            return Err(Failure::Tunnel(error));
+    }
+
+    /// Once the peer has finished sending and the application has all of it, only this tells that the peer is gone.
+    fn poll_gone(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, Failure> {
+        if self.gone.is_none() {
+            let Poll::Ready(why) = self.tunnel.poll_reset(cx) else { return Ok(Poll::Pending) };
+            self.tunnel_gone(why);
         }
-        Ok(Poll::Pending)
+        let Some(gone) = &mut self.gone else { return Ok(Poll::Pending) };
+        while self.app.undelivered() > 0 {
+            if gone.timer.as_mut().poll(cx).is_pending() {
+                return Ok(Poll::Pending);
+            }
+            gone.timer.as_mut().reset(Instant::now() + gone.pause);
+            gone.pause = LOOK_AGAIN.1.min(gone.pause * 2);
+        }
+        match &gone.why {
+            TunnelError::Reset(ErrorCode::NO_ERROR) => Ok(Poll::Ready(())),
+            why => Err(Failure::Tunnel(why.clone())),
+        }
+    }
+
+    fn tunnel_gone(&mut self, why: TunnelError) {
+        let timer = Box::pin(sleep(LOOK_AGAIN.0));
+        self.gone.get_or_insert_with(|| Box::new(Gone { why, timer, pause: LOOK_AGAIN.0 }));
     }
 
     fn poll_up(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, Failure> {
         let mut budget = TURN;
-        while !self.up.done {
-            while !self.up.pending.is_empty() {
-                let wanted = self.up.pending.len();
-                let Poll::Ready(capacity) = self.tunnel.poll_capacity(cx, wanted) else {
-                    return Ok(Poll::Pending);
-                };
-                let part = self.up.pending.split_to(capacity.map_err(Failure::Tunnel)?.min(wanted));
-                self.traffic.to_tunnel.fetch_add(part.len() as u64, Ordering::Relaxed);
-                self.tunnel.send(part).map_err(Failure::Tunnel)?;
+        while !self.up.done && self.gone.is_none() {
+            if !self.poll_send(cx) {
+                return Ok(Poll::Pending);
             }
             if budget == 0 {
                 cx.waker().wake_by_ref();
@@ -263,14 +307,45 @@ impl<A: AppIo> Pump<'_, A> {
             let Poll::Ready(read) = read_at_most(&mut self.app, cx, READ) else { return Ok(Poll::Pending) };
             let data = read.map_err(Failure::App)?;
             if data.is_empty() {
+                if let Err(error) = self.tunnel.finish() {
+                    self.send_failed(cx, error);
+                    return Ok(Poll::Pending);
+                }
                 self.up.done = true;
                 self.first_end.get_or_insert(Side::App);
-                self.tunnel.finish().map_err(Failure::Tunnel)?;
             }
             budget = budget.saturating_sub(data.len());
             self.up.pending = data;
         }
-        Ok(Poll::Ready(()))
+        Ok(if self.up.done { Poll::Ready(()) } else { Poll::Pending })
+    }
+
+    /// Sends what was read. Whether all of it went.
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> bool {
+        while !self.up.pending.is_empty() {
+            let wanted = self.up.pending.len();
+            let Poll::Ready(capacity) = self.tunnel.poll_capacity(cx, wanted) else { return false };
+            let sent = capacity.and_then(|capacity| {
+                let part = self.up.pending.split_to(capacity.min(wanted));
+                self.traffic.to_tunnel.fetch_add(part.len() as u64, Ordering::Relaxed);
+                self.tunnel.send(part)
+            });
+            if let Err(error) = sent {
+                self.send_failed(cx, error);
+                return false;
+            }
+        }
+        true
+    }
+
+    /// The tunnel takes nothing more. If it was reset, that says more than what `h2` calls the error.
+    fn send_failed(&mut self, cx: &mut Context<'_>, error: TunnelError) {
+        self.up.pending = Bytes::new();
+        let why = match self.tunnel.poll_reset(cx) {
+            Poll::Ready(why) => why,
+            Poll::Pending => error,
+        };
+        self.tunnel_gone(why);
     }
 
     fn poll_down(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, Failure> {
@@ -301,6 +376,10 @@ impl<A: AppIo> Pump<'_, A> {
                 return Ok(Poll::Pending);
             }
             let Poll::Ready(written) = self.down.poll_write(&mut self.app, cx) else {
+                if budget == 0 {
+                    // There may be more in the tunnel, its end or its failure too.
+                    cx.waker().wake_by_ref();
+                }
                 return Ok(Poll::Pending);
             };
             let written = written.map_err(Failure::App)?;
@@ -313,9 +392,13 @@ impl<A: AppIo> Pump<'_, A> {
     /// Takes up to `budget` bytes from the tunnel into the queue.
     fn receive(&mut self, cx: &mut Context<'_>, budget: usize) -> Result<usize, Failure> {
         let mut received = 0;
+        self.down.dry = false;
         while !self.down.last && received < budget {
             match self.tunnel.poll_data(cx) {
-                Poll::Pending => break,
+                Poll::Pending => {
+                    self.down.dry = true;
+                    break;
+                }
                 Poll::Ready(Some(Ok(data))) => {
                     received += data.len();
                     self.down.push(data);

@@ -23,6 +23,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 pub struct ErrorCode(pub u32);
 
 impl ErrorCode {
+    /// Nothing went wrong; the peer only reads no more.
+    pub const NO_ERROR: Self = Self(0);
     /// The tunnel is no longer wanted.
     pub const CANCEL: Self = Self(8);
     /// The connection behind a CONNECT was reset or ended abnormally.
@@ -190,7 +192,6 @@ impl Tunnel {
                     self.ticket.0.carried(data.len());
                     return Poll::Ready(Some(Ok(data)));
                 }
-                // After a complete exchange, a reset with NO_ERROR only says that nothing more is read.
                 Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
                 None => {
                     self.recv_finished = true;

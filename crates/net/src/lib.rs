@@ -32,6 +32,6 @@ pub use original_dst::{canonical, original_dst};
 pub use scratch::{SCRATCH_SIZE, Scratch};
 pub use socket::{
     ConnectOptions, Keepalive, ListenOptions, MARK_MASK, Purpose, SocketError, Step, ZTUNNEL_MARK, connect,
-    listen, reset,
+    listen, reset, unacknowledged,
 };
 pub use udp::{Datagram, DatagramOptions, ProxyUdpSocket};

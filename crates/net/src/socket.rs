@@ -8,6 +8,7 @@
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
@@ -335,6 +336,46 @@ pub(crate) fn set_transparent(socket: &Socket, address: SocketAddr) -> Result<()
     } else {
         socket.set_ip_transparent_v6(true).at(Step::Option("IPV6_TRANSPARENT"))
     }
+}
+
+/// How many bytes that were written to the connection its peer has not acknowledged yet. A reset now would take them
+/// back. None when the connection is over.
+///
+/// # Errors
+/// The descriptor is no TCP connection's.
+pub fn unacknowledged(stream: &TcpStream) -> io::Result<usize> {
+    const TCP_CLOSE: u8 = 7; // include/net/tcp_states.h
+    // After a reset the kernel's count stays what it was (net/ipv4/tcp.c: tcp_write_queue_purge), so the state counts.
+    if tcp_state(stream)? == TCP_CLOSE {
+        return Ok(0);
+    }
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the descriptor is open for the duration of the borrow; SIOCOUTQ, which is TIOCOUTQ, writes one int to
+    // the address given, which is that of an int of ours.
+    #[expect(unsafe_code, reason = "no safe wrapper of this ioctl exists")]
+    let result = unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    nix::errno::Errno::result(result)?;
+    Ok(usize::try_from(bytes).unwrap_or(0))
+}
+
+/// The state of the connection, as `include/net/tcp_states.h` numbers it.
+fn tcp_state(stream: &TcpStream) -> io::Result<u8> {
+    let mut info = [0u8; 8];
+    let mut length = libc::socklen_t::try_from(info.len()).unwrap_or(0);
+    // SAFETY: the descriptor is open for the duration of the borrow; the kernel writes at most `length` bytes of its
+    // struct tcp_info to the buffer, which has as many. The struct begins with the state.
+    #[expect(unsafe_code, reason = "no safe wrapper of TCP_INFO takes less than all of it")]
+    let result = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    nix::errno::Errno::result(result)?;
+    Ok(info[0])
 }
 
 /// Closes the connection so that the peer gets a reset and not an orderly end: unread and unsent data are
