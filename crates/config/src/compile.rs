@@ -26,6 +26,7 @@
 
 mod attach;
 mod convert;
+mod displace;
 mod enrolment;
 mod index;
 mod instance;
@@ -108,6 +109,10 @@ struct Record {
     /// Whether the model has it.
     emitted: bool,
     dirty: bool,
+    /// Whether another that is in force has one of its addresses.
+    displaced: bool,
+    /// Its place among those that have an address too, of its rank.
+    arrival: u64,
     labels: Labels,
     ports: Arc<[(Str, u16)]>,
     names: Names,
@@ -155,6 +160,7 @@ pub struct Compiler {
     free: Vec<Id>,
     by_uid: HashMap<Str, Id>,
     by_address: Addresses,
+    arrivals: u64,
     services: HashMap<ServiceKey, Entry>,
     by_vip: HashMap<Vip, Vec<ServiceKey>>,
     slices: HashMap<ObjectKey, EndpointSlice>,
@@ -216,6 +222,7 @@ impl Compiler {
             free: Vec::new(),
             by_uid: HashMap::new(),
             by_address: Addresses::default(),
+            arrivals: 0,
             services: HashMap::new(),
             by_vip: HashMap::new(),
             slices: HashMap::new(),
@@ -319,6 +326,7 @@ impl Compiler {
         for key in std::mem::take(&mut self.dirty_services) {
             self.compile_service(&key);
         }
+        self.settle_addresses();
         let mut workloads = Vec::new();
         for id in std::mem::take(&mut self.dirty) {
             workloads.extend(self.compile_instance(id, pool));

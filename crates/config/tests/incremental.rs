@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use config::compile::{EnrolmentChange, Options};
+use config::diagnostic::Code;
 use config::repository::{Content, Outcome, Repository};
 use model::Mesh;
 use proptest::prelude::*;
@@ -241,5 +242,71 @@ proptest! {
         prop_assert_eq!(state.mesh.workload_count(), 0);
         prop_assert_eq!(state.mesh.services().count() + state.mesh.policies().count(), 0);
         prop_assert!(state.enrolments.is_empty() && edited.diagnostics().is_empty());
+    }
+}
+
+/// A pod of this node with some of a few addresses, an IPv4 and an IPv6 one.
+fn crowded(pod: usize, v4: Option<usize>, v6: Option<usize>) -> Option<String> {
+    let v4 = v4.map(|n| format!("{{ip: 10.0.0.{n}}}"));
+    let v6 = v6.map(|n| format!("{{ip: 'fd00::a{n}'}}"));
+    let ips: Vec<String> = v4.into_iter().chain(v6).collect();
+    (!ips.is_empty()).then(|| {
+        format!(
+            "apiVersion: v1
+kind: Pod
+metadata:
+  name: p{pod}
+  namespace: n0
+  labels: {{istio.io/dataplane-mode: ambient}}
+  annotations: {{culvert.dev/netns: /run/netns/p{pod}}}
+spec: {{nodeName: node0}}
+status: {{podIPs: [{}]}}
+",
+            ips.join(", ")
+        )
+    })
+}
+
+type Crowd = Vec<(usize, Option<usize>, Option<usize>, bool)>;
+
+fn crowd() -> impl Strategy<Value = Crowd> {
+    let address = || proptest::option::weighted(0.7, 0..4usize);
+    proptest::collection::vec((0..7usize, address(), address(), any::<bool>()), 1..40)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    /// Whatever came when: no two pods in force share an address, none gives way to one that is not in force, and
+    /// all that are there are captured.
+    #[test]
+    fn pods_that_share_addresses_give_way_to_pods_in_force_only(edits in crowd()) {
+        let (mut repository, mut state) = (repository(), State::default());
+        let mut pods: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for (pod, v4, v6, commit) in edits {
+            let text = crowded(pod, v4, v6);
+            let path: Arc<str> = format!("p{pod}.yaml").into();
+            repository.stage(&path, text.as_ref().map_or(Content::Gone, |t| Content::Bytes(t.as_bytes())));
+            let ips: Vec<String> =
+                v4.map(|n| format!("10.0.0.{n}")).into_iter().chain(v6.map(|n| format!("fd00::a{n}"))).collect();
+            pods.remove(&format!("p{pod}"));
+            if !ips.is_empty() {
+                pods.insert(format!("p{pod}"), ips);
+            }
+            if !commit {
+                continue;
+            }
+            state.take(repository.commit());
+            let in_force: Vec<&String> = pods.keys().filter(|name| state.mesh.workloads().any(|w| *w.name == ***name)).collect();
+            let shares = |a: &String, b: &String| pods[a].iter().any(|ip| pods[b].contains(ip));
+            for name in pods.keys() {
+                let other = in_force.iter().find(|other| **other != name && shares(name, other));
+                let said = repository.diagnostics();
+                prop_assert!(said.iter().all(|d| d.code == Code::AddressConflict), "{said:?}");
+                prop_assert_eq!(in_force.contains(&name), other.is_none(), "{} and {:?} of {:?}", name, other, pods);
+            }
+            prop_assert_eq!(state.mesh.workload_count(), in_force.len());
+            prop_assert_eq!(state.enrolments.len(), pods.len(), "all are captured: {:?}", pods);
+        }
     }
 }

@@ -3,7 +3,7 @@
 
 use std::net::IpAddr;
 
-use config::compile::Options;
+use config::compile::{EnrolmentChange, Options};
 use config::repository::{Content, Repository};
 use model::{Connection, Mesh};
 
@@ -152,4 +152,34 @@ fn policies_of_selected_pods_follow_who_owns_a_host() {
     assert!(!world.allows("shop/cart", 80, "shop/web"), "the older entry has the host now");
     world.change(&[("a.yaml", None)]);
     assert!(world.allows("shop/cart", 80, "shop/web"), "the younger one has it again");
+}
+
+#[test]
+fn a_pod_without_its_address_stays_captured_and_gives_way_to_pods_in_force_only() {
+    let options = Options { node: Some("node".into()), ..Options::default() };
+    let mut repository = Repository::new(options);
+    let pod = |name: &str, ips: &str| {
+        format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop, annotations: {{culvert.dev/netns: \
+             /run/netns/{name}}}}}\nspec: {{nodeName: node}}\nstatus: {{podIPs: [{ips}]}}\n"
+        )
+    };
+    let text = file(&[
+        &namespace("shop"),
+        &pod("cart", "{ip: 10.0.0.1}"),
+        &pod("partial", "{ip: 10.0.0.1}, {ip: 'fd00::7'}"),
+        &pod("third", "{ip: 'fd00::7'}"),
+    ]);
+    let outcome = repository.apply(&"all.yaml".into(), Content::Bytes(text.as_bytes()));
+    let mesh = Mesh::default().apply(outcome.changes);
+    let mut names: Vec<_> = mesh.workloads().map(|w| w.name.to_string()).collect();
+    names.sort();
+    assert_eq!(names, ["cart", "third"], "the one between them is not in force, so it takes no address");
+    let captured = |changes: &[EnrolmentChange]| changes.iter().all(|c| matches!(c, EnrolmentChange::Set(_)));
+    assert_eq!(outcome.enrolments.len(), 3, "nothing is left uncaptured");
+    assert!(captured(&outcome.enrolments));
+    // One that was captured stays so when another takes its address, whoever that is.
+    let text = text.replace("third", "fourth");
+    let outcome = repository.apply(&"more.yaml".into(), Content::Bytes(text.as_bytes()));
+    assert!(captured(&outcome.enrolments), "{:?}", outcome.enrolments);
 }

@@ -24,6 +24,8 @@ impl Record {
             compiled: None,
             emitted: false,
             dirty: false,
+            displaced: false,
+            arrival: 0,
             labels: Labels::default(),
             ports: Arc::new([]),
             names: Names::Containers,
@@ -56,7 +58,7 @@ impl Compiler {
         self.records.get(usize::try_from(id).ok()?)?.as_ref()
     }
 
-    fn record_mut(&mut self, id: Id) -> Option<&mut Record> {
+    pub(super) fn record_mut(&mut self, id: Id) -> Option<&mut Record> {
         self.records.get_mut(usize::try_from(id).ok()?)?.as_mut()
     }
 
@@ -94,7 +96,7 @@ impl Compiler {
         }
         let uid = instance.workload.uid.clone();
         let old = old.unwrap_or_else(Record::empty);
-        let record = Record {
+        let mut record = Record {
             draft: Some(Box::new(instance.workload)),
             labels: instance.labels,
             ports: instance.ports,
@@ -108,6 +110,11 @@ impl Compiler {
             ..old
         };
         let addresses = record.addresses();
+        let comes_anew = self.comes_anew(&old_addresses, &addresses);
+        if known.is_none() || comes_anew {
+            self.arrivals += 1;
+            record.arrival = self.arrivals;
+        }
         self.index(id, &record);
         if known.is_none() {
             self.by_uid.insert(uid, id);
@@ -115,7 +122,7 @@ impl Compiler {
         if let Some(slot) = self.records.get_mut(id as usize) {
             *slot = Some(record);
         }
-        for address in old_addresses.iter().filter(|a| !addresses.contains(a)) {
+        for address in old_addresses.iter().filter(|a| comes_anew || !addresses.contains(a)) {
             self.leave_address(id, address);
         }
         for address in addresses {
@@ -179,63 +186,31 @@ impl Compiler {
         }
     }
 
-    fn join_address(&mut self, id: Id, address: &NetworkAddress) {
-        let Some(rank) = self.record(id).map(|r| r.rank) else { return };
-        let mut by_address = std::mem::take(&mut self.by_address);
-        // Endpoints need not have come in one order on every node, and none of them is anybody's own.
-        let uid = |id: Id| self.record(id).and_then(Record::workload).map(|w| w.uid.clone());
-        let own = uid(id);
-        by_address.insert(address, id, |other| {
-            let before = |r: &Record| {
-                r.rank < rank || (r.rank == rank && (rank != Rank::Endpoint || uid(other) < own))
-            };
-            self.record(other).is_some_and(before)
-        });
-        self.by_address = by_address;
-        // Also where it was there before: what it is an endpoint of may have changed for the one in force.
-        self.mark_holders(address);
-    }
-
-    fn leave_address(&mut self, id: Id, address: &NetworkAddress) {
-        self.by_address.remove(address, id);
-        self.mark_holders(address);
-    }
-
-    /// Marks who has an address.
-    pub(super) fn mark_holders(&mut self, address: &NetworkAddress) {
-        for id in self.by_address.holders(address).to_vec() {
-            self.mark(id);
-        }
-    }
-
-    /// Who has one of the record's addresses in its place, and which address that is.
-    fn displaced_by(&self, id: Id, record: &Record) -> Option<(Id, NetworkAddress)> {
-        record.addresses().into_iter().find_map(|address| {
-            let first = *self.by_address.holders(&address).first()?;
-            (first != id).then_some((first, address))
-        })
-    }
-
     /// Compiles an instance; gives the change that this makes, if any.
     pub(super) fn compile_instance(&mut self, id: Id, pool: &mut Pool) -> Option<Change> {
         self.steps += 1;
         let record = self.record(id).filter(|r| r.dirty)?;
-        let rank = record.rank;
-        let displaced = self.displaced_by(id, record);
+        let displacer = if record.displaced { self.displacer(id) } else { None };
         let key = key_of(record.maker, record.workload()?);
-        if let Some((holder, address)) = displaced {
-            let findings = if rank == Rank::Endpoint { Vec::new() } else { self.conflict(holder, &address) };
-            self.set_findings(&key, &Source::Instance, findings);
+        if record.displaced && record.rank == Rank::Endpoint {
             return self.withdraw(id);
         }
         let workload = self.join(id, pool)?;
         let record = self.record(id)?;
-        let verdict = enrolment::decide(&workload, record.capture.as_deref(), self.options.node.as_ref());
-        let verdict = if rank == Rank::Pod { verdict } else { Verdict::Leave };
-        let findings =
-            if matches!(verdict, Verdict::NoNetns) { vec![no_netns(&workload)] } else { Vec::new() };
+        let verdict = match record.rank {
+            Rank::Pod => enrolment::decide(&workload, record.capture.as_deref(), self.options.node.as_ref()),
+            Rank::Entry | Rank::Endpoint => Verdict::Leave,
+        };
+        let mut findings: Vec<Finding> =
+            displacer.iter().map(|(holder, address)| self.conflict(*holder, address)).collect();
+        findings.extend(matches!(verdict, Verdict::NoNetns).then(|| no_netns(&workload)));
         self.set_findings(&key, &Source::Instance, findings);
+        // A pod that lost its address stays captured: unknown to the mesh, its traffic is refused. Left alone, it
+        // would pass what its policies refuse.
         self.enrol(id, verdict);
+        if displacer.is_some() {
+            return self.withdraw(id);
+        }
         let record = self.record_mut(id)?;
         record.dirty = false;
         record.draft = None;
@@ -250,7 +225,6 @@ impl Compiler {
 
     /// Takes an instance that lost its address out of the model; it stays in the table.
     fn withdraw(&mut self, id: Id) -> Option<Change> {
-        self.enrol(id, Verdict::Leave);
         let record = self.record_mut(id)?;
         record.dirty = false;
         let uid = record.workload()?.uid.clone();
@@ -337,14 +311,14 @@ impl Compiler {
     }
 
     /// What to say of an instance that another displaces.
-    fn conflict(&self, holder: Id, address: &NetworkAddress) -> Vec<Finding> {
+    fn conflict(&self, holder: Id, address: &NetworkAddress) -> Finding {
         let holder = self.record(holder);
         let name = holder.and_then(|r| Some(key_of(r.maker, r.workload()?).resource_name().to_string()));
-        vec![Finding {
+        Finding {
             code: Code::AddressConflict,
             message: format!("{} is the address of {} already", address.ip, name.unwrap_or_default()),
             remedy: "the other stays in force until it is gone or has another address".to_owned(),
-        }]
+        }
     }
 }
 
