@@ -160,18 +160,23 @@ impl Owner for Shared {
 ///
 /// ```text
 ///   Serving (idle deadline) ─▶ Draining (deadline of the drain) ─▶ Ending (to send the last GOAWAY)
-///        └────────────────────────── abort, flood ──────────────────▲
+///        │                       ▲                               ▲
+///        └── idle ──▶ Leaving (looks again for streams) ── none ─┤
+///        └────────────────────────── abort, flood ───────────────┘
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Serving,
+    /// GOAWAY is sent, because nothing went on. A stream that was on its way by then was accepted like any other, so
+    /// it may take its time.
+    Leaving,
     Draining,
     Ending,
 }
 
 /// A peer that doesn't read must not keep a connection that is over.
 const LAST_WORDS: Duration = Duration::from_secs(1);
-/// For a client to acknowledge that an idle connection ends.
+/// For a client to acknowledge that an idle connection ends, each time that it has no streams.
 const IDLE_PATIENCE: Duration = Duration::from_secs(5);
 
 enum Step {
@@ -265,7 +270,7 @@ impl<T: Io> Driver<T> {
         match (self.control.poll_order(cx), self.phase) {
             (Order::Run, _) | (_, Phase::Ending) => {}
             (Order::Abort, _) => self.end(Reason::CANCEL, Closed::Aborted),
-            (Order::Drain { deadline }, Phase::Serving) => self.drain(deadline),
+            (Order::Drain { deadline }, Phase::Serving | Phase::Leaving) => self.drain(deadline),
             (Order::Drain { deadline }, Phase::Draining) => {
                 if deadline < self.timer.deadline() {
                     self.timer.as_mut().reset(deadline);
@@ -275,8 +280,16 @@ impl<T: Io> Driver<T> {
     }
 
     fn drain(&mut self, deadline: Instant) {
+        if self.phase == Phase::Serving {
+            self.connection.graceful_shutdown();
+        }
         self.phase = Phase::Draining;
         self.timer.as_mut().reset(deadline);
+    }
+
+    fn leave(&mut self) {
+        self.phase = Phase::Leaving;
+        self.timer.as_mut().reset(Instant::now() + IDLE_PATIENCE);
         self.connection.graceful_shutdown();
     }
 
@@ -314,7 +327,16 @@ impl<T: Io> Driver<T> {
                     self.timer.as_mut().reset(end);
                 } else {
                     self.shared.counters.idle_closed.up();
-                    self.drain(now + IDLE_PATIENCE);
+                    self.leave();
+                }
+            }
+            Phase::Leaving => {
+                let now = Instant::now();
+                let end = self.idle_since.unwrap_or(now) + IDLE_PATIENCE;
+                if end > now {
+                    self.timer.as_mut().reset(end);
+                } else {
+                    self.end(Reason::NO_ERROR, Closed::Finished);
                 }
             }
             Phase::Draining => self.end(Reason::CANCEL, Closed::DrainDeadline),

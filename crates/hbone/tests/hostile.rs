@@ -12,7 +12,7 @@ use hbone::{Closed, Flood, Incoming, ServerSettings, StatusCode, TunnelHeaders};
 use support::raw::*;
 use support::{Handler, echo, hostile, hostile_over};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 /// The error codes of RFC 9113 section 7 that are asked for here.
 const PROTOCOL_ERROR: u32 = 1;
@@ -469,6 +469,73 @@ async fn an_idle_connection_is_ended_in_good_order() {
     assert!((59..=92).contains(&start.elapsed().as_secs()), "{:?}", start.elapsed());
     assert!(matches!(served.task.await.unwrap(), Closed::Finished));
     assert_eq!(served.counters.idle_closed.get(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_that_races_with_the_end_of_an_idle_connection_may_finish() {
+    let settings = ServerSettings { idle_timeout: Duration::from_secs(60), ..ServerSettings::default() };
+    let (mut raw, served) = hostile(settings, echo());
+    raw.begin().await;
+    let goaway = raw.next_answer().await.unwrap();
+    assert_eq!((goaway.kind, goaway.code()), (GOAWAY, 0));
+    // Sent before the client saw the GOAWAY: the server's end answers the PING after it.
+    raw.connect(1, "10.0.0.1:80").await;
+    let mut got = Vec::new();
+    let mut step = async |raw: &mut Raw, data: &[u8], flags| {
+        raw.send(DATA, flags, 1, data).await;
+        got.clear();
+        while got.len() < data.len() {
+            let answer = timeout(Duration::from_secs(40), raw.next_answer()).await.unwrap().unwrap();
+            match answer.kind {
+                DATA => got.extend(answer.payload),
+                HEADERS => assert!(Raw::is_status(&answer, 200), "{answer:?}"),
+                // No stream after this one.
+                GOAWAY => assert_eq!((answer.code(), answer.payload[3]), (0, 1), "{answer:?}"),
+                _ => panic!("{answer:?}"),
+            }
+        }
+        assert_eq!(got, data);
+    };
+    step(&mut raw, b"begun", 0).await;
+    for _ in 0..30 {
+        // The pings that ask whether the client is there must be answered meanwhile.
+        let quiet = timeout(Duration::from_secs(20), raw.next_answer()).await;
+        assert!(quiet.is_err(), "{quiet:?}");
+        step(&mut raw, b"still there", 0).await;
+    }
+    step(&mut raw, b"the end", END_STREAM).await;
+    let start = Instant::now();
+    assert!(raw.goaway().await.is_none_or(|frame| frame.code() == 0));
+    assert!(start.elapsed() <= Duration::from_secs(6), "{:?}", start.elapsed());
+    assert!(matches!(served.task.await.unwrap(), Closed::Finished));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_idle_connection_whose_client_never_acknowledges_the_end_is_closed() {
+    let settings = ServerSettings { idle_timeout: Duration::from_secs(60), ..ServerSettings::default() };
+    let (mut raw, served) = hostile(settings, echo());
+    raw.begin().await;
+    assert_eq!(raw.next_answer().await.unwrap().kind, GOAWAY);
+    let start = Instant::now();
+    assert_eq!(raw.goaway().await.map(|frame| frame.code()), Some(0));
+    assert!(start.elapsed() <= Duration::from_secs(7), "{:?}", start.elapsed());
+    assert!(matches!(served.task.await.unwrap(), Closed::Finished));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_drain_cuts_short_what_an_idle_connection_waits_for() {
+    let settings = ServerSettings { idle_timeout: Duration::from_secs(60), ..ServerSettings::default() };
+    let (mut raw, served) = hostile(settings, echo());
+    raw.begin().await;
+    assert_eq!(raw.next_answer().await.unwrap().kind, GOAWAY);
+    raw.connect(1, "10.0.0.1:80").await;
+    let _ = timeout(Duration::from_secs(20), async { while raw.next_answer().await.is_some() {} }).await;
+    assert!(!served.task.is_finished());
+    let start = Instant::now();
+    served.control.drain(Duration::from_secs(8));
+    while raw.next_answer().await.is_some() {}
+    assert!((8..=10).contains(&start.elapsed().as_secs()), "{:?}", start.elapsed());
+    assert!(matches!(served.task.await.unwrap(), Closed::DrainDeadline));
 }
 
 #[tokio::test(start_paused = true)]
