@@ -502,11 +502,12 @@ impl DnsProxy {
 
     /// Keeps a response, or remembers that there was none.
     fn keep(&self, key: &[u8], response: Option<&[u8]>) {
-        let proper = response.filter(|response| !is_failure(response));
         let mut cache = self.cache();
-        match proper.and_then(|response| Some((response, wire::Response::parse(response)?))) {
-            Some((response, parsed)) => cache.put(key.into(), response, &parsed),
-            None => cache.failed(key, FAILURE_RECHECK),
+        match response.and_then(|response| Some((response, wire::Response::parse(response)?))) {
+            Some((response, parsed)) if !is_failure(response) => cache.put(key.into(), response, &parsed),
+            // What a server says of the query, not of itself (FORMERR and the like), does not mean that it fails.
+            Some((response, _)) if upstream::is_proper(response) => {}
+            Some(_) | None => cache.failed(key, FAILURE_RECHECK),
         }
         self.metrics.cache_entries.set(i64::try_from(cache.len()).unwrap_or(i64::MAX));
         self.metrics.cache_bytes.set(i64::try_from(cache.bytes()).unwrap_or(i64::MAX));

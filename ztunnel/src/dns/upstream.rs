@@ -275,7 +275,7 @@ impl Dialer<'_> {
 }
 
 /// Whether another server need not be asked: the code says something of the name, not of the server.
-fn is_proper(response: &[u8]) -> bool {
+pub(super) fn is_proper(response: &[u8]) -> bool {
     let code = wire::Response::parse(response).map(|r| r.flags & flag::RCODE);
     !matches!(code, None | Some(rcode::SERVER_FAILURE | rcode::NOT_IMPLEMENTED | rcode::REFUSED))
 }

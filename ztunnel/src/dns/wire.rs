@@ -92,6 +92,9 @@ pub(super) struct Query {
     /// The length of the question's name.
     name_len: usize,
     edns: Option<Edns>,
+    /// Whether it is a question with or without EDNS, and nothing else: no records, no flags that nobody defined, no
+    /// bytes after its end.
+    plain: bool,
 }
 
 /// Reads forward.
@@ -194,9 +197,13 @@ impl Query {
             for _ in 0..u32::from(u16_at(bytes, 6)) + u32::from(u16_at(bytes, 8)) {
                 read_record(&mut reader)?;
             }
-            let mut edns = None;
+            let (mut edns, mut plain) = (None, u16_at(bytes, 6) == 0 && u16_at(bytes, 8) == 0);
             for _ in 0..u16_at(bytes, 10) {
+                let of_root = bytes.get(reader.at) == Some(&0);
                 let record = read_record(&mut reader)?;
+                // RFC 6891, section 6.1.2 and 6.1.3: OPT is the root's; without an extended code, and of its flags
+                // only DO is defined.
+                plain &= record.kind == kind::OPT && of_root && record.ttl & 0xff00_7fff == 0;
                 if record.kind == kind::OPT {
                     if edns.is_some() {
                         return None; // RFC 6891, section 6.1.1
@@ -209,10 +216,11 @@ impl Query {
                     });
                 }
             }
-            Some((name_len, edns))
+            plain &= reader.at == bytes.len() && u16_at(bytes, 2) & !(flag::RD | flag::AD | flag::CD) == 0;
+            Some((name_len, edns, plain))
         };
-        let (name_len, edns) = read().ok_or(Rejection::Answer(rcode::FORMAT_ERROR))?;
-        Ok(Self { bytes: bytes.to_vec(), name_len, edns })
+        let (name_len, edns, plain) = read().ok_or(Rejection::Answer(rcode::FORMAT_ERROR))?;
+        Ok(Self { bytes: bytes.to_vec(), name_len, edns, plain })
     }
 
     pub(super) fn id(&self) -> u16 {
@@ -277,8 +285,12 @@ impl Query {
     }
 
     /// What tells this query from others in a cache: everything that an answer may depend on. `None` when it holds
-    /// an EDNS option that makes the answer this client's own, such as a cookie (RFC 7873).
+    /// an EDNS option that makes the answer this client's own, such as a cookie (RFC 7873), and when it holds anything
+    /// beside a question and EDNS: a server may refuse it for that, which says nothing of the question.
     pub(super) fn cache_key(&self, upstreams: u32) -> Option<Box<[u8]>> {
+        if !self.plain {
+            return None;
+        }
         let mut key = Vec::with_capacity(self.name_len + 16);
         key.extend_from_slice(&upstreams.to_be_bytes());
         key.extend_from_slice(&(self.flags() & (flag::RD | flag::AD | flag::CD)).to_be_bytes());

@@ -245,6 +245,83 @@ async fn an_expired_answer_serves_when_upstreams_only_err() {
     assert_eq!(addresses(&ask().await), ["192.0.2.1"]);
 }
 
+/// Queries for `name` that servers refuse for something beside the question.
+fn ill_formed(name: &str) -> Vec<Vec<u8>> {
+    let plain = query(name, RecordType::A);
+    let changed = |change: &dyn Fn(&mut Vec<u8>)| {
+        let mut bytes = plain.clone();
+        change(&mut bytes);
+        bytes
+    };
+    let record = [0, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 6, 6, 6, 6];
+    let with_record = |section: usize| {
+        changed(&move |b| {
+            b[section] = 1;
+            b.extend_from_slice(&record);
+        })
+    };
+    let with_opt = |opt: &[u8]| {
+        changed(&|b| {
+            b[11] = 1;
+            b.extend_from_slice(opt);
+        })
+    };
+    vec![
+        with_record(7),
+        with_record(9),
+        with_record(11),
+        // A signature by a key that nobody knows (TSIG, RFC 8945), as far as a server reads it.
+        with_opt(&[1, b'k', 0, 0, 250, 0, 255, 0, 0, 0, 0, 0, 0]),
+        with_opt(&[1, b'x', 0, 0, 41, 4, 0xd0, 0, 0, 0, 0, 0, 0]), // OPT of another name than the root
+        with_opt(&[0, 0, 41, 4, 0xd0, 0, 0, 0, 1, 0, 0]),          // a flag that nobody defined
+        with_opt(&[0, 0, 41, 4, 0xd0, 1, 0, 0, 0, 0, 0]),          // an extended code
+        changed(&|b| b.push(0)),                                   // a byte after the end
+        changed(&|b| b[3] |= 0x40),                                // the header's reserved flag
+        changed(&|b| b[2] |= 2),                                   // TC
+    ]
+}
+
+/// One pod could else keep all others on old addresses while the upstreams work.
+#[tokio::test]
+async fn a_query_that_is_refused_for_its_form_does_not_hold_up_others() {
+    let (first, ill_formed) = (query("www.example.com.", RecordType::A), ill_formed("www.example.com."));
+    for ill_formed in ill_formed {
+        let upstream = Upstream::start(|query, _| vec![reply(query, "192.0.2.1", 1)]).await;
+        let lab = lab_with(&upstream).await;
+        assert_eq!(addresses(&Message::from_vec(&lab.udp(&first).await).unwrap()), ["192.0.2.1"]);
+        tokio::time::sleep(Duration::from_millis(1100)).await;
+        let header = first.len();
+        upstream.behave(move |query, _| {
+            let mut refused = query[..header].to_vec();
+            refused[2] |= 0x80;
+            refused[3] = 2;
+            refused[6..12].fill(0);
+            vec![refused]
+        });
+        assert_eq!(lab.udp(&ill_formed).await[3] & 15, 2);
+        upstream.behave(|query, _| vec![reply(query, "192.0.2.2", 60)]);
+        let after = Message::from_vec(&lab.udp(&first).await).unwrap();
+        assert_eq!(addresses(&after), ["192.0.2.2"], "after {ill_formed:?}");
+        // It is passed on, and its answer is nobody else's.
+        let asked = upstream.count();
+        lab.udp(&ill_formed).await;
+        assert_eq!(upstream.count(), asked + 1);
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_finds_fault_with_a_query_counts_as_working() {
+    let upstream = Upstream::start(|query, _| vec![reply(query, "192.0.2.1", 1)]).await;
+    let lab = lab_with(&upstream).await;
+    let ask = async || lab.ask("www.example.com.", RecordType::A).await;
+    ask().await;
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    upstream.behave(|query, _| vec![reply_code(query, 1)]);
+    assert_eq!(addresses(&ask().await), ["192.0.2.1"], "better than an error");
+    upstream.behave(|query, _| vec![reply(query, "192.0.2.2", 60)]);
+    assert_eq!(addresses(&ask().await), ["192.0.2.2"]);
+}
+
 #[tokio::test]
 async fn an_expired_answer_yields_to_a_new_one() {
     let upstream = Upstream::start(|query, _| vec![reply(query, "192.0.2.1", 1)]).await;
