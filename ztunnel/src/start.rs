@@ -201,22 +201,18 @@ fn capture(flags: &Flags) -> anyhow::Result<Arc<dyn capture::Capture>> {
     Ok(selected.capture)
 }
 
-/// The CA of the directory, and the certificates that it issues.
+/// The CA of the directory, and the certificates that it issues; what --key-dir kept, while the CA is away.
 fn tls(flags: &Flags, state: &State) -> anyhow::Result<Tls> {
     let domains = state.mesh().settings().trust_domains.clone();
     let clock = Clock::system();
-    let directory = CaDirectory::open_or_make(&flags.ca_dir)
-        .with_context(|| format!("certificate authority {}", flags.ca_dir.display()))?;
-    directory
-        .make_if_missing(&domains.own, Validity::of_roots(), clock.now())
-        .with_context(|| format!("certificate authority {}", flags.ca_dir.display()))?;
+    let store = flags.key_dir.as_deref().map(KeyStore::open).transpose().context("--key-dir")?;
     let validity =
         Validity { lifetime: Duration::from_secs(flags.certificate_ttl), ..Validity::of_workloads() };
     let issuer_settings = LocalIssuerSettings { validity, ..LocalIssuerSettings::default() };
-    let issuer = LocalIssuer::start(directory, domains, issuer_settings, clock.clone())
+    let directory = CaDirectory::named(&flags.ca_dir);
+    let issuer = LocalIssuer::start_kept(directory, store.clone(), domains, issuer_settings, clock.clone())
         .with_context(|| format!("certificate authority {}", flags.ca_dir.display()))?;
     let bundle = issuer.bundle().clone();
-    let store = flags.key_dir.as_deref().map(KeyStore::open).transpose().context("--key-dir")?;
     let settings =
         CertificateSettings { jitter_seed: u64::from(std::process::id()), ..CertificateSettings::default() };
     Ok(Tls::new(Arc::new(Certificates::new(Arc::new(issuer), bundle, settings, store, clock))))

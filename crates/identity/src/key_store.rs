@@ -1,5 +1,10 @@
-//! Certificates and their keys in a root-only tmpfs, so that a ztunnel that was restarted serves while the CA is
-//! away. Nothing here ever reaches a disk: a directory that is not memory is refused.
+//! Certificates and their keys in a root-only tmpfs, with the roots that they are judged by, so that a ztunnel that was
+//! restarted serves while the CA is away: the identities that it had, until their certificates expire, and by the roots
+//! that it last saw. New identities, renewals and changes of the roots wait for the CA. Nothing here ever reaches a
+//! disk: a directory that is not memory is refused; so nothing is left of it after the machine restarts.
+//!
+//! What is kept here also says that there was a CA, so that no other one is made in its place: see
+//! [`LocalIssuer::start_kept`](crate::LocalIssuer::start_kept).
 
 use std::path::Path;
 
@@ -28,6 +33,20 @@ impl KeyStore {
         let dir = SecretDir::open_or_make(path)?;
         dir.check_in_memory()?;
         Ok(Self { dir })
+    }
+
+    /// The directory.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Whether nothing was ever kept.
+    ///
+    /// # Errors
+    /// The directory can't be read.
+    pub fn is_empty(&self) -> Result<bool, StorageError> {
+        self.dir.is_empty()
     }
 
     /// The roots that were last kept.

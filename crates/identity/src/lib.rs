@@ -39,7 +39,7 @@ pub use clock::{Clock, Timestamp};
 pub use handshake::{HandshakeError, HandshakeLimits, NotTls, PeerInfo, accept, connect};
 pub use issuer::{IssueError, IssueFuture, Issued, Issuer};
 pub use key_store::KeyStore;
-pub use local_issuer::{CaStatus, LocalIssuer, LocalIssuerSettings};
+pub use local_issuer::{CaStatus, LocalIssuer, LocalIssuerSettings, SignerStatus};
 pub use storage::StorageError;
 pub use stream::{TlsError, TlsStream};
 pub use trust::{BundleError, Distrust, MAX_ROOTS, Root, TrustBundle, TrustSnapshot};

@@ -1,20 +1,24 @@
 //! The local CA as an [`Issuer`], following its directory while it changes.
 //!
 //! Invariants:
-//! * what is in force is always the last whole and valid state of the directory;
-//! * a new root is trusted before anything signed by it is issued.
+//! * what is in force is always the last whole and valid state of the directory, also of before a restart where a
+//!   [`KeyStore`] keeps the roots: nothing is issued then until the directory is back;
+//! * a new root is trusted, and kept, before anything signed by it is issued;
+//! * an authority is made only where there is nothing of one.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
+use arc_swap::ArcSwapOption;
 use model::{SpiffeId, TrustDomains};
+use rustls_pki_types::CertificateDer;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::ca::{CaDirectory, CaError, CaStamp, CaWarning, CertificateAuthority, LoadedCa, Validity};
 use crate::clock::{Clock, Timestamp};
-use crate::issuer::{IssueFuture, Issuer};
+use crate::issuer::{IssueError, IssueFuture, Issuer};
+use crate::key_store::KeyStore;
 use crate::trust::TrustBundle;
 use crate::x509::RootId;
 
@@ -36,9 +40,9 @@ impl Default for LocalIssuerSettings {
     }
 }
 
-/// How the local CA is doing.
+/// Who signs.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct CaStatus {
+pub struct SignerStatus {
     /// The signing certificate's subject.
     pub subject: String,
     /// Its serial number, hex.
@@ -47,6 +51,24 @@ pub struct CaStatus {
     pub root: RootId,
     /// When it, or what it depends on, expires.
     pub not_after: Timestamp,
+}
+
+impl SignerStatus {
+    fn of(authority: &CertificateAuthority) -> Self {
+        Self {
+            subject: authority.subject().to_owned(),
+            serial: authority.serial().to_owned(),
+            root: authority.root(),
+            not_after: Timestamp(authority.not_after()),
+        }
+    }
+}
+
+/// How the local CA is doing.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CaStatus {
+    /// Who signs; `None` while the directory could not be loaded since the start, and only what was kept serves.
+    pub signer: Option<SignerStatus>,
     /// What should be known.
     pub warnings: Vec<CaWarning>,
     /// Times that a change of the directory was put in force, the start included.
@@ -67,10 +89,12 @@ pub struct LocalIssuer {
 #[derive(Debug)]
 struct State {
     directory: CaDirectory,
+    /// Where the roots are kept over a restart.
+    store: Option<KeyStore>,
     bundle: TrustBundle,
     settings: LocalIssuerSettings,
     clock: Clock,
-    authority: ArcSwap<CertificateAuthority>,
+    authority: ArcSwapOption<CertificateAuthority>,
     signer: watch::Sender<u64>,
     status: Mutex<CaStatus>,
 }
@@ -88,28 +112,92 @@ impl LocalIssuer {
     ) -> Result<Self, CaError> {
         let stamp = directory.stamp();
         let loaded = directory.load(&domains, clock.now())?;
-        let status = CaStatus {
-            subject: loaded.authority.subject().to_owned(),
-            serial: loaded.authority.serial().to_owned(),
-            root: loaded.authority.root(),
-            not_after: Timestamp(loaded.authority.not_after()),
-            warnings: loaded.warnings,
-            loads: 1,
-            failures: 0,
-            error: None,
+        Self::with(directory, stamp, None, Ok(loaded), domains, settings, clock)
+    }
+
+    /// As [`LocalIssuer::start`], but makes an authority if there is nothing of one, and keeps the roots in `store`.
+    /// While the directory can't be loaded, what is kept there serves.
+    ///
+    /// # Errors
+    /// The directory can't be loaded, or made, and no roots are kept. Where certificates are, nothing is made either.
+    pub fn start_kept(
+        directory: CaDirectory,
+        store: Option<KeyStore>,
+        domains: TrustDomains,
+        settings: LocalIssuerSettings,
+        clock: Clock,
+    ) -> Result<Self, CaError> {
+        let kept = match &store {
+            Some(store) if !store.is_empty()? => Some(store),
+            _ => None,
         };
-        for warning in &status.warnings {
-            tracing::warn!(directory = %directory.path().display(), "certificate authority: {warning}");
+        if kept.is_none() {
+            CaDirectory::open_or_make(directory.path())?.make_if_missing(
+                &domains.own,
+                Validity::of_roots(),
+                clock.now(),
+            )?;
         }
+        let stamp = directory.stamp();
+        let state = match (directory.load(&domains, clock.now()), kept) {
+            (Ok(loaded), kept) => {
+                if let Some(kept) = kept.map(KeyStore::roots).transpose()?.flatten()
+                    && !kept.iter().any(|root| loaded.roots.contains(root))
+                {
+                    tracing::warn!(
+                        directory = %directory.path().display(),
+                        root = %loaded.authority.root(),
+                        "the certificate authority is another one than before the restart"
+                    );
+                }
+                Ok(loaded)
+            }
+            (Err(error), None) => return Err(error),
+            (Err(reason), Some(store)) => match store.roots()? {
+                Some(roots) => Err((reason, roots)),
+                None => {
+                    let keys = store.path().display().to_string();
+                    return Err(CaError::Away { reason: Box::new(reason), keys });
+                }
+            },
+        };
+        Self::with(directory, stamp, store, state, domains, settings, clock)
+    }
+
+    /// With what was loaded, or else with the roots that were kept.
+    fn with(
+        directory: CaDirectory,
+        stamp: CaStamp,
+        store: Option<KeyStore>,
+        found: Result<LoadedCa, (CaError, Vec<CertificateDer<'static>>)>,
+        domains: TrustDomains,
+        settings: LocalIssuerSettings,
+        clock: Clock,
+    ) -> Result<Self, CaError> {
+        let (roots, found) = match found {
+            Ok(loaded) => (loaded.roots.clone(), Ok(loaded)),
+            Err((reason, roots)) => (roots, Err(reason)),
+        };
         let state = Arc::new(State {
-            bundle: TrustBundle::new(&loaded.roots, domains)?,
-            authority: ArcSwap::from_pointee(loaded.authority),
+            bundle: TrustBundle::new(&roots, domains)?,
+            authority: ArcSwapOption::empty(),
             signer: watch::Sender::new(0),
-            status: Mutex::new(status),
+            status: Mutex::new(CaStatus {
+                signer: None,
+                warnings: Vec::new(),
+                loads: 0,
+                failures: 0,
+                error: None,
+            }),
             directory,
+            store,
             settings,
             clock,
         });
+        match found {
+            Ok(loaded) => state.take(loaded)?,
+            Err(reason) => state.fail(&reason),
+        }
         let follower = tokio::spawn(follow(state.clone(), stamp));
         Ok(Self { state, follower })
     }
@@ -137,7 +225,11 @@ impl Issuer for LocalIssuer {
     fn issue<'a>(&'a self, id: &'a SpiffeId) -> IssueFuture<'a> {
         Box::pin(async move {
             let State { authority, settings, clock, .. } = &*self.state;
-            Ok(authority.load().issue(id, settings.validity, clock.now())?)
+            let Some(authority) = authority.load_full() else {
+                let error = self.state.status().error.clone().unwrap_or_default();
+                return Err(IssueError::Unavailable(error));
+            };
+            Ok(authority.issue(id, settings.validity, clock.now())?)
         })
     }
 
@@ -153,7 +245,11 @@ impl State {
 
     fn take(&self, loaded: LoadedCa) -> Result<(), CaError> {
         let roots_changed = self.bundle.set_roots(&loaded.roots)?;
-        let signer_changed = !self.authority.load().same_signer(&loaded.authority);
+        let old = self.authority.load_full();
+        let signer_changed = old.as_ref().is_none_or(|old| !old.same_signer(&loaded.authority));
+        if roots_changed || old.is_none() {
+            self.keep_roots(&loaded.roots);
+        }
         let authority = Arc::new(loaded.authority);
         let mut status = self.status();
         if roots_changed || signer_changed || status.error.is_some() {
@@ -169,31 +265,46 @@ impl State {
         for warning in loaded.warnings.iter().filter(|w| !status.warnings.contains(w)) {
             tracing::warn!(directory = %self.directory.path().display(), "certificate authority: {warning}");
         }
-        authority.subject().clone_into(&mut status.subject);
-        authority.serial().clone_into(&mut status.serial);
-        status.root = authority.root();
-        status.not_after = Timestamp(authority.not_after());
+        status.signer = Some(SignerStatus::of(&authority));
         status.warnings = loaded.warnings;
         status.error = None;
         drop(status);
-        self.authority.store(authority);
+        self.authority.store(Some(authority));
         if signer_changed {
             self.signer.send_modify(|generation| *generation += 1);
         }
         Ok(())
     }
 
+    fn keep_roots(&self, roots: &[CertificateDer<'static>]) {
+        let kept = self.store.as_ref().map_or(Ok(()), |store| store.keep_roots(roots));
+        if let Err(error) = kept {
+            tracing::warn!("the roots are not kept for a restart while the CA is away: {error}");
+        }
+    }
+
     fn fail(&self, error: &CaError) {
         let mut status = self.status();
         status.failures += 1;
         let text = error.to_string();
-        if status.error.as_ref() != Some(&text) {
-            tracing::error!(
-                directory = %self.directory.path().display(),
-                "certificate authority not reloaded, the last good state stays in force: {text}"
-            );
-            status.error = Some(text);
+        if status.error.as_ref() == Some(&text) {
+            return;
         }
+        let directory = self.directory.path().display();
+        match (&status.signer, &self.store) {
+            (None, Some(store)) => tracing::error!(
+                %directory,
+                "certificate authority not loaded: only the certificates that are kept in {keys} serve, until they \
+                 expire. Bring the directory back; or, to begin with a new authority, stop, empty {keys}, and start \
+                 again: {text}",
+                keys = store.path().display(),
+            ),
+            _ => tracing::error!(
+                %directory,
+                "certificate authority not reloaded, the last good state stays in force: {text}"
+            ),
+        }
+        status.error = Some(text);
     }
 }
 
@@ -220,14 +331,11 @@ async fn follow(state: Arc<State>, mut seen: CaStamp) {
         let reader = state.clone();
         let loaded = tokio::task::spawn_blocking(move || {
             let domains = reader.bundle.snapshot().trust_domains().clone();
-            reader.directory.load(&domains, reader.clock.now())
+            reader.directory.load(&domains, reader.clock.now()).and_then(|loaded| reader.take(loaded))
         });
         match loaded.await {
-            Ok(loaded) => {
-                if let Err(error) = loaded.and_then(|loaded| state.take(loaded)) {
-                    state.fail(&error);
-                }
-            }
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => state.fail(&error),
             // The runtime is going down, or the reader panicked, which is on record already.
             Err(error) => tracing::error!("certificate authority not read: {error}"),
         }

@@ -119,12 +119,24 @@ pub(crate) struct FileStamp {
 impl SecretDir {
     /// Uses a directory that exists.
     pub(crate) fn open(path: &Path) -> Result<Self, StorageError> {
+        let dir = Self::named(path);
+        dir.check()?;
+        Ok(dir)
+    }
+
+    /// A directory that may not be there yet: see [`SecretDir::check`].
+    pub(crate) fn named(path: &Path) -> Self {
+        Self { path: path.to_owned() }
+    }
+
+    /// Errors unless the directory is there, and nobody else can enter it.
+    pub(crate) fn check(&self) -> Result<(), StorageError> {
+        let path = &self.path;
         let metadata = std::fs::metadata(path).map_err(at("look at", path))?;
         if !metadata.is_dir() {
-            return Err(StorageError::WrongKind { path: path.to_owned(), expected: "directory" });
+            return Err(StorageError::WrongKind { path: path.clone(), expected: "directory" });
         }
-        check_access(path, metadata.uid(), metadata.mode(), 0o700)?;
-        Ok(Self { path: path.to_owned() })
+        check_access(path, metadata.uid(), metadata.mode(), 0o700)
     }
 
     /// Uses a directory, making it first if it is missing (its parent must exist).
@@ -226,8 +238,23 @@ impl SecretDir {
         }
     }
 
-    pub(crate) fn exists(&self, name: &str) -> bool {
-        self.path.join(name).exists()
+    /// Whether there is something of this name, be it a link that leads nowhere.
+    pub(crate) fn exists(&self, name: &str) -> Result<bool, StorageError> {
+        let path = self.path.join(name);
+        match std::fs::symlink_metadata(&path) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(at("look at", &path)(error)),
+        }
+    }
+
+    /// Whether there is no file but the lock and what was cut short in writing.
+    pub(crate) fn is_empty(&self) -> Result<bool, StorageError> {
+        let read = at("read", &self.path);
+        let names = || -> io::Result<Vec<OsString>> {
+            std::fs::read_dir(&self.path)?.map(|entry| Ok(entry?.file_name())).collect()
+        };
+        Ok(names().map_err(read)?.iter().all(|name| name.as_encoded_bytes().starts_with(b".")))
     }
 
     /// What a file looks like from outside; `None` if it is missing.

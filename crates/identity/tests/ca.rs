@@ -257,6 +257,53 @@ fn a_directory_is_made_once_and_found_again() {
     assert_eq!(std::fs::metadata(ca.path()).unwrap().permissions().mode() & 0o777, 0o700);
 }
 
+/// Files that are copied one by one, or a directory that was emptied in part: what is there is somebody's.
+#[test]
+fn an_authority_is_made_only_where_there_is_nothing_of_one() {
+    for file in ["roots.pem", "ca.key", "next.pem", "rotation.json"] {
+        let dir = memory_dir();
+        let ca = CaDirectory::open(dir.path()).unwrap();
+        write(&dir.path().join(file), "the operator's", 0o600);
+        let error = ca.make_if_missing(&domain(), Validity::of_roots(), now()).unwrap_err();
+        assert!(matches!(&error, CaError::Incomplete { file: named, .. } if *named == file), "{error}");
+        assert!(error.to_string().contains("remove"), "{error}");
+        assert_eq!(std::fs::read_to_string(dir.path().join(file)).unwrap(), "the operator's");
+        assert!(!dir.path().join("ca.pem").exists(), "{file}");
+    }
+    // Links that can't be followed now are no empty places.
+    for target in ["/nowhere/ca.pem", "ca.pem"] {
+        let dir = memory_dir();
+        let ca = CaDirectory::open(dir.path()).unwrap();
+        std::os::unix::fs::symlink(target, dir.path().join("ca.pem")).unwrap();
+        assert_eq!(ca.make_if_missing(&domain(), Validity::of_roots(), now()).unwrap(), Creation::Existed);
+        ca.load(&domains(), now()).unwrap_err();
+        assert!(!dir.path().join("roots.pem").exists());
+    }
+}
+
+#[test]
+fn a_given_authority_replaces_no_roots() {
+    let (dir, made) = (memory_dir(), root());
+    let ca = CaDirectory::open(dir.path()).unwrap();
+    let (chain, other) = (pem(&made.chain), pem(&root().chain));
+    let key = pem::encode(&pem::Pem::new("PRIVATE KEY", made.key.secret_der()));
+    let install = || {
+        let chain = chain.as_bytes();
+        ca.install_given(chain, key.as_bytes(), chain, &domain(), now())
+    };
+    write(&dir.path().join("roots.pem"), &other, 0o600);
+    let error = install().unwrap_err().to_string();
+    assert!(error.contains("roots.pem") && error.contains("rotate"), "{error}");
+    assert_eq!(std::fs::read_to_string(dir.path().join("roots.pem")).unwrap(), other);
+    // It was cut short between the two files, and is run again.
+    std::fs::remove_file(dir.path().join("roots.pem")).unwrap();
+    install().unwrap();
+    std::fs::remove_file(dir.path().join("ca.pem")).unwrap();
+    install().unwrap();
+    ca.load(&domains(), now()).unwrap();
+    install().unwrap_err();
+}
+
 #[test]
 fn a_crash_between_the_two_files_leaves_a_whole_authority() {
     let dir = memory_dir();
@@ -353,7 +400,7 @@ async fn a_changed_directory_is_followed_and_a_broken_one_is_not() {
     let generation = mesh.issuer.bundle().subscribe();
     let signer = mesh.issuer.signer();
     let good = std::fs::read_to_string(mesh.path("ca.pem")).unwrap();
-    let before = mesh.issuer.status();
+    let before = mesh.issuer.status().signer.unwrap();
     for broken in [&good[..good.len() / 2], "", "\0\u{fffd}garbage", "-----BEGIN CERTIFICATE-----\n"] {
         write(&mesh.path("ca.pem"), broken, 0o600);
         until(|| mesh.issuer.status().error.is_some()).await;
@@ -361,7 +408,7 @@ async fn a_changed_directory_is_followed_and_a_broken_one_is_not() {
         write(&mesh.path("ca.pem"), &good, 0o600);
         until(|| mesh.issuer.status().error.is_none()).await;
     }
-    assert_eq!(mesh.issuer.status().serial, before.serial);
+    assert_eq!(mesh.issuer.status().signer.unwrap(), before);
     assert!(!generation.has_changed().unwrap() && !signer.has_changed().unwrap(), "nothing really changed");
     assert!(mesh.issuer.status().failures >= 4);
 
@@ -375,7 +422,7 @@ async fn a_changed_directory_is_followed_and_a_broken_one_is_not() {
     write(&mesh.path("roots.pem"), &pem(&made.chain), 0o600);
     write(&mesh.path("ca.pem"), &(pem(&made.chain) + &key), 0o600);
     until(|| mesh.issuer.status().error.is_none()).await;
-    assert_ne!(mesh.issuer.status().root, before.root);
+    assert_ne!(mesh.issuer.status().signer.unwrap().root, before.root);
     assert!(generation.has_changed().unwrap() && signer.has_changed().unwrap());
 }
 

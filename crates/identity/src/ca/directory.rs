@@ -23,11 +23,13 @@ use super::{CaError, CertificateAuthority, MadeCa, Validity};
 use crate::clock::{Timestamp, between};
 use crate::storage::{DirLock, FileStamp, SecretDir, StorageError};
 use crate::trust::TrustBundle;
-use crate::x509::Facts;
+use crate::x509::{Facts, RootId};
 
 pub(super) const ROOTS: &str = "roots.pem";
 pub(super) const SIGNER: &str = "ca.pem";
 pub(super) const KEY: &str = "ca.key";
+pub(super) const NEXT: &str = "next.pem";
+pub(super) const STATE: &str = "rotation.json";
 
 /// Roots and signing certificates that expire sooner are warned of.
 const EXPIRES_SOON: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -86,7 +88,8 @@ pub struct LoadedCa {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct CaStamp([Option<FileStamp>; 3]);
 
-/// A directory with a certificate authority. Its calls block for as long as the file system does.
+/// A directory with a certificate authority. Its calls block for as long as the file system does. Each use checks that
+/// nobody but root and this process's user can get at it.
 #[derive(Clone, Debug)]
 pub struct CaDirectory {
     pub(super) dir: SecretDir,
@@ -109,17 +112,25 @@ impl CaDirectory {
         Ok(Self { dir: SecretDir::open_or_make(path)? })
     }
 
+    /// A directory that may not be there: whoever reads it then learns that.
+    #[must_use]
+    pub fn named(path: &Path) -> Self {
+        Self { dir: SecretDir::named(path) }
+    }
+
     /// The directory.
     #[must_use]
     pub fn path(&self) -> &Path {
         self.dir.path()
     }
 
-    /// Makes a root for `domain` unless the directory has an authority. Several processes may call this at once:
-    /// one makes it, all then find the same.
+    /// Makes a root for `domain` if the directory has nothing of an authority. Several processes may call this at
+    /// once: one makes it, all then find the same. That it was made is logged: peers of another authority are
+    /// strangers from then on.
     ///
     /// # Errors
-    /// Files can't be written, or keys not be made.
+    /// The directory has some files of an authority and no `ca.pem`, or can't be read; files can't be written, or keys
+    /// not be made.
     pub fn make_if_missing(
         &self,
         domain: &TrustDomain,
@@ -127,11 +138,25 @@ impl CaDirectory {
         now: UnixTime,
     ) -> Result<Creation, CaError> {
         let lock = self.dir.lock()?;
-        if self.dir.exists(SIGNER) {
+        if self.dir.exists(SIGNER)? {
             return Ok(Creation::Existed);
+        }
+        for file in [ROOTS, KEY, NEXT, STATE] {
+            if self.dir.exists(file)? {
+                return Err(CaError::Incomplete { file, directory: self.dir.path().display().to_string() });
+            }
         }
         let made = CertificateAuthority::make_root(domain, validity, now)?;
         self.install(&made, &lock)?;
+        let root = own_root(&made.chain)
+            .and_then(|root| Some(RootId::of(&webpki::anchor_from_trusted_cert(&root).ok()?)))
+            .map(|id| id.to_string());
+        tracing::warn!(
+            directory = %self.dir.path().display(),
+            root,
+            "there was no certificate authority: a new one was made. Nodes that do not use this same directory do not \
+             trust this one"
+        );
         Ok(Creation::Made)
     }
 
@@ -149,11 +174,14 @@ impl CaDirectory {
         now: UnixTime,
     ) -> Result<(), CaError> {
         let _lock = self.dir.lock()?;
-        if self.dir.exists(SIGNER) {
-            return Err(CaError::Pem {
-                file: self.dir.path().join(SIGNER).display().to_string(),
-                reason: "there is an authority already; rotate it instead".to_owned(),
-            });
+        let there_is = |file: &str| CaError::Pem {
+            file: self.dir.path().join(file).display().to_string(),
+            reason: "there is an authority already; rotate it instead".to_owned(),
+        };
+        for file in [SIGNER, KEY] {
+            if self.dir.exists(file)? {
+                return Err(there_is(file));
+            }
         }
         let chain = certificates_from_pem("the given chain", chain)?;
         let key = key_from_pem("the given key", key)?
@@ -161,7 +189,13 @@ impl CaDirectory {
         let roots = certificates_from_pem("the given roots", roots)?;
         let bundle = TrustBundle::new(&roots, TrustDomains::only(domain.clone()))?;
         CertificateAuthority::new(&chain, &key, &bundle, now)?;
-        self.dir.replace(ROOTS, certificates_to_pem(&roots).as_bytes())?;
+        let roots = certificates_to_pem(&roots);
+        match self.dir.read_public(ROOTS)? {
+            // This call was cut short before.
+            Some(text) if text == roots.as_bytes() => {}
+            Some(_) => return Err(there_is(ROOTS)),
+            None => self.dir.replace(ROOTS, roots.as_bytes())?,
+        }
         self.dir.replace(SIGNER, signer_text(&MadeCa { chain, key }).as_bytes())?;
         Ok(())
     }
@@ -171,6 +205,7 @@ impl CaDirectory {
     /// # Errors
     /// Says which file and what is wrong with it.
     pub fn load(&self, domains: &TrustDomains, now: UnixTime) -> Result<LoadedCa, CaError> {
+        self.dir.check()?;
         let missing = |file| CaError::Missing { file, directory: self.dir.path().display().to_string() };
         let holds_key = |text: &[u8]| !matches!(key_from_pem(SIGNER, text), Ok(None));
         let signer = self.dir.read_secret(SIGNER, holds_key)?.ok_or_else(|| missing(SIGNER))?;

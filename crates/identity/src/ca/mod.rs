@@ -30,6 +30,29 @@ pub enum CaError {
         /// The directory.
         directory: String,
     },
+    /// There is a part of an authority, so none is made.
+    #[error(
+        "{directory} holds {file} but no ca.pem: no authority is made, because it would replace what is there; put \
+         the missing files there, or remove {file} to begin with a new authority"
+    )]
+    Incomplete {
+        /// The file that is there.
+        file: &'static str,
+        /// The directory.
+        directory: String,
+    },
+    /// There is no authority, and no new one is made, because certificates of another one are in use.
+    #[error(
+        "{reason}; no new authority is made, because {keys} holds certificates of the one there was: bring its \
+         directory back, or empty {keys} to begin with a new authority, which no node that keeps the old one trusts"
+    )]
+    Away {
+        /// Why there is none.
+        #[source]
+        reason: Box<CaError>,
+        /// The directory of kept certificates.
+        keys: String,
+    },
     /// A file is no PEM of what it should hold.
     #[error("{file}: {reason}")]
     Pem {

@@ -18,15 +18,12 @@ use model::TrustDomains;
 use rustls_pki_types::{CertificateDer, UnixTime};
 use serde::{Deserialize, Serialize};
 
-use super::directory::{KEY, ROOTS, SIGNER, signer_text};
+use super::directory::{KEY, NEXT, ROOTS, SIGNER, STATE, signer_text};
 use super::pem_text::{certificates_from_pem, certificates_to_pem, key_from_pem};
 use super::{CaDirectory, CaError, CertificateAuthority, MadeCa, Validity};
 use crate::clock::{Timestamp, at, later};
 use crate::trust::TrustBundle;
 use crate::x509::RootId;
-
-const NEXT: &str = "next.pem";
-const STATE: &str = "rotation.json";
 
 /// Where the new signing certificate comes from.
 #[derive(Clone, Debug)]
