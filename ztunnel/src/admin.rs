@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use process::http::{Request, Response, Routes, StatusCode};
 use serde_json::{Value, json};
+use tokio::sync::Semaphore;
 
 use crate::connections::{Ended, Open};
 use crate::dump;
@@ -17,10 +18,12 @@ const LISTED: usize = 10_000;
 
 /// Adds the pages to `routes`.
 pub fn routes(routes: Routes, proxy: &Arc<Proxy>, node: &Arc<Node>) -> Routes {
-    let (dumped, dumped_node) = (proxy.clone(), node.clone());
+    // A page of a large mesh is many times its text while it is made.
+    let large = Arc::new(Semaphore::new(1));
+    let (dumped, dumped_node, one) = (proxy.clone(), node.clone(), large.clone());
     let routes = routes.get("/config_dump", "the mesh as this node knows it", move |_request| {
         let (proxy, node) = (dumped.clone(), dumped_node.clone());
-        async move {
+        aside(one.clone(), move || {
             let mut dump = dump::config(&proxy.state.mesh_owned(), &proxy.tls.dump());
             if let Value::Object(fields) = &mut dump {
                 fields.insert("pods".to_owned(), node.dump());
@@ -28,7 +31,7 @@ pub fn routes(routes: Routes, proxy: &Arc<Proxy>, node: &Arc<Node>) -> Routes {
                 fields.insert("diagnostics".to_owned(), node.diagnostics());
             }
             Response::json(&dump)
-        }
+        })
     });
     let listed = proxy.clone();
     routes.get(
@@ -36,9 +39,17 @@ pub fn routes(routes: Routes, proxy: &Arc<Proxy>, node: &Arc<Node>) -> Routes {
         "open connections and the last that ended; ?id=, ?address= (of either end)",
         move |request| {
             let proxy = listed.clone();
-            async move { connections(&proxy, &request) }
+            aside(large.clone(), move || connections(&proxy, &request))
         },
     )
+}
+
+/// Makes a page while nothing waits for it: the thread of the control runtime takes policies meanwhile.
+async fn aside(one: Arc<Semaphore>, make: impl FnOnce() -> Response + Send + 'static) -> Response {
+    let _place = one.acquire().await;
+    tokio::task::spawn_blocking(make)
+        .await
+        .unwrap_or_else(|error| Response::text(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))
 }
 
 /// Which connections are asked for.
