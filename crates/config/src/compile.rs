@@ -162,6 +162,9 @@ pub struct Compiler {
     by_address: Addresses,
     arrivals: u64,
     services: HashMap<ServiceKey, Entry>,
+    /// How many workloads of the model are endpoints of a service and don't enforce the policies for it; services
+    /// without such are not listed.
+    unguarded: HashMap<ServiceKey, u32>,
     by_vip: HashMap<Vip, Vec<ServiceKey>>,
     slices: HashMap<ObjectKey, EndpointSlice>,
     slices_of: HashMap<ServiceKey, HashSet<ObjectKey>>,
@@ -224,6 +227,7 @@ impl Compiler {
             by_address: Addresses::default(),
             arrivals: 0,
             services: HashMap::new(),
+            unguarded: HashMap::new(),
             by_vip: HashMap::new(),
             slices: HashMap::new(),
             slices_of: HashMap::new(),
@@ -323,13 +327,14 @@ impl Compiler {
 
     /// Compiles what the staged changes touch.
     pub fn commit(&mut self, pool: &mut Pool) -> Batch {
-        for key in std::mem::take(&mut self.dirty_services) {
-            self.compile_service(&key);
-        }
         self.settle_addresses();
         let mut workloads = Vec::new();
         for id in std::mem::take(&mut self.dirty) {
             workloads.extend(self.compile_instance(id, pool));
+        }
+        // After their endpoints: whether a service is closed depends on these.
+        for key in std::mem::take(&mut self.dirty_services) {
+            self.compile_service(&key);
         }
         if !std::mem::replace(&mut self.announced, true) {
             self.changes.push(Change::SetSettings(self.policies.settings().clone()));

@@ -226,8 +226,22 @@ fn one_host() -> Vec<Vec<String>> {
             ),
         ]);
     }
-    let pod = |labels: &str| labelled("Pod", "a", "pod", labels, "status: {podIP: 10.0.0.1}");
-    files.push(vec![pod("app: x"), pod("app: w")]);
+    let listed = "{hosts: [same.example.com, more.example.com], ports: [{number: 80, name: http}], resolution: STATIC, \
+                  location: MESH_INTERNAL, endpoints: [{address: 10.0.0.1}, {address: 10.0.0.2}]}";
+    files.push(vec![
+        networking("ServiceEntry", "a", "gate", listed),
+        networking("ServiceEntry", "b", "gate", listed),
+    ]);
+    for (namespace, ip) in [("a", "10.0.0.1"), ("b", "10.0.0.2")] {
+        let pod =
+            |labels: &str| labelled("Pod", namespace, "pod", labels, &format!("status: {{podIP: {ip}}}"));
+        files.push(vec![pod("app: x"), pod("app: w"), pod("app: x, istio.io/dataplane-mode: none")]);
+        let ambient = "istio.io/dataplane-mode: ambient";
+        let bound = format!("{ambient}, istio.io/use-waypoint: gate");
+        files.push(
+            [ambient, "x: z", &bound].map(|labels| labelled("Namespace", "", namespace, labels, "")).to_vec(),
+        );
+    }
     files
 }
 

@@ -44,6 +44,11 @@ impl World {
         said
     }
 
+    /// Whether connections to a service are refused for want of a waypoint.
+    fn is_closed(&self, host: &str) -> bool {
+        self.mesh.services_named(host)[0].waypoint.is_some()
+    }
+
     /// Whether a pod, `namespace/name`, lets in a connection from `namespace/account`.
     fn allows(&self, to: &str, port: u16, from: &str) -> bool {
         let (namespace, name) = to.split_once('/').unwrap();
@@ -182,4 +187,117 @@ fn a_pod_without_its_address_stays_captured_and_gives_way_to_pods_in_force_only(
     let text = text.replace("third", "fourth");
     let outcome = repository.apply(&"more.yaml".into(), Content::Bytes(text.as_bytes()));
     assert!(captured(&outcome.enrolments), "{:?}", outcome.enrolments);
+}
+
+fn service(namespace: &str, name: &str, ip: &str, more: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: {namespace}}}\nspec: {{clusterIP: {ip}, {more} \
+         ports: [{{port: 80, name: http}}]}}\n"
+    )
+}
+
+fn slice(namespace: &str, service: &str, ip: &str) -> String {
+    format!(
+        "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: {service}, namespace: {namespace}, labels: \
+         {{kubernetes.io/service-name: {service}}}}}\naddressType: IPv4\nports: [{{name: http, port: 80}}]\nendpoints: \
+         [{{addresses: [{ip}]}}]\n"
+    )
+}
+
+fn deny(namespace: &str, target: &str, name: &str) -> String {
+    let group = match target {
+        "Service" => "''",
+        "ServiceEntry" => "networking.istio.io",
+        _ => "gateway.networking.k8s.io",
+    };
+    let spec = format!(
+        "{{action: DENY, rules: [{{}}], targetRefs: [{{group: {group}, kind: {target}, name: {name}}}]}}"
+    );
+    policy("AuthorizationPolicy", namespace, &format!("deny-{name}"), &spec)
+}
+
+fn entry(namespace: &str, name: &str, labels: &str, spec: &str) -> String {
+    format!(
+        "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{name: {name}, namespace: {namespace}, labels: \
+         {{{labels}}}}}\nspec: {{hosts: [{name}.example.com], location: MESH_INTERNAL, ports: [{{number: 80, name: \
+         http}}], {spec}}}\n"
+    )
+}
+
+#[test]
+fn policies_of_one_namespace_refuse_nothing_to_pods_of_another() {
+    let shop = [namespace("shop"), namespace("evil"), pod("shop", "cart", "10.0.0.1")];
+    let listed = "resolution: STATIC, endpoints: [{address: 10.0.0.1}]";
+    let traps = [
+        [entry("evil", "trap", "", listed), deny("evil", "ServiceEntry", "trap")].to_vec(),
+        [
+            service("evil", "trap", "10.1.0.1", ""),
+            slice("evil", "trap", "10.0.0.1"),
+            deny("evil", "Service", "trap"),
+        ]
+        .to_vec(),
+        [entry("evil", "trap", "istio.io/use-waypoint: wp", listed), deny("evil", "Gateway", "wp")].to_vec(),
+    ];
+    for trap in traps {
+        let all: Vec<&str> = shop.iter().chain(&trap).map(String::as_str).collect();
+        let world = World::of(&file(&all));
+        assert!(world.allows("shop/cart", 80, "shop/web"), "{trap:?}");
+        let host = if trap.len() == 3 { "trap.evil.svc.cluster.local" } else { "trap.example.com" };
+        assert!(world.is_closed(host), "the policy holds for what it is for: {trap:?}");
+    }
+}
+
+#[test]
+fn a_services_waypoint_is_that_of_its_own_namespace() {
+    let bound = |name: &str, waypoint: &str| {
+        namespace(name).replace("ambient}", &format!("ambient, istio.io/use-waypoint: {waypoint}}}"))
+    };
+    let world = World::of(&file(&[
+        &bound("front", "gate"),
+        &bound("shop", "inner"),
+        &pod("shop", "cart", "10.0.0.1"),
+        &entry("front", "door", "", "resolution: STATIC, endpoints: [{address: 10.0.0.1}]"),
+        &entry(
+            "front",
+            "open",
+            "istio.io/use-waypoint: none",
+            "resolution: STATIC, endpoints: [{address: 10.0.0.1}]",
+        ),
+        &deny("front", "Gateway", "gate"),
+        &deny("shop", "Gateway", "other"),
+    ]));
+    assert!(world.is_closed("door.example.com"), "nothing in shop enforces what front says of its waypoint");
+    assert!(!world.is_closed("open.example.com"));
+    assert!(world.allows("shop/cart", 80, "shop/web"));
+}
+
+#[test]
+fn a_policy_for_a_service_with_endpoints_outside_the_mesh_closes_it() {
+    let outside = "resolution: STATIC, endpoints: [{address: 192.0.2.10}]";
+    let mut world = World::of(&file(&[
+        &namespace("shop"),
+        &entry("shop", "db", "", outside),
+        &entry("shop", "range", "", "resolution: NONE, addresses: [192.0.2.0/24]"),
+        &service("shop", "legacy", "10.1.0.1", ""),
+        &slice("shop", "legacy", "192.0.2.77"),
+        &service("shop", "cart", "10.1.0.2", "selector: {app: cart},"),
+        &pod("shop", "cart", "10.0.0.1"),
+        &deny("shop", "ServiceEntry", "db"),
+        &deny("shop", "ServiceEntry", "range"),
+        &deny("shop", "Service", "legacy"),
+        &deny("shop", "Service", "cart"),
+    ]));
+    for host in ["db.example.com", "range.example.com", "legacy.shop.svc.cluster.local"] {
+        assert!(world.is_closed(host), "{host}");
+    }
+    let cart = "cart.shop.svc.cluster.local";
+    assert!(!world.is_closed(cart) && !world.allows("shop/cart", 80, "shop/web"), "its pod enforces it");
+    let left =
+        pod("shop", "cart2", "10.0.0.2").replace("app: cart2", "app: cart, istio.io/dataplane-mode: none");
+    world.set("left.yaml", &left);
+    assert!(world.is_closed(cart), "one of its pods is outside the mesh");
+    let said: Vec<String> = world.repository.review().iter().map(|d| d.code.to_string()).collect();
+    assert_eq!(said.iter().filter(|code| *code == "outside-the-mesh").count(), 4, "{said:?}");
+    world.change(&[("left.yaml", None)]);
+    assert!(!world.is_closed(cart));
 }

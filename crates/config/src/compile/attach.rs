@@ -1,6 +1,9 @@
 //! Which policies a workload lists, and which workloads a change of policies, waypoints or owners concerns.
 
-use model::{GatewayAddress, GatewayTarget, PolicyKey, ServiceKey, ServiceMembership, Str, Workload};
+use model::{
+    GatewayAddress, GatewayTarget, PolicyKey, ServiceKey, ServiceMembership, ServiceSource, Str,
+    TunnelProtocol, Workload,
+};
 
 use super::index::Id;
 use super::join::key_of;
@@ -11,18 +14,17 @@ use crate::policy::{Binding, Subject, Waypoint};
 use crate::resource::{Kind, ObjectKey};
 
 impl Compiler {
-    /// The policies that a workload lists, given its services.
+    /// The policies that a workload lists, given its services. Of these only those of its own namespace count: whoever
+    /// may write a service in another one, and name its address there, must not decide who reaches it.
     pub(super) fn policies_of(&self, workload: &Workload, record: &Record) -> Box<[PolicyKey]> {
-        let definer = |m: &ServiceMembership| {
-            let (by, _) = self.services.get(&m.service)?.definitions.first()?;
-            Some(by.clone())
-        };
-        let behind: Vec<ObjectKey> = workload.services.iter().filter_map(definer).collect();
+        let own_services = workload.services.iter().filter(|m| m.service.namespace == workload.namespace);
+        let in_force = |m: &ServiceMembership| self.services.get(&m.service)?.definitions.first();
+        let definitions: Vec<&(ObjectKey, Definition)> = own_services.filter_map(in_force).collect();
+        let behind: Vec<ObjectKey> = definitions.iter().map(|(by, _)| by.clone()).collect();
         let inherited = self.areas.get(&workload.namespace).map(|a| &a.waypoint);
         let inherited = inherited.unwrap_or(&Binding::Inherited);
         let own = Binding::of(&record.labels, &workload.namespace);
-        let services = workload.services.iter().filter_map(|m| self.services.get(&m.service));
-        let bindings = services.filter_map(|e| e.definitions.first()).map(|(_, d)| &d.waypoint);
+        let bindings = definitions.iter().map(|(_, d)| &d.waypoint);
         let waypoints: Vec<&Waypoint> =
             bindings.chain([&own]).filter_map(|binding| binding.or(inherited)).collect();
         let subject = Subject {
@@ -32,6 +34,26 @@ impl Compiler {
             waypoints: &waypoints,
         };
         self.policies.attached(&subject).into()
+    }
+
+    /// Counts the endpoints that don't enforce the policies for their services, when a workload of the model is
+    /// replaced.
+    pub(super) fn count_unguarded(&mut self, old: Option<&Workload>, new: Option<&Workload>) {
+        for key in new.into_iter().flat_map(unguarded) {
+            let count = self.unguarded.entry(key.clone()).or_default();
+            *count += 1;
+            if *count == 1 {
+                self.dirty_services.insert(key.clone());
+            }
+        }
+        for key in old.into_iter().flat_map(unguarded) {
+            let Some(count) = self.unguarded.get_mut(key) else { continue };
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                self.unguarded.remove(key);
+                self.dirty_services.insert(key.clone());
+            }
+        }
     }
 
     /// The services that an instance names. A ServiceEntry's endpoints are those of its hosts as far as it is the
@@ -44,12 +66,15 @@ impl Compiler {
         })
     }
 
-    /// Where connections to an external service have to go that only a waypoint may let out: policies are for it,
-    /// and no workload of the mesh is behind it to enforce them. There are no waypoints, so they go nowhere.
-    pub(super) fn closed_egress(&self, owner: &ObjectKey, definition: &Definition) -> Option<GatewayAddress> {
+    /// Where connections to a service have to go that only a waypoint may let pass: policies are for it, and not all
+    /// that is behind it enforces them. There are no waypoints, so they go nowhere.
+    pub(super) fn closed(&self, owner: &ObjectKey, definition: &Definition) -> Option<GatewayAddress> {
         let inherited = self.areas.get(&owner.namespace).map(|a| &a.waypoint);
         let waypoint = definition.waypoint.or(inherited.unwrap_or(&Binding::Inherited));
-        if !definition.external || !self.policies.refuses_egress(owner, waypoint) {
+        let guarded = !definition.external
+            && definition.service.source != ServiceSource::Passthrough
+            && !self.unguarded.contains_key(&definition.service.key());
+        if guarded || !self.policies.guards(owner, waypoint) {
             return None;
         }
         let (namespace, name) =
@@ -120,4 +145,12 @@ impl Compiler {
         addresses.iter().for_each(|address| self.mark_holders(address));
         self.mark(id);
     }
+}
+
+/// The services whose policies a workload does not enforce though it is an endpoint of them: it is not in the mesh,
+/// or they are another namespace's.
+fn unguarded(workload: &Workload) -> impl Iterator<Item = &ServiceKey> {
+    let outside = workload.tunnel != TunnelProtocol::Hbone;
+    let services = workload.services.iter().map(|m| &m.service);
+    services.filter(move |service| outside || service.namespace != workload.namespace)
 }

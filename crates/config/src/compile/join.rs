@@ -153,6 +153,7 @@ impl Compiler {
         if let Some(workload) = record.workload() {
             self.by_uid.remove(&workload.uid);
             if record.emitted {
+                self.count_unguarded(record.compiled.as_deref(), None);
                 self.removed.push(Change::RemoveWorkload(workload.uid.clone()));
             }
             if record.enrolment.is_some() {
@@ -218,8 +219,9 @@ impl Compiler {
             return None;
         }
         let workload = Arc::new(workload);
-        record.compiled = Some(workload.clone());
+        let old = record.compiled.replace(workload.clone()).filter(|_| record.emitted);
         record.emitted = true;
+        self.count_unguarded(old.as_deref(), Some(&workload));
         Some(Change::SetWorkload(workload))
     }
 
@@ -228,7 +230,12 @@ impl Compiler {
         let record = self.record_mut(id)?;
         record.dirty = false;
         let uid = record.workload()?.uid.clone();
-        std::mem::take(&mut record.emitted).then_some(Change::RemoveWorkload(uid))
+        if !std::mem::take(&mut record.emitted) {
+            return None;
+        }
+        let old = record.compiled.clone();
+        self.count_unguarded(old.as_deref(), None);
+        Some(Change::RemoveWorkload(uid))
     }
 
     fn enrol(&mut self, id: Id, verdict: Verdict) {
@@ -463,7 +470,7 @@ impl Compiler {
         };
         let mut service = definition.service.clone();
         let area = self.areas.get(&key.namespace);
-        service.waypoint = self.closed_egress(owner, definition);
+        service.waypoint = self.closed(owner, definition);
         let distribution = definition.distribution.or(area.and_then(|a| a.distribution));
         (service.load_balancing.mode, service.load_balancing.scopes) =
             preference(definition.local_only, distribution);

@@ -31,6 +31,14 @@ impl World for Compiler {
         self.made_services.contains_key(object)
     }
 
+    fn is_closed(&self, object: &ObjectKey) -> bool {
+        let services = self.made_services.get(object).into_iter().flatten();
+        services.filter_map(|key| self.services.get(key)).any(|entry| {
+            let owner = entry.definitions.first().map(|(by, _)| by);
+            owner == Some(object) && entry.emitted.as_ref().is_some_and(|s| s.waypoint.is_some())
+        })
+    }
+
     fn selected(&self, namespace: Option<&Str>, selector: Option<&Selector>) -> Selected {
         let areas: Vec<_> = match namespace {
             Some(name) => self.areas.get(name).into_iter().collect(),

@@ -273,7 +273,7 @@ fn read_scope(spec: &mut Fields<'_, '_>, action: RequestedAction) -> PolicyScope
         (None, false) => {
             let message = "only a waypoint can enforce a policy for what reaches an object; until one is deployed, \
                            the workloads behind it refuse what the policy could refuse, and connections to it \
-                           fail where it is external";
+                           fail where one of these is outside the mesh or in another namespace";
             let remedy = "deploy a waypoint for the target, or select the workloads by labels";
             for name in ["targetRef", "targetRefs"] {
                 if let (Some(mut cursor), true) = (spec.take(name), action != RequestedAction::Audit) {

@@ -19,6 +19,10 @@ pub trait World {
     /// Whether there is such an object.
     fn has_object(&self, object: &ObjectKey) -> bool;
 
+    /// Whether connections to what an object defines are refused, because not all that is behind it enforces the
+    /// policies for it.
+    fn is_closed(&self, object: &ObjectKey) -> bool;
+
     /// The workloads of a namespace, or of all, that a selector selects, or all of them.
     fn selected(&self, namespace: Option<&Str>, selector: Option<&Selector>) -> Selected;
 }
@@ -45,7 +49,7 @@ pub(super) fn authorization(
         PolicyScope::Namespace => selection(None, key, is_root, world),
         PolicyScope::Selector(selector) => selection(Some(selector), key, is_root, world),
         PolicyScope::Targets(targets) => {
-            targets.iter().filter_map(|target| missing_target(target, &key.namespace, world)).collect()
+            targets.iter().filter_map(|target| about_target(target, &key.namespace, world)).collect()
         }
     };
     let clauses = policy.rules.iter().flat_map(|rule| rule.clauses.iter());
@@ -62,12 +66,27 @@ pub(super) fn authorization(
     findings
 }
 
-fn missing_target(target: &Target, namespace: &Str, world: &dyn World) -> Option<Finding> {
-    let object = target.object(namespace).filter(|object| !world.has_object(object))?;
-    Some(Finding {
-        code: Code::NamesNothing,
-        message: format!("its target {} does not exist", object.resource_name()),
-        remedy: String::new(),
+fn about_target(target: &Target, namespace: &Str, world: &dyn World) -> Option<Finding> {
+    let object = target.object(namespace)?;
+    if world.has_object(&object) && !world.is_closed(&object) {
+        return None;
+    }
+    let name = object.resource_name();
+    Some(if world.has_object(&object) {
+        Finding {
+            code: Code::OutsideTheMesh,
+            message: format!(
+                "connections to {name} are refused: something behind it is outside the mesh, or in another namespace, \
+                 where nothing enforces the policy"
+            ),
+            remedy: "deploy a waypoint for the target, or remove the policy".to_owned(),
+        }
+    } else {
+        Finding {
+            code: Code::NamesNothing,
+            message: format!("its target {name} does not exist"),
+            remedy: String::new(),
+        }
     })
 }
 

@@ -207,7 +207,7 @@ impl Policies {
 
     /// Whether a policy in force is for what reaches an object, or passes its waypoint.
     #[must_use]
-    pub fn refuses_egress(&self, object: &ObjectKey, waypoint: Option<&Waypoint>) -> bool {
+    pub fn guards(&self, object: &ObjectKey, waypoint: Option<&Waypoint>) -> bool {
         let enforced = |key: &PolicyKey| {
             let compiled = self.authorization.get(key).and_then(|e| e.compiled.as_ref());
             compiled.is_some_and(|policy| !policy.dry_run)
