@@ -4,10 +4,11 @@
 //! * What is forwarded passes through byte for byte, but for its identifier: see [`wire`].
 //! * While upstream resolvers fail, expired responses serve (RFC 8767): see [`cache`].
 //! * Only the pod itself is answered, so that the proxy can't be used to flood others.
-//! * Everything is bounded: queries under way, in all and for each pod, connections, the cache, and the time of each
-//!   step.
+//! * Everything is bounded: queries under way, in all and for each pod, connections, the cache, the time of each
+//!   step, and the share of a thread that a pod's queries take.
 
 mod answer;
+mod budget;
 mod cache;
 mod metrics;
 mod registry;
@@ -29,8 +30,9 @@ use tokio::net::tcp::OwnedWriteHalf;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
+use budget::Budget;
 use cache::{Cache, Cached};
 use metrics::{QueryLabels, Transport};
 use upstream::Originals;
@@ -68,6 +70,9 @@ pub struct DnsSettings {
     pub in_flight_per_client: usize,
     /// Connections over TCP of one pod.
     pub connections_per_client: usize,
+    /// How much of a thread's time answering one pod may take, from 0 to 1; without an upstream, that is: waiting for
+    /// one takes none.
+    pub share_per_client: f64,
     /// The size of the cache, in bytes.
     pub cache_bytes: usize,
     /// How long after its expiry a response may serve while upstreams fail.
@@ -81,6 +86,8 @@ impl Default for DnsSettings {
             in_flight: 4096,
             in_flight_per_client: 256,
             connections_per_client: 64,
+            // Some 15,000 ordinary answers a second.
+            share_per_client: 0.25,
             cache_bytes: 4 << 20,
             stale_limit: Duration::from_secs(86_400),
         }
@@ -113,6 +120,7 @@ pub struct Client {
 struct ClientLimits {
     queries: Arc<Semaphore>,
     connections: Arc<Semaphore>,
+    budget: Budget,
 }
 
 impl Client {
@@ -254,6 +262,7 @@ impl DnsProxy {
             limits: ClientLimits {
                 queries: Arc::new(Semaphore::new(self.settings.in_flight_per_client)),
                 connections: Arc::new(Semaphore::new(self.settings.connections_per_client)),
+                budget: Budget::new(self.settings.share_per_client),
             },
         })
     }
@@ -285,7 +294,10 @@ impl DnsProxy {
             }
             let original =
                 || client.original_of_datagram(datagram.peer, SocketAddr::new(datagram.local, port));
-            match self.next(message, Transport::Udp, &client, original) {
+            let started = Instant::now();
+            let next = self.next(message, Transport::Udp, &client, original);
+            let spent = started.elapsed();
+            match next {
                 Next::Drop => {}
                 Next::Reply(reply) => send(&socket, &reply, datagram.peer, datagram.local).await,
                 Next::Forward(forward) => {
@@ -293,6 +305,7 @@ impl DnsProxy {
                         self.metrics.dropped("too_many");
                         let reply = overloaded(&forward);
                         send(&socket, &reply, datagram.peer, datagram.local).await;
+                        self.pace(&client, spent).await;
                         continue;
                     };
                     while forwarding.try_join_next().is_some() {}
@@ -304,6 +317,7 @@ impl DnsProxy {
                     });
                 }
             }
+            self.pace(&client, spent).await;
         }
     }
 
@@ -352,7 +366,10 @@ impl DnsProxy {
             if !matches!(timeout(IDLE_TIMEOUT, read).await, Ok(Some(()))) {
                 break;
             }
-            match self.next(&message, Transport::Tcp, client, || original) {
+            let started = Instant::now();
+            let next = self.next(&message, Transport::Tcp, client, || original);
+            let spent = started.elapsed();
+            match next {
                 Next::Drop => break,
                 Next::Reply(reply) => {
                     if !write_message(&writer, &reply).await {
@@ -372,9 +389,18 @@ impl DnsProxy {
                     });
                 }
             }
+            self.pace(client, spent).await;
         }
         // What is under way is still answered: a client may have closed its side only.
         while forwarding.join_next().await.is_some() {}
+    }
+
+    /// Waits when the pod has used up its share of the thread; `spent` is what the last message took.
+    async fn pace(&self, client: &Client, spent: Duration) {
+        if let Some(wait) = client.limits.budget.spend(spent) {
+            self.metrics.paused.inc();
+            tokio::time::sleep(wait).await;
+        }
     }
 
     fn permits(&self, client: &Client) -> Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
@@ -480,7 +506,7 @@ impl DnsProxy {
     /// The answer of an upstream, which the cache keeps.
     async fn ask(&self, forward: &Forward, client: &Client) -> Option<Vec<u8>> {
         let Forward { query, transport, upstreams, key, labels, .. } = forward;
-        let started = tokio::time::Instant::now();
+        let started = Instant::now();
         self.metrics.upstream_requests.with(labels).inc();
         let dialer = upstream::Dialer {
             netns: client.upstreams_from.as_ref(),

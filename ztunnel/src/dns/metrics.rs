@@ -71,6 +71,7 @@ pub struct DnsMetrics {
     dropped: Arc<Family<Reason, Counter>>,
     pub(super) from_cache: Handle<(), Counter>,
     pub(super) stale: Handle<(), Counter>,
+    pub(super) paused: Handle<(), Counter>,
     pub(super) mismatched: Handle<(), Counter>,
     pub(super) cache_entries: Handle<(), Gauge>,
     pub(super) cache_bytes: Handle<(), Gauge>,
@@ -94,6 +95,10 @@ impl DnsMetrics {
             from_cache: registry.counter("culvert_dns_cache_hits", "DNS queries that the cache answered"),
             stale: registry
                 .counter("culvert_dns_stale_answers", "DNS queries answered by a record that had expired"),
+            paused: registry.counter(
+                "culvert_dns_paused",
+                "Times that a pod's DNS queries waited because it had used up its share of a thread",
+            ),
             mismatched: registry.counter(
                 "culvert_dns_mismatched_responses",
                 "Datagrams from upstream resolvers that answered no query: late, broken or forged",

@@ -5,7 +5,7 @@
 //! append (`<ns>.svc.<domain>`, `svc.<domain>`, `<domain>`), as what the resolver would ask next: that saves the
 //! client up to four round trips, and mesh names need no upstream.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use model::{Endpoint, Health, HealthPolicy, IpFamilies, Mesh, Service, ServiceSource, Str, Workload};
@@ -85,17 +85,25 @@ fn exact(mesh: &Mesh, asker: &Asker<'_>, name: &str) -> Option<Host> {
     let (pod, rest) = name.split_once('.')?;
     let service = service(mesh, asker, rest).filter(|s| s.vips.is_empty() && !s.hostname.starts_with('*'))?;
     let endpoints = mesh.endpoints(&service.key())?;
+    let address = undashed(pod);
     let found = endpoints.as_slice().iter().find(|endpoint| {
-        is_published(&service, endpoint)
-            && (*endpoint.workload.name == *pod
-                || endpoint.workload.addresses.iter().any(|ip| dashed(*ip) == pod))
+        let is_named = || match address {
+            Some(ip) => endpoint.workload.addresses.contains(&ip),
+            None => false,
+        };
+        is_published(&service, endpoint) && (*endpoint.workload.name == *pod || is_named())
     })?;
     Some(Host::Pod(service, found.workload.clone()))
 }
 
-/// An address as part of a host name: `10-0-0-1`, `fd00--1`.
-fn dashed(ip: IpAddr) -> String {
-    ip.to_string().replace(['.', ':'], "-")
+/// The address that a label stands for: `10-0-0-1`, `fd00--1`.
+fn undashed(label: &str) -> Option<IpAddr> {
+    // The longest address has 39 characters, and only hexadecimal digits beside the dashes.
+    if label.len() > 39 || !label.bytes().all(|byte| byte == b'-' || byte.is_ascii_hexdigit()) {
+        return None;
+    }
+    let v4 = label.replace('-', ".").parse::<Ipv4Addr>().map(IpAddr::V4);
+    v4.or_else(|_| label.replace('-', ":").parse::<Ipv6Addr>().map(IpAddr::V6)).ok()
 }
 
 /// The service of a host name that is the client's: its own namespace's, the preferred one's, or the one that the

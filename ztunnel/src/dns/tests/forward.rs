@@ -426,6 +426,31 @@ async fn one_client_can_not_take_all_places() {
     assert!(!lab.tcp(&query("cart.", RecordType::A)).await.is_empty());
 }
 
+/// Names of the mesh take no place and no upstream, but time of a thread that other pods' connections need.
+#[tokio::test]
+async fn one_client_can_not_take_all_of_a_thread() {
+    // A hundredth of a percent: at least 100 ms for each answer, after a second's worth at once.
+    let settings = DnsSettings { share_per_client: 0.000_1, ..DnsSettings::default() };
+    let lab = Lab::start(mesh(), [], settings);
+    let bytes = query("cart.", RecordType::A);
+    let (started, mut answered) = (Instant::now(), 0);
+    while started.elapsed() < Duration::from_secs(2) {
+        let reply = if answered % 2 == 0 { lab.udp(&bytes).await } else { lab.tcp(&bytes).await };
+        assert_eq!(addresses(&Message::from_vec(&reply).unwrap()), ["10.96.0.1"], "late, not refused");
+        answered += 1;
+    }
+    assert!((2..40).contains(&answered), "{answered}");
+    assert!(lab.metric("culvert_dns_paused_total") > 0.0);
+    // Others are not held up.
+    let other = Lab::alone();
+    let started = Instant::now();
+    for _ in 0..100 {
+        other.udp(&bytes).await;
+    }
+    assert!(started.elapsed() < Duration::from_secs(1));
+    assert_eq!(other.metric("culvert_dns_paused_total"), 0.0);
+}
+
 #[tokio::test]
 async fn a_half_closed_connection_still_gets_its_answer() {
     let upstream = Upstream::start(|query, _| vec![reply(query, "192.0.2.1", 60)]).await;

@@ -42,6 +42,11 @@ const NAMES: &[(&str, &str)] = &[
     ("db-9.db.shop.svc.cluster.local", "forward"),
     ("10-1-0-2.db.shop.svc.cluster.local", "10.1.0.2"),
     ("fd00--1.db.shop.svc.cluster.local", "10.1.0.1 fd00::1"),
+    // An address is an address in any of its forms, and nothing else is one.
+    ("fd00-0-0-0-0-0-0-1.db.shop.svc.cluster.local", "10.1.0.1 fd00::1"),
+    ("10-1-0-3.db.shop.svc.cluster.local", "forward"),
+    ("10-1-0.db.shop.svc.cluster.local", "forward"),
+    ("10-1-0-2-.db.shop.svc.cluster.local", "forward"),
     ("queue-0.queue.shop", "10.1.1.1"),
     ("pod.cart.shop.svc.cluster.local", "forward"),
     // Another network's address is of no use here, but the name exists.
