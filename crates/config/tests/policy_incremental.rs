@@ -190,10 +190,15 @@ fn dump(mesh: &Mesh, repository: &Repository) -> BTreeSet<String> {
         endpoints.sort();
         format!("{s:?} {endpoints:?}")
     });
+    let holders = mesh.workloads().flat_map(|w| {
+        w.network_addresses()
+            .map(|address| format!("{address:?} {}", mesh.workload_at(&address).unwrap().uid))
+            .collect::<Vec<_>>()
+    });
     let policies = mesh.policies().map(|p| format!("{p:?}"));
     let said = repository.diagnostics().into_iter().map(|d| format!("{d}"));
     let settings = [format!("{:?}", mesh.settings())];
-    workloads.chain(services).chain(policies).chain(said).chain(settings).collect()
+    workloads.chain(services).chain(holders).chain(policies).chain(said).chain(settings).collect()
 }
 
 /// Few files that are all about the same: two entries of one host, selector and ports, of which the older decides
@@ -232,6 +237,26 @@ fn one_host() -> Vec<Vec<String>> {
         networking("ServiceEntry", "a", "gate", listed),
         networking("ServiceEntry", "b", "gate", listed),
     ]);
+    for namespace in ["a", "b"] {
+        let at = |spec: &str| {
+            networking("WorkloadEntry", namespace, "vm", &format!("{{address: {spec}, labels: {{app: x}}}}"))
+        };
+        files.push(vec![at("10.0.0.1, weight: 7"), at("10.0.0.3, serviceAccount: vm")]);
+        let at = |spec: &str| {
+            networking(
+                "ServiceEntry",
+                namespace,
+                "vm",
+                &format!(
+                    "{{hosts: [vm.example.com], ports: [{{number: 80, name: http}}], resolution: STATIC, endpoints: [{{address: {spec}}}]}}"
+                ),
+            )
+        };
+        files.push(vec![
+            at("10.0.0.2, weight: 3"),
+            at("10.0.0.3, labels: {networking.istio.io/tunnel: http}"),
+        ]);
+    }
     for (namespace, ip) in [("a", "10.0.0.1"), ("b", "10.0.0.2")] {
         let pod =
             |labels: &str| labelled("Pod", namespace, "pod", labels, &format!("status: {{podIP: {ip}}}"));
@@ -297,7 +322,7 @@ proptest! {
     }
 
     #[test]
-    fn entries_of_one_host_come_to_the_same_in_any_order(batches in batches()) {
+    fn what_shares_hosts_and_addresses_comes_to_the_same_in_any_order(batches in batches()) {
         same_as_at_once(&one_host(), batches)?;
     }
 }

@@ -301,3 +301,37 @@ fn a_policy_for_a_service_with_endpoints_outside_the_mesh_closes_it() {
     world.change(&[("left.yaml", None)]);
     assert!(!world.is_closed(cart));
 }
+
+#[test]
+fn an_external_endpoint_is_what_its_own_namespace_says() {
+    let db = "resolution: STATIC, endpoints: [{address: 192.0.2.10}, {address: 192.0.2.11}]";
+    let take =
+        "address: 192.0.2.10, weight: 9, serviceAccount: mal, labels: {networking.istio.io/tunnel: http}";
+    let machine = |namespace: &str, name: &str, spec: &str| {
+        format!(
+            "apiVersion: networking.istio.io/v1\nkind: WorkloadEntry\nmetadata: {{name: {name}, namespace: \
+             {namespace}}}\nspec: {{{spec}}}\n"
+        )
+    };
+    for trap in [
+        entry("evil", "trap", "", &format!("resolution: STATIC, endpoints: [{{{take}}}]")),
+        machine("evil", "trap", take),
+    ] {
+        let mut world = World::of(&entry("shop", "db", "", db));
+        let endpoints = |world: &World| {
+            let service = world.mesh.services_named("db.example.com")[0].key();
+            let set = world.mesh.endpoints(&service).unwrap();
+            let mut list: Vec<_> = set.as_slice().iter().map(|e| format!("{:?}", e.workload)).collect();
+            list.sort();
+            list
+        };
+        let before = endpoints(&world);
+        assert_eq!(before.len(), 2);
+        world.set("trap.yaml", &trap);
+        assert_eq!(endpoints(&world), before, "{trap}");
+        // One of its own namespace is what is there.
+        world.set("own.yaml", &machine("shop", "vm", "address: 192.0.2.10, weight: 3"));
+        let now = endpoints(&world);
+        assert!(now.len() == 2 && now.iter().any(|w| w.contains("capacity: 3")), "{now:?}");
+    }
+}

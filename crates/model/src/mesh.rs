@@ -114,7 +114,8 @@ pub struct Mesh {
     policy_generation: u64,
     settings: Arc<Settings>,
     workloads: CowMap<Str, Arc<Workload>>,
-    /// Usually one; with several, the first that came is in force until it goes.
+    /// Usually one; with several, the first by uid, so that it does not depend on the order in which they came. Of
+    /// one cluster, pods' uids come before those of entries and their endpoints.
     by_address: CowMap<NetworkAddress, Vec<Arc<Workload>>>,
     services: CowMap<ServiceKey, Arc<Service>>,
     by_vip: CowMap<NetworkAddress, Vec<Arc<Service>>>,
@@ -286,10 +287,10 @@ impl Mesh {
         if workload.network_mode == crate::NetworkMode::Standard {
             for address in workload.network_addresses() {
                 if let Some(list) = self.by_address.entry_or_default(&address) {
-                    if let Some(slot) = list.iter_mut().find(|w| w.uid == workload.uid) {
-                        *slot = workload.clone();
-                    } else {
-                        list.push(workload.clone());
+                    let at = list.partition_point(|w| w.uid < workload.uid);
+                    match list.get_mut(at).filter(|w| w.uid == workload.uid) {
+                        Some(slot) => *slot = workload.clone(),
+                        None => list.insert(at, workload.clone()),
                     }
                 }
             }

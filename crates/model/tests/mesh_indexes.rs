@@ -72,10 +72,11 @@ fn a_workload_that_moves_is_found_at_its_new_address_only() {
 }
 
 #[test]
-fn of_two_workloads_at_one_address_the_first_is_in_force_until_it_goes() {
+fn of_several_workloads_at_one_address_the_first_by_uid_answers_whatever_came_first() {
     let mesh = Mesh::default().apply([
-        set(workload_at("a", &["10.0.0.1"])),
         set(workload_at("b", &["10.0.0.1"])),
+        set(workload_at("c", &["10.0.0.1"])),
+        set(workload_at("a", &["10.0.0.1"])),
         set(Workload { health: Health::Unhealthy, ..workload_at("a", &["10.0.0.1"]) }),
     ]);
     let found = mesh.workload_at(&at("10.0.0.1")).unwrap();
@@ -83,6 +84,8 @@ fn of_two_workloads_at_one_address_the_first_is_in_force_until_it_goes() {
     let mesh = mesh.apply([Change::RemoveWorkload("a".into())]);
     assert_eq!(who(&mesh, "10.0.0.1").as_deref(), Some("b"));
     let mesh = mesh.apply([Change::RemoveWorkload("b".into())]);
+    assert_eq!(who(&mesh, "10.0.0.1").as_deref(), Some("c"));
+    let mesh = mesh.apply([Change::RemoveWorkload("c".into())]);
     assert_eq!(who(&mesh, "10.0.0.1"), None);
 }
 

@@ -4,6 +4,9 @@
 //! first before others, and endpoints by uid, since they need not come in one order on every node. An instance is
 //! in force unless one before it that is in force itself has one of its addresses. So nobody gives way to one that
 //! gives way to another, and what is in force does not depend on the order in which changes are looked at.
+//!
+//! All give way to pods. Entries and their endpoints give way to others of their own namespace only: another one's
+//! say nothing of what is at the address for them, neither its identity and tunnel nor its weight.
 
 use std::collections::BTreeSet;
 
@@ -16,6 +19,12 @@ use super::{Compiler, Rank, Record};
 type Order = (Rank, u64, Option<Str>);
 
 impl Record {
+    /// Whether one that has an address of both in its place is what is there for both.
+    pub(super) fn takes_from(&self, other: &Self) -> bool {
+        let namespaces = (self.workload().map(|w| &w.namespace), other.workload().map(|w| &w.namespace));
+        self.rank == Rank::Pod || namespaces.0 == namespaces.1
+    }
+
     fn order(&self) -> Order {
         match self.rank {
             Rank::Pod | Rank::Entry => (self.rank, self.arrival, None),
@@ -57,7 +66,9 @@ impl Compiler {
         let record = self.record(id)?;
         record.addresses().into_iter().find_map(|address| {
             let before = self.by_address.holders(&address).iter().take_while(|other| **other != id);
-            let in_force = |other: &&Id| self.record(**other).is_some_and(|other| !other.displaced);
+            let in_force = |other: &&Id| {
+                self.record(**other).is_some_and(|other| !other.displaced && other.takes_from(record))
+            };
             let first = *before.into_iter().find(in_force)?;
             Some((first, address))
         })

@@ -44,9 +44,10 @@ pub enum Names {
     Entry,
 }
 
-/// What wins where several instances have one address: the least. Two of the ranks above [`Rank::Endpoint`] at one
-/// address are a conflict, which is reported; the first to come stays in force. An endpoint at an address that
-/// another instance has is that instance: its services become those of the winner.
+/// What wins where several instances have one address: the least, see [`super::displace`]. Two of the ranks above
+/// [`Rank::Endpoint`] at one address are a conflict, which is reported; the first to come stays in force. An endpoint
+/// at an address that a pod has, or another instance of its namespace, is that instance: its services become those of
+/// the winner.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, PartialOrd, Ord)]
 pub enum Rank {
     /// A pod.

@@ -306,7 +306,8 @@ impl Compiler {
         }
         for address in record.addresses() {
             for other in self.by_address.holders(&address).iter().filter(|other| **other != id) {
-                let Some(other) = self.record(*other).filter(|r| r.rank == Rank::Endpoint) else { continue };
+                let taken = |other: &&Record| other.rank == Rank::Endpoint && record.takes_from(other);
+                let Some(other) = self.record(*other).filter(taken) else { continue };
                 if other.workload().is_some_and(|w| w.health == Health::Healthy) {
                     found.extend(self.named(other).cloned());
                 }
