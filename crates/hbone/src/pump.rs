@@ -13,6 +13,7 @@
 //! kept. A side that doesn't take data stops the other: nothing is read from the application while the tunnel's window
 //! is used up, and the tunnel's window is opened only for what the application has taken.
 
+use std::borrow::Borrow;
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::future::Future;
@@ -157,15 +158,16 @@ impl std::fmt::Display for Side {
 }
 
 /// Copies both ways until both have ended. Dropping the future before that resets both sides.
-pub fn pump<A: AppIo>(
+pub fn pump<A: AppIo, T: Borrow<Traffic> + Send + Unpin>(
     tunnel: Tunnel,
     app: A,
-    traffic: &Traffic,
+    traffic: T,
     limits: PumpLimits,
 ) -> impl Future<Output = Outcome> + Send {
-    let idle = limits
-        .idle_timeout
-        .map(|timeout| Box::new(Idle { timer: Box::pin(sleep(timeout)), timeout, seen: traffic.total() }));
+    let idle = limits.idle_timeout.map(|timeout| {
+        let seen = traffic.borrow().total();
+        Box::new(Idle { timer: Box::pin(sleep(timeout)), timeout, seen })
+    });
     Pump {
         tunnel,
         app,
@@ -179,10 +181,10 @@ pub fn pump<A: AppIo>(
     }
 }
 
-struct Pump<'a, A: AppIo> {
+struct Pump<A: AppIo, T> {
     tunnel: Tunnel,
     app: A,
-    traffic: &'a Traffic,
+    traffic: T,
     up: Up,
     down: Down,
     first_end: Option<Side>,
@@ -234,7 +236,7 @@ enum Failure {
 
 // A future of its own and no async function: one of these lives as long as each tunnel, and an async function would
 // hold its arguments twice.
-impl<A: AppIo> Future for Pump<'_, A> {
+impl<A: AppIo, T: Borrow<Traffic> + Unpin> Future for Pump<A, T> {
     type Output = Outcome;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Outcome> {
@@ -253,7 +255,7 @@ impl<A: AppIo> Future for Pump<'_, A> {
     }
 }
 
-impl<A: AppIo> Pump<'_, A> {
+impl<A: AppIo, T: Borrow<Traffic>> Pump<A, T> {
     fn poll_both(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, Failure> {
         let up = self.poll_up(cx)?;
         let down = self.poll_down(cx)?;
@@ -327,7 +329,7 @@ impl<A: AppIo> Pump<'_, A> {
             let Poll::Ready(capacity) = self.tunnel.poll_capacity(cx, wanted) else { return false };
             let sent = capacity.and_then(|capacity| {
                 let part = self.up.pending.split_to(capacity.min(wanted));
-                self.traffic.to_tunnel.fetch_add(part.len() as u64, Ordering::Relaxed);
+                self.traffic.borrow().to_tunnel.fetch_add(part.len() as u64, Ordering::Relaxed);
                 self.tunnel.send(part)
             });
             if let Err(error) = sent {
@@ -383,7 +385,7 @@ impl<A: AppIo> Pump<'_, A> {
                 return Ok(Poll::Pending);
             };
             let written = written.map_err(Failure::App)?;
-            self.traffic.from_tunnel.fetch_add(written as u64, Ordering::Relaxed);
+            self.traffic.borrow().from_tunnel.fetch_add(written as u64, Ordering::Relaxed);
             self.tunnel.release(written);
         }
         Ok(Poll::Ready(()))
@@ -414,7 +416,7 @@ impl<A: AppIo> Pump<'_, A> {
     fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let Some(idle) = &mut self.idle else { return Poll::Pending };
         while idle.timer.as_mut().poll(cx).is_ready() {
-            let total = self.traffic.total();
+            let total = self.traffic.borrow().total();
             if total == idle.seen {
                 return Poll::Ready(());
             }
@@ -423,7 +425,9 @@ impl<A: AppIo> Pump<'_, A> {
         }
         Poll::Pending
     }
+}
 
+impl<A: AppIo, T> Pump<A, T> {
     /// Ends both sides once. A tunnel that has finished is left alone: its last bytes may still be on their way.
     fn end(&mut self, finished: bool) {
         if !self.ended && !finished {
@@ -434,7 +438,7 @@ impl<A: AppIo> Pump<'_, A> {
     }
 }
 
-impl<A: AppIo> Drop for Pump<'_, A> {
+impl<A: AppIo, T> Drop for Pump<A, T> {
     fn drop(&mut self) {
         self.end(false);
     }

@@ -135,7 +135,7 @@ async fn path(shape: Shape) -> Path {
         let (app, tell) = given.lock().unwrap().take().unwrap();
         let tunnel = incoming.accept(&TunnelHeaders::default()).unwrap();
         let traffic = Arc::clone(&traffic);
-        let _ = tell.send(tokio::spawn(async move { pump(tunnel, app, &traffic, limits).await }));
+        let _ = tell.send(tokio::spawn(async move { pump(tunnel, app, traffic, limits).await }));
     });
     let mut net = Net::new(handler);
     net.pipe = shape.pipes.2;
@@ -145,7 +145,7 @@ async fn path(shape: Shape) -> Path {
     let (client_app, client) = app(shape.pipes.1);
     let client_traffic = Arc::<Traffic>::default();
     let traffic = Arc::clone(&client_traffic);
-    let client_pump = tokio::spawn(async move { pump(opened.tunnel, client_app, &traffic, limits).await });
+    let client_pump = tokio::spawn(async move { pump(opened.tunnel, client_app, traffic, limits).await });
     let server_pump = pumping.await.unwrap();
     Path { client, server, client_traffic, server_traffic, client_pump, server_pump, _pool: pool }
 }

@@ -28,6 +28,7 @@ const UNTIL_THEY_END: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// Serves one connection of a peer, and all tunnels in it, to its end.
 pub async fn handle(proxy: Arc<Proxy>, pod: Arc<LocalPod>, stream: TcpStream, peer: SocketAddr) {
+    let _hold = proxy.shutdown.hold();
     let local = match stream.local_addr() {
         Ok(local) => net::canonical(local),
         Err(error) => {
@@ -106,23 +107,39 @@ struct Session {
 type Decided = (Story, Result<Permit, Failure>);
 
 impl Session {
-    async fn tunnel(self: Arc<Self>, incoming: Incoming) {
-        let _hold = self.proxy.shutdown.hold();
+    /// Carries one tunnel to its end. No async function, which would hold the request for as long.
+    fn tunnel(self: Arc<Self>, incoming: Incoming) -> impl Future<Output = ()> + Send {
+        // Boxed: delivering needs kilobytes, and the task lives as long as the tunnel.
+        let beginning = Box::pin(self.begin(incoming));
+        async move {
+            if let Some(carrying) = beginning.await {
+                carrying.await;
+            }
+        }
+    }
+
+    /// Delivers what is permitted; what carries it, if it could be delivered.
+    async fn begin(self: Arc<Self>, incoming: Incoming) -> Option<impl Future<Output = ()> + Send> {
+        let hold = self.proxy.shutdown.hold();
         let (story, decision) = match self.decide(&incoming) {
             Ok(decided) => decided,
             Err(failure) => {
                 self.proxy.refused_early(Direction::Inbound, self.peer, self.local, &failure);
-                return refuse(incoming, &failure);
+                refuse(incoming, &failure);
+                return None;
             }
         };
-        // Boxed: delivering needs kilobytes, and the task lives as long as the tunnel.
-        match Box::pin(self.open(incoming, decision)).await {
+        match self.open(incoming, decision).await {
             Ok((tunnel, tcp, permit, place)) => {
                 let peer = Some(self.info.clone());
                 let recheck = self.proxy.recheck_inbound(&self.pod, permit.connection().clone(), peer);
-                self.proxy.carry(story, recheck, Carried::Tunnelled { tunnel, tcp }, place).await;
+                let held = (place, hold);
+                Some(self.proxy.carry(story, recheck, Carried::Tunnelled { tunnel, tcp }, held))
             }
-            Err(failure) => self.proxy.refused(story, &failure),
+            Err(failure) => {
+                self.proxy.refused(story, &failure);
+                None
+            }
         }
     }
 

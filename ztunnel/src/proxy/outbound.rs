@@ -24,29 +24,41 @@ use crate::connections::{Carrier, Direction, Story, Verdict, now_ms};
 
 /// Carries one captured connection of the application at `peer` to its end.
 pub async fn handle(proxy: Arc<Proxy>, pod: Arc<LocalPod>, client: TcpStream, peer: SocketAddr) {
+    let _hold = proxy.shutdown.hold();
+    // Boxed: dialling needs kilobytes, and the task lives as long as the connection.
+    if let Some(carrying) = Box::pin(begin(proxy, pod, client, peer)).await {
+        carrying.await;
+    }
+}
+
+/// Opens the connection; what carries it, if it could be opened.
+async fn begin(
+    proxy: Arc<Proxy>,
+    pod: Arc<LocalPod>,
+    client: TcpStream,
+    peer: SocketAddr,
+) -> Option<impl Future<Output = ()> + Send> {
     let prepared =
         proxy.captured(&client, peer).and_then(|dialled| Outbound::new(&proxy, &pod, peer, dialled));
     let outbound = match prepared {
         Ok(outbound) => outbound,
-        Err(failure) => return proxy.refuse_early(client, Direction::Outbound, peer, &failure),
+        Err(failure) => {
+            proxy.refuse_early(client, Direction::Outbound, peer, &failure);
+            return None;
+        }
     };
-    // Boxed: dialling needs kilobytes, and the task lives as long as the connection.
-    match Box::pin(outbound.open()).await {
+    match outbound.open().await {
         Ok((route, upstream)) => {
             let story = outbound.story(Some(&route), route_words(&route));
-            let recheck = proxy.recheck_outbound(
-                &pod,
-                outbound.identity.clone(),
-                outbound.dialled,
-                &route,
-                upstream.peer(),
-            );
-            let carried = upstream.with(client);
-            proxy.carry(story, recheck, carried, (outbound.place, route)).await;
+            let identity = outbound.identity.clone();
+            let recheck = proxy.recheck_outbound(&pod, identity, outbound.dialled, &route, upstream.peer());
+            let held = (outbound.place, route.into_picked());
+            Some(proxy.carry(story, recheck, upstream.with(client), held))
         }
         Err((route, failure)) => {
             let story = outbound.story(route.as_ref(), Verdict::proxy(failure.to_string()));
             proxy.refuse(client, story, &failure);
+            None
         }
     }
 }

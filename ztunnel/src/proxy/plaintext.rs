@@ -15,24 +15,41 @@ use crate::proxy::failure::Failure;
 
 /// Carries one captured connection from `peer` to its end.
 pub async fn handle(proxy: Arc<Proxy>, pod: Arc<LocalPod>, client: TcpStream, peer: SocketAddr) {
-    let dialled = match proxy.captured(&client, peer).and_then(reachable) {
-        Ok(dialled) => dialled,
-        Err(failure) => return proxy.refuse_early(client, Direction::Inbound, peer, &failure),
-    };
-    let (story, decision) = match decide(&proxy, &pod, peer, dialled) {
+    let _hold = proxy.shutdown.hold();
+    // Boxed: delivering needs kilobytes, and the task lives as long as the connection.
+    if let Some(carrying) = Box::pin(begin(proxy, pod, client, peer)).await {
+        carrying.await;
+    }
+}
+
+/// Delivers what is permitted; what carries it, if it could be delivered.
+async fn begin(
+    proxy: Arc<Proxy>,
+    pod: Arc<LocalPod>,
+    client: TcpStream,
+    peer: SocketAddr,
+) -> Option<impl Future<Output = ()> + Send> {
+    let dialled = proxy.captured(&client, peer).and_then(reachable);
+    let (story, decision) = match dialled.and_then(|dialled| decide(&proxy, &pod, peer, dialled)) {
         Ok(decided) => decided,
-        Err(failure) => return proxy.refuse_early(client, Direction::Inbound, peer, &failure),
+        Err(failure) => {
+            proxy.refuse_early(client, Direction::Inbound, peer, &failure);
+            return None;
+        }
     };
     let delivered = match decision {
-        Ok(permit) => Box::pin(open(&proxy, &pod, &permit)).await.map(|server| (server, permit)),
+        Ok(permit) => open(&proxy, &pod, &permit).await.map(|server| (server, permit)),
         Err(failure) => Err(failure),
     };
     match delivered {
         Ok(((server, place), permit)) => {
             let recheck = proxy.recheck_inbound(&pod, permit.connection().clone(), None);
-            proxy.carry(story, recheck, Carried::Plain { client, server }, place).await;
+            Some(proxy.carry(story, recheck, Carried::Plain { client, server }, place))
         }
-        Err(failure) => proxy.refuse(client, story, &failure),
+        Err(failure) => {
+            proxy.refuse(client, story, &failure);
+            None
+        }
     }
 }
 

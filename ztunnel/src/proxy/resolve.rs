@@ -58,6 +58,15 @@ impl Route {
             }
         }
     }
+
+    /// The balancer's count of this connection.
+    pub fn into_picked(self) -> Option<Picked> {
+        match self {
+            Self::Tunnel { target, .. } | Self::Plain { target, .. } | Self::PlainHost { target, .. } => {
+                target.picked
+            }
+        }
+    }
 }
 
 /// What is known of a connection's destination.
