@@ -335,3 +335,28 @@ fn an_external_endpoint_is_what_its_own_namespace_says() {
         assert!(now.len() == 2 && now.iter().any(|w| w.contains("capacity: 3")), "{now:?}");
     }
 }
+
+#[test]
+fn a_time_with_a_huge_offset_is_no_time_and_no_overflow() {
+    let made = |kind: &str, group: &str, spec: &str| {
+        format!(
+            "apiVersion: {group}.istio.io/v1\nkind: {kind}\nmetadata: {{name: x, namespace: shop, creationTimestamp: \
+             '2026-11-20T10:00:00+9223372036854775807:00'}}\nspec: {spec}\n"
+        )
+    };
+    let strict = made("PeerAuthentication", "security", "{mtls: {mode: STRICT}}");
+    let entry = made(
+        "ServiceEntry",
+        "networking",
+        "{hosts: [a.b], ports: [{number: 80, name: http}], resolution: DNS}",
+    );
+    let world = World::of(&file(&[&namespace("shop"), &pod("shop", "cart", "10.0.0.1"), &strict, &entry]));
+    assert_eq!(world.mesh.services().count(), 1);
+    let anybody = Connection::new(
+        None,
+        "10.9.9.9".parse().unwrap(),
+        ("10.0.0.1".parse::<IpAddr>().unwrap(), 80).into(),
+    );
+    let cart = world.mesh.workloads().find(|w| &*w.name == "cart").unwrap();
+    assert!(world.mesh.authorize(cart, &anybody).outcome.is_err(), "the policy is in force");
+}

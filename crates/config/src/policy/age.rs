@@ -55,8 +55,13 @@ fn parse_time(text: &str) -> Option<(i64, u32)> {
                 b'-' => (-1, rest.get(1..)?),
                 _ => return None,
             };
+            // Two digits each, like all that is before: any number would overflow what it is made into.
+            let two = |part: &str| {
+                let digits = part.len() == 2 && part.bytes().all(|b| b.is_ascii_digit());
+                part.parse::<i64>().ok().filter(|_| digits)
+            };
             let (hours, minutes) = time.split_once(':')?;
-            sign * (hours.parse::<i64>().ok()? * 3600 + minutes.parse::<i64>().ok()? * 60)
+            sign * (two(hours)? * 3600 + two(minutes)? * 60)
         }
     };
     Some((days * 86_400 + seconds - offset, nanoseconds))
@@ -89,6 +94,12 @@ mod tests {
             ("2026-11-20", None),
             ("2026-11-20T10:00:00", None),
             ("2026-13-20T10:00:00Z", None),
+            ("2026-11-20T10:00:00+9223372036854775807:00", None),
+            ("2026-11-20T10:00:00+00:9223372036854775807", None),
+            ("2026-11-20T10:00:00+-5:00", None),
+            ("2026-11-20T10:00:00-+5:00", None),
+            ("2026-11-20T10:00:00+1:00", None),
+            ("9999-12-31T23:59:59-99:99", Some((253_402_663_139, 0))),
             ("yesterday", None),
             ("２０２６-11-20T10:00:00Z", None),
             ("", None),
