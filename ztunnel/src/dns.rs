@@ -2,6 +2,7 @@
 //!
 //! * Names of the mesh are answered from the snapshot of the moment, without any upstream: see [`registry`].
 //! * What is forwarded passes through byte for byte, but for its identifier: see [`wire`].
+//! * Equal queries of all pods wait for one answer: see [`joined`].
 //! * While upstream resolvers fail, expired responses serve (RFC 8767): see [`cache`].
 //! * Only the pod itself is answered, so that the proxy can't be used to flood others.
 //! * Everything is bounded: queries under way, in all and for each pod, connections, the cache, the time of each
@@ -10,6 +11,7 @@
 mod answer;
 mod budget;
 mod cache;
+mod joined;
 mod metrics;
 mod registry;
 #[cfg(test)]
@@ -34,6 +36,7 @@ use tokio::time::{Instant, timeout};
 
 use budget::Budget;
 use cache::{Cache, Cached};
+use joined::Joined;
 use metrics::{QueryLabels, Transport};
 use upstream::Originals;
 use wire::{Query, Rejection, kind, rcode};
@@ -64,7 +67,7 @@ const FAILURE_RECHECK: Duration = Duration::from_secs(30);
 pub struct DnsSettings {
     /// The namespace whose definition of a host counts where the client's own namespace has none.
     pub preferred_namespace: Option<Str>,
-    /// Forwarded queries under way, of all pods; each takes a socket.
+    /// Forwarded queries under way, of all pods; each takes a socket. Equal ones count once.
     pub in_flight: usize,
     /// Forwarded queries under way of one pod.
     pub in_flight_per_client: usize,
@@ -109,7 +112,8 @@ pub struct Client {
     pub canonical_revision: Str,
     /// Whom to ask for names that the mesh does not know.
     pub upstreams: Arc<Upstreams>,
-    /// The namespace from which upstreams are asked; `None` for this process's own.
+    /// The namespace from which upstreams are asked; `None` for this process's own. Whoever else asks the same
+    /// upstreams gets what they answered there, so it must not be one in which a pod can forge it.
     pub upstreams_from: Option<Netns>,
     /// What tells the server that a datagram was sent to; `None` where only [`Client::upstreams`] are asked.
     conntrack: Option<Mutex<Conntrack>>,
@@ -176,6 +180,7 @@ pub struct DnsProxy {
     metrics: DnsMetrics,
     cache: Mutex<Cache>,
     originals: Originals,
+    under_way: Joined,
     in_flight: Arc<Semaphore>,
     random: &'static dyn SecureRandom,
     /// Counts answers, to rotate addresses.
@@ -220,6 +225,7 @@ impl DnsProxy {
         Arc::new(Self {
             cache: Mutex::new(Cache::new(settings.cache_bytes, settings.stale_limit)),
             originals: Originals::default(),
+            under_way: Joined::default(),
             in_flight: Arc::new(Semaphore::new(settings.in_flight)),
             random: rustls::crypto::aws_lc_rs::default_provider().secure_random,
             settings,
@@ -301,7 +307,7 @@ impl DnsProxy {
                 Next::Drop => {}
                 Next::Reply(reply) => send(&socket, &reply, datagram.peer, datagram.local).await,
                 Next::Forward(forward) => {
-                    let Some(permits) = self.permits(&client) else {
+                    let Ok(place) = client.limits.queries.clone().try_acquire_owned() else {
                         self.metrics.dropped("too_many");
                         let reply = overloaded(&forward);
                         send(&socket, &reply, datagram.peer, datagram.local).await;
@@ -311,9 +317,8 @@ impl DnsProxy {
                     while forwarding.try_join_next().is_some() {}
                     let (proxy, client, socket) = (self.clone(), client.clone(), socket.clone());
                     forwarding.spawn(async move {
-                        let reply = proxy.forward(forward, &client).await;
+                        let reply = proxy.forward(forward, &client, place).await;
                         send(&socket, &reply, datagram.peer, datagram.local).await;
-                        drop(permits);
                     });
                 }
             }
@@ -378,14 +383,12 @@ impl DnsProxy {
                 }
                 Next::Forward(forward) => {
                     // A connection waits for its turn: unlike a datagram it can.
-                    let Ok(own) = client.limits.queries.clone().acquire_owned().await else { break };
-                    let Ok(shared) = self.in_flight.clone().acquire_owned().await else { break };
+                    let Ok(place) = client.limits.queries.clone().acquire_owned().await else { break };
                     while forwarding.try_join_next().is_some() {}
                     let (proxy, client, writer) = (self.clone(), client.clone(), writer.clone());
                     forwarding.spawn(async move {
-                        let reply = proxy.forward(forward, &client).await;
+                        let reply = proxy.forward(forward, &client, place).await;
                         write_message(&writer, &reply).await;
-                        drop((own, shared));
                     });
                 }
             }
@@ -401,11 +404,6 @@ impl DnsProxy {
             self.metrics.paused.inc();
             tokio::time::sleep(wait).await;
         }
-    }
-
-    fn permits(&self, client: &Client) -> Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
-        let own = client.limits.queries.clone().try_acquire_owned().ok()?;
-        Some((own, self.in_flight.clone().try_acquire_owned().ok()?))
     }
 
     /// Decides about a message without waiting for anything. `original` finds the server that it was sent to.
@@ -479,28 +477,87 @@ impl DnsProxy {
         Some(answer::with_addresses(query, &addresses, limit(query, transport)))
     }
 
-    /// The answer of an upstream, a stale one, or an error.
-    async fn forward(self: &Arc<Self>, forward: Forward, client: &Arc<Client>) -> Vec<u8> {
-        let Some(stale) = forward.stale.clone() else {
-            return match self.ask(&forward, client).await {
-                Some(response) => finish(response, &forward.query, forward.transport),
-                None => forward.query.bare_response(rcode::SERVER_FAILURE),
+    /// The answer of an upstream, a stale one, or an error. `place` is the query's share of the client's limit.
+    async fn forward(
+        self: &Arc<Self>,
+        forward: Forward,
+        client: &Arc<Client>,
+        place: OwnedSemaphorePermit,
+    ) -> Vec<u8> {
+        let forward = Arc::new(forward);
+        let (query, transport) = (&forward.query, forward.transport);
+        let asking = self.ask_once(&forward, client, place);
+        let Some(stale) = &forward.stale else {
+            return match asking.await {
+                Some(response) => finish(response, query, transport),
+                None => query.bare_response(rcode::SERVER_FAILURE),
             };
         };
-        // In a task of its own: it goes on, and fills the cache, when the client has its stale answer.
-        let forward = Arc::new(forward);
-        let asking = tokio::spawn({
-            let (proxy, client, forward) = (self.clone(), client.clone(), forward.clone());
-            async move { proxy.ask(&forward, &client).await }
-        });
         let response = match timeout(CLIENT_RESPONSE_TIMEOUT, asking).await {
-            Ok(Ok(Some(response))) if !is_failure(&response) => response,
+            Ok(Some(response)) if !is_failure(&response) => response,
             _ => {
                 self.metrics.stale.inc();
-                stale
+                stale.clone()
             }
         };
-        finish(response, &forward.query, forward.transport)
+        finish(response, query, transport)
+    }
+
+    /// The answer of an upstream, which all that ask the same wait for. Asking goes on, and fills the cache, when
+    /// nobody waits any more.
+    async fn ask_once(
+        self: &Arc<Self>,
+        forward: &Arc<Forward>,
+        client: &Arc<Client>,
+        place: OwnedSemaphorePermit,
+    ) -> Option<Vec<u8>> {
+        let Some(key) = forward.key.as_deref() else {
+            let _socket = self.socket_place(forward.transport).await?;
+            return self.ask(forward, client).await;
+        };
+        // Over TCP an upstream is asked for what does not fit into a datagram.
+        let query = [key, &[u8::from(forward.transport == Transport::Tcp)]].concat();
+        if let Some(waiting) = self.under_way.follow(&query) {
+            self.metrics.joined.inc();
+            return waiting.response().await;
+        }
+        let socket = self.socket_place(forward.transport).await?;
+        let (leader, waiting) = match self.under_way.lead(&query) {
+            Ok(leading) => leading,
+            Err(waiting) => {
+                drop(socket);
+                self.metrics.joined.inc();
+                return waiting.response().await;
+            }
+        };
+        // The answer may have come since the cache was looked into.
+        if let Cached::Fresh(response) = self.cache().get(key) {
+            leader.finish(Some(response.clone()));
+            return Some(response);
+        }
+        let (proxy, client, forward) = (self.clone(), client.clone(), forward.clone());
+        tokio::spawn(async move {
+            let response = proxy.ask(&forward, &client).await;
+            leader.finish(response);
+            drop((place, socket));
+        });
+        waiting.response().await
+    }
+
+    /// A place for one more socket.
+    async fn socket_place(&self, transport: Transport) -> Option<OwnedSemaphorePermit> {
+        let places = self.in_flight.clone();
+        match transport {
+            Transport::Udp => {
+                let place = places.try_acquire_owned().ok();
+                if place.is_none() {
+                    self.metrics.dropped("too_many");
+                }
+                place
+            }
+            // A connection waits for its turn: unlike a datagram it can.
+            Transport::Tcp => places.acquire_owned().await.ok(),
+        }
     }
 
     /// The answer of an upstream, which the cache keeps.

@@ -70,6 +70,7 @@ pub struct DnsMetrics {
     pub(super) upstream_duration: Arc<Family<QueryLabels, Histogram>>,
     dropped: Arc<Family<Reason, Counter>>,
     pub(super) from_cache: Handle<(), Counter>,
+    pub(super) joined: Handle<(), Counter>,
     pub(super) stale: Handle<(), Counter>,
     pub(super) paused: Handle<(), Counter>,
     pub(super) mismatched: Handle<(), Counter>,
@@ -93,6 +94,8 @@ impl DnsMetrics {
             ),
             dropped: registry.counters("culvert_dns_dropped", "DNS queries that got no or a refusing answer"),
             from_cache: registry.counter("culvert_dns_cache_hits", "DNS queries that the cache answered"),
+            joined: registry
+                .counter("culvert_dns_joined", "DNS queries that waited for the answer to an equal one"),
             stale: registry
                 .counter("culvert_dns_stale_answers", "DNS queries answered by a record that had expired"),
             paused: registry.counter(

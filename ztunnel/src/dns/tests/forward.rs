@@ -451,6 +451,76 @@ async fn one_client_can_not_take_all_of_a_thread() {
     assert_eq!(other.metric("culvert_dns_paused_total"), 0.0);
 }
 
+/// Each outstanding query is one more that a forged answer may fit.
+#[tokio::test]
+async fn equal_queries_are_asked_once_and_all_answered() {
+    let upstream = Upstream::start(|_, _| Vec::new()).await;
+    let lab = lab_with(&upstream).await;
+    let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    socket.connect(lab.address).await.unwrap();
+    let name = |id: u8| if id < 50 { "www.example.com." } else { "WWW.Example.com." };
+    for id in 0..100_u8 {
+        let mut bytes = query(name(id), RecordType::A);
+        bytes[..2].copy_from_slice(&[7, id]);
+        socket.send(&bytes).await.unwrap();
+    }
+    while upstream.count() == 0 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    // The first round has no answer, the second one has.
+    upstream.behave(|query, _| vec![reply(query, "192.0.2.1", 60)]);
+    let mut answered = std::collections::BTreeSet::new();
+    let mut buffer = [0; 512];
+    while answered.len() < 100 {
+        let len = timeout(SOON, socket.recv(&mut buffer)).await.unwrap().unwrap();
+        let response = Message::from_vec(&buffer[..len]).unwrap();
+        assert_eq!(addresses(&response), ["192.0.2.1"]);
+        let id = response.metadata.id.to_be_bytes()[1];
+        assert_eq!(response.queries[0].name().to_ascii(), name(id), "as it was asked");
+        answered.insert(id);
+    }
+    assert_eq!(upstream.count(), 2);
+    assert_eq!(lab.metric("culvert_dns_joined_total"), 99.0);
+    // Another type is another question.
+    lab.ask("www.example.com.", RecordType::AAAA).await;
+    assert_eq!(upstream.count(), 3);
+}
+
+#[tokio::test]
+async fn who_waits_with_others_is_told_of_a_failure_and_loses_nothing_when_they_leave() {
+    let upstream = Upstream::start(|_, _| Vec::new()).await;
+    let servers = Arc::new(Upstreams::new([upstream.address]));
+    let (proxy, client) = fuzz::bare_with(servers);
+    let places = Arc::new(Semaphore::new(3));
+    let ask = || {
+        let message = query("www.example.com.", RecordType::A);
+        let Next::Forward(forward) = proxy.next(&message, Transport::Udp, &client, || None) else {
+            panic!("it is not forwarded");
+        };
+        let (proxy, client) = (proxy.clone(), client.clone());
+        let place = places.clone().try_acquire_owned().unwrap();
+        tokio::spawn(async move { proxy.forward(forward, &client, place).await })
+    };
+    let (first, second, third) = (ask(), ask(), ask());
+    while upstream.count() == 0 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    first.abort();
+    upstream.behave(|query, _| vec![reply(query, "192.0.2.1", 0)]);
+    for waiting in [second, third] {
+        assert_eq!(addresses(&Message::from_vec(&waiting.await.unwrap()).unwrap()), ["192.0.2.1"]);
+    }
+    assert_eq!(upstream.count(), 2);
+    // All places are free again, and nothing is left of the query.
+    upstream.behave(|query, _| vec![reply_code(query, 2)]);
+    let (first, second) = (ask(), ask());
+    for waiting in [first, second] {
+        assert_eq!(waiting.await.unwrap()[3] & 15, 2);
+    }
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!((upstream.count(), places.available_permits()), (3, 3));
+}
+
 #[tokio::test]
 async fn a_half_closed_connection_still_gets_its_answer() {
     let upstream = Upstream::start(|query, _| vec![reply(query, "192.0.2.1", 60)]).await;

@@ -4,8 +4,13 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// A proxy without sockets.
+/// A proxy without sockets or upstreams.
 fn bare() -> (Arc<DnsProxy>, Arc<Client>) {
+    bare_with(Arc::new(Upstreams::new([])))
+}
+
+/// A proxy without sockets of its own.
+pub(super) fn bare_with(upstreams: Arc<Upstreams>) -> (Arc<DnsProxy>, Arc<Client>) {
     let mesh = Arc::new(mesh());
     let proxy =
         DnsProxy::new(DnsSettings::default(), move || mesh.clone(), DnsMetrics::new(&Registry::new()));
@@ -15,7 +20,7 @@ fn bare() -> (Arc<DnsProxy>, Arc<Client>) {
         addresses: Box::default(),
         canonical_service: "".into(),
         canonical_revision: "".into(),
-        upstreams: Arc::new(Upstreams::new([])),
+        upstreams,
         upstreams_from: None,
         ask_original: false,
     });
