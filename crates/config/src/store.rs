@@ -5,8 +5,10 @@
 //! * An object with errors keeps its last good version in force; a new one with errors is not in force.
 //! * In the first batch nobody can tell what was in force before. There, a policy with errors is represented by one
 //!   that fails closed for its scope, for those who go on at all: a proxy does not start on such files.
-//! * An object that is gone from its file is removed, unless the file holds something that might be it: a
-//!   document whose name cannot be read.
+//! * An object that is gone from its file is removed, unless something might be it: in the file a document whose name
+//!   cannot be read; in any file an object of its name with errors; in the files that changed with it, one that cannot
+//!   be taken, or that holds a document whose name cannot be read. So what moves to another file, and breaks on the
+//!   way, stays in force as it would where it was.
 //! * Of two objects with one kind, namespace and name the first stays in force until it is gone.
 //!
 //! A document whose text did not change is not parsed again. Positions are kept relative to the document, so one
@@ -65,6 +67,10 @@ pub(crate) struct Store {
     settled: bool,
     /// Objects to be removed unless they turn up in another file of the same batch.
     pending: HashSet<ObjectKey>,
+    /// In which files there are objects with errors, of which nothing is in force there ([`State::Nothing`]).
+    broken: HashMap<ObjectKey, Vec<Arc<str>>>,
+    /// Files of the batch that may hold any object.
+    suspects: BTreeSet<Arc<str>>,
     /// Files about which something may have changed.
     touched: BTreeSet<Arc<str>>,
     /// Files about which there is something to say.
@@ -102,18 +108,23 @@ impl Store {
             Ok(documents) => {
                 file.problems.clear();
                 self.replace(path, &mut file, documents, pool, sink);
+                if file.documents.iter().any(|d| d.unidentified) {
+                    self.suspects.insert(path.clone());
+                } else {
+                    self.suspects.remove(path);
+                }
                 if !matches!(content, Content::Gone) || !file.orphans.is_empty() {
                     self.files.insert(path.clone(), file);
                 }
             }
             Err(mut problems) => {
-                let held = file.documents.iter().map(|d| d.held.as_slice().len()).sum::<usize>()
-                    + file.orphans.len();
+                let held = file.documents.iter().map(|d| d.held.as_slice().len()).sum::<usize>();
                 if held > 0 {
                     let message = format!("the {held} objects that the file last held stay in force");
                     problems.push(Diagnostic::about_file(Code::LastGoodVersion, path.clone(), message, ""));
                 }
                 file.problems = problems;
+                self.suspects.insert(path.clone());
                 self.files.insert(path.clone(), file);
             }
         }
@@ -122,9 +133,58 @@ impl Store {
     /// Gives the objects that are gone to `sink`, at the end of a batch.
     pub(crate) fn settle(&mut self, pool: &mut Pool, sink: &mut Sink<'_>) {
         self.settled = true;
-        for key in self.pending.drain() {
-            sink(&key, None, pool);
+        let mut gone: Vec<ObjectKey> = std::mem::take(&mut self.pending).into_iter().collect();
+        gone.sort_unstable();
+        for key in gone {
+            if !self.keep_broken(&key) && !self.keep_orphan(&key) {
+                self.stand_ins.remove(&key);
+                sink(&key, None, pool);
+            }
         }
+        self.suspects.clear();
+    }
+
+    /// Keeps an object in force that is gone from its file, where another file has it with errors.
+    fn keep_broken(&mut self, key: &ObjectKey) -> bool {
+        let Some(path) = self.broken.get(key).and_then(|paths| paths.first()).cloned() else { return false };
+        self.mend(key, &path);
+        let state = if self.stand_ins.contains(key) { State::StandIn } else { State::LastGood };
+        let Some(held) = self.files.get_mut(&path).and_then(|f| f.broken_mut(key)) else { return false };
+        held.state = state;
+        self.touched.insert(path.clone());
+        self.objects.insert(key.clone(), path);
+        true
+    }
+
+    /// Keeps an object in force that is gone from its file, where another file of the batch may hold it.
+    fn keep_orphan(&mut self, key: &ObjectKey) -> bool {
+        let Some(path) = self.suspects.first().cloned() else { return false };
+        let Some(file) = self.files.get_mut(&path) else { return false };
+        file.orphans.push(key.clone());
+        self.touched.insert(path.clone());
+        self.objects.insert(key.clone(), path);
+        true
+    }
+
+    /// Notes that an object with errors is gone from a file, or that it is more than that.
+    fn mend(&mut self, key: &ObjectKey, path: &Arc<str>) {
+        let Some(paths) = self.broken.get_mut(key) else { return };
+        if let Some(index) = paths.iter().position(|p| p == path) {
+            paths.remove(index);
+        }
+        if paths.is_empty() {
+            self.broken.remove(key);
+        }
+    }
+
+    /// Gives up an object that stays in force only because a file might hold it. Whether it was one.
+    fn adopt(&mut self, key: &ObjectKey) -> bool {
+        let Some(path) = self.objects.get(key) else { return false };
+        let Some(file) = self.files.get_mut(path) else { return false };
+        let Some(index) = file.orphans.iter().position(|orphan| orphan == key) else { return false };
+        file.orphans.swap_remove(index);
+        self.touched.insert(path.clone());
+        true
     }
 
     fn read(
@@ -227,7 +287,7 @@ impl Store {
                         gone.insert(held.key.clone());
                     }
                     State::Shadowed => self.drop_shadow(path, document.hash, &held.key),
-                    State::Nothing => {}
+                    State::Nothing => self.mend(&held.key, path),
                 }
             }
         }
@@ -255,8 +315,9 @@ impl Store {
         }
         for key in gone {
             self.objects.remove(&key);
-            self.stand_ins.remove(&key);
-            if !self.promote(&key, path, file, pool, sink) {
+            if self.promote(&key, path, file, pool, sink) {
+                self.stand_ins.remove(&key);
+            } else {
                 self.pending.insert(key);
             }
         }
@@ -278,7 +339,7 @@ impl Store {
         let (key, state) = match reading {
             Reading::Ignored | Reading::Unidentified => return None,
             Reading::Invalid(key, stand_in) => {
-                let known = self.objects.contains_key(&key);
+                let known = self.objects.contains_key(&key) || self.pending.contains(&key);
                 let state = match stand_in.filter(|_| !self.settled && !known) {
                     Some(stand_in) => {
                         self.objects.insert(key.clone(), path.clone());
@@ -286,14 +347,19 @@ impl Store {
                         sink(&key, Some(stand_in), pool);
                         State::StandIn
                     }
-                    None if !gone.remove(&key) => State::Nothing,
-                    None if self.stand_ins.contains(&key) => State::StandIn,
-                    None => State::LastGood,
+                    None if gone.remove(&key) || self.pending.remove(&key) => {
+                        self.objects.insert(key.clone(), path.clone());
+                        if self.stand_ins.contains(&key) { State::StandIn } else { State::LastGood }
+                    }
+                    None => {
+                        self.broken.entry(key.clone()).or_default().push(path.clone());
+                        State::Nothing
+                    }
                 };
                 (key, state)
             }
             Reading::Object(key, resource) => {
-                if gone.remove(&key) || !self.objects.contains_key(&key) {
+                if gone.remove(&key) || !self.objects.contains_key(&key) || self.adopt(&key) {
                     self.stand_ins.remove(&key);
                     self.objects.insert(key.clone(), path.clone());
                     self.pending.remove(&key);

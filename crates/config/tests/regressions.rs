@@ -360,3 +360,58 @@ fn a_time_with_a_huge_offset_is_no_time_and_no_overflow() {
     let cart = world.mesh.workloads().find(|w| &*w.name == "cart").unwrap();
     assert!(world.mesh.authorize(cart, &anybody).outcome.is_err(), "the policy is in force");
 }
+
+#[test]
+fn a_policy_that_moves_to_another_file_and_breaks_stays_in_force() {
+    let deny = policy("AuthorizationPolicy", "shop", "deny", "{action: DENY, rules: [{}]}");
+    let misspelt = deny.replace("rules", "rulez");
+    let malformed = format!("{deny}  - oops: [\n");
+    let nameless = deny.replace("name: deny", "nmae: deny");
+    // By the order of the files the old one is read before or after the new one.
+    for (old, new) in [("m.yaml", "z.yaml"), ("m.yaml", "a.yaml")] {
+        for broken in [&misspelt, &malformed, &nameless] {
+            for gone in [None, Some("# nothing left\n")] {
+                let mut world = World::of(&file(&[&namespace("shop"), &pod("shop", "cart", "10.0.0.1")]));
+                world.set(old, &deny);
+                let mut batch = [(old, gone), (new, Some(broken.as_str()))];
+                batch.sort_unstable();
+                world.change(&batch);
+                assert!(!world.allows("shop/cart", 80, "shop/web"), "{broken}");
+                let said = world.said();
+                assert!(said.contains(&"last-good-version".to_owned()), "{said:?}");
+                // It stays so, whatever else changes, until it is corrected or removed.
+                world.set("other.yaml", &pod("shop", "other", "10.0.0.2"));
+                assert!(!world.allows("shop/cart", 80, "shop/web"));
+                let mut corrected = world.mesh.policies().count();
+                world.set(new, &deny);
+                assert_eq!((world.said(), world.mesh.policies().count()), (vec![], 1));
+                world.set(new, broken);
+                corrected += world.mesh.policies().count();
+                world.change(&[(new, None)]);
+                assert!(world.allows("shop/cart", 80, "shop/web") && corrected == 2);
+                assert_eq!(world.said(), [""; 0]);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_stays_in_force_for_a_file_that_cannot_be_read_gives_way_to_the_object_itself() {
+    let deny = policy("AuthorizationPolicy", "shop", "deny", "{action: DENY, rules: [{}]}");
+    let mut world = World::of(&file(&[&namespace("shop"), &pod("shop", "cart", "10.0.0.1")]));
+    world.set("a.yaml", &deny);
+    world.change(&[("a.yaml", None), ("b.yaml", Some("x: [\n"))]);
+    assert!(!world.allows("shop/cart", 80, "shop/web"));
+    world.set("c.yaml", &deny.replace("DENY", "ALLOW"));
+    assert!(world.allows("shop/cart", 80, "shop/web"), "the policy as it is now");
+    assert_eq!(world.said(), ["malformed-yaml"]);
+    world.change(&[("c.yaml", None)]);
+    assert_eq!(world.mesh.policies().count(), 0);
+    // One with errors that was beside it keeps it, too.
+    let mut world = World::of(&file(&[&namespace("shop"), &pod("shop", "cart", "10.0.0.1")]));
+    world.set("a.yaml", &deny);
+    world.set("b.yaml", &deny.replace("rules", "rulez"));
+    world.change(&[("a.yaml", None)]);
+    assert!(!world.allows("shop/cart", 80, "shop/web"));
+    assert_eq!(world.said(), ["last-good-version", "missing-field", "unknown-field"]);
+}

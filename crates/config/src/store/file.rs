@@ -176,6 +176,12 @@ impl File {
         documents.flat_map(|d| d.held.as_mut_slice()).find(|h| h.key == *key && h.state == state)
     }
 
+    /// An object with errors, of which nothing is in force.
+    pub(super) fn broken_mut(&mut self, key: &ObjectKey) -> Option<&mut Held> {
+        let mut held = self.documents.iter_mut().flat_map(|d| d.held.as_mut_slice());
+        held.find(|h| h.key == *key && h.state == State::Nothing)
+    }
+
     /// Where an object in force stands.
     pub(super) fn position_of(&self, key: &ObjectKey) -> Option<Position> {
         self.documents.iter().find_map(|document| {
@@ -194,7 +200,7 @@ impl File {
         }
         let names: Vec<String> = self.orphans.iter().take(5).map(|k| k.resource_name().to_string()).collect();
         let message = format!(
-            "{} objects are gone from the file, which holds something that cannot be identified; they stay in force: {}",
+            "{} objects are gone, and what cannot be read or identified here may be they; they stay in force: {}",
             self.orphans.len(),
             names.join(", ")
         );
