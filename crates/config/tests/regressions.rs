@@ -415,3 +415,29 @@ fn what_stays_in_force_for_a_file_that_cannot_be_read_gives_way_to_the_object_it
     assert!(!world.allows("shop/cart", 80, "shop/web"));
     assert_eq!(world.said(), ["last-good-version", "missing-field", "unknown-field"]);
 }
+
+#[test]
+fn an_object_whose_group_is_misspelt_is_not_ignored() {
+    let deny = policy("AuthorizationPolicy", "shop", "deny", "{action: DENY, rules: [{}]}");
+    for group in ["securty.istio.io/v1", "Security.istio.io/v1", "istio.io/v1", "networking.istio.oi/v1"] {
+        let mut world = World::of(&file(&[&namespace("shop"), &pod("shop", "cart", "10.0.0.1")]));
+        world.set("deny.yaml", &deny);
+        world.set("deny.yaml", &deny.replace("security.istio.io/v1", group));
+        assert!(!world.allows("shop/cart", 80, "shop/web"), "{group}: the policy is not gone");
+        assert_eq!(world.said(), ["last-good-version", "unknown-kind"], "{group}");
+        let world = World::of(&deny.replace("security.istio.io/v1", group));
+        assert!(world.repository.has_bad_files(), "{group}: nothing starts on it");
+    }
+    for (api_version, kind, code) in [
+        ("serving.knative.dev/v1", "Service", "ignored-kind"),
+        ("longhorn.io/v1", "Node", "ignored-kind"),
+        ("networking.k8s.io/v1", "NetworkPolicy", "ignored-kind"),
+        ("apps/v1", "Deployment", "ignored-kind"),
+        ("core/v1", "Pod", "unknown-kind"),
+        ("discovery.k8s.oi/v1", "EndpointSlice", "unknown-kind"),
+        ("networking.itsio.io/v1", "VirtualService", "unknown-kind"),
+    ] {
+        let text = format!("apiVersion: {api_version}\nkind: {kind}\nmetadata: {{name: x}}\n");
+        assert_eq!(World::of(&text).said(), [code], "{api_version} {kind}");
+    }
+}

@@ -1,7 +1,7 @@
 //! Kinds that are not read: said, so that nobody waits for an effect.
 
 use crate::diagnostic::Code;
-use crate::fields::{Context, Path};
+use crate::fields::{Context, Path, edit_distance};
 use crate::resource::{KINDS, Reading, similar_kind};
 use crate::tree::Node;
 
@@ -74,6 +74,20 @@ pub fn report<'n>(node: &'n Node<'n>, group: &str, kind: &str, context: &mut Con
         context.report(Code::UnsupportedKind, position, &path, message, remedy);
         return Reading::Ignored;
     }
+    if let Some(meant) = meant_group(group, kind) {
+        // What is meant may be a policy: it must not be taken for gone, nor for something else.
+        let position = node.get("apiVersion").map_or(node.position, |n| n.position);
+        let message = format!("there is no kind {name}: the group looks misspelt");
+        let meant = if meant.is_empty() { "v1" } else { meant };
+        context.report(
+            Code::UnknownKind,
+            position,
+            &Path::of("apiVersion"),
+            message,
+            format!("did you mean {meant}?"),
+        );
+        return Reading::Unidentified;
+    }
     let ignored = (group.is_empty() && CORE.contains(&kind)) || !OWN_GROUPS.contains(&group);
     if ignored {
         let message = format!("{name} is ignored: it has no part in the mesh");
@@ -93,4 +107,16 @@ pub fn report<'n>(node: &'n Node<'n>, group: &str, kind: &str, context: &mut Con
         .map_or(String::new(), |s| format!("did you mean {s}?"));
     context.report(Code::UnknownKind, position, &path, format!("there is no kind {name}"), remedy);
     Reading::Unidentified
+}
+
+/// The group that is meant by one that does not exist: one that differs in a letter or two, or the one that has the
+/// kind. Kinds of the core group have names that others use too, such as Knative's Service; those have groups of the
+/// form of a domain.
+fn meant_group(group: &str, kind: &str) -> Option<&'static str> {
+    if OWN_GROUPS.contains(&group) {
+        return None;
+    }
+    let near = |known: &&&str| !known.is_empty() && group.len() <= 64 && edit_distance(known, group) <= 2;
+    let of_kind = KINDS.iter().find(|s| s.name == kind && !(s.group.is_empty() && group.contains('.')));
+    OWN_GROUPS.iter().find(near).copied().or(of_kind.map(|spec| spec.group))
 }
