@@ -21,6 +21,7 @@ pub fn register(registry: &Registry, proxy: &Arc<Proxy>, node: &Arc<Node>) {
     connections(&gauge, &counter);
     pool(&gauge, &counter);
     inbound(&gauge, &counter);
+    hosts(&gauge, &counter);
     certificates(&gauge, &counter);
     let node = node.clone();
     registry.collect(
@@ -134,6 +135,34 @@ fn inbound(gauge: Register<'_>, counter: Register<'_>) {
         "culvert_tls_handshakes",
         "TLS handshakes completed, both directions",
         Box::new(|p, _| p.tls.handshakes()),
+    );
+}
+
+fn hosts(gauge: Register<'_>, counter: Register<'_>) {
+    gauge(
+        "culvert_host_lookups_active",
+        "Lookups of endpoints' host names under way",
+        Box::new(|p, _| p.hosts.counts().under_way),
+    );
+    counter(
+        "culvert_host_lookups",
+        "Lookups of endpoints' host names",
+        Box::new(|p, _| p.hosts.counts().lookups),
+    );
+    counter(
+        "culvert_host_lookups_failed",
+        "Lookups of endpoints' host names that brought no address",
+        Box::new(|p, _| p.hosts.counts().failed),
+    );
+    counter(
+        "culvert_host_stale_answers",
+        "Connections to an address of a host name that was looked up some time ago",
+        Box::new(|p, _| p.hosts.counts().stale),
+    );
+    counter(
+        "culvert_host_refused",
+        "Connections that a limit of lookups of host names kept from an answer",
+        Box::new(|p, _| p.hosts.counts().refused),
     );
 }
 
