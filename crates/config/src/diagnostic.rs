@@ -97,10 +97,11 @@ codes! {
     // policies and external services
     NeedsWaypoint = "needs-waypoint", Warning, "A policy asks for what only a waypoint can enforce; until one is deployed it fails closed for its scope.";
     WithoutEffect = "without-effect", Warning, "An object, or a part of it, has no effect as it stands.";
+    SettingsUnread = "settings-unread", Error, "Settings of the mesh stand where they are not read, and none are in force: the defaults hold.";
     ActsOtherwise = "acts-otherwise", Warning, "A value is taken as another one, which is named.";
     PolicyConflict = "policy-conflict", Warning, "Two policies of one level are for the same workloads; the older one is in force.";
     NoWorkload = "no-workload", Warning, "A policy is for no workload that there is.";
-    OutsideTheMesh = "outside-the-mesh", Warning, "A policy is for workloads that are not in the mesh, where nothing enforces it.";
+    OutsideTheMesh = "outside-the-mesh", Warning, "A policy is for what is not in the mesh, or not in its namespace, where nothing enforces it.";
     NamesNothing = "names-nothing", Warning, "A policy names a namespace or an object that there is not.";
     AmbiguousAddress = "ambiguous-address", Warning, "Several hosts share an address, by which alone connections are told apart.";
     // fields

@@ -441,3 +441,25 @@ fn an_object_whose_group_is_misspelt_is_not_ignored() {
         assert_eq!(World::of(&text).said(), [code], "{api_version} {kind}");
     }
 }
+
+#[test]
+fn settings_that_are_not_read_are_said_to_be() {
+    let settings = |namespace: &str, name: &str| {
+        format!(
+            "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: {name}, namespace: {namespace}}}\ndata: {{mesh: \
+             'rootNamespace: {namespace}'}}\n"
+        )
+    };
+    let mut world = World::of(&settings("mesh-system", "istio"));
+    assert_eq!(world.said(), ["settings-unread"]);
+    world.set("revision.yaml", &settings("istio-system", "istio-1-30"));
+    assert_eq!(world.said(), ["settings-unread"; 2]);
+    world.set("read.yaml", &settings("istio-system", "istio"));
+    assert_eq!(world.said(), ["without-effect"; 2]);
+    world.change(&[("read.yaml", None)]);
+    assert_eq!(world.said(), ["settings-unread"; 2]);
+    world.set("revision.yaml", &settings("istio-system", "istio-1-30").replace("mesh:", "values:"));
+    assert_eq!(world.said(), ["settings-unread"]);
+    world.set("all.yaml", &settings("mesh-system", "prometheus"));
+    assert_eq!(world.said(), [""; 0]);
+}

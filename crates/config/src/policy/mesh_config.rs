@@ -173,7 +173,13 @@ fn parse_object(fields: &mut Fields<'_, '_>, _: &Metadata<'_>) -> Option<Resourc
 fn parse_config_map(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resource> {
     let data = fields.take("data");
     if metadata.name != CONFIG_MAP {
-        return Some(Resource::ConfigMap(None));
+        // What a revision of Istio reads has another name. It is not read, only known of.
+        let revision = metadata.name.strip_prefix(CONFIG_MAP).is_some_and(|rest| rest.starts_with('-'));
+        let mut has_settings = false;
+        if let (Some(data), true) = (data, revision) {
+            data.entries(|key, _| has_settings |= key == "mesh");
+        }
+        return Some(Resource::ConfigMap(has_settings.then(Box::default)));
     }
     let mut found = false;
     let mut config = MeshConfig::default();

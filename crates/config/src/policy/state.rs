@@ -89,6 +89,8 @@ pub struct Policies {
     settings: Settings,
     /// Where settings can come from, the one in force first.
     configs: BTreeMap<ConfigSource, Box<MeshConfig>>,
+    /// ConfigMaps with settings that are not read: another namespace's, or a revision's.
+    unread: BTreeSet<ObjectKey>,
     authorization: HashMap<PolicyKey, Entry>,
     by_selector: BySelector,
     /// Policies for what reaches an object.
@@ -140,6 +142,7 @@ impl Policies {
             defaults: settings.clone(),
             settings,
             configs: BTreeMap::new(),
+            unread: BTreeSet::new(),
             authorization: HashMap::new(),
             by_selector: BySelector::default(),
             by_target: HashMap::new(),
@@ -363,8 +366,15 @@ impl Policies {
     }
 
     fn set_config(&mut self, key: &ObjectKey, config: Option<Box<MeshConfig>>, effects: &mut Effects) {
-        let Some(source) = ConfigSource::of(key) else { return };
         effects.findings.push((key.clone(), Vec::new()));
+        let Some(source) = ConfigSource::of(key) else {
+            match config {
+                Some(_) => self.unread.insert(key.clone()),
+                None => self.unread.remove(key),
+            };
+            self.say_unread(effects);
+            return;
+        };
         match config {
             Some(config) => self.configs.insert(source, config),
             None => self.configs.remove(&source),
@@ -373,19 +383,33 @@ impl Policies {
         if let Some(first) = sources.next() {
             effects.findings.push((first.key(), Vec::new()));
             for other in sources {
-                let finding = Finding {
-                    code: Code::WithoutEffect,
-                    message: format!(
-                        "has no effect: the settings are those of {}",
-                        first.key().resource_name()
-                    ),
-                    remedy: "keep one of them".to_owned(),
-                };
-                effects.findings.push((other.key(), vec![finding]));
+                effects.findings.push((other.key(), vec![overridden(first)]));
             }
         }
+        self.say_unread(effects);
         let config = self.configs.first_key_value().map(|(_, config)| config.settings(&self.defaults));
         self.set_settings(config.unwrap_or_else(|| self.defaults.clone()), effects);
+    }
+
+    /// Says of settings that stand where they are not read what holds instead.
+    fn say_unread(&self, effects: &mut Effects) {
+        for key in &self.unread {
+            let finding = match self.configs.keys().next() {
+                Some(first) => overridden(first),
+                None => Finding {
+                    code: Code::SettingsUnread,
+                    message: format!(
+                        "these settings of the mesh are not read, and there are no others: the trust domain is {}, the \
+                         root namespace {}, and what the mesh does not know is passed through",
+                        self.defaults.trust_domains.own, self.defaults.root_namespace
+                    ),
+                    remedy: format!(
+                        "name the ConfigMap {CONFIG_MAP} in the namespace {SYSTEM_NAMESPACE}, or make a MeshConfig of it"
+                    ),
+                },
+            };
+            effects.findings.push((key.clone(), vec![finding]));
+        }
     }
 
     fn set_settings(&mut self, settings: Settings, effects: &mut Effects) {
@@ -424,6 +448,14 @@ impl Policies {
             self.modes.set_root(self.settings.root_namespace.clone(), effects);
         }
         effects.affected.push(Affected::Mesh);
+    }
+}
+
+fn overridden(first: &ConfigSource) -> Finding {
+    Finding {
+        code: Code::WithoutEffect,
+        message: format!("has no effect: the settings are those of {}", first.key().resource_name()),
+        remedy: "keep one of them".to_owned(),
     }
 }
 
