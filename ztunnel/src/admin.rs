@@ -9,29 +9,37 @@ use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 
 use crate::connections::{Ended, Open};
-use crate::dump;
+use crate::dump::Dump;
 use crate::node::Node;
 use crate::proxy::Proxy;
 
 /// As many connections are in one answer; with more, say which.
 const LISTED: usize = 10_000;
+/// So many large pages are made at once.
+const LARGE_PAGES: usize = 2;
 
 /// Adds the pages to `routes`.
 pub fn routes(routes: Routes, proxy: &Arc<Proxy>, node: &Arc<Node>) -> Routes {
-    // A page of a large mesh is many times its text while it is made.
-    let large = Arc::new(Semaphore::new(1));
-    let (dumped, dumped_node, one) = (proxy.clone(), node.clone(), large.clone());
+    // Each holds a thread for as long as its reader takes, and others have work on those threads.
+    let few = Arc::new(Semaphore::new(LARGE_PAGES));
+    let (dumped, dumped_node, places) = (proxy.clone(), node.clone(), few.clone());
     let routes = routes.get("/config_dump", "the mesh as this node knows it", move |_request| {
-        let (proxy, node) = (dumped.clone(), dumped_node.clone());
-        aside(one.clone(), move || {
-            let mut dump = dump::config(&proxy.state.mesh_owned(), &proxy.tls.dump());
-            if let Value::Object(fields) = &mut dump {
-                fields.insert("pods".to_owned(), node.dump());
-                fields.insert("leaving".to_owned(), node.dump_leaving());
-                fields.insert("diagnostics".to_owned(), node.diagnostics());
-            }
-            Response::json(&dump)
-        })
+        let (proxy, node, places) = (dumped.clone(), dumped_node.clone(), places.clone());
+        async move {
+            let place = places.acquire_owned().await;
+            Response::stream("application/json", move |out| {
+                let _place = place;
+                let more = vec![
+                    ("certificates", proxy.tls.dump()),
+                    ("pods", node.dump()),
+                    ("leaving", node.dump_leaving()),
+                    ("diagnostics", node.diagnostics()),
+                ];
+                let dump = Dump { mesh: proxy.state.mesh_owned(), more };
+                serde_json::to_writer_pretty(&mut *out, &dump)?;
+                writeln!(out)
+            })
+        }
     });
     let listed = proxy.clone();
     routes.get(
@@ -39,14 +47,14 @@ pub fn routes(routes: Routes, proxy: &Arc<Proxy>, node: &Arc<Node>) -> Routes {
         "open connections and the last that ended; ?id=, ?address= (of either end)",
         move |request| {
             let proxy = listed.clone();
-            aside(large.clone(), move || connections(&proxy, &request))
+            aside(few.clone(), move || connections(&proxy, &request))
         },
     )
 }
 
 /// Makes a page while nothing waits for it: the thread of the control runtime takes policies meanwhile.
-async fn aside(one: Arc<Semaphore>, make: impl FnOnce() -> Response + Send + 'static) -> Response {
-    let _place = one.acquire().await;
+async fn aside(places: Arc<Semaphore>, make: impl FnOnce() -> Response + Send + 'static) -> Response {
+    let _place = places.acquire().await;
     tokio::task::spawn_blocking(make)
         .await
         .unwrap_or_else(|error| Response::text(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))

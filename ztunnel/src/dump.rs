@@ -1,36 +1,69 @@
 //! The JSON of `/config_dump`: the snapshot that decisions are made by, as it is.
 
+use std::sync::Arc;
+
 use model::{
     Action, Clause, GatewayAddress, GatewayTarget, LoadBalancingMode, Match, Mesh, Policy, Rule, Scope,
     Service, ServiceSource, TargetPort, TunnelProtocol, Workload,
 };
+use serde::ser::SerializeMap;
+use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
 
-/// The whole snapshot. `certificates` is what identity knows, already as JSON.
-pub fn config(mesh: &Mesh, certificates: &Value) -> Value {
-    let mut workloads: Vec<_> = mesh.workloads().collect();
-    workloads.sort_by(|a, b| a.uid.cmp(&b.uid));
-    let mut services: Vec<_> = mesh.services().collect();
-    services.sort_by_key(|s| s.key());
-    let mut policies: Vec<_> = mesh.policies().collect();
-    policies.sort_by(|a, b| a.key.cmp(&b.key));
+/// The whole snapshot, and more. Its serialisation makes one object after the other: that of a large mesh as a whole
+/// would take many times the memory that the mesh does.
+pub struct Dump {
+    /// The snapshot.
+    pub mesh: Arc<Mesh>,
+    /// What else there is to say, by its name in the dump.
+    pub more: Vec<(&'static str, Value)>,
+}
+
+impl Serialize for Dump {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mesh = &self.mesh;
+        let mut workloads: Vec<&Workload> = mesh.workloads().map(AsRef::as_ref).collect();
+        workloads.sort_by(|a, b| a.uid.cmp(&b.uid));
+        let mut services: Vec<&Service> = mesh.services().map(AsRef::as_ref).collect();
+        services.sort_by_key(|s| s.key());
+        let mut policies: Vec<&Policy> = mesh.policies().map(AsRef::as_ref).collect();
+        policies.sort_by(|a, b| a.key.cmp(&b.key));
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("generation", &mesh.generation())?;
+        map.serialize_entry("settings", &settings(mesh))?;
+        map.serialize_entry("workloads", &Each { list: workloads, describe: workload })?;
+        map.serialize_entry("services", &Each { list: services, describe: |s: &Service| service(mesh, s) })?;
+        map.serialize_entry("policies", &Each { list: policies, describe: policy })?;
+        for (name, value) in &self.more {
+            map.serialize_entry(name, value)?;
+        }
+        map.end()
+    }
+}
+
+/// A list that is described item by item.
+struct Each<'a, T, F> {
+    list: Vec<&'a T>,
+    describe: F,
+}
+
+impl<T, F: Fn(&T) -> Value> Serialize for Each<'_, T, F> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.list.iter().map(|item| (self.describe)(item)))
+    }
+}
+
+fn settings(mesh: &Mesh) -> Value {
     let settings = mesh.settings();
     json!({
-        "generation": mesh.generation(),
-        "settings": {
-            "trustDomain": settings.trust_domains.own.as_str(),
-            "trustDomainAliases": settings.trust_domains.aliases.iter().map(model::TrustDomain::as_str).collect::<Vec<_>>(),
-            "rootNamespace": &*settings.root_namespace,
-            "clusterDomain": &*settings.cluster_domain,
-            "outboundTrafficPolicy": match settings.outbound {
-                model::OutboundMode::AllowAny => "ALLOW_ANY",
-                model::OutboundMode::RegistryOnly => "REGISTRY_ONLY",
-            },
+        "trustDomain": settings.trust_domains.own.as_str(),
+        "trustDomainAliases": settings.trust_domains.aliases.iter().map(model::TrustDomain::as_str).collect::<Vec<_>>(),
+        "rootNamespace": &*settings.root_namespace,
+        "clusterDomain": &*settings.cluster_domain,
+        "outboundTrafficPolicy": match settings.outbound {
+            model::OutboundMode::AllowAny => "ALLOW_ANY",
+            model::OutboundMode::RegistryOnly => "REGISTRY_ONLY",
         },
-        "workloads": workloads.into_iter().map(|w| workload(w)).collect::<Vec<_>>(),
-        "services": services.into_iter().map(|s| service(mesh, s)).collect::<Vec<_>>(),
-        "policies": policies.into_iter().map(|p| policy(p)).collect::<Vec<_>>(),
-        "certificates": certificates,
     })
 }
 

@@ -135,7 +135,8 @@ impl Ztunnel {
     pub async fn request(&self, port: u16, line: &str) -> io::Result<String> {
         let exchange = async {
             let mut stream = traffic::dial(&self.host, SocketAddr::from(([127, 0, 0, 1], port))).await?;
-            let request = format!("{line} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
+            // The older version has no chunks to put together.
+            let request = format!("{line} HTTP/1.0\r\nhost: localhost\r\n\r\n");
             stream.write_all(request.as_bytes()).await?;
             let mut answer = String::new();
             stream.read_to_string(&mut answer).await?;
@@ -143,7 +144,7 @@ impl Ztunnel {
         };
         let answer: String = timeout(PATIENCE, exchange).await.map_err(io::Error::other)??;
         let (head, body) = answer.split_once("\r\n\r\n").ok_or(io::ErrorKind::UnexpectedEof)?;
-        if head.starts_with("HTTP/1.1 200") { Ok(body.to_owned()) } else { Err(io::Error::other(answer)) }
+        if head.starts_with("HTTP/1.0 200") { Ok(body.to_owned()) } else { Err(io::Error::other(answer)) }
     }
 
     pub async fn config_dump(&self) -> Value {
