@@ -7,17 +7,20 @@
 //! Invariants of the crate:
 //! * it does not know certificates: a secure channel is anything that is [`net::Io`], made by the caller;
 //! * `h2` appears in no public type, so that another transport can take its place;
+//! * a tunnel that is not read holds up no other one; what all of them hold together is limited by [`Memory`];
 //! * every queue, wait and allocation that a peer can cause has a limit and a counter;
 //! * idle connections and tunnels hold no buffers of ours.
 #![forbid(unsafe_code)]
 
 mod authority;
+mod backlog;
 mod control;
 mod counters;
 mod flood;
 mod headers;
 mod keepalive;
 mod link;
+mod memory;
 mod open;
 mod pool;
 mod pump;
@@ -32,6 +35,7 @@ pub use counters::{Counter, PoolCounters, ServerCounters};
 pub use flood::Flood;
 pub use headers::{Baggage, Forwarded, TunnelHeaders};
 pub use http::{HeaderValue, StatusCode};
+pub use memory::Memory;
 pub use open::{ConnectRequest, NotOpened, OpenError, Opened};
 pub use pool::{ConnectError, ConnectionInfo, Connector, Pool};
 pub use pump::{AppIo, Outcome, PumpLimits, Side, Traffic, pump};

@@ -24,7 +24,8 @@ use crate::control::{Control, Order};
 use crate::counters::PoolCounters;
 use crate::flood::{Flood, FrameWatch};
 use crate::keepalive::Keepalive;
-use crate::settings::{PoolSettings, RESET_MEMORY, Transport};
+use crate::memory::Memory;
+use crate::settings::{PoolSettings, RESET_MEMORY, SMALL_FRAMES, Transport};
 use crate::tunnel::Owner;
 use crate::wire::Wire;
 
@@ -40,6 +41,7 @@ pub(crate) struct Link<P> {
     opened: AtomicU64,
     bytes: AtomicU64,
     control: Control,
+    memory: (Memory, u32),
     /// Told whenever a stream ends.
     freed: Arc<Notify>,
     counters: Arc<PoolCounters>,
@@ -122,6 +124,10 @@ impl<P: Send + Sync> Owner for Link<P> {
     fn carried(&self, bytes: usize) {
         self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
     }
+
+    fn memory(&self) -> (Memory, u32) {
+        self.memory
+    }
 }
 
 /// How a connection ended.
@@ -156,6 +162,7 @@ pub(crate) async fn begin<T: Io, P>(
         .max_frame_size(transport.frame_size())
         .initial_window_size(Transport::window(transport.stream_window))
         .initial_connection_window_size(Transport::window(transport.connection_window))
+        .data_frame_budget(SMALL_FRAMES)
         .max_send_buffer_size(transport.send_buffer)
         .max_header_list_size(transport.header_list)
         .max_concurrent_reset_streams(1024)
@@ -173,6 +180,7 @@ pub(crate) async fn begin<T: Io, P>(
         opened: AtomicU64::new(0),
         bytes: AtomicU64::new(0),
         control: control.clone(),
+        memory: transport.memory(settings.max_streams),
         freed,
         counters,
     });

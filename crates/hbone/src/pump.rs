@@ -11,11 +11,11 @@
 //!
 //! An idle pump holds no buffer: reads go into a slab that all pumps of a thread share, and only what was read is
 //! kept. A side that doesn't take data stops the other: nothing is read from the application while the tunnel's window
-//! is used up, and the tunnel's window is opened only for what the application has taken.
+//! is used up, and the tunnel's window is opened only for what the application has taken. What waits on either side is
+//! counted in the connection's [`crate::Memory`]: a tunnel that holds too much for too long is cut when that is short.
 
 use std::borrow::Borrow;
 use std::cell::RefCell;
-use std::collections::VecDeque;
 use std::future::Future;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -23,12 +23,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 use net::Io;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep};
 use tokio_util::io::poll_read_buf;
 
+use crate::backlog::{Backlog, PIECES};
 use crate::tunnel::{ErrorCode, Tunnel, TunnelError};
 
 /// The most that is read from the application at once.
@@ -37,11 +38,8 @@ const READ: usize = 128 * 1024;
 const SLAB: usize = 256 * 1024;
 /// Less than this is copied out of the slab, so that little data on a slow tunnel can't keep a slab alive.
 const COPY: usize = 4 * 1024;
-/// Received data below this size is gathered while the application doesn't take it, so that many small frames
-/// don't cost more than they hold.
-const GATHER: usize = 4 * 1024;
-/// Pieces of one vectored write to the application.
-const PIECES: usize = 16;
+/// And less than this, once it has to wait for the tunnel.
+const COPY_WAITING: usize = 64 * 1024;
 /// How often it is looked whether an application has got the last bytes of a tunnel that is gone: at first, and at last.
 const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
 /// What one poll takes from the tunnel, or reads from the application, before others get their turn.
@@ -172,7 +170,7 @@ pub fn pump<A: AppIo, T: Borrow<Traffic> + Send + Unpin>(
         tunnel,
         app,
         traffic,
-        up: Up { pending: Bytes::new(), done: false },
+        up: Up::default(),
         down: Down::default(),
         first_end: None,
         gone: None,
@@ -195,9 +193,14 @@ struct Pump<A: AppIo, T> {
 }
 
 /// From the application to the tunnel.
+#[derive(Default)]
 struct Up {
     /// Read and not sent yet, for want of window.
     pending: Bytes,
+    /// Sent in this turn, which is no more than [`TURN`] and [`READ`].
+    sent: u32,
+    /// `pending` is a copy already.
+    copied: bool,
     done: bool,
 }
 
@@ -205,9 +208,9 @@ struct Up {
 #[derive(Default)]
 struct Down {
     /// Received and not yet taken by the application. The tunnel's window bounds it.
-    queue: VecDeque<Bytes>,
-    /// Small pieces that follow the queue.
-    tail: BytesMut,
+    backlog: Backlog,
+    /// Taken by the application in this turn, which is no more than a window.
+    taken: u32,
     unflushed: bool,
     /// The tunnel had nothing more when it was last asked.
     dry: bool,
@@ -259,6 +262,7 @@ impl<A: AppIo, T: Borrow<Traffic>> Pump<A, T> {
     fn poll_both(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, Failure> {
         let up = self.poll_up(cx)?;
         let down = self.poll_down(cx)?;
+        self.settle(cx)?;
         match (up, down) {
             (Poll::Ready(()), Poll::Ready(())) => Ok(Poll::Ready(())),
             (Poll::Pending, Poll::Ready(())) => self.poll_gone(cx),
@@ -269,6 +273,13 @@ impl<A: AppIo, T: Borrow<Traffic>> Pump<A, T> {
                 _ => Ok(Poll::Pending),
             },
         }
+    }
+
+    /// Counts what waits on either side, and lets the peer send more for what was delivered.
+    fn settle(&mut self, cx: &mut Context<'_>) -> Result<(), Failure> {
+        let (taken, sent) = (std::mem::take(&mut self.down.taken), std::mem::take(&mut self.up.sent));
+        let waiting = self.down.backlog.len() + self.up.pending.len();
+        self.tunnel.settle(cx, waiting, taken, sent).map_err(Failure::Tunnel)
     }
 
     /// Once the peer has finished sending and the application has all of it, only this tells that the peer is gone.
@@ -318,6 +329,7 @@ impl<A: AppIo, T: Borrow<Traffic>> Pump<A, T> {
             }
             budget = budget.saturating_sub(data.len());
             self.up.pending = data;
+            self.up.copied = false;
         }
         Ok(if self.up.done { Poll::Ready(()) } else { Poll::Pending })
     }
@@ -326,7 +338,10 @@ impl<A: AppIo, T: Borrow<Traffic>> Pump<A, T> {
     fn poll_send(&mut self, cx: &mut Context<'_>) -> bool {
         while !self.up.pending.is_empty() {
             let wanted = self.up.pending.len();
-            let Poll::Ready(capacity) = self.tunnel.poll_capacity(cx, wanted) else { return false };
+            let Poll::Ready(capacity) = self.tunnel.poll_capacity(cx, wanted) else {
+                self.up.wait();
+                return false;
+            };
             let sent = capacity.and_then(|capacity| {
                 let part = self.up.pending.split_to(capacity.min(wanted));
                 self.traffic.borrow().to_tunnel.fetch_add(part.len() as u64, Ordering::Relaxed);
@@ -354,7 +369,7 @@ impl<A: AppIo, T: Borrow<Traffic>> Pump<A, T> {
         let mut budget = TURN;
         while !self.down.done {
             budget = budget.saturating_sub(self.receive(cx, budget)?);
-            if self.down.queue.is_empty() {
+            if self.down.backlog.is_empty() {
                 if self.down.unflushed {
                     let Poll::Ready(flushed) = Pin::new(&mut self.app).poll_flush(cx) else {
                         return Ok(Poll::Pending);
@@ -378,6 +393,7 @@ impl<A: AppIo, T: Borrow<Traffic>> Pump<A, T> {
                 return Ok(Poll::Pending);
             }
             let Poll::Ready(written) = self.down.poll_write(&mut self.app, cx) else {
+                self.down.backlog.wait();
                 if budget == 0 {
                     // There may be more in the tunnel, its end or its failure too.
                     cx.waker().wake_by_ref();
@@ -386,7 +402,7 @@ impl<A: AppIo, T: Borrow<Traffic>> Pump<A, T> {
             };
             let written = written.map_err(Failure::App)?;
             self.traffic.borrow().from_tunnel.fetch_add(written as u64, Ordering::Relaxed);
-            self.tunnel.release(written);
+            self.down.taken = self.down.taken.saturating_add(u32::try_from(written).unwrap_or(u32::MAX));
         }
         Ok(Poll::Ready(()))
     }
@@ -403,7 +419,7 @@ impl<A: AppIo, T: Borrow<Traffic>> Pump<A, T> {
                 }
                 Poll::Ready(Some(Ok(data))) => {
                     received += data.len();
-                    self.down.push(data);
+                    self.down.backlog.push(data);
                 }
                 // What was received before the tunnel failed is lost with it, as it is when TCP resets.
                 Poll::Ready(Some(Err(error))) => return Err(Failure::Tunnel(error)),
@@ -444,36 +460,21 @@ impl<A: AppIo, T> Drop for Pump<A, T> {
     }
 }
 
+impl Up {
+    /// What must wait no longer keeps the slab that it was read into.
+    fn wait(&mut self) {
+        if !self.copied && self.pending.len() < COPY_WAITING {
+            self.pending = Bytes::copy_from_slice(&self.pending);
+            self.copied = true;
+        }
+    }
+}
+
 impl Down {
-    fn push(&mut self, data: Bytes) {
-        let behind = self.queue.len() >= PIECES || !self.tail.is_empty();
-        if behind && data.len() < GATHER {
-            self.tail.extend_from_slice(&data);
-            if self.tail.len() < 4 * GATHER {
-                return;
-            }
-        }
-        self.push_tail();
-        if !(behind && data.len() < GATHER) {
-            self.queue.push_back(data);
-        }
-    }
-
-    fn push_tail(&mut self) {
-        if !self.tail.is_empty() {
-            self.queue.push_back(std::mem::take(&mut self.tail).freeze());
-        }
-    }
-
     fn poll_write<A: AppIo>(&mut self, app: &mut A, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let mut pieces = [IoSlice::new(&[]); PIECES];
-        let mut used = 0;
-        for (slot, data) in pieces.iter_mut().zip(&self.queue) {
-            *slot = IoSlice::new(data);
-            used += 1;
-        }
-        let pieces = pieces.get(..used).unwrap_or_default();
-        let written = match pieces {
+        let used = self.backlog.slices(&mut pieces);
+        let written = match pieces.get(..used).unwrap_or_default() {
             [one] => ready!(Pin::new(app).poll_write(cx, one))?,
             many => ready!(Pin::new(app).poll_write_vectored(cx, many))?,
         };
@@ -481,24 +482,8 @@ impl Down {
             return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
         }
         self.unflushed = true;
-        self.advance(written);
+        self.backlog.advance(written);
         Poll::Ready(Ok(written))
-    }
-
-    fn advance(&mut self, mut written: usize) {
-        while let Some(front) = self.queue.front_mut() {
-            if front.len() > written {
-                front.advance(written);
-                break;
-            }
-            written -= front.len();
-            self.queue.pop_front();
-        }
-        if self.queue.is_empty() {
-            // An idle tunnel holds no buffer.
-            self.queue = VecDeque::new();
-            self.push_tail();
-        }
     }
 }
 

@@ -25,12 +25,14 @@ use net::Io;
 use tokio::time::{Instant, Sleep, sleep, timeout};
 
 use crate::authority::{Authority, InvalidAuthority};
+use crate::backlog::Backlog;
 use crate::control::{Control, Order};
 use crate::counters::ServerCounters;
 use crate::flood::{Allowance, Flood, FrameWatch};
 use crate::headers::TunnelHeaders;
 use crate::keepalive::Keepalive;
-use crate::settings::{RESET_MEMORY, ServerSettings, Transport};
+use crate::memory::{Holding, Memory};
+use crate::settings::{RESET_MEMORY, SMALL_FRAMES, ServerSettings, Transport};
 use crate::tunnel::{ErrorCode, Owner, Ticket, Tunnel, TunnelError};
 use crate::wire::Wire;
 
@@ -89,6 +91,7 @@ pub async fn serve<T: Io, H: FnMut(Incoming)>(
     let shared = Arc::new(Shared {
         streams: AtomicUsize::new(0),
         early_resets: AtomicUsize::new(0),
+        memory: settings.transport.memory(settings.max_streams as usize),
         counters: Arc::clone(counters),
     });
     let mut driver = Driver::new(connection, wire, *settings, control.clone(), shared);
@@ -115,6 +118,7 @@ async fn begin<T: Io>(
         .max_frame_size(transport.frame_size())
         .initial_window_size(Transport::window(transport.stream_window))
         .initial_connection_window_size(Transport::window(transport.connection_window))
+        .data_frame_budget(SMALL_FRAMES)
         .max_send_buffer_size(transport.send_buffer)
         .max_header_list_size(transport.header_list)
         .max_concurrent_streams(settings.max_streams)
@@ -144,6 +148,7 @@ struct Shared {
     /// Requests that the peer reset before they were answered, or that were too many because of such, since the driver
     /// looked last.
     early_resets: AtomicUsize,
+    memory: (Memory, u32),
     counters: Arc<ServerCounters>,
 }
 
@@ -154,6 +159,10 @@ impl Owner for Shared {
     }
 
     fn carried(&self, _: usize) {}
+
+    fn memory(&self) -> (Memory, u32) {
+        self.memory
+    }
 }
 
 /// What the driver is about, and what its timer runs to.
@@ -376,7 +385,7 @@ impl<T: Io> Driver<T> {
         counters.streams_now.up();
         self.shared.streams.fetch_add(1, Ordering::AcqRel);
         let ticket = Ticket::new(Arc::clone(&self.shared) as Arc<dyn Owner>);
-        let stream = Stream { respond, recv, ticket };
+        let stream = Stream { respond, recv, ticket, early: Backlog::default(), holding: Holding::default() };
         handler(Incoming { authority, headers, stream: Some(stream), shared: Arc::clone(&self.shared) });
     }
 }
@@ -416,6 +425,31 @@ struct Stream {
     respond: SendResponse<Bytes>,
     recv: RecvStream,
     ticket: Ticket,
+    /// What the peer sent without waiting for the answer.
+    early: Backlog,
+    holding: Holding,
+}
+
+impl Stream {
+    /// Ready when the request can't be answered any more.
+    fn poll_given_up(&mut self, cx: &mut Context<'_>, (memory, _): (Memory, u32)) -> Poll<TunnelError> {
+        loop {
+            match self.recv.poll_data(cx) {
+                Poll::Ready(Some(Ok(data))) => self.early.push(data),
+                Poll::Ready(Some(Err(error))) => return Poll::Ready(error.into()),
+                Poll::Ready(None) | Poll::Pending => break,
+            }
+        }
+        self.early.wait();
+        let bytes = self.early.len();
+        if self.holding.note(memory, bytes, 0, cx).is_err() {
+            return Poll::Ready(TunnelError::NotTaken { bytes, limit: memory.limit() });
+        }
+        Poll::Ready(match ready!(self.respond.poll_reset(cx)) {
+            Ok(reason) => TunnelError::Reset(ErrorCode(reason.into())),
+            Err(error) => error.into(),
+        })
+    }
 }
 
 /// A request to open a tunnel. Dropping it unanswered resets the stream.
@@ -439,7 +473,7 @@ impl Incoming {
         let mut response = response(StatusCode::OK);
         headers.put(response.headers_mut());
         let send = stream.respond.send_response(response, false)?;
-        Ok(Tunnel::new(send, stream.recv, stream.ticket))
+        Ok(Tunnel::new(send, stream.recv, stream.ticket).with_early(stream.early, stream.holding))
     }
 
     /// Refuses the tunnel. As Istio has it: 400 for a destination that isn't served here, 401 for one that policy
@@ -453,16 +487,13 @@ impl Incoming {
         }
     }
 
-    /// Returns when the peer has given the request up: what is done for it can stop.
+    /// Returns when the peer has given the request up, or has sent more ahead of the answer than there is room for:
+    /// what is done for it can stop. To be awaited while the answer takes time, since what the peer sends meanwhile is
+    /// counted here.
     pub async fn given_up(&mut self) -> TunnelError {
-        poll_fn(|cx| {
-            let Some(stream) = &mut self.stream else { return Poll::Pending };
-            Poll::Ready(match ready!(stream.respond.poll_reset(cx)) {
-                Ok(reason) => TunnelError::Reset(ErrorCode(reason.into())),
-                Err(error) => error.into(),
-            })
-        })
-        .await
+        let memory = self.shared.memory;
+        poll_fn(|cx| self.stream.as_mut().map_or(Poll::Pending, |stream| stream.poll_given_up(cx, memory)))
+            .await
     }
 
     /// The stream to answer on, unless the peer has given it up: then that is counted.

@@ -2,9 +2,22 @@
 
 use std::time::Duration;
 
+use crate::memory::Memory;
+
 /// The largest payload of a DATA frame that we accept. Two frames' worth of records fit one write; more would only
 /// let one stream hold up the others.
 const FRAME_SIZE: u32 = 64 * 1024;
+
+/// The largest window of a connection (RFC 9113 section 6.9.1), of a stream, and how many of these it has room for. A
+/// stream's is what one bulk transfer needs at 10 Gbit/s and 3 ms, and so there are not more streams.
+const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
+const STREAM_WINDOW: u32 = 4 << 20;
+const STREAMS: u32 = 500;
+const _: () = assert!(STREAMS as u64 * STREAM_WINDOW as u64 <= CONNECTION_WINDOW as u64);
+
+/// What `h2` may keep of DATA frames that are smaller than their own description, of one connection, until their
+/// tunnels' tasks take them. By itself it would be half of the connection's window.
+pub(crate) const SMALL_FRAMES: usize = 8 << 20;
 
 /// How long a stream that was reset is remembered, so that what the peer had sent by then is passed over. Longer than
 /// any round trip with its queues.
@@ -18,8 +31,12 @@ pub struct Transport {
     pub frame_size: u32,
     /// What a peer may send on one stream ahead of its reader: the bound of a slow reader's memory.
     pub stream_window: u32,
-    /// What a peer may send on all streams of a connection ahead of their readers.
+    /// What a peer may send on all streams of a connection ahead of their readers. Readers that are slow must not use it
+    /// up, for nothing goes to the others then; so it is that of as many streams as there may be. [`Memory`] bounds
+    /// what is held.
     pub connection_window: u32,
+    /// What is held for slow readers, of all connections that share it.
+    pub memory: Memory,
     /// What a stream may hand to the connection ahead of the network.
     pub send_buffer: usize,
     /// The largest list of headers, as RFC 9113 section 6.5.2 counts it. A longer one is answered with 431.
@@ -34,8 +51,9 @@ impl Default for Transport {
     fn default() -> Self {
         Self {
             frame_size: FRAME_SIZE,
-            stream_window: 4 << 20,
-            connection_window: 16 << 20,
+            stream_window: STREAM_WINDOW,
+            connection_window: CONNECTION_WINDOW,
+            memory: Memory::of_process(),
             send_buffer: 256 * 1024,
             header_list: 16 * 1024,
             ping_interval: Duration::from_secs(15),
@@ -48,6 +66,15 @@ impl Transport {
     /// `h2` panics on sizes outside what the protocol allows, so they are brought into it here.
     pub(crate) fn frame_size(&self) -> u32 {
         self.frame_size.clamp(16_384, (1 << 24) - 1)
+    }
+
+    /// Where a tunnel's data is counted, and how much of its window may be withheld: nothing where `streams` such windows
+    /// could use up the connection's, since one tunnel would wait for another then.
+    pub(crate) fn memory(&self, streams: usize) -> (Memory, u32) {
+        let (stream, connection) = (Self::window(self.stream_window), Self::window(self.connection_window));
+        let all = u64::from(stream).saturating_mul(streams as u64);
+        let withholdable = if all <= u64::from(connection) { stream } else { 0 };
+        (self.memory, withholdable)
     }
 
     /// See [`Transport::frame_size`].
@@ -75,7 +102,7 @@ impl Default for ServerSettings {
     fn default() -> Self {
         Self {
             transport: Transport { ping_interval: Duration::from_secs(30), ..Transport::default() },
-            max_streams: 1024,
+            max_streams: STREAMS,
             handshake_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(600),
             early_resets: (200, 50),
@@ -118,7 +145,7 @@ impl Default for PoolSettings {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
             transport: Transport::default(),
-            max_streams: 1024,
+            max_streams: STREAMS as usize,
             spread: cores.clamp(1, 4),
             spread_streams: 4,
             spread_bytes_per_second: 32 << 20,

@@ -18,6 +18,9 @@ use bytes::{Buf, Bytes};
 use h2::{RecvStream, SendStream};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use crate::backlog::Backlog;
+use crate::memory::{Holding, Memory};
+
 /// An error code of HTTP/2 (RFC 9113 section 7).
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ErrorCode(pub u32);
@@ -71,6 +74,15 @@ pub enum TunnelError {
     /// We reset the tunnel, because of what the peer sent or because it was no longer wanted.
     #[error("the tunnel was reset here with {0}")]
     ResetHere(ErrorCode),
+    /// Its data was not taken, here or by the peer, and there was no more room for that of all tunnels together: see
+    /// [`Memory`].
+    #[error("cut: {bytes} bytes were not taken, and all tunnels together hold the limit of {limit} bytes")]
+    NotTaken {
+        /// Bytes that waited.
+        bytes: usize,
+        /// The limit for all tunnels.
+        limit: usize,
+    },
     /// The connection under the tunnel ended.
     #[error("the connection under the tunnel ended: {0}")]
     Connection(String),
@@ -89,7 +101,9 @@ impl From<h2::Error> for TunnelError {
 impl From<TunnelError> for io::Error {
     fn from(error: TunnelError) -> Self {
         let kind = match error {
-            TunnelError::Reset(_) | TunnelError::ResetHere(_) => io::ErrorKind::ConnectionReset,
+            TunnelError::Reset(_) | TunnelError::ResetHere(_) | TunnelError::NotTaken { .. } => {
+                io::ErrorKind::ConnectionReset
+            }
             TunnelError::Connection(_) => io::ErrorKind::ConnectionAborted,
         };
         io::Error::new(kind, error)
@@ -102,6 +116,8 @@ pub(crate) trait Owner: Send + Sync {
     fn ended(&self);
     /// Bytes went through it, in either direction.
     fn carried(&self, bytes: usize);
+    /// Where it is counted what the tunnel holds, and how much of its window may be withheld.
+    fn memory(&self) -> (Memory, u32);
 }
 
 /// Calls [`Owner::ended`] once, when dropped.
@@ -126,8 +142,14 @@ impl Drop for Ticket {
 pub struct Tunnel {
     send: SendStream<Bytes>,
     recv: RecvStream,
+    /// What was received before the tunnel was open.
+    early: Option<Box<Backlog>>,
     /// What [`AsyncRead`] has not handed out yet of a frame.
     unread: Bytes,
+    /// What is counted of this tunnel.
+    holding: Holding,
+    /// Delivered, and not yet given back to the window.
+    owed: u32,
     send_finished: bool,
     recv_finished: bool,
     // After the streams: these are released before the owner counts the tunnel as ended.
@@ -136,7 +158,24 @@ pub struct Tunnel {
 
 impl Tunnel {
     pub(crate) fn new(send: SendStream<Bytes>, recv: RecvStream, ticket: Ticket) -> Self {
-        Self { send, recv, unread: Bytes::new(), send_finished: false, recv_finished: false, ticket }
+        Self {
+            send,
+            recv,
+            early: None,
+            unread: Bytes::new(),
+            holding: Holding::default(),
+            owed: 0,
+            send_finished: false,
+            recv_finished: false,
+            ticket,
+        }
+    }
+
+    /// The tunnel, with what was received while it was not open yet.
+    pub(crate) fn with_early(mut self, early: Backlog, holding: Holding) -> Self {
+        self.early = (!early.is_empty()).then(|| Box::new(early));
+        self.holding = holding;
+        self
     }
 
     /// How many bytes of `wanted` may be sent now; pending while it is none. Reserves them of the connection's
@@ -184,6 +223,13 @@ impl Tunnel {
         if self.recv_finished {
             return Poll::Ready(None);
         }
+        if let Some(early) = &mut self.early {
+            if let Some(data) = early.pop() {
+                self.ticket.0.carried(data.len());
+                return Poll::Ready(Some(Ok(data)));
+            }
+            self.early = None;
+        }
         loop {
             match ready!(self.recv.poll_data(cx)) {
                 // END_STREAM often comes on an empty frame.
@@ -205,6 +251,32 @@ impl Tunnel {
     pub fn release(&mut self, delivered: usize) {
         // Fails only for more than was received, or when the tunnel is gone.
         let _ = self.recv.flow_control().release_capacity(delivered);
+    }
+
+    /// Lets the peer send more for the `taken` bytes that were delivered, and counts those that wait: received ones for
+    /// the application, or read ones for the peer, of which `sent` went.
+    ///
+    /// When all tunnels hold much, each gets back only its share of the window.
+    pub(crate) fn settle(
+        &mut self,
+        cx: &mut Context<'_>,
+        waiting: usize,
+        taken: u32,
+        sent: u32,
+    ) -> Result<(), TunnelError> {
+        let (memory, window) = self.ticket.0.memory();
+        if self.holding.note(memory, waiting, taken.saturating_add(sent), cx).is_err() {
+            return Err(TunnelError::NotTaken { bytes: waiting, limit: memory.limit() });
+        }
+        self.owed += taken;
+        if self.owed > 0 {
+            let back = self.owed.saturating_sub(memory.withheld(window));
+            self.owed -= back;
+            if back > 0 {
+                self.release(back as usize);
+            }
+        }
+        Ok(())
     }
 
     /// Ready when the tunnel has been reset or its connection has ended.

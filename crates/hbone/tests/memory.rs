@@ -6,7 +6,9 @@ mod support;
 
 use std::time::Duration;
 
-use hbone::{Closed, Control, Pool, PoolSettings, PumpLimits, ServerSettings, Traffic, Transport, pump};
+use hbone::{
+    Closed, Control, Memory, Pool, PoolSettings, PumpLimits, ServerSettings, Traffic, Transport, pump,
+};
 use support::raw::*;
 use support::{Net, echo, hostile_over, request, resident};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -127,6 +129,72 @@ async fn a_slow_writer_is_bounded_by_its_window() {
     let answer = raw.next_answer().await.unwrap();
     assert_eq!((answer.kind, answer.stream, answer.code()), (RST_STREAM, 1, FLOW_CONTROL_ERROR));
     assert!(!served.task.is_finished());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_attacker_with_many_stalled_tunnels_is_bounded_by_what_all_may_hold() {
+    let _alone = alone().await;
+    const STREAMS: u32 = 400;
+    let memory = Memory::with_limit(8 << 20);
+    let settings = ServerSettings {
+        transport: Transport { stream_window: 256 * 1024, memory, ..Transport::default() },
+        ..ServerSettings::default()
+    };
+    // The first application takes all, the others nothing.
+    let first = std::sync::atomic::AtomicBool::new(true);
+    let handler = support::to_app(move |mut app| {
+        let first = first.swap(false, std::sync::atomic::Ordering::SeqCst);
+        async move {
+            if first {
+                let _ = tokio::io::copy(&mut app, &mut tokio::io::sink()).await;
+            }
+            std::future::pending::<()>().await;
+        }
+    });
+    let (mut raw, served) = hostile_over(1 << 20, settings, handler);
+    raw.begin().await;
+    while raw.next().await.unwrap().kind != SETTINGS {}
+    raw.send(SETTINGS, ACK, 0, &[]).await;
+    let before = resident();
+    for stream in 0..STREAMS {
+        raw.connect(2 * stream + 1, "10.0.0.1:80").await;
+    }
+    settle(&mut raw).await;
+    // Single bytes for those that stall, each in a buffer with much for the one that does not.
+    for round in 0..15 {
+        for stream in 1..STREAMS {
+            raw.send(DATA, 0, 2 * stream + 1, b"x").await;
+            raw.send(DATA, 0, 1, &[0; 8000]).await;
+            if stream % 16 == 0 {
+                settle(&mut raw).await;
+            }
+        }
+        assert!(memory.held() < 1 << 20, "{round}: {}", memory.held());
+    }
+    assert!(resident() < before + (24 << 20), "{before} to {}", resident());
+    // And then all that the windows allow, 100 MiB.
+    for stream in 1..STREAMS {
+        for _ in 0..15 {
+            raw.send(DATA, 0, 2 * stream + 1, &[0; 16_000]).await;
+        }
+        settle(&mut raw).await;
+        assert!(memory.held() <= memory.limit(), "{} are held", memory.held());
+    }
+    println!("{} to {}", before, resident());
+    assert!(resident() < before + (48 << 20), "{before} to {}", resident());
+    assert!(memory.cut() > 300, "{} were cut", memory.cut());
+    assert!(!served.task.is_finished());
+}
+
+/// Lets the server take all that was sent, and reads what it says.
+async fn settle(raw: &mut Raw) {
+    raw.send(PING, 0, 0, &[9; 8]).await;
+    loop {
+        let frame = raw.next().await.unwrap();
+        if frame.kind == PING && frame.payload == [9; 8] {
+            break;
+        }
+    }
 }
 
 /// The size of what a function returns.

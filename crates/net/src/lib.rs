@@ -7,7 +7,7 @@
 //! * [`AcceptLoop`]: accepting when descriptors run out;
 //! * [`copy()`]: two connections joined; [`Scratch`]: buffers that idle connections don't hold;
 //! * [`sock_diag`]: the connections of a namespace, and an end to them; [`netlink`] is what it asks with;
-//! * [`limits`]: the limit of descriptors.
+//! * [`limits`]: the limits of descriptors and memory.
 
 mod accept;
 mod conntrack;
