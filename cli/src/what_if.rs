@@ -11,8 +11,8 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use config::diagnostic::Severity;
 use model::{
-    Allow, Connection, Decision, Destination, Mesh, NetworkAddress, OriginalDst, OutboundMode, Service,
-    SpiffeId, TunnelProtocol, Workload,
+    Allow, Connection, Decision, Destination, GatewayAddress, GatewayTarget, Mesh, NetworkAddress,
+    OriginalDst, OutboundMode, Service, SpiffeId, TunnelProtocol, Workload,
 };
 use serde::Serialize;
 
@@ -115,7 +115,13 @@ fn answer(args: &WhatIfArgs, mesh: &Mesh, files: String) -> Result<Answer> {
     let source = source(mesh, &args.source)?;
     let (destination, endpoints) = destination(mesh, &args.destination, args.port)?;
     let mut verdicts: Vec<Verdict> = match endpoints {
-        Endpoints::Known(list) => list.iter().map(|(w, port)| decide(mesh, &source, w, *port)).collect(),
+        // Only those in the mesh are led to a waypoint: others dial what is behind it.
+        Endpoints::Known { waypoint: Some(gateway), .. } if source.in_mesh => {
+            vec![through(mesh, &gateway, &destination)?]
+        }
+        Endpoints::Known { list, .. } => {
+            list.iter().map(|(w, port)| decide(mesh, &source, w, *port)).collect()
+        }
         Endpoints::Unknown(at) => vec![outside(mesh, at)],
     };
     verdicts.sort_by(|a, b| a.workload.cmp(&b.workload));
@@ -163,7 +169,11 @@ fn workload_named<'m>(mesh: &'m Mesh, who: &str) -> Option<&'m Arc<Workload>> {
 }
 
 enum Endpoints {
-    Known(Vec<(Arc<Workload>, u16)>),
+    Known {
+        list: Vec<(Arc<Workload>, u16)>,
+        /// What connections to it pass first.
+        waypoint: Option<GatewayAddress>,
+    },
     Unknown(SocketAddr),
 }
 
@@ -200,12 +210,39 @@ fn of_service(mesh: &Mesh, service: &Service, port: u16) -> Result<(String, Endp
     }
     let endpoints = mesh.endpoints(&service.key()).map(|set| set.as_slice().to_vec()).unwrap_or_default();
     let known = endpoints.into_iter().filter_map(|e| Some((e.workload.clone(), e.target_port(port)?)));
-    Ok((format!("service {}:{port}", service.hostname), Endpoints::Known(known.collect())))
+    let known = Endpoints::Known { list: known.collect(), waypoint: service.waypoint.clone() };
+    Ok((format!("service {}:{port}", service.hostname), known))
 }
 
 fn of_pod(workload: &Arc<Workload>, port: u16) -> (String, Endpoints) {
     let shown = format!("workload {}/{}:{port}", workload.namespace, workload.name);
-    (shown, Endpoints::Known(vec![(workload.clone(), port)]))
+    (shown, Endpoints::Known { list: vec![(workload.clone(), port)], waypoint: workload.waypoint.clone() })
+}
+
+/// What becomes of a connection that has to pass a waypoint, as in ztunnel: it goes nowhere where there is none.
+fn through(mesh: &Mesh, waypoint: &GatewayAddress, destination: &str) -> Result<Verdict> {
+    let (name, found) = match &waypoint.target {
+        GatewayTarget::Service(key) => (key.to_string(), mesh.service(key).is_some()),
+        GatewayTarget::Address(at) => {
+            (at.ip.to_string(), mesh.service_at(at).is_some() || mesh.workload_at(at).is_some())
+        }
+    };
+    if found {
+        bail!(
+            "connections to {destination} pass the waypoint {name}, which decides: the files don't say what"
+        );
+    }
+    Ok(Verdict {
+        workload: "(none)".to_owned(),
+        address: destination.to_owned(),
+        carried: "nothing",
+        allowed: false,
+        reason: format!(
+            "a policy is for it that not all of its endpoints enforce, and its waypoint {name} is not ready"
+        ),
+        policy: None,
+        dry_run: Vec::new(),
+    })
 }
 
 fn decide(mesh: &Mesh, source: &Source, workload: &Workload, port: u16) -> Verdict {

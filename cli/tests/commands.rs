@@ -119,6 +119,29 @@ fn what_if_resolves_every_way_to_name_an_end() {
 }
 
 #[test]
+fn what_if_refuses_what_ztunnel_refuses_for_want_of_a_waypoint() {
+    let closed = "apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {name: db, namespace: shop}
+spec: {hosts: [db.example.com], ports: [{number: 5432, name: tcp}], resolution: STATIC, endpoints: [{address: 192.0.2.1}]}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: db, namespace: shop}
+spec: {action: DENY, rules: [{}], targetRefs: [{group: networking.istio.io, kind: ServiceEntry, name: db}]}
+";
+    let files = Files::new(&[("mesh.yaml", MESH), ("closed.yaml", closed)]);
+    let (code, answers) = what_if(&files.dir(), "shop/web", "db.example.com", "5432", &[]);
+    let reason = answers[0]["endpoints"][0]["reason"].as_str().unwrap();
+    assert!(code == 1 && reason.contains("waypoint"), "{answers:?}");
+    // Nobody leads others to a waypoint: they dial the address behind it.
+    let (code, answers) = what_if(&files.dir(), "outside/legacy", "db.example.com", "5432", &[]);
+    assert_eq!((code, &answers[0]["endpoints"][0]["address"]), (0, &"192.0.2.1:5432".into()));
+    let open = Files::new(&[("mesh.yaml", MESH), ("open.yaml", closed.split("---").next().unwrap())]);
+    assert_eq!(what_if(&open.dir(), "shop/web", "db.example.com", "5432", &[]).0, 0);
+}
+
+#[test]
 fn what_if_says_what_a_changed_file_changes() {
     let files = Files::new(&[("mesh.yaml", MESH), ("policy.yaml", &policy("batch"))]);
     // The same object in a file of another name takes its place; so does a file of the same name.
