@@ -213,8 +213,8 @@ fn tls(flags: &Flags, state: &State) -> anyhow::Result<Tls> {
     let issuer = LocalIssuer::start_kept(directory, store.clone(), domains, issuer_settings, clock.clone())
         .with_context(|| format!("certificate authority {}", flags.ca_dir.display()))?;
     let bundle = issuer.bundle().clone();
-    let settings =
-        CertificateSettings { jitter_seed: u64::from(std::process::id()), ..CertificateSettings::default() };
+    // With its own random seed: a process has the same number in the containers of all nodes.
+    let settings = CertificateSettings::default();
     Ok(Tls::new(Arc::new(Certificates::new(Arc::new(issuer), bundle, settings, store, clock))))
 }
 
