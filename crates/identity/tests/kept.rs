@@ -126,8 +126,8 @@ async fn no_other_authority_is_made_where_certificates_of_one_are_kept() {
     std::fs::remove_file(keys.join("roots.pem")).unwrap();
     let error = start(&ca, Some(&keys)).err().expect("it does not start");
     assert!(matches!(error, CaError::Away { .. }), "{error}");
-    let text = error.to_string();
-    assert!(text.contains(ca.to_str().unwrap()) && text.contains("empty"), "{text}");
+    let (text, reason) = (error.to_string(), std::error::Error::source(&error).unwrap().to_string());
+    assert!(text.contains("empty") && reason.contains(ca.to_str().unwrap()), "{text}: {reason}");
     assert!(!ca.exists());
     // The remedy.
     std::fs::remove_dir_all(&keys).unwrap();

@@ -43,11 +43,12 @@ pub enum CaError {
     },
     /// There is no authority, and no new one is made, because certificates of another one are in use.
     #[error(
-        "{reason}; no new authority is made, because {keys} holds certificates of the one there was: bring its \
-         directory back, or empty {keys} to begin with a new authority, which no node that keeps the old one trusts"
+        "no authority can be loaded, and no new one is made, because {keys} holds certificates of the one there was: \
+         bring its directory back, or empty {keys} to begin with a new authority, which no node that keeps the old one \
+         trusts"
     )]
     Away {
-        /// Why there is none.
+        /// Why it can't be loaded.
         #[source]
         reason: Box<CaError>,
         /// The directory of kept certificates.
