@@ -519,6 +519,7 @@ impl Certificates {
         }
         let id = id.clone();
         entries.remove(&id);
+        self.forget_kept(&id);
         self.0.counters.evicted.fetch_add(1, Ordering::Relaxed);
         Some(())
     }

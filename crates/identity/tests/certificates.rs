@@ -356,6 +356,21 @@ async fn identities_are_limited_and_idle_ones_make_place() {
     assert_eq!((counts.evicted_total, counts.refused_total), (1, 1));
 }
 
+#[tokio::test]
+async fn who_makes_place_leaves_no_key_behind() {
+    let dir = memory_dir();
+    let path = dir.path().join("keys");
+    let settings = CertificateSettings { max_identities: 1, idle: Duration::ZERO, ..settings() };
+    let node = node_with(settings, Some(KeyStore::open(&path).unwrap()));
+    node.certificates.get(&id("a/sa/a")).await.unwrap();
+    let first = kept_file(&path).await;
+    node.certificates.get(&id("b/sa/b")).await.unwrap();
+    while first.exists() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert_ne!(kept_file(&path).await, first);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_forgotten_identity_is_no_longer_renewed() {
     let node = node();
