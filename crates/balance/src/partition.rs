@@ -437,14 +437,18 @@ fn target_port(endpoint: &Endpoint, port: u16, target: &TargetPort) -> Option<u1
     endpoint.target_port(port).or(of_service).filter(|number| *number != 0)
 }
 
-/// Unknown is like nothing, except for the network, whose empty name is that of the default one.
+/// A part of a locality that neither side knows is no difference: in most clusters nobody has a subzone, in many nobody
+/// a region, and what comes after it in the order counts all the same. An unknown node or cluster is like none. Where
+/// an endpoint says its zone and no region (an EndpointSlice can't), the zone tells the region.
 fn agrees(scope: LocalityScope, client: &Client, workload: &Workload) -> bool {
     let known = |a: &str, b: &str| !a.is_empty() && a == b;
     let (near, there) = (&client.locality, &workload.locality);
     match scope {
-        LocalityScope::Region => known(&near.region, &there.region),
-        LocalityScope::Zone => known(&near.zone, &there.zone),
-        LocalityScope::Subzone => known(&near.subzone, &there.subzone),
+        LocalityScope::Region => {
+            near.region == there.region || there.region.is_empty() && known(&near.zone, &there.zone)
+        }
+        LocalityScope::Zone => near.zone == there.zone,
+        LocalityScope::Subzone => near.subzone == there.subzone,
         LocalityScope::Node => known(&client.node, &workload.node),
         LocalityScope::Cluster => known(&client.cluster, &workload.cluster),
         LocalityScope::Network => client.network == workload.network,

@@ -24,6 +24,7 @@ type Row<'a> = (&'a str, Mode, &'a [Scope], Vec<Workload>, &'a str, &'a [&'a str
 #[test]
 fn the_nearest_tier_that_has_an_endpoint_is_chosen() {
     let prefer_close = [Scope::Network, Scope::Region, Scope::Zone];
+    let same_node = [Scope::Network, Scope::Region, Scope::Zone, Scope::Subzone, Scope::Node];
     let all =
         || vec![workload("same-zone", "eu/a"), workload("same-region", "eu/b"), workload("far", "us/a")];
     let cases: Vec<Row<'_>> = vec![
@@ -64,6 +65,40 @@ fn the_nearest_tier_that_has_an_endpoint_is_chosen() {
             &[Scope::Cluster],
             vec![workload("a", "///c1"), workload("b", "///c2")],
             "///c2",
+            &["b"],
+        ),
+        // What nobody knows is no difference: the node counts where there are no subzones, or no zones at all.
+        (
+            "same-node",
+            Mode::Failover,
+            &same_node,
+            vec![workload("a", "eu/a/n1"), workload("b", "eu/a/n2")],
+            "eu/a/n2",
+            &["b"],
+        ),
+        (
+            "same-node-nowhere",
+            Mode::Failover,
+            &same_node,
+            vec![workload("a", "//n1"), workload("b", "//n2"), workload("c", "")],
+            "//n1",
+            &["a"],
+        ),
+        (
+            "zones-only",
+            Mode::Failover,
+            &prefer_close,
+            vec![workload("a", "/a"), workload("b", "/b"), workload("c", "")],
+            "/b",
+            &["b"],
+        ),
+        // An EndpointSlice's endpoint has a zone, and can't have a region.
+        (
+            "slice",
+            Mode::Failover,
+            &prefer_close,
+            vec![workload("a", "/a"), workload("b", "/b"), workload("c", "eu/c")],
+            "eu/b",
             &["b"],
         ),
         ("weight", Mode::Any, &[], vec![weighing("none", 0), weighing("one", 1)], "", &["one"]),
@@ -193,8 +228,8 @@ fn reference(cases: &BTreeMap<Str, Case>, scopes: &[Scope], mode: Mode, client: 
             Scope::Zone => c.place[1] == client[1],
             Scope::Node => c.place[2] == client[2],
             Scope::Cluster => c.place[3] == client[3],
-            Scope::Subzone => false, // nobody has one
-            Scope::Network => true,  // all are on the default one
+            // Nobody has one, and all are on the default network.
+            Scope::Subzone | Scope::Network => true,
         };
         scopes.iter().take_while(agrees).count()
     };
