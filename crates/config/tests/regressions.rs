@@ -463,3 +463,14 @@ fn settings_that_are_not_read_are_said_to_be() {
     world.set("all.yaml", &settings("mesh-system", "prometheus"));
     assert_eq!(world.said(), [""; 0]);
 }
+
+#[test]
+fn a_weight_of_zero_is_a_weight_that_is_not_set() {
+    let world = World::of(&entry(
+        "shop",
+        "db",
+        "",
+        "resolution: STATIC, endpoints: [{address: 192.0.2.1, weight: 0}]",
+    ));
+    assert_eq!(world.mesh.workloads().next().unwrap().capacity, 1);
+}

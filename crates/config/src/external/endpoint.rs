@@ -80,7 +80,8 @@ pub fn read(fields: &mut Fields<'_, '_>, is_template: bool) -> EntryEndpoint {
     let network = fields.string("network").unwrap_or_default();
     let network = fields.context().pool.string(network);
     let locality = fields.take("locality").map(read_locality).unwrap_or_default();
-    let weight = fields.integer("weight", 0..=u32::MAX).unwrap_or(1);
+    // 0 is what the field is when nothing is said (protobuf), so it is no weight of its own, as in Istio.
+    let weight = fields.integer("weight", 0..=u32::MAX).unwrap_or_default().max(1);
     EntryEndpoint {
         address,
         ports: ports.into(),
