@@ -69,6 +69,7 @@ async fn serve(
 ) -> anyhow::Result<()> {
     let shutdown = Shutdown::new(settings.grace);
     shutdown.on_signals().context("signal handlers")?;
+    logs.on_hangup().context("signal handlers")?;
     let readiness = Readiness::default();
     let (configured, enrolled) = (readiness.condition("configuration"), readiness.condition("pods"));
     let ports = Ports::bind(settings).await?;

@@ -13,6 +13,7 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use tokio::signal::unix::{SignalKind, signal};
 use tracing::Level;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -161,6 +162,24 @@ impl Logs {
         drop(current);
         tracing::info!(filter = merged, "log level changed");
         Ok(merged)
+    }
+
+    /// Opens the log file again at SIGHUP, which is what log rotation sends after it has renamed the file; with
+    /// standard output as the target SIGHUP does nothing. Must be called on a tokio runtime.
+    ///
+    /// # Errors
+    /// The signal's handler can't be installed.
+    pub fn on_hangup(&self) -> io::Result<()> {
+        let mut hangup = signal(SignalKind::hangup())?;
+        let logs = self.clone();
+        tokio::spawn(async move {
+            while hangup.recv().await.is_some() {
+                logs.writer.reopen();
+                // The line has the target opened, also where nothing else happens.
+                tracing::info!(signal = "SIGHUP", "log file opened again");
+            }
+        });
+        Ok(())
     }
 
     /// Registers the metrics of logging.

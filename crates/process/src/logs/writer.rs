@@ -3,12 +3,14 @@
 //! Callers append to a bounded buffer in memory; one thread carries it out. When the disk is full or the reader
 //! of a pipe stands still, lines are dropped and counted, and a line that says how many follows once writing
 //! works again. Nothing else happens to the process.
+//!
+//! A file that was renamed, as log rotation does, is left when the writer is told to open its target again.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -62,6 +64,8 @@ struct Shared {
     /// A batch was carried out.
     emptied: Condvar,
     limit: usize,
+    /// The target is to be opened again before the next line is written.
+    reopen: AtomicBool,
     dropped: AtomicU64,
     failures: AtomicU64,
 }
@@ -88,7 +92,8 @@ impl LogWriter {
     /// # Errors
     /// The file can't be opened or the thread not be started.
     pub fn start(target: &Target, notice: fn(u64) -> String) -> io::Result<Self> {
-        Self::start_on(target.open()?, BUFFER_LIMIT_BYTES, notice)
+        let target = target.clone();
+        Self::start_with(target.open()?, move || target.open().map(Some), BUFFER_LIMIT_BYTES, notice)
     }
 
     /// As [`LogWriter::start`], on something that is open, with a limit in bytes of what waits.
@@ -100,16 +105,27 @@ impl LogWriter {
         limit: usize,
         notice: fn(u64) -> String,
     ) -> io::Result<Self> {
+        Self::start_with(sink, || Ok(None), limit, notice)
+    }
+
+    /// `open` opens the target again; `None` where that makes no sense.
+    fn start_with<W: Write + Send + 'static>(
+        sink: W,
+        open: impl Fn() -> io::Result<Option<W>> + Send + 'static,
+        limit: usize,
+        notice: fn(u64) -> String,
+    ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             pending: Mutex::default(),
             filled: Condvar::new(),
             emptied: Condvar::new(),
             limit,
+            reopen: AtomicBool::new(false),
             dropped: AtomicU64::new(0),
             failures: AtomicU64::new(0),
         });
         let of_thread = shared.clone();
-        let mut carrier = Carrier { sink, mid_line: false, reported: 0, notice };
+        let mut carrier = Carrier { sink, open, mid_line: false, reported: 0, notice };
         std::thread::Builder::new().name("log-writer".into()).spawn(move || carrier.run(&of_thread))?;
         Ok(Self(shared))
     }
@@ -130,6 +146,12 @@ impl LogWriter {
             self.0.filled.notify_one();
         }
         true
+    }
+
+    /// Opens the target again before the next line is written. Where that fails, the old one stays, and the failure is
+    /// counted.
+    pub fn reopen(&self) {
+        self.0.reopen.store(true, Relaxed);
     }
 
     /// How many lines were dropped.
@@ -168,8 +190,9 @@ impl LogWriter {
 }
 
 /// The thread's side.
-struct Carrier<W> {
+struct Carrier<W, O> {
     sink: W,
+    open: O,
     /// Whether the last write broke off inside a line.
     mid_line: bool,
     /// How many dropped lines a notice has told of.
@@ -177,7 +200,7 @@ struct Carrier<W> {
     notice: fn(u64) -> String,
 }
 
-impl<W: Write> Carrier<W> {
+impl<W: Write, O: Fn() -> io::Result<Option<W>>> Carrier<W, O> {
     fn run(&mut self, shared: &Shared) {
         let mut batch = Vec::new();
         loop {
@@ -198,9 +221,22 @@ impl<W: Write> Carrier<W> {
             }
             std::mem::swap(&mut pending.bytes, &mut batch);
             drop(pending);
+            if shared.reopen.swap(false, Relaxed) {
+                self.reopen(shared);
+            }
             self.carry_out(&batch, shared);
             batch.clear();
             batch.shrink_to(BUFFER_KEPT_BYTES);
+        }
+    }
+
+    fn reopen(&mut self, shared: &Shared) {
+        match (self.open)() {
+            Ok(Some(sink)) => (self.sink, self.mid_line) = (sink, false),
+            Ok(None) => {}
+            Err(_) => {
+                shared.failures.fetch_add(1, Relaxed);
+            }
         }
     }
 
