@@ -469,8 +469,9 @@ impl Compiler {
         } else {
             self.made_instances.insert(by.clone(), new.clone())
         };
+        let kept: HashSet<Id> = new.into_iter().collect();
         for id in old.unwrap_or_default() {
-            if !new.contains(&id) {
+            if !kept.contains(&id) {
                 self.remove_instance(id);
             }
         }
@@ -489,8 +490,9 @@ impl Compiler {
         } else {
             self.made_services.insert(by.clone(), new.clone())
         };
+        let kept: HashSet<ServiceKey> = new.into_iter().collect();
         for key in old.unwrap_or_default() {
-            if !new.contains(&key) {
+            if !kept.contains(&key) {
                 self.change_service(&key, by, None, pool);
             }
         }

@@ -49,6 +49,9 @@ pub static ANNOTATIONS: &[&str] = &[
     "traffic.sidecar.istio.io/includeOutboundPorts",
 ];
 
+/// The length of the longest key that is read, and the letters by which one may differ from it.
+const MOST_COMPARED: usize = 64;
+
 /// Says so when a key looks like one that is read, and is none.
 pub(crate) fn check(key: &str, is_label: bool, value: &mut Cursor<'_, '_>) {
     let Some((prefix, _)) = key.split_once('/') else { return };
@@ -67,6 +70,10 @@ pub(crate) fn check(key: &str, is_label: bool, value: &mut Cursor<'_, '_>) {
     if other.contains(&key) {
         let message = format!("{key} has no effect as {kind}: it is read as {other_kind}");
         value.report(Code::MisplacedKey, message, format!("make it a {other_kind}"));
+        return;
+    }
+    // Longer than all that are read: none of them is meant, and comparing costs the product of the lengths.
+    if key.len() > MOST_COMPARED {
         return;
     }
     let all = own.iter().chain(other);

@@ -139,6 +139,76 @@ fn a_policys_change_costs_what_it_selects() {
     assert!(steps < 200, "{steps} steps");
 }
 
+/// One object with a list of `count` things: a policy, a service, a slice, an entry.
+fn large_objects(count: usize) -> [String; 4] {
+    let list = |item: &dyn Fn(usize) -> String| (0..count).map(item).collect::<Vec<_>>().join(", ");
+    let ip = |n: usize| format!("10.{}.{}.{}", n >> 16, n >> 8 & 255, n & 255);
+    let header = |api: &str, kind: &str| {
+        format!(
+            "apiVersion: {api}\nkind: {kind}\nmetadata: {{name: x, namespace: a, labels: {{kubernetes.io/service-name: x}}}}\n"
+        )
+    };
+    let principals = list(&|n| format!("cluster.local/ns/a/sa/s{n}"));
+    let ports = list(&|n| format!("{{name: p{n}, port: {}}}", n + 1));
+    let slice = list(&|n| format!("{{addresses: [{}]}}", ip(n)));
+    let entry = list(&|n| format!("{{address: {}}}", ip(n)));
+    [
+        header("security.istio.io/v1", "AuthorizationPolicy")
+            + &format!("spec: {{rules: [{{from: [{{source: {{principals: [{principals}]}}}}]}}]}}\n"),
+        header("v1", "Service") + &format!("spec: {{clusterIP: 10.96.0.1, ports: [{ports}]}}\n"),
+        header("v1", "Service")
+            + "spec: {clusterIP: 10.96.0.1, ports: [{port: 80, name: p}]}\n---\n"
+            + &header("discovery.k8s.io/v1", "EndpointSlice")
+            + &format!("addressType: IPv4\nports: [{{name: p, port: 80}}]\nendpoints: [{slice}]\n"),
+        header("networking.istio.io/v1", "ServiceEntry")
+            + &format!(
+                "spec: {{hosts: [a.b], resolution: STATIC, ports: [{{name: tcp, number: 80}}], endpoints: [{entry}]}}\n"
+            ),
+    ]
+}
+
+/// The time that this thread ran.
+fn thread_ns() -> u64 {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+    text.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+/// The milliseconds of processor time to read a text, to change it and to remove it; of two times the shorter.
+fn time_of(text: &str) -> u64 {
+    let changed = format!("{text}# changed\n").replace("a.b", "a.c");
+    let once = |_| {
+        let start = thread_ns();
+        let mut repository = Repository::new(Options::default());
+        for text in [text, &changed, ""] {
+            let outcome = repository.apply(&"a.yaml".into(), Content::Bytes(text.as_bytes()));
+            assert!(
+                outcome.diagnostics.iter().all(|d| d.code.as_str() == "needs-waypoint"),
+                "{:?}",
+                outcome.diagnostics
+            );
+        }
+        (thread_ns() - start) / 1_000_000
+    };
+    (0..2).map(once).min().unwrap()
+}
+
+#[test]
+fn one_large_object_costs_what_it_holds_and_not_its_square() {
+    for (few, many) in large_objects(4000).iter().zip(large_objects(16_000)) {
+        let (short, long) = (time_of(few), time_of(&many));
+        // Four times as much; the square would be sixteen.
+        assert!(long < short * 10, "{short} ms and {long} ms: {}", &few[..120]);
+    }
+    let key = |n: usize| format!("traffic.sidecar.istio.io/{}{n}: x", "a".repeat(900));
+    let keys: Vec<String> = (0..300).map(key).collect();
+    let text = format!(
+        "apiVersion: v1\nkind: Namespace\nmetadata: {{name: a, annotations: {{{}}}}}\n",
+        keys.join(", ")
+    );
+    let time = time_of(&text);
+    assert!(time < 2000, "{time} ms");
+}
+
 fn status(field: &str) -> u64 {
     let text = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = text.lines().find(|l| l.starts_with(field)).unwrap();

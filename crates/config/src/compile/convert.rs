@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use hashbrown::HashSet;
 use model::{
     Health, HealthPolicy, LoadBalancing, Locality, NetworkMode, PortMapping, ServiceKey, ServiceMembership,
     ServicePort, ServiceSource, Str, TargetPort, TunnelProtocol, Vip, Workload, WorkloadKind,
@@ -128,13 +129,9 @@ pub(super) fn slice(
     let ports: Vec<PortMapping> = service.service.ports.iter().filter_map(port).collect();
     let ports = context.pool.mappings(&ports);
     let membership = ServiceMembership { service: service.service.key(), ports };
-    let mut found: Vec<Instance> = Vec::with_capacity(slice.endpoints.len());
-    for endpoint in &slice.endpoints {
-        if !found.iter().any(|i| i.workload.addresses.contains(&endpoint.address)) {
-            found.push(slice_endpoint(key, endpoint, membership.clone(), context));
-        }
-    }
-    found
+    let mut seen = HashSet::with_capacity(slice.endpoints.len());
+    let endpoints = slice.endpoints.iter().filter(|endpoint| seen.insert(endpoint.address));
+    endpoints.map(|endpoint| slice_endpoint(key, endpoint, membership.clone(), context)).collect()
 }
 
 fn slice_endpoint(

@@ -1,6 +1,6 @@
 //! All ServiceEntries and WorkloadEntries, and what follows for the model when one of them changes.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use model::{
@@ -186,9 +186,15 @@ impl External {
                 own.push(service);
             }
         }
-        let listed = entry.endpoints.iter().enumerate();
-        made.instances
-            .extend(listed.filter_map(|(i, e)| listed_endpoint(&made.by, entry, i, e, &own, context)));
+        let mut seen = HashSet::with_capacity(entry.endpoints.len());
+        for (index, endpoint) in entry.endpoints.iter().enumerate() {
+            let again = (!seen.insert(&endpoint.address)).then_some(index);
+            // Of one IP address the first endpoint counts: another one is the same workload. A name may have others.
+            if again.is_some() && matches!(endpoint.address, Some(Address::Ip(_))) {
+                continue;
+            }
+            made.instances.extend(listed_endpoint(&made.by, entry, again, endpoint, &own, context));
+        }
         if entry.resolution == Resolution::Dns && entry.endpoints.is_empty() && entry.selector.is_none() {
             made.instances.extend(own.iter().map(|host| host_itself(&made.by, entry, host, context)));
         }
@@ -256,11 +262,12 @@ fn port_rule(port: &super::service_entry::EntryPort) -> PortRule {
     PortRule { service_port: port.number, target: RuleTarget::NameOr(port.name.clone(), port.target) }
 }
 
-/// An endpoint that an entry lists. `None` for one that cannot be reached.
+/// An endpoint that an entry lists, with its index where its address was listed before. `None` for one that cannot be
+/// reached.
 fn listed_endpoint(
     key: &ObjectKey,
     entry: &ServiceEntry,
-    index: usize,
+    again: Option<usize>,
     endpoint: &EntryEndpoint,
     services: &[ServiceKey],
     context: &mut Context<'_>,
@@ -270,9 +277,7 @@ fn listed_endpoint(
         Address::Ip(ip) => ip.to_string(),
         Address::Name(name) => name.clone(),
     };
-    // The same address may be listed again, with other ports.
-    let again = entry.endpoints.iter().take(index).any(|e| e.address == endpoint.address);
-    let section = if again { format!("{shown}-{index}") } else { shown };
+    let section = again.map_or(shown.clone(), |index| format!("{shown}-{index}"));
     let mapping = |p: &super::service_entry::EntryPort| PortMapping {
         service_port: p.number,
         target_port: endpoint.port(&p.name).unwrap_or(p.target),

@@ -1,5 +1,6 @@
 //! `v1 Service`: a name and virtual addresses for pods.
 
+use std::collections::HashSet;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -362,7 +363,7 @@ fn affinity(spec: &mut Fields<'_, '_>) -> Option<Duration> {
 }
 
 fn ports(spec: &mut Fields<'_, '_>) -> Vec<Port> {
-    let (mut ports, mut seen): (Vec<Port>, Vec<(u16, &str)>) = (Vec::new(), Vec::new());
+    let (mut ports, mut seen, mut names) = (Vec::new(), HashSet::new(), HashSet::new());
     spec.each("ports", |item| {
         let Some(mut port) = item.fields() else { return };
         let number = port.required("port").and_then(|c| c.integer(1..=u16::MAX));
@@ -371,16 +372,16 @@ fn ports(spec: &mut Fields<'_, '_>) -> Vec<Port> {
         let app_protocol = port.string("appProtocol");
         let target = port.take("targetPort").and_then(target);
         let Some(number) = number else { return };
-        if seen.contains(&(number, protocol)) {
+        if !seen.insert((number, protocol)) {
             port.report(Code::InvalidValue, format!("port {number}/{protocol} is there already"), "");
         }
-        if !name.is_empty() && ports.iter().any(|p| &*p.name == name) {
+        if !name.is_empty() && names.contains(name) {
             port.report(Code::InvalidValue, format!("a port is named {name:?} already"), "");
         }
-        seen.push((number, protocol));
         if protocol != "TCP" {
             return; // not carried by the mesh: such packets go as they went before
         }
+        names.insert(name);
         let pool = &mut port.context().pool;
         ports.push(Port {
             name: pool.string(name),

@@ -1,5 +1,6 @@
 //! The values of policies: text patterns, address ranges, ports, service accounts.
 
+use std::collections::HashSet;
 use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv4Net};
@@ -206,12 +207,8 @@ pub fn expand_domains(list: &[StringMatch], domains: &TrustDomains) -> Box<[Stri
     without_repetitions(expanded)
 }
 
-fn without_repetitions(list: Vec<StringMatch>) -> Box<[StringMatch]> {
-    let mut kept: Vec<StringMatch> = Vec::with_capacity(list.len());
-    for pattern in list {
-        if !kept.contains(&pattern) {
-            kept.push(pattern);
-        }
-    }
-    kept.into()
+fn without_repetitions(mut list: Vec<StringMatch>) -> Box<[StringMatch]> {
+    let mut seen = HashSet::with_capacity(list.len());
+    list.retain(|pattern| seen.insert(pattern.clone()));
+    list.into()
 }
