@@ -42,3 +42,43 @@ async fn a_killed_ztunnel_fails_closed_and_its_successor_takes_over() {
         );
     }
 }
+
+/// As when the file system that the CA is on is not mounted when the machine's services start.
+#[tokio::test]
+async fn a_successor_serves_with_what_was_kept_while_the_ca_is_away() {
+    if !root_or_skip("a restart without the CA") {
+        return;
+    }
+    let mut mesh = Mesh::start(&[("a", &["client"]), ("b", &["web"])]).await;
+    let (client, web) = (mesh.pod("client").clone(), mesh.pod("web").clone());
+    let _server = serve(&web, PORT);
+    let to_web = SocketAddr::new(web.ipv4.into(), PORT);
+    ask(&client, to_web).await.unwrap();
+    let dump = mesh.ztunnel("a").config_dump().await;
+    let (ca, aside) = (mesh.dir().join("ca"), mesh.dir().join("ca-aside"));
+    std::fs::rename(&ca, &aside).unwrap();
+    for node in ["a", "b"] {
+        mesh.ztunnel_mut(node).signal(Signal::SIGKILL);
+        mesh.ztunnel_mut(node).ended().await;
+        mesh.run(node, &Options::default()).await;
+    }
+    ask(&client, to_web).await.unwrap();
+    let tunnel = mesh.ztunnel("a").last(|c| c["destination"] == to_web.to_string()).await;
+    assert_eq!(tunnel["carrier"], "hbone", "{tunnel}");
+    for node in ["a", "b"] {
+        let ztunnel = mesh.ztunnel(node);
+        assert_eq!(ztunnel.config_dump().await["certificates"]["roots"], dump["certificates"]["roots"]);
+        assert_eq!(ztunnel.metric("culvert_certificates_issued_total").await, 0.0);
+        ztunnel.says(&["certificate authority not loaded", "Bring the directory back"]).await;
+    }
+    assert!(!ca.exists(), "another CA was made");
+    std::fs::rename(&aside, &ca).unwrap();
+    for node in ["a", "b"] {
+        // The one that was logged before is that of the first start.
+        crate::lab::eventually("certificates are issued again", async || {
+            mesh.ztunnel(node).metric("culvert_certificates_issued_total").await > 0.0
+        })
+        .await;
+    }
+    ask(&client, to_web).await.unwrap();
+}
