@@ -334,7 +334,7 @@ impl Drop for Entry {
 }
 
 impl Certificates {
-    /// Begins with no identities; renewals run on this runtime.
+    /// Begins with no identities; renewals run on this runtime. What is kept in `store` and has expired is removed.
     ///
     /// # Panics
     /// Outside of a tokio runtime.
@@ -346,6 +346,15 @@ impl Certificates {
         store: Option<KeyStore>,
         clock: Clock,
     ) -> Self {
+        let runtime = Handle::current();
+        if let Some(store) = store.clone() {
+            let now = clock.now();
+            runtime.spawn_blocking(move || {
+                if let Err(error) = store.forget_expired(now) {
+                    tracing::warn!("kept certificates that have expired are not removed: {error}");
+                }
+            });
+        }
         Self(Arc::new(Inner {
             issuer,
             bundle,
@@ -354,7 +363,7 @@ impl Certificates {
             clock,
             counters: Arc::default(),
             entries: Mutex::default(),
-            runtime: Handle::current(),
+            runtime,
         }))
     }
 

@@ -10,11 +10,12 @@ use std::path::Path;
 
 use aws_lc_rs::digest;
 use model::SpiffeId;
-use rustls_pki_types::CertificateDer;
+use rustls_pki_types::{CertificateDer, UnixTime};
 
 use crate::ca::{CaError, certificates_from_pem, certificates_to_pem, key_from_pem, key_to_pem};
 use crate::issuer::Issued;
 use crate::storage::{SecretDir, StorageError};
+use crate::x509::Facts;
 
 const ROOTS: &str = "roots.pem";
 
@@ -46,7 +47,7 @@ impl KeyStore {
     /// # Errors
     /// The directory can't be read.
     pub fn is_empty(&self) -> Result<bool, StorageError> {
-        self.dir.is_empty()
+        Ok(self.dir.names()?.is_empty())
     }
 
     /// The roots that were last kept.
@@ -81,6 +82,23 @@ impl KeyStore {
     pub(crate) fn keep(&self, id: &SpiffeId, issued: &Issued) -> Result<(), StorageError> {
         let text = certificates_to_pem(&issued.chain) + &key_to_pem(&issued.key);
         self.dir.replace(&file_name(id), text.as_bytes())
+    }
+
+    /// Removes what no longer serves anybody: certificates that have expired, as those of pods that left while nobody
+    /// looked after them do. Files that can't be read stay: they are replaced when their identity is asked for.
+    pub(crate) fn forget_expired(&self, now: UnixTime) -> Result<(), StorageError> {
+        for name in self.dir.names()? {
+            let Some(name) = name.to_str().filter(|name| name.ends_with(".pem") && *name != ROOTS) else {
+                continue;
+            };
+            let Ok(Some(text)) = self.dir.read_secret(name, |_| true) else { continue };
+            let Ok(chain) = certificates_from_pem(name, &text) else { continue };
+            let facts = chain.first().and_then(|leaf| Facts::read(leaf));
+            if facts.is_some_and(|facts| facts.not_after.as_secs() < now.as_secs()) {
+                self.dir.remove(name)?;
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn forget(&self, id: &SpiffeId) -> Result<(), StorageError> {

@@ -248,13 +248,14 @@ impl SecretDir {
         }
     }
 
-    /// Whether there is no file but the lock and what was cut short in writing.
-    pub(crate) fn is_empty(&self) -> Result<bool, StorageError> {
-        let read = at("read", &self.path);
+    /// The names of all files but the lock and what was cut short in writing.
+    pub(crate) fn names(&self) -> Result<Vec<OsString>, StorageError> {
         let names = || -> io::Result<Vec<OsString>> {
             std::fs::read_dir(&self.path)?.map(|entry| Ok(entry?.file_name())).collect()
         };
-        Ok(names().map_err(read)?.iter().all(|name| name.as_encoded_bytes().starts_with(b".")))
+        let mut names = names().map_err(at("read", &self.path))?;
+        names.retain(|name| !name.as_encoded_bytes().starts_with(b"."));
+        Ok(names)
     }
 
     /// What a file looks like from outside; `None` if it is missing.

@@ -356,6 +356,35 @@ async fn identities_are_limited_and_idle_ones_make_place() {
     assert_eq!((counts.evicted_total, counts.refused_total), (1, 1));
 }
 
+/// Pods that left while no ztunnel ran, or was not told: their keys end with their certificates.
+#[tokio::test]
+async fn keys_whose_certificates_have_expired_are_removed_at_the_start() {
+    let dir = memory_dir();
+    let path = dir.path().join("keys");
+    let store = KeyStore::open(&path).unwrap();
+    let before = node_with(settings(), Some(store.clone()));
+    before.certificates.get(&id("a/sa/a")).await.unwrap();
+    let file = kept_file(&path).await;
+    let roots: Vec<_> = before.issuer.bundle.snapshot().roots().iter().map(|root| root.der.clone()).collect();
+    store.keep_roots(&roots).unwrap();
+    std::fs::write(path.join("notes.pem"), "not a certificate").unwrap();
+    let (moved, issuer) = (before.moved.clone(), before.issuer.clone());
+    let start_again = || {
+        let (clock, bundle) = (Clock::new(moved.clone()), issuer.bundle.clone());
+        Certificates::new(issuer.clone(), bundle, settings(), Some(store.clone()), clock)
+    };
+    let now = start_again();
+    now.get(&id("a/sa/a")).await.unwrap();
+    assert_eq!(now.counts().restored_total, 1);
+    drop((now, before.certificates));
+    moved.jumped.store(2 * 3600, Ordering::Relaxed);
+    let _later = start_again();
+    while file.exists() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(path.join("roots.pem").exists() && path.join("notes.pem").exists());
+}
+
 #[tokio::test]
 async fn who_makes_place_leaves_no_key_behind() {
     let dir = memory_dir();
