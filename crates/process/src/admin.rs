@@ -48,7 +48,7 @@ pub fn routes(title: &'static str, logs: &Logs, shutdown: &Shutdown) -> Routes {
             limit,
             profile::answer,
         )
-        .get("/debug/pprof/heap", "memory by kind, from the kernel's accounts", |_| heap::answer())
+        .get("/debug/pprof/heap", "memory by what allocated it, or by kind; ?format=kernel", heap::answer)
 }
 
 fn change_level(logs: &Logs, request: &Request) -> Response {

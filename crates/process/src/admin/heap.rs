@@ -1,13 +1,22 @@
-//! `/debug/pprof/heap`: where the process's memory is, as far as the kernel knows.
+//! `/debug/pprof/heap`: where the process's memory is.
 //!
-//! There is no sampling allocator in this process (the allocator is mimalloc, which has none), so this page can't
-//! say which code allocated what, and does not pretend to. It says how much memory is resident, how much of that is
-//! the heap (anonymous memory), threads' stacks, program text or mapped files, how much is shared, and what the
-//! peak was: enough to tell a leak from a cache of pages, and to see what an idle connection costs.
+//! Built with the feature `heap-profile`, the allocator samples, and the page is a profile of what is allocated and by
+//! which code, for `go tool pprof`; sampling is switched on by `MALLOC_CONF=prof:true` in the environment.
+//!
+//! Without the feature nobody knows which code allocated what, and the page does not pretend to. It then has the kernel's
+//! account: how much memory is resident, how much of that is the heap (anonymous memory), threads' stacks, program
+//! text or mapped files, how much is shared, and what the peak was: enough to tell a leak from a cache of pages. With
+//! `?format=kernel` it is that in every build.
 
 use std::collections::BTreeMap;
 
-use crate::http::{Response, StatusCode};
+use crate::http::{Request, Response, StatusCode};
+
+const NOTE: &str = if cfg!(feature = "heap-profile") {
+    "from /proc/self/smaps; start with MALLOC_CONF=prof:true for a profile of what code allocated"
+} else {
+    "from /proc/self/smaps; a build with the feature heap-profile also knows what code allocated"
+};
 
 /// Kinds of mappings, by what proc(5) says is behind them.
 fn kind(path: &str) -> &'static str {
@@ -43,7 +52,12 @@ struct Page {
     note: &'static str,
 }
 
-pub(super) async fn answer() -> Response {
+pub(super) async fn answer(request: Request) -> Response {
+    if request.query("format").as_deref() != Some("kernel")
+        && let Some(response) = profile().await
+    {
+        return response;
+    }
     // Reading smaps walks the page tables under a lock of the process's memory: a few milliseconds.
     match tokio::task::spawn_blocking(collect).await {
         Ok(Ok(page)) => Response::json(&page),
@@ -52,6 +66,26 @@ pub(super) async fn answer() -> Response {
         }
         Err(_) => Response::text(StatusCode::INTERNAL_SERVER_ERROR, "collecting failed, see the log\n"),
     }
+}
+
+/// The allocator's profile, gzipped (pprof's profile.proto); `None` where the allocator has none.
+#[cfg(feature = "heap-profile")]
+async fn profile() -> Option<Response> {
+    let mut control = jemalloc_pprof::PROF_CTL.as_ref()?.lock().await;
+    if !control.activated() {
+        return None;
+    }
+    Some(match control.dump_pprof() {
+        Ok(profile) => Response::new(StatusCode::OK, "application/octet-stream", profile),
+        Err(e) => {
+            Response::text(StatusCode::INTERNAL_SERVER_ERROR, format!("the heap can't be dumped: {e:#}\n"))
+        }
+    })
+}
+
+#[cfg(not(feature = "heap-profile"))]
+async fn profile() -> Option<Response> {
+    None
 }
 
 fn collect() -> std::io::Result<Page> {
@@ -63,7 +97,7 @@ fn collect() -> std::io::Result<Page> {
         virtual_bytes: status.virtual_bytes,
         threads: status.threads,
         mappings,
-        note: "from /proc/self/smaps; what code allocated is not recorded",
+        note: NOTE,
     })
 }
 
