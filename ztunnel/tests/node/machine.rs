@@ -177,6 +177,19 @@ async fn missing_privileges_are_named() {
 /// The library that gives a program another time (Debian package `faketime`).
 const FAKETIME: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1";
 
+/// What the library leaves in shared memory for each process that does not end by itself.
+struct FaketimeFiles([u32; 2]);
+
+impl Drop for FaketimeFiles {
+    fn drop(&mut self) {
+        for pid in self.0 {
+            for name in [format!("faketime_shm_{pid}"), format!("sem.faketime_sem_{pid}")] {
+                let _ = fs::remove_file(Path::new("/dev/shm").join(name));
+            }
+        }
+    }
+}
+
 #[tokio::test]
 async fn clocks_that_jump_cost_no_open_connection_and_new_ones_work_again() {
     if !root_or_skip("clock jumps") {
@@ -203,6 +216,7 @@ async fn clocks_that_jump_cost_no_open_connection_and_new_ones_work_again() {
         .environment("FAKETIME_DONT_FAKE_MONOTONIC", "1");
     mesh.spawn("a", &options);
     mesh.spawn("b", &options);
+    let _shared = FaketimeFiles(["a", "b"].map(|node| mesh.ztunnel(node).pid()));
     for node in ["a", "b"] {
         mesh.ztunnel_mut(node).ready().await;
     }
