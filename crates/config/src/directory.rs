@@ -4,7 +4,9 @@
 //!   symlinks are followed (so a mounted ConfigMap works).
 //! * A change is taken when the directory has been quiet for [`Options::settle`] and no file is open for writing,
 //!   and everything that changed until then is one [`Outcome`].
-//! * What cannot be read stays as it last was, with a diagnostic: a file, a subdirectory, the directory itself.
+//! * What cannot be read stays as it last was, with a diagnostic: a file, a subdirectory, the directory itself, and
+//!   what a link led to; so does a directory in whose place there is an empty one, as when a volume goes away.
+//! * A file that is emptied and not closed is about to be written: what it last held stays in force.
 //! * The kernel's events only say when to look: each look compares all files with what was seen of them, so an
 //!   event that is lost is made up for by the next, or by the slow scan that goes on beside.
 //!
@@ -26,7 +28,7 @@ use crate::compile;
 use crate::diagnostic::{Code, Diagnostic};
 use crate::repository::{Content, Outcome, Repository};
 use scan::{Found, Scan, Stamp};
-use watch::Watch;
+use watch::{Changed, Watch};
 
 /// How a directory is read and watched.
 #[derive(Clone, Debug)]
@@ -90,6 +92,8 @@ pub struct Directory {
     refused: BTreeSet<PathBuf>,
     /// The device and number of the directory as it last was.
     identity: Option<(u64, u64)>,
+    /// The same of the directories below.
+    directories: BTreeMap<PathBuf, (u64, u64)>,
     gone: bool,
 }
 
@@ -134,9 +138,10 @@ impl Directory {
             seen: BTreeMap::new(),
             refused: BTreeSet::new(),
             identity: None,
+            directories: BTreeMap::new(),
             gone: false,
         };
-        directory.look(&BTreeSet::new());
+        directory.look(Changed::default());
         let outcome = directory.repository.commit();
         if directory.repository.has_bad_files() {
             return Err(OpenError::Bad(directory.path, directory.repository.diagnostics()));
@@ -147,8 +152,8 @@ impl Directory {
     /// The next change. Cancelling it loses nothing.
     pub async fn next(&mut self) -> Outcome {
         loop {
-            let dirty = self.settled().await;
-            if self.look(&dirty) {
+            let changed = self.settled().await;
+            if self.look(changed) {
                 return self.repository.commit();
             }
         }
@@ -168,15 +173,15 @@ impl Directory {
 
     /// Waits until there is reason to look and the directory has become quiet; gives the files to be read again
     /// though they may look unchanged.
-    async fn settled(&mut self) -> BTreeSet<PathBuf> {
+    async fn settled(&mut self) -> Changed {
         let pause = if self.watch.is_none() || self.gone { POLL } else { self.options.rescan };
         let rescan = Instant::now() + pause;
         let Some(watch) = &mut self.watch else {
             sleep_until(rescan).await;
-            return BTreeSet::new();
+            return Changed::default();
         };
         if watch.is_quiet() && timeout_at(rescan, watch.event()).await.is_err() {
-            return BTreeSet::new();
+            return Changed::default();
         }
         let latest = Instant::now() + self.options.longest;
         loop {
@@ -190,9 +195,9 @@ impl Directory {
     }
 
     /// Looks at all files and stages what changed. Whether anything did.
-    fn look(&mut self, dirty: &BTreeSet<PathBuf>) -> bool {
+    fn look(&mut self, mut told: Changed) -> bool {
         let scan = Scan::of(&self.path, self.options.most_files, self.watch.as_mut());
-        let found = match scan {
+        let mut found = match scan {
             Ok(found) if self.is_replaced_by_nothing(&found) => {
                 let reason = "the directory was replaced by an empty one";
                 return self.lose(Code::DirectoryGone, reason);
@@ -202,7 +207,8 @@ impl Directory {
         };
         self.gone = false;
         self.identity = found.identity;
-        let mut changed = self.set_refused(&found);
+        self.keep_lost(&mut found);
+        let mut changed = self.set_refused(&found, &mut told);
         let gone: Vec<PathBuf> =
             self.seen.keys().filter(|p| !found.files.contains_key(*p) && !found.hides(p)).cloned().collect();
         for path in gone {
@@ -212,9 +218,35 @@ impl Directory {
             }
         }
         for (path, file) in &found.files {
-            changed |= self.read_file(path, *file, dirty.contains(path));
+            changed |= self.read_file(path, *file, &told);
         }
         changed
+    }
+
+    /// Counts what held files and does not any more, without having been deleted, to what cannot be read: links that
+    /// lead nowhere now, and directories in whose place there is an empty one.
+    fn keep_lost(&mut self, found: &mut Scan) {
+        let held = |path: &Path| self.seen.keys().any(|file| file.starts_with(path));
+        for (path, reason) in std::mem::take(&mut found.dangling) {
+            if held(&path) {
+                found.refused.insert(path, reason);
+            }
+        }
+        let replaced = |(path, identity): &(&PathBuf, &(u64, u64))| {
+            self.directories.get(*path).is_some_and(|old| old != *identity)
+                && !found.files.keys().any(|file| file.starts_with(path))
+                && held(path)
+        };
+        let lost: Vec<PathBuf> =
+            found.directories.iter().filter(replaced).map(|(path, _)| path.clone()).collect();
+        for path in lost {
+            found.refused.insert(path, "the directory was replaced by an empty one".to_owned());
+        }
+        // Of what is lost, what it was before is still what it has to become again.
+        self.directories.retain(|path, _| found.hides(path));
+        for (path, identity) in &found.directories {
+            self.directories.entry(path.clone()).or_insert(*identity);
+        }
     }
 
     /// A mount point whose volume went away is an empty directory.
@@ -233,13 +265,17 @@ impl Directory {
         true
     }
 
-    /// Says which directories cannot be read, and that others can be again.
-    fn set_refused(&mut self, found: &Scan) -> bool {
+    /// Says what cannot be read, and that other things can be again: files among these are told of, to be read anew.
+    fn set_refused(&mut self, found: &Scan, told: &mut Changed) -> bool {
         let old = std::mem::take(&mut self.refused);
         let mut changed = false;
         for path in old.iter().filter(|p| !found.refused.contains_key(*p)) {
-            self.repository.stage(&name_of(path), Content::Gone);
-            changed = true;
+            if self.seen.contains_key(path) {
+                told.files.insert(path.clone());
+            } else {
+                self.repository.stage(&name_of(path), Content::Gone);
+                changed = true;
+            }
         }
         for (path, reason) in found.refused.iter().filter(|(p, _)| !old.contains(*p)) {
             self.repository.stage(&name_of(path), Content::Refused(Code::FileUnreadable, reason));
@@ -249,9 +285,9 @@ impl Directory {
         changed
     }
 
-    fn read_file(&mut self, path: &Path, found: Found, dirty: bool) -> bool {
+    fn read_file(&mut self, path: &Path, found: Found, told: &Changed) -> bool {
         let known = self.seen.get(path);
-        if known.is_some_and(|seen| seen.stamp == found.stamp) && !dirty {
+        if known.is_some_and(|seen| seen.stamp == found.stamp) && !told.files.contains(path) {
             return false;
         }
         let name = known.map_or_else(|| name_of(path), |seen| seen.name.clone());
@@ -262,6 +298,10 @@ impl Directory {
             match read_limited(path, limit) {
                 Ok(bytes) if bytes.len() as u64 > limit => {
                     self.repository.stage(&name, Content::TooLarge(bytes.len() as u64, limit));
+                }
+                Ok(bytes) if bytes.is_empty() && known.is_some() && told.open.contains(path) => {
+                    let reason = "it is empty, and open for writing";
+                    self.repository.stage(&name, Content::Unreadable(reason));
                 }
                 Ok(bytes) => self.repository.stage(&name, Content::Bytes(&bytes)),
                 // Gone since it was found: the next look sees that.

@@ -89,7 +89,7 @@ fn everything_below_is_read_except_what_is_hidden() {
     write(path.join("f.yaml~"), "{");
     write(elsewhere.path().join("g.yaml"), &pod("g", "10.0.0.7"));
     symlink(elsewhere.path().join("g.yaml"), path.join("g.yaml")).unwrap();
-    symlink(elsewhere.path().join("nothing"), path.join("h.yaml")).unwrap();
+    symlink(elsewhere.path().join("nothing"), path.join("h.txt")).unwrap();
     symlink(path, path.join("sub/loop")).unwrap();
     let (repository, outcome) = Directory::load(path, Options::default()).unwrap();
     let mesh = Mesh::default().apply(outcome.changes);
@@ -288,4 +288,95 @@ async fn what_is_too_much_is_not_taken() {
     let outcome = timeout(Duration::from_secs(10), directory.next()).await.unwrap();
     assert!(outcome.changes.is_empty());
     assert_eq!(outcome.diagnostics[0].code, Code::TooManyFiles);
+}
+
+#[test]
+fn a_link_that_leads_nowhere_is_not_taken_for_a_file_that_is_not_there() {
+    for name in ["deny.yaml", "policies"] {
+        let dir = directory();
+        symlink(dir.path().join("nothing"), dir.path().join(name)).unwrap();
+        let Err(OpenError::Bad(_, diagnostics)) = Directory::open(dir.path(), Options::default()) else {
+            panic!("it must be refused: {name}");
+        };
+        assert_eq!(diagnostics[0].code, Code::FileUnreadable);
+    }
+}
+
+#[tokio::test]
+async fn what_a_link_led_to_stays_in_force_when_it_goes_away() {
+    let (dir, volume) = (directory(), TempDir::new().unwrap());
+    let mount = volume.path().join("mount");
+    fs::create_dir(&mount).unwrap();
+    write(mount.join("b.yaml"), &pod("b", "10.0.0.2"));
+    symlink(mount.join("b.yaml"), dir.path().join("b.yaml")).unwrap();
+    // A directory may be called anything.
+    for (name, address) in [("sub", "10.0.0.3"), ("sub.d", "10.0.0.4")] {
+        fs::create_dir(mount.join(name)).unwrap();
+        write(mount.join(name).join("c.yaml"), &pod(&name.replace('.', "-"), address));
+        symlink(mount.join(name), dir.path().join(name)).unwrap();
+    }
+    let mut watched = Watched::open(dir.path());
+    let all = ["a 10.0.0.1", "b 10.0.0.2", "sub 10.0.0.3", "sub-d 10.0.0.4"];
+    assert_eq!(pods(&watched.mesh), all);
+    let away = volume.path().join("away");
+    for _ in 0..2 {
+        fs::rename(&mount, &away).unwrap();
+        // Something that is told of where we are.
+        write(dir.path().join("a.yaml"), &pod("a", "10.0.0.9"));
+        watched.until(&["a 10.0.0.9", "b 10.0.0.2", "sub 10.0.0.3", "sub-d 10.0.0.4"]).await;
+        let said: Vec<Code> = watched.directory.diagnostics().iter().map(|d| d.code).collect();
+        assert_eq!(said.iter().filter(|c| **c == Code::FileUnreadable).count(), 3, "{said:?}");
+        fs::rename(&away, &mount).unwrap();
+        write(dir.path().join("a.yaml"), &pod("a", "10.0.0.1"));
+        watched.until(&all).await;
+        assert_eq!(watched.directory.diagnostics(), []);
+    }
+    // Who deletes the links means it.
+    for name in ["b.yaml", "sub", "sub.d"] {
+        fs::remove_file(dir.path().join(name)).unwrap();
+    }
+    watched.until(&["a 10.0.0.1"]).await;
+}
+
+#[tokio::test]
+async fn a_subdirectory_that_is_replaced_by_an_empty_one_keeps_its_state() {
+    let (dir, aside) = (directory(), TempDir::new().unwrap());
+    let sub = dir.path().join("sub");
+    fs::create_dir(&sub).unwrap();
+    write(sub.join("b.yaml"), &pod("b", "10.0.0.2"));
+    let mut watched = Watched::open(dir.path());
+    // As the mount point of a volume that goes away: there, and empty.
+    fs::rename(&sub, aside.path().join("sub")).unwrap();
+    fs::create_dir(&sub).unwrap();
+    for address in ["10.0.0.8", "10.0.0.9"] {
+        write(dir.path().join("a.yaml"), &pod("a", address));
+        watched.until(&[&format!("a {address}"), "b 10.0.0.2"]).await;
+        assert_eq!(watched.directory.diagnostics()[0].code, Code::FileUnreadable);
+    }
+    fs::remove_dir(&sub).unwrap();
+    fs::rename(aside.path().join("sub"), &sub).unwrap();
+    write(sub.join("b.yaml"), &pod("b", "10.0.0.3"));
+    watched.until(&["a 10.0.0.9", "b 10.0.0.3"]).await;
+    assert_eq!(watched.directory.diagnostics(), []);
+    // One that is emptied where it stands is empty.
+    fs::remove_file(sub.join("b.yaml")).unwrap();
+    watched.until(&["a 10.0.0.9"]).await;
+}
+
+#[tokio::test]
+async fn a_file_that_is_emptied_to_be_written_keeps_what_it_held() {
+    let dir = directory();
+    let mut watched = Watched::open(dir.path());
+    // As `kubectl get -o yaml > a.yaml`, which takes its time.
+    let mut file = File::create(dir.path().join("a.yaml")).unwrap();
+    let outcome = watched.next().await;
+    assert!(outcome.changes.is_empty(), "{outcome:?}");
+    assert_eq!(outcome.diagnostics[0].code, Code::FileUnreadable);
+    file.write_all(pod("a", "10.0.0.2").as_bytes()).unwrap();
+    drop(file);
+    watched.until(&["a 10.0.0.2"]).await;
+    assert_eq!(watched.directory.diagnostics(), []);
+    // Empty and closed is empty.
+    drop(File::create(dir.path().join("a.yaml")).unwrap());
+    watched.until(&[]).await;
 }

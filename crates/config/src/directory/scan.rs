@@ -31,8 +31,12 @@ pub(super) struct Scan {
     pub(super) files: BTreeMap<PathBuf, Found>,
     /// Files and directories that cannot be looked at, with the reason.
     pub(super) refused: BTreeMap<PathBuf, String>,
+    /// Links that lead nowhere and do not look like ours: a directory's name need not show what it is.
+    pub(super) dangling: BTreeMap<PathBuf, String>,
     /// The directory's device and number.
     pub(super) identity: Option<(u64, u64)>,
+    /// The same of all directories below.
+    pub(super) directories: BTreeMap<PathBuf, (u64, u64)>,
     visited: BTreeSet<(u64, u64)>,
     watched: BTreeSet<PathBuf>,
 }
@@ -98,6 +102,9 @@ impl Scan {
         if !self.visited.insert((metadata.dev(), metadata.ino())) {
             return Ok(()); // reached by two ways
         }
+        if depth > 0 {
+            self.directories.insert(directory.to_owned(), (metadata.dev(), metadata.ino()));
+        }
         if self.visited.len() > MOST_DIRECTORIES || depth > MOST_DEPTH {
             let message =
                 format!("more than {MOST_DIRECTORIES} directories, or nested deeper than {MOST_DEPTH}");
@@ -140,14 +147,30 @@ impl Scan {
                     }
                 }
                 Ok(_) => {}
-                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-                Err(e) if is_manifest(&path) || entry.file_type().is_ok_and(|t| t.is_dir()) => {
-                    self.refused.insert(path, format!("it cannot be looked at: {e}"));
-                }
-                Err(_) => {}
+                Err(e) => self.refuse(&entry, path, &e),
             }
         }
         Ok(())
+    }
+
+    /// Notes what cannot be looked at, unless it is gone since the directory was read. A link is not: what it leads to
+    /// may be on a volume that went away, and must not be taken for deleted.
+    fn refuse(&mut self, entry: &fs::DirEntry, path: PathBuf, error: &io::Error) {
+        let is = |wanted: fn(&fs::FileType) -> bool| entry.file_type().as_ref().is_ok_and(wanted);
+        let link = is(fs::FileType::is_symlink);
+        let reason = if link {
+            format!("what it leads to cannot be looked at: {error}")
+        } else {
+            format!("it cannot be looked at: {error}")
+        };
+        if error.kind() == io::ErrorKind::NotFound && (!link || fs::symlink_metadata(&path).is_err()) {
+            return;
+        }
+        if is_manifest(&path) || is(fs::FileType::is_dir) || (link && path.extension().is_none()) {
+            self.refused.insert(path, reason);
+        } else if link {
+            self.dangling.insert(path, reason);
+        }
     }
 }
 

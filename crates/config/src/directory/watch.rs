@@ -21,6 +21,15 @@ pub(super) struct Watch {
     told: bool,
 }
 
+/// What the kernel told.
+#[derive(Default)]
+pub(super) struct Changed {
+    /// The files that changed, or were closed after that.
+    pub(super) files: BTreeSet<PathBuf>,
+    /// Those of them that were written to and not closed since.
+    pub(super) open: BTreeSet<PathBuf>,
+}
+
 /// [`AsyncFd`] needs a runtime, which there is when something is awaited, not when a directory is opened.
 enum AsyncFdOnDemand {
     Plain(Descriptor),
@@ -125,11 +134,10 @@ impl Watch {
     }
 
     /// The files that were told of since the last look.
-    pub(super) fn take_changed(&mut self) -> BTreeSet<PathBuf> {
+    pub(super) fn take_changed(&mut self) -> Changed {
         self.told = false;
-        // One that is still open now has waited long enough; if it is written to again, that is told again.
-        self.open.clear();
-        std::mem::take(&mut self.changed)
+        // One that is still open now has waited long enough; if it is written to again, or closed, that is told again.
+        Changed { files: std::mem::take(&mut self.changed), open: std::mem::take(&mut self.open) }
     }
 
     /// Waits until something is told. Cancelling it loses nothing.
