@@ -253,6 +253,7 @@ fn one_host() -> Vec<Vec<String>> {
             )
         };
         files.push(vec![
+            at("10.0.0.3").replace("resolution", "addresses: [10.0.0.1], resolution"),
             at("10.0.0.2, weight: 3"),
             at("10.0.0.3, labels: {networking.istio.io/tunnel: http}"),
         ]);

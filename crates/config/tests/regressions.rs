@@ -474,3 +474,25 @@ fn a_weight_of_zero_is_a_weight_that_is_not_set() {
     ));
     assert_eq!(world.mesh.workloads().next().unwrap().capacity, 1);
 }
+
+#[test]
+fn an_entry_does_not_take_the_address_of_another_namespaces_pod() {
+    let dialled = |world: &World| {
+        let at = model::OriginalDst::new("10.0.0.1:80".parse().unwrap());
+        match world.mesh.destination(&"".into(), at) {
+            model::Destination::Workload(workload) => workload.name.to_string(),
+            model::Destination::Service(service) => format!("{}/{}", service.namespace, service.name),
+            model::Destination::Unknown => "nothing".to_owned(),
+        }
+    };
+    let spec = "addresses: [10.0.0.1], resolution: STATIC, endpoints: [{address: 10.0.0.3}]";
+    let mut world = World::of(&entry("evil", "trap", "", spec));
+    assert_eq!(dialled(&world), "evil/trap");
+    world.set("pod.yaml", &pod("shop", "cart", "10.0.0.1"));
+    assert_eq!((dialled(&world), world.said()), ("cart".into(), vec!["address-conflict".to_owned()]));
+    world.set("pod.yaml", &pod("shop", "cart", "10.0.0.2"));
+    assert_eq!((dialled(&world), world.said()), ("evil/trap".into(), vec![]));
+    // In its own namespace it may.
+    world.set("pod.yaml", &pod("evil", "own", "10.0.0.1"));
+    assert_eq!((dialled(&world), world.said()), ("evil/trap".into(), vec![]));
+}

@@ -10,7 +10,7 @@
 
 use std::collections::BTreeSet;
 
-use model::{NetworkAddress, Str};
+use model::{NetworkAddress, Str, Vip};
 
 use super::index::Id;
 use super::{Compiler, Rank, Record};
@@ -47,11 +47,21 @@ impl Compiler {
         self.by_address = by_address;
         // Also where it was there before: what it is an endpoint of may have changed for the one in force.
         self.mark_holders(address);
+        self.mark_service_at(address);
     }
 
     pub(super) fn leave_address(&mut self, id: Id, address: &NetworkAddress) {
         self.by_address.remove(address, id);
         self.mark_holders(address);
+        self.mark_service_at(address);
+    }
+
+    /// Has the services looked at again that have an address as a virtual one: they can't have it while a pod has it.
+    fn mark_service_at(&mut self, address: &NetworkAddress) {
+        let vip = Vip { network: address.network.clone(), range: address.ip.into() };
+        if let Some(services) = self.by_vip.get(&vip) {
+            self.dirty_services.extend(services.iter().cloned());
+        }
     }
 
     /// Marks who has an address.

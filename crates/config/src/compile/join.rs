@@ -459,6 +459,24 @@ impl Compiler {
         self.dirty_services.extend(list.iter().cloned());
     }
 
+    /// Who has a virtual address that a service asks for: another service, or a pod of another namespace. What may
+    /// write a ServiceEntry must not take a pod's address, by which headless services are reached.
+    fn holder_of_vip(&self, key: &ServiceKey, owner: &ObjectKey, vip: &Vip) -> Option<String> {
+        let service = self.by_vip.get(vip).and_then(|list| list.first()).filter(|holder| *holder != key);
+        if let Some(service) = service {
+            return Some(format!("the service {service}"));
+        }
+        if owner.kind == Kind::Service || vip.range.prefix_len() != vip.range.max_prefix_len() {
+            return None;
+        }
+        let address = NetworkAddress::new(vip.network.clone(), vip.range.addr());
+        let holders = self.by_address.holders(&address).iter().filter_map(|id| self.record(*id));
+        let pods =
+            holders.filter(|r| r.rank == Rank::Pod).filter_map(|r| Some(key_of(r.maker, r.workload()?)));
+        let mut others = pods.filter(|pod| pod.namespace != key.namespace);
+        others.next().map(|pod| pod.resource_name().to_string())
+    }
+
     pub(super) fn compile_service(&mut self, key: &ServiceKey) {
         self.steps += 1;
         let Some(entry) = self.services.get(key) else { return };
@@ -476,11 +494,11 @@ impl Compiler {
         (service.load_balancing.mode, service.load_balancing.scopes) =
             preference(definition.local_only, distribution);
         let mut findings = Vec::new();
-        let holder = |vip: &Vip| self.by_vip.get(vip).and_then(|list| list.first()).filter(|h| *h != key);
+        let holder = |vip: &Vip| self.holder_of_vip(key, owner, vip);
         service.vips = service.vips.iter().filter(|vip| holder(vip).is_none()).cloned().collect();
         for vip in &definition.service.vips {
             if let Some(holder) = holder(vip) {
-                let message = format!("{} is the address of the service {holder} already", vip.range);
+                let message = format!("{} is the address of {holder} already", vip.range);
                 let remedy = "the other keeps it until it is gone or has another address".to_owned();
                 findings.push(Finding { code: Code::AddressConflict, message, remedy });
             }
