@@ -19,6 +19,7 @@ pub fn register(registry: &Registry, proxy: &Arc<Proxy>, node: &Arc<Node>) {
     let gauge = |name, help, read| number(name, help, Kind::Gauge, read);
     let counter = |name, help, read| number(name, help, Kind::Counter, read);
     connections(&gauge, &counter);
+    memory(&gauge, &counter);
     pool(&gauge, &counter);
     inbound(&gauge, &counter);
     hosts(&gauge, &counter);
@@ -73,11 +74,50 @@ fn connections(gauge: Register<'_>, counter: Register<'_>) {
         Box::new(|p, _| p.registry.cut_count()),
     );
     gauge(
+        "culvert_connection_descriptors",
+        "Descriptors of the connections that are carried",
+        Box::new(|p, _| p.room.taken() as u64),
+    );
+    gauge(
+        "culvert_connection_descriptors_limit",
+        "Descriptors that carried connections may have",
+        Box::new(|p, _| p.room.limit() as u64),
+    );
+    counter(
+        "culvert_connections_without_room",
+        "Connections refused because their pod, or all together, had as many as they may",
+        Box::new(|p, _| p.room.refused()),
+    );
+    gauge(
         "culvert_mesh_generation",
         "Snapshots of the configuration put in force since the start",
         Box::new(|p, _| p.state.mesh().generation()),
     );
     gauge("culvert_workloads", "Workloads known", Box::new(|p, _| p.state.mesh().workload_count() as u64));
+}
+
+/// What waits in tunnels, of both directions.
+fn memory(gauge: Register<'_>, counter: Register<'_>) {
+    gauge(
+        "culvert_hbone_held_bytes",
+        "Bytes in tunnels that were received and not taken",
+        Box::new(|p, _| p.limits.memory.held() as u64),
+    );
+    gauge(
+        "culvert_hbone_held_limit_bytes",
+        "Bytes that tunnels may hold",
+        Box::new(|p, _| p.limits.memory.limit() as u64),
+    );
+    gauge(
+        "culvert_hbone_holders",
+        "Tunnels that hold bytes which were not taken",
+        Box::new(|p, _| p.limits.memory.holders() as u64),
+    );
+    counter(
+        "culvert_hbone_tunnels_cut",
+        "Tunnels cut because what they held was not taken, and memory was needed",
+        Box::new(|p, _| p.limits.memory.cut()),
+    );
 }
 
 fn pool(gauge: Register<'_>, counter: Register<'_>) {
@@ -113,6 +153,21 @@ fn inbound(gauge: Register<'_>, counter: Register<'_>) {
         "culvert_hbone_inbound_handshakes_failed",
         "Peers that did not begin HTTP/2",
         handshakes_failed
+    );
+    gauge(
+        "culvert_hbone_inbound_limit",
+        "HBONE connections that peers may have",
+        Box::new(|p, _| p.peers.limit() as u64),
+    );
+    counter(
+        "culvert_hbone_inbound_made_room",
+        "Connections without tunnels that were closed so that others have room",
+        Box::new(|p, _| p.peers.closed()),
+    );
+    counter(
+        "culvert_hbone_inbound_without_room",
+        "HBONE connections refused because there were as many as there may be",
+        Box::new(|p, _| p.peers.refused()),
     );
     server!(counter, "culvert_hbone_inbound_floods", "Connections ended because of a flood", floods);
     server!(

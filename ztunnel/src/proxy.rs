@@ -14,6 +14,7 @@ pub mod handshakes;
 pub mod hosts;
 pub mod inbound;
 pub mod outbound;
+pub mod peers;
 pub mod plaintext;
 pub mod pod;
 pub mod resolve;
@@ -84,6 +85,10 @@ pub struct Proxy {
     pub server: hbone::ServerSettings,
     /// Counters of connections that peers opened.
     pub server_counters: Arc<hbone::ServerCounters>,
+    /// Secured connections that peers opened.
+    pub peers: Arc<peers::Peers>,
+    /// Room for connections that are carried.
+    pub room: Arc<pod::Room>,
     /// Inbound TLS handshakes under way.
     pub handshakes: handshakes::Handshakes,
     /// Counters of the accept loops.

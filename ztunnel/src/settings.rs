@@ -7,6 +7,8 @@ use std::time::Duration;
 use clap::Parser;
 
 use crate::proxy::handshakes::Places;
+use crate::proxy::peers::Most;
+use crate::proxy::pod::RoomLimits;
 
 /// The node proxy of a Culvert mesh: captures the traffic of this node's pods, gives it their identity, carries
 /// it over HBONE and enforces L4 policy.
@@ -49,6 +51,10 @@ pub struct Flags {
     /// Where the resolvers for names outside the mesh are listed
     #[arg(long, env = "CULVERT_RESOLV_CONF", value_name = "FILE", default_value = "/etc/resolv.conf")]
     pub resolv_conf: PathBuf,
+    /// MiB that all tunnels together may hold of data that was received and not taken by its reader; beyond it, those
+    /// are cut that hold much for long. By default a quarter of what the machine or the container has, 64 to 1024
+    #[arg(long, env = "CULVERT_TUNNEL_MEMORY", value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub tunnel_memory: Option<u32>,
     /// What all of the project's binaries understand.
     #[command(flatten)]
     pub shared: process::settings::RawSettings,
@@ -63,12 +69,23 @@ pub struct Limits {
     pub attempts: usize,
     /// Inbound TLS handshakes that are under way at once, all pods together.
     pub handshakes: Places,
-    /// Open connections of one pod, both directions together.
-    pub connections_per_pod: usize,
+    /// Secured HBONE connections that peers opened.
+    pub peers: Most,
+    /// HBONE connections to peers.
+    pub pooled: usize,
+    /// Connections that are carried.
+    pub room: RoomLimits,
+    /// What tunnels may hold.
+    pub memory: hbone::Memory,
 }
 
-impl Default for Limits {
-    fn default() -> Self {
+impl Limits {
+    /// For a process that may have so many descriptors open. A half is for the connections that are carried, a fifth for
+    /// HBONE connections of peers, an eighth for those to peers, and the rest for listeners, handshakes, DNS and pipes.
+    /// Very few are not worth dividing: the kernel's limit comes first then.
+    pub fn for_descriptors(descriptors: u64) -> Self {
+        let all = usize::try_from(descriptors).unwrap_or(usize::MAX).min(1 << 24);
+        let part = |share: usize, least: usize, most: usize| (all / share).clamp(least, most);
         Self {
             connect_timeout: Duration::from_secs(10),
             attempts: 3,
@@ -79,7 +96,38 @@ impl Default for Limits {
                 waiting_per_source: 1024,
                 patience: Duration::from_secs(10),
             },
-            connections_per_pod: 100_000,
+            peers: Most { per_source: 1024, per_pod: part(12, 128, 32_768), all: part(6, 256, 262_144) },
+            pooled: part(8, 128, 16_384),
+            room: RoomLimits { per_pod: part(8, 256, 100_000), descriptors: part(2, 512, 1 << 23) },
+            memory: hbone::Memory::of_process(),
         }
+    }
+
+    /// For this process, with the usual limit of descriptors if the kernel doesn't tell.
+    pub fn of_process(flags: &Flags) -> Self {
+        let limits = Self::for_descriptors(net::limits::descriptors().unwrap_or(1024));
+        let bytes = flags.tunnel_memory.and_then(|mib| usize::try_from(u64::from(mib) << 20).ok());
+        Self { memory: bytes.map_or(limits.memory, hbone::Memory::with_limit), ..limits }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_leave_descriptors_for_all_else() {
+        for descriptors in [4096, 20_000, 65_536, 1_048_576] {
+            let limits = Limits::for_descriptors(descriptors);
+            let peers = limits.peers.all + limits.peers.all / 8;
+            let handshakes = limits.handshakes.all.min(256);
+            let all = limits.room.descriptors + peers + limits.pooled + handshakes;
+            assert!(all as u64 <= descriptors * 15 / 16, "{all} of {descriptors}");
+            // One pod may have much, and not all.
+            assert!(limits.room.per_pod * 2 <= limits.room.descriptors / 2);
+            assert!(limits.peers.per_pod <= limits.peers.all / 2);
+        }
+        let limits = Limits::for_descriptors(1_048_576);
+        assert_eq!((limits.room.per_pod, limits.peers.per_source), (100_000, 1024));
     }
 }

@@ -27,6 +27,8 @@ use crate::node::{Node, Record, Work};
 use crate::proxy::Proxy;
 use crate::proxy::dialer::Tunnels;
 use crate::proxy::handshakes::Handshakes;
+use crate::proxy::peers::Peers;
+use crate::proxy::pod::Room;
 use crate::settings::{Flags, Limits};
 use crate::source::Source;
 use crate::state::State;
@@ -79,7 +81,9 @@ async fn serve(
     state.apply(first.changes);
     let tls = tls(flags, &state)?;
     let registry = Metrics::new();
-    let proxy = Arc::new(proxy(state, tls, &registry, settings, logs, &shutdown, workers));
+    let telemetry = TcpMetrics::new(&registry, settings.series_limit);
+    let limits = Limits::of_process(flags);
+    let proxy = Arc::new(proxy(state, tls, telemetry, limits, logs, &shutdown, workers));
     let (capture, dns) = (capture(flags)?, dns(&proxy, &registry));
     let record = Record::open(&flags.state_dir, &flags.node)?;
     let node = Node::new(proxy.clone(), capture, record, dns, upstreams(flags)?, workers.clone());
@@ -140,24 +144,27 @@ async fn cut_all(proxy: &Proxy) {
 fn proxy(
     state: Arc<State>,
     tls: Tls,
-    metrics: &Metrics,
-    settings: &process::settings::Settings,
+    metrics: TcpMetrics,
+    limits: Limits,
     logs: &Logs,
     shutdown: &Shutdown,
     workers: &Workers,
 ) -> Proxy {
-    let limits = Limits::default();
+    let server = hbone::ServerSettings::default();
+    let transport = hbone::Transport { memory: limits.memory, ..server.transport };
     Proxy {
         state,
         registry: Arc::new(Registry::default()),
-        metrics: TcpMetrics::new(metrics, settings.series_limit),
+        metrics,
         access: logs.access().clone(),
-        tunnels: Tunnels::new(workers.handles().len(), &tls, limits.connect_timeout),
+        tunnels: Tunnels::new(workers.handles().len(), &tls, &limits),
         tls,
-        server: hbone::ServerSettings::default(),
+        server: hbone::ServerSettings { transport, ..server },
         server_counters: Arc::default(),
         balancer: balance::Balancer::new(balance::Limits::default()),
         hosts: crate::proxy::hosts::Hosts::default(),
+        peers: Arc::new(Peers::new(limits.peers)),
+        room: Arc::new(Room::new(limits.room)),
         handshakes: Handshakes::new(limits.handshakes),
         limits,
         accepts: Arc::default(),

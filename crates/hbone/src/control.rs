@@ -13,6 +13,7 @@ use tokio::time::Instant;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Order {
     Run,
+    Retire,
     Drain { deadline: Instant },
     Abort,
 }
@@ -39,9 +40,19 @@ impl Control {
     pub fn drain(&self, patience: Duration) {
         let deadline = Instant::now() + patience;
         self.update(|order| match *order {
-            Order::Run => *order = Order::Drain { deadline },
+            Order::Run | Order::Retire => *order = Order::Drain { deadline },
             Order::Drain { deadline: earlier } => *order = Order::Drain { deadline: earlier.min(deadline) },
             Order::Abort => {}
+        });
+    }
+
+    /// Ends the connection in good order as soon as it has no streams: as it ends when it was idle for long. Meant for
+    /// one that has none; a stream that is on its way may finish.
+    pub fn retire(&self) {
+        self.update(|order| {
+            if *order == Order::Run {
+                *order = Order::Retire;
+            }
         });
     }
 
@@ -66,8 +77,11 @@ impl Control {
         *self.0.order.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ready when there is an order to end.
+    /// Ready when there is an order to end even a connection that has not begun.
     pub(crate) fn poll_ended(&self, cx: &mut Context<'_>) -> Poll<()> {
-        if self.poll_order(cx) == Order::Run { Poll::Pending } else { Poll::Ready(()) }
+        match self.poll_order(cx) {
+            Order::Run | Order::Retire => Poll::Pending,
+            Order::Drain { .. } | Order::Abort => Poll::Ready(()),
+        }
     }
 }

@@ -170,13 +170,13 @@ impl Owner for Shared {
 /// ```text
 ///   Serving (idle deadline) ─▶ Draining (deadline of the drain) ─▶ Ending (to send the last GOAWAY)
 ///        │                       ▲                               ▲
-///        └── idle ──▶ Leaving (looks again for streams) ── none ─┤
+///        └ idle, retired ▶ Leaving (looks again for streams) ── none ─┤
 ///        └────────────────────────── abort, flood ───────────────┘
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Serving,
-    /// GOAWAY is sent, because nothing went on. A stream that was on its way by then was accepted like any other, so
+    /// GOAWAY is sent, because nothing went on or somebody else needs the place. A stream that was on its way by then was accepted like any other, so
     /// it may take its time.
     Leaving,
     Draining,
@@ -279,6 +279,8 @@ impl<T: Io> Driver<T> {
         match (self.control.poll_order(cx), self.phase) {
             (Order::Run, _) | (_, Phase::Ending) => {}
             (Order::Abort, _) => self.end(Reason::CANCEL, Closed::Aborted),
+            (Order::Retire, Phase::Serving) => self.leave(),
+            (Order::Retire, _) => {}
             (Order::Drain { deadline }, Phase::Serving | Phase::Leaving) => self.drain(deadline),
             (Order::Drain { deadline }, Phase::Draining) => {
                 if deadline < self.timer.deadline() {

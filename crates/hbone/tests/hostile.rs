@@ -511,6 +511,48 @@ async fn a_stream_that_races_with_the_end_of_an_idle_connection_may_finish() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_retired_connection_is_ended_as_soon_as_it_has_no_streams() {
+    // Also one whose client has not said anything yet: its first request may be on its way.
+    let (mut raw, served) = hostile(ServerSettings::default(), echo());
+    served.control.retire();
+    sleep(Duration::from_secs(1)).await;
+    raw.begin().await;
+    raw.connect(1, "10.0.0.1:80").await;
+    loop {
+        let answer = raw.next_answer().await.unwrap();
+        if Raw::is_status(&answer, 200) {
+            break;
+        }
+        assert_eq!((answer.kind, answer.code()), (GOAWAY, 0));
+    }
+    for busy in [false, true] {
+        let (mut raw, served) = hostile(ServerSettings::default(), echo());
+        raw.begin().await;
+        raw.send(PING, 0, 0, &[3; 8]).await;
+        while raw.next().await.unwrap().kind != PING {}
+        if busy {
+            raw.connect(1, "10.0.0.1:80").await;
+            assert!(Raw::is_status(&raw.next_answer().await.unwrap(), 200));
+        }
+        let start = Instant::now();
+        served.control.retire();
+        assert_eq!(raw.next_answer().await.map(|frame| (frame.kind, frame.code())), Some((GOAWAY, 0)));
+        if busy {
+            let answers = timeout(Duration::from_secs(20), async {
+                while let Some(frame) = raw.next_answer().await {
+                    assert_eq!((frame.kind, frame.code()), (GOAWAY, 0));
+                }
+            });
+            assert!(answers.await.is_err(), "it ended with a stream");
+            raw.send(DATA, END_STREAM, 1, b"bye").await;
+        }
+        while raw.next_answer().await.is_some() {}
+        assert!(matches!(served.task.await.unwrap(), Closed::Finished));
+        assert!(start.elapsed() < Duration::from_secs(if busy { 26 } else { 1 }), "{:?}", start.elapsed());
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_idle_connection_whose_client_never_acknowledges_the_end_is_closed() {
     let settings = ServerSettings { idle_timeout: Duration::from_secs(60), ..ServerSettings::default() };
     let (mut raw, served) = hostile(settings, echo());

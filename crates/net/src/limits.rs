@@ -32,6 +32,15 @@ pub fn raise_fd_limit(at_least: u64) -> io::Result<FdLimit> {
     Ok(FdLimit { before: soft, now: hard })
 }
 
+/// How many descriptors this process may have open now.
+///
+/// # Errors
+/// The limit can't be read.
+pub fn descriptors() -> io::Result<u64> {
+    let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    Ok(soft)
+}
+
 /// The memory that this process may use, in bytes: the machine's, or less if a control group says so. `None` if nothing
 /// tells.
 #[must_use]
@@ -103,6 +112,6 @@ mod tests {
         let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
         let limit = raise_fd_limit(0).unwrap();
         assert_eq!(limit.now, hard);
-        assert_eq!(getrlimit(Resource::RLIMIT_NOFILE).unwrap().0, hard);
+        assert_eq!(descriptors().unwrap(), hard);
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use hbone::{
     Authority, ConnectError, ConnectRequest, Connector, Counter, OpenError, Pool, PoolCounters, PoolSettings,
-    TunnelHeaders,
+    Transport, TunnelHeaders,
 };
 use identity::{ExpectedPeers, PeerInfo, TlsStream};
 use model::{HboneAddr, SpiffeId};
@@ -16,6 +16,7 @@ use tokio::net::TcpStream;
 
 use super::Proxy;
 use super::failure::Failure;
+use crate::settings::Limits;
 use crate::tls::Tls;
 
 /// What tunnels share a connection by. It is dialled in the pod's own namespace, from the pod's own address, as
@@ -68,15 +69,16 @@ pub struct Tunnels(Box<[Pool<Dialer>]>);
 
 impl Tunnels {
     /// Empty pools for this many threads.
-    pub fn new(threads: usize, tls: &Tls, connect_timeout: Duration) -> Self {
+    pub fn new(threads: usize, tls: &Tls, limits: &Limits) -> Self {
         let defaults = PoolSettings::default();
         // Load is spread over cores by having a pool each; the limit of all connections is shared out.
         let settings = PoolSettings {
             spread: 1,
-            max_connections: (defaults.max_connections / threads.max(1)).max(64),
+            max_connections: (limits.pooled / threads.max(1)).max(64),
+            transport: Transport { memory: limits.memory, ..defaults.transport },
             ..defaults
         };
-        let dialer = || Dialer { tls: tls.clone(), connect_timeout };
+        let dialer = || Dialer { tls: tls.clone(), connect_timeout: limits.connect_timeout };
         Self((0..threads.max(1)).map(|_| Pool::new(dialer(), settings)).collect())
     }
 

@@ -77,6 +77,12 @@ pub enum Failure {
     /// The pod has as many connections as it may have.
     #[error("the pod has {0} open connections, the limit")]
     TooMany(usize),
+    /// All pods' connections together have as many descriptors as they may have.
+    #[error("all connections have {0} descriptors, the limit")]
+    NoDescriptors(usize),
+    /// There are as many HBONE connections as there may be.
+    #[error("{0}")]
+    NoRoom(#[source] super::peers::NoRoom),
     /// ztunnel is stopping.
     #[error("ztunnel is draining")]
     Draining,

@@ -19,6 +19,7 @@ use tokio::net::TcpStream;
 use tokio::time::Instant;
 
 use super::failure::Failure;
+use super::peers::Seat;
 use super::pod::{LocalPod, Place};
 use super::{Carried, Proxy, is_listener_port};
 use crate::connections::{Carrier, Direction, Story, Verdict, now_ms};
@@ -41,7 +42,13 @@ pub async fn handle(proxy: Arc<Proxy>, pod: Arc<LocalPod>, stream: TcpStream, pe
     };
     let info = Arc::new(tls.peer().clone());
     let control = Control::default();
-    let session = Arc::new(Session { proxy: proxy.clone(), pod, peer, local, info: info.clone() });
+    let seat = match proxy.peers.admit(&pod.uid, peer.ip(), control.clone()) {
+        Ok(seat) => Arc::new(seat),
+        Err(no_room) => {
+            return proxy.refused_early(Direction::Inbound, peer, local, &Failure::NoRoom(no_room));
+        }
+    };
+    let session = Arc::new(Session { proxy: proxy.clone(), pod, peer, local, info: info.clone(), seat });
     let serving = hbone::serve(tls, &proxy.server, &control, &proxy.server_counters, |incoming| {
         tokio::spawn(session.clone().tunnel(incoming));
     });
@@ -101,6 +108,7 @@ struct Session {
     peer: SocketAddr,
     local: SocketAddr,
     info: Arc<PeerInfo>,
+    seat: Arc<Seat>,
 }
 
 /// A tunnel's decision: what is known of it, and the permission or the reason against it.
@@ -109,12 +117,14 @@ type Decided = (Story, Result<Permit, Failure>);
 impl Session {
     /// Carries one tunnel to its end. No async function, which would hold the request for as long.
     fn tunnel(self: Arc<Self>, incoming: Incoming) -> impl Future<Output = ()> + Send {
+        let busy = self.seat.busy();
         // Boxed: delivering needs kilobytes, and the task lives as long as the tunnel.
         let beginning = Box::pin(self.begin(incoming));
         async move {
             if let Some(carrying) = beginning.await {
                 carrying.await;
             }
+            drop(busy);
         }
     }
 
@@ -201,7 +211,7 @@ impl Session {
         mut incoming: Incoming,
         decision: Result<Permit, Failure>,
     ) -> Result<(hbone::Tunnel, TcpStream, Permit, Place), Failure> {
-        let place = self.pod.place(self.proxy.limits.connections_per_pod);
+        let place = self.pod.place(&self.proxy.room, 1);
         let attempt = async {
             let (permit, place) = (decision?, place?);
             let tcp = super::deliver::deliver(&self.proxy, &self.pod, &permit).await?;
@@ -210,7 +220,7 @@ impl Session {
         let attempt = tokio::select! {
             attempt = attempt => attempt,
             gone = incoming.given_up() => {
-                return Err(Failure::Http2 { to: self.peer, reason: format!("given up by the peer: {gone}") });
+                return Err(Failure::Http2 { to: self.peer, reason: format!("given up: {gone}") });
             }
         };
         match attempt {

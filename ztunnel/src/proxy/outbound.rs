@@ -40,7 +40,7 @@ async fn begin(
 ) -> Option<impl Future<Output = ()> + Send> {
     let prepared =
         proxy.captured(&client, peer).and_then(|dialled| Outbound::new(&proxy, &pod, peer, dialled));
-    let outbound = match prepared {
+    let mut outbound = match prepared {
         Ok(outbound) => outbound,
         Err(failure) => {
             proxy.refuse_early(client, Direction::Outbound, peer, &failure);
@@ -52,6 +52,9 @@ async fn begin(
             let story = outbound.story(Some(&route), route_words(&route));
             let identity = outbound.identity.clone();
             let recheck = proxy.recheck_outbound(&pod, identity, outbound.dialled, &route, upstream.peer());
+            if matches!(upstream, Upstream::Tunnel(..)) {
+                outbound.place.keep(1);
+            }
             let held = (outbound.place, route.into_picked());
             Some(proxy.carry(story, recheck, upstream.with(client), held))
         }
@@ -117,7 +120,7 @@ impl<'a> Outbound<'a> {
         let source = pod.workload(&proxy.state.mesh())?;
         let identity =
             source.identity().map_err(|e| super::resolve::Refusal::NoIdentity(source.uid.clone(), e))?;
-        let place = pod.place(proxy.limits.connections_per_pod)?;
+        let place = pod.place(&proxy.room, 2)?;
         let (id, opened_ms) = (proxy.registry.next_id(), now_ms());
         Ok(Self { proxy, pod, id, opened_ms, peer, dialled, source, identity, place })
     }

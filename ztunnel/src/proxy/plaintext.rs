@@ -94,6 +94,6 @@ async fn open(
     pod: &Arc<LocalPod>,
     permit: &Permit,
 ) -> Result<(TcpStream, super::pod::Place), Failure> {
-    let place = pod.place(proxy.limits.connections_per_pod)?;
+    let place = pod.place(&proxy.room, 2)?;
     Ok((super::deliver::deliver(proxy, pod, permit).await?, place))
 }

@@ -1,6 +1,6 @@
 //! A pod of this node, as the data plane sees it.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use hbone::{Baggage, HeaderValue};
@@ -58,14 +58,21 @@ impl LocalPod {
         value
     }
 
-    /// Takes one of the pod's places for open connections.
+    /// Takes one of the pod's places for open connections, and room for the descriptors that the connection needs.
     ///
     /// # Errors
-    /// All `limit` are taken.
-    pub fn place(self: &Arc<Self>, limit: usize) -> Result<Place, Failure> {
-        let place = Place(self.clone());
-        if self.open.fetch_add(1, Ordering::Relaxed) >= limit {
-            return Err(Failure::TooMany(limit)); // dropping `place` gives it back
+    /// There is no more, for the pod or at all.
+    pub fn place(self: &Arc<Self>, room: &Arc<Room>, descriptors: usize) -> Result<Place, Failure> {
+        // Dropping it gives back what could be taken.
+        let mut place = Place { pod: self.clone(), room: room.clone(), descriptors: 0 };
+        if self.open.fetch_add(1, Ordering::Relaxed) >= room.most.per_pod {
+            room.refused.fetch_add(1, Ordering::Relaxed);
+            return Err(Failure::TooMany(room.most.per_pod));
+        }
+        place.descriptors = descriptors;
+        if room.taken.fetch_add(descriptors, Ordering::Relaxed) + descriptors > room.most.descriptors {
+            room.refused.fetch_add(1, Ordering::Relaxed);
+            return Err(Failure::NoDescriptors(room.most.descriptors));
         }
         Ok(place)
     }
@@ -76,12 +83,89 @@ impl LocalPod {
     }
 }
 
+/// What open connections of all pods together may take.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RoomLimits {
+    /// Open connections of one pod, both directions together.
+    pub per_pod: usize,
+    /// Descriptors of all of them.
+    pub descriptors: usize,
+}
+
+/// Descriptors of open connections, and the limit for them: one pod's connections must not leave the others, or what
+/// else the process needs, without.
+#[derive(Debug)]
+pub struct Room {
+    most: RoomLimits,
+    taken: AtomicUsize,
+    refused: AtomicU64,
+}
+
+impl Room {
+    /// All of it.
+    pub fn new(most: RoomLimits) -> Self {
+        Self { most, taken: AtomicUsize::new(0), refused: AtomicU64::new(0) }
+    }
+
+    /// Descriptors that are taken.
+    pub fn taken(&self) -> usize {
+        self.taken.load(Ordering::Relaxed)
+    }
+
+    /// Descriptors that may be.
+    pub fn limit(&self) -> usize {
+        self.most.descriptors
+    }
+
+    /// Connections that were refused for want of room.
+    pub fn refused(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
+    }
+}
+
 /// A place among a pod's open connections, given back when dropped.
 #[derive(Debug)]
-pub struct Place(Arc<LocalPod>);
+pub struct Place {
+    pod: Arc<LocalPod>,
+    room: Arc<Room>,
+    descriptors: usize,
+}
+
+impl Place {
+    /// Gives back what is above `descriptors`: the connection needs no more.
+    pub fn keep(&mut self, descriptors: usize) {
+        let more = self.descriptors.saturating_sub(descriptors);
+        self.descriptors -= more;
+        self.room.taken.fetch_sub(more, Ordering::Relaxed);
+    }
+}
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.open.fetch_sub(1, Ordering::Relaxed);
+        self.pod.open.fetch_sub(1, Ordering::Relaxed);
+        self.keep(0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_end_at_the_pods_limit_and_at_the_descriptors_of_all() {
+        let netns = || Netns::open("/proc/self/ns/net").unwrap();
+        let [one, other] = ["one", "other"].map(|uid| Arc::new(LocalPod::new(uid.into(), netns())));
+        let room = Arc::new(Room::new(RoomLimits { per_pod: 3, descriptors: 8 }));
+        let mut places: Vec<_> = (0..3).map(|_| one.place(&room, 2).unwrap()).collect();
+        assert!(matches!(one.place(&room, 2), Err(Failure::TooMany(3))));
+        assert_eq!((one.open(), room.taken(), room.refused()), (3, 6, 1));
+        places.push(other.place(&room, 2).unwrap());
+        assert!(matches!(other.place(&room, 1), Err(Failure::NoDescriptors(8))));
+        assert_eq!((other.open(), room.taken(), room.refused()), (1, 8, 2));
+        // A tunnel needs one only.
+        places[0].keep(1);
+        places.push(other.place(&room, 1).unwrap());
+        drop(places);
+        assert_eq!((one.open(), other.open(), room.taken()), (0, 0, 0));
     }
 }
