@@ -94,6 +94,7 @@ impl Limits {
                 per_source: 128,
                 // A gateway that begins anew reaches all pods of a node at once.
                 waiting_per_source: 1024,
+                waiting: part(16, 64, 8192),
                 patience: Duration::from_secs(10),
             },
             peers: Most { per_source: 1024, per_pod: part(12, 128, 32_768), all: part(6, 256, 262_144) },
@@ -120,7 +121,7 @@ mod tests {
         for descriptors in [4096, 20_000, 65_536, 1_048_576] {
             let limits = Limits::for_descriptors(descriptors);
             let peers = limits.peers.all + limits.peers.all / 8;
-            let handshakes = limits.handshakes.all.min(256);
+            let handshakes = limits.handshakes.all.min(256) + limits.handshakes.waiting;
             let all = limits.room.descriptors + peers + limits.pooled + handshakes;
             assert!(all as u64 <= descriptors * 15 / 16, "{all} of {descriptors}");
             // One pod may have much, and not all.

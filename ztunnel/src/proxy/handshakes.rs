@@ -12,6 +12,8 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::{Instant, timeout_at};
 
+use super::peers::Source;
+
 /// How many there are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Places {
@@ -21,6 +23,8 @@ pub struct Places {
     pub per_source: usize,
     /// Connections of one source that may wait for its places.
     pub waiting_per_source: usize,
+    /// Connections of all sources that may wait.
+    pub waiting: usize,
     /// How long a connection waits.
     pub patience: Duration,
 }
@@ -31,6 +35,9 @@ pub enum NoPlace {
     /// Its source has too many that wait.
     #[error("{0} connections from this address wait for their handshakes already")]
     TooMany(usize),
+    /// All sources together have.
+    #[error("{0} connections wait for their handshakes already")]
+    TooManyInAll(usize),
     /// None became free in time.
     #[error("no place for a handshake became free within {0:?}")]
     TimedOut(Duration),
@@ -41,11 +48,18 @@ pub enum NoPlace {
 pub struct Handshakes {
     places: Places,
     all: Semaphore,
-    sources: Mutex<HashMap<IpAddr, Source>>,
+    waits: Mutex<Waits>,
+}
+
+#[derive(Debug, Default)]
+struct Waits {
+    of: HashMap<Source, Share>,
+    /// Of all sources.
+    connections: usize,
 }
 
 #[derive(Debug)]
-struct Source {
+struct Share {
     places: Arc<Semaphore>,
     /// Connections that have a place or wait for one.
     connections: usize,
@@ -63,7 +77,7 @@ pub struct Place<'a> {
 #[derive(Debug)]
 struct Turn<'a> {
     of: &'a Handshakes,
-    source: IpAddr,
+    source: Source,
     places: Arc<Semaphore>,
     taken: bool,
 }
@@ -71,7 +85,7 @@ struct Turn<'a> {
 impl Handshakes {
     /// So many places.
     pub fn new(places: Places) -> Self {
-        Self { places, all: Semaphore::new(places.all), sources: Mutex::default() }
+        Self { places, all: Semaphore::new(places.all), waits: Mutex::default() }
     }
 
     /// A place for a connection from `source`, when there is one.
@@ -81,7 +95,7 @@ impl Handshakes {
     pub async fn place(&self, source: IpAddr) -> Result<Place<'_>, NoPlace> {
         let deadline = Instant::now() + self.places.patience;
         let timed_out = |_| NoPlace::TimedOut(self.places.patience);
-        let mut turn = self.turn(source)?;
+        let mut turn = self.turn(Source::of(source))?;
         let places = turn.places.clone();
         // Closed never: an error is the time that is up.
         if let Ok(permit) = timeout_at(deadline, places.acquire()).await.map_err(timed_out)? {
@@ -98,21 +112,29 @@ impl Handshakes {
         self.places.all.saturating_sub(self.all.available_permits())
     }
 
-    fn turn(&self, source: IpAddr) -> Result<Turn<'_>, NoPlace> {
-        let mut sources = self.sources();
-        let entry = sources.entry(source).or_insert_with(|| Source {
-            places: Arc::new(Semaphore::new(self.places.per_source)),
-            connections: 0,
-        });
-        if entry.connections >= self.places.per_source + self.places.waiting_per_source {
-            return Err(NoPlace::TooMany(self.places.waiting_per_source));
+    fn turn(&self, source: Source) -> Result<Turn<'_>, NoPlace> {
+        let Places { all, per_source, waiting_per_source, waiting, .. } = self.places;
+        let mut waits = self.waits();
+        let others = waits.connections;
+        let is_new = !waits.of.contains_key(&source);
+        if others >= all + waiting - if is_new { 0 } else { waiting / 8 } {
+            return Err(NoPlace::TooManyInAll(waiting));
         }
-        entry.connections += 1;
-        Ok(Turn { of: self, source, places: entry.places.clone(), taken: false })
+        let share = waits
+            .of
+            .entry(source)
+            .or_insert_with(|| Share { places: Arc::new(Semaphore::new(per_source)), connections: 0 });
+        if share.connections >= per_source + waiting_per_source {
+            return Err(NoPlace::TooMany(waiting_per_source));
+        }
+        share.connections += 1;
+        let places = share.places.clone();
+        waits.connections += 1;
+        Ok(Turn { of: self, source, places, taken: false })
     }
 
-    fn sources(&self) -> MutexGuard<'_, HashMap<IpAddr, Source>> {
-        self.sources.lock().unwrap_or_else(PoisonError::into_inner)
+    fn waits(&self) -> MutexGuard<'_, Waits> {
+        self.waits.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -121,11 +143,12 @@ impl Drop for Turn<'_> {
         if self.taken {
             self.places.add_permits(1);
         }
-        let mut sources = self.of.sources();
-        if let Some(entry) = sources.get_mut(&self.source) {
-            entry.connections -= 1;
-            if entry.connections == 0 {
-                sources.remove(&self.source);
+        let mut waits = self.of.waits();
+        waits.connections -= 1;
+        if let Some(share) = waits.of.get_mut(&self.source) {
+            share.connections -= 1;
+            if share.connections == 0 {
+                waits.of.remove(&self.source);
             }
         }
     }
@@ -135,8 +158,13 @@ impl Drop for Turn<'_> {
 mod tests {
     use super::*;
 
-    const PLACES: Places =
-        Places { all: 4, per_source: 2, waiting_per_source: 3, patience: Duration::from_secs(10) };
+    const PLACES: Places = Places {
+        all: 4,
+        per_source: 2,
+        waiting_per_source: 3,
+        waiting: 16,
+        patience: Duration::from_secs(10),
+    };
 
     fn source(n: u8) -> IpAddr {
         [10, 0, 0, n].into()
@@ -156,7 +184,7 @@ mod tests {
         assert_eq!(handshakes.active(), 3);
         drop((stalled, other));
         assert_eq!(handshakes.active(), 0);
-        assert!(handshakes.sources().is_empty(), "sources are remembered for ever");
+        assert!(handshakes.waits().of.is_empty(), "sources are remembered for ever");
         drop(handshakes.place(source(1)).await.unwrap());
     }
 
@@ -184,6 +212,54 @@ mod tests {
         assert_eq!(outcomes, expected);
         // Whoever gives up waiting leaves the queue.
         drop(attempts);
-        assert_eq!(handshakes.sources()[&source(1)].connections, 2);
+        assert_eq!(handshakes.waits().of[&Source::of(source(1))].connections, 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_host_with_many_addresses_waits_for_itself() {
+        let handshakes = Handshakes::new(PLACES);
+        let address = |n: u16| IpAddr::from([0xfd00, 0, 0, 1, 0, 0, 0, n]);
+        let taken =
+            (handshakes.place(address(1)).await.unwrap(), handshakes.place(address(2)).await.unwrap());
+        let third = handshakes.place(address(3)).await.map(drop);
+        assert_eq!(third, Err(NoPlace::TimedOut(PLACES.patience)));
+        drop(handshakes.place([0xfd00, 0, 0, 2, 0, 0, 0, 1].into()).await.unwrap());
+        drop(taken);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn those_that_wait_are_limited_over_all_sources() {
+        let handshakes = Handshakes::new(PLACES);
+        let mut waiting = Vec::new();
+        let mut refused = 0;
+        let begin = async |source_number: u8| {
+            let mut attempt = Box::pin(handshakes.place(source(source_number)));
+            match tokio::time::timeout(Duration::ZERO, &mut attempt).await {
+                Ok(Err(error)) => Err(error),
+                Ok(Ok(place)) => Ok((Some(place), None)),
+                Err(_) => Ok((None, Some(attempt))),
+            }
+        };
+        for source in 0..8 {
+            for _ in 0..5 {
+                match begin(source).await {
+                    Ok(one) => waiting.push(one),
+                    Err(error) => {
+                        assert_eq!(error, NoPlace::TooManyInAll(16));
+                        refused += 1;
+                    }
+                }
+            }
+        }
+        // Four have places, sixteen wait, two of these as the first of their source.
+        assert_eq!((waiting.len(), refused), (20, 20));
+        let held = |source_number: u8| {
+            handshakes.waits().of.get(&Source::of(source(source_number))).map_or(0, |share| share.connections)
+        };
+        assert_eq!((0..8).map(held).collect::<Vec<_>>(), [5, 5, 5, 3, 1, 1, 0, 0]);
+        assert_eq!(begin(9).await.err(), Some(NoPlace::TooManyInAll(16)));
+        drop(waiting);
+        drop(begin(9).await.unwrap());
+        assert_eq!(handshakes.waits().connections, 0);
     }
 }
