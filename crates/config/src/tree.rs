@@ -10,6 +10,7 @@
 
 mod plain;
 mod scalar;
+mod surrogates;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -235,7 +236,13 @@ pub fn parse<'s>(document: Text<'s>, limits: &Limits) -> Result<Option<Node<'s>>
     }
     match plain::parse(document, limits) {
         Some(root) => Ok(Some(root)),
-        None => parse_any(document, limits),
+        None => parse_any(document, limits).or_else(|error| match surrogates::joined(document.text) {
+            Some(text) => {
+                let root = parse_any(Text { text: &text, ..document }, limits)?;
+                Ok(root.map(Node::into_owned))
+            }
+            None => Err(error),
+        }),
     }
 }
 

@@ -140,6 +140,28 @@ fn json_is_yaml() {
     assert_eq!(items[3].value, Value::Null);
 }
 
+#[test]
+fn json_with_characters_in_two_halves_is_read() {
+    let text = r#"{"a": "\ud83d\ude00 \u003c \/ \\ud83d\\ude00", "\uD834\uDD1E": [{"b": "\ud83d\ude00"}]}"#;
+    let Value::Mapping(entries) = value(text) else { panic!("a mapping") };
+    assert_eq!(entries[0].value.value, Value::String("😀 < / \\ud83d\\ude00".into()));
+    assert_eq!(entries[1].key, "𝄞");
+    assert!(
+        matches!(&entries[1].value.value, Value::Sequence(items) if items[0].get("b").unwrap().as_str() == Some("😀"))
+    );
+    // A half alone, or two of one kind, is no character; nor does YAML that is not JSON have any.
+    for text in [
+        r#"{"a": "\ud83d"}"#,
+        r#"{"a": "\ude00\ud83d"}"#,
+        r#"{"a": "\ud83d\ud83d"}"#,
+        r#"{"a": "\ud83d\u+e00"}"#,
+        r#"a: "\ud83d\ude00""#,
+        r#"{"a": "\"#,
+    ] {
+        assert!(read(text).is_err(), "{text}");
+    }
+}
+
 /// What both readers make of a text, where the quick one reads it at all.
 fn compare(text: &str) -> bool {
     let mut read = false;
