@@ -1,6 +1,6 @@
 //! Manifests as the commands read them: directories and single files, once, through the same code as ztunnel's.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -10,6 +10,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use config::compile::Options;
 use config::diagnostic::Diagnostic;
 use config::directory::manifests;
+use config::kinds::Capture;
 use config::repository::{Content, Repository};
 use model::Mesh;
 
@@ -111,6 +112,8 @@ pub struct Compiled {
     pub diagnostics: Vec<Diagnostic>,
     /// How many objects are in force.
     pub objects: usize,
+    /// What of their traffic pods have captured, by their uids, where they say so.
+    pub captures: HashMap<model::Str, Capture>,
     changes: Vec<model::Change>,
 }
 
@@ -121,6 +124,7 @@ impl Compiled {
             mesh: Mesh::default().apply(changes.clone()),
             diagnostics: repository.review(),
             objects: repository.object_count(),
+            captures: repository.captures().map(|(uid, c)| (uid.clone(), c.clone())).collect(),
             changes,
         }
     }

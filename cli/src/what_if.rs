@@ -84,11 +84,11 @@ pub fn run(args: &WhatIfArgs) -> Result<ExitCode> {
     let files = Files::read(&args.paths)?;
     let compiled = files.compile();
     warn(&compiled)?;
-    let mut answers = vec![answer(args, &compiled.mesh, "as it is".to_owned())?];
+    let mut answers = vec![answer(args, &compiled, "as it is".to_owned())?];
     if !args.with.is_empty() {
         let changed = files.compile_with(&Files::read(&args.with)?);
         let names: Vec<_> = args.with.iter().map(|p| p.display().to_string()).collect();
-        answers.push(answer(args, &changed.mesh, format!("with {}", names.join(", ")))?);
+        answers.push(answer(args, &changed, format!("with {}", names.join(", ")))?);
     }
     match args.output {
         Output::Json => print(&format!("{}\n", serde_json::to_string_pretty(&answers)?))?,
@@ -111,7 +111,8 @@ fn warn(compiled: &Compiled) -> Result<()> {
     Ok(())
 }
 
-fn answer(args: &WhatIfArgs, mesh: &Mesh, files: String) -> Result<Answer> {
+fn answer(args: &WhatIfArgs, compiled: &Compiled, files: String) -> Result<Answer> {
+    let mesh = &compiled.mesh;
     let source = source(mesh, &args.source)?;
     let (destination, endpoints) = destination(mesh, &args.destination, args.port)?;
     let mut verdicts: Vec<Verdict> = match endpoints {
@@ -120,7 +121,7 @@ fn answer(args: &WhatIfArgs, mesh: &Mesh, files: String) -> Result<Answer> {
             vec![through(mesh, &gateway, &destination)?]
         }
         Endpoints::Known { list, .. } => {
-            list.iter().map(|(w, port)| decide(mesh, &source, w, *port)).collect()
+            list.iter().map(|(w, port)| decide(compiled, &source, w, *port)).collect()
         }
         Endpoints::Unknown(at) => vec![outside(mesh, at)],
     };
@@ -216,7 +217,13 @@ fn of_service(mesh: &Mesh, service: &Service, port: u16) -> Result<(String, Endp
 
 fn of_pod(workload: &Arc<Workload>, port: u16) -> (String, Endpoints) {
     let shown = format!("workload {}/{}:{port}", workload.namespace, workload.name);
-    (shown, Endpoints::Known { list: vec![(workload.clone(), port)], waypoint: workload.waypoint.clone() })
+    (
+        shown,
+        Endpoints::Known {
+            list: vec![(workload.clone(), port)],
+            waypoint: workload.waypoint.as_deref().cloned(),
+        },
+    )
 }
 
 /// What becomes of a connection that has to pass a waypoint, as in ztunnel: it goes nowhere where there is none.
@@ -245,26 +252,27 @@ fn through(mesh: &Mesh, waypoint: &GatewayAddress, destination: &str) -> Result<
     })
 }
 
-fn decide(mesh: &Mesh, source: &Source, workload: &Workload, port: u16) -> Verdict {
+fn decide(compiled: &Compiled, source: &Source, workload: &Workload, port: u16) -> Verdict {
     let same_family = workload.addresses.iter().find(|a| a.is_ipv4() == source.ip.is_ipv4());
     let ip = same_family.or(workload.addresses.first()).copied();
     let name = format!("{}/{}", workload.namespace, workload.name);
     let address =
         ip.map_or_else(|| workload.hostname.to_string(), |ip| SocketAddr::new(ip, port).to_string());
-    if workload.tunnel != TunnelProtocol::Hbone {
-        return Verdict {
-            workload: name,
-            address,
-            carried: "plaintext",
-            allowed: true,
-            reason: "not in the mesh: nothing is decided there".to_owned(),
-            policy: None,
-            dry_run: Vec::new(),
-        };
+    // A tunnel ends at ztunnel whatever the pod leaves alone.
+    let capture = compiled.captures.get(&workload.uid).filter(|_| !source.in_mesh);
+    let left_alone = capture.and_then(|capture| capture.leaves_alone(Some(port)));
+    let undecided = if workload.tunnel == TunnelProtocol::Hbone {
+        left_alone.map(|annotation| format!("not captured ({annotation}): nothing is decided there"))
+    } else {
+        Some("not in the mesh: nothing is decided there".to_owned())
+    };
+    if let Some(reason) = undecided {
+        let (carried, allowed, policy, dry_run) = ("plaintext", true, None, Vec::new());
+        return Verdict { workload: name, address, carried, allowed, reason, policy, dry_run };
     }
     let destination = SocketAddr::new(ip.unwrap_or(Ipv4Addr::UNSPECIFIED.into()), port);
     let connection = Connection::new(source.identity.clone(), source.ip, destination);
-    let decision = mesh.authorize(workload, &connection);
+    let decision = compiled.mesh.authorize(workload, &connection);
     let carried = if source.in_mesh { "hbone" } else { "plaintext" };
     explained(name, address, carried, &decision)
 }

@@ -119,6 +119,30 @@ fn what_if_resolves_every_way_to_name_an_end() {
 }
 
 #[test]
+fn what_a_pod_leaves_alone_is_not_said_to_be_refused() {
+    for (annotation, port, alone) in [
+        ("ambient.istio.io/bypass-inbound-capture: 'true'", "8080", true),
+        ("traffic.sidecar.istio.io/excludeInboundPorts: '8000-8100'", "8080", true),
+        ("traffic.sidecar.istio.io/excludeInboundPorts: '8000-8100'", "9090", false),
+        ("traffic.sidecar.istio.io/includeInboundPorts: '9090'", "8080", true),
+        ("traffic.sidecar.istio.io/includeInboundPorts: '9090'", "9090", false),
+        ("traffic.sidecar.istio.io/includeInboundPorts: '*'", "8080", false),
+    ] {
+        let mesh = MESH.replace("uid: web,", &format!("uid: web, annotations: {{{annotation}}},"));
+        let files = Files::new(&[("mesh.yaml", &mesh), ("strict.yaml", STRICT)]);
+        let (code, answers) = what_if(&files.dir(), "outside/legacy", "10.0.0.2", port, &[]);
+        assert_eq!(code == 0, alone, "{annotation} {port}: {answers:?}");
+        let reason = answers[0]["endpoints"][0]["reason"].as_str().unwrap();
+        assert_eq!(reason.contains("not captured"), alone, "{reason}");
+        let (code, _) = what_if(&files.dir(), "shop/batch", "10.0.0.2", port, &[]);
+        assert_eq!(code, 0, "in the mesh there is an identity");
+        let output = culvert(&["analyze", &files.dir()]);
+        let said = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(said.contains("outside-the-mesh"), !annotation.ends_with("'*'"), "{annotation}: {said}");
+    }
+}
+
+#[test]
 fn what_if_refuses_what_ztunnel_refuses_for_want_of_a_waypoint() {
     let closed = "apiVersion: networking.istio.io/v1
 kind: ServiceEntry

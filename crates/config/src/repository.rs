@@ -3,10 +3,11 @@
 
 use std::sync::Arc;
 
-use model::{Change, Settings};
+use model::{Change, Settings, Str};
 
 use crate::compile::{Batch, Compiler, EnrolmentChange, Options};
 use crate::diagnostic::{Code, Diagnostic, Severity};
+use crate::kinds::Capture;
 use crate::labels::Pool;
 use crate::resource::ObjectKey;
 use crate::store::Store;
@@ -88,6 +89,11 @@ impl Repository {
     #[must_use]
     pub fn has_bad_files(&self) -> bool {
         self.store.diagnostics(&|_| Vec::new()).iter().any(|d| d.severity == Severity::Error)
+    }
+
+    /// The pods in the mesh that have annotations on what of their traffic is captured, by their uids.
+    pub fn captures(&self) -> impl Iterator<Item = (&Str, &Capture)> {
+        self.compiler.captures()
     }
 
     /// The settings in force.

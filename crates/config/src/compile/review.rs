@@ -3,7 +3,9 @@
 use model::{Str, StringMatch, TunnelProtocol};
 
 use super::index::Id;
+use super::join::key_of;
 use super::{Compiler, Finding};
+use crate::kinds::Capture;
 use crate::labels::Selector;
 use crate::policy::review::{Selected, World};
 use crate::resource::ObjectKey;
@@ -13,6 +15,30 @@ impl Compiler {
     #[must_use]
     pub fn review(&self, key: &ObjectKey) -> Vec<Finding> {
         self.policies.review(key, self)
+    }
+
+    /// The pods that are in the mesh and have annotations on what of their traffic is captured, by their uids.
+    pub fn captures(&self) -> impl Iterator<Item = (&Str, &Capture)> {
+        self.by_uid.iter().filter(|(_, id)| self.is_in_mesh(**id)).filter_map(|(uid, id)| {
+            let capture = self.record(*id)?.capture.as_deref()?;
+            Some((uid, capture))
+        })
+    }
+
+    fn selection(&self, namespace: Option<&Str>, selector: Option<&Selector>) -> impl Iterator<Item = Id> {
+        let areas: Vec<_> = match namespace {
+            Some(name) => self.areas.get(name).into_iter().collect(),
+            None => self.areas.values().collect(),
+        };
+        let candidates = areas.into_iter().flat_map(move |area| -> Vec<Id> {
+            match selector {
+                Some(selector) => area.candidates(selector).map(|m| m.iter().collect()).unwrap_or_default(),
+                None => area.instances.iter().copied().collect(),
+            }
+        });
+        let selects =
+            move |id: &Id| selector.is_none_or(|s| self.record(*id).is_some_and(|r| s.matches(&r.labels)));
+        candidates.filter(selects)
     }
 
     fn is_in_mesh(&self, id: Id) -> bool {
@@ -39,25 +65,28 @@ impl World for Compiler {
         })
     }
 
+    fn left_alone(
+        &self,
+        namespace: Option<&Str>,
+        selector: Option<&Selector>,
+    ) -> Option<(ObjectKey, &'static str)> {
+        let ids = self.selection(namespace, selector).filter(|id| self.is_in_mesh(*id));
+        let pods = ids.filter_map(|id| {
+            let record = self.record(id)?;
+            let annotation = record.capture.as_ref()?.leaves_alone(None)?;
+            Some((key_of(record.maker, record.workload()?), annotation))
+        });
+        // The first by name: what is said must not depend on the order of a set.
+        pods.min_by(|a, b| a.0.cmp(&b.0))
+    }
+
     fn selected(&self, namespace: Option<&Str>, selector: Option<&Selector>) -> Selected {
-        let areas: Vec<_> = match namespace {
-            Some(name) => self.areas.get(name).into_iter().collect(),
-            None => self.areas.values().collect(),
-        };
         let mut found = Selected::Nothing;
-        for area in areas {
-            let ids: Vec<Id> = match selector {
-                Some(selector) => area.candidates(selector).map(|m| m.iter().collect()).unwrap_or_default(),
-                None => area.instances.iter().copied().collect(),
-            };
-            let selects =
-                |id: &Id| selector.is_none_or(|s| self.record(*id).is_some_and(|r| s.matches(&r.labels)));
-            for id in ids.into_iter().filter(selects) {
-                if self.is_in_mesh(id) {
-                    return Selected::InMesh;
-                }
-                found = Selected::Outside;
+        for id in self.selection(namespace, selector) {
+            if self.is_in_mesh(id) {
+                return Selected::InMesh;
             }
+            found = Selected::Outside;
         }
         found
     }

@@ -22,6 +22,26 @@ pub struct Capture {
     pub bypass_inbound: bool,
 }
 
+impl Capture {
+    /// The annotation by which connections to `port` are left alone, or with `None` those to any port.
+    #[must_use]
+    pub fn leaves_alone(&self, port: Option<u16>) -> Option<&'static str> {
+        let within = |list: &[PortRange]| {
+            list.iter().any(|range| port.is_none_or(|port| (range.first..=range.last).contains(&port)))
+        };
+        if self.bypass_inbound {
+            return Some("ambient.istio.io/bypass-inbound-capture");
+        }
+        if within(&self.exclusions.exclude_inbound_ports) {
+            return Some("traffic.sidecar.istio.io/excludeInboundPorts");
+        }
+        let included = self.exclusions.include_inbound_ports.as_deref()?;
+        let all = included.contains(&PortRange { first: 1, last: u16::MAX });
+        let left = if port.is_some() { !within(included) } else { !all };
+        left.then_some("traffic.sidecar.istio.io/includeInboundPorts")
+    }
+}
+
 impl Default for Capture {
     fn default() -> Self {
         Self { netns: None, exclusions: Exclusions::default(), dns_capture: true, bypass_inbound: false }

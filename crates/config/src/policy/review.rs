@@ -23,6 +23,14 @@ pub trait World {
     /// policies for it.
     fn is_closed(&self, object: &ObjectKey) -> bool;
 
+    /// One of the workloads that a selector selects, or of all, that is in the mesh and leaves connections to it alone,
+    /// all or some, and the annotation by which it does.
+    fn left_alone(
+        &self,
+        namespace: Option<&Str>,
+        selector: Option<&Selector>,
+    ) -> Option<(ObjectKey, &'static str)>;
+
     /// The workloads of a namespace, or of all, that a selector selects, or all of them.
     fn selected(&self, namespace: Option<&Str>, selector: Option<&Selector>) -> Selected;
 }
@@ -101,8 +109,19 @@ pub(super) fn selection(
     if is_root && selector.is_none() {
         return Vec::new();
     }
-    let (code, message, remedy) = match world.selected((!is_root).then_some(&key.namespace), selector) {
-        Selected::InMesh => return Vec::new(),
+    let namespace = (!is_root).then_some(&key.namespace);
+    let (code, message, remedy) = match world.selected(namespace, selector) {
+        Selected::InMesh => {
+            let about = |(pod, annotation): (ObjectKey, &str)| Finding {
+                code: Code::OutsideTheMesh,
+                message: format!(
+                    "{} leaves connections to it alone ({annotation}), and nothing enforces the policy on these",
+                    pod.resource_name()
+                ),
+                remedy: "remove the annotation, or select other workloads".to_owned(),
+            };
+            return world.left_alone(namespace, selector).map(about).into_iter().collect();
+        }
         Selected::Nothing => (Code::NoWorkload, "it is for no workload that there is", "check the labels"),
         Selected::Outside => (
             Code::OutsideTheMesh,
