@@ -99,7 +99,7 @@ fn workload(w: &Workload) -> Value {
         "workloadType": w.workload_kind.to_string(),
         "services": w.services.iter().map(|m| m.service.to_string()).collect::<Vec<_>>(),
         "authorizationPolicies": w.policies.iter().map(ToString::to_string).collect::<Vec<_>>(),
-        "waypoint": w.waypoint.as_ref().map(gateway),
+        "waypoint": w.waypoint.as_deref().map(gateway),
         "capacity": w.capacity,
     })
 }

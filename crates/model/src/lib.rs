@@ -9,6 +9,7 @@
 
 mod address;
 mod cow_map;
+mod holders;
 mod identity;
 mod mesh;
 mod name;

@@ -8,6 +8,7 @@ use hashbrown::HashMap;
 use ipnet::{Ipv4Net, Ipv6Net};
 use prefix_trie::PrefixMap;
 
+use crate::holders::Holders;
 use crate::verdict::{Connection, Decision, decide};
 use crate::{
     CowMap, NetworkAddress, OriginalDst, Policy, PolicyKey, PortMapping, Scope, Service, ServiceKey,
@@ -116,7 +117,7 @@ pub struct Mesh {
     workloads: CowMap<Str, Arc<Workload>>,
     /// Usually one; with several, the first by uid, so that it does not depend on the order in which they came. Of
     /// one cluster, pods' uids come before those of entries and their endpoints.
-    by_address: CowMap<NetworkAddress, Vec<Arc<Workload>>>,
+    by_address: CowMap<NetworkAddress, Holders>,
     services: CowMap<ServiceKey, Arc<Service>>,
     by_vip: CowMap<NetworkAddress, Vec<Arc<Service>>>,
     by_range: Arc<Ranges>,
@@ -287,11 +288,7 @@ impl Mesh {
         if workload.network_mode == crate::NetworkMode::Standard {
             for address in workload.network_addresses() {
                 if let Some(list) = self.by_address.entry_or_default(&address) {
-                    let at = list.partition_point(|w| w.uid < workload.uid);
-                    match list.get_mut(at).filter(|w| w.uid == workload.uid) {
-                        Some(slot) => *slot = workload.clone(),
-                        None => list.insert(at, workload.clone()),
-                    }
+                    list.put(&workload);
                 }
             }
         }
@@ -323,12 +320,9 @@ impl Mesh {
         };
         for address in old.network_addresses() {
             if !keeps_address(&address)
-                && let Some(list) = self.by_address.get_mut(&address)
+                && self.by_address.get_mut(&address).is_some_and(|list| list.remove(&old.uid))
             {
-                list.retain(|w| w.uid != old.uid);
-                if list.is_empty() {
-                    self.by_address.remove(&address);
-                }
+                self.by_address.remove(&address);
             }
         }
         for membership in &old.services {

@@ -49,9 +49,9 @@ pub struct Workload {
     /// The policies that select it; namespace-wide and mesh-wide ones are found by their scope.
     pub policies: Box<[PolicyKey]>,
     /// The waypoint that its traffic passes first.
-    pub waypoint: Option<GatewayAddress>,
+    pub waypoint: Option<Box<GatewayAddress>>,
     /// The east-west gateway through which other networks reach it.
-    pub network_gateway: Option<GatewayAddress>,
+    pub network_gateway: Option<Box<GatewayAddress>>,
     /// Set when the application itself takes tunnelled traffic on a port of its own.
     pub application_tunnel: Option<ApplicationTunnel>,
     /// Its weight among the endpoints of a service; 1 when nothing else is said, 0 takes no traffic.

@@ -62,8 +62,8 @@ impl Decoder {
                 let (namespace, name) = self.qualified(name).map_err(|p| Fault::new("name", p))?;
                 Ok(PolicyKey { namespace, name })
             })?,
-            waypoint: self.gateway(w.waypoint.as_ref(), "waypoint")?,
-            network_gateway: self.gateway(w.network_gateway.as_ref(), "network_gateway")?,
+            waypoint: self.gateway(w.waypoint.as_ref(), "waypoint")?.map(Box::new),
+            network_gateway: self.gateway(w.network_gateway.as_ref(), "network_gateway")?.map(Box::new),
             application_tunnel: w
                 .application_tunnel
                 .as_ref()

@@ -41,8 +41,8 @@ pub fn encode_workload(workload: &Workload) -> Result<wire::Workload, EncodeErro
         } else {
             w.service_account.to_string()
         },
-        waypoint: w.waypoint.as_ref().map(gateway),
-        network_gateway: w.network_gateway.as_ref().map(gateway),
+        waypoint: w.waypoint.as_deref().map(gateway),
+        network_gateway: w.network_gateway.as_deref().map(gateway),
         node: w.node.to_string(),
         canonical_name: w.canonical_name.to_string(),
         canonical_revision: w.canonical_revision.to_string(),

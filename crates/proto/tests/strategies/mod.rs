@@ -129,8 +129,8 @@ pub fn workload() -> BoxedStrategy<Workload> {
             tunnel: how.0,
             network_mode: how.1,
             health: how.2,
-            waypoint: how.3,
-            network_gateway: how.4,
+            waypoint: how.3.map(Box::new),
+            network_gateway: how.4.map(Box::new),
             application_tunnel: how
                 .5
                 .map(|(proxy_protocol, port)| ApplicationTunnel { proxy_protocol, port }),
