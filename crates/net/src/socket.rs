@@ -5,10 +5,12 @@
 //! the listener once (mark, transparency, `TCP_NODELAY`, keep-alive, user timeout: `sk_clone_lock` in the
 //! kernel's net/core/sock.c), so that an accepted connection costs no option call at all.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::AsRawFd;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
@@ -61,6 +63,8 @@ pub struct ListenOptions {
     pub keepalive: Option<Keepalive>,
     /// `TCP_USER_TIMEOUT` for accepted connections: how long sent data may stay unacknowledged.
     pub user_timeout: Option<Duration>,
+    /// Accepted connections don't leave the machine: what is sent need not be paced.
+    pub local: bool,
 }
 
 impl Default for ListenOptions {
@@ -74,6 +78,7 @@ impl Default for ListenOptions {
             nodelay: true,
             keepalive: Some(Keepalive::default()),
             user_timeout: None,
+            local: false,
         }
     }
 }
@@ -93,6 +98,8 @@ pub struct ConnectOptions {
     pub keepalive: Option<Keepalive>,
     /// `TCP_USER_TIMEOUT`: how long sent data may stay unacknowledged.
     pub user_timeout: Option<Duration>,
+    /// The connection doesn't leave the machine: what is sent need not be paced.
+    pub local: bool,
 }
 
 impl Default for ConnectOptions {
@@ -103,6 +110,7 @@ impl Default for ConnectOptions {
             nodelay: true,
             keepalive: Some(Keepalive::default()),
             user_timeout: None,
+            local: false,
         }
     }
 }
@@ -215,6 +223,9 @@ pub fn listen(
             if options.transparent {
                 set_transparent(socket, address)?;
             }
+            if options.local {
+                send_unpaced(socket);
+            }
             set_common(socket, options.mark, options.nodelay, options.keepalive, options.user_timeout)
         })?;
         socket.bind(&address.into()).at(Step::Bind)?;
@@ -262,6 +273,9 @@ pub async fn connect(
 fn outgoing(netns: &Netns, options: &ConnectOptions, target: SocketAddr) -> Result<Socket, Failure> {
     let socket = new_socket(netns, target, Type::STREAM)?;
     set_common(&socket, options.mark, options.nodelay, options.keepalive, options.user_timeout)?;
+    if options.local {
+        send_unpaced(&socket);
+    }
     if let Some(source) = options.source.map(canonical) {
         if source.is_ipv4() != target.is_ipv4() {
             let message = format!("source {source} is of another family than the destination");
@@ -327,6 +341,21 @@ fn set_common(
         socket.set_tcp_user_timeout(user_timeout).at(Step::Option("TCP_USER_TIMEOUT"))?;
     }
     Ok(())
+}
+
+/// Where the system's congestion control paces what is sent (BBR), takes another for this socket: a timer for each
+/// segment, on a path that nothing else is on, costs half of the throughput. Connections that a listener accepts get
+/// its choice (kernel net/ipv4/tcp_minisocks.c, `tcp_ca_openreq_child`).
+fn send_unpaced(socket: &Socket) {
+    static PACES: LazyLock<bool> = LazyLock::new(|| {
+        let system = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control");
+        system.is_ok_and(|name| name.starts_with("bbr"))
+    });
+    if *PACES {
+        // Without both it works as well, only slower; Reno is part of every kernel.
+        let choose = |name: &str| setsockopt(socket, sockopt::TcpCongestion, &OsString::from(name));
+        let _ = choose("cubic").or_else(|_| choose("reno"));
+    }
 }
 
 /// Allows addresses that aren't the namespace's own. On an IPv6 socket the one option covers both families.

@@ -156,7 +156,9 @@ impl Node {
         F: Fn(Arc<Proxy>, Arc<LocalPod>, TcpStream, SocketAddr) -> Fut + Clone + Send + 'static,
         Fut: Future<Output = ()> + Send + 'static,
     {
-        let first = net::listen(&pod.netns, any(port), &listen_options())?;
+        // The pod's own connections come from inside of it.
+        let options = ListenOptions { local: port == OUTBOUND_PORT, ..listen_options() };
+        let first = net::listen(&pod.netns, any(port), &options)?;
         for worker in self.workers.handles() {
             // The same socket, known to each thread's own runtime.
             let shared = first.as_fd().try_clone_to_owned().map_err(EnrolError::Listener)?;
