@@ -55,6 +55,10 @@ pub struct Flags {
     /// are cut that hold much for long. By default a quarter of what the machine or the container has, 64 to 1024
     #[arg(long, env = "CULVERT_TUNNEL_MEMORY", value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub tunnel_memory: Option<u32>,
+    /// Pace what is sent between nodes where the system's congestion control does (BBR). Without it tunnels use CUBIC
+    /// there: inside a data centre a timer for each segment costs a third of the throughput. For links that lose packets
+    #[arg(long, env = "CULVERT_PACE_TUNNELS")]
+    pub pace_tunnels: bool,
     /// What all of the project's binaries understand.
     #[command(flatten)]
     pub shared: process::settings::RawSettings,
@@ -77,6 +81,8 @@ pub struct Limits {
     pub room: RoomLimits,
     /// What tunnels may hold.
     pub memory: hbone::Memory,
+    /// Whether what is sent between nodes is paced, see [`Flags::pace_tunnels`].
+    pub pace_tunnels: bool,
 }
 
 impl Limits {
@@ -101,6 +107,7 @@ impl Limits {
             pooled: part(8, 128, 16_384),
             room: RoomLimits { per_pod: part(8, 256, 100_000), descriptors: part(2, 512, 1 << 23) },
             memory: hbone::Memory::of_process(),
+            pace_tunnels: false,
         }
     }
 
@@ -108,7 +115,8 @@ impl Limits {
     pub fn of_process(flags: &Flags) -> Self {
         let limits = Self::for_descriptors(net::limits::descriptors().unwrap_or(1024));
         let bytes = flags.tunnel_memory.and_then(|mib| usize::try_from(u64::from(mib) << 20).ok());
-        Self { memory: bytes.map_or(limits.memory, hbone::Memory::with_limit), ..limits }
+        let memory = bytes.map_or(limits.memory, hbone::Memory::with_limit);
+        Self { memory, pace_tunnels: flags.pace_tunnels, ..limits }
     }
 }
 

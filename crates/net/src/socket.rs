@@ -63,8 +63,8 @@ pub struct ListenOptions {
     pub keepalive: Option<Keepalive>,
     /// `TCP_USER_TIMEOUT` for accepted connections: how long sent data may stay unacknowledged.
     pub user_timeout: Option<Duration>,
-    /// Accepted connections don't leave the machine: what is sent need not be paced.
-    pub local: bool,
+    /// Accepted connections don't pace what they send, whatever the system's congestion control does.
+    pub unpaced: bool,
 }
 
 impl Default for ListenOptions {
@@ -78,7 +78,7 @@ impl Default for ListenOptions {
             nodelay: true,
             keepalive: Some(Keepalive::default()),
             user_timeout: None,
-            local: false,
+            unpaced: false,
         }
     }
 }
@@ -98,8 +98,8 @@ pub struct ConnectOptions {
     pub keepalive: Option<Keepalive>,
     /// `TCP_USER_TIMEOUT`: how long sent data may stay unacknowledged.
     pub user_timeout: Option<Duration>,
-    /// The connection doesn't leave the machine: what is sent need not be paced.
-    pub local: bool,
+    /// Don't pace what is sent, whatever the system's congestion control does.
+    pub unpaced: bool,
 }
 
 impl Default for ConnectOptions {
@@ -110,7 +110,7 @@ impl Default for ConnectOptions {
             nodelay: true,
             keepalive: Some(Keepalive::default()),
             user_timeout: None,
-            local: false,
+            unpaced: false,
         }
     }
 }
@@ -223,7 +223,7 @@ pub fn listen(
             if options.transparent {
                 set_transparent(socket, address)?;
             }
-            if options.local {
+            if options.unpaced {
                 send_unpaced(socket);
             }
             set_common(socket, options.mark, options.nodelay, options.keepalive, options.user_timeout)
@@ -273,7 +273,7 @@ pub async fn connect(
 fn outgoing(netns: &Netns, options: &ConnectOptions, target: SocketAddr) -> Result<Socket, Failure> {
     let socket = new_socket(netns, target, Type::STREAM)?;
     set_common(&socket, options.mark, options.nodelay, options.keepalive, options.user_timeout)?;
-    if options.local {
+    if options.unpaced {
         send_unpaced(&socket);
     }
     if let Some(source) = options.source.map(canonical) {
@@ -343,8 +343,8 @@ fn set_common(
     Ok(())
 }
 
-/// Where the system's congestion control paces what is sent (BBR), takes another for this socket: a timer for each
-/// segment, on a path that nothing else is on, costs half of the throughput. Connections that a listener accepts get
+/// Where the system's congestion control paces what is sent (BBR), takes another for this socket: on a short path a timer
+/// for each segment costs much and brings nothing. Connections that a listener accepts get
 /// its choice (kernel net/ipv4/tcp_minisocks.c, `tcp_ca_openreq_child`).
 fn send_unpaced(socket: &Socket) {
     static PACES: LazyLock<bool> = LazyLock::new(|| {

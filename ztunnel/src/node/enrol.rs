@@ -156,8 +156,13 @@ impl Node {
         F: Fn(Arc<Proxy>, Arc<LocalPod>, TcpStream, SocketAddr) -> Fut + Clone + Send + 'static,
         Fut: Future<Output = ()> + Send + 'static,
     {
-        // The pod's own connections come from inside of it.
-        let options = ListenOptions { local: port == OUTBOUND_PORT, ..listen_options() };
+        let unpaced = match port {
+            // The pod's own connections come from inside of it.
+            OUTBOUND_PORT => true,
+            HBONE_PORT => !self.proxy.limits.pace_tunnels,
+            _ => false,
+        };
+        let options = ListenOptions { unpaced, ..listen_options() };
         let first = net::listen(&pod.netns, any(port), &options)?;
         for worker in self.workers.handles() {
             // The same socket, known to each thread's own runtime.

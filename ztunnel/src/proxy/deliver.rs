@@ -22,7 +22,7 @@ pub async fn deliver(proxy: &Proxy, pod: &LocalPod, permit: &Permit) -> Result<T
     // service was reached by the other one; then the source can't be the client's.
     let source = (client != to.ip() && client.is_ipv4() == to.is_ipv4()).then(|| SocketAddr::new(client, 0));
     // Within the pod: an end that is gone says so, there is nothing on the way to probe for.
-    let options = ConnectOptions { source, keepalive: None, local: true, ..ConnectOptions::default() };
+    let options = ConnectOptions { source, keepalive: None, unpaced: true, ..ConnectOptions::default() };
     net::connect(&pod.netns, &options, to, proxy.limits.connect_timeout)
         .await
         .map_err(|e| Failure::Connect { to, reason: e.source.to_string() })

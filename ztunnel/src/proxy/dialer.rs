@@ -41,6 +41,8 @@ pub struct Dialer {
     pub tls: Tls,
     /// For the TCP connect alone.
     pub connect_timeout: Duration,
+    /// Whether what is sent is paced, see [`crate::settings::Flags::pace_tunnels`].
+    pub pace: bool,
 }
 
 impl Connector for Dialer {
@@ -52,7 +54,7 @@ impl Connector for Dialer {
     async fn connect(&self, key: &TunnelKey) -> Result<(Self::Io, Self::Peer), Failure> {
         let to = key.to.socket_addr();
         let source = (key.source_ip.is_ipv4() == to.is_ipv4()).then(|| SocketAddr::new(key.source_ip, 0));
-        let options = ConnectOptions { source, ..ConnectOptions::default() };
+        let options = ConnectOptions { source, unpaced: !self.pace, ..ConnectOptions::default() };
         let tcp = net::connect(&key.netns, &options, to, self.connect_timeout)
             .await
             .map_err(|e| Failure::Connect { to, reason: e.source.to_string() })?;
@@ -78,7 +80,11 @@ impl Tunnels {
             transport: Transport { memory: limits.memory, ..defaults.transport },
             ..defaults
         };
-        let dialer = || Dialer { tls: tls.clone(), connect_timeout: limits.connect_timeout };
+        let dialer = || Dialer {
+            tls: tls.clone(),
+            connect_timeout: limits.connect_timeout,
+            pace: limits.pace_tunnels,
+        };
         Self((0..threads.max(1)).map(|_| Pool::new(dialer(), settings)).collect())
     }
 
