@@ -6,11 +6,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use structure::{Member, Workspace};
 
 /// A library, and the libraries that it may depend on.
-const LIBRARIES: [(&str, &[&str]); 9] = [
+const LIBRARIES: [(&str, &[&str]); 10] = [
     ("model", &[]),
     ("config", &["model"]),
     ("balance", &["model"]),
     ("proto", &["model"]),
+    ("xds", &["proto"]),
     ("identity", &["model", "proto"]),
     ("net", &[]),
     ("hbone", &["net", "model"]),
@@ -22,7 +23,7 @@ const LIBRARIES: [(&str, &[&str]); 9] = [
 const IN_TESTS: [(&str, &[&str]); 2] = [("net", &["harness"]), ("capture", &["harness"])];
 
 /// May depend on all libraries, and not on each other.
-const BINARIES: [&str; 2] = ["ztunnel", "cli"];
+const BINARIES: [&str; 5] = ["ztunnel", "control-plane", "cni-plugin", "node-agent", "cli"];
 
 /// Directories whose members only test or measure, and may depend on whatever they like.
 const FREE: [&str; 2] = ["tests/", "bench"];

@@ -1,0 +1,2 @@
+//! The node agent: enrols the pods of a node.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! The control plane.
+#![forbid(unsafe_code)]

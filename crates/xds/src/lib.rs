@@ -1,0 +1,2 @@
+//! Delta xDS, client and server.
+#![forbid(unsafe_code)]
