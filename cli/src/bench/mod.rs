@@ -185,8 +185,11 @@ fn machine(repetitions: usize) -> Result<Machine> {
         .lines()
         .find_map(|l| l.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse().ok())
         .unwrap_or_default();
+    let model = model.unwrap_or("unknown processor");
+    // What TCP costs depends on it: with BBR each segment waits for a timer.
+    let congestion = read("/proc/sys/net/ipv4/tcp_congestion_control")?;
     Ok(Machine {
-        machine: format!("{cores} cores, {}, {} GiB", model.unwrap_or("unknown processor"), kb >> 20),
+        machine: format!("{cores} cores, {model}, {} GiB, TCP {}", kb >> 20, congestion.trim()),
         kernel: read("/proc/sys/kernel/osrelease")?.trim().to_owned(),
         commit: commit(),
         repetitions,
