@@ -3,7 +3,10 @@
 
 use std::error::Error;
 
-const FILES: [&str; 5] = [
+const FILES: [&str; 8] = [
+    "envoy/config/core/v3/base.proto",
+    "envoy/service/discovery/v3/discovery.proto",
+    "google/rpc/status.proto",
     "istio/workload.proto",
     "istio/authorization.proto",
     "istio/zds.proto",
@@ -18,6 +21,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         // Ordered, so that equal objects have equal bytes, and a version can be a hash of them.
         .btree_map(["."])
         .include_file("wire.rs")
+        .service_generator(tonic_prost_build::configure().service_generator())
         .compile_fds(descriptors)?;
     Ok(())
 }

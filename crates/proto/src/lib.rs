@@ -17,13 +17,17 @@ mod lower;
 mod names;
 
 pub use decode::{DecodeError, Decoded, Decoder, Elided, Problem};
-pub use encode::{EncodeError, Extensions, Obstacle, Reason, encode_policy, encode_service, encode_workload};
+pub use encode::{
+    EncodeError, Extensions, Obstacle, Reason, encode_policy, encode_service, encode_settings, encode_workload,
+};
 pub use names::{
-    ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, ResourceName, WORKLOAD_TYPE_URL, policy_name, service_aliases,
+    ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, MESH_SETTINGS_NAME, MESH_SETTINGS_TYPE_URL, ResourceName, WORKLOAD_TYPE_URL, policy_name, service_aliases,
     service_name, workload_aliases, workload_name,
 };
 
-/// The messages, generated from the `.proto` files of this crate.
+/// The messages, generated from the `.proto` files of this crate, and the gRPC services: each in modules of its
+/// client and its server, [`wire::discovery::aggregated_discovery_service_client`] and `_server`,
+/// [`wire::auth::istio_certificate_service_client`] and `_server`.
 pub mod wire {
     /// The generated modules, nested as the packages are.
     #[allow(missing_docs, clippy::all, rust_2018_idioms)]
@@ -32,6 +36,9 @@ pub mod wire {
     }
 
     pub use generated::culvert::wire::v1 as culvert;
+    pub use generated::envoy::config::core::v3 as core;
+    pub use generated::envoy::service::discovery::v3 as discovery;
+    pub use generated::google::rpc;
     pub use generated::istio::security;
     pub use generated::istio::v1::auth;
     pub use generated::istio::workload;

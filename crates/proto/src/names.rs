@@ -11,6 +11,11 @@ pub const WORKLOAD_TYPE_URL: &str = "type.googleapis.com/istio.workload.Workload
 /// The type of policies.
 pub const AUTHORIZATION_TYPE_URL: &str = "type.googleapis.com/istio.security.Authorization";
 
+/// The type of the mesh's settings; Culvert's own, see `culvert/wire.proto`.
+pub const MESH_SETTINGS_TYPE_URL: &str = "type.googleapis.com/culvert.wire.v1.MeshSettings";
+/// The name of the only resource of that type.
+pub const MESH_SETTINGS_NAME: &str = "mesh";
+
 /// The primary name of a workload: its uid.
 #[must_use]
 pub fn workload_name(workload: &Workload) -> &str {

@@ -55,3 +55,36 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn settings_read_back_as_they_were_and_what_is_left_out_is_the_default() {
+    let settings = model::Settings {
+        trust_domains: model::TrustDomains {
+            own: "example.org".parse().unwrap(),
+            aliases: ["old.example.org".parse().unwrap()].into(),
+        },
+        root_namespace: "culvert-system".into(),
+        cluster_domain: "k8s.example.org".into(),
+        outbound: model::OutboundMode::RegistryOnly,
+    };
+    let message: culvert::MeshSettings = sent(&proto::encode_settings(&settings));
+    assert_eq!(Decoder::default().settings(&message).unwrap(), settings);
+    let nothing = culvert::MeshSettings::default();
+    assert_eq!(Decoder::default().settings(&nothing).unwrap(), model::Settings::default());
+}
+
+#[test]
+fn settings_that_mean_nothing_are_refused() {
+    let with = |change: fn(&mut culvert::MeshSettings)| {
+        let mut message = culvert::MeshSettings::default();
+        change(&mut message);
+        Decoder::default().settings(&message).unwrap_err().to_string()
+    };
+    for (error, words) in [
+        (with(|m| m.outbound = 7), ["outbound", "7"]),
+        (with(|m| m.trust_domain = "Not One".into()), ["trust_domain", "Not One"]),
+        (with(|m| m.trust_domain_aliases.push(String::new())), ["trust_domain_aliases[0]", "mesh settings mesh"]),
+    ] {
+        assert!(words.iter().all(|word| error.contains(word)), "{error}");
+    }
+}

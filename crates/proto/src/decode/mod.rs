@@ -8,6 +8,7 @@
 
 mod policy;
 mod service;
+mod settings;
 mod workload;
 
 use std::collections::HashSet;

@@ -2,6 +2,7 @@
 
 mod policy;
 mod service;
+mod settings;
 mod workload;
 
 use std::net::IpAddr;
@@ -10,6 +11,7 @@ use model::{GatewayAddress, GatewayTarget};
 
 pub use policy::encode_policy;
 pub use service::encode_service;
+pub use settings::encode_settings;
 pub use workload::encode_workload;
 
 use crate::wire::workload as wire;

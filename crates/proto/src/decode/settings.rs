@@ -1,0 +1,43 @@
+//! Reading the mesh's settings.
+
+use model::{OutboundMode, Settings, TrustDomain, TrustDomains};
+
+use super::{DecodeError, Decoder, Fault, Problem, each};
+use crate::names::MESH_SETTINGS_NAME;
+use crate::wire::culvert as wire;
+
+impl Decoder {
+    /// Reads the settings of the mesh.
+    ///
+    /// # Errors
+    /// A field has no meaning in the model; the error names it.
+    pub fn settings(&mut self, settings: &wire::MeshSettings) -> Result<Settings, DecodeError> {
+        self.read_settings(settings).map_err(|fault| fault.of("mesh settings", MESH_SETTINGS_NAME))
+    }
+
+    fn read_settings(&mut self, s: &wire::MeshSettings) -> Result<Settings, Fault> {
+        use wire::mesh_settings::OutboundMode as Wire;
+        let defaults = Settings::default();
+        let mut domain = |name: &str| {
+            TrustDomain::new(self.text(name)).map_err(|invalid| Fault::new("trust_domain", invalid))
+        };
+        let own = if s.trust_domain.is_empty() {
+            defaults.trust_domains.own
+        } else {
+            domain(&s.trust_domain)?
+        };
+        let aliases = each(&s.trust_domain_aliases, "trust_domain_aliases", |name| domain(name))?;
+        let text = |text: &str, default| if text.is_empty() { default } else { text.into() };
+        Ok(Settings {
+            trust_domains: TrustDomains { own, aliases: aliases.into() },
+            root_namespace: text(&s.root_namespace, defaults.root_namespace),
+            cluster_domain: text(&s.cluster_domain, defaults.cluster_domain),
+            // What is not known could be stricter than passing through.
+            outbound: match Wire::try_from(s.outbound) {
+                Ok(Wire::AllowAny) => OutboundMode::AllowAny,
+                Ok(Wire::RegistryOnly) => OutboundMode::RegistryOnly,
+                Err(_) => return Err(Fault::new("outbound", Problem::Enum(s.outbound))),
+            },
+        })
+    }
+}
