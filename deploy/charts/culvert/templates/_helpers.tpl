@@ -1,0 +1,53 @@
+{{/* The control plane's name: culvertd, with the revision if it isn't the default one. */}}
+{{- define "culvert.controlPlane" -}}
+{{- if eq .Values.revision "default" }}culvertd{{ else }}culvertd-{{ .Values.revision }}{{ end -}}
+{{- end }}
+
+{{/* Where proxies reach the control plane. */}}
+{{- define "culvert.xdsAddress" -}}
+{{- .Values.ztunnel.xdsAddress | default (printf "https://%s.%s.svc:15012" (include "culvert.controlPlane" .) .Release.Namespace) -}}
+{{- end }}
+
+{{/* An image: call with (list . "culvertd"). */}}
+{{- define "culvert.image" -}}
+{{- $root := index . 0 -}}
+{{ $root.Values.image.repository }}/{{ index . 1 }}:{{ $root.Values.image.tag | default $root.Chart.AppVersion }}
+{{- end }}
+
+{{/* Labels of every object: call with (list . "culvertd"). */}}
+{{- define "culvert.labels" -}}
+{{- $root := index . 0 -}}
+app: {{ index . 1 }}
+app.kubernetes.io/name: {{ index . 1 }}
+app.kubernetes.io/part-of: culvert
+app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ $root.Release.Service }}
+helm.sh/chart: {{ $root.Chart.Name }}-{{ $root.Chart.Version }}
+istio.io/rev: {{ $root.Values.revision }}
+{{- end }}
+
+{{/* Environment variables from a map of names and values. */}}
+{{- define "culvert.env" -}}
+{{- range $name, $value := . }}
+- name: {{ $name }}
+  value: {{ $value | quote }}
+{{- end }}
+{{- end }}
+
+{{/* A variable from a field of the pod: call with (list "NODE_NAME" "spec.nodeName"). */}}
+{{- define "culvert.field" -}}
+- name: {{ index . 0 }}
+  valueFrom:
+    fieldRef:
+      fieldPath: {{ index . 1 }}
+{{- end }}
+
+{{- define "culvert.pullSecrets" -}}
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+{{- range . }}
+  - name: {{ . }}
+{{- end }}
+{{- end }}
+{{- end }}
