@@ -3,6 +3,8 @@
 //!
 //! * [`CaDirectory`] and [`LocalIssuer`]: the local certificate authority, its files, its [`rotation`].
 //! * [`Certificates`]: the certificates of this node's workloads, from any [`Issuer`], renewed in time.
+//! * [`CaClient`]: the CA of a control plane, asked over gRPC; [`RootFile`] and [`Dialer`]: how it is found and trusted.
+//! * [`SigningRequest`], [`CertificateAuthority::sign`], [`ServingKey`]: what such a CA is made of.
 //! * [`TrustBundle`]: the roots and trust domains in force, exchanged while connections live.
 //! * [`accept`], [`connect`], [`TlsStream`]: TLS 1.3 with both sides authenticated by their SPIFFE IDs.
 //!
@@ -14,6 +16,7 @@
 #![forbid(unsafe_code)]
 
 mod ca;
+mod ca_client;
 mod certificates;
 mod clock;
 mod handshake;
@@ -21,6 +24,8 @@ mod issuer;
 mod key_store;
 mod local_issuer;
 mod renewal;
+mod root_file;
+mod serving;
 mod storage;
 mod stream;
 mod tls;
@@ -29,7 +34,13 @@ mod verify;
 mod x509;
 
 pub use ca::{
-    CaDirectory, CaError, CaWarning, CertificateAuthority, Creation, LoadedCa, MadeCa, Validity, rotation,
+    CaDirectory, CaError, CaWarning, CertificateAuthority, Creation, LoadedCa, MAX_REQUEST, MadeCa,
+    RequestError, SignedCertificate, SigningRequest, Validity, certificates_from_pem, certificates_to_pem,
+    key_from_pem, key_to_pem, rotation,
+};
+pub use ca_client::{
+    CaClient, CaClientError, CaClientSettings, Dialer, IMPERSONATED_IDENTITY, InvalidAddress, ServerAddress,
+    TRUSTED_ROOTS,
 };
 pub use certificates::{
     CertificateCounts, CertificateError, CertificateSettings, CertificateStatus, CertificateSummary,
@@ -40,6 +51,8 @@ pub use handshake::{HandshakeError, HandshakeLimits, NotTls, PeerInfo, accept, c
 pub use issuer::{IssueError, IssueFuture, Issued, Issuer};
 pub use key_store::KeyStore;
 pub use local_issuer::{CaStatus, LocalIssuer, LocalIssuerSettings, SignerStatus};
+pub use root_file::{RootFile, RootFileError};
+pub use serving::ServingKey;
 pub use storage::StorageError;
 pub use stream::{TlsError, TlsStream};
 pub use trust::{BundleError, Distrust, MAX_ROOTS, Root, TrustBundle, TrustSnapshot};

@@ -37,7 +37,15 @@ impl RootId {
         Self(id)
     }
 
-    pub(crate) fn from_hex(text: &str) -> Option<Self> {
+    /// The id of a root certificate; `None` if it can't be read.
+    #[must_use]
+    pub fn of_certificate(root: &CertificateDer<'_>) -> Option<Self> {
+        webpki::anchor_from_trusted_cert(root).ok().map(|anchor| Self::of(&anchor))
+    }
+
+    /// Reads what [`Display`](fmt::Display) writes, 64 hexadecimal digits.
+    #[must_use]
+    pub fn from_hex(text: &str) -> Option<Self> {
         let mut id = [0; 32];
         if text.len() != 64 || !text.is_ascii() {
             return None;

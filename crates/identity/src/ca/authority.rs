@@ -5,23 +5,19 @@ use std::time::Duration;
 use model::{SpiffeId, TrustDomain};
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber, SubjectPublicKeyInfo,
+    KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber,
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, UnixTime};
 use time::OffsetDateTime;
-use x509_parser::certification_request::X509CertificationRequest;
-use x509_parser::prelude::FromDer;
 
 use super::CaError;
+use super::request::SigningRequest;
 use crate::clock::{Timestamp, earlier, later};
 use crate::issuer::Issued;
 use crate::tls::crypto_provider;
 use crate::trust::TrustBundle;
 use crate::verify::{Role, verify_chain};
 use crate::x509::{Facts, RootId};
-
-/// A request larger than this is refused unread.
-const MAX_REQUEST: usize = 64 * 1024;
 
 /// How long certificates are valid.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -52,6 +48,17 @@ pub struct MadeCa {
     pub chain: Vec<CertificateDer<'static>>,
     /// The private key, PKCS #8.
     pub key: PrivateKeyDer<'static>,
+}
+
+/// A certificate that was signed for somebody else's key.
+#[derive(Clone, Debug)]
+pub struct SignedCertificate {
+    /// The certificate, then those between it and the root, without the root.
+    pub chain: Vec<CertificateDer<'static>>,
+    /// Its serial number, hex.
+    pub serial: String,
+    /// When it ceases to be valid.
+    pub not_after: UnixTime,
 }
 
 /// Signs certificates for workloads.
@@ -150,7 +157,7 @@ impl CertificateAuthority {
     /// The authority has expired, or signing failed.
     pub fn issue(&self, id: &SpiffeId, validity: Validity, now: UnixTime) -> Result<Issued, CaError> {
         let key = KeyPair::generate().map_err(CaError::signing("make a workload's key"))?;
-        let chain = self.certify(&key, id, validity, now)?;
+        let chain = self.certify(&key, vec![uri(id)?], validity, now)?.chain;
         Ok(Issued { chain, key: pkcs8(&key) })
     }
 
@@ -166,26 +173,48 @@ impl CertificateAuthority {
         validity: Validity,
         now: UnixTime,
     ) -> Result<Vec<CertificateDer<'static>>, CaError> {
-        if request.len() > MAX_REQUEST {
-            return Err(CaError::Request(format!("{} bytes, at most {MAX_REQUEST} are read", request.len())));
+        let request = SigningRequest::from_der(request)?;
+        Ok(self.sign(&request, id, validity, now)?.chain)
+    }
+
+    /// As [`CertificateAuthority::sign_request`], for a request that was checked already.
+    ///
+    /// # Errors
+    /// The authority has expired, or signing failed.
+    pub fn sign(
+        &self,
+        request: &SigningRequest,
+        id: &SpiffeId,
+        validity: Validity,
+        now: UnixTime,
+    ) -> Result<SignedCertificate, CaError> {
+        self.certify(request, vec![uri(id)?], validity, now)
+    }
+
+    /// Issues a certificate with a new key for a server that clients know by DNS names: no SVID, and no client.
+    ///
+    /// # Errors
+    /// A name can't be written, the authority has expired, or signing failed.
+    pub fn issue_server(
+        &self,
+        names: &[String],
+        validity: Validity,
+        now: UnixTime,
+    ) -> Result<(Issued, UnixTime), CaError> {
+        let wrong = |name: &str| {
+            let name = name.to_owned();
+            move |e: rcgen::Error| CaError::Name { name, reason: e.to_string() }
+        };
+        let mut sans = Vec::with_capacity(names.len());
+        for name in names {
+            sans.push(match name.parse() {
+                Ok(ip) => SanType::IpAddress(ip),
+                Err(_) => SanType::DnsName(name.as_str().try_into().map_err(wrong(name))?),
+            });
         }
-        let (rest, parsed) = X509CertificationRequest::from_der(request)
-            .map_err(|_| CaError::Request("it is not PKCS #10".to_owned()))?;
-        if !rest.is_empty() {
-            return Err(CaError::Request("bytes follow its end".to_owned()));
-        }
-        parsed
-            .verify_signature()
-            .map_err(|_| CaError::Request("its signature is not of the key that it names".to_owned()))?;
-        let key = &parsed.certification_request_info.subject_pki;
-        if let Ok(x509_parser::public_key::PublicKey::RSA(rsa)) = key.parsed()
-            && rsa.key_size() < 2048
-        {
-            return Err(CaError::Request(format!("its RSA key has {} bits, 2048 at least", rsa.key_size())));
-        }
-        let key = SubjectPublicKeyInfo::from_der(key.raw)
-            .map_err(|e| CaError::Request(format!("its kind of key is not supported: {e}")))?;
-        self.certify(&key, id, validity, now)
+        let key = KeyPair::generate().map_err(CaError::signing("make a server's key"))?;
+        let signed = self.certify(&key, sans, validity, now)?;
+        Ok((Issued { chain: signed.chain, key: pkcs8(&key) }, signed.not_after))
     }
 
     /// The root that the issued certificates lead to.
@@ -213,32 +242,39 @@ impl CertificateAuthority {
     }
 
     /// Whether both sign with the same certificate below the same chain, so that nothing need be issued anew.
-    pub(crate) fn same_signer(&self, other: &Self) -> bool {
+    #[must_use]
+    pub fn same_signer(&self, other: &Self) -> bool {
         self.signing == other.signing && self.chain == other.chain && self.root == other.root
     }
 
+    /// A certificate for the names; servers that are known by a DNS name are no clients.
     fn certify(
         &self,
         key: &impl PublicKeyData,
-        id: &SpiffeId,
+        names: Vec<SanType>,
         validity: Validity,
         now: UnixTime,
-    ) -> Result<Vec<CertificateDer<'static>>, CaError> {
+    ) -> Result<SignedCertificate, CaError> {
         let validity = self.clamp(validity, now)?;
         let mut params = CertificateParams::default();
-        let uri = id.to_string().try_into().map_err(CaError::signing("write the SPIFFE ID"))?;
         params.distinguished_name = DistinguishedName::new();
-        params.subject_alt_names = vec![SanType::URI(uri)];
         params.is_ca = IsCa::ExplicitNoCa;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
-        params.extended_key_usages =
-            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        if names.iter().all(|name| matches!(name, SanType::URI(_))) {
+            params.extended_key_usages.push(ExtendedKeyUsagePurpose::ClientAuth);
+        }
+        params.subject_alt_names = names;
         params.use_authority_key_identifier_extension = true;
+        let not_after = later(now, validity.lifetime);
         params.not_before = date(earlier(now, validity.backdate))?;
-        params.not_after = date(later(now, validity.lifetime))?;
-        params.serial_number = Some(random_serial()?);
+        params.not_after = date(not_after)?;
+        let serial = random_serial()?;
+        let shown = serial.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+        params.serial_number = Some(serial);
         let leaf = params.signed_by(key, &self.issuer).map_err(CaError::signing("sign a certificate"))?;
-        Ok(std::iter::once(leaf.into()).chain(self.chain.iter().cloned()).collect())
+        let chain = std::iter::once(leaf.into()).chain(self.chain.iter().cloned()).collect();
+        Ok(SignedCertificate { chain, serial: shown, not_after })
     }
 
     /// Shortens `validity` to the authority's own.
@@ -258,8 +294,8 @@ impl CertificateAuthority {
     fn try_out(&mut self, bundle: &TrustBundle, now: UnixTime) -> Result<(), CaError> {
         let trust = bundle.snapshot();
         let own = trust.trust_domains().own.clone();
-        let nobody =
-            SpiffeId::new(own, "none".into(), "none".into()).map_err(|e| CaError::Request(e.to_string()))?;
+        let nobody = SpiffeId::new(own, "none".into(), "none".into())
+            .map_err(|e| CaError::Name { name: "none".to_owned(), reason: e.to_string() })?;
         let validity = Validity { lifetime: Duration::from_secs(60), backdate: Duration::ZERO };
         let probe = self.issue(&nobody, validity, now)?;
         let algorithms = crypto_provider().signature_verification_algorithms;
@@ -323,6 +359,10 @@ fn ca_params(
     params.not_after = date(later(now, validity.lifetime))?;
     params.serial_number = Some(random_serial()?);
     Ok(params)
+}
+
+fn uri(id: &SpiffeId) -> Result<SanType, CaError> {
+    Ok(SanType::URI(id.to_string().try_into().map_err(CaError::signing("write the SPIFFE ID"))?))
 }
 
 fn pkcs8(key: &KeyPair) -> PrivateKeyDer<'static> {

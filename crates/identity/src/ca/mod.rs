@@ -4,12 +4,14 @@
 mod authority;
 mod directory;
 mod pem_text;
+mod request;
 pub mod rotation;
 
-pub use authority::{CertificateAuthority, MadeCa, Validity};
+pub use authority::{CertificateAuthority, MadeCa, SignedCertificate, Validity};
 pub(crate) use directory::CaStamp;
 pub use directory::{CaDirectory, CaWarning, Creation, LoadedCa};
-pub(crate) use pem_text::{certificates_from_pem, certificates_to_pem, key_from_pem, key_to_pem};
+pub use pem_text::{certificates_from_pem, certificates_to_pem, key_from_pem, key_to_pem};
+pub use request::{MAX_REQUEST, RequestError, SigningRequest};
 
 use crate::clock::Timestamp;
 use crate::storage::StorageError;
@@ -129,7 +131,15 @@ pub enum CaError {
     },
     /// A signing request is refused.
     #[error("the signing request is refused: {0}")]
-    Request(String),
+    Request(#[source] RequestError),
+    /// A name can't be written into a certificate.
+    #[error("{name:?} can't be the name of a certificate: {reason}")]
+    Name {
+        /// The name.
+        name: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The cryptographic library refused.
     #[error("can't {what}: {source}")]
     Signing {

@@ -8,11 +8,11 @@ use super::CaError;
 /// More certificates in one file are refused.
 const MAX_CERTIFICATES: usize = 128;
 
-/// All certificates of a text; at least one. Other sections are passed over.
-pub(crate) fn certificates_from_pem(
-    file: &str,
-    text: &[u8],
-) -> Result<Vec<CertificateDer<'static>>, CaError> {
+/// All certificates of a text; at least one. Other sections are passed over. `file` is what errors call the text.
+///
+/// # Errors
+/// It holds none, too many, or a spoiled one.
+pub fn certificates_from_pem(file: &str, text: &[u8]) -> Result<Vec<CertificateDer<'static>>, CaError> {
     let error = |reason: String| CaError::Pem { file: file.to_owned(), reason };
     let mut certificates = Vec::new();
     for certificate in CertificateDer::pem_slice_iter(text) {
@@ -27,8 +27,11 @@ pub(crate) fn certificates_from_pem(
     Ok(certificates)
 }
 
-/// The first private key of a text; `None` if there is none.
-pub(crate) fn key_from_pem(file: &str, text: &[u8]) -> Result<Option<PrivateKeyDer<'static>>, CaError> {
+/// The first private key of a text; `None` if there is none. `file` is what errors call the text.
+///
+/// # Errors
+/// The section of the key is spoiled.
+pub fn key_from_pem(file: &str, text: &[u8]) -> Result<Option<PrivateKeyDer<'static>>, CaError> {
     match PrivateKeyDer::from_pem_slice(text) {
         Ok(key) => Ok(Some(key)),
         Err(pem::Error::NoItemsFound) => Ok(None),
@@ -37,14 +40,14 @@ pub(crate) fn key_from_pem(file: &str, text: &[u8]) -> Result<Option<PrivateKeyD
 }
 
 /// Writes certificates one after the other.
-pub(crate) fn certificates_to_pem<'a>(
-    certificates: impl IntoIterator<Item = &'a CertificateDer<'a>>,
-) -> String {
+#[must_use]
+pub fn certificates_to_pem<'a>(certificates: impl IntoIterator<Item = &'a CertificateDer<'a>>) -> String {
     certificates.into_iter().map(|der| encode("CERTIFICATE", der)).collect()
 }
 
 /// Writes a private key.
-pub(crate) fn key_to_pem(key: &PrivateKeyDer<'_>) -> String {
+#[must_use]
+pub fn key_to_pem(key: &PrivateKeyDer<'_>) -> String {
     let tag = match key {
         PrivateKeyDer::Pkcs1(_) => "RSA PRIVATE KEY",
         PrivateKeyDer::Sec1(_) => "EC PRIVATE KEY",
