@@ -18,11 +18,12 @@ mod names;
 
 pub use decode::{DecodeError, Decoded, Decoder, Elided, Problem};
 pub use encode::{
-    EncodeError, Extensions, Obstacle, Reason, encode_policy, encode_service, encode_settings, encode_workload,
+    EncodeError, Extensions, Obstacle, Reason, encode_policy, encode_service, encode_settings,
+    encode_workload,
 };
 pub use names::{
-    ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, MESH_SETTINGS_NAME, MESH_SETTINGS_TYPE_URL, ResourceName, WORKLOAD_TYPE_URL, policy_name, service_aliases,
-    service_name, workload_aliases, workload_name,
+    ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, MESH_SETTINGS_NAME, MESH_SETTINGS_TYPE_URL, ResourceName,
+    WORKLOAD_TYPE_URL, policy_name, service_aliases, service_name, workload_aliases, workload_name,
 };
 
 /// The messages, generated from the `.proto` files of this crate, and the gRPC services: each in modules of its

@@ -83,7 +83,10 @@ fn settings_that_mean_nothing_are_refused() {
     for (error, words) in [
         (with(|m| m.outbound = 7), ["outbound", "7"]),
         (with(|m| m.trust_domain = "Not One".into()), ["trust_domain", "Not One"]),
-        (with(|m| m.trust_domain_aliases.push(String::new())), ["trust_domain_aliases[0]", "mesh settings mesh"]),
+        (
+            with(|m| m.trust_domain_aliases.push(String::new())),
+            ["trust_domain_aliases[0]", "mesh settings mesh"],
+        ),
     ] {
         assert!(words.iter().all(|word| error.contains(word)), "{error}");
     }

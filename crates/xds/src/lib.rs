@@ -1,2 +1,25 @@
-//! Delta xDS, client and server.
+//! Delta xDS: the server of a control plane, and the client of a node proxy.
+//!
+//! Both speak `envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources` as Istio's do, so
+//! that each may meet its counterpart of another make. Between ourselves there is more, all of it in fields that
+//! others ignore:
+//!
+//! * A client whose node has the metadata `CULVERT_EXTENSIONS: "1"` gets the fields of our own
+//!   ([`proto::Extensions::Culvert`]), and its acknowledgement means that it enforces what it acknowledges.
+//! * A state that is longer than one message should be goes to such a client in parts, each acknowledged. The
+//!   `system_version_info` of all but the last ends in ` more`; a client of another make gets one long message.
+//! * A client that refuses some resources of a response applies the others, and says which it refused: its
+//!   `error_detail` has a `google.rpc.BadRequest` with a violation for each, the resource's name in `field`.
+//!
+//! Resources are opaque here: names, versions and bytes.
 #![forbid(unsafe_code)]
+
+pub mod client;
+pub mod server;
+
+/// The key in a node's metadata by which it says which extensions it knows.
+pub const EXTENSIONS_METADATA: &str = "CULVERT_EXTENSIONS";
+/// The extensions of this version.
+pub const EXTENSIONS_VERSION: &str = "1";
+/// The type of the detail that names refused resources.
+pub const BAD_REQUEST_TYPE_URL: &str = "type.googleapis.com/google.rpc.BadRequest";

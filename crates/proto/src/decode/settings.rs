@@ -21,11 +21,8 @@ impl Decoder {
         let mut domain = |name: &str| {
             TrustDomain::new(self.text(name)).map_err(|invalid| Fault::new("trust_domain", invalid))
         };
-        let own = if s.trust_domain.is_empty() {
-            defaults.trust_domains.own
-        } else {
-            domain(&s.trust_domain)?
-        };
+        let own =
+            if s.trust_domain.is_empty() { defaults.trust_domains.own } else { domain(&s.trust_domain)? };
         let aliases = each(&s.trust_domain_aliases, "trust_domain_aliases", |name| domain(name))?;
         let text = |text: &str, default| if text.is_empty() { default } else { text.into() };
         Ok(Settings {

@@ -1,0 +1,364 @@
+//! The last good state on disk: a file to which what was accepted is appended.
+//!
+//! ```text
+//!   frame   length (4 bytes, little endian) │ first 8 bytes of SHA-256 of the payload │ payload
+//!   file    frame with magic and mesh, then frames with records, each a part of an update
+//! ```
+//!
+//! * An update costs what it is long. When the file is more than twice as long as what it says, it is written anew,
+//!   beside, and put in its place by a rename.
+//! * A frame that was not written to its end (the process or the node died) is cut off: what stands before it was
+//!   the state a moment earlier. A file that is damaged in another way, or of another mesh, is not used at all.
+//! * A write that fails takes the file away: an old state that looks new is worse than none.
+//! * It is synchronous: to be called where blocking is fine.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufReader, BufWriter, ErrorKind, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use aws_lc_rs::digest;
+use bytes::Bytes;
+use prost::Message;
+
+use super::held::Held;
+
+const NAME: &str = "xds.journal";
+const MAGIC: &str = "culvert xds journal 1";
+/// Records are filled up to this size.
+const RECORD_BYTES: usize = 1 << 20;
+/// A frame that says to be longer is damage. One resource may be long.
+const FRAME_BYTES: u32 = 256 << 20;
+const HEADER_BYTES: u64 = 12;
+/// A file that is shorter is not written anew.
+const SMALL: u64 = 4 << 20;
+
+#[derive(Clone, PartialEq, Message)]
+struct Heading {
+    #[prost(string, tag = "1")]
+    magic: String,
+    #[prost(string, tag = "2")]
+    mesh: String,
+}
+
+/// A resource as it is on disk.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Saved {
+    #[prost(string, tag = "1")]
+    pub(super) name: String,
+    #[prost(string, tag = "2")]
+    pub(super) version: String,
+    #[prost(string, repeated, tag = "3")]
+    pub(super) aliases: Vec<String>,
+    #[prost(bytes = "bytes", tag = "4")]
+    pub(super) body: Bytes,
+}
+
+/// A part of an update, or a whole one.
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct Record {
+    #[prost(string, tag = "1")]
+    pub(super) type_url: String,
+    #[prost(message, repeated, tag = "2")]
+    pub(super) resources: Vec<Saved>,
+    #[prost(string, repeated, tag = "3")]
+    pub(super) removed: Vec<String>,
+    /// From here on the state of the type is whole.
+    #[prost(bool, tag = "4")]
+    pub(super) complete: bool,
+}
+
+impl Record {
+    fn new(type_url: &str) -> Self {
+        Self { type_url: type_url.to_owned(), ..Self::default() }
+    }
+}
+
+/// Why there is no state from before, or none to keep.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum JournalError {
+    #[error("{path}: {source}")]
+    Io { path: String, source: io::Error },
+    #[error("{path} is damaged at byte {at}; the state in it is not used")]
+    Damaged { path: String, at: u64 },
+    #[error("{path} is of another mesh or version ({found:?}); the state in it is not used")]
+    Foreign { path: String, found: String },
+    #[error("the state has {bytes} bytes, more than the {limit} that may be kept in {path}; it is not kept")]
+    TooLong { path: String, bytes: u64, limit: u64 },
+}
+
+/// An open journal. What is in it is read first, by [`next`](Self::next).
+#[derive(Debug)]
+pub(super) struct Journal {
+    directory: PathBuf,
+    mesh: String,
+    limit: u64,
+    file: File,
+    /// Where the next frame goes.
+    end: u64,
+    /// Where the next record is read.
+    read: u64,
+    live: u64,
+}
+
+fn checksum(payload: &[u8]) -> [u8; 8] {
+    let mut sum = [0; 8];
+    sum.iter_mut().zip(digest::digest(&digest::SHA256, payload).as_ref()).for_each(|(s, d)| *s = *d);
+    sum
+}
+
+fn frame(out: &mut impl Write, message: &impl Message) -> io::Result<u64> {
+    let payload = message.encode_to_vec();
+    let length = u32::try_from(payload.len()).ok().filter(|l| *l <= FRAME_BYTES);
+    let length = length.ok_or_else(|| io::Error::new(ErrorKind::InvalidInput, "a resource is too long"))?;
+    out.write_all(&length.to_le_bytes())?;
+    out.write_all(&checksum(&payload))?;
+    out.write_all(&payload)?;
+    Ok(u64::from(length) + HEADER_BYTES)
+}
+
+/// The next frame's payload. `None`: what follows is no frame.
+fn unframe(input: &mut impl Read, rest: u64) -> io::Result<Option<Vec<u8>>> {
+    if rest < HEADER_BYTES {
+        return Ok(None);
+    }
+    let (mut length, mut sum) = ([0; 4], [0; 8]);
+    input.read_exact(&mut length)?;
+    input.read_exact(&mut sum)?;
+    let length = u32::from_le_bytes(length);
+    if length == 0 || length > FRAME_BYTES || u64::from(length) > rest - HEADER_BYTES {
+        return Ok(None);
+    }
+    let mut payload = vec![0; length as usize];
+    input.read_exact(&mut payload)?;
+    Ok((checksum(&payload) == sum).then_some(payload))
+}
+
+impl Journal {
+    /// Opens the journal of a mesh in this directory. One that can't be used is replaced by an empty one, and the
+    /// reason is given, too.
+    ///
+    /// # Errors
+    /// Nothing can be kept there.
+    pub(super) fn open(
+        directory: &Path,
+        mesh: &str,
+        limit: u64,
+    ) -> Result<(Self, Option<JournalError>), JournalError> {
+        let path = directory.join(NAME);
+        let failed = |source| JournalError::Io { path: path.display().to_string(), source };
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(failed)?;
+        let mut options = OpenOptions::new();
+        let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
+        let (directory, mesh) = (directory.to_owned(), mesh.to_owned());
+        let mut journal =
+            Self { directory, mesh, limit, file: file.map_err(failed)?, end: 0, read: 0, live: 0 };
+        let problem = match journal.verify() {
+            Ok(()) => return Ok((journal, None)),
+            Err(problem) => problem,
+        };
+        journal.begin().map_err(failed)?;
+        Ok((journal, Some(problem)))
+    }
+
+    fn path(&self) -> PathBuf {
+        self.directory.join(NAME)
+    }
+
+    fn io(&self, source: io::Error) -> JournalError {
+        JournalError::Io { path: self.path().display().to_string(), source }
+    }
+
+    /// Empties the file.
+    fn begin(&mut self) -> io::Result<()> {
+        self.file.set_len(0)?;
+        self.file.rewind()?;
+        let heading = Heading { magic: MAGIC.to_owned(), mesh: self.mesh.clone() };
+        self.end = frame(&mut self.file, &heading)?;
+        self.read = self.end;
+        Ok(())
+    }
+
+    /// Finds the end of what is good.
+    fn verify(&mut self) -> Result<(), JournalError> {
+        let length = self.file.metadata().map_err(|e| self.io(e))?.len();
+        if length == 0 {
+            return self.begin().map_err(|e| self.io(e));
+        }
+        let mut input = BufReader::with_capacity(RECORD_BYTES, &self.file);
+        let path = self.path().display().to_string();
+        let damaged = |at| JournalError::Damaged { path: path.clone(), at };
+        let heading = unframe(&mut input, length).map_err(|e| self.io(e))?.ok_or_else(|| damaged(0))?;
+        let at = heading.len() as u64 + HEADER_BYTES;
+        let heading = Heading::decode(heading.as_slice()).map_err(|_| damaged(0))?;
+        if heading.magic != MAGIC || heading.mesh != self.mesh {
+            return Err(JournalError::Foreign {
+                path,
+                found: format!("{} of {}", heading.magic, heading.mesh),
+            });
+        }
+        let mut good = at;
+        while good < length {
+            let Some(payload) = unframe(&mut input, length - good).map_err(|e| self.io(e))? else { break };
+            if Record::decode(payload.as_slice()).is_err() {
+                return Err(damaged(good));
+            }
+            good += payload.len() as u64 + HEADER_BYTES;
+        }
+        if good < length {
+            if !self.torn(good, length).map_err(|e| self.io(e))? {
+                return Err(damaged(good));
+            }
+            self.file.set_len(good).map_err(|e| self.io(e))?;
+        }
+        (self.end, self.read) = (good, at);
+        Ok(())
+    }
+
+    /// Whether what stands at `good` is a frame that was not written to its end: it is longer than the file, or
+    /// the file system gave its place zeros.
+    fn torn(&self, good: u64, length: u64) -> io::Result<bool> {
+        let mut input = BufReader::new(&self.file);
+        input.seek(SeekFrom::Start(good))?;
+        let mut header = [0; 4];
+        if length - good < HEADER_BYTES {
+            return Ok(true);
+        }
+        input.read_exact(&mut header)?;
+        if u64::from(u32::from_le_bytes(header)) + HEADER_BYTES >= length - good {
+            return Ok(true);
+        }
+        input.seek(SeekFrom::Start(good))?;
+        Ok(input.bytes().all(|byte| byte.is_ok_and(|b| b == 0)))
+    }
+
+    /// The next record of what was there when the journal was opened.
+    pub(super) fn next(&mut self) -> Result<Option<Record>, JournalError> {
+        if self.read >= self.end {
+            return Ok(None);
+        }
+        let rest = self.end - self.read;
+        let payload = self.file.seek(SeekFrom::Start(self.read)).and_then(|_| unframe(&mut self.file, rest));
+        let payload = payload.map_err(|e| self.io(e))?;
+        let record = payload.as_deref().and_then(|p| Record::decode(p).ok());
+        let (Some(payload), Some(record)) = (payload, record) else {
+            return Err(JournalError::Damaged { path: self.path().display().to_string(), at: self.read });
+        };
+        self.read += payload.len() as u64 + HEADER_BYTES;
+        Ok(Some(record))
+    }
+
+    /// Keeps what was accepted.
+    ///
+    /// # Errors
+    /// It can't be kept: the file is gone, and so is the journal.
+    pub(super) fn append(mut self, update: Record, live: u64) -> Result<Self, JournalError> {
+        self.live = live;
+        match self.write(update) {
+            Ok(()) => Ok(self),
+            Err(error) => {
+                let _ = fs::remove_file(self.path());
+                Err(error)
+            }
+        }
+    }
+
+    fn write(&mut self, update: Record) -> Result<(), JournalError> {
+        if self.live > self.limit {
+            let (bytes, limit) = (self.live, self.limit);
+            return Err(JournalError::TooLong { path: self.path().display().to_string(), bytes, limit });
+        }
+        let written = self.file.seek(SeekFrom::Start(self.end)).and_then(|_| {
+            let mut out = BufWriter::with_capacity(RECORD_BYTES, &self.file);
+            let mut end = 0;
+            for record in parts(update) {
+                end += frame(&mut out, &record)?;
+            }
+            out.flush().map(|()| end)
+        });
+        self.end += written.map_err(|e| self.io(e))?;
+        self.read = self.end;
+        Ok(())
+    }
+
+    /// Whether the file is much longer than what it says.
+    pub(super) fn is_long(&self) -> bool {
+        self.end > SMALL.max(2 * self.live) || self.end > self.limit
+    }
+
+    /// Writes the file anew with what is held, and nothing else.
+    ///
+    /// # Errors
+    /// It can't be written: the file is gone, and so is the journal.
+    pub(super) fn compact(mut self, held: &Held) -> Result<Self, JournalError> {
+        let written = self.rewrite(held);
+        match written {
+            Ok(()) => Ok(self),
+            Err(error) => {
+                let _ = fs::remove_file(self.path());
+                Err(error)
+            }
+        }
+    }
+
+    fn rewrite(&mut self, held: &Held) -> Result<(), JournalError> {
+        let beside = self.directory.join(format!("{NAME}.new"));
+        let failed = |source| JournalError::Io { path: beside.display().to_string(), source };
+        let mut options = OpenOptions::new();
+        let file = options.read(true).write(true).create(true).truncate(true).mode(0o600).open(&beside);
+        let mut new = Self {
+            directory: self.directory.clone(),
+            mesh: self.mesh.clone(),
+            limit: self.limit,
+            file: file.map_err(failed)?,
+            end: 0,
+            read: 0,
+            live: self.live,
+        };
+        new.begin().map_err(failed)?;
+        // From the front; what is read is what was current when it was written.
+        self.file.rewind().map_err(|e| self.io(e))?;
+        let heading = unframe(&mut self.file, self.end).map_err(|e| self.io(e))?.unwrap_or_default();
+        self.read = heading.len() as u64 + HEADER_BYTES;
+        while let Some(mut record) = self.next()? {
+            let Some(held) = held.get(&record.type_url) else { continue };
+            record.resources.retain(|r| held.is(&r.name, &r.version));
+            record.removed.clear();
+            record.complete = false;
+            if !record.resources.is_empty() {
+                new.write(record)?;
+            }
+        }
+        for (type_url, _) in held.iter().filter(|(_, h)| h.complete) {
+            new.write(Record { complete: true, ..Record::new(type_url) })?;
+        }
+        new.file.sync_all().and_then(|()| fs::rename(&beside, self.path())).map_err(failed)?;
+        // So that the rename is there after a crash.
+        File::open(&self.directory).and_then(|d| d.sync_all()).map_err(|e| self.io(e))?;
+        *self = new;
+        Ok(())
+    }
+}
+
+/// Cuts an update into records of a size that is read and written at once.
+fn parts(update: Record) -> Vec<Record> {
+    let Record { type_url, resources, removed, complete } = update;
+    // Removals come first, as in an update: a name may be removed and set in one.
+    let mut parts = vec![Record { removed, ..Record::new(&type_url) }];
+    let mut size = 0;
+    for resource in resources {
+        let bytes = resource.encoded_len();
+        if size > 0 && size + bytes > RECORD_BYTES {
+            parts.push(Record::new(&type_url));
+            size = 0;
+        }
+        size += bytes;
+        if let Some(part) = parts.last_mut() {
+            part.resources.push(resource);
+        }
+    }
+    if let Some(part) = parts.last_mut() {
+        part.complete = complete;
+    }
+    parts
+}

@@ -1,0 +1,390 @@
+//! One stream to one server, and the answers of the user.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use bytes::Bytes;
+use prost::Message;
+use proto::wire::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
+use proto::wire::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
+use proto::wire::rpc;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::metadata::MetadataValue;
+use tonic::transport::Uri;
+use tonic::{Code, Request, Status, Streaming};
+
+use super::held::{Held, HeldType};
+use super::journal::{Journal, JournalError, Record, Saved};
+use super::{Client, Event, Link, Origin, Rejection, Reply, Resource, Termination, Update, connect};
+use crate::BAD_REQUEST_TYPE_URL;
+
+/// How many refused resources a server is told by name.
+const NAMED: usize = 500;
+/// How many of them also stand in the text.
+const IN_TEXT: usize = 10;
+
+/// How a stream ended.
+pub(super) struct Ended {
+    pub(super) termination: Termination,
+    pub(super) message: String,
+    /// Whether the server had answered before.
+    pub(super) answered: bool,
+}
+
+impl Ended {
+    fn new(termination: Termination, message: impl Into<String>) -> Self {
+        Self { termination, message: message.into(), answered: false }
+    }
+
+    fn of(status: &Status) -> Self {
+        let termination = match status.code() {
+            Code::Unavailable | Code::Aborted | Code::DeadlineExceeded => Termination::Reconnect,
+            Code::Ok => Termination::Complete,
+            _ => Termination::Error,
+        };
+        Self::new(termination, format!("{:?}: {}", status.code(), status.message()))
+    }
+}
+
+/// A batch for the user, and what has to be known of it when it is answered.
+struct Batch {
+    type_url: &'static str,
+    resources: Vec<Resource>,
+    removed: Vec<String>,
+    complete: bool,
+    origin: Origin,
+    /// What no user needs to see to refuse it.
+    malformed: Vec<Rejection>,
+}
+
+impl Client {
+    /// Hands out what is on disk.
+    pub(super) async fn restore(&mut self) {
+        let Some(directory) = self.settings.state_dir.clone() else { return };
+        let (mesh, limit) = (self.settings.cluster_id.clone(), self.settings.state_bytes);
+        let opened = blocking(move || Journal::open(&directory, &mesh, limit)).await;
+        let mut journal = match opened {
+            Ok((journal, problem)) => {
+                if let Some(problem) = problem {
+                    self.state_lost(&problem);
+                }
+                journal
+            }
+            Err(error) => return self.state_lost(&error),
+        };
+        let mut complete = BTreeSet::new();
+        loop {
+            let (back, record) = blocking(move || {
+                let record = journal.next();
+                (journal, record)
+            })
+            .await;
+            journal = back;
+            match record {
+                Ok(Some(record)) => self.restore_record(record, &mut complete).await,
+                Ok(None) => break,
+                Err(error) => return self.state_lost(&error),
+            }
+        }
+        // Only now: in between the state is one that there was earlier.
+        for type_url in complete {
+            let batch = Batch {
+                type_url,
+                resources: Vec::new(),
+                removed: Vec::new(),
+                complete: true,
+                origin: Origin::Disk,
+                malformed: Vec::new(),
+            };
+            self.hand_out(batch).await;
+        }
+        self.journal = Some(journal);
+    }
+
+    async fn restore_record(&mut self, record: Record, complete: &mut BTreeSet<&'static str>) {
+        let Some((type_url, _)) = self.held.of(&record.type_url) else { return };
+        if record.complete {
+            complete.insert(type_url);
+        }
+        let resources = record.resources.into_iter();
+        let resources =
+            resources.map(|Saved { name, version, aliases, body }| Resource { name, version, aliases, body });
+        let batch = Batch {
+            type_url,
+            resources: resources.collect(),
+            removed: record.removed,
+            complete: false,
+            origin: Origin::Disk,
+            malformed: Vec::new(),
+        };
+        self.hand_out(batch).await;
+    }
+
+    fn state_lost(&self, error: &JournalError) {
+        let error = error.to_string();
+        tracing::warn!(%error, "the last good state");
+        self.observer.observe(Event::StateLost(&error));
+    }
+
+    /// One connection, until it ends.
+    pub(super) async fn stream(&mut self, address: &Uri) -> Ended {
+        let mut answered = false;
+        let ended = match self.open(address).await {
+            Ok((mut responses, requests)) => {
+                let ended = self.follow(address, &mut responses, &requests, &mut answered).await;
+                // A stream of an old server must not go on beside the next.
+                drop(responses);
+                ended
+            }
+            Err(ended) => ended,
+        };
+        Ended { answered, ..ended }
+    }
+
+    async fn open(
+        &self,
+        address: &Uri,
+    ) -> Result<(Streaming<DeltaDiscoveryResponse>, mpsc::Sender<DeltaDiscoveryRequest>), Ended> {
+        let failed = |e: connect::ConnectError| Ended::new(Termination::ConnectionError, e.to_string());
+        let token = connect::token(&self.settings, address).map_err(failed)?;
+        let channel = connect::connect(&self.settings, address).await.map_err(failed)?;
+        let (sender, receiver) = mpsc::channel(self.settings.types.len() + 1);
+        for (place, type_url) in self.settings.types.iter().enumerate() {
+            let versions = self.held.get(type_url).map(HeldType::versions);
+            let request = DeltaDiscoveryRequest {
+                node: (place == 0).then(|| self.settings.node.clone()),
+                type_url: (*type_url).to_owned(),
+                initial_resource_versions: versions.unwrap_or_default(),
+                ..DeltaDiscoveryRequest::default()
+            };
+            // There is room for all.
+            let _ = sender.try_send(request);
+        }
+        let mut request = Request::new(ReceiverStream::new(receiver));
+        if let Some(token) = token {
+            request.metadata_mut().insert("authorization", token);
+        }
+        if let Ok(cluster) = self.settings.cluster_id.parse::<MetadataValue<_>>() {
+            request.metadata_mut().insert("clusterid", cluster);
+        }
+        let limit = self.settings.message_bytes;
+        let mut client = AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(limit);
+        let opened = timeout(self.settings.answer_timeout, client.delta_aggregated_resources(request)).await;
+        let opened = opened.map_err(|_| self.silent())?;
+        Ok((opened.map_err(|status| Ended::of(&status))?.into_inner(), sender))
+    }
+
+    fn silent(&self) -> Ended {
+        let limit = self.settings.answer_timeout.as_secs();
+        Ended::new(Termination::Reconnect, format!("the server did not answer in {limit} s"))
+    }
+
+    async fn follow(
+        &mut self,
+        address: &Uri,
+        responses: &mut Streaming<DeltaDiscoveryResponse>,
+        requests: &mpsc::Sender<DeltaDiscoveryRequest>,
+        answered: &mut bool,
+    ) -> Ended {
+        loop {
+            let message = if *answered {
+                tokio::select! {
+                    message = responses.message() => message,
+                    () = self.updates.closed() => return Ended::new(Termination::Complete, "the client ends"),
+                }
+            } else {
+                match timeout(self.settings.answer_timeout, responses.message()).await {
+                    Ok(message) => message,
+                    Err(_) => return self.silent(),
+                }
+            };
+            let response = match message {
+                Ok(Some(response)) => response,
+                Ok(None) => return Ended::new(Termination::Complete, "the server ended the stream"),
+                Err(status) => return Ended::of(&status),
+            };
+            if !*answered {
+                *answered = true;
+                let address: Arc<str> = address.to_string().into();
+                tracing::info!(%address, "connected to the control plane");
+                self.observer.observe(Event::Connected(&address));
+                self.link.send_replace(Link::Connected { address, since: SystemTime::now() });
+            }
+            let bytes = response.encoded_len();
+            self.observer.observe(Event::Message { type_url: &response.type_url, bytes });
+            let answer = self.take(response).await;
+            if requests.send(answer).await.is_err() {
+                // Why is what the next message says.
+                continue;
+            }
+        }
+    }
+
+    /// Hands a response out, and makes the answer to it.
+    async fn take(&mut self, response: DeltaDiscoveryResponse) -> DeltaDiscoveryRequest {
+        let mut answer = DeltaDiscoveryRequest {
+            type_url: response.type_url.clone(),
+            response_nonce: response.nonce.clone(),
+            ..DeltaDiscoveryRequest::default()
+        };
+        let rejections = match self.held.of(&response.type_url) {
+            Some((type_url, _)) => self.hand_out(batch(type_url, response)).await,
+            None => {
+                let reason = "this type was not asked for".to_owned();
+                vec![Rejection { name: String::new(), reason }]
+            }
+        };
+        if !rejections.is_empty() {
+            let type_url = &answer.type_url;
+            self.observer.observe(Event::Rejected { type_url, resources: rejections.len() });
+            let status = refusal(&rejections);
+            tracing::warn!(%type_url, message = %status.message, "resources are refused");
+            answer.error_detail = Some(status);
+        }
+        answer
+    }
+
+    /// Gives the user a batch, waits for what it says, and remembers what is in force. Returns what is not.
+    async fn hand_out(&mut self, batch: Batch) -> Vec<Rejection> {
+        let Batch { type_url, resources, removed, complete, origin, malformed: mut rejections } = batch;
+        let keep = |r: &Resource| {
+            let Resource { name, version, aliases, body } = r.clone();
+            Saved { name, version, aliases, body }
+        };
+        let saved: Vec<Saved> = resources.iter().map(keep).collect();
+        let (sender, answer) = oneshot::channel();
+        let gone = removed.clone();
+        let update = Update { type_url, resources, removed, complete, origin, reply: Reply(sender) };
+        let answered = match self.updates.send(update).await {
+            Ok(()) => answer.await.ok(),
+            Err(_) => None,
+        };
+        let Some(more) = answered else {
+            let all = saved
+                .into_iter()
+                .map(|s| Rejection { name: s.name, reason: "it was not applied".to_owned() });
+            rejections.extend(all);
+            if rejections.is_empty() {
+                let reason = "the response was not applied".to_owned();
+                rejections.push(Rejection { name: String::new(), reason });
+            }
+            return rejections;
+        };
+        rejections.extend(more);
+        let refused: BTreeSet<&str> = rejections.iter().map(|r| r.name.as_str()).collect();
+        let accepted: Vec<Saved> = saved.into_iter().filter(|s| !refused.contains(s.name.as_str())).collect();
+        if let Some((_, held)) = self.held.of(type_url) {
+            gone.iter().for_each(|name| held.remove(name));
+            accepted.iter().for_each(|s| held.set(&s.name, &s.version, s.encoded_len()));
+            held.complete |= complete;
+        }
+        if origin == Origin::Server {
+            let record =
+                Record { type_url: type_url.to_owned(), resources: accepted, removed: gone, complete };
+            self.keep(record).await;
+        }
+        rejections
+    }
+
+    /// Appends to the journal.
+    async fn keep(&mut self, record: Record) {
+        let Some(journal) = self.journal.take() else { return };
+        let live = self.held.bytes();
+        let appended = blocking(move || journal.append(record, live)).await;
+        let compacted = match appended {
+            Ok(journal) if journal.is_long() => {
+                let held = std::mem::replace(&mut self.held, Held::new(&[]));
+                let (held, compacted) = blocking(move || {
+                    let compacted = journal.compact(&held);
+                    (held, compacted)
+                })
+                .await;
+                self.held = held;
+                compacted
+            }
+            other => other,
+        };
+        match compacted {
+            Ok(journal) => self.journal = Some(journal),
+            Err(error) => self.state_lost(&error),
+        }
+    }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        // It neither is cancelled nor panics, but for what ends the process anyway.
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+/// Sorts out what needs no user.
+fn batch(type_url: &'static str, response: DeltaDiscoveryResponse) -> Batch {
+    let mut resources = Vec::with_capacity(response.resources.len());
+    let mut malformed = Vec::new();
+    let mut seen = BTreeSet::new();
+    for resource in response.resources {
+        let reason = match &resource.resource {
+            _ if resource.name.is_empty() => Some("it has no name".to_owned()),
+            None => Some("it has no content".to_owned()),
+            Some(any) if any.type_url != type_url => Some(format!("its content is a {}", any.type_url)),
+            _ if !seen.insert(resource.name.clone()) => Some("it is there twice".to_owned()),
+            Some(_) => None,
+        };
+        match (reason, resource.resource) {
+            (None, Some(any)) => resources.push(Resource {
+                name: resource.name,
+                version: resource.version,
+                aliases: resource.aliases,
+                body: Bytes::from(any.value),
+            }),
+            (reason, _) => {
+                malformed.push(Rejection { name: resource.name, reason: reason.unwrap_or_default() });
+            }
+        }
+    }
+    Batch {
+        type_url,
+        resources,
+        removed: response.removed_resources,
+        complete: !crate::server::has_more(&response.system_version_info),
+        origin: Origin::Server,
+        malformed,
+    }
+}
+
+/// What the server is told of resources that were refused.
+fn refusal(rejections: &[Rejection]) -> rpc::Status {
+    let mut text = format!("{} refused", rejections.len());
+    for Rejection { name, reason } in rejections.iter().take(IN_TEXT) {
+        text.push_str(&format!("; {name}: {reason}"));
+    }
+    let mut named: BTreeMap<&str, &str> = BTreeMap::new();
+    rejections.iter().take(NAMED).for_each(|r| {
+        named.insert(&r.name, &r.reason);
+    });
+    let mut violations: Vec<_> = named
+        .into_iter()
+        .map(|(name, reason)| rpc::bad_request::FieldViolation {
+            field: name.into(),
+            description: reason.into(),
+        })
+        .collect();
+    if rejections.len() > NAMED {
+        let description = format!("and {} more", rejections.len() - NAMED);
+        violations.push(rpc::bad_request::FieldViolation { field: String::new(), description });
+    }
+    let details = rpc::BadRequest { field_violations: violations };
+    rpc::Status {
+        code: Code::InvalidArgument.into(),
+        message: text,
+        details: vec![prost_types::Any {
+            type_url: BAD_REQUEST_TYPE_URL.to_owned(),
+            value: details.encode_to_vec(),
+        }],
+    }
+}

@@ -1,0 +1,376 @@
+//! One client's stream: a task between its requests, its session and the store.
+
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
+use std::time::SystemTime;
+
+use prost::Message;
+use proto::wire::core::Node;
+use proto::wire::discovery::DeltaDiscoveryRequest;
+use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, watch};
+use tokio::time::{Instant, sleep_until, timeout};
+use tokio_stream::Stream;
+use tonic::{Request, Status, Streaming};
+
+use super::response::Response;
+use super::session::{Answer, Session, Violation, audience};
+use super::status::ClientStatus;
+use super::store::{ClientId, Generation, Store};
+use super::{Caller, Event, Shared, locked, next_id};
+
+/// A node that says more of itself is refused: it is kept as long as the stream lives.
+const NODE_BYTES: usize = 64 << 10;
+/// How many requests that are there already are heard before the next response.
+const REQUESTS_AT_ONCE: usize = 32;
+
+/// A connected client.
+pub(super) struct Client {
+    id: ClientId,
+    node: Arc<Node>,
+    caller: Caller,
+    peer: Option<SocketAddr>,
+    connected: SystemTime,
+    session: Mutex<Session>,
+    wake: Notify,
+    end: watch::Sender<bool>,
+}
+
+impl Client {
+    /// A name that it follows changed. Called while the store is locked, before anyone hears of the generation, so
+    /// that it never seems to have answered for a change that it knows nothing of.
+    pub(super) fn changed(&self, type_url: &str, name: &Arc<str>) {
+        locked(&self.session).changed(type_url, name);
+        self.wake.notify_one();
+    }
+
+    pub(super) fn end(&self) {
+        self.end.send_replace(true);
+    }
+
+    pub(super) fn status(&self, store: &Store) -> ClientStatus {
+        let session = locked(&self.session);
+        ClientStatus {
+            id: self.id,
+            node: Arc::clone(&self.node),
+            caller: self.caller.clone(),
+            audience: session.audience(),
+            peer: self.peer,
+            connected: self.connected,
+            types: session.status(store),
+        }
+    }
+}
+
+/// What tonic sends from. It holds the client's place, which is free again when the transport lets go of this: a
+/// client that does not read keeps its place, and what lies in it, until its connection ends.
+pub(super) struct Outgoing {
+    responses: mpsc::Receiver<Result<Response, Status>>,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Stream for Outgoing {
+    type Item = Result<Response, Status>;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.get_mut().responses.poll_recv(context)
+    }
+}
+
+/// Authenticates a client, and begins to serve it.
+pub(super) async fn open(
+    shared: &Arc<Shared>,
+    request: Request<Streaming<DeltaDiscoveryRequest>>,
+) -> Result<Outgoing, Status> {
+    let limit = shared.config.start_timeout;
+    let peer = request.remote_addr();
+    let (metadata, extensions, requests) = request.into_parts();
+    let bare = Request::from_parts(metadata, extensions, ());
+    let caller = timeout(limit, async {
+        let _permit = shared.authenticating.acquire().await;
+        shared.authorizer.authenticate(&bare).await
+    });
+    let caller =
+        caller.await.map_err(|_| Status::unavailable("authentication takes too long; try again"))??;
+    let place = Arc::clone(&shared.places).try_acquire_owned();
+    let place = place.map_err(|_| {
+        let limit = shared.config.clients;
+        Status::resource_exhausted(format!("this control plane serves {limit} clients already; try another"))
+    })?;
+    // One place for each type, since of each only one response is under way, and one for the reason of the end.
+    let (sender, responses) = mpsc::channel(shared.config.limits.types + 1);
+    let stream = ClientStream { shared: Arc::clone(shared), requests, sender };
+    tokio::spawn(stream.run(caller, peer));
+    Ok(Outgoing { responses, _place: place })
+}
+
+struct ClientStream {
+    shared: Arc<Shared>,
+    requests: Streaming<DeltaDiscoveryRequest>,
+    sender: mpsc::Sender<Result<Response, Status>>,
+}
+
+/// Why a stream ended.
+enum End {
+    /// The client ended it.
+    Client,
+    /// The transport failed.
+    Transport(Status),
+    /// We did.
+    Server(Status),
+}
+
+impl From<Violation> for End {
+    fn from(violation: Violation) -> Self {
+        let text = violation.to_string();
+        Self::Server(match violation {
+            Violation::NoType => Status::invalid_argument(text),
+            Violation::Types(_) | Violation::Names { .. } => Status::resource_exhausted(text),
+            Violation::Behind => Status::aborted(text),
+        })
+    }
+}
+
+impl ClientStream {
+    async fn run(mut self, caller: Caller, peer: Option<SocketAddr>) {
+        let sender = self.sender.clone();
+        let first = tokio::select! {
+            first = self.first_request() => first,
+            () = sender.closed() => return,
+        };
+        drop(sender);
+        let (first, starting) = match first {
+            Ok((first, starting)) => (Ok(first), Some(starting)),
+            Err(status) => (Err(status), None),
+        };
+        let admitted = first.and_then(|first| self.admit(&caller, first));
+        let (session, node, first) = match admitted {
+            Ok(admitted) => admitted,
+            Err(status) => {
+                self.shared.observer.observe(Event::Refused(&status));
+                self.finish(status);
+                return;
+            }
+        };
+        let client = Arc::new(Client {
+            id: next_id(&self.shared),
+            node,
+            caller,
+            peer,
+            connected: SystemTime::now(),
+            session: Mutex::new(session),
+            wake: Notify::new(),
+            end: watch::Sender::new(false),
+        });
+        let registered = Registered::new(&self.shared, &client);
+        let end = self.serve(&client, first, starting).await;
+        let reason = match &end {
+            End::Client => "the client ended the stream".to_owned(),
+            End::Transport(status) => format!("the transport failed: {}", status.message()),
+            End::Server(status) => status.message().to_owned(),
+        };
+        registered.end(reason);
+        if let End::Server(status) = end {
+            self.finish(status);
+        }
+    }
+
+    fn finish(self, status: Status) {
+        // When there is no room, the client does not read, and would not read this.
+        let _ = self.sender.try_send(Err(status));
+    }
+
+    /// The first request, when it is this client's turn to be given a state, and there is one.
+    async fn first_request(&mut self) -> Result<(DeltaDiscoveryRequest, OwnedSemaphorePermit), Status> {
+        let mut ready = self.shared.ready.subscribe();
+        ready.wait_for(|ready| *ready).await.map_err(|_| Status::unavailable("the server ends"))?;
+        let starting = Arc::clone(&self.shared.starting).acquire_owned().await;
+        let starting = starting.map_err(|_| Status::unavailable("the server ends"))?;
+        match timeout(self.shared.config.start_timeout, self.requests.message()).await {
+            Ok(Ok(Some(request))) => Ok((request, starting)),
+            Ok(Ok(None)) => Err(Status::cancelled("ended before the first request")),
+            Ok(Err(status)) => Err(status),
+            Err(_) => Err(Status::deadline_exceeded("no request came in time")),
+        }
+    }
+
+    fn admit(
+        &self,
+        caller: &Caller,
+        mut first: DeltaDiscoveryRequest,
+    ) -> Result<(Session, Arc<Node>, DeltaDiscoveryRequest), Status> {
+        let node = first.node.take().filter(|n| !n.id.is_empty());
+        let node =
+            node.ok_or_else(|| Status::invalid_argument("the first request has no node with an id"))?;
+        if node.encoded_len() > NODE_BYTES {
+            return Err(Status::invalid_argument(format!("the node has more than {NODE_BYTES} bytes")));
+        }
+        let admission = self.shared.authorizer.admit(caller, &node)?;
+        let session = Session::new(audience(&node), admission.interest, self.shared.config.limits);
+        Ok((session, Arc::new(node), first))
+    }
+
+    async fn serve(
+        &mut self,
+        client: &Client,
+        first: DeltaDiscoveryRequest,
+        starting: Option<OwnedSemaphorePermit>,
+    ) -> End {
+        let mut published = self.shared.published.subscribe();
+        let mut end = client.end.subscribe();
+        let mut converged = self.shared.read().published();
+        let mut starting = starting;
+        let mut next = Some(first);
+        loop {
+            if let Err(end) = self.hear(client, next.take(), &mut converged).await {
+                return end;
+            }
+            let waiting = match self.send(client) {
+                Ok(waiting) => waiting,
+                Err(end) => return end,
+            };
+            if waiting.is_none() {
+                // It has a state: the next may start.
+                drop(starting.take());
+            }
+            tokio::select! {
+                biased;
+                _ = end.wait_for(|end| *end) => {
+                    return End::Server(Status::unavailable("the control plane ended the stream; connect again"));
+                }
+                request = self.requests.message() => match request {
+                    Ok(Some(request)) => next = Some(request),
+                    Ok(None) => return End::Client,
+                    Err(status) => return End::Transport(status),
+                },
+                _ = published.changed() => {}
+                () = client.wake.notified() => {}
+                () = async { sleep_until(waiting.unwrap_or_else(Instant::now)).await }, if waiting.is_some() => {
+                    let limit = self.shared.config.answer_timeout;
+                    let text = format!("a response was not answered in {} s", limit.as_secs_f32());
+                    return End::Server(Status::deadline_exceeded(text));
+                }
+                () = self.sender.closed() => return End::Client,
+            }
+        }
+    }
+
+    /// Takes a request, and those that are there already: a client that asks for several types at once is to be
+    /// answered in their order.
+    async fn hear(
+        &mut self,
+        client: &Client,
+        mut next: Option<DeltaDiscoveryRequest>,
+        converged: &mut Generation,
+    ) -> Result<(), End> {
+        for _ in 0..REQUESTS_AT_ONCE {
+            let Some(request) = next.take() else { return Ok(()) };
+            self.take(client, request, converged)?;
+            next = tokio::select! {
+                biased;
+                request = self.requests.message() => match request {
+                    Ok(Some(request)) => Some(request),
+                    Ok(None) => return Err(End::Client),
+                    Err(status) => return Err(End::Transport(status)),
+                },
+                () = std::future::ready(()) => None,
+            };
+        }
+        match next {
+            Some(request) => self.take(client, request, converged),
+            None => Ok(()),
+        }
+    }
+
+    fn take(
+        &self,
+        client: &Client,
+        request: DeltaDiscoveryRequest,
+        converged: &mut Generation,
+    ) -> Result<(), End> {
+        let (heard, acked) = {
+            let store = self.shared.read();
+            let mut session = locked(&client.session);
+            let heard = session.request(&store, request)?;
+            (heard, session.acked(&store))
+        };
+        if !heard.watch.is_empty() || !heard.unwatch.is_empty() {
+            // What changes in between is seen all the same: names are looked up when the answer is made.
+            let mut store = self.shared.write();
+            heard.watch.iter().for_each(|name| store.watch(client.id, &heard.type_url, name));
+            heard.unwatch.iter().for_each(|name| store.unwatch(client.id, &heard.type_url, name));
+        }
+        let Some(answer) = heard.answer else { return Ok(()) };
+        if let Answer::Nack(message) = &answer {
+            let type_url = &heard.type_url;
+            tracing::warn!(node = %client.node.id, %type_url, %message, "a client refused resources");
+            self.shared.observer.observe(Event::Rejected { node: &client.node, type_url, message });
+        }
+        if let Some(acked) = acked.filter(|acked| acked > converged) {
+            self.shared.converged(*converged, acked);
+            *converged = acked;
+        }
+        self.shared.tick();
+        Ok(())
+    }
+
+    /// Sends what may be sent, and says until when what is under way must be answered.
+    fn send(&self, client: &Client) -> Result<Option<Instant>, End> {
+        loop {
+            let (response, since) = {
+                let store = self.shared.read();
+                let mut session = locked(&client.session);
+                (session.poll(&store, self.shared.now())?, session.waiting_since())
+            };
+            let Some(response) = response else {
+                return Ok(since.map(|since| self.shared.began + since + self.shared.config.answer_timeout));
+            };
+            self.shared.observer.observe(Event::Pushed {
+                type_url: &response.type_url,
+                resources: response.resources.len(),
+                removed: response.removed_resources.len(),
+                bytes: response.resources.iter().map(bytes::Bytes::len).sum(),
+            });
+            if self.sender.try_send(Ok(response)).is_err() {
+                return Err(End::Client);
+            }
+        }
+    }
+}
+
+/// A client in the list of those that are there, until this is dropped.
+struct Registered {
+    shared: Arc<Shared>,
+    client: Arc<Client>,
+    reason: Option<String>,
+}
+
+impl Registered {
+    fn new(shared: &Arc<Shared>, client: &Arc<Client>) -> Self {
+        locked(&shared.clients).insert(client.id, Arc::clone(client));
+        shared.observer.observe(Event::Connected(&client.node));
+        tracing::info!(node = %client.node.id, caller = %client.caller.name, "a client connected");
+        shared.tick();
+        Self { shared: Arc::clone(shared), client: Arc::clone(client), reason: None }
+    }
+
+    fn end(mut self, reason: String) {
+        self.reason = Some(reason);
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        let reason = self.reason.as_deref().unwrap_or("the server ends");
+        {
+            let mut store = self.shared.write();
+            let session = locked(&self.client.session);
+            session.watched().for_each(|(type_url, name)| store.unwatch(self.client.id, type_url, name));
+        }
+        locked(&self.shared.clients).remove(&self.client.id);
+        self.shared.observer.observe(Event::Disconnected(&self.client.node, reason));
+        tracing::info!(node = %self.client.node.id, reason, "a client is gone");
+        self.shared.tick();
+    }
+}
