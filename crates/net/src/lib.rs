@@ -7,6 +7,7 @@
 //! * [`AcceptLoop`]: accepting when descriptors run out;
 //! * [`copy()`]: two connections joined; [`Scratch`]: buffers that idle connections don't hold;
 //! * [`sock_diag`]: the connections of a namespace, and an end to them; [`netlink`] is what it asks with;
+//! * [`seqpacket`]: packets with descriptors between processes of one node;
 //! * [`limits`]: the limits of descriptors and memory.
 
 mod accept;
@@ -19,6 +20,7 @@ pub mod netns;
 mod original_dst;
 mod pipe;
 mod scratch;
+pub mod seqpacket;
 pub mod sock_diag;
 mod socket;
 mod udp;
