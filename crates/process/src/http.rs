@@ -9,6 +9,7 @@ mod connection;
 mod routes;
 
 use std::convert::Infallible;
+use std::future::Future;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
@@ -22,7 +23,8 @@ use hyper::header::{ACCEPT, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_TYPE, HOST,
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::mpsc;
 
 use connection::{Connections, StallGuard};
@@ -73,6 +75,7 @@ impl Default for Limits {
 pub struct Request {
     head: http::request::Parts,
     body: Bytes,
+    peer: Option<SocketAddr>,
 }
 
 impl Request {
@@ -100,6 +103,12 @@ impl Request {
     #[must_use]
     pub fn accept(&self) -> Option<&str> {
         self.head.headers.get(ACCEPT)?.to_str().ok()
+    }
+
+    /// Where the client is; `None` on a Unix socket.
+    #[must_use]
+    pub fn peer(&self) -> Option<SocketAddr> {
+        self.peer
     }
 
     /// The body.
@@ -275,22 +284,74 @@ pub async fn serve(listener: TcpListener, routes: Routes, limits: Limits) {
     let connections = Connections::new(limits.connections);
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => connections.admit(serve_connection(stream, routes.clone(), limits)),
-            Err(error) => {
-                // Out of descriptors, as a rule: the listener itself is sound.
-                tracing::warn!(error = &error as &dyn std::error::Error, "accept failed");
-                tokio::time::sleep(Duration::from_millis(100)).await;
+            Ok((stream, peer)) => {
+                let _ = stream.set_nodelay(true); // only a matter of speed
+                connections.admit(serve_connection(stream, Some(peer), routes.clone(), limits));
             }
+            Err(error) => pause_after(&error).await,
         }
     }
 }
 
-async fn serve_connection(stream: TcpStream, routes: Routes, limits: Limits) {
-    let _ = stream.set_nodelay(true); // only a matter of speed
+/// As [`serve`], on a Unix socket: who may connect is what the socket's file says.
+pub async fn serve_unix(listener: UnixListener, routes: Routes, limits: Limits) {
+    let connections = Connections::new(limits.connections);
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => connections.admit(serve_connection(stream, None, routes.clone(), limits)),
+            Err(error) => pause_after(&error).await,
+        }
+    }
+}
+
+/// As [`serve`], where `secure` first makes each connection one that is secured, such as by TLS. It may take as long as
+/// the head of a request.
+pub async fn serve_secured<S, F>(
+    listener: TcpListener,
+    secure: impl Fn(TcpStream) -> F,
+    routes: Routes,
+    limits: Limits,
+) where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    F: Future<Output = io::Result<S>> + Send + 'static,
+{
+    let connections = Connections::new(limits.connections);
+    loop {
+        let (stream, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                pause_after(&error).await;
+                continue;
+            }
+        };
+        let _ = stream.set_nodelay(true); // only a matter of speed
+        let (secured, routes) = (secure(stream), routes.clone());
+        connections.admit(async move {
+            match tokio::time::timeout(limits.head_time, secured).await {
+                Ok(Ok(stream)) => serve_connection(stream, Some(peer), routes, limits).await,
+                Ok(Err(error)) => {
+                    tracing::debug!(error = &error as &dyn std::error::Error, "a connection was not secured");
+                }
+                Err(_) => tracing::debug!("a connection was not secured in time"),
+            }
+        });
+    }
+}
+
+/// Out of descriptors, as a rule: the listener itself is sound.
+async fn pause_after(error: &io::Error) {
+    tracing::warn!(error = error as &dyn std::error::Error, "accept failed");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+}
+
+async fn serve_connection<S>(stream: S, peer: Option<SocketAddr>, routes: Routes, limits: Limits)
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
     let io = TokioIo::new(StallGuard::new(stream, limits.stall_time));
     let service = service_fn(move |request| {
         let routes = routes.clone();
-        async move { Ok::<_, Infallible>(respond(request, &routes, limits).await.into_http()) }
+        async move { Ok::<_, Infallible>(respond(request, peer, &routes, limits).await.into_http()) }
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -304,7 +365,12 @@ async fn serve_connection(stream: TcpStream, routes: Routes, limits: Limits) {
     }
 }
 
-async fn respond(request: http::Request<Incoming>, routes: &Routes, limits: Limits) -> Response {
+async fn respond(
+    request: http::Request<Incoming>,
+    peer: Option<SocketAddr>,
+    routes: &Routes,
+    limits: Limits,
+) -> Response {
     let (head, body) = request.into_parts();
     if limits.local_host_only
         && let Err(reason) = check_local(&head)
@@ -321,7 +387,7 @@ async fn respond(request: http::Request<Incoming>, routes: &Routes, limits: Limi
         Ok(Err(e)) => return Response::text(StatusCode::BAD_REQUEST, format!("reading the body: {e}\n")),
         Err(_) => return Response::text(StatusCode::REQUEST_TIMEOUT, "the request's body took too long\n"),
     };
-    routes.answer(Request { head, body }, limits.handler_time).await
+    routes.answer(Request { head, body, peer }, limits.handler_time).await
 }
 
 /// Refuses what a browser sends on behalf of a page that is not this port's own. Programs that are no browsers send
