@@ -5,7 +5,7 @@ RELEASE := target/release
 # Namespaces need root; building does not.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: help demo build test test-node lint bench clean-demo
+.PHONY: help demo build images test test-node e2e lint bench clean-demo
 
 help: ## What there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,15 @@ test: ## All tests; those of namespaces and capture need root, without it they a
 test-node: ## Two nodes with real traffic and faults, by the real ztunnel (root, a minute)
 	@.ci/packages test
 	$(CARGO) test --locked -p ztunnel --test node
+
+images: ## The container images with their bills of materials, in target/images; ARGS="--arch arm64 --sysroot DIR"
+	@$(SUDO) .ci/packages demo
+	$(CARGO) run --locked -q -p kube-tests -- images $(ARGS)
+
+e2e: ## The mesh on a real Kubernetes of two nodes, made on this machine (root, Go); ARGS="enrol --keep" one scenario
+	@$(SUDO) .ci/packages e2e
+	$(CARGO) build --locked -q -p kube-tests
+	@$(SUDO) target/debug/kube-tests e2e $(ARGS)
 
 lint: ## Format, clippy and the dependencies' rules, as CI checks them
 	$(CARGO) fmt --all --check

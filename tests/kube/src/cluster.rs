@@ -1,0 +1,172 @@
+//! The whole cluster: up, down, and what is on it.
+
+use std::fs;
+use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use nix::unistd::Uid;
+
+use crate::kubectl::Kubectl;
+use crate::lab::{CONTROL_PLANE_NETNS, DNS_IP, Lab, NODES, Node};
+use crate::process::{Recorded, remove_tree};
+use crate::report::{Clock, say, wait_for};
+use crate::{control_plane, lab_images, node, pki, tools};
+
+/// A running cluster.
+#[derive(Clone, Debug)]
+pub struct Cluster {
+    /// Where it keeps things.
+    pub lab: Lab,
+    /// Its administrator's kubectl.
+    pub kubectl: Kubectl,
+}
+
+impl Cluster {
+    /// One that is running.
+    ///
+    /// # Errors
+    /// None is.
+    pub fn running(lab: &Lab) -> Result<Self> {
+        if Recorded::named(lab, "apiserver").pid().is_none() {
+            bail!("no cluster is running; start one: cargo run -p kube-tests -- cluster up");
+        }
+        Ok(Self { lab: lab.clone(), kubectl: Kubectl::new(lab) })
+    }
+
+    /// Builds what is missing and starts a cluster: two Ready nodes and DNS.
+    ///
+    /// # Errors
+    /// One is running already, or something does not come up.
+    pub fn up(lab: &Lab) -> Result<Self> {
+        if !Uid::effective().is_root() {
+            bail!("a cluster needs root, for namespaces and cgroups");
+        }
+        if let Some(process) = Recorded::all(lab).iter().find(|p| p.pid().is_some()) {
+            bail!(
+                "a cluster is up already ({} runs); end it: cargo run -p kube-tests -- cluster down",
+                process.name()
+            );
+        }
+        // What one that was killed left behind.
+        down(lab)?;
+        remove_tree(&lab.log(""))?;
+        tools::build(lab)?;
+        lab_images::build(lab)?;
+        Self::bring_up(lab).inspect_err(|_| {
+            // What is half up is of no use; the logs stay.
+            if let Err(error) = down(lab) {
+                say(&format!("   and it can't be taken down: {error:#}"));
+            }
+        })
+    }
+
+    fn bring_up(lab: &Lab) -> Result<Self> {
+        let clock = Clock::start();
+        pki::make(lab)?;
+        control_plane::start(lab)?;
+        let control_plane = clock.seconds();
+        for node in &NODES {
+            node::start(lab, node)?;
+        }
+        let cluster = Self::running(lab)?;
+        for node in &NODES {
+            cluster.ready(node)?;
+        }
+        let nodes = clock.seconds();
+        cluster.dns()?;
+        say(&format!(
+            "   cluster: control plane {control_plane}, nodes Ready {nodes}, DNS {}",
+            clock.seconds()
+        ));
+        Ok(cluster)
+    }
+
+    /// Waits until a node is Ready.
+    ///
+    /// # Errors
+    /// It is off, or does not become Ready.
+    pub fn ready(&self, node: &Node) -> Result<()> {
+        wait_for(&format!("{} to be Ready", node.name), Duration::from_secs(90), || {
+            node::init(&self.lab, node)
+                .with_context(|| format!("see {}", self.lab.log(&format!("{}.log", node.name)).display()))?;
+            let ready = "jsonpath={.status.conditions[?(@.type==\"Ready\")].status}";
+            Ok(match self.kubectl.run(&["get", "node", node.name, "-o", ready]) {
+                Ok(status) if status == "True" => Ok(()),
+                Ok(status) => Err(format!("its condition Ready is {status:?}")),
+                Err(error) => Err(error.to_string()),
+            })
+        })
+    }
+
+    fn dns(&self) -> Result<()> {
+        self.kubectl.apply(&include_str!("../manifests/dns.yaml").replace("@DNS_IP@", DNS_IP))?;
+        self.kubectl.rolled_out("kube-system", "deployment/coredns", Duration::from_secs(90))?;
+        wait_for("the ServiceAccount of the default namespace", Duration::from_secs(30), || {
+            Ok(self.kubectl.run(&["get", "serviceaccount", "default"]).map_err(|e| e.to_string()))
+        })
+        .map(drop)
+    }
+
+    /// Imports images on both nodes at once.
+    ///
+    /// # Errors
+    /// containerd refuses one.
+    pub fn import(&self, archives: &[PathBuf]) -> Result<()> {
+        thread::scope(|scope| {
+            let nodes: Vec<_> = NODES
+                .iter()
+                .map(|node| {
+                    scope.spawn(|| archives.iter().try_for_each(|a| node::import(&self.lab, node, a)))
+                })
+                .collect();
+            nodes.into_iter().try_for_each(|n| n.join().unwrap_or_else(|_| bail!("importing panicked")))
+        })
+    }
+}
+
+/// Ends what is recorded, and removes what it left; the logs stay in `target/kube/log`.
+///
+/// # Errors
+/// Something does not end or can't be removed.
+pub fn down(lab: &Lab) -> Result<()> {
+    for node in &NODES {
+        Recorded::named(lab, node.name).end()?;
+    }
+    // An API server without etcd would wait for it.
+    for name in control_plane::PROCESSES {
+        Recorded::named(lab, name).end()?;
+    }
+    for process in Recorded::all(lab) {
+        process.end()?;
+    }
+    for node in &NODES {
+        node::disconnect(node)?;
+    }
+    node::delete_netns(CONTROL_PLANE_NETNS)?;
+    node::sweep(lab)?;
+    let trees = [lab.run(""), lab.pki("")];
+    trees.iter().try_for_each(|tree| remove_tree(tree))
+}
+
+/// What runs, one line each.
+#[must_use]
+pub fn status(lab: &Lab) -> Vec<String> {
+    let mut lines: Vec<String> = Recorded::all(lab)
+        .iter()
+        .map(|process| match process.pid() {
+            Some(pid) => format!("{}: process {pid}", process.name()),
+            None => format!("{}: gone", process.name()),
+        })
+        .collect();
+    let bytes: u64 = fs::read_dir(lab.images())
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|e| e.metadata().ok())
+        .map(|m| m.len())
+        .sum();
+    lines.push(format!("images: {} MiB in {}", bytes >> 20, lab.images().display()));
+    lines
+}

@@ -1,0 +1,277 @@
+//! The product's images, as `deploy/images/*.toml` define them, from programs that cargo builds.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+use serde::Deserialize;
+
+use super::{Archive, Platform, Rootfs, Settings, sbom};
+use crate::process::{finish, output};
+use crate::report::{Clock, say};
+
+/// Users that are not root.
+const NONROOT: &str = "65532:65532";
+
+/// An image as its file defines it.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Definition {
+    /// Without the tag, which is the workspace's version.
+    pub name: String,
+    /// What it is, for people.
+    pub description: String,
+    /// What is run.
+    pub entrypoint: Vec<String>,
+    /// `UID:GID`; a user that is not root, if none is given.
+    #[serde(default)]
+    pub user: Option<String>,
+    /// What cargo builds.
+    #[serde(default)]
+    pub program: Vec<Program>,
+    /// What the machine (or the sysroot) has.
+    #[serde(default)]
+    pub tool: Vec<Tool>,
+}
+
+/// A program of the workspace.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Program {
+    /// The cargo package.
+    pub package: String,
+    /// The program.
+    pub name: String,
+    /// Where it is in the image.
+    pub to: String,
+    /// Without libraries, so that it runs wherever it is copied to.
+    #[serde(default)]
+    pub r#static: bool,
+}
+
+/// A program of Debian.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tool {
+    /// Where it is, in Debian and in the image.
+    pub path: String,
+    /// The Debian package, for those who lack it.
+    pub package: String,
+}
+
+/// How images are built.
+#[derive(Clone, Debug)]
+pub struct Build {
+    /// The workspace.
+    pub workspace: PathBuf,
+    /// What for.
+    pub platform: Platform,
+    /// cargo's profile.
+    pub profile: String,
+    /// The tree that Debian's programs and libraries are taken from.
+    pub sysroot: PathBuf,
+    /// Where the images go.
+    pub out: PathBuf,
+}
+
+impl Definition {
+    /// All of them, by file name.
+    ///
+    /// # Errors
+    /// One can't be read.
+    pub fn all(workspace: &Path) -> Result<BTreeMap<String, Self>> {
+        let directory = workspace.join("deploy/images");
+        let mut all = BTreeMap::new();
+        for entry in fs::read_dir(&directory).with_context(|| format!("reading {}", directory.display()))? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|e| e == "toml")
+                && let Some(stem) = path.file_stem()
+            {
+                let text = fs::read_to_string(&path)?;
+                let definition =
+                    toml::from_str(&text).with_context(|| format!("reading {}", path.display()))?;
+                all.insert(stem.to_string_lossy().into_owned(), definition);
+            }
+        }
+        Ok(all)
+    }
+}
+
+impl Build {
+    /// Builds images; returns their archives, in `out`, beside a bill of materials each.
+    ///
+    /// # Errors
+    /// A program does not compile, or something is missing.
+    pub fn run(&self, definitions: &BTreeMap<String, Definition>) -> Result<Vec<PathBuf>> {
+        self.compile(definitions)?;
+        let seconds = self.source_date()?;
+        let mut archives = Vec::new();
+        for (stem, definition) in definitions {
+            let clock = Clock::start();
+            let tag = env!("CARGO_PKG_VERSION");
+            let files = self.files(definition)?;
+            let packages: Vec<&str> = definition.program.iter().map(|p| p.package.as_str()).collect();
+            let mut parts = sbom::crates(&self.workspace, self.platform, &packages)?;
+            parts.extend(sbom::debian(&files.copied)?);
+            let bill = sbom::document(&definition.name, tag, seconds, &files, &parts);
+            let mut files = files;
+            let bill = format!("{bill:#}\n").into_bytes();
+            files.file(&format!("/usr/share/spdx/{stem}.spdx.json"), bill.clone(), 0o644)?;
+            let archive = Archive::pack(&files, &self.settings(definition, tag, seconds))?;
+            let path = self.out.join(format!("{stem}-{}.tar", self.platform.architecture));
+            archive.write(&path)?;
+            fs::write(path.with_extension("spdx.json"), bill)?;
+            let size = archive.bytes.len() >> 20;
+            let name = &definition.name;
+            say(&format!(
+                "   {name}:{tag} {size} MiB, {} parts, {}, sha256:{}",
+                parts.len(),
+                clock.seconds(),
+                archive.digest
+            ));
+            archives.push(path);
+        }
+        Ok(archives)
+    }
+
+    fn settings(&self, definition: &Definition, tag: &str, seconds: u64) -> Settings {
+        let label = |key: &str, value: &str| (format!("org.opencontainers.image.{key}"), value.to_owned());
+        Settings {
+            name: format!("{}:{tag}", definition.name),
+            platform: self.platform,
+            entrypoint: definition.entrypoint.clone(),
+            user: definition.user.clone().unwrap_or_else(|| NONROOT.to_owned()),
+            labels: vec![
+                label("title", &definition.name),
+                label("description", &definition.description),
+                label("version", tag),
+                label("licenses", "Apache-2.0"),
+            ],
+            seconds,
+        }
+    }
+
+    fn files(&self, definition: &Definition) -> Result<Rootfs> {
+        let mut files = Rootfs::default();
+        files.basics()?;
+        let work = tempdir(&self.out)?;
+        for program in &definition.program {
+            let built = self.target_directory(program.r#static).join(&program.name);
+            let stripped = work.join(&program.name);
+            self.strip(&built, &stripped)?;
+            files.program(&self.sysroot, self.platform, &stripped, &program.to)?;
+            if program.r#static && !super::elf::Elf::read(&stripped)?.needed.is_empty() {
+                bail!("{} is to be static, and needs libraries", built.display());
+            }
+        }
+        for tool in &definition.tool {
+            let path = self.sysroot.join(tool.path.trim_start_matches('/'));
+            files
+                .program(&self.sysroot, self.platform, &path, &tool.path)
+                .with_context(|| format!("install the package {}", tool.package))?;
+        }
+        fs::remove_dir_all(&work)?;
+        // Its own programs are no package of Debian's.
+        files.copied.retain(|path| !path.starts_with(&work));
+        Ok(files)
+    }
+
+    /// Debugging information is of no use in an image, and most of a program of the profile `dev`.
+    fn strip(&self, from: &Path, to: &Path) -> Result<()> {
+        let tool = if self.platform == Platform::here()? {
+            "strip".to_owned()
+        } else {
+            format!("{}-strip", self.platform.target.replace("-unknown", ""))
+        };
+        output(tool, &["--strip-debug", "-o", &to.display().to_string(), &from.display().to_string()])
+            .map(drop)
+    }
+
+    fn target_directory(&self, named: bool) -> PathBuf {
+        let profile = if self.profile == "dev" { "debug" } else { &self.profile };
+        let target = self.workspace.join("target");
+        if self.crosses() || named {
+            target.join(self.platform.target).join(profile)
+        } else {
+            target.join(profile)
+        }
+    }
+
+    fn crosses(&self) -> bool {
+        Platform::here().ok() != Some(self.platform)
+    }
+
+    fn compile(&self, definitions: &BTreeMap<String, Definition>) -> Result<()> {
+        for fixed in [false, true] {
+            let programs: Vec<&Program> =
+                definitions.values().flat_map(|d| &d.program).filter(|p| p.r#static == fixed).collect();
+            if programs.is_empty() {
+                continue;
+            }
+            let mut cargo = Command::new("cargo");
+            cargo.current_dir(&self.workspace).args(["build", "--locked", "--profile", &self.profile]);
+            for program in &programs {
+                cargo.args(["-p", &program.package, "--bin", &program.name]);
+            }
+            // With a target named, flags are for the program only, not for what runs while it is built.
+            if fixed || self.crosses() {
+                cargo.args(["--target", self.platform.target]);
+            }
+            if fixed {
+                cargo.env("RUSTFLAGS", "-C target-feature=+crt-static");
+            }
+            let clock = Clock::start();
+            finish(&mut cargo)?;
+            let names: Vec<&str> = programs.iter().map(|p| p.name.as_str()).collect();
+            say(&format!("   built {}, {}", names.join(", "), clock.seconds()));
+        }
+        Ok(())
+    }
+
+    /// `SOURCE_DATE_EPOCH`, or the time of the last commit.
+    fn source_date(&self) -> Result<u64> {
+        let text = match std::env::var("SOURCE_DATE_EPOCH") {
+            Ok(text) => text,
+            Err(_) => {
+                let at = self.workspace.display().to_string();
+                output("git", &["-C", &at, "log", "-1", "--format=%ct"])
+                    .context("set SOURCE_DATE_EPOCH where there is no git")?
+            }
+        };
+        text.trim().parse().with_context(|| format!("reading a time in seconds: {text:?}"))
+    }
+}
+
+fn tempdir(out: &Path) -> Result<PathBuf> {
+    let path = out.join(".stripped");
+    fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
+    Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lab::Lab;
+
+    #[test]
+    fn the_definitions_are_readable_and_run_what_they_have() {
+        let all = Definition::all(&Lab::find().unwrap().workspace).unwrap();
+        assert_eq!(all.keys().collect::<Vec<_>>(), ["culvertd", "node", "ztunnel"]);
+        for (stem, definition) in all {
+            let run = definition.entrypoint.first().unwrap();
+            assert!(definition.program.iter().any(|p| p.to == *run), "{stem} does not have {run}");
+        }
+        assert!(
+            toml::from_str::<Definition>("name = 'x'\ndescription = ''\nentrypoint = []\ntypo = 1").is_err()
+        );
+    }
+
+    #[test]
+    fn a_plugin_that_runs_on_every_machine_is_static() {
+        let all = Definition::all(&Lab::find().unwrap().workspace).unwrap();
+        let plugin = all["node"].program.iter().find(|p| p.name == "culvert-cni").unwrap();
+        assert!(plugin.r#static);
+    }
+}

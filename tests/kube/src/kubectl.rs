@@ -1,0 +1,124 @@
+//! What the scenarios ask of the API server, through kubectl.
+
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use serde_json::Value;
+
+use crate::lab::{CONTROL_PLANE_NETNS, Lab};
+use crate::process::{feed, finish, in_netns};
+use crate::report::wait_for;
+
+/// kubectl as the cluster's administrator.
+#[derive(Clone, Debug)]
+pub struct Kubectl {
+    lab: Lab,
+}
+
+impl Kubectl {
+    /// For the cluster of `lab`.
+    #[must_use]
+    pub fn new(lab: &Lab) -> Self {
+        Self { lab: lab.clone() }
+    }
+
+    /// The command, for those who want to do more with it.
+    #[must_use]
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        self.program("kubectl", arguments)
+    }
+
+    /// Helm, as the same user.
+    #[must_use]
+    pub fn helm(&self, arguments: &[&str]) -> Command {
+        let mut command = self.program("helm", arguments);
+        for (variable, directory) in
+            [("HELM_CACHE_HOME", "cache"), ("HELM_CONFIG_HOME", "config"), ("HELM_DATA_HOME", "data")]
+        {
+            command.env(variable, self.lab.run("helm").join(directory));
+        }
+        command
+    }
+
+    fn program(&self, name: &str, arguments: &[&str]) -> Command {
+        let mut command = in_netns(CONTROL_PLANE_NETNS, self.lab.bin(name));
+        command.env("KUBECONFIG", self.lab.pki("admin.kubeconfig")).args(arguments);
+        command
+    }
+
+    /// What kubectl prints.
+    ///
+    /// # Errors
+    /// It fails: with what it said.
+    pub fn run(&self, arguments: &[&str]) -> Result<String> {
+        finish(&mut self.command(arguments))
+    }
+
+    /// Applies objects, as YAML or JSON.
+    ///
+    /// # Errors
+    /// They are refused.
+    pub fn apply(&self, objects: &str) -> Result<()> {
+        feed(&mut self.command(&["apply", "-f", "-"]), objects).map(drop)
+    }
+
+    /// Applies an object on the server, which is how big ones (CRDs) must be.
+    ///
+    /// # Errors
+    /// They are refused.
+    pub fn apply_server_side(&self, path: &str) -> Result<()> {
+        self.run(&["apply", "--server-side", "--force-conflicts", "-f", path]).map(drop)
+    }
+
+    /// An object, or a list of them.
+    ///
+    /// # Errors
+    /// It is not there.
+    pub fn get(&self, arguments: &[&str]) -> Result<Value> {
+        let text = self.run(&[&["get", "-o", "json"], arguments].concat())?;
+        serde_json::from_str(&text).with_context(|| format!("kubectl get {}", arguments.join(" ")))
+    }
+
+    /// Waits until what `look` sees in the object is as it should be; it says why not.
+    ///
+    /// # Errors
+    /// It does not come to be so.
+    pub fn until(
+        &self,
+        arguments: &[&str],
+        limit: Duration,
+        look: impl Fn(&Value) -> Result<(), String>,
+    ) -> Result<()> {
+        wait_for(&arguments.join(" "), limit, || {
+            Ok(self.get(arguments).map_err(|e| format!("{e:#}")).and_then(|object| look(&object)))
+        })
+    }
+
+    /// Runs a command in a pod.
+    ///
+    /// # Errors
+    /// It fails.
+    pub fn exec(&self, namespace: &str, pod: &str, command: &[&str]) -> Result<String> {
+        let arguments = [&["exec", "-n", namespace, pod, "--"], command].concat();
+        Ok(self.run(&arguments)?.trim().to_owned())
+    }
+
+    /// Waits for a Deployment, a DaemonSet or a StatefulSet.
+    ///
+    /// # Errors
+    /// It is not rolled out in time.
+    pub fn rolled_out(&self, namespace: &str, what: &str, limit: Duration) -> Result<()> {
+        let limit = format!("--timeout={}s", limit.as_secs());
+        self.run(&["rollout", "status", "-n", namespace, what, &limit]).map(drop)
+    }
+
+    /// Waits for a condition of what is named or selected.
+    ///
+    /// # Errors
+    /// It does not come in time.
+    pub fn wait(&self, namespace: &str, condition: &str, what: &[&str], limit: Duration) -> Result<()> {
+        let (condition, limit) = (format!("--for={condition}"), format!("--timeout={}s", limit.as_secs()));
+        self.run(&[&["wait", "-n", namespace, &condition, &limit], what].concat()).map(drop)
+    }
+}

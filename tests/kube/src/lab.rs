@@ -1,0 +1,145 @@
+//! Where everything is, and the addresses.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail};
+
+/// The control plane's address on the nodes' link.
+pub const CONTROL_PLANE_IP: &str = "172.30.0.1";
+/// Its network namespace.
+pub const CONTROL_PLANE_NETNS: &str = "culvert-kube-cp";
+/// The API server's port.
+pub const API_PORT: u16 = 6443;
+/// All pods' addresses.
+pub const CLUSTER_CIDR: &str = "10.244.0.0/16";
+/// All services' addresses; the first is the API server's.
+pub const SERVICE_CIDR: &str = "10.96.0.0/16";
+/// The API server's address as a service.
+pub const API_SERVICE_IP: &str = "10.96.0.1";
+/// The cluster's DNS.
+pub const DNS_IP: &str = "10.96.0.10";
+/// Names the node's part of every cgroup tree.
+pub const CGROUP_PREFIX: &str = "culvert-kube-";
+
+/// A machine of the cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Node {
+    /// As Kubernetes knows it.
+    pub name: &'static str,
+    /// On the nodes' link.
+    pub ip: &'static str,
+    /// Its pods' addresses.
+    pub pod_cidr: &'static str,
+    /// Its end of the link in the control plane's namespace, where captures are made.
+    pub link: &'static str,
+}
+
+/// The nodes.
+pub const NODES: [Node; 2] = [
+    Node { name: "node1", ip: "172.30.0.11", pod_cidr: "10.244.1.0/24", link: "node1" },
+    Node { name: "node2", ip: "172.30.0.12", pod_cidr: "10.244.2.0/24", link: "node2" },
+];
+
+impl Node {
+    /// Its network namespace.
+    #[must_use]
+    pub fn netns(&self) -> String {
+        format!("culvert-kube-{}", self.name)
+    }
+
+    /// Its part of every cgroup tree, from the root.
+    #[must_use]
+    pub fn cgroup(&self) -> String {
+        format!("{CGROUP_PREFIX}{}", self.name)
+    }
+
+    /// The node of this name.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn named(name: &str) -> Result<&'static Self> {
+        NODES.iter().find(|n| n.name == name).with_context(|| {
+            let known: Vec<&str> = NODES.iter().map(|n| n.name).collect();
+            format!("there is no node {name:?}; there are {}", known.join(", "))
+        })
+    }
+}
+
+/// The directories of a cluster, below `target/kube`.
+#[derive(Clone, Debug)]
+pub struct Lab {
+    /// The workspace.
+    pub workspace: PathBuf,
+    /// `target/kube`.
+    pub root: PathBuf,
+}
+
+impl Lab {
+    /// That of the workspace which this program was built in.
+    ///
+    /// # Errors
+    /// The workspace is no longer there.
+    pub fn find() -> Result<Self> {
+        let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let Some(workspace) = manifest.ancestors().nth(2) else {
+            bail!("{} is not two levels below a workspace", manifest.display());
+        };
+        let workspace =
+            workspace.canonicalize().with_context(|| format!("finding {}", workspace.display()))?;
+        Ok(Self { root: workspace.join("target/kube"), workspace })
+    }
+
+    /// Programs: Kubernetes, etcd, CoreDNS, Helm, the applications.
+    #[must_use]
+    pub fn bin(&self, name: &str) -> PathBuf {
+        self.root.join("bin").join(name)
+    }
+
+    /// Keys, certificates and kubeconfigs.
+    #[must_use]
+    pub fn pki(&self, file: &str) -> PathBuf {
+        self.root.join("pki").join(file)
+    }
+
+    /// The cluster's own images.
+    #[must_use]
+    pub fn images(&self) -> PathBuf {
+        self.root.join("images")
+    }
+
+    /// The product's images, as `make images` writes them.
+    #[must_use]
+    pub fn product_images(&self) -> PathBuf {
+        self.workspace.join("target/images")
+    }
+
+    /// What lives as long as the cluster.
+    #[must_use]
+    pub fn run(&self, path: &str) -> PathBuf {
+        self.root.join("run").join(path)
+    }
+
+    /// What a node keeps on its disk.
+    #[must_use]
+    pub fn disk(&self, node: &Node) -> PathBuf {
+        self.root.join("run").join(node.name).join("disk")
+    }
+
+    /// What programs wrote, kept after the cluster.
+    #[must_use]
+    pub fn log(&self, file: &str) -> PathBuf {
+        self.root.join("log").join(file)
+    }
+
+    /// Writes a file below the lab, with its directories.
+    ///
+    /// # Errors
+    /// With the path.
+    pub fn write(&self, path: &Path, text: &str) -> Result<()> {
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent).with_context(|| format!("making {}", parent.display()))?;
+        }
+        fs::write(path, text).with_context(|| format!("writing {}", path.display()))
+    }
+}

@@ -1,0 +1,94 @@
+//! The product in the cluster: its images on the nodes, its chart installed.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::cluster::Cluster;
+use crate::image::{Build, Definition, Platform};
+use crate::process::finish;
+use crate::report::{Clock, say};
+
+/// The namespace of the product.
+pub const NAMESPACE: &str = "culvert-system";
+
+/// Builds the product's images with cargo's profile `profile`; returns the archives.
+///
+/// # Errors
+/// A program does not compile.
+pub fn build_images(cluster: &Cluster, profile: &str) -> Result<Vec<PathBuf>> {
+    let build = Build {
+        workspace: cluster.lab.workspace.clone(),
+        platform: Platform::here()?,
+        profile: profile.to_owned(),
+        sysroot: PathBuf::from("/"),
+        out: cluster.lab.root.join("product-images"),
+    };
+    let definitions: BTreeMap<String, Definition> = Definition::all(&cluster.lab.workspace)?;
+    build.run(&definitions)
+}
+
+/// Installs or upgrades the release `culvert` by Helm and waits until all of it is ready. `settings` are `key=value`.
+///
+/// # Errors
+/// Helm refuses, or something does not become ready: with what the pods say.
+pub fn install(cluster: &Cluster, settings: &[&str]) -> Result<()> {
+    let clock = Clock::start();
+    let chart = cluster.lab.workspace.join("deploy/charts/culvert").display().to_string();
+    let mut arguments = vec![
+        "upgrade",
+        "--install",
+        "culvert",
+        &chart,
+        "--namespace",
+        NAMESPACE,
+        "--create-namespace",
+        // One machine's two cores carry it all.
+        "--set",
+        "controlPlane.resources.requests.cpu=10m",
+        "--set",
+        "ztunnel.resources.requests.cpu=10m",
+        "--set",
+        "node.resources.requests.cpu=10m",
+        "--set",
+        "image.pullPolicy=Never",
+    ];
+    for setting in settings {
+        arguments.extend(["--set", setting]);
+    }
+    finish(&mut cluster.kubectl.helm(&arguments)).context("installing the chart")?;
+    ready(cluster, Duration::from_secs(120))?;
+    say(&format!("   mesh: installed and ready, {}", clock.seconds()));
+    Ok(())
+}
+
+/// Waits until the control plane, and the node's two daemons on every node, are ready.
+///
+/// # Errors
+/// They are not in time.
+pub fn ready(cluster: &Cluster, limit: Duration) -> Result<()> {
+    for what in ["deployment/culvertd", "daemonset/culvert-node", "daemonset/ztunnel"] {
+        if let Err(error) = cluster.kubectl.rolled_out(NAMESPACE, what, limit) {
+            let pods = cluster.kubectl.run(&["get", "pods", "-n", NAMESPACE, "-o", "wide"])?;
+            let (_, name) = what.split_once('/').unwrap_or_default();
+            let events = ["get", "events", "-n", NAMESPACE, "--sort-by=.lastTimestamp"];
+            let events = cluster.kubectl.run(&events).unwrap_or_default();
+            let last: Vec<&str> = events.lines().rev().take(5).collect();
+            let logs = ["logs", "-n", NAMESPACE, "-l", &format!("app={name}"), "--tail=15", "--prefix"];
+            let logs = cluster.kubectl.run(&logs).unwrap_or_else(|e| e.to_string());
+            bail!("{error:#}\n{pods}\n{}\n{logs}", last.join("\n"));
+        }
+    }
+    Ok(())
+}
+
+/// Removes the release.
+///
+/// # Errors
+/// Helm can't.
+pub fn uninstall(cluster: &Cluster) -> Result<()> {
+    let words = ["uninstall", "culvert", "--namespace", NAMESPACE, "--wait", "--timeout", "90s"];
+    finish(&mut cluster.kubectl.helm(&words)).map(drop)
+}

@@ -1,0 +1,192 @@
+//! A node from outside: its namespaces and link, starting, rebooting, and running things in it.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use nix::sys::signal::{Signal, kill};
+
+use crate::lab::{CONTROL_PLANE_IP, CONTROL_PLANE_NETNS, Lab, NODES, Node};
+use crate::node_init::{DISK, cgroup_trees};
+use crate::process::{Recorded, children, finish, output, pid_of, program};
+use crate::report::wait_for;
+
+/// Directories of the machine that had to be made, to mount a node's own on: one a line.
+const MADE: &str = "made-directories";
+
+/// Makes the network and starts the node. It is up when the API server says so.
+///
+/// # Errors
+/// A namespace, a link or the process can't be made.
+pub fn start(lab: &Lab, node: &Node) -> Result<()> {
+    mount_points(lab)?;
+    connect(node)?;
+    let this = std::env::current_exe().context("finding this program")?;
+    let mut command = Command::new("nsenter");
+    command
+        .arg(format!("--net=/run/netns/{}", node.netns()))
+        .args(["unshare", "--mount", "--uts", "--pid", "--ipc", "--fork", "--kill-child"])
+        .arg(this)
+        .args(["node-init", node.name]);
+    Recorded::start(lab, node.name, &command).map(drop)
+}
+
+/// Ends all that runs on it, as when power fails: its memory, `/run` and network are gone, its disk stays.
+///
+/// # Errors
+/// It does not end.
+pub fn power_off(lab: &Lab, node: &Node) -> Result<()> {
+    // The death of `unshare` kills process 1, and with it all of the process namespace.
+    Recorded::named(lab, node.name).end()?;
+    disconnect(node)
+}
+
+/// Off and on again.
+///
+/// # Errors
+/// It does not come up.
+pub fn reboot(lab: &Lab, node: &Node) -> Result<()> {
+    power_off(lab, node)?;
+    start(lab, node)
+}
+
+fn connect(node: &Node) -> Result<()> {
+    let netns = node.netns();
+    output("ip", &["netns", "add", &netns])?;
+    let outside = |words: &[&str]| output("ip", &[&["-n", CONTROL_PLANE_NETNS], words].concat());
+    let inside = |words: &[&str]| output("ip", &[&["-n", netns.as_str()], words].concat());
+    outside(&["link", "add", node.link, "type", "veth", "peer", "name", "eth0", "netns", &netns])?;
+    outside(&["link", "set", node.link, "master", "br0", "up"])?;
+    inside(&["link", "set", "lo", "up"])?;
+    inside(&["addr", "add", &format!("{}/24", node.ip), "dev", "eth0"])?;
+    inside(&["link", "set", "eth0", "up"])?;
+    inside(&["route", "add", "default", "via", CONTROL_PLANE_IP])?;
+    for other in NODES.iter().filter(|other| *other != node) {
+        inside(&["route", "add", other.pod_cidr, "via", other.ip])?;
+    }
+    outside(&["route", "replace", node.pod_cidr, "via", node.ip])?;
+    Ok(())
+}
+
+/// Deletes the node's network, if it is there. A namespace lives on until its last process is gone.
+///
+/// # Errors
+/// It can't be deleted.
+pub fn disconnect(node: &Node) -> Result<()> {
+    // The pair goes with either end, and at once; the namespace's end would come later.
+    let _ = output("ip", &["-n", CONTROL_PLANE_NETNS, "link", "delete", node.link]);
+    delete_netns(&node.netns())
+}
+
+/// Deletes a network namespace, if it is there.
+///
+/// # Errors
+/// It can't be deleted.
+pub fn delete_netns(name: &str) -> Result<()> {
+    if Path::new("/run/netns").join(name).exists() {
+        output("ip", &["netns", "delete", name])?;
+    }
+    Ok(())
+}
+
+/// The host's process id of process 1 of the node.
+///
+/// # Errors
+/// The node is off.
+pub fn init(lab: &Lab, node: &Node) -> Result<u32> {
+    let unshare = Recorded::named(lab, node.name).pid().with_context(|| format!("{} is off", node.name))?;
+    children(unshare).first().copied().with_context(|| format!("{} has no process 1", node.name))
+}
+
+/// A command inside the node.
+///
+/// # Errors
+/// The node is off.
+pub fn shell(lab: &Lab, node: &Node, words: &[&str]) -> Result<Command> {
+    let mut command = Command::new("nsenter");
+    let init = init(lab, node)?.to_string();
+    command.args(["--target", &init, "--mount", "--uts", "--net", "--pid", "--ipc", "--"]).args(words);
+    Ok(command)
+}
+
+/// Runs a command inside the node.
+///
+/// # Errors
+/// It fails.
+pub fn run(lab: &Lab, node: &Node, words: &[&str]) -> Result<String> {
+    finish(&mut shell(lab, node, words)?)
+}
+
+/// Kills one of the node's daemons (`containerd`, `kubelet`, `kube-proxy`); the node starts it again.
+///
+/// # Errors
+/// It does not run.
+pub fn kill_daemon(lab: &Lab, node: &Node, daemon: &str) -> Result<()> {
+    // Kubernetes' programs are one, called by other names.
+    let is = |pid: &u32| {
+        let called = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let called = called.split('\0').next().unwrap_or_default().rsplit('/').next().unwrap_or_default();
+        called == daemon || program(*pid).is_some_and(|p| p == daemon)
+    };
+    let Some(pid) = children(init(lab, node)?).into_iter().find(is) else {
+        bail!("{daemon} does not run on {}", node.name);
+    };
+    kill(pid_of(pid)?, Signal::SIGKILL).with_context(|| format!("killing {daemon} of {}", node.name))
+}
+
+/// Imports an image's archive into the node's containerd.
+///
+/// # Errors
+/// containerd refuses it.
+pub fn import(lab: &Lab, node: &Node, archive: &Path) -> Result<()> {
+    run(lab, node, &["ctr", "-n", "k8s.io", "images", "import", &archive.display().to_string()]).map(drop)
+}
+
+fn mount_points(lab: &Lab) -> Result<()> {
+    let record = lab.run(MADE);
+    for directory in DISK {
+        let missing: Vec<&Path> = Path::new(directory).ancestors().take_while(|p| !p.exists()).collect();
+        for path in missing.iter().rev() {
+            let mut made = fs::read_to_string(&record).unwrap_or_default();
+            made.push_str(&format!("{}\n", path.display()));
+            lab.write(&record, &made)?;
+            fs::create_dir(path).with_context(|| format!("making {}", path.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes what the nodes left on the machine: cgroups, and the empty directories that were made for them.
+///
+/// # Errors
+/// A cgroup still has processes.
+pub fn sweep(lab: &Lab) -> Result<()> {
+    for node in &NODES {
+        for tree in cgroup_trees() {
+            let group = tree.join(node.cgroup());
+            // The kernel takes a moment to see that the last process is gone.
+            wait_for(&format!("the end of {}", group.display()), Duration::from_secs(10), || {
+                Ok(remove_groups(&group).map_err(|e| e.to_string()))
+            })?;
+        }
+    }
+    let made = fs::read_to_string(lab.run(MADE)).unwrap_or_default();
+    for path in made.lines().rev() {
+        // Somebody else may have put something into it: then it is theirs.
+        let _ = fs::remove_dir(path);
+    }
+    Ok(())
+}
+
+/// Deletes a cgroup with those below it; the files in it are the kernel's.
+fn remove_groups(group: &Path) -> std::io::Result<()> {
+    let Ok(entries) = fs::read_dir(group) else { return Ok(()) };
+    for entry in entries.flatten() {
+        if entry.file_type()?.is_dir() {
+            remove_groups(&entry.path())?;
+        }
+    }
+    fs::remove_dir(group)
+}

@@ -1,0 +1,218 @@
+//! What breaks, and what must not break with it.
+
+use std::time::Duration;
+
+use anyhow::{Result, bail, ensure};
+use serde_json::Value;
+
+use super::stage::PATIENCE;
+use super::{App, Stage};
+use crate::lab::{NODES, Node};
+use crate::mesh::{self, NAMESPACE};
+use crate::node;
+use crate::report::Clock;
+
+/// See [`super::ALL`].
+pub fn control_plane_away(stage: &Stage) -> Result<()> {
+    let [near, far] = NODES;
+    stage.label_in()?;
+    stage.serve(&[App::server("server").on(&far)])?;
+    let talk = ["-hold", "10@server:9000", "-load", "10@http://server:8080/"];
+    stage.start(&[App::client("client", &talk).on(&near), App::idle("doomed").on(&near)])?;
+    stage.enrolled(true)?;
+    let before = stage.talking("client")?;
+    let replicas = scale(stage, "0")?;
+    stage.ok("the control plane is gone");
+    let away = stage.nothing_in_plaintext(&far, || {
+        let clock = Clock::start();
+        stage.delete_pods(&["doomed"])?;
+        // It starts, or it waits: it never talks in plaintext.
+        stage.apply(&[App::client("comer", &["-load", "5@http://server:8080/"]).on(&near).pod()])?;
+        stage.pass(Duration::from_secs(60).saturating_sub(clock.elapsed()));
+        Ok(stage.undisturbed("client", &before))
+    });
+    scale(stage, &replicas)?;
+    mesh::ready(&stage.cluster, PATIENCE * 2)?;
+    away??;
+    stage.ok("a minute without a control plane: nothing of what ran was disturbed");
+    stage.pod_ready("comer")?;
+    let comer = stage.talking("comer")?;
+    stage.pass(Duration::from_secs(2));
+    stage.undisturbed("comer", &comer)?;
+    stage.enrolled(true)?;
+    stage.ok("the pod that came meanwhile is in the mesh and talks");
+    Ok(())
+}
+
+/// Kills the control plane's pods by their number; returns what it was.
+fn scale(stage: &Stage, replicas: &str) -> Result<String> {
+    let k = stage.kubectl();
+    let words = ["get", "deployment", "culvertd", "-n", NAMESPACE, "-o", "jsonpath={.spec.replicas}"];
+    let was = k.run(&words)?;
+    k.run(&["scale", "deployment", "culvertd", "-n", NAMESPACE, &format!("--replicas={replicas}")])?;
+    if replicas == "0" {
+        let words = ["delete", "pod", "-n", NAMESPACE, "-l", "app=culvertd", "--force", "--grace-period=0"];
+        k.run(&words)?;
+    }
+    Ok(was)
+}
+
+/// Something that can be killed.
+#[derive(Clone, Copy, Debug)]
+enum Victim {
+    /// A daemon of the node.
+    Daemon(&'static str),
+    /// The first process of a container of the mesh.
+    Container(&'static str),
+}
+
+const VICTIMS: [Victim; 5] = [
+    Victim::Container("culvert-node"),
+    Victim::Container("ztunnel"),
+    Victim::Daemon("containerd"),
+    Victim::Daemon("kubelet"),
+    Victim::Container("ztunnel"),
+];
+
+impl Victim {
+    fn kill(self, stage: &Stage, node: &Node) -> Result<()> {
+        match self {
+            Self::Daemon(name) => node::kill_daemon(&stage.cluster.lab, node, name),
+            Self::Container(name) => {
+                // By its own name in the node's processes: kubectl may be of no help just now.
+                let pids = node::run(&stage.cluster.lab, node, &["pgrep", "--exact", name])?;
+                for pid in pids.split_whitespace() {
+                    node::run(&stage.cluster.lab, node, &["kill", "-KILL", pid])?;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Numbers that look random, and are the same for the same seed.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: u64) -> u64 {
+        // Marsaglia's xorshift64.
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % sides.max(1)
+    }
+
+    fn pick<T: Copy>(&mut self, of: &[T]) -> Option<T> {
+        let sides = u64::try_from(of.len()).ok()?;
+        of.get(usize::try_from(self.roll(sides)).ok()?).copied()
+    }
+}
+
+/// See [`super::ALL`].
+pub fn kills(stage: &Stage) -> Result<()> {
+    const ROUNDS: u64 = 10;
+    let seed = match std::env::var("E2E_SEED") {
+        Ok(text) => text.parse()?,
+        Err(_) => u64::from(std::process::id()) + 1,
+    };
+    stage.ok(&format!("E2E_SEED={seed} plays this again"));
+    let [near, far] = NODES;
+    stage.label_in()?;
+    stage.serve(&[App::server("server").on(&far)])?;
+    stage.start(&[App::client("client", &["-dial", "10@server:9000"]).on(&near)])?;
+    stage.enrolled(true)?;
+    stage.talking("client")?;
+    let mut dice = Dice(seed);
+    stage.nothing_in_plaintext(&far, || {
+        for round in 0..ROUNDS {
+            let (Some(victim), Some(node)) = (dice.pick(&VICTIMS), dice.pick(&NODES)) else { break };
+            victim.kill(stage, &node)?;
+            stage.ok(&format!("killed {victim:?} of {}", node.name));
+            if round % 3 == 0 {
+                let app = App::client(&format!("comer-{round}"), &["-dial", "5@server:9000"]);
+                stage.apply(&[app.on(&near).pod()])?;
+            }
+            stage.pass(Duration::from_millis(200 + dice.roll(2500)));
+        }
+        Ok(())
+    })?;
+    recovered(stage, &["client", "comer-0", "comer-3", "comer-6", "comer-9"])
+}
+
+/// That after a fault everything is there again, and works without a further failure.
+fn recovered(stage: &Stage, clients: &[&str]) -> Result<()> {
+    let clock = Clock::start();
+    for node in &NODES {
+        stage.cluster.ready(node)?;
+    }
+    mesh::ready(&stage.cluster, PATIENCE)?;
+    clients.iter().try_for_each(|client| stage.pod_ready(client))?;
+    stage.enrolled(true)?;
+    for client in clients {
+        stage.talking(client)?;
+    }
+    stage.pass(Duration::from_secs(3));
+    let before = clients.iter().map(|c| stage.jobs(c)).collect::<Result<Vec<_>>>()?;
+    stage.nothing_in_plaintext(&NODES[1], || {
+        stage.pass(Duration::from_secs(3));
+        Ok(())
+    })?;
+    for (client, before) in clients.iter().zip(&before) {
+        stage.undisturbed(client, before)?;
+    }
+    stage.ok(&format!("all is as before, {} after the last fault", clock.seconds()));
+    Ok(())
+}
+
+/// See [`super::ALL`].
+pub fn reboot(stage: &Stage) -> Result<()> {
+    let [near, far] = NODES;
+    stage.label_in()?;
+    stage.serve(&[App::server("server").on(&near)])?;
+    // A client on the node that reboots: it is there, and talks, before anything of the mesh is.
+    stage.start(&[App::client("client", &["-dial", "20@server:9000"]).on(&far)])?;
+    stage.enrolled(true)?;
+    stage.talking("client")?;
+    let before = sandbox(stage, "client")?;
+    // The watch is on the node that stays: a link goes with its node.
+    stage.nothing_in_plaintext(&near, || {
+        node::reboot(&stage.cluster.lab, &far)?;
+        stage.ok("power off, and on again");
+        stage.cluster.ready(&far)?;
+        let clock = Clock::start();
+        while sandbox(stage, "client")? == before {
+            if clock.elapsed() > PATIENCE * 2 {
+                bail!("the client's pod is still that of before the reboot");
+            }
+            stage.pass(Duration::from_millis(500));
+        }
+        mesh::ready(&stage.cluster, PATIENCE * 2)?;
+        stage.pod_ready("client")?;
+        stage.talking("client").map(drop)
+    })?;
+    recovered(stage, &["client"])
+}
+
+/// What changes when a pod's containers are started anew.
+fn sandbox(stage: &Stage, pod: &str) -> Result<Value> {
+    let pod = stage.kubectl().get(&["pod", "-n", &stage.namespace, pod])?;
+    let id = pod["status"]["containerStatuses"][0]["containerID"].clone();
+    ensure!(id.is_string(), "no container in {}", pod["status"]);
+    Ok(id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_same_seed_plays_the_same_game() {
+        let game = |seed| {
+            let mut dice = Dice(seed);
+            (0..20).map(|_| dice.roll(100)).collect::<Vec<_>>()
+        };
+        assert_eq!(game(7), game(7));
+        assert_ne!(game(7), game(8));
+        assert_eq!(Dice(1).pick::<u8>(&[]), None);
+    }
+}

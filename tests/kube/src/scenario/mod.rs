@@ -1,0 +1,100 @@
+//! The scenarios: what users do to a mesh, and what the world does to it, with applications that must not notice.
+//!
+//! A scenario is a function of a [`Stage`], which has a namespace of its own and is taken down after it, also when
+//! it fails. It says with [`Stage::ok`] what it has seen to be so, and fails with an error that says what was not.
+
+mod apps;
+mod cases;
+mod enrolment;
+mod faults;
+mod policy;
+mod smoke;
+mod stage;
+mod upgrade;
+mod workloads;
+
+use std::fs;
+
+use anyhow::{Result, bail};
+
+pub use apps::{App, Job};
+pub use stage::Stage;
+
+use crate::cluster::Cluster;
+use crate::report::{Clock, say};
+
+/// One of them.
+#[derive(Clone, Copy)]
+pub struct Scenario {
+    /// What it is called on the command line, and its namespace after `e2e-`.
+    pub name: &'static str,
+    /// What is shown, in one line.
+    pub shows: &'static str,
+    /// Whether the product must be there.
+    pub mesh: bool,
+    /// It.
+    pub run: fn(&Stage) -> Result<()>,
+}
+
+/// All of them, in the order in which they run.
+pub use cases::ALL;
+
+/// The scenarios of these names; all, if none is given.
+///
+/// # Errors
+/// There is none of a name.
+pub fn select(names: &[String]) -> Result<Vec<Scenario>> {
+    if let Some(unknown) = names.iter().find(|name| !ALL.iter().any(|s| s.name == **name)) {
+        let all: Vec<&str> = ALL.iter().map(|s| s.name).collect();
+        bail!("there is no scenario {unknown:?}; there are {}", all.join(", "));
+    }
+    Ok(ALL.iter().filter(|s| names.is_empty() || names.iter().any(|n| n == s.name)).copied().collect())
+}
+
+/// Runs scenarios; returns the names of those that failed. What is known of a failure is left in `target/kube/failed`.
+///
+/// # Errors
+/// A scenario can't even be set up.
+pub fn run(cluster: &Cluster, scenarios: &[Scenario]) -> Result<Vec<&'static str>> {
+    let mut failed = Vec::new();
+    for scenario in scenarios {
+        say(&format!("== {}: {}", scenario.name, scenario.shows));
+        let clock = Clock::start();
+        let stage = Stage::new(cluster, scenario.name)?;
+        match (scenario.run)(&stage) {
+            Ok(()) => say(&format!("== {}: ok, {}", scenario.name, clock.seconds())),
+            Err(error) => {
+                let left = stage.keep_evidence(&error);
+                say(&format!("== {}: FAILED after {}: {error:#}", scenario.name, clock.seconds()));
+                say(&format!("   see {}", left.display()));
+                failed.push(scenario.name);
+            }
+        }
+    }
+    Ok(failed)
+}
+
+/// Forgets the evidence of earlier runs.
+///
+/// # Errors
+/// It can't be deleted.
+pub fn clear_evidence(cluster: &Cluster) -> Result<()> {
+    crate::process::remove_tree(&cluster.lab.root.join("failed"))?;
+    fs::create_dir_all(cluster.lab.root.join("failed"))?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_can_be_namespaces() {
+        for (i, scenario) in ALL.iter().enumerate() {
+            assert!(scenario.name.chars().all(|c| c.is_ascii_lowercase() || c == '-'), "{}", scenario.name);
+            assert!(ALL.iter().skip(i + 1).all(|other| other.name != scenario.name), "{}", scenario.name);
+        }
+        assert_eq!(select(&[]).unwrap().len(), ALL.len());
+        assert!(select(&["none".into()]).is_err());
+    }
+}

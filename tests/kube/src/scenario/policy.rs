@@ -1,0 +1,123 @@
+//! Who may talk to whom.
+
+use std::time::Duration;
+
+use anyhow::{Result, bail, ensure};
+use serde_json::{Value, json};
+
+use super::stage::PATIENCE;
+use super::{App, Stage};
+use crate::lab::NODES;
+use crate::node;
+
+const STRICT: &str = "STRICT";
+
+fn peer_authentication(mode: &str) -> Value {
+    json!({
+        "apiVersion": "security.istio.io/v1", "kind": "PeerAuthentication", "metadata": {"name": "default"},
+        "spec": {"mtls": {"mode": mode}},
+    })
+}
+
+/// Waits for the conditions of a policy: that no proxy is behind.
+fn enforced(stage: &Stage, kind: &str, name: &str) -> Result<()> {
+    stage.kubectl().until(&[kind, "-n", &stage.namespace, name], PATIENCE, |policy| {
+        let conditions = policy["status"]["conditions"].as_array().cloned().unwrap_or_default();
+        match conditions.iter().find(|c| c["type"] == "Enforced") {
+            Some(condition) if condition["status"] == "True" => Ok(()),
+            Some(condition) => Err(condition.to_string()),
+            None => Err(format!("no condition Enforced among {conditions:?}")),
+        }
+    })?;
+    stage.ok(&format!("{kind} {name} is enforced, by its status"));
+    Ok(())
+}
+
+/// See [`super::ALL`].
+pub fn strict(stage: &Stage) -> Result<()> {
+    let [near, far] = NODES;
+    stage.label_in()?;
+    let client = |name: &str| App::idle(name).account(name).on(&near);
+    stage.serve(&[App::server("server").on(&far)])?;
+    stage.start(&[client("friend"), client("stranger")])?;
+    let outside = stage.beside("outside")?;
+    outside.start(&[App::idle("plain").on(&near)])?;
+    let url = format!("http://server.{}:8080/", stage.namespace);
+    outside.reaches("plain", &url)?;
+    stage.ok("without a policy, plaintext from outside the mesh gets in");
+
+    stage.apply(&[peer_authentication(STRICT)])?;
+    outside.cannot_reach("plain", &url)?;
+    stage.reaches("friend", &url)?;
+    stage.reaches("stranger", &url)?;
+    stage.ok("STRICT refuses plaintext and lets the mesh in");
+    enforced(stage, "peerauthentication", "default")?;
+
+    let friend = format!("cluster.local/ns/{}/sa/friend", stage.namespace);
+    stage.apply(&[json!({
+        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy", "metadata": {"name": "friends"},
+        "spec": {
+            "selector": {"matchLabels": {"app": "server"}},
+            "action": "ALLOW",
+            "rules": [{"from": [{"source": {"principals": [friend]}}], "to": [{"operation": {"ports": ["8080"]}}]}],
+        },
+    })])?;
+    stage.cannot_reach("stranger", &url)?;
+    stage.reaches("friend", &url)?;
+    let echo = ["app", "echo", "-timeout", "2s", "server:9000"];
+    ensure!(stage.exec("friend", &echo).is_err(), "the policy names port 8080 only, and port 9000 answers");
+    stage.ok("the policy lets one identity in, at one port");
+    enforced(stage, "authorizationpolicy", "friends")?;
+
+    stage.kubectl().run(&["delete", "authorizationpolicy", "-n", &stage.namespace, "friends"])?;
+    stage.reaches("stranger", &url)?;
+    stage.ok("without the policy the other identity gets in again");
+    Ok(())
+}
+
+/// See [`super::ALL`].
+pub fn probes(stage: &Stage) -> Result<()> {
+    let [near, far] = NODES;
+    stage.label_in()?;
+    stage.apply(&[peer_authentication(STRICT)])?;
+    let quick = |check: Value| {
+        let mut probe = check;
+        probe["periodSeconds"] = json!(1);
+        probe["failureThreshold"] = json!(2);
+        probe
+    };
+    let http = quick(json!({"httpGet": {"path": "/live", "port": 8080}}));
+    let tcp = quick(json!({"tcpSocket": {"port": 9000}}));
+    let run = quick(json!({"exec": {"command": ["app", "echo", "127.0.0.1:9000"]}}));
+    let server = |name: &str, startup: &Value, liveness: &Value| {
+        App::server(name).on(&far).container(&json!({"startupProbe": startup, "livenessProbe": liveness}))
+    };
+    let names = ["http", "tcp", "exec"];
+    stage.start(&[server("http", &tcp, &http), server("tcp", &http, &tcp), server("exec", &run, &run)])?;
+    stage.enrolled(true)?;
+    stage.pass(Duration::from_secs(6));
+    for name in names {
+        let restarts = "jsonpath={.status.containerStatuses[0].restartCount}";
+        let restarts = stage.kubectl().run(&["get", "pod", "-n", &stage.namespace, name, "-o", restarts])?;
+        ensure!(restarts == "0", "{name} was restarted {restarts} times");
+    }
+    stage.ok("HTTP, TCP and command probes pass under STRICT");
+
+    let address = stage.address("http")?;
+    for (name, node) in [("its node", &far), ("the other node", &near)] {
+        let url = format!("http://{address}:8080/");
+        let curl = ["curl", "--silent", "--max-time", "3", "--output", "/dev/null", &url];
+        if node::run(&stage.cluster.lab, node, &curl).is_ok() {
+            bail!("a process of {name} that is no kubelet reached a STRICT pod in plaintext");
+        }
+    }
+    stage.ok("other processes of the nodes do not get in");
+
+    stage.exec("http", &["app", "get", "http://127.0.0.1:8080/set?live=0"])?;
+    stage.kubectl().until(&["pod", "-n", &stage.namespace, "http"], PATIENCE, |pod| {
+        let restarts = &pod["status"]["containerStatuses"][0]["restartCount"];
+        if *restarts == 1 { Ok(()) } else { Err(format!("{restarts} restarts")) }
+    })?;
+    stage.ok("a pod that is not alive is started again");
+    Ok(())
+}
