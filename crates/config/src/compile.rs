@@ -49,9 +49,20 @@ use crate::external::External;
 use crate::kinds::namespace::DATAPLANE_MODE;
 use crate::kinds::{Capture, EndpointSlice, Namespace};
 use crate::labels::{Labels, Pool};
-use crate::policy::{Binding, Policies};
+use crate::policy::{Binding, NamespaceSelector, Policies};
 use crate::resource::{Kind, ObjectKey, Resource};
 use index::{Addresses, Area, Id, Place};
+
+/// Where the resources come from, which decides what some of them mean.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Origin {
+    /// Files that people write: labels put pods into the mesh, and every object is read.
+    #[default]
+    Files,
+    /// A cluster: a pod is in the mesh once its node's agent says that its traffic is captured, namespaces may be
+    /// selected (`discoverySelectors`), and a policy with errors of which nothing is known fails closed at any time.
+    Cluster,
+}
 
 /// What is known of the mesh before any resource is read.
 #[derive(Clone, Debug)]
@@ -64,6 +75,10 @@ pub struct Options {
     pub network: Str,
     /// The node whose pods are to be enrolled; `None` to enrol none.
     pub node: Option<Str>,
+    /// The namespace whose policies hold for the whole mesh, unless the settings name another.
+    pub root_namespace: Str,
+    /// Where the resources come from.
+    pub origin: Origin,
 }
 
 impl Default for Options {
@@ -73,6 +88,8 @@ impl Default for Options {
             cluster_domain: "cluster.local".into(),
             network: "".into(),
             node: None,
+            root_namespace: Settings::default().root_namespace,
+            origin: Origin::Files,
         }
     }
 }
@@ -206,10 +223,14 @@ impl Compiler {
     /// A compiler without resources.
     #[must_use]
     pub fn new(options: Options) -> Self {
-        let settings = Settings { cluster_domain: options.cluster_domain.clone(), ..Settings::default() };
+        let settings = Settings {
+            cluster_domain: options.cluster_domain.clone(),
+            root_namespace: options.root_namespace.clone(),
+            ..Settings::default()
+        };
         Self {
+            policies: Policies::new(settings, options.origin),
             options,
-            policies: Policies::new(settings),
             external: External::default(),
             announced: false,
             shared: Shared {
@@ -248,6 +269,12 @@ impl Compiler {
     #[must_use]
     pub fn settings(&self) -> &Settings {
         self.policies.settings()
+    }
+
+    /// Which namespaces are read (`discoverySelectors`), one of which must match; all of them where there are none.
+    #[must_use]
+    pub fn discovery(&self) -> &[NamespaceSelector] {
+        self.policies.discovery()
     }
 
     /// How many objects, instances and services were looked at so far: what the changes cost.

@@ -36,6 +36,7 @@ pub static LABELS: &[&str] = &[
 pub static ANNOTATIONS: &[&str] = &[
     "ambient.istio.io/bypass-inbound-capture",
     "ambient.istio.io/dns-capture",
+    "ambient.istio.io/redirection",
     "culvert.dev/netns",
     "istio.io/dry-run",
     "networking.istio.io/traffic-distribution",

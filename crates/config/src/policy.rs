@@ -5,6 +5,7 @@
 
 pub mod age;
 pub mod authorization;
+pub mod discovery;
 mod embedded;
 pub mod l4;
 pub mod mesh_config;
@@ -17,6 +18,7 @@ pub mod state;
 pub mod waypoint;
 
 pub use authorization::AuthorizationPolicy;
+pub use discovery::NamespaceSelector;
 pub use mesh_config::MeshConfig;
 pub use peer_authentication::PeerAuthentication;
 pub use state::{Policies, Subject};

@@ -1,6 +1,7 @@
-//! Files in, changes of the model out: the store of objects and the compiler together. No I/O; a directory of
-//! files is watched by [`crate::directory`].
+//! Files in, or objects of a server, and changes of the model out: the store of objects and the compiler together. No
+//! I/O; a directory of files is watched by [`crate::directory`].
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use model::{Change, Settings, Str};
@@ -9,10 +10,11 @@ use crate::compile::{Batch, Compiler, EnrolmentChange, Options};
 use crate::diagnostic::{Code, Diagnostic, Severity};
 use crate::kinds::Capture;
 use crate::labels::Pool;
+use crate::policy::NamespaceSelector;
 use crate::resource::ObjectKey;
 use crate::store::Store;
 
-pub use crate::store::Content;
+pub use crate::store::{Content, ObjectContent};
 
 /// What a batch of changed files came to.
 #[derive(Debug, Default)]
@@ -23,6 +25,8 @@ pub struct Outcome {
     pub enrolments: Vec<EnrolmentChange>,
     /// What is to be said that was not said before. All there is to say: [`Repository::diagnostics`].
     pub diagnostics: Vec<Diagnostic>,
+    /// The files, or origins of objects, about which something may be said otherwise than before.
+    pub touched: BTreeSet<Arc<str>>,
 }
 
 /// All that is known from files, and what it compiles to.
@@ -36,13 +40,23 @@ impl Repository {
     /// A repository without files.
     #[must_use]
     pub fn new(options: Options) -> Self {
-        Self { store: Store::default(), compiler: Compiler::new(options), pool: Pool::default() }
+        let store = Store::new(options.origin);
+        Self { store, compiler: Compiler::new(options), pool: Pool::default() }
     }
 
     /// Takes what a file holds now, as a part of a batch that [`Repository::commit`] ends.
     pub fn stage(&mut self, path: &Arc<str>, content: Content<'_>) {
         let compiler = &mut self.compiler;
         self.store.set_file(path, content, &mut self.pool, &mut |key, resource, pool| {
+            compiler.stage(key, resource, pool);
+        });
+    }
+
+    /// Takes what a server holds of one object now, as a part of a batch that [`Repository::commit`] ends. `origin`
+    /// names the object in diagnostics, such as `Pod shop/web`, and must be the same each time.
+    pub fn stage_object(&mut self, origin: &Arc<str>, content: ObjectContent<'_>) {
+        let compiler = &mut self.compiler;
+        self.store.set_object(origin, content, &mut self.pool, &mut |key, resource, pool| {
             compiler.stage(key, resource, pool);
         });
     }
@@ -56,9 +70,9 @@ impl Repository {
             self.store.touch(key);
         }
         let compiler = &self.compiler;
-        let diagnostics = self.store.news(&|key| findings(compiler, key));
+        let (diagnostics, touched) = self.store.news(&|key| findings(compiler, key));
         self.pool.sweep();
-        Outcome { changes, enrolments, diagnostics }
+        Outcome { changes, enrolments, diagnostics, touched }
     }
 
     /// A batch of one file.
@@ -73,15 +87,37 @@ impl Repository {
         self.store.diagnostics(&|key| findings(&self.compiler, key))
     }
 
+    /// All there is to say of one file, or of the object of an origin.
+    #[must_use]
+    pub fn about(&self, origin: &str) -> Vec<Diagnostic> {
+        self.store.about(origin, &|key| findings(&self.compiler, key))
+    }
+
+    /// The same, and what is said of an object in order that may still not do what it is meant to, see
+    /// [`Repository::review`].
+    #[must_use]
+    pub fn review_of(&self, origin: &str) -> Vec<Diagnostic> {
+        self.store.about(origin, &|key| self.in_full(key))
+    }
+
     /// All there is to say, and beside it what is said of objects that are in order and may still not do what
     /// they are meant to: policies that select nothing, or name what is not there. Costs a look at every policy.
     #[must_use]
     pub fn review(&self) -> Vec<Diagnostic> {
-        self.store.review(&|key| {
-            let mut found = findings(&self.compiler, key);
-            found.extend(self.compiler.review(key).into_iter().map(|f| (f.code, f.message, f.remedy)));
-            found
-        })
+        self.store.review(&|key| self.in_full(key))
+    }
+
+    fn in_full(&self, key: &ObjectKey) -> Vec<(Code, String, String)> {
+        let mut found = findings(&self.compiler, key);
+        found.extend(self.compiler.review(key).into_iter().map(|f| (f.code, f.message, f.remedy)));
+        found
+    }
+
+    /// Which namespaces are read: those that one of the selectors matches; all where there are none. It is for the
+    /// source of the objects to leave the others out.
+    #[must_use]
+    pub fn discovery(&self) -> &[NamespaceSelector] {
+        self.compiler.discovery()
     }
 
     /// Whether a file could not be taken, or an object in it, as opposed to conflicts between objects that are

@@ -11,6 +11,10 @@
 //!   way, stays in force as it would where it was.
 //! * Of two objects with one kind, namespace and name the first stays in force until it is gone.
 //!
+//! Objects can also come one by one from a server ([`Store::set_object`]), which knows their names: then nothing else can
+//! be one that is gone, and a policy with errors of which nothing is known fails closed whenever it comes, since there
+//! is no first batch that everybody saw.
+//!
 //! A document whose text did not change is not parsed again. Positions are kept relative to the document, so one
 //! that only moved is not either.
 
@@ -22,6 +26,7 @@ use std::sync::Arc;
 
 use hashbrown::{DefaultHashBuilder, HashMap};
 
+use crate::compile::Origin;
 use crate::diagnostic::{Code, Diagnostic};
 use crate::labels::Pool;
 use crate::resource::{ObjectKey, Reading, Resource};
@@ -38,6 +43,24 @@ pub enum Content<'c> {
     /// It is too large to be read; with its size and the limit.
     TooLarge(u64, u64),
     /// It stands for something else that cannot be read, such as a directory; with what to report.
+    Refused(Code, &'c str),
+    /// It is gone.
+    Gone,
+}
+
+/// What a server holds of an object now.
+#[derive(Clone, Copy, Debug)]
+pub enum ObjectContent<'c> {
+    /// It is this.
+    Node {
+        /// The object, with `apiVersion` and `kind`.
+        node: &'c tree::Node<'c>,
+        /// Its version: while that is the same, so is the object.
+        version: &'c str,
+        /// The text that the node's positions are in; empty where there is none.
+        text: &'c str,
+    },
+    /// It cannot be taken; with what to report.
     Refused(Code, &'c str),
     /// It is gone.
     Gone,
@@ -65,6 +88,8 @@ pub(crate) struct Store {
     stand_ins: HashSet<ObjectKey>,
     /// Whether the first batch is over.
     settled: bool,
+    /// Whether policies with errors fail closed after it too.
+    always_closes: bool,
     /// Objects to be removed unless they turn up in another file of the same batch.
     pending: HashSet<ObjectKey>,
     /// In which files there are objects with errors, of which nothing is in force there ([`State::Nothing`]).
@@ -88,6 +113,11 @@ enum New {
 }
 
 impl Store {
+    /// A store without objects; see the module's documentation for policies with errors.
+    pub(crate) fn new(origin: Origin) -> Self {
+        Self { always_closes: origin == Origin::Cluster, ..Self::default() }
+    }
+
     /// How many objects are in force.
     pub(crate) fn len(&self) -> usize {
         self.objects.len()
@@ -127,6 +157,43 @@ impl Store {
                 self.suspects.insert(path.clone());
                 self.files.insert(path.clone(), file);
             }
+        }
+    }
+
+    /// Takes what a server holds of an object now. `origin` is what the object is called in diagnostics, in the place
+    /// of a file. Nothing is done for a version that was taken already.
+    pub(crate) fn set_object(
+        &mut self,
+        origin: &Arc<str>,
+        content: ObjectContent<'_>,
+        pool: &mut Pool,
+        sink: &mut Sink<'_>,
+    ) {
+        let mut file = self.files.remove(origin).unwrap_or_default();
+        let documents = match content {
+            ObjectContent::Node { node, version, text } => {
+                let hash = self.hasher.hash_one(version);
+                if file.problems.is_empty() && file.documents.first().is_some_and(|d| d.hash == hash) {
+                    self.files.insert(origin.clone(), file);
+                    return;
+                }
+                let text = tree::Text { text, lines_before: 0 };
+                let (document, readings) = Document::read(origin, text, node, hash, pool, &mut Room::new());
+                Some(vec![New::Parsed(document, readings)])
+            }
+            ObjectContent::Refused(code, reason) => {
+                file.problems = vec![Diagnostic::about_file(code, origin.clone(), reason, "")];
+                None
+            }
+            ObjectContent::Gone => Some(Vec::new()),
+        };
+        self.touched.insert(origin.clone());
+        if let Some(documents) = documents {
+            file.problems.clear();
+            self.replace(origin, &mut file, documents, pool, sink);
+        }
+        if !matches!(content, ObjectContent::Gone) || !file.orphans.is_empty() {
+            self.files.insert(origin.clone(), file);
         }
     }
 
@@ -340,7 +407,7 @@ impl Store {
             Reading::Ignored | Reading::Unidentified => return None,
             Reading::Invalid(key, stand_in) => {
                 let known = self.objects.contains_key(&key) || self.pending.contains(&key);
-                let state = match stand_in.filter(|_| !self.settled && !known) {
+                let state = match stand_in.filter(|_| (self.always_closes || !self.settled) && !known) {
                     Some(stand_in) => {
                         self.objects.insert(key.clone(), path.clone());
                         self.stand_ins.insert(key.clone());
@@ -424,11 +491,12 @@ impl Store {
         }
     }
 
-    /// The diagnostics that there were not at the last call. `more` adds what was found about an object in force,
-    /// as code, message and remedy.
-    pub(crate) fn news(&mut self, more: &More<'_>) -> Vec<Diagnostic> {
+    /// The diagnostics that there were not at the last call, and the files about which something may have changed
+    /// since. `more` adds what was found about an object in force, as code, message and remedy.
+    pub(crate) fn news(&mut self, more: &More<'_>) -> (Vec<Diagnostic>, BTreeSet<Arc<str>>) {
         let mut news = Vec::new();
-        for path in std::mem::take(&mut self.touched) {
+        let touched = std::mem::take(&mut self.touched);
+        for path in touched.iter().cloned() {
             let all = self.of_file(&path, more);
             if all.is_empty() {
                 self.diagnosed.remove(&path);
@@ -450,7 +518,12 @@ impl Store {
                 }
             }
         }
-        news
+        (news, touched)
+    }
+
+    /// All there is to say of one file, or of one object of a server.
+    pub(crate) fn about(&self, path: &str, more: &More<'_>) -> Vec<Diagnostic> {
+        self.files.get_key_value(path).map_or_else(Vec::new, |(path, _)| self.of_file(path, more))
     }
 
     /// All diagnostics, by file and place.

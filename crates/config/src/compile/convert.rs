@@ -9,7 +9,7 @@ use model::{
 };
 
 use super::instance::{Definition, Instance, Membership, Names, PortRule, Rank, RuleTarget};
-use super::{Context, Options};
+use super::{Context, Options, Origin};
 use crate::kinds::endpoint_slice::SliceEndpoint;
 use crate::kinds::service::{Port, Target};
 use crate::kinds::{EndpointSlice, Pod, Service, ServiceType};
@@ -33,6 +33,12 @@ pub(super) fn pod(key: &ObjectKey, pod: Pod, context: &Context<'_>) -> Option<In
         return None;
     }
     let outside = pod.host_network || pod.sidecar;
+    let membership = match context.options.origin {
+        _ if outside => Membership::Fixed(TunnelProtocol::None),
+        Origin::Files => Membership::Labelled,
+        Origin::Cluster if pod.redirected => Membership::Fixed(TunnelProtocol::Hbone),
+        Origin::Cluster => Membership::Fixed(TunnelProtocol::None),
+    };
     Some(Instance {
         workload: Workload {
             uid: pod_uid(context.options, key),
@@ -51,7 +57,7 @@ pub(super) fn pod(key: &ObjectKey, pod: Pod, context: &Context<'_>) -> Option<In
         ports: pod.ports,
         names: Names::Containers,
         rank: Rank::Pod,
-        membership: if outside { Membership::Fixed(TunnelProtocol::None) } else { Membership::Labelled },
+        membership,
         fixed_locality: false,
         services: Box::new([]),
         capture: pod.capture,

@@ -39,9 +39,14 @@ pub struct Pod {
     pub workload_kind: WorkloadKind,
     /// Whether it has a sidecar proxy of its own.
     pub sidecar: bool,
+    /// Whether its node's agent says that its traffic is captured (`ambient.istio.io/redirection: enabled`).
+    pub redirected: bool,
     /// How its traffic is captured, where that is said.
     pub capture: Option<Box<Capture>>,
 }
+
+/// What a node's agent says of a pod's traffic: `enabled` when it is captured, `pending` while it is about to be.
+pub const REDIRECTION: &str = "ambient.istio.io/redirection";
 
 const NODES_WORK: &str = "the kubelet's business";
 const SCHEDULING: &str = "the scheduler's business";
@@ -215,6 +220,7 @@ fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resourc
     let spec = fields.object("spec").map(|mut spec| read_spec(&mut spec, metadata.name)).unwrap_or_default();
     let status = fields.object("status").map(|mut status| read_status(&mut status)).unwrap_or_default();
     let sidecar = metadata.annotation("sidecar.istio.io/status").is_some();
+    let redirection = metadata.annotation(REDIRECTION);
     // What these annotations ask for is then the sidecar's to do.
     let capture = if sidecar { None } else { capture::read(fields, metadata) };
     let (name, workload_kind) = maker(metadata);
@@ -235,6 +241,7 @@ fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resourc
         workload_name: name,
         workload_kind,
         sidecar,
+        redirected: redirection.is_some_and(|annotation| annotation.value == "enabled"),
         capture,
     })))
 }

@@ -15,6 +15,7 @@
 
 use model::{OutboundMode, Settings, Str, TrustDomain, TrustDomains};
 
+use super::discovery::{self, NamespaceSelector};
 use super::embedded;
 use crate::diagnostic::Code;
 use crate::fields::{Cursor, Field, Fields, Schema, enforced, nested, not_applicable, refused, silent};
@@ -78,6 +79,7 @@ static SPEC: Schema = Schema {
         enforced("rootNamespace"),
         nested("outboundTrafficPolicy", &OUTBOUND),
         enforced("clusterDomain"),
+        nested("discoverySelectors", &discovery::SELECTOR),
         not_applicable("accessLogEncoding", "the node proxy's log is set by its flags"),
         not_applicable("accessLogFile", "the node proxy's log is set by its flags"),
         not_applicable("accessLogFormat", "the node proxy's log is set by its flags"),
@@ -98,7 +100,6 @@ static SPEC: Schema = Schema {
         not_applicable("defaultTrafficPolicy", REQUESTS),
         not_applicable("defaultVirtualServiceExportTo", EXPORT),
         silent("disableEnvoyListenerLog", ENVOY),
-        not_applicable("discoverySelectors", "every object of the directory is read"),
         not_applicable("dnsRefreshRate", "names are resolved again when their answers expire"),
         not_applicable("enableAutoMtls", "the node proxy always uses mTLS between workloads of the mesh"),
         silent("enableEnvoyAccessLogService", ENVOY),
@@ -147,9 +148,16 @@ pub struct MeshConfig {
     root_namespace: Option<Str>,
     cluster_domain: Option<Str>,
     outbound: Option<OutboundMode>,
+    discovery: Vec<NamespaceSelector>,
 }
 
 impl MeshConfig {
+    /// Which namespaces are read; all where it is empty.
+    #[must_use]
+    pub fn discovery(&self) -> &[NamespaceSelector] {
+        &self.discovery
+    }
+
     /// The settings; what is not set is as in `default`.
     #[must_use]
     pub fn settings(&self, default: &Settings) -> Settings {
@@ -215,6 +223,7 @@ fn read(mut spec: Fields<'_, '_>, config: &mut MeshConfig) {
         }
         cursor.string().map(Str::from)
     });
+    spec.each("discoverySelectors", |item| config.discovery.extend(discovery::read(item)));
     if let Some(cursor) = spec.take("clusterDomain") {
         config.cluster_domain = read_cluster_domain(cursor);
     }

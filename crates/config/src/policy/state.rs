@@ -6,13 +6,14 @@ use std::sync::Arc;
 use model::{Change, Policy, PolicyKey, Settings, Str};
 
 use super::authorization::{AuthorizationPolicy, PolicyScope};
+use super::discovery::{self, NamespaceSelector};
 use super::l4;
 use super::mesh_config::{CONFIG_MAP, MeshConfig};
 use super::mode::Modes;
 use super::review::{self, World};
 use super::selector::{Target, TargetKind};
 use super::waypoint::Waypoint;
-use crate::compile::{Affected, Effects, Finding};
+use crate::compile::{Affected, Effects, Finding, Origin};
 use crate::diagnostic::Code;
 use crate::labels::{Labels, Selector};
 use crate::resource::{Kind, ObjectKey, Resource};
@@ -98,6 +99,7 @@ pub struct Policies {
     /// Policies for what passes a waypoint.
     for_waypoints: BTreeMap<PolicyKey, Box<[Target]>>,
     modes: Modes,
+    origin: Origin,
 }
 
 /// The ConfigMap goes before objects, and among these the names decide.
@@ -136,7 +138,7 @@ impl ConfigSource {
 impl Policies {
     /// No policies; `settings` are in force until a resource says others.
     #[must_use]
-    pub fn new(settings: Settings) -> Self {
+    pub fn new(settings: Settings, origin: Origin) -> Self {
         Self {
             modes: Modes::new(settings.root_namespace.clone()),
             defaults: settings.clone(),
@@ -147,6 +149,7 @@ impl Policies {
             by_selector: BySelector::default(),
             by_target: HashMap::new(),
             for_waypoints: BTreeMap::new(),
+            origin,
         }
     }
 
@@ -154,6 +157,12 @@ impl Policies {
     #[must_use]
     pub fn settings(&self) -> &Settings {
         &self.settings
+    }
+
+    /// Which namespaces are read; all where there are no selectors, and where [`Origin`] is a directory.
+    #[must_use]
+    pub fn discovery(&self) -> &[NamespaceSelector] {
+        self.configs.values().next().map_or(&[], |config| config.discovery())
     }
 
     /// Sets or replaces a resource. Resources of other kinds have no effect.
@@ -381,7 +390,10 @@ impl Policies {
         };
         let mut sources = self.configs.keys();
         if let Some(first) = sources.next() {
-            effects.findings.push((first.key(), Vec::new()));
+            let ignored = self.origin == Origin::Files && !self.discovery().is_empty();
+            effects
+                .findings
+                .push((first.key(), ignored.then(discovery::without_effect).into_iter().collect()));
             for other in sources {
                 effects.findings.push((other.key(), vec![overridden(first)]));
             }

@@ -1,0 +1,335 @@
+//! Objects of a server: decoding only what is read of them, and staging them one by one.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
+
+use std::cell::RefCell;
+use std::sync::Arc;
+
+use config::compile::{Options, Origin};
+use config::diagnostic::Code;
+use config::json::{Decoded, ObjectSeed};
+use config::repository::{Content, ObjectContent, Outcome, Repository};
+use config::resource::Kind;
+use model::{Change, TunnelProtocol};
+use serde::de::DeserializeSeed;
+use serde_json::{Value, json};
+
+fn decode(kind: Kind, object: &Value) -> (Decoded, Vec<String>) {
+    let unknown = RefCell::new(Vec::new());
+    let note = |schema: &'static str, key: &str| unknown.borrow_mut().push(format!("{schema}.{key}"));
+    let decoded = ObjectSeed { kind, unknown: &note }.deserialize(object).unwrap();
+    (decoded, unknown.into_inner())
+}
+
+fn options(origin: Origin) -> Options {
+    Options { origin, ..Options::default() }
+}
+
+/// A repository, and a step of it with one object.
+struct Server(Repository);
+
+impl Server {
+    fn new() -> Self {
+        Self(Repository::new(options(Origin::Cluster)))
+    }
+
+    fn stage(&mut self, kind: Kind, object: &Value) -> Arc<str> {
+        let (decoded, _) = decode(kind, object);
+        let name = format!("{} {}/{}", kind.name(), decoded.metadata("namespace"), decoded.metadata("name"));
+        let origin: Arc<str> = name.into();
+        let version = &decoded.bookkeeping.resource_version;
+        self.0.stage_object(&origin, ObjectContent::Node { node: &decoded.node, version, text: "" });
+        origin
+    }
+
+    fn set(&mut self, kind: Kind, object: &Value) -> Outcome {
+        self.stage(kind, object);
+        self.0.commit()
+    }
+
+    fn remove(&mut self, origin: &str) -> Outcome {
+        self.0.stage_object(&origin.into(), ObjectContent::Gone);
+        self.0.commit()
+    }
+
+    fn codes(&self, origin: &str) -> Vec<Code> {
+        self.0.about(origin).iter().map(|d| d.code).collect()
+    }
+}
+
+/// A pod as an API server writes it, with all that nobody reads.
+fn pod(name: &str, redirection: &str, version: &str) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "name": name,
+            "generateName": "web-",
+            "namespace": "shop",
+            "uid": "b0a6a0a8-1111-4222-8333-444455556666",
+            "resourceVersion": version,
+            "generation": 1,
+            "creationTimestamp": "2026-11-20T10:00:00Z",
+            "labels": { "app": "web", "pod-template-hash": "5f6d8", "istio.io/dataplane-mode": "ambient" },
+            "annotations": { "ambient.istio.io/redirection": redirection, "example.org/large": "x".repeat(5000) },
+            "ownerReferences": [{
+                "apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "web-5f6d8", "uid": "1",
+                "controller": true, "blockOwnerDeletion": true,
+            }],
+            "managedFields": [{ "manager": "kubelet", "fieldsV1": { "f:status": { "f:phase": {} } } }],
+        },
+        "spec": {
+            "volumes": [{ "name": "token", "projected": { "sources": [{ "serviceAccountToken": {} }] } }],
+            "containers": [{
+                "name": "web", "image": "web:1", "env": [{ "name": "A", "value": "b" }],
+                "ports": [{ "name": "http", "containerPort": 8080, "protocol": "TCP" }],
+                "resources": { "limits": { "cpu": "1" } },
+                "livenessProbe": { "httpGet": { "path": "/", "port": 8080 } },
+            }],
+            "serviceAccountName": "web", "serviceAccount": "web", "nodeName": "node1",
+            "tolerations": [{ "key": "a", "operator": "Exists", "tolerationSeconds": 300 }],
+            "priority": 0,
+        },
+        "status": {
+            "phase": "Running", "podIP": "10.0.0.7", "podIPs": [{ "ip": "10.0.0.7" }],
+            "conditions": [{ "type": "Ready", "status": "True", "lastProbeTime": null }],
+            "containerStatuses": [{ "name": "web", "ready": true, "state": { "running": {} } }],
+        },
+    })
+}
+
+#[test]
+fn what_is_pruned_changes_nothing_of_what_is_read() {
+    let service = json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": { "name": "web", "namespace": "shop", "resourceVersion": "5", "managedFields": [] },
+        "spec": {
+            "clusterIP": "10.96.0.5", "clusterIPs": ["10.96.0.5"], "ipFamilies": ["IPv4"],
+            "ipFamilyPolicy": "SingleStack", "internalTrafficPolicy": "Cluster", "type": "ClusterIP",
+            "sessionAffinity": "ClientIP", "sessionAffinityConfig": { "clientIP": { "timeoutSeconds": 60 } },
+            "selector": { "app": "web" },
+            "ports": [{ "name": "http", "port": 80, "targetPort": "http", "protocol": "TCP" }],
+        },
+        "status": { "loadBalancer": {} },
+    });
+    let slice = json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+        "metadata": {
+            "name": "ext-1", "namespace": "shop", "labels": { "kubernetes.io/service-name": "web" },
+        },
+        "addressType": "IPv4",
+        "endpoints": [{
+            "addresses": ["192.0.2.1"], "conditions": { "ready": true, "serving": true, "terminating": false },
+            "nodeName": "node1", "zone": "z1",
+        }],
+        "ports": [{ "name": "http", "port": 8080, "protocol": "TCP" }],
+    });
+    let node = json!({
+        "apiVersion": "v1", "kind": "Node",
+        "metadata": { "name": "node1", "labels": { "topology.kubernetes.io/zone": "z1" } },
+        "spec": { "podCIDR": "10.0.0.0/24" }, "status": { "capacity": { "cpu": "4" } },
+    });
+    let namespace = json!({
+        "apiVersion": "v1", "kind": "Namespace",
+        "metadata": { "name": "shop", "labels": { "istio.io/dataplane-mode": "ambient" } },
+        "spec": { "finalizers": ["kubernetes"] }, "status": { "phase": "Active" },
+    });
+    let policy = json!({
+        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+        "metadata": { "name": "p", "namespace": "shop", "generation": 4, "managedFields": [{ "manager": "x" }] },
+        "spec": {
+            "selector": { "matchLabels": { "app": "web" } }, "action": "DENY",
+            "rules": [{ "from": [{ "source": { "namespaces": ["a"], "notIpBlocks": ["10.0.0.0/8"] } }],
+                        "to": [{ "operation": { "ports": ["8080"] } }] }],
+        },
+        "status": { "conditions": [{ "type": "Enforced" }] },
+    });
+    let objects = [
+        (Kind::Namespace, namespace),
+        (Kind::Node, node),
+        (Kind::Service, service),
+        (Kind::EndpointSlice, slice),
+        (Kind::AuthorizationPolicy, policy),
+        (Kind::Pod, pod("web-1", "enabled", "7")),
+    ];
+    let (mut pruned, mut whole) = (Server::new(), Repository::new(options(Origin::Cluster)));
+    for (kind, object) in &objects {
+        let (_, unknown) = decode(*kind, object);
+        assert!(unknown.is_empty(), "{unknown:?}");
+        pruned.stage(*kind, object);
+        let path: Arc<str> = format!("{}.json", kind.name()).into();
+        whole.stage(&path, Content::Bytes(&serde_json::to_vec(object).unwrap()));
+    }
+    let (pruned, whole) = (pruned.0.commit(), whole.commit());
+    let text = |outcome: &Outcome| {
+        let mut lines: Vec<String> = outcome.changes.iter().map(|c| format!("{c:?}")).collect();
+        lines.sort();
+        lines
+    };
+    assert_eq!(text(&pruned), text(&whole));
+    let said = |outcome: &Outcome| {
+        let mut said: Vec<_> =
+            outcome.diagnostics.iter().map(|d| (d.code, d.field.clone(), d.message.clone())).collect();
+        said.sort();
+        said
+    };
+    assert_eq!(said(&pruned), said(&whole));
+    assert!(pruned.changes.len() >= 4);
+}
+
+#[test]
+fn what_nobody_reads_is_not_kept() {
+    let (decoded, _) = decode(Kind::Pod, &pod("web-1", "enabled", "7"));
+    let kept = format!("{:?}", decoded.node);
+    for dropped in ["managedFields", "volumes", "livenessProbe", "containerStatuses", "tolerations", "env"] {
+        assert!(!kept.contains(dropped), "{dropped}");
+    }
+    assert_eq!(decoded.bookkeeping.resource_version, "7");
+    assert_eq!(decoded.bookkeeping.generation, 1);
+    assert!(decoded.bookkeeping.uid.starts_with("b0a6"));
+    assert_eq!(decoded.label("app"), Some("web"));
+}
+
+#[test]
+fn items_of_lists_get_their_type() {
+    let mut item = pod("web-1", "enabled", "7");
+    item.as_object_mut().unwrap().remove("kind");
+    item.as_object_mut().unwrap().remove("apiVersion");
+    let mut server = Server::new();
+    let outcome = server.set(Kind::Pod, &item);
+    assert!(outcome.diagnostics.is_empty(), "{:?}", outcome.diagnostics);
+    assert_eq!(server.0.object_count(), 1);
+}
+
+#[test]
+fn a_newer_servers_fields_are_told_and_left_out_but_not_of_policies() {
+    let mut newer = pod("web-1", "enabled", "7");
+    newer["spec"]["teleport"] = json!({ "to": "mars" });
+    newer["metadata"]["shard"] = json!(3);
+    let (_, unknown) = decode(Kind::Pod, &newer);
+    assert_eq!(unknown, ["metadata.shard", "Pod.spec.teleport"]);
+    let mut server = Server::new();
+    assert!(server.set(Kind::Pod, &newer).diagnostics.is_empty());
+    let policy = json!({
+        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+        "metadata": { "name": "p", "namespace": "shop", "shard": 3 },
+        "spec": { "action": "ALLOW", "rules": [], "onlyOnSundays": true },
+    });
+    let outcome = server.set(Kind::AuthorizationPolicy, &policy);
+    assert_eq!(outcome.diagnostics[0].code, Code::UnknownField);
+    assert!(outcome.diagnostics[0].message.contains("onlyOnSundays"));
+}
+
+#[test]
+fn the_nodes_agent_decides_whether_a_pod_is_in_the_mesh() {
+    let mut server = Server::new();
+    let tunnel = |outcome: &Outcome| {
+        outcome.changes.iter().find_map(|change| match change {
+            Change::SetWorkload(workload) => Some(workload.tunnel),
+            _ => None,
+        })
+    };
+    assert_eq!(tunnel(&server.set(Kind::Pod, &pod("a", "pending", "1"))), Some(TunnelProtocol::None));
+    assert_eq!(tunnel(&server.set(Kind::Pod, &pod("a", "enabled", "2"))), Some(TunnelProtocol::Hbone));
+    assert_eq!(tunnel(&server.set(Kind::Pod, &pod("a", "", "3"))), Some(TunnelProtocol::None));
+}
+
+#[test]
+fn a_version_that_was_taken_costs_nothing() {
+    let mut server = Server::new();
+    server.set(Kind::Pod, &pod("a", "enabled", "1"));
+    let steps = server.0.steps();
+    let outcome = server.set(Kind::Pod, &pod("a", "enabled", "1"));
+    assert!(outcome.changes.is_empty() && server.0.steps() == steps);
+    // Another version with the same content compiles, and changes nothing.
+    let outcome = server.set(Kind::Pod, &pod("a", "enabled", "2"));
+    assert!(outcome.changes.is_empty() && server.0.steps() > steps);
+}
+
+fn policy(rules: &Value, version: &str) -> Value {
+    json!({
+        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+        "metadata": { "name": "p", "namespace": "shop", "resourceVersion": version },
+        "spec": { "action": "ALLOW", "rules": rules },
+    })
+}
+
+#[test]
+fn a_policy_with_errors_keeps_its_last_good_version_and_fails_closed_without_one_at_any_time() {
+    let good = json!([{ "from": [{ "source": { "namespaces": ["a"] } }] }]);
+    let bad = json!([{ "form": [] }]);
+    let mut server = Server::new();
+    server.set(Kind::Pod, &pod("a", "enabled", "1"));
+    let origin = "AuthorizationPolicy shop/p";
+    // New and bad, long after the first batch: refused is everything in its scope.
+    let outcome = server.set(Kind::AuthorizationPolicy, &policy(&bad, "1"));
+    let Some(Change::SetPolicy(closed)) = outcome.changes.first() else { panic!("{:?}", outcome.changes) };
+    assert_eq!((closed.action, closed.rules.len()), (model::Action::Deny, 1));
+    assert!(server.codes(origin).contains(&Code::FailsClosed));
+    let outcome = server.set(Kind::AuthorizationPolicy, &policy(&good, "2"));
+    assert_eq!(outcome.changes.len(), 1);
+    assert!(server.codes(origin).is_empty());
+    assert!(outcome.touched.contains(origin));
+    let outcome = server.set(Kind::AuthorizationPolicy, &policy(&bad, "3"));
+    assert!(outcome.changes.is_empty(), "the last good one stays");
+    assert!(server.codes(origin).contains(&Code::LastGoodVersion));
+    let outcome = server.remove(origin);
+    assert!(matches!(outcome.changes[..], [Change::RemovePolicy(_)]), "{:?}", outcome.changes);
+    assert!(server.codes(origin).is_empty());
+}
+
+#[test]
+fn what_is_deleted_is_gone_whatever_else_cannot_be_taken() {
+    let mut server = Server::new();
+    server.set(Kind::Pod, &pod("a", "enabled", "1"));
+    let settings: Arc<str> = "ConfigMap culvert-system/culvert".into();
+    server.0.stage_object(&settings, ObjectContent::Refused(Code::MalformedYaml, "no YAML"));
+    let outcome = server.remove("Pod shop/a");
+    assert!(outcome.changes.iter().any(|c| matches!(c, Change::RemoveWorkload(_))));
+    assert_eq!(server.codes(&settings), [Code::MalformedYaml]);
+    server.0.stage_object(&settings, ObjectContent::Gone);
+    server.0.commit();
+    assert!(server.0.diagnostics().is_empty());
+}
+
+#[test]
+fn namespaces_are_selected_by_their_labels() {
+    let settings = |selectors: &Value| {
+        json!({
+            "apiVersion": "mesh.istio.io/v1alpha1", "kind": "MeshConfig", "metadata": { "name": "mesh" },
+            "spec": { "discoverySelectors": selectors },
+        })
+    };
+    let selectors = json!([
+        { "matchLabels": { "mesh": "on" } },
+        { "matchExpressions": [
+            { "key": "env", "operator": "In", "values": ["prod", "test"] },
+            { "key": "off", "operator": "DoesNotExist" },
+            { "key": "team", "operator": "Exists" },
+            { "key": "kind", "operator": "NotIn", "values": ["toy"] },
+        ] },
+    ]);
+    let mut server = Server::new();
+    server.set(Kind::MeshConfig, &settings(&selectors));
+    let selected = |labels: &[(&str, &'static str)]| {
+        let label = |key: &str| labels.iter().find(|(k, _)| *k == key).map(|(_, v)| *v);
+        server.0.discovery().iter().any(|selector| selector.matches(label))
+    };
+    assert!(selected(&[("mesh", "on")]));
+    assert!(!selected(&[("mesh", "off")]));
+    assert!(selected(&[("env", "prod"), ("team", "a")]));
+    assert!(!selected(&[("env", "prod"), ("team", "a"), ("off", "")]));
+    assert!(!selected(&[("env", "prod"), ("team", "a"), ("kind", "toy")]));
+    assert!(!selected(&[("env", "dev"), ("team", "a")]));
+    for wrong in
+        [json!([{ "matchExpressions": [{ "key": "a", "operator": "In" }] }]), json!([{ "matchLabel": {} }])]
+    {
+        let mut server = Server::new();
+        let outcome = server.set(Kind::MeshConfig, &settings(&wrong));
+        assert!(!outcome.diagnostics.is_empty(), "{wrong}");
+    }
+    // Where the objects come from a directory it is said that nothing is left out.
+    let mut files = Repository::new(options(Origin::Files));
+    let text = serde_json::to_vec(&settings(&selectors)).unwrap();
+    let outcome = files.apply(&"mesh.json".into(), Content::Bytes(&text));
+    assert_eq!(outcome.diagnostics[0].code, Code::FieldNotApplicable);
+}
