@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 use nix::unistd::Uid;
 
 use crate::kubectl::Kubectl;
@@ -89,8 +89,15 @@ impl Cluster {
     /// It is off, or does not become Ready.
     pub fn ready(&self, node: &Node) -> Result<()> {
         wait_for(&format!("{} to be Ready", node.name), Duration::from_secs(90), || {
-            node::init(&self.lab, node)
-                .with_context(|| format!("see {}", self.lab.log(&format!("{}.log", node.name)).display()))?;
+            if Recorded::named(&self.lab, node.name).pid().is_none() {
+                let log = self.lab.log(&format!("{}.log", node.name));
+                bail!("{} has ended: see {}", node.name, log.display());
+            }
+            // After a reboot, the API server still has the condition of before.
+            let healthy = ["curl", "--silent", "--fail", "http://127.0.0.1:10248/healthz"];
+            if let Err(error) = node::run(&self.lab, node, &healthy) {
+                return Ok(Err(format!("its kubelet: {error:#}")));
+            }
             let ready = "jsonpath={.status.conditions[?(@.type==\"Ready\")].status}";
             Ok(match self.kubectl.run(&["get", "node", node.name, "-o", ready]) {
                 Ok(status) if status == "True" => Ok(()),

@@ -28,6 +28,7 @@ pub mod kubectl;
 pub mod lab;
 pub mod lab_images;
 pub mod mesh;
+pub mod network_policy;
 pub mod node;
 pub mod node_init;
 pub mod pki;

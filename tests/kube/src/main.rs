@@ -73,6 +73,18 @@ enum ClusterCommand {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
     },
+    /// Takes a node's power away and gives it back: its disk stays, its `/run`, network and processes do not
+    Reboot {
+        /// node1 or node2
+        node: String,
+    },
+    /// Kills a daemon of a node, which starts it again
+    Kill {
+        /// node1 or node2
+        node: String,
+        /// containerd, kubelet or kube-proxy
+        daemon: String,
+    },
     /// Imports archives of images on both nodes
     Import {
         /// Files, as `images` writes them
@@ -167,6 +179,12 @@ fn on_cluster(lab: &Lab, command: ClusterCommand) -> Result<()> {
             Err(node::shell(lab, Node::named(&node)?, &borrowed(&command))?.exec())
                 .context("entering the node")
         }
+        ClusterCommand::Reboot { node } => {
+            let (cluster, node) = (Cluster::running(lab)?, Node::named(&node)?);
+            node::reboot(lab, node)?;
+            cluster.ready(node)
+        }
+        ClusterCommand::Kill { node, daemon } => node::kill_daemon(lab, Node::named(&node)?, &daemon),
         ClusterCommand::Import { archives } => Cluster::running(lab)?.import(&archives),
         ClusterCommand::Install { profile, set } => install(&Cluster::running(lab)?, &profile, &set),
     }

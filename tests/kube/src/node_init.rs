@@ -68,6 +68,11 @@ pub fn run(lab: &Lab, node: &Node) -> Result<()> {
 fn mounts(lab: &Lab, node: &Node) -> Result<()> {
     let tree = MsFlags::MS_REC;
     attach(None, "/", None, tree | MsFlags::MS_PRIVATE)?;
+    // Else the machine's named namespaces would live as long as this node.
+    match umount2("/run/netns", MntFlags::MNT_DETACH) {
+        Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
+        Err(error) => return Err(error).context("unmounting /run/netns"),
+    }
     // A view of /sys of this network namespace, with the machine's cgroups put back.
     let aside = lab.run(node.name).join("cgroup");
     fs::create_dir_all(&aside)?;

@@ -35,6 +35,7 @@ pub const ALL: &[Scenario] = &[
         "the kubelet's probes work under STRICT, and nobody else of the node gets in",
         policy::probes,
     ),
+    mesh("network-policy", "NetworkPolicies hold for tunnels, and never lead to plaintext", policy::network),
     mesh("jobs", "Jobs that talk in their first millisecond, all of them encrypted", workloads::jobs),
     mesh(
         "sets",

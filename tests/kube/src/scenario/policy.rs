@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::stage::PATIENCE;
 use super::{App, Stage};
 use crate::lab::NODES;
-use crate::node;
+use crate::{network_policy, node};
 
 const STRICT: &str = "STRICT";
 
@@ -120,4 +120,42 @@ pub fn probes(stage: &Stage) -> Result<()> {
     })?;
     stage.ok("a pod that is not alive is started again");
     Ok(())
+}
+
+/// See [`super::ALL`].
+pub fn network(stage: &Stage) -> Result<()> {
+    let [near, far] = NODES;
+    stage.label_in()?;
+    stage.serve(&[App::server("server").on(&far)])?;
+    stage.start(&[App::idle("client").on(&near), App::idle("other").on(&near)])?;
+    stage.enrolled(true)?;
+    let url = "http://server:8080/";
+    stage.reaches("client", url)?;
+    let allow = |ports: &[u16]| {
+        let ports: Vec<Value> = ports.iter().map(|port| json!({"port": port})).collect();
+        stage.apply(&[json!({
+            "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": {"name": "server"},
+            "spec": {
+                "podSelector": {"matchLabels": {"app": "server"}}, "policyTypes": ["Ingress"],
+                "ingress": [{"from": [{"podSelector": {"matchLabels": {"app": "client"}}}], "ports": ports}],
+            },
+        })])?;
+        network_policy::enforce(&stage.cluster)
+    };
+    let outcome = allow(&[8080, 15008]).and_then(|()| {
+        stage.nothing_in_plaintext(&far, || stage.reaches("client", url))?;
+        stage.cannot_reach("other", url)?;
+        stage.ok("a policy that names the tunnel's port lets in who it names, and nobody else");
+        allow(&[8080])?;
+        let (seen, ()) = stage.watch(&far, || stage.cannot_reach("client", url))?;
+        ensure!(seen.plaintext.is_empty(), "in plaintext, past the tunnel: {:?}", seen.plaintext);
+        stage.ok("one that does not closes the way, and nothing takes the open port in plaintext");
+        let restarts = "jsonpath={.status.containerStatuses[0].ready}";
+        let ready = stage.kubectl().run(&["get", "pod", "-n", &stage.namespace, "server", "-o", restarts])?;
+        ensure!(ready == "true", "the server is no longer ready");
+        stage.ok("the kubelet's probes pass all the while");
+        Ok(())
+    });
+    network_policy::clear(&stage.cluster)?;
+    outcome
 }

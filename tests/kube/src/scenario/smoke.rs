@@ -8,6 +8,7 @@ use serde_json::json;
 use super::stage::PATIENCE;
 use super::{App, Stage};
 use crate::lab::NODES;
+use crate::network_policy;
 use crate::report::wait_for;
 
 /// See [`super::ALL`].
@@ -56,6 +57,26 @@ pub fn run(stage: &Stage) -> Result<()> {
     ensure!(seen.tunnel == 0, "there is no mesh, and the capture saw tunnels: {seen:?}");
     stage.undisturbed("client", &before)?;
     stage.ok("a capture between the nodes shows plaintext where there is some");
+    let outcome = network_policies(stage);
+    network_policy::clear(&stage.cluster)?;
+    outcome
+}
+
+fn network_policies(stage: &Stage) -> Result<()> {
+    stage.start(&[App::idle("other").on(&NODES[0])])?;
+    stage.apply(&[json!({
+        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": {"name": "two"},
+        "spec": {
+            "podSelector": {"matchLabels": {"app": "two"}},
+            "ingress": [{"from": [{"podSelector": {"matchLabels": {"app": "client"}}}], "ports": [{"port": 8080}]}],
+        },
+    })])?;
+    network_policy::enforce(&stage.cluster)?;
+    stage.reaches("client", "http://two:8080/")?;
+    stage.cannot_reach("other", "http://two:8080/")?;
+    let echo = stage.exec("client", &["app", "echo", "-timeout", "1s", "two:9000"]);
+    ensure!(echo.is_err(), "a port that no policy names is open");
+    stage.ok("NetworkPolicies are enforced");
     Ok(())
 }
 
