@@ -1,0 +1,142 @@
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde_json::json;
+
+use super::*;
+
+fn status(value: serde_json::Value) -> TokenReviewStatus {
+    serde_json::from_value(value).unwrap()
+}
+
+fn ztunnel() -> serde_json::Value {
+    json!({
+        "authenticated": true,
+        "audiences": ["istio-ca"],
+        "user": {
+            "username": "system:serviceaccount:culvert-system:ztunnel",
+            "extra": {
+                "authentication.kubernetes.io/pod-name": ["ztunnel-abc"],
+                "authentication.kubernetes.io/pod-uid": ["uid-1"],
+                "authentication.kubernetes.io/node-name": ["node-1"],
+            },
+        },
+    })
+}
+
+#[test]
+fn a_review_says_account_pod_and_node() {
+    let caller = read_status(status(ztunnel())).unwrap();
+    let pod = BoundPod { name: "ztunnel-abc".into(), uid: "uid-1".into(), node: Some("node-1".into()) };
+    assert_eq!(caller.pod, Some(pod));
+    assert_eq!(caller.to_string(), "culvert-system/ztunnel (pod ztunnel-abc)");
+}
+
+#[test]
+fn a_review_that_does_not_say_who_it_is_is_refused() {
+    let table: [(&str, &str, serde_json::Value, &str); 8] = [
+        ("not authenticated", "/authenticated", json!(false), "does not accept"),
+        ("no audience", "/audiences", json!([]), "not meant for the audience istio-ca"),
+        ("another audience", "/audiences", json!(["api"]), "not meant for the audience istio-ca"),
+        ("a user", "/user/username", json!("alice"), "no service account"),
+        ("a node", "/user/username", json!("system:node:a:b"), "no service account"),
+        ("too many parts", "/user/username", json!("system:serviceaccount:a:b:c"), "no service account"),
+        ("no name", "/user/username", json!("system:serviceaccount:a:"), "no service account"),
+        ("no namespace", "/user/username", json!("system:serviceaccount::b"), "no service account"),
+    ];
+    for (what, at, value, says) in table {
+        let mut review = ztunnel();
+        *review.pointer_mut(at).unwrap() = value;
+        let error = read_status(status(review)).expect_err(what).to_string();
+        assert!(error.contains(says), "{what}: {error}");
+    }
+    // A binding that is not whole is none.
+    let mut review = ztunnel();
+    review["user"]["extra"]["authentication.kubernetes.io/pod-uid"] = json!(["a", "b"]);
+    assert_eq!(read_status(status(review)).unwrap().pod, None);
+    let error = read_status(status(json!({"error": "token has expired"}))).unwrap_err();
+    assert!(error.to_string().contains("token has expired"));
+}
+
+struct Counting(Arc<AtomicU64>);
+
+impl Reviewer for Counting {
+    fn review<'a>(&'a self, token: &'a str) -> BoxFuture<'a, Result<Caller, AuthenticationError>> {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        let known = token.starts_with("a.");
+        Box::pin(async move {
+            if !known {
+                return Err(AuthenticationError::Rejected("unknown".into()));
+            }
+            Ok(Caller { namespace: "ns".into(), service_account: "sa".into(), pod: None })
+        })
+    }
+}
+
+fn token(expires: u64) -> String {
+    format!("a.{}.sig", URL_SAFE_NO_PAD.encode(json!({"exp": expires}).to_string()))
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_review_is_believed_no_longer_than_the_token_lives() {
+    let reviews = Arc::new(AtomicU64::new(0));
+    let clock = Clock::system();
+    let authenticator = Authenticator::new(Counting(reviews.clone()), clock.clone());
+    let ask = async |token: &str| authenticator.caller(Some(&format!("Bearer {token}"))).await;
+    let now = clock.now().as_secs();
+    let count = || reviews.swap(0, Ordering::SeqCst);
+
+    let long = token(now + 3600);
+    for _ in 0..5 {
+        ask(&long).await.unwrap();
+    }
+    assert_eq!(count(), 1);
+    tokio::time::advance(CACHE_TTL + Duration::from_secs(1)).await;
+    ask(&long).await.unwrap();
+    assert_eq!(count(), 1, "it is reviewed again after a minute");
+
+    let short = token(now + 10);
+    ask(&short).await.unwrap();
+    ask(&short).await.unwrap();
+    tokio::time::advance(Duration::from_secs(11)).await;
+    ask(&short).await.unwrap();
+    assert_eq!(count(), 2, "it outlives the token");
+
+    for never in [token(now.saturating_sub(1)), "a.b.c".to_owned(), "a.".to_owned()] {
+        ask(&never).await.unwrap();
+        ask(&never).await.unwrap();
+        assert_eq!(count(), 2, "what is about to end, or does not say when, is not remembered");
+    }
+    for _ in 0..2 {
+        ask("forged").await.unwrap_err();
+    }
+    assert_eq!(count(), 2, "a refusal is not remembered");
+}
+
+#[tokio::test]
+async fn what_is_no_bearer_token_is_not_even_reviewed() {
+    let reviews = Arc::new(AtomicU64::new(0));
+    let authenticator = Authenticator::new(Counting(reviews.clone()), Clock::system());
+    let huge = format!("Bearer {}", "a".repeat(MAX_TOKEN + 1));
+    for header in
+        [None, Some(""), Some("Bearer"), Some("Bearer "), Some("Basic a.b"), Some("a.b"), Some(&huge)]
+    {
+        authenticator.caller(header).await.unwrap_err();
+    }
+    assert_eq!(reviews.load(Ordering::SeqCst), 0);
+    authenticator.caller(Some("bearer a.b")).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_cache_is_bounded() {
+    let reviews = Arc::new(AtomicU64::new(0));
+    let authenticator = Authenticator::new(Counting(reviews), Clock::system());
+    let expires = Clock::system().now().as_secs() + 3600;
+    for index in 0..CACHE_SIZE + 50 {
+        let token = format!("{}{index}", token(expires));
+        authenticator.caller(Some(&format!("Bearer {token}"))).await.unwrap();
+    }
+    assert_eq!(authenticator.cache.lock().unwrap().len(), CACHE_SIZE);
+}
