@@ -1,8 +1,11 @@
-//! A client for ztunnel's loopback servers, which are reached inside the node's network namespace.
+//! A client for ztunnel's loopback servers, which are reached inside the node's network namespace, or in a pod of a
+//! cluster by port forwarding.
 
+use std::fmt;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -10,9 +13,11 @@ use http_body_util::{BodyExt, Empty, Limited};
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+use crate::cluster::{Cluster, PodName};
 use crate::netns;
 
 /// Where ztunnel's admin server is unless a flag says otherwise.
@@ -29,14 +34,44 @@ const MOST_BYTES: usize = 512 << 20;
 
 /// One of ztunnel's servers.
 #[derive(Clone, Debug)]
-pub struct Address {
-    /// The network namespace that it listens in; `None` for the caller's.
-    pub namespace: Option<PathBuf>,
-    /// The address in it.
-    pub at: SocketAddr,
+pub enum Address {
+    /// On this machine.
+    Here {
+        /// The network namespace that it listens in; `None` for the caller's.
+        namespace: Option<PathBuf>,
+        /// The address in it.
+        at: SocketAddr,
+    },
+    /// In a pod.
+    Pod {
+        /// Its cluster.
+        cluster: Arc<Cluster>,
+        /// The pod.
+        pod: PodName,
+        /// Its port.
+        port: u16,
+    },
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Here { namespace: Some(namespace), at } => write!(f, "{at} in {}", namespace.display()),
+            Self::Here { namespace: None, at } => at.fmt(f),
+            Self::Pod { pod, .. } => write!(f, "pod {} on {}", pod.name, pod.node),
+        }
+    }
 }
 
 impl Address {
+    /// The node, where it is known.
+    pub fn node(&self) -> &str {
+        match self {
+            Self::Here { .. } => "",
+            Self::Pod { pod, .. } => &pod.node,
+        }
+    }
+
     /// `GET path`.
     ///
     /// # Errors
@@ -59,42 +94,62 @@ impl Address {
     /// As [`Address::get`], and when the answer is no JSON.
     pub fn json(&self, path: &str) -> Result<Value> {
         let bytes = self.get(path)?;
-        serde_json::from_slice(&bytes).with_context(|| format!("{} answered {path} with no JSON", self.at))
+        serde_json::from_slice(&bytes).with_context(|| format!("{self} answered {path} with no JSON"))
     }
 
     fn request(&self, method: http::Method, path: &str) -> Result<Bytes> {
-        let ask = || {
-            netns::block_on(async { timeout(LIMIT, exchange(self.at, method, path)).await })
-                .map_err(anyhow::Error::from)
+        let (status, bytes) = match self {
+            Self::Pod { cluster, pod, port } => cluster.ask_pod(pod, *port, method, path)?,
+            Self::Here { namespace, at } => self.ask_here(namespace.as_ref(), *at, method, path)?,
         };
-        let answer = netns::run_in(self.namespace.as_deref(), ask)??;
-        let place = self.namespace.as_ref().map(|n| format!(" in {}", n.display())).unwrap_or_default();
-        match answer {
-            Ok(Ok((http::StatusCode::OK, bytes))) => Ok(bytes),
-            Ok(Ok((status, bytes))) => {
-                let text = String::from_utf8_lossy(&bytes);
-                bail!("ztunnel at {}{place} answered {path} with {status}: {}", self.at, text.trim())
-            }
-            Ok(Err(e)) => Err(e).with_context(|| {
+        if status != http::StatusCode::OK {
+            let text = String::from_utf8_lossy(&bytes);
+            bail!("ztunnel at {self} answered {path} with {status}: {}", text.trim())
+        }
+        Ok(bytes)
+    }
+
+    fn ask_here(
+        &self,
+        namespace: Option<&PathBuf>,
+        at: SocketAddr,
+        method: http::Method,
+        path: &str,
+    ) -> Result<(http::StatusCode, Bytes)> {
+        let ask = || {
+            let exchange =
+                async { exchange(TcpStream::connect(at).await?, &at.to_string(), method, path).await };
+            netns::block_on(async { timeout(LIMIT, exchange).await }).map_err(anyhow::Error::from)
+        };
+        match netns::run_in(namespace.map(PathBuf::as_path), ask)?? {
+            Ok(answer) => answer.with_context(|| {
                 format!(
-                    "no ztunnel answers at {}{place}. Its admin address is in the network namespace of its node: \
-                     name that with --netns (see `ip netns`), and another address with --admin",
-                    self.at
+                    "no ztunnel answers at {self}. Its admin address is in the network namespace of its node: \
+                     name that with --netns (see `ip netns`), and another address with --admin; for one in a \
+                     cluster give --context or --kubeconfig"
                 )
             }),
-            Err(_) => bail!("ztunnel at {}{place} did not answer {path} within {LIMIT:?}", self.at),
+            Err(_) => bail!("ztunnel at {self} did not answer {path} within {LIMIT:?}"),
         }
     }
 }
 
-async fn exchange(at: SocketAddr, method: http::Method, path: &str) -> Result<(http::StatusCode, Bytes)> {
-    let stream = TcpStream::connect(at).await?;
+/// One request over `stream`, which ends with it.
+///
+/// # Errors
+/// The stream breaks, or the answer is too large.
+pub async fn exchange(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    host: &str,
+    method: http::Method,
+    path: &str,
+) -> Result<(http::StatusCode, Bytes)> {
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let driver = tokio::spawn(connection);
     let request = http::Request::builder()
         .method(method)
         .uri(path)
-        .header(http::header::HOST, at.to_string())
+        .header(http::header::HOST, host)
         .body(Empty::<Bytes>::new())?;
     let response = sender.send_request(request).await?;
     let status = response.status();

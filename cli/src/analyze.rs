@@ -1,9 +1,9 @@
-//! `culvert analyze`: what is wrong, doubtful or without effect in manifests, found by the code that enforces them.
+//! `culvert analyze`: what is wrong, doubtful or without effect in manifests and in a cluster,
+//! found by the code that enforces them.
 
 mod sarif;
 
 use std::fmt::Write;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -11,15 +11,17 @@ use clap::{Args, ValueEnum};
 use config::diagnostic::{Diagnostic, Severity};
 use serde_json::json;
 
-use crate::files::Files;
+use crate::files::{Files, Sources};
 use crate::table::{print, printable};
 
-/// Checks manifests: every field is enforced, refused or has no effect, and this says which
+/// Checks manifests, a cluster, or both: every field is enforced, refused or has no effect, and this says which
 #[derive(Args, Debug)]
 pub struct AnalyzeArgs {
-    /// Directories and files of Kubernetes and istio.io YAML or JSON
-    #[arg(required = true, value_name = "DIR|FILE")]
-    paths: Vec<PathBuf>,
+    #[command(flatten)]
+    sources: Sources,
+    /// Only what concerns this namespace
+    #[arg(short, long)]
+    namespace: Option<String>,
     /// The exit code is 1 from this severity on
     #[arg(long, value_enum, default_value_t = Threshold::Error, value_name = "SEVERITY")]
     failure_threshold: Threshold,
@@ -58,20 +60,31 @@ enum Form {
 
 /// Runs the command.
 pub fn run(args: &AnalyzeArgs) -> Result<ExitCode> {
-    let files = Files::read(&args.paths)?;
-    let compiled = files.compile();
-    let found = &compiled.diagnostics;
+    let files = args.sources.read()?;
+    let compiled = files.compile()?;
+    let elsewhere = |d: &Diagnostic| match (&args.namespace, &d.resource) {
+        (Some(wanted), Some(resource)) => {
+            let of = if &*resource.kind == "Namespace" { &resource.name } else { &resource.namespace };
+            &**of != wanted.as_str()
+        }
+        _ => false,
+    };
+    let found: Vec<_> = compiled.diagnostics.iter().filter(|d| !elsewhere(d)).cloned().collect();
+    let found = &found;
     let threshold = args.failure_threshold.severity();
     let failed = found.iter().any(|d| d.severity >= threshold);
     let text = match args.output {
-        Form::Text => text(found, files.count(), compiled.objects)?,
+        Form::Text => text(found, &files, compiled.objects)?,
         Form::Json => {
-            let document = json!({
+            let mut document = json!({
                 "files": files.count(),
                 "objects": compiled.objects,
                 "failed": failed,
                 "diagnostics": found,
             });
+            if let (true, Some(map)) = (files.is_cluster(), document.as_object_mut()) {
+                map.insert("clusterObjects".to_owned(), files.cluster_count().into());
+            }
             format!("{}\n", serde_json::to_string_pretty(&document)?)
         }
         Form::Sarif => format!("{}\n", serde_json::to_string_pretty(&sarif::document(found))?),
@@ -80,16 +93,20 @@ pub fn run(args: &AnalyzeArgs) -> Result<ExitCode> {
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-fn text(found: &[Diagnostic], files: usize, objects: usize) -> Result<String> {
+fn text(found: &[Diagnostic], files: &Files, objects: usize) -> Result<String> {
     let mut text = String::new();
     for diagnostic in found {
         writeln!(text, "{}", printable(&diagnostic.to_string()))?;
     }
     let count = |severity| found.iter().filter(|d| d.severity == severity).count();
     let (errors, warnings, notes) = (count(Severity::Error), count(Severity::Warning), count(Severity::Info));
+    if files.is_cluster() {
+        write!(text, "{} objects of the cluster, ", files.cluster_count())?;
+    }
     writeln!(
         text,
-        "{files} files, {objects} objects in force: {errors} errors, {warnings} warnings, {notes} notes"
+        "{} files, {objects} objects in force: {errors} errors, {warnings} warnings, {notes} notes",
+        files.count()
     )?;
     if errors > 0 {
         writeln!(

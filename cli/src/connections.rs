@@ -1,30 +1,75 @@
 //! Connections as a ztunnel's `/connections` lists them, and how a user names one.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::admin;
+use crate::cluster::{Cluster, ClusterArgs, PodName};
 
-/// Where the ztunnel is.
+/// Where the ztunnel is: on this machine if --netns or --admin name it, otherwise in the cluster, if there is a
+/// kubeconfig.
 #[derive(Args, Clone, Debug)]
 pub struct Target {
     /// The network namespace of the node: a name of `ip netns`, or a path [default: this one]
     #[arg(long, value_name = "NAME|PATH", global = true)]
     netns: Option<String>,
-    /// The ztunnel's admin address
-    #[arg(long, value_name = "ADDR", default_value_t = admin::ADMIN, global = true)]
-    admin: SocketAddr,
+    /// The ztunnel's admin address on this machine [default: 127.0.0.1:15000]
+    #[arg(long, value_name = "ADDR", global = true)]
+    admin: Option<SocketAddr>,
+    /// The node whose ztunnel is asked, in a cluster
+    #[arg(long, value_name = "NAME", global = true, conflicts_with_all = ["netns", "admin"])]
+    node: Option<String>,
+    #[command(flatten)]
+    cluster: ClusterArgs,
 }
 
 impl Target {
-    /// The address to ask.
-    pub fn address(&self) -> admin::Address {
-        admin::Address { namespace: self.netns.as_deref().map(crate::netns::path_of), at: self.admin }
+    fn is_here(&self) -> bool {
+        self.netns.is_some() || self.admin.is_some() || self.node.is_none() && !self.cluster.is_any()
+    }
+
+    /// The addresses to ask: the one of this machine, or those of the cluster's nodes.
+    ///
+    /// # Errors
+    /// The cluster can't be asked, or has no ztunnel there.
+    pub fn all(&self) -> Result<Vec<admin::Address>> {
+        if self.is_here() {
+            let namespace = self.netns.as_deref().map(crate::netns::path_of);
+            return Ok(vec![admin::Address::Here { namespace, at: self.admin.unwrap_or(admin::ADMIN) }]);
+        }
+        let cluster = Arc::new(Cluster::connect(&self.cluster)?);
+        let pods = cluster.pods("ztunnel")?;
+        let nodes: Vec<_> = pods.iter().map(|p| p.node.clone()).collect();
+        let wanted = |p: &PodName| p.ready && self.node.as_ref().is_none_or(|node| p.node == *node);
+        let found: Vec<_> = pods.into_iter().filter(wanted).collect();
+        if found.is_empty() {
+            let system = &cluster.system;
+            match &self.node {
+                Some(node) if !nodes.is_empty() => {
+                    bail!("no ztunnel is ready on node {node:?}; there are some on {}", nodes.join(", "))
+                }
+                _ => bail!(
+                    "no ztunnel is ready in namespace {system} of the cluster: `culvert status` says why; \
+                     --system-namespace names another namespace, --netns or --admin a ztunnel of this machine"
+                ),
+            }
+        }
+        let port = admin::ADMIN.port();
+        Ok(found.into_iter().map(|pod| admin::Address::Pod { cluster: cluster.clone(), pod, port }).collect())
+    }
+
+    /// One address to ask for what all ztunnels know alike.
+    ///
+    /// # Errors
+    /// As [`Target::all`].
+    pub fn any(&self) -> Result<admin::Address> {
+        self.all()?.into_iter().next().context("no ztunnel")
     }
 }
 
@@ -57,6 +102,9 @@ pub struct Connection {
     #[serde(default)]
     pub bytes_received: u64,
     pub error: Option<String>,
+    /// The node whose ztunnel lists it, in a cluster.
+    #[serde(skip)]
+    pub node: String,
     /// All of it, as it came.
     #[serde(skip)]
     pub json: Value,
@@ -152,19 +200,33 @@ fn is(who: &str, addresses: &[Option<SocketAddr>], names: &[&Option<String>]) ->
     names.iter().any(|name| name.as_deref() == Some(who))
 }
 
-/// All connections that the ztunnel knows, in the order of their numbers.
-pub fn fetch(address: &admin::Address) -> Result<Vec<Connection>> {
-    let all = address.json("/connections")?;
+/// All connections that the ztunnels know, each one's in the order of their numbers.
+pub fn fetch(addresses: &[admin::Address]) -> Result<Vec<Connection>> {
     let mut list = Vec::new();
-    for key in ["ended", "open"] {
-        for item in all.get(key).and_then(Value::as_array).into_iter().flatten() {
-            let mut connection = Connection::deserialize(item)
-                .with_context(|| format!("{} lists a connection that this culvert can't read", address.at))?;
-            connection.json = item.clone();
-            list.push(connection);
+    for address in addresses {
+        let mut all = address.json("/connections")?;
+        let start = list.len();
+        for key in ["ended", "open"] {
+            let Some(Value::Array(items)) = all.get_mut(key).map(Value::take) else { continue };
+            for mut item in items {
+                let mut connection = Connection::deserialize(&item)
+                    .with_context(|| format!("{address} lists a connection that this culvert can't read"))?;
+                connection.node = address.node().to_owned();
+                if let (Some(map), false) = (item.as_object_mut(), address.node().is_empty()) {
+                    map.insert("node".to_owned(), address.node().into());
+                }
+                connection.json = item;
+                list.push(connection);
+            }
+        }
+        if let Some(new) = list.get_mut(start..) {
+            new.sort_by_key(|c| c.id);
         }
     }
-    list.sort_by_key(|c| c.id);
+    // Numbers are each ztunnel's own; between nodes the time orders.
+    if addresses.len() > 1 {
+        list.sort_by_key(|c| c.opened_ms);
+    }
     Ok(list)
 }
 

@@ -1,4 +1,5 @@
-//! Manifests as the commands read them: directories and single files, once, through the same code as ztunnel's.
+//! Manifests as the commands read them: directories and single files, once, through the same code as ztunnel's; and
+//! beside them, or in their place, the objects of a cluster, as the control plane reads them.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -7,20 +8,56 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
+use clap::Args;
 use config::compile::Options;
-use config::diagnostic::Diagnostic;
+use config::diagnostic::{Code, Diagnostic};
 use config::directory::manifests;
 use config::kinds::Capture;
 use config::repository::{Content, Repository};
 use model::Mesh;
 
+use crate::cluster::{Cluster, ClusterArgs, Objects};
+
 /// As [`config::directory::Options`] has them.
 const MOST_FILES: usize = 10_000;
 const MOST_BYTES: u64 = 64 << 20;
 
-/// The files that are read, by path, each with its content.
+/// What is read.
+#[derive(Args, Clone, Debug)]
+pub struct Sources {
+    /// Directories and files of Kubernetes and istio.io YAML or JSON; none for the cluster
+    #[arg(value_name = "DIR|FILE")]
+    paths: Vec<PathBuf>,
+    /// The cluster's objects too; those of the files take the place of theirs of the same names
+    #[arg(long)]
+    with_cluster: bool,
+    #[command(flatten)]
+    cluster: ClusterArgs,
+}
+
+impl Sources {
+    /// Reads all of it.
+    ///
+    /// # Errors
+    /// A path or the cluster can't be read, or there is neither.
+    pub fn read(&self) -> Result<Files> {
+        let mut files = if self.paths.is_empty() { Files::default() } else { Files::read(&self.paths)? };
+        if self.paths.is_empty() || self.with_cluster {
+            if !self.cluster.is_any() {
+                bail!("name directories or files, or a cluster with --kubeconfig or $KUBECONFIG");
+            }
+            files.cluster = Some(Objects::read(&Cluster::connect(&self.cluster)?)?);
+        }
+        Ok(files)
+    }
+}
+
+/// The files that are read, by path, each with its content; and a cluster's objects.
 #[derive(Debug, Default)]
-pub struct Files(BTreeMap<PathBuf, Vec<u8>>);
+pub struct Files {
+    files: BTreeMap<PathBuf, Vec<u8>>,
+    cluster: Option<Objects>,
+}
 
 impl Files {
     /// Reads `paths`: a file as it is, a directory with the files that ztunnel would read.
@@ -37,11 +74,20 @@ impl Files {
                 files.add(path)?;
             }
         }
-        if files.0.is_empty() {
+        if files.files.is_empty() {
             let names: Vec<_> = paths.iter().map(|p| p.display().to_string()).collect();
             bail!("no .yaml, .yml or .json file in {}", names.join(", "));
         }
         Ok(files)
+    }
+
+    /// The objects of a cluster alone.
+    ///
+    /// # Errors
+    /// The cluster can't be read.
+    pub fn of_cluster(cluster: &ClusterArgs) -> Result<Self> {
+        let objects = Objects::read(&Cluster::connect(cluster)?)?;
+        Ok(Self { cluster: Some(objects), ..Self::default() })
     }
 
     fn add_directory(&mut self, dir: &Path) -> Result<()> {
@@ -52,7 +98,7 @@ impl Files {
     }
 
     fn add(&mut self, path: &Path) -> Result<()> {
-        if self.0.len() >= MOST_FILES {
+        if self.files.len() >= MOST_FILES {
             bail!("more than {MOST_FILES} files; name the directories that matter");
         }
         let file = fs::File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -60,41 +106,75 @@ impl Files {
         file.take(MOST_BYTES + 1)
             .read_to_end(&mut bytes)
             .with_context(|| format!("cannot read {}", path.display()))?;
-        self.0.insert(path.to_owned(), bytes);
+        self.files.insert(path.to_owned(), bytes);
         Ok(())
     }
 
     /// How many there are.
     pub fn count(&self) -> usize {
-        self.0.len()
+        self.files.len()
+    }
+
+    /// Whether a cluster is among them.
+    pub fn is_cluster(&self) -> bool {
+        self.cluster.is_some()
+    }
+
+    /// How many objects are the cluster's.
+    pub fn cluster_count(&self) -> usize {
+        self.cluster.as_ref().map_or(0, Objects::count)
+    }
+
+    fn repository(&self) -> Repository {
+        self.cluster.as_ref().map_or_else(|| Repository::new(Options::default()), Objects::repository)
     }
 
     /// What they come to.
-    pub fn compile(&self) -> Compiled {
-        let mut repository = Repository::new(Options::default());
-        self.stage(&mut repository);
-        Compiled::of(&mut repository)
+    ///
+    /// # Errors
+    /// The cluster has something that is not an object.
+    pub fn compile(&self) -> Result<Compiled> {
+        let mut repository = self.repository();
+        self.stage(&mut repository, |_| true);
+        self.finish(&mut repository, Vec::new())
     }
 
     /// What they would come to with `changed`: its objects take the place of those of the same names, and its files
     /// that of files of the same names.
-    pub fn compile_with(&self, changed: &Self) -> Compiled {
-        let mut repository = Repository::new(Options::default());
-        changed.stage(&mut repository);
+    ///
+    /// # Errors
+    /// As [`Files::compile`].
+    pub fn compile_with(&self, changed: &Self) -> Result<Compiled> {
+        let mut repository = self.repository();
+        changed.stage(&mut repository, |_| true);
         // What is committed first stays in force; later objects of the same names are only reported.
-        let first = repository.commit();
-        let replaced = |path: &Path| changed.0.keys().any(|c| c.file_name() == path.file_name());
-        let kept =
-            Self(self.0.iter().filter(|(p, _)| !replaced(p)).map(|(p, b)| (p.clone(), b.clone())).collect());
-        kept.stage(&mut repository);
-        let mut compiled = Compiled::of(&mut repository);
-        let mesh = Mesh::default().apply(first.changes);
-        compiled.mesh = mesh.apply(std::mem::take(&mut compiled.changes));
-        compiled
+        let changes = repository.commit().changes;
+        let replaced = |path: &Path| changed.files.keys().any(|c| c.file_name() == path.file_name());
+        self.stage(&mut repository, |path| !replaced(path));
+        self.finish(&mut repository, changes)
     }
 
-    fn stage(&self, repository: &mut Repository) {
-        for (path, bytes) in &self.0 {
+    /// Adds the cluster's objects, if there are any, behind the files', and compiles the rest.
+    fn finish(&self, repository: &mut Repository, mut changes: Vec<model::Change>) -> Result<Compiled> {
+        if let Some(objects) = &self.cluster {
+            changes.extend(repository.commit().changes);
+            objects.stage(repository)?;
+        }
+        changes.extend(repository.commit().changes);
+        let mut diagnostics = repository.review();
+        // Files in the place of the cluster's objects are what was asked for.
+        diagnostics
+            .retain(|d| d.code != Code::DuplicateObject || self.files.contains_key(Path::new(&*d.file)));
+        Ok(Compiled {
+            mesh: Mesh::default().apply(changes),
+            diagnostics,
+            objects: repository.object_count(),
+            captures: repository.captures().map(|(uid, c)| (uid.clone(), c.clone())).collect(),
+        })
+    }
+
+    fn stage(&self, repository: &mut Repository, wanted: impl Fn(&Path) -> bool) {
+        for (path, bytes) in self.files.iter().filter(|(path, _)| wanted(path)) {
             let name: Arc<str> = path.to_string_lossy().into();
             let size = bytes.len() as u64;
             let content =
@@ -114,18 +194,4 @@ pub struct Compiled {
     pub objects: usize,
     /// What of their traffic pods have captured, by their uids, where they say so.
     pub captures: HashMap<model::Str, Capture>,
-    changes: Vec<model::Change>,
-}
-
-impl Compiled {
-    fn of(repository: &mut Repository) -> Self {
-        let changes = repository.commit().changes;
-        Self {
-            mesh: Mesh::default().apply(changes.clone()),
-            diagnostics: repository.review(),
-            objects: repository.object_count(),
-            captures: repository.captures().map(|(uid, c)| (uid.clone(), c.clone())).collect(),
-            changes,
-        }
-    }
 }

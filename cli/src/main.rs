@@ -4,16 +4,28 @@
 mod admin;
 mod analyze;
 mod bench;
+mod bug_report;
 mod ca;
+mod cluster;
 mod connections;
 mod demo;
+mod doctor;
 mod files;
+mod health;
+mod install;
 mod lab;
 mod load;
 mod netns;
+mod proxy_status;
+mod schema;
+mod status;
 mod table;
+mod tag;
+mod tls_check;
+mod version;
 mod what_if;
 mod why;
+mod yaml;
 mod ztunnel_config;
 
 use std::io::{self, Write};
@@ -33,13 +45,25 @@ struct Cli {
 
 #[derive(Subcommand, Debug)]
 enum Command {
-    Demo(demo::DemoArgs),
-    Bench(bench::BenchArgs),
+    Install(install::InstallArgs),
+    Upgrade(install::UpgradeArgs),
+    VerifyInstall(install::VerifyArgs),
+    Uninstall(install::UninstallArgs),
+    Status(status::StatusArgs),
+    ProxyStatus(proxy_status::ProxyStatusArgs),
+    Version(version::VersionArgs),
+    Doctor(doctor::DoctorArgs),
+    Authn(tls_check::AuthnArgs),
+    BugReport(bug_report::BugReportArgs),
+    Tag(tag::TagArgs),
+    Schema(schema::SchemaArgs),
     Analyze(analyze::AnalyzeArgs),
     WhatIf(what_if::WhatIfArgs),
     Why(why::WhyArgs),
-    Ca(ca::CaArgs),
     ZtunnelConfig(ztunnel_config::ZtunnelConfigArgs),
+    Ca(ca::CaArgs),
+    Demo(demo::DemoArgs),
+    Bench(bench::BenchArgs),
     /// Writes a completion script for a shell to standard output
     Completion {
         /// The shell
@@ -74,6 +98,18 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<ExitCode> {
     match command {
+        Command::Install(args) => install::install(&args),
+        Command::Upgrade(args) => install::upgrade(&args),
+        Command::VerifyInstall(args) => install::verify(&args),
+        Command::Uninstall(args) => install::uninstall(&args),
+        Command::Status(args) => status::run(&args),
+        Command::ProxyStatus(args) => proxy_status::run(&args),
+        Command::Version(args) => version::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Authn(args) => tls_check::run(&args),
+        Command::BugReport(args) => bug_report::run(&args),
+        Command::Tag(args) => tag::run(&args),
+        Command::Schema(args) => schema::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Ca(args) => ca::run(&args),

@@ -3,6 +3,39 @@
 use std::fmt::Write as _;
 use std::io::{self, Write};
 
+use anyhow::Result;
+use serde::Serialize;
+
+use crate::yaml;
+
+/// The form of an output.
+#[derive(clap::ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Output {
+    /// For people
+    #[default]
+    Text,
+    /// For people with room: more columns, where there are more
+    Wide,
+    /// For machines
+    Json,
+    /// For machines, and people
+    Yaml,
+}
+
+impl Output {
+    /// `value` as a document; `None` where the output is for people.
+    ///
+    /// # Errors
+    /// The value has no form in JSON.
+    pub fn document(self, value: &impl Serialize) -> Result<Option<String>> {
+        Ok(match self {
+            Self::Text | Self::Wide => None,
+            Self::Json => Some(format!("{}\n", serde_json::to_string_pretty(value)?)),
+            Self::Yaml => Some(yaml::write(&serde_json::to_value(value)?, 0)),
+        })
+    }
+}
+
 /// Columns under a heading, each as wide as its widest cell.
 #[derive(Debug)]
 pub struct Table {

@@ -1,4 +1,5 @@
-//! `culvert what-if`: what would be decided over a connection, by the files alone, as they are or with a change.
+//! `culvert what-if`: what would be decided over a connection, by the files or the cluster's objects alone, as
+//! they are or with a change.
 //! The decision is `model`'s, as in ztunnel.
 
 use std::fmt::Write;
@@ -16,20 +17,18 @@ use model::{
 };
 use serde::Serialize;
 
-use crate::files::{Compiled, Files};
-use crate::table::{print, printable};
-use crate::why::Output;
+use crate::files::{Compiled, Files, Sources};
+use crate::table::{Output, print, printable};
 
 /// More endpoints than this are counted, not listed.
 const LISTED: usize = 20;
 
-/// What would be decided over a connection, by the manifests as they are, or with a changed file; the exit code is 1
-/// where it would be refused
+/// What would be decided over a connection, by the manifests or the cluster as they are, or with a changed file; the
+/// exit code is 1 where it would be refused
 #[derive(Args, Debug)]
 pub struct WhatIfArgs {
-    /// Directories and files of manifests
-    #[arg(required = true, value_name = "DIR|FILE")]
-    paths: Vec<PathBuf>,
+    #[command(flatten)]
+    sources: Sources,
     /// Who connects: namespace/workload, an address, or a SPIFFE ID
     #[arg(long, value_name = "WHO")]
     source: String,
@@ -81,18 +80,18 @@ struct Answer {
 
 /// Runs the command.
 pub fn run(args: &WhatIfArgs) -> Result<ExitCode> {
-    let files = Files::read(&args.paths)?;
-    let compiled = files.compile();
+    let files = args.sources.read()?;
+    let compiled = files.compile()?;
     warn(&compiled)?;
     let mut answers = vec![answer(args, &compiled, "as it is".to_owned())?];
     if !args.with.is_empty() {
-        let changed = files.compile_with(&Files::read(&args.with)?);
+        let changed = files.compile_with(&Files::read(&args.with)?)?;
         let names: Vec<_> = args.with.iter().map(|p| p.display().to_string()).collect();
         answers.push(answer(args, &changed, format!("with {}", names.join(", ")))?);
     }
-    match args.output {
-        Output::Json => print(&format!("{}\n", serde_json::to_string_pretty(&answers)?))?,
-        Output::Text => print(&printable(&text(&answers)?))?,
+    match args.output.document(&answers)? {
+        Some(document) => print(&document)?,
+        None => print(&printable(&text(&answers)?))?,
     }
     let allowed = answers.last().is_some_and(|a| a.allowed);
     Ok(if allowed { ExitCode::SUCCESS } else { ExitCode::FAILURE })

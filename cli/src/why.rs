@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use clap::Args;
 
 use crate::connections::{Connection, Filter, State, Target, fetch};
-use crate::table::{print, printable};
+use crate::table::{Output, print, printable};
 
 /// Why a connection was let in or refused: policy, rule and clause
 #[derive(Args, Debug)]
@@ -27,37 +27,25 @@ pub struct WhyArgs {
     output: Output,
 }
 
-/// The form of an output.
-#[derive(clap::ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum Output {
-    /// For people.
-    #[default]
-    Text,
-    /// For machines.
-    Json,
-}
-
 /// Runs the command.
 pub fn run(args: &WhyArgs) -> Result<ExitCode> {
     if args.id.is_none() && args.filter.is_empty() {
         bail!("which connection? Give its number, or --source and --destination");
     }
-    let all = fetch(&args.target.address())?;
+    let all = fetch(&args.target.all()?)?;
     let known = all.len();
     let meant = |c: &Connection| args.id.is_none_or(|id| c.id == id) && args.filter.matches(c);
     let found: Vec<Connection> = all.into_iter().rev().filter(meant).take(args.last).collect();
     if found.is_empty() {
         bail!(
-            "none of the {known} connections that this ztunnel remembers is meant. The server's node decides \
-             (its ztunnel lists it as inbound); `culvert ztunnel-config connections` lists them all"
+            "none of the {known} connections that were asked for is meant. The server's node decides (its ztunnel \
+             lists it as inbound); `culvert ztunnel-config connections` lists them all"
         );
     }
-    match args.output {
-        Output::Json => {
-            let list: Vec<_> = found.iter().map(|c| &c.json).collect();
-            print(&format!("{}\n", serde_json::to_string_pretty(&list)?))?;
-        }
-        Output::Text => print(&found.iter().map(explain).collect::<Vec<_>>().join("\n"))?,
+    let list: Vec<_> = found.iter().map(|c| &c.json).collect();
+    match args.output.document(&list)? {
+        Some(document) => print(&document)?,
+        None => print(&found.iter().map(explain).collect::<Vec<_>>().join("\n"))?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -76,9 +64,10 @@ fn explain(c: &Connection) -> String {
         let identity = identity.as_deref().unwrap_or("no identity");
         format!("{name} {address}, {identity}")
     };
+    let node = if c.node.is_empty() { String::new() } else { format!(" of {}", c.node) };
     let _ = writeln!(
         text,
-        "{verdict}: connection {}, {} over {}, {:.1} s ago",
+        "{verdict}: connection {}{node}, {} over {}, {:.1} s ago",
         c.id,
         c.direction,
         c.carrier,

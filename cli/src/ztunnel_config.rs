@@ -7,8 +7,7 @@ use clap::{Args, Subcommand};
 use serde_json::Value;
 
 use crate::connections::{Filter, Target, fetch};
-use crate::table::{Table, print};
-use crate::why::Output;
+use crate::table::{Output, Table, print};
 
 /// What a ztunnel knows and does
 #[derive(Args, Debug)]
@@ -62,12 +61,12 @@ struct InNamespace {
 
 /// Runs the command.
 pub fn run(args: &ZtunnelConfigArgs) -> Result<ExitCode> {
-    let dump = || args.target.address().json("/config_dump");
+    let dump = || args.target.any()?.json("/config_dump");
     let text = match &args.what {
         What::Workload(only) => listed(&dump()?, "workloads", only, args.output, WORKLOAD, workload)?,
         What::Service(only) => listed(&dump()?, "services", only, args.output, SERVICE, service)?,
         What::Policy(only) => listed(&dump()?, "policies", only, args.output, POLICY, policy)?,
-        What::Certificate => certificates(&dump()?, args.output)?,
+        What::Certificate => certificates(args)?,
         What::Connections { filter, last } => connections(args, filter, *last)?,
         What::Log { level } => log(args, level.as_deref())?,
     };
@@ -90,8 +89,8 @@ fn listed(
     let all = dump.get(key).and_then(Value::as_array).with_context(|| format!("the dump has no {key}"))?;
     let wanted = |v: &&Value| only.namespace.as_ref().is_none_or(|n| text(v, "namespace") == *n);
     let found: Vec<&Value> = all.iter().filter(wanted).collect();
-    if output == Output::Json {
-        return Ok(format!("{}\n", serde_json::to_string_pretty(&found)?));
+    if let Some(document) = output.document(&found)? {
+        return Ok(document);
     }
     let mut table = Table::new(heading);
     found.into_iter().for_each(|v| table.row(row(v)));
@@ -143,11 +142,28 @@ fn policy(v: &Value) -> Vec<String> {
     row
 }
 
-fn certificates(dump: &Value, output: Output) -> Result<String> {
-    let all = dump.get("certificates").context("the dump has no certificates")?;
-    if output == Output::Json {
-        return Ok(format!("{}\n", serde_json::to_string_pretty(all)?));
+fn certificates(args: &ZtunnelConfigArgs) -> Result<String> {
+    let mut text = String::new();
+    let mut documents = Vec::new();
+    for address in args.target.all()? {
+        let dump = address.json("/config_dump")?;
+        let all = dump.get("certificates").context("the dump has no certificates")?;
+        if !address.node().is_empty() {
+            text.push_str(&format!("node {}:\n", address.node()));
+        }
+        text.push_str(&certificate_table(all));
+        let mut document = all.clone();
+        if let (Some(map), false) = (document.as_object_mut(), address.node().is_empty()) {
+            map.insert("node".to_owned(), address.node().into());
+        }
+        documents.push(document);
     }
+    // One ztunnel's is the document itself.
+    let document = if documents.len() == 1 { documents.remove(0) } else { documents.into() };
+    Ok(args.output.document(&document)?.unwrap_or(text))
+}
+
+fn certificate_table(all: &Value) -> String {
     let mut table =
         Table::new(&["IDENTITY", "VALID", "SERIAL", "NOT AFTER", "RENEWED AT", "ROOT", "FAILURE"]);
     let rows = |key: &str| all.get(key).and_then(Value::as_array).cloned().unwrap_or_default();
@@ -162,21 +178,22 @@ fn certificates(dump: &Value, output: Output) -> Result<String> {
     }
     let roots: Vec<_> =
         rows("roots").iter().map(|r| text(r, "id").chars().take(12).collect::<String>()).collect();
-    Ok(format!("{table}\ntrusted roots: {}\n", roots.join(", ")))
+    format!("{table}\ntrusted roots: {}\n", roots.join(", "))
 }
 
 fn connections(args: &ZtunnelConfigArgs, filter: &Filter, last: Option<usize>) -> Result<String> {
-    let mut found = fetch(&args.target.address())?;
+    let addresses = args.target.all()?;
+    let mut found = fetch(&addresses)?;
     found.retain(|c| filter.matches(c));
     if let Some(last) = last {
         found.drain(..found.len().saturating_sub(last));
     }
-    if args.output == Output::Json {
-        let list: Vec<_> = found.iter().map(|c| &c.json).collect();
-        return Ok(format!("{}\n", serde_json::to_string_pretty(&list)?));
+    if let Some(document) = args.output.document(&found.iter().map(|c| &c.json).collect::<Vec<_>>())? {
+        return Ok(document);
     }
+    let nodes = addresses.iter().any(|a| !a.node().is_empty());
     let mut table = Table::new(&[
-        "ID",
+        if nodes { "NODE/ID" } else { "ID" },
         "STATE",
         "DIRECTION",
         "CARRIER",
@@ -193,7 +210,7 @@ fn connections(args: &ZtunnelConfigArgs, filter: &Filter, last: Option<usize>) -
             None => address.to_string(),
         };
         table.row([
-            c.id.to_string(),
+            if nodes { format!("{}/{}", c.node, c.id) } else { c.id.to_string() },
             c.state().as_str().to_owned(),
             c.direction.clone(),
             c.carrier.clone(),
@@ -209,12 +226,18 @@ fn connections(args: &ZtunnelConfigArgs, filter: &Filter, last: Option<usize>) -
 }
 
 fn log(args: &ZtunnelConfigArgs, level: Option<&str>) -> Result<String> {
-    let address = args.target.address();
-    let answer = match level {
-        Some(level) => address.post(&format!("/logging?level={}", escaped(level)))?,
-        None => address.get("/logging")?,
-    };
-    Ok(String::from_utf8_lossy(&answer).into_owned())
+    let mut text = String::new();
+    for address in args.target.all()? {
+        let answer = match level {
+            Some(level) => address.post(&format!("/logging?level={}", escaped(level)))?,
+            None => address.get("/logging")?,
+        };
+        if !address.node().is_empty() {
+            text.push_str(&format!("{}: ", address.node()));
+        }
+        text.push_str(&String::from_utf8_lossy(&answer));
+    }
+    Ok(text)
 }
 
 /// RFC 3986 section 2.1, for a query's value.

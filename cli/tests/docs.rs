@@ -61,11 +61,40 @@ fn every_diagnostic_is_explained() {
 fn every_command_and_flag_is_described() {
     let program = Path::new(env!("CARGO_BIN_EXE_culvert"));
     let text = read("docs/culvert.md");
-    let commands = ["analyze", "what-if", "why", "ztunnel-config", "ca", "demo", "bench", "completion"];
+    let commands = [
+        "install",
+        "upgrade",
+        "verify-install",
+        "uninstall",
+        "status",
+        "proxy-status",
+        "version",
+        "doctor",
+        "authn",
+        "bug-report",
+        "tag",
+        "schema",
+        "analyze",
+        "what-if",
+        "why",
+        "ztunnel-config",
+        "ca",
+        "demo",
+        "bench",
+        "completion",
+    ];
     let top = help(program, &[]);
     for command in commands {
         assert!(top.contains(&format!("\n  {command}")), "{command}");
-        for flag in flags(&help(program, &[command])) {
+        // Those with commands of their own have flags there.
+        let below: &[&str] = match command {
+            "authn" => &["tls-check"],
+            "tag" => &["list", "set", "remove"],
+            _ => &[],
+        };
+        let mut helps = vec![help(program, &[command])];
+        helps.extend(below.iter().map(|sub| help(program, &[command, sub])));
+        for flag in helps.iter().flat_map(|text| flags(text)) {
             let known = text.contains(&flag) || flag == "--output" && text.contains("-o text");
             assert!(known, "docs/culvert.md does not name {flag} of {command}");
         }
@@ -81,9 +110,9 @@ fn every_flag_of_ztunnel_is_described() {
         eprintln!("skipped: {} is not built (`make test` builds it)", program.display());
         return;
     }
-    let text = read("docs/file-mode.md");
+    let text = read("docs/file-mode.md") + &read("docs/ztunnel.md");
     for flag in flags(&help(&program, &[])) {
-        assert!(text.contains(&format!("`{flag}")), "docs/file-mode.md does not name {flag}");
+        assert!(text.contains(&format!("`{flag}")), "neither docs/file-mode.md nor ztunnel.md names {flag}");
     }
 }
 

@@ -96,7 +96,7 @@ impl Ztunnel {
     }
 
     pub(super) fn wait_ready(&mut self, limit: Duration) -> Result<()> {
-        let ready = admin::Address { namespace: Some(self.namespace.clone()), at: admin::READINESS };
+        let ready = admin::Address::Here { namespace: Some(self.namespace.clone()), at: admin::READINESS };
         let stop = self.stop.clone();
         let done = stop.wait_until(limit, || {
             if let Some(status) = self.process.ended() {
@@ -120,12 +120,12 @@ impl Ztunnel {
 
     /// Its admin address.
     pub fn admin(&self) -> admin::Address {
-        admin::Address { namespace: Some(self.namespace.clone()), at: admin::ADMIN }
+        admin::Address::Here { namespace: Some(self.namespace.clone()), at: admin::ADMIN }
     }
 
     /// Its metrics, as Prometheus reads them.
     pub fn metrics(&self) -> Result<String> {
-        let at = admin::Address { namespace: Some(self.namespace.clone()), at: admin::METRICS };
+        let at = admin::Address::Here { namespace: Some(self.namespace.clone()), at: admin::METRICS };
         Ok(String::from_utf8_lossy(&at.get("/metrics")?).into_owned())
     }
 

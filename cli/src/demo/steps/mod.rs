@@ -46,7 +46,7 @@ impl Demo {
     /// The newest connection that the node's ztunnel knows from one pod to another, open or ended.
     fn last_connection(&self, node: NodeId, from: &str, to: &str) -> Result<Option<Connection>> {
         let (from, to) = (self.lab.pod(from)?.ips(), self.lab.pod(to)?.ips());
-        let all = fetch(&self.lab.ztunnel(node)?.admin())?;
+        let all = fetch(&[self.lab.ztunnel(node)?.admin()])?;
         Ok(all.into_iter().rev().find(|c| from.contains(&c.source.ip()) && to.contains(&c.destination.ip())))
     }
 }

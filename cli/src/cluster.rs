@@ -1,0 +1,314 @@
+//! The cluster as the commands see it: the API server by a kubeconfig, and what runs in pods by port forwarding, which
+//! reaches their loopback addresses too and needs no more than the right to do so (`pods/portforward`).
+
+mod objects;
+
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result, anyhow, bail};
+use clap::Args;
+use http::{Method, Request, header};
+use hyper::body::Bytes;
+use k8s_openapi::api::core::v1::Pod;
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Api, Client, Config};
+use serde_json::Value;
+use tokio::runtime::Runtime;
+use tokio::time::timeout;
+
+use crate::admin;
+
+pub use objects::Objects;
+
+/// An answer of the API server, and a way to one of its pods and back.
+const LIMIT: Duration = Duration::from_secs(30);
+/// Objects that are asked for at once.
+const PAGE: usize = 500;
+/// Who changes what these commands change, in the server's records.
+const MANAGER: &str = "culvert";
+
+/// Which cluster, in kubectl's words.
+#[derive(Args, Clone, Debug)]
+pub struct ClusterArgs {
+    /// The kubeconfig file [default: $KUBECONFIG, ~/.kube/config, or this pod's service account]
+    #[arg(long, value_name = "FILE", global = true)]
+    pub kubeconfig: Option<PathBuf>,
+    /// The context of the kubeconfig
+    #[arg(long, value_name = "NAME", global = true)]
+    pub context: Option<String>,
+    /// The namespace that the mesh is installed in
+    #[arg(
+        long,
+        env = "CULVERT_NAMESPACE",
+        value_name = "NAMESPACE",
+        default_value = "culvert-system",
+        global = true
+    )]
+    pub system_namespace: String,
+}
+
+impl ClusterArgs {
+    /// Whether a cluster was named, or there is a usual one.
+    pub fn is_any(&self) -> bool {
+        let file = || std::env::home_dir().is_some_and(|home| home.join(".kube/config").is_file());
+        self.kubeconfig.is_some()
+            || self.context.is_some()
+            || std::env::var_os("KUBECONFIG").is_some_and(|v| !v.is_empty())
+            || std::env::var_os("KUBERNETES_SERVICE_HOST").is_some()
+            || file()
+    }
+
+    async fn config(&self) -> Result<Config> {
+        let options = KubeConfigOptions { context: self.context.clone(), ..KubeConfigOptions::default() };
+        if let Some(path) = &self.kubeconfig {
+            let file =
+                Kubeconfig::read_from(path).with_context(|| format!("cannot use {}", path.display()))?;
+            return Ok(Config::from_custom_kubeconfig(file, &options).await?);
+        }
+        if self.context.is_some() {
+            return Ok(Config::from_kubeconfig(&options).await?);
+        }
+        Config::infer().await.context("which cluster? Name a kubeconfig with --kubeconfig or $KUBECONFIG")
+    }
+}
+
+/// A connection to a cluster.
+pub struct Cluster {
+    runtime: Runtime,
+    client: Client,
+    url: String,
+    /// The namespace that the mesh is installed in.
+    pub system: String,
+}
+
+impl std::fmt::Debug for Cluster {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Cluster").field("url", &self.url).finish_non_exhaustive()
+    }
+}
+
+/// A pod, as far as the commands look at it.
+#[derive(Clone, Debug, Default)]
+pub struct PodName {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its node, empty while it has none.
+    pub node: String,
+    /// Its version, as its label says.
+    pub version: String,
+    /// Its revision, as its label says.
+    pub revision: String,
+    /// Whether it is ready.
+    pub ready: bool,
+}
+
+impl Cluster {
+    /// Reads the kubeconfig. The server is not asked anything yet.
+    ///
+    /// # Errors
+    /// There is no kubeconfig, or it can't be used.
+    pub fn connect(args: &ClusterArgs) -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let (client, url) = runtime.block_on(async {
+            let mut config = args.config().await?;
+            config.connect_timeout = Some(Duration::from_secs(10));
+            let url = config.cluster_url.to_string();
+            anyhow::Ok((Client::try_from(config)?, url))
+        })?;
+        Ok(Self { runtime, client, url, system: args.system_namespace.clone() })
+    }
+
+    /// `GET path`; `None` when there is no such thing.
+    ///
+    /// # Errors
+    /// The server can't be reached, or refuses.
+    pub fn find(&self, path: &str) -> Result<Option<Value>> {
+        self.request(&Method::GET, path, None, "")
+    }
+
+    /// `GET path`, which must be there.
+    ///
+    /// # Errors
+    /// As [`Cluster::find`], and when it is not there.
+    pub fn get(&self, path: &str) -> Result<Value> {
+        self.find(path)?.with_context(|| format!("the API server at {} has no {path}", self.url))
+    }
+
+    /// All items of a list, page by page; none where the server has no such kind.
+    ///
+    /// # Errors
+    /// As [`Cluster::find`].
+    pub fn list(&self, path: &str) -> Result<Vec<Value>> {
+        let mut all = Vec::new();
+        let mut next = String::new();
+        let separator = if path.contains('?') { '&' } else { '?' };
+        loop {
+            let from = if next.is_empty() { String::new() } else { format!("&continue={next}") };
+            let Some(mut page) = self.find(&format!("{path}{separator}limit={PAGE}{from}"))? else {
+                return Ok(all);
+            };
+            if let Some(Value::Array(items)) = page.get_mut("items").map(Value::take) {
+                all.extend(items);
+            }
+            next = page.pointer("/metadata/continue").and_then(Value::as_str).unwrap_or_default().to_owned();
+            if next.is_empty() {
+                return Ok(all);
+            }
+        }
+    }
+
+    /// Applies an object at `path` (server-side apply; the fields that it has become this program's).
+    ///
+    /// # Errors
+    /// As [`Cluster::find`].
+    pub fn apply(&self, path: &str, object: &Value) -> Result<()> {
+        let path = format!("{path}?fieldManager={MANAGER}&force=true");
+        self.request(&Method::PATCH, &path, Some(object), "application/apply-patch+yaml")?;
+        Ok(())
+    }
+
+    /// Merges `change` into the object at `path` (RFC 7386).
+    ///
+    /// # Errors
+    /// As [`Cluster::find`].
+    pub fn merge(&self, path: &str, change: &Value) -> Result<()> {
+        let path = format!("{path}?fieldManager={MANAGER}");
+        self.request(&Method::PATCH, &path, Some(change), "application/merge-patch+json")?;
+        Ok(())
+    }
+
+    /// Deletes what is at `path`; whether it was there.
+    ///
+    /// # Errors
+    /// As [`Cluster::find`].
+    pub fn delete(&self, path: &str) -> Result<bool> {
+        Ok(self.request(&Method::DELETE, path, None, "")?.is_some())
+    }
+
+    /// The API server's clock, as its answers tell (`Date`, RFC 9110 section 6.6.1).
+    ///
+    /// # Errors
+    /// As [`Cluster::find`], and when it does not tell.
+    pub fn server_time(&self) -> Result<SystemTime> {
+        let request = Request::get("/version").body(kube::client::Body::empty())?;
+        let answer = self.runtime.block_on(async { timeout(LIMIT, self.client.send(request)).await });
+        let answer = answer.with_context(|| self.unreachable())?.with_context(|| self.unreachable())?;
+        let date = answer.headers().get(header::DATE).and_then(|d| d.to_str().ok());
+        date.and_then(|d| httpdate::parse_http_date(d).ok())
+            .context("the API server does not say what time it is")
+    }
+
+    fn request(&self, method: &Method, path: &str, body: Option<&Value>, form: &str) -> Result<Option<Value>> {
+        let text = self.text(method, path, body, form)?;
+        let parse = |t: String| serde_json::from_str(&t).with_context(|| format!("{path}: not JSON"));
+        text.map(parse).transpose()
+    }
+
+    /// An answer as it is; `None` for 404.
+    fn text(&self, method: &Method, path: &str, body: Option<&Value>, form: &str) -> Result<Option<String>> {
+        let mut request = Request::builder().method(method.clone()).uri(path);
+        if !form.is_empty() {
+            request = request.header(header::CONTENT_TYPE, form);
+        }
+        let body = body.map(serde_json::to_vec).transpose()?.unwrap_or_default();
+        let request = request.body(body)?;
+        let answer = self.runtime.block_on(async { timeout(LIMIT, self.client.request_text(request)).await });
+        match answer {
+            Ok(Ok(text)) => Ok(Some(text)),
+            Ok(Err(kube::Error::Api(status))) if status.code == 404 => Ok(None),
+            Ok(Err(kube::Error::Api(status))) => {
+                bail!("the API server refused {method} {path}: {} ({})", status.message, status.code)
+            }
+            Ok(Err(error)) => Err(anyhow!(error)).with_context(|| self.unreachable()),
+            Err(_) => bail!("{}: no answer within {LIMIT:?}", self.unreachable()),
+        }
+    }
+
+    fn unreachable(&self) -> String {
+        format!("the API server at {} can't be asked (does kubectl reach it with this context?)", self.url)
+    }
+
+    /// A request to a port of a pod; its loopback addresses count.
+    ///
+    /// # Errors
+    /// Forwarding is not allowed, or nobody listens there.
+    pub fn ask_pod(
+        &self,
+        pod: &PodName,
+        port: u16,
+        method: Method,
+        path: &str,
+    ) -> Result<(http::StatusCode, Bytes)> {
+        let pods: Api<Pod> = Api::namespaced(self.client.clone(), &pod.namespace);
+        let place = || format!("port {port} of pod {}/{}", pod.namespace, pod.name);
+        let exchange = async {
+            let mut forwarder = pods.portforward(&pod.name, &[port]).await?;
+            let stream = forwarder.take_stream(port).context("no stream")?;
+            admin::exchange(stream, &format!("localhost:{port}"), method, path).await
+        };
+        match self.runtime.block_on(async { timeout(LIMIT, exchange).await }) {
+            Ok(answer) => answer.with_context(|| format!("{} can't be asked", place())),
+            Err(_) => bail!("{} did not answer {path} within {LIMIT:?}", place()),
+        }
+    }
+
+    /// `GET path` of a port of a pod, as JSON; `None` for 404.
+    ///
+    /// # Errors
+    /// As [`Cluster::ask_pod`], and when the answer is another.
+    pub fn pod_json(&self, pod: &PodName, port: u16, path: &str) -> Result<Option<Value>> {
+        let (status, bytes) = self.ask_pod(pod, port, Method::GET, path)?;
+        match status {
+            http::StatusCode::OK => Ok(Some(
+                serde_json::from_slice(&bytes).with_context(|| format!("{} {path}: not JSON", pod.name))?,
+            )),
+            http::StatusCode::NOT_FOUND => Ok(None),
+            status => bail!("{} answered {path} with {status}", pod.name),
+        }
+    }
+
+    /// The last lines of a pod's log; of the container that ran before, empty where none did.
+    ///
+    /// # Errors
+    /// As [`Cluster::find`].
+    pub fn log(&self, pod: &PodName, lines: u32, previous: bool) -> Result<String> {
+        let PodName { namespace, name, .. } = pod;
+        let path =
+            format!("/api/v1/namespaces/{namespace}/pods/{name}/log?tailLines={lines}&previous={previous}");
+        match self.text(&Method::GET, &path, None, "") {
+            // The server refuses to show what there is not.
+            Err(_) if previous => Ok(String::new()),
+            found => Ok(found?.unwrap_or_default()),
+        }
+    }
+
+    /// The mesh's own pods with the label `app`.
+    ///
+    /// # Errors
+    /// As [`Cluster::find`].
+    pub fn pods(&self, app: &str) -> Result<Vec<PodName>> {
+        let path = format!("/api/v1/namespaces/{}/pods?labelSelector=app%3D{app}", self.system);
+        let mut pods: Vec<_> = self.list(&path)?.iter().map(pod_name).collect();
+        pods.sort_by(|a, b| (&a.node, &a.name).cmp(&(&b.node, &b.name)));
+        Ok(pods)
+    }
+}
+
+fn pod_name(pod: &Value) -> PodName {
+    let text = |path: &str| pod.pointer(path).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let conditions = pod.pointer("/status/conditions").and_then(Value::as_array).into_iter().flatten();
+    let deleted = pod.pointer("/metadata/deletionTimestamp").is_some();
+    let is = |c: &Value, key: &str, value: &str| c.get(key).and_then(Value::as_str) == Some(value);
+    let mut ready = conditions.filter(|c| is(c, "type", "Ready") && is(c, "status", "True"));
+    PodName {
+        namespace: text("/metadata/namespace"),
+        name: text("/metadata/name"),
+        node: text("/spec/nodeName"),
+        version: text("/metadata/labels/app.kubernetes.io~1version"),
+        revision: text("/metadata/labels/istio.io~1rev"),
+        ready: ready.next().is_some() && !deleted,
+    }
+}

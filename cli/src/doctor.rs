@@ -1,0 +1,353 @@
+//! `culvert doctor`: what in a cluster is in the mesh's way, or will be: before an installation, and when something does
+//! not work.
+
+mod network_policy;
+
+use std::collections::BTreeSet;
+use std::process::ExitCode;
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result};
+use clap::Args;
+use serde::Serialize;
+use serde_json::Value;
+use x509_parser::prelude::{FromDer, X509Certificate};
+
+use crate::cluster::{Cluster, ClusterArgs};
+use crate::health::{self, State};
+use crate::status::{MODE, REDIRECTION};
+use crate::table::{Output, Table, print, printable};
+
+/// Certificates are checked by both ends' clocks; this much apart is no trouble.
+const SKEW: Duration = Duration::from_secs(60);
+/// The kubelet renews its lease every ten seconds, by its own clock.
+const LEASE_PERIOD: Duration = Duration::from_secs(10);
+/// nftables sets of addresses, cgroup v2 sockets and SO_REUSEPORT migration are there from this kernel on.
+const OLDEST_KERNEL: (u32, u32) = (5, 10);
+/// A root that ends sooner is worth a word.
+const ROOT_LEFT: Duration = Duration::from_secs(90 * 86_400);
+
+/// Looks for what is in the mesh's way: nodes, clocks, certificates, NetworkPolicies, other meshes; the exit code is 1
+/// where something is
+#[derive(Args, Debug)]
+pub struct DoctorArgs {
+    #[command(flatten)]
+    cluster: ClusterArgs,
+    /// The form of the output
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
+}
+
+/// How bad a finding is.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Grade {
+    Ok,
+    Note,
+    Problem,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct Finding {
+    topic: &'static str,
+    grade: Grade,
+    detail: String,
+    remedy: String,
+}
+
+impl Finding {
+    fn new(topic: &'static str, grade: Grade, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { topic, grade, detail: detail.into(), remedy: remedy.into() }
+    }
+}
+
+/// Runs the command.
+pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
+    let cluster = Cluster::connect(&args.cluster)?;
+    let mut found = Vec::new();
+    let server = cluster.server_time()?;
+    found.extend(clocks(&cluster, server)?);
+    found.extend(nodes(&cluster.list("/api/v1/nodes")?));
+    for check in health::look(&cluster)? {
+        let grade = if check.state == State::Ready { Grade::Ok } else { Grade::Problem };
+        found.push(Finding::new(
+            "installation",
+            grade,
+            format!("{}: {}", check.what, check.detail),
+            check.remedy,
+        ));
+    }
+    found.extend(certificates(&cluster, server)?);
+    let namespaces = cluster.list("/api/v1/namespaces")?;
+    let pods = cluster.list("/api/v1/pods")?;
+    found.extend(capture(&cluster, &namespaces, &pods)?);
+    found.extend(policies(&cluster, &namespaces)?);
+    found.extend(others(&cluster, &namespaces)?);
+    if let Some(document) = args.output.document(&found)? {
+        print(&document)?;
+    } else {
+        let mut table = Table::new(&["TOPIC", "", "FINDING"]);
+        for f in &found {
+            let mark = ["ok", "note", "PROBLEM"].get(f.grade as usize).copied().unwrap_or_default();
+            table.row([f.topic.to_owned(), mark.to_owned(), f.detail.clone()]);
+        }
+        let mut text = table.to_string();
+        for f in found.iter().filter(|f| f.grade != Grade::Ok && !f.remedy.is_empty()) {
+            text.push_str(&format!("{}: {}\n", f.topic, printable(&f.remedy)));
+        }
+        print(&text)?;
+    }
+    let worst = found.iter().map(|f| f.grade).max().unwrap_or(Grade::Ok);
+    Ok(if worst == Grade::Problem { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn text<'v>(object: &'v Value, path: &str) -> &'v str {
+    object.pointer(path).and_then(Value::as_str).unwrap_or_default()
+}
+
+fn name(object: &Value) -> &str {
+    text(object, "/metadata/name")
+}
+
+/// This machine's clock and the nodes' beside the API server's.
+fn clocks(cluster: &Cluster, server: SystemTime) -> Result<Vec<Finding>> {
+    let mut found = Vec::new();
+    let here = apart(SystemTime::now(), server);
+    if here > SKEW {
+        found.push(Finding::new(
+            "clock",
+            Grade::Note,
+            format!("this machine's clock and the API server's are {} s apart", here.as_secs()),
+            "synchronise this machine's clock: times that commands show are wrong by that much",
+        ));
+    }
+    let mut checked = 0;
+    for lease in cluster.list("/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases")? {
+        let Some(renewed) = time_of(text(&lease, "/spec/renewTime")) else { continue };
+        checked += 1;
+        // A lease can be old because the node is away; one from the future says that its clock is ahead.
+        if let Ok(ahead) = renewed.duration_since(server)
+            && ahead > SKEW + LEASE_PERIOD
+        {
+            found.push(Finding::new(
+                "clock",
+                Grade::Problem,
+                format!(
+                    "the clock of node {} is {} s ahead of the API server's",
+                    name(&lease),
+                    ahead.as_secs()
+                ),
+                "synchronise the clocks: certificates are not valid yet, or no longer, by one that is wrong",
+            ));
+        }
+    }
+    if found.is_empty() {
+        found.push(Finding::new(
+            "clock",
+            Grade::Ok,
+            format!("{checked} nodes are not ahead of the API server"),
+            "",
+        ));
+    }
+    Ok(found)
+}
+
+fn apart(a: SystemTime, b: SystemTime) -> Duration {
+    a.duration_since(b).or_else(|_| b.duration_since(a)).unwrap_or_default()
+}
+
+/// A time of Kubernetes: RFC 3339, in UTC.
+fn time_of(text: &str) -> Option<SystemTime> {
+    let time: k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime =
+        serde_json::from_value(Value::from(text)).ok()?;
+    let seconds = u64::try_from(time.0.as_second()).ok()?;
+    Some(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds))
+}
+
+/// Kernels and systems of the nodes.
+fn nodes(nodes: &[Value]) -> Vec<Finding> {
+    let mut found = Vec::new();
+    for node in nodes {
+        let kernel = text(node, "/status/nodeInfo/kernelVersion");
+        if text(node, "/status/nodeInfo/operatingSystem") == "windows" {
+            let remedy = "its pods stay outside the mesh";
+            found.push(Finding::new("node", Grade::Note, format!("{} runs Windows", name(node)), remedy));
+            continue;
+        }
+        if version(kernel).is_some_and(|v| v < OLDEST_KERNEL) {
+            found.push(Finding::new(
+                "node",
+                Grade::Problem,
+                format!("{} has kernel {kernel}", name(node)),
+                format!("the mesh needs Linux {}.{} or newer", OLDEST_KERNEL.0, OLDEST_KERNEL.1),
+            ));
+        }
+    }
+    if found.is_empty() {
+        let kernels: BTreeSet<_> = nodes.iter().map(|n| text(n, "/status/nodeInfo/kernelVersion")).collect();
+        let kernels = kernels.into_iter().collect::<Vec<_>>().join(", ");
+        found.push(Finding::new("node", Grade::Ok, format!("{} nodes, kernels {kernels}", nodes.len()), ""));
+    }
+    found
+}
+
+fn version(kernel: &str) -> Option<(u32, u32)> {
+    let mut parts = kernel.split(|c: char| !c.is_ascii_digit());
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+/// When the roots that proxies trust end.
+fn certificates(cluster: &Cluster, now: SystemTime) -> Result<Vec<Finding>> {
+    let path = format!("/api/v1/namespaces/{}/configmaps/istio-ca-root-cert", cluster.system);
+    let Some(map) = cluster.find(&path)? else { return Ok(Vec::new()) };
+    let mut found = Vec::new();
+    let pem = text(&map, "/data/root-cert.pem");
+    let blocks = x509_parser::pem::Pem::iter_from_buffer(pem.as_bytes());
+    for block in blocks {
+        let block = block.context("ConfigMap istio-ca-root-cert: root-cert.pem is not PEM")?;
+        let (_, root) = X509Certificate::from_der(&block.contents)
+            .context("ConfigMap istio-ca-root-cert: root-cert.pem holds no certificate")?;
+        let end = u64::try_from(root.validity().not_after.timestamp()).unwrap_or_default();
+        let left =
+            (SystemTime::UNIX_EPOCH + Duration::from_secs(end)).duration_since(now).unwrap_or_default();
+        let (subject, days) = (root.subject().to_string(), left.as_secs() / 86_400);
+        found.push(if left.is_zero() {
+            let remedy = "rotate the root: nothing that it signed is trusted any more";
+            Finding::new("certificates", Grade::Problem, format!("root {subject} has expired"), remedy)
+        } else if left < ROOT_LEFT {
+            let detail = format!("root {subject} ends in {days} days");
+            Finding::new("certificates", Grade::Note, detail, "rotate the root in time")
+        } else {
+            Finding::new("certificates", Grade::Ok, format!("root {subject} is good for {days} days"), "")
+        });
+    }
+    Ok(found)
+}
+
+/// Pods that ask to be in the mesh and aren't, which the node agent explains in events.
+fn capture(cluster: &Cluster, namespaces: &[Value], pods: &[Value]) -> Result<Vec<Finding>> {
+    let mut found = Vec::new();
+    let mut fine = 0;
+    for pod in pods.iter().filter(|p| text(p, "/status/phase") == "Running") {
+        let label = |o: &Value| {
+            o.pointer("/metadata/labels").and_then(|l| l.get(MODE)).and_then(Value::as_str).map(str::to_owned)
+        };
+        let namespace = text(pod, "/metadata/namespace");
+        let of_namespace = namespaces.iter().find(|n| name(n) == namespace).and_then(&label);
+        let asked = label(pod).or(of_namespace).as_deref() == Some("ambient");
+        let annotation =
+            |key: &str| pod.pointer("/metadata/annotations").and_then(|a| a.get(key)).and_then(Value::as_str);
+        let host = pod.pointer("/spec/hostNetwork").and_then(Value::as_bool) == Some(true);
+        if !asked || host {
+            continue;
+        }
+        let full = format!("{namespace}/{}", name(pod));
+        if annotation("sidecar.istio.io/status").is_some() {
+            let remedy =
+                "remove the namespace's istio-injection label and restart it to bring it into this mesh";
+            found.push(Finding::new(
+                "capture",
+                Grade::Note,
+                format!("{full} has a sidecar and is left alone"),
+                remedy,
+            ));
+        } else if annotation(REDIRECTION) == Some("enabled") {
+            fine += 1;
+        } else {
+            let path = format!(
+                "/api/v1/namespaces/{namespace}/events?fieldSelector=involvedObject.name%3D{}",
+                name(pod)
+            );
+            let events = cluster.list(&path)?;
+            let last = events.iter().max_by_key(|e| text(e, "/lastTimestamp").to_owned());
+            let why = last.map_or(String::new(), |e| format!(": {}", text(e, "/message")));
+            let remedy = format!(
+                "kubectl logs -n {} -l app=culvert-node says what its node agent did",
+                cluster.system
+            );
+            found.push(Finding::new(
+                "capture",
+                Grade::Problem,
+                format!("{full} is not captured{why}"),
+                remedy,
+            ));
+        }
+    }
+    found.push(Finding::new("capture", Grade::Ok, format!("{fine} pods are captured"), ""));
+    Ok(found)
+}
+
+fn policies(cluster: &Cluster, namespaces: &[Value]) -> Result<Vec<Finding>> {
+    let all = cluster.list("/apis/networking.k8s.io/v1/networkpolicies")?;
+    let label = |n: &Value| {
+        n.pointer("/metadata/labels").and_then(|l| l.get(MODE)).and_then(Value::as_str) == Some("ambient")
+    };
+    let meshed: BTreeSet<_> = namespaces.iter().filter(|n| label(n)).map(name).collect();
+    let mut found: Vec<_> = network_policy::findings(&all, &|namespace| meshed.contains(namespace))
+        .into_iter()
+        .map(|f| Finding::new("networkpolicy", Grade::Problem, format!("{}: {}", f.policy, f.what), f.remedy))
+        .collect();
+    if found.is_empty() {
+        found.push(Finding::new(
+            "networkpolicy",
+            Grade::Ok,
+            format!("{} policies, none in the way", all.len()),
+            "",
+        ));
+    }
+    Ok(found)
+}
+
+/// Other meshes that capture the same pods.
+fn others(cluster: &Cluster, namespaces: &[Value]) -> Result<Vec<Finding>> {
+    let mut found = Vec::new();
+    for set in cluster.list("/apis/apps/v1/daemonsets")? {
+        let (namespace, name) = (text(&set, "/metadata/namespace").to_owned(), name(&set));
+        if namespace != cluster.system && ["istio-cni-node", "ztunnel"].contains(&name) {
+            found.push(Finding::new(
+                "other meshes",
+                Grade::Problem,
+                format!("there is a DaemonSet {name} in namespace {namespace}"),
+                "two node agents would both capture pods with the label istio.io/dataplane-mode: remove one",
+            ));
+        }
+    }
+    for namespace in namespaces {
+        let label = |key: &str| {
+            namespace.pointer("/metadata/labels").and_then(|l| l.get(key)).and_then(Value::as_str)
+        };
+        if label("istio-injection") == Some("enabled") && label(MODE) == Some("ambient") {
+            found.push(Finding::new(
+                "other meshes",
+                Grade::Note,
+                format!("namespace {} asks for sidecars and for this mesh", name(namespace)),
+                "pods with a sidecar are left alone: remove the label istio-injection and restart them",
+            ));
+        }
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn kernels_are_compared_by_their_numbers() {
+        assert_eq!(version("6.18.0-generic"), Some((6, 18)));
+        assert_eq!(version("4.9-rc1"), Some((4, 9)));
+        assert_eq!(version("x"), None);
+        let node = |kernel: &str| json!({"metadata": {"name": "a"}, "status": {"nodeInfo": {"kernelVersion": kernel}}});
+        let grade = |kernel: &str| nodes(&[node(kernel)])[0].grade;
+        assert_eq!((grade("5.4.0"), grade("5.10.1"), grade("10.0")), (Grade::Problem, Grade::Ok, Grade::Ok));
+    }
+
+    #[test]
+    fn the_times_of_kubernetes_are_read() {
+        let time = time_of("1970-01-02T00:00:01.123456Z").unwrap();
+        assert_eq!(time.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs(), 86_401);
+        assert!(time_of("").is_none());
+    }
+}

@@ -1,0 +1,213 @@
+//! The chart: its documents say what its values are, and what it renders keeps its promises.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stderr,
+    dead_code
+)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+#[path = "../src/yaml.rs"]
+mod yaml;
+
+fn chart() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/charts/culvert")
+}
+
+fn read(path: &str) -> String {
+    fs::read_to_string(chart().join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
+}
+
+fn values() -> Value {
+    yaml::read(&read("values.yaml")).unwrap().remove(0)
+}
+
+/// A value that has a comment: its path, and the comment.
+fn described() -> Vec<(String, String)> {
+    let (mut found, mut comment, mut path) = (Vec::new(), Vec::new(), Vec::<(usize, String)>::new());
+    for line in read("values.yaml").lines() {
+        let (indent, text) = (line.len() - line.trim_start().len(), line.trim());
+        if let Some(words) = text.strip_prefix("# ") {
+            comment.push(words.to_owned());
+            continue;
+        }
+        if let Some((key, _)) = text.split_once(':').filter(|(key, _)| !key.starts_with('-')) {
+            path.retain(|(depth, _)| *depth < indent);
+            path.push((indent, key.to_owned()));
+            if !comment.is_empty() {
+                let names: Vec<_> = path.iter().map(|(_, name)| name.as_str()).collect();
+                found.push((names.join("."), comment.join(" ")));
+            }
+        }
+        comment.clear();
+    }
+    found
+}
+
+fn at<'v>(value: &'v Value, path: &str) -> &'v Value {
+    path.split('.').fold(value, |value, key| &value[key])
+}
+
+/// `UPDATE_DOCS=1 cargo test -p cli --test chart` writes the file anew.
+#[test]
+fn the_readme_is_made_from_the_values() {
+    let (all, values) = (described(), values());
+    let mut text = include_str!("chart/README.head.md").to_owned();
+    for (path, comment) in &all {
+        let has_below = all.iter().any(|(p, _)| p.starts_with(&format!("{path}.")));
+        let default = if has_below { String::new() } else { format!("`{}`", at(&values, path)) };
+        text.push_str(&format!("| `{path}` | {default} | {} |\n", comment.replace('|', "\\|")));
+    }
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        fs::write(chart().join("README.md"), &text).unwrap();
+    }
+    assert!(read("README.md") == text, "the chart's README.md is not in step: UPDATE_DOCS=1 writes it anew");
+}
+
+fn schema_paths(schema: &Value, prefix: &str, found: &mut Vec<String>) {
+    for (name, below) in schema["properties"].as_object().into_iter().flatten() {
+        let path = if prefix.is_empty() { name.clone() } else { format!("{prefix}.{name}") };
+        schema_paths(below, &path, found);
+        found.push(path);
+    }
+}
+
+#[test]
+fn the_schema_knows_exactly_the_values() {
+    let schema: Value = serde_json::from_str(&read("values.schema.json")).unwrap();
+    let mut known = Vec::new();
+    schema_paths(&schema, "", &mut known);
+    let described: Vec<String> = described().into_iter().map(|(path, _)| path).collect();
+    for path in &described {
+        assert!(known.contains(path), "values.schema.json does not know {path}");
+    }
+    for path in known.iter().filter(|p| *p != "global") {
+        assert!(described.contains(path), "values.yaml does not describe {path}");
+        assert!(!at(&values(), path).is_null(), "{path} has no default");
+    }
+    assert_eq!(schema["additionalProperties"], false);
+}
+
+#[test]
+fn the_chart_is_of_the_programs_version() {
+    let chart = yaml::read(&read("Chart.yaml")).unwrap().remove(0);
+    assert_eq!(chart["version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(chart["appVersion"], env!("CARGO_PKG_VERSION"));
+}
+
+/// Helm, where there is one: of the tests' cluster, or of this machine.
+fn helm() -> Option<PathBuf> {
+    let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/kube/bin/helm");
+    let candidates = [std::env::var_os("HELM").map(PathBuf::from), Some(built), Some("helm".into())];
+    let works = |p: &PathBuf| Command::new(p).arg("version").output().is_ok_and(|o| o.status.success());
+    candidates.into_iter().flatten().find(works)
+}
+
+fn template(helm: &Path, more: &[&str]) -> Output {
+    let mut command = Command::new(helm);
+    command.args(["template", "mesh", "--namespace", "some-system", "--kube-version", "1.33.0"]);
+    command.arg(chart()).args(more).output().unwrap()
+}
+
+fn rendered(helm: &Path, more: &[&str]) -> Vec<Value> {
+    let output = template(helm, more);
+    assert!(output.status.success(), "{more:?}: {}", String::from_utf8_lossy(&output.stderr));
+    yaml::read(&String::from_utf8(output.stdout).unwrap()).unwrap()
+}
+
+fn id(object: &Value) -> String {
+    format!("{}/{}", object["kind"].as_str().unwrap(), object["metadata"]["name"].as_str().unwrap())
+}
+
+const EVERYTHING: &[&str] = &[
+    "--set=networkPolicy.enabled=true,resourceQuota.enabled=true,controlPlane.autoscaling.enabled=true",
+    "--set=controlPlane.env.A=b,ztunnel.env.C=1,node.extraArgs={--x},image.pullSecrets={s}",
+];
+
+#[test]
+fn what_is_rendered_keeps_its_promises() {
+    let Some(helm) = helm() else {
+        eprintln!("skipped: there is no helm (the tests' cluster builds one in target/kube/bin)");
+        return;
+    };
+    let objects = rendered(&helm, EVERYTHING);
+    for kind in ["Deployment", "DaemonSet", "HorizontalPodAutoscaler", "NetworkPolicy", "ResourceQuota"] {
+        assert!(objects.iter().any(|o| o["kind"] == kind), "no {kind}");
+    }
+    for object in &objects {
+        let cluster_wide = ["ClusterRole", "ClusterRoleBinding", "ValidatingWebhookConfiguration"];
+        let wanted = if cluster_wide.contains(&object["kind"].as_str().unwrap()) {
+            Value::Null
+        } else {
+            "some-system".into()
+        };
+        assert_eq!(object["metadata"]["namespace"], wanted, "{}", id(object));
+        pod_is_confined(object);
+        rights_are_named(object);
+    }
+    let text = serde_json::to_string(&objects).unwrap();
+    assert!(!text.contains("culvert-system") && !text.contains("<no value>"), "{text}");
+}
+
+fn pod_is_confined(object: &Value) {
+    let spec = &object["spec"]["template"]["spec"];
+    if spec.is_null() {
+        return;
+    }
+    let id = id(object);
+    assert_eq!(spec["securityContext"]["seccompProfile"]["type"], "RuntimeDefault", "{id}");
+    assert!(spec["priorityClassName"].is_string() && spec["serviceAccountName"].is_string(), "{id}");
+    for container in spec["containers"].as_array().unwrap() {
+        let security = &container["securityContext"];
+        assert_eq!(security["readOnlyRootFilesystem"], true, "{id}");
+        assert_eq!(security["allowPrivilegeEscalation"], false, "{id}");
+        assert_ne!(security["privileged"], true, "{id}");
+        assert_eq!(security["capabilities"]["drop"][0], "ALL", "{id}");
+        assert!(container["resources"]["requests"]["memory"].is_string(), "{id}");
+        assert!(container["readinessProbe"].is_object(), "{id}");
+        assert!(container["image"].as_str().unwrap().ends_with(env!("CARGO_PKG_VERSION")), "{id}");
+    }
+    let root = spec["securityContext"]["runAsNonRoot"] == true;
+    assert_eq!(root, object["kind"] == "Deployment", "{id}: only what enters namespaces is root");
+}
+
+fn rights_are_named(object: &Value) {
+    for rule in object["rules"].as_array().into_iter().flatten() {
+        let text = rule.to_string();
+        assert!(!text.contains('*'), "{}: {text}", id(object));
+    }
+}
+
+#[test]
+fn a_second_revision_has_names_of_its_own() {
+    let Some(helm) = helm() else { return };
+    let names = |more: &[&str]| rendered(&helm, more).iter().map(id).collect::<Vec<_>>();
+    let first = names(&[]);
+    let second = names(&["--set=revision=next,node.enabled=false,ztunnel.enabled=false"]);
+    assert!(second.len() > 5, "{second:?}");
+    let both: Vec<_> = second.iter().filter(|name| first.contains(name)).collect();
+    assert!(both.is_empty(), "{both:?}");
+}
+
+#[test]
+fn a_value_that_is_not_known_is_refused() {
+    let Some(helm) = helm() else { return };
+    for wrong in [
+        "nosuch=1",
+        "ztunnel.nosuch=1",
+        "image.pullPolicy=Sometimes",
+        "controlPlane.replicas=0",
+        "log.format=xml",
+        "ztunnel.xdsAddress=http://plain:15010",
+    ] {
+        let output = template(&helm, &["--set", wrong]);
+        assert!(!output.status.success(), "{wrong} was taken");
+    }
+}
