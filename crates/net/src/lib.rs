@@ -13,6 +13,7 @@
 mod accept;
 mod conntrack;
 pub mod copy;
+mod handover;
 mod io;
 pub mod limits;
 pub mod netlink;
@@ -28,6 +29,7 @@ mod udp;
 pub use accept::{AcceptLoop, AcceptStats};
 pub use conntrack::Conntrack;
 pub use copy::{ByteCounts, End, Side, copy};
+pub use handover::move_queues;
 pub use io::Io;
 pub use netns::{Netns, NetnsId};
 pub use original_dst::{canonical, original_dst};

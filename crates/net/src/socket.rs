@@ -9,7 +9,7 @@ use std::ffi::OsString;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::LazyLock;
 use std::time::Duration;
 
@@ -53,7 +53,8 @@ pub struct ListenOptions {
     pub transparent: bool,
     /// The mark of what the listener and its connections send (`SO_MARK`; needs `CAP_NET_ADMIN`).
     pub mark: Option<u32>,
-    /// Let another listener with the same option share the port: a successor process during an upgrade.
+    /// Let another listener with the same option share the port: a successor process during an upgrade. It gets all
+    /// new connections from then on.
     pub reuse_port: bool,
     /// For `[::]`: leave IPv4 alone. Otherwise the listener serves both families, IPv4 in mapped form.
     pub only_v6: bool,
@@ -231,6 +232,9 @@ pub fn listen(
         socket.bind(&address.into()).at(Step::Bind)?;
         let backlog = i32::try_from(options.backlog).unwrap_or(i32::MAX);
         socket.listen(backlog).at(Step::Listen)?;
+        if options.reuse_port {
+            share(&socket);
+        }
         TcpListener::from_std(socket.into()).at(Step::Register)
     };
     attempt().map_err(|(step, source)| SocketError {
@@ -240,6 +244,13 @@ pub fn listen(
         step,
         source,
     })
+}
+
+/// Without it the kernel spreads what is new over both, which is no reason not to serve.
+pub(crate) fn share(socket: &Socket) {
+    if let Err(error) = crate::handover::prefer_newest(socket.as_fd()) {
+        tracing::debug!(%error, "the newest socket of a shared port can't be preferred");
+    }
 }
 
 /// Connects to `dst` from `netns`, and gives up after `timeout`. Must be called in a tokio runtime.

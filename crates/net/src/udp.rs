@@ -17,7 +17,7 @@ use tokio::net::UdpSocket;
 
 use crate::netns::Netns;
 use crate::original_dst::canonical;
-use crate::socket::{At, Purpose, SocketError, Step, new_bound, set_transparent};
+use crate::socket::{At, Purpose, SocketError, Step, new_bound, set_transparent, share};
 
 /// How a datagram socket is made.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -92,6 +92,9 @@ impl ProxyUdpSocket {
                 Ok(())
             })?;
             socket.bind(&address.into()).at(Step::Bind)?;
+            if options.reuse_port {
+                share(&socket);
+            }
             let socket = UdpSocket::from_std(socket.into()).at(Step::Register)?;
             Ok(Self { socket, v6: address.is_ipv6() })
         };

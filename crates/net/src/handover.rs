@@ -1,0 +1,53 @@
+//! A listener's port handed over to a successor process without a connection lost.
+//!
+//! Listeners that share a port (`SO_REUSEPORT`) each get a part of the new connections, and what waits in the queue of one
+//! that closes is reset. So the newest listener gets all new ones from its first moment on ([`prefer_newest`]), and the
+//! queue of the older one is empty when it closes; what still waits there moves over ([`move_queues`]).
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use crate::netns::Netns;
+
+/// Where it is set, for the namespace of whoever writes (kernel Documentation/networking/ip-sysctl.rst; since 5.14).
+const MIGRATE: &str = "/proc/sys/net/ipv4/tcp_migrate_req";
+
+/// Has the connections that wait in the queue of a listener which closes move to another that shares its port, in `netns`.
+///
+/// # Errors
+/// The kernel is older than 5.14, or `/proc/sys` can't be written, as in a container without privileges.
+pub fn move_queues(netns: &Netns) -> io::Result<()> {
+    netns.run(|| {
+        if fs::read_to_string(MIGRATE)?.trim() == "1" {
+            return Ok(());
+        }
+        fs::write(MIGRATE, "1\n")
+    })?
+}
+
+/// Steers new connections, or datagrams, to the newer of two sockets that share a port: to the second of the group. Where
+/// there is none, the only one gets them (kernel net/core/sock_reuseport.c, `run_bpf_filter`).
+pub(crate) fn prefer_newest(socket: BorrowedFd<'_>) -> io::Result<()> {
+    const RETURN_CONSTANT: u16 = 0x06; // BPF_RET | BPF_K
+    let mut program = [libc::sock_filter { code: RETURN_CONSTANT, jt: 0, jf: 0, k: 1 }];
+    attach(socket, &mut program)
+}
+
+#[expect(unsafe_code, reason = "no safe wrapper of this option exists")]
+fn attach(socket: BorrowedFd<'_>, program: &mut [libc::sock_filter; 1]) -> io::Result<()> {
+    let program = libc::sock_fprog { len: 1, filter: program.as_mut_ptr() };
+    let size = libc::socklen_t::try_from(size_of_val(&program)).map_err(io::Error::other)?;
+    // SAFETY: the descriptor is open for the duration of the borrow; the option's value is `program`, of the size that is
+    // said, and what it points to is one instruction that lives as long as the call. The kernel copies both.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_REUSEPORT_CBPF,
+            (&raw const program).cast(),
+            size,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
