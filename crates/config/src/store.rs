@@ -496,14 +496,14 @@ impl Store {
     pub(crate) fn news(&mut self, more: &More<'_>) -> (Vec<Diagnostic>, BTreeSet<Arc<str>>) {
         let mut news = Vec::new();
         let touched = std::mem::take(&mut self.touched);
-        for path in touched.iter().cloned() {
-            let all = self.of_file(&path, more);
+        for path in &touched {
+            let all = self.of_file(path, more);
             if all.is_empty() {
-                self.diagnosed.remove(&path);
+                self.diagnosed.remove(path);
             } else {
                 self.diagnosed.insert(path.clone());
             }
-            let Some(file) = self.files.get_mut(&path) else { continue };
+            let Some(file) = self.files.get_mut(path) else { continue };
             let before: HashSet<u64> = std::mem::take(&mut file.said).into_iter().collect();
             for diagnostic in all {
                 let hash = self.hasher.hash_one((

@@ -1,0 +1,122 @@
+//! What the control plane counts, by the names that dashboards for istiod know (`pilot_*`), and some of its own.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use process::metrics::{Counter, Description, Family, Gauge, Handle, Histogram, Kind, Registry};
+use xds::server::{Event, Observer};
+
+use crate::push::Exceptions;
+use crate::registry::Overview;
+
+type ByType = Family<[(&'static str, &'static str); 1], Counter>;
+
+/// What happens on the streams of proxies.
+pub struct Streams {
+    connected: Handle<(), Gauge>,
+    refused: Handle<(), Counter>,
+    pushes: Arc<ByType>,
+    resources: Arc<ByType>,
+    bytes: Arc<ByType>,
+    rejects: Arc<ByType>,
+    convergence: Handle<(), Histogram>,
+}
+
+impl Streams {
+    /// Registers the metrics.
+    #[must_use]
+    pub fn new(registry: &Registry) -> Arc<Self> {
+        let latency = registry
+            .latencies::<()>("pilot_proxy_convergence_time", "From a change until a proxy answered for it");
+        Arc::new(Self {
+            connected: registry.gauge("pilot_xds", "Proxies that are connected"),
+            refused: registry.counter("culvertd_xds_refused", "Streams that were refused"),
+            pushes: registry.counters("pilot_xds_pushes", "Responses that went to proxies"),
+            resources: registry
+                .counters("culvertd_xds_resources", "Resources and removals that went to proxies"),
+            bytes: registry.counters("culvertd_xds_bytes", "Bytes of resources that went to proxies"),
+            rejects: registry.counters("pilot_total_xds_rejects", "Responses that proxies refused"),
+            convergence: latency.with(&()),
+        })
+    }
+}
+
+/// The last part of a type's URL, as istiod's metrics have it.
+fn short(type_url: &str) -> &'static str {
+    match type_url {
+        proto::ADDRESS_TYPE_URL => "istio.workload.Address",
+        proto::AUTHORIZATION_TYPE_URL => "istio.security.Authorization",
+        proto::MESH_SETTINGS_TYPE_URL => "culvert.wire.v1.MeshSettings",
+        _ => "other",
+    }
+}
+
+impl Observer for Streams {
+    fn observe(&self, event: Event<'_>) {
+        match event {
+            Event::Connected(node) => {
+                self.connected.inc();
+                tracing::info!(proxy = node.id, "connected");
+            }
+            Event::Disconnected(node, reason) => {
+                self.connected.dec();
+                tracing::info!(proxy = node.id, reason, "disconnected");
+            }
+            Event::Refused(status) => {
+                self.refused.inc();
+                tracing::warn!(code = ?status.code(), reason = status.message(), "a stream was refused");
+            }
+            Event::Pushed { type_url, resources, removed, bytes } => {
+                let labels = [("type", short(type_url))];
+                self.pushes.with(&labels).inc();
+                self.resources.with(&labels).add((resources + removed) as u64);
+                self.bytes.with(&labels).add(bytes as u64);
+            }
+            Event::Rejected { node, type_url, message } => {
+                self.rejects.with(&[("type", short(type_url))]).inc();
+                tracing::warn!(proxy = node.id, type_url, message, "a proxy refused what it was sent");
+            }
+            Event::Converged(time) => self.convergence.observe(time.as_secs_f64()),
+        }
+    }
+}
+
+/// Registers what is kept elsewhere.
+pub fn register(registry: &Registry, overview: &Arc<Mutex<Overview>>, exceptions: &Exceptions) {
+    let look = |read: fn(&Overview) -> u64| {
+        let overview = overview.clone();
+        move || read(&overview.lock().unwrap_or_else(PoisonError::into_inner))
+    };
+    let number = |name, help, kind, read: fn(&Overview) -> u64| {
+        let look = look(read);
+        registry.collect(Description { name, help, kind }, move |out| out.integer(&|_| {}, look()));
+    };
+    number("pilot_push_triggers", "Commits of what changed in the cluster", Kind::Counter, |o| o.commits);
+    number(
+        "culvertd_compile_steps",
+        "Objects, instances and services looked at: what the changes cost",
+        Kind::Counter,
+        |o| o.steps,
+    );
+    number(
+        "pilot_total_rejected_configs",
+        "Times that an object, or a part of the settings, was found to have errors",
+        Kind::Counter,
+        |o| o.rejected,
+    );
+    let objects = overview.clone();
+    let description =
+        Description { name: "culvertd_objects", help: "Objects that are read", kind: Kind::Gauge };
+    registry.collect(description, move |out| {
+        let overview = objects.lock().unwrap_or_else(PoisonError::into_inner).objects.clone();
+        for (kind, count) in overview {
+            out.integer(&|labels| labels.pair("kind", kind), count);
+        }
+    });
+    let exceptions = exceptions.clone();
+    let description = Description {
+        name: "culvertd_exceptions",
+        help: "Resources that proxies of another make are told otherwise",
+        kind: Kind::Gauge,
+    };
+    registry.collect(description, move |out| out.integer(&|_| {}, exceptions.list().len()));
+}

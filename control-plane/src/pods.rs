@@ -1,0 +1,252 @@
+//! The cluster's pods as the CA has to know them: what runs where, under which account.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use config::json::Decoded;
+use config::tree::Node;
+
+use crate::ca::{Account, Fleet, PodFacts, Pods, Proxy, TRUSTED_ROOTS, trusted_roots};
+
+type Name = (Arc<str>, Arc<str>);
+
+/// Node, namespace and service account.
+type Place = (Arc<str>, Arc<str>, Arc<str>);
+
+/// A pod.
+#[derive(Clone, PartialEq, Eq)]
+struct Pod {
+    uid: Arc<str>,
+    /// Empty before it is scheduled.
+    node: Arc<str>,
+    account: Arc<str>,
+    finished: bool,
+    /// What its proxy says of the roots that it trusts, as the annotation has it.
+    roots: Option<Arc<str>>,
+}
+
+#[derive(Default)]
+struct Table {
+    ready: bool,
+    namespaces: HashSet<Arc<str>>,
+    pods: HashMap<Name, Pod>,
+    /// How many pods that are not over run on a node under an account, by node, namespace and account.
+    running: HashMap<Place, u32>,
+    names: HashSet<Arc<str>>,
+}
+
+/// All pods. Cloning shares it. The registry fills it as events come, before they are compiled: a pod's certificate is
+/// asked for in its first moments.
+#[derive(Clone, Default)]
+pub struct PodTable(Arc<RwLock<Table>>);
+
+impl std::fmt::Debug for PodTable {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PodTable").finish_non_exhaustive()
+    }
+}
+
+impl PodTable {
+    fn write(&self) -> std::sync::RwLockWriteGuard<'_, Table> {
+        self.0.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn read(&self) -> std::sync::RwLockReadGuard<'_, Table> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on everything is known.
+    pub fn set_ready(&self) {
+        self.write().ready = true;
+    }
+
+    /// A namespace is there, or not any more.
+    pub fn set_namespace(&self, name: &Arc<str>, is_there: bool) {
+        let mut table = self.write();
+        if is_there {
+            table.namespaces.insert(name.clone());
+        } else {
+            table.namespaces.remove(name);
+        }
+    }
+
+    /// A pod is this now.
+    pub fn set(&self, namespace: &Arc<str>, name: &Arc<str>, decoded: &Decoded) {
+        let text = |section: &str, field: &str| {
+            let found = decoded.node.get(section).and_then(|s| s.get(field));
+            found.and_then(Node::as_str).unwrap_or_default()
+        };
+        let account = match text("spec", "serviceAccountName") {
+            "" => "default",
+            account => account,
+        };
+        let finished = matches!(text("status", "phase"), "Succeeded" | "Failed");
+        let mut table = self.write();
+        let pod = Pod {
+            uid: decoded.bookkeeping.uid.as_str().into(),
+            node: table.name(text("spec", "nodeName")),
+            account: table.name(account),
+            finished,
+            roots: annotation(decoded, TRUSTED_ROOTS).map(Arc::from),
+        };
+        let old = table.pods.insert((namespace.clone(), name.clone()), pod.clone());
+        if let Some(old) = old {
+            table.leave(namespace, &old);
+        }
+        table.enter(namespace, &pod);
+        table.sweep();
+    }
+
+    /// A pod is gone.
+    pub fn remove(&self, namespace: &Arc<str>, name: &Arc<str>) {
+        let mut table = self.write();
+        if let Some(old) = table.pods.remove(&(namespace.clone(), name.clone())) {
+            table.leave(namespace, &old);
+        }
+    }
+
+    /// How many pods there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.read().pods.len()
+    }
+
+    /// Whether there is no pod.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+fn annotation<'d>(decoded: &'d Decoded, key: &str) -> Option<&'d str> {
+    decoded.node.get("metadata")?.get("annotations")?.get(key)?.as_str()
+}
+
+impl Table {
+    fn name(&mut self, text: &str) -> Arc<str> {
+        if let Some(known) = self.names.get(text) {
+            return known.clone();
+        }
+        let name: Arc<str> = text.into();
+        self.names.insert(name.clone());
+        name
+    }
+
+    /// Forgets names that nothing has any more, now and then.
+    fn sweep(&mut self) {
+        if self.names.len() > 4096 + 2 * self.running.len() {
+            self.names.retain(|name| Arc::strong_count(name) > 1);
+        }
+    }
+
+    fn enter(&mut self, namespace: &Arc<str>, pod: &Pod) {
+        if !pod.finished && !pod.node.is_empty() {
+            let key = (pod.node.clone(), namespace.clone(), pod.account.clone());
+            *self.running.entry(key).or_default() += 1;
+        }
+    }
+
+    fn leave(&mut self, namespace: &Arc<str>, pod: &Pod) {
+        if pod.finished || pod.node.is_empty() {
+            return;
+        }
+        let key = (pod.node.clone(), namespace.clone(), pod.account.clone());
+        if let Some(count) = self.running.get_mut(&key) {
+            *count -= 1;
+            if *count == 0 {
+                self.running.remove(&key);
+            }
+        }
+    }
+}
+
+impl Pods for PodTable {
+    fn is_ready(&self) -> bool {
+        self.read().ready
+    }
+
+    fn pod(&self, namespace: &str, name: &str) -> Option<PodFacts> {
+        let table = self.read();
+        let pod = table.pods.get(&(namespace.into(), name.into()))?;
+        Some(PodFacts {
+            uid: pod.uid.to_string(),
+            node: (!pod.node.is_empty()).then(|| pod.node.to_string()),
+            service_account: pod.account.to_string(),
+            finished: pod.finished,
+        })
+    }
+
+    fn has_namespace(&self, namespace: &str) -> bool {
+        self.read().namespaces.contains(namespace)
+    }
+
+    fn runs_on(&self, node: &str, namespace: &str, service_account: &str) -> bool {
+        let key = (node.into(), namespace.into(), service_account.into());
+        self.read().running.contains_key(&key)
+    }
+}
+
+/// Who must know of a new root before it signs: the proxies of nodes, by their pods, and the webhook's configuration.
+pub struct Trusting {
+    /// The pods.
+    pub pods: PodTable,
+    /// The accounts of the proxies of nodes.
+    pub accounts: Vec<Account>,
+    /// The webhook's configuration, with the roots that it was last seen with; `None` where there is none.
+    pub webhook: Arc<dyn Fn() -> Option<Proxy> + Send + Sync>,
+}
+
+impl Fleet for Trusting {
+    fn proxies(&self) -> Option<Vec<Proxy>> {
+        let table = self.pods.read();
+        if !table.ready {
+            return None;
+        }
+        let trusted = |((namespace, _), pod): &(&Name, &Pod)| {
+            let of = |a: &Account| *a.namespace == **namespace && *a.name == *pod.account;
+            !pod.finished && !pod.node.is_empty() && self.accounts.iter().any(of)
+        };
+        let proxies = table.pods.iter().filter(trusted).map(|((namespace, name), pod)| {
+            let said = pod.roots.iter().map(|roots| (TRUSTED_ROOTS.to_owned(), roots.to_string())).collect();
+            Proxy { name: format!("{namespace}/{name}"), trusts: trusted_roots(&said) }
+        });
+        Some(proxies.chain((self.webhook)()).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use config::json::ObjectSeed;
+    use config::resource::Kind;
+    use serde::de::DeserializeSeed;
+
+    use super::*;
+
+    fn pod(uid: &str, node: &str, account: &str, phase: &str) -> Decoded {
+        let text = format!(
+            r#"{{"metadata": {{"name": "a", "uid": "{uid}"}}, "spec": {{"nodeName": "{node}",
+                "serviceAccountName": "{account}"}}, "status": {{"phase": "{phase}"}}}}"#
+        );
+        let seed = ObjectSeed { kind: Kind::Pod, unknown: &|_, _| () };
+        seed.deserialize(&mut serde_json::Deserializer::from_str(&text)).unwrap()
+    }
+
+    #[test]
+    fn an_account_runs_where_a_pod_of_it_is_that_is_not_over() {
+        let table = PodTable::default();
+        let (ns, a, b): (Arc<str>, Arc<str>, Arc<str>) = ("shop".into(), "a".into(), "b".into());
+        table.set(&ns, &a, &pod("1", "n1", "web", "Pending"));
+        table.set(&ns, &b, &pod("2", "n1", "web", "Running"));
+        assert!(table.runs_on("n1", "shop", "web") && !table.runs_on("n2", "shop", "web"));
+        table.set(&ns, &a, &pod("1", "n1", "web", "Succeeded"));
+        assert!(table.runs_on("n1", "shop", "web"));
+        assert!(table.pod("shop", "a").unwrap().finished);
+        table.remove(&ns, &b);
+        assert!(!table.runs_on("n1", "shop", "web"));
+        assert_eq!(table.pod("shop", "b"), None);
+        table.set(&ns, &b, &pod("3", "", "", "Pending"));
+        let facts = table.pod("shop", "b").unwrap();
+        assert_eq!((facts.node, &*facts.service_account), (None, "default"));
+        assert!(table.read().running.is_empty());
+    }
+}

@@ -1,0 +1,53 @@
+//! Flags and environment.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::Parser;
+
+/// The control plane of a Culvert mesh: reads the cluster, tells the node proxies what to enforce, signs their
+/// certificates, and reviews what users write.
+#[derive(Parser, Debug, Clone)]
+#[command(name = "culvertd", version)]
+pub struct Flags {
+    /// The cluster's kubeconfig; in a cluster the pod's own account is used
+    #[arg(long, env = "KUBECONFIG", value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+    /// The namespace of this control plane, which is the root namespace unless the mesh's settings name another
+    #[arg(long, env = "POD_NAMESPACE", default_value = "culvert-system", value_name = "NAME")]
+    pub namespace: String,
+    /// The name of this process among the control planes of the mesh
+    #[arg(long, env = "POD_NAME", default_value = "culvertd", value_name = "NAME")]
+    pub pod_name: String,
+    /// The Service by which this control plane is reached
+    #[arg(long, env = "CULVERT_SERVICE", default_value = "culvertd", value_name = "NAME")]
+    pub service: String,
+    /// The name of the cluster
+    #[arg(long, env = "CLUSTER_ID", default_value = "Kubernetes", value_name = "NAME")]
+    pub cluster_id: String,
+    /// The network that the cluster's pods are on
+    #[arg(long, env = "NETWORK", default_value = "", value_name = "NAME")]
+    pub network: String,
+    /// The revision of this control plane: objects labelled with another one (istio.io/rev) are not read
+    #[arg(long, env = "REVISION", default_value = "default", value_name = "NAME")]
+    pub revision: String,
+    /// The ConfigMap of this namespace whose key mesh has the mesh's settings (MeshConfig)
+    #[arg(long, env = "MESH_CONFIG_MAP", default_value = "culvert", value_name = "NAME")]
+    pub mesh_config_map: String,
+    /// The ValidatingWebhookConfiguration whose CA bundle is kept
+    #[arg(long, env = "VALIDATION_WEBHOOK", default_value = "culvert-validator", value_name = "NAME")]
+    pub validation_webhook: String,
+    /// The accounts of node proxies: they may ask for their node's identities, and for the mesh's configuration. By
+    /// default ztunnel of this namespace
+    #[arg(long, env = "CA_TRUSTED_NODE_ACCOUNTS", value_name = "NAMESPACE/NAME", value_delimiter = ',')]
+    pub trusted_node_accounts: Vec<String>,
+    /// Where xDS and the CA are served, over TLS
+    #[arg(long, env = "GRPC_ADDR", default_value = "[::]:15012", value_name = "ADDR:PORT")]
+    pub grpc_address: SocketAddr,
+    /// Where the webhook is served, over TLS
+    #[arg(long, env = "WEBHOOK_ADDR", default_value = "[::]:15017", value_name = "ADDR:PORT")]
+    pub webhook_address: SocketAddr,
+    /// What all of the project's binaries understand.
+    #[command(flatten)]
+    pub shared: process::settings::RawSettings,
+}

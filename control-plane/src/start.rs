@@ -1,0 +1,383 @@
+//! Start-up and the end of the process, in order.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use config::compile::{self, Origin};
+use identity::Clock;
+use kube::Client;
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use model::TrustDomains;
+use process::http::{self, Routes};
+use process::logs::Logs;
+use process::metrics::{Registry as Metrics, build_info, register_process};
+use process::readiness::Readiness;
+use process::shutdown::Shutdown;
+use process::{admin as pages, runtimes};
+use rustls::RootCertStore;
+use rustls::pki_types::ServerName;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tokio_rustls::TlsAcceptor;
+use xds::server::{Config as XdsConfig, Server};
+
+use crate::ca::{Account, Authenticator, Ca, CaSettings, KubeReviewer, Namespaces, Proxy, service_names};
+use crate::debug::Views;
+use crate::leader::Election;
+use crate::metrics::{self, Streams};
+use crate::pods::Trusting;
+use crate::push::{Exceptions, Push, TYPES};
+use crate::registry::{self, Committed, Registry};
+use crate::serve::{NodeProxies, connections};
+use crate::settings::Flags;
+use crate::source::{Source, Watches};
+use crate::status::peers::{self, Peers, Reach};
+use crate::status::{Followers, Keeper, Reports, Writer};
+use crate::webhook::{self, Webhook, bundle};
+
+/// HTTP/2 pings: they end the connections of proxies that are gone.
+const KEEPALIVE: Duration = Duration::from_secs(30);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Streams of one connection: the mesh's configuration, and certificates of a node's pods.
+const MOST_STREAMS: u32 = 128;
+/// After it is told to end, for others to learn that it does: new streams still come until then.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// Runs until a signal, or the admin port, ends the process in good order.
+///
+/// # Errors
+/// What could not be started, and what to do.
+pub fn run(flags: &Flags) -> anyhow::Result<()> {
+    let mut shared = flags.shared.clone();
+    // As istiod's, where monitoring looks for it.
+    shared.metrics_address.get_or_insert_with(|| "[::]:15014".to_owned());
+    let settings = shared.resolve()?;
+    let logs = Logs::init(&settings.logs)?;
+    if let Err(error) = runtimes::raise_descriptor_limit() {
+        tracing::warn!(%error, "the limit of open files could not be raised");
+    }
+    // `kube` asks for it by name of the process; somebody may have set it before.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(runtimes::processors().clamp(2, 16))
+        .max_blocking_threads(16)
+        .thread_name("culvertd")
+        .enable_all()
+        .build()
+        .context("runtime")?;
+    let result = runtime.block_on(serve(flags, &settings, &logs));
+    logs.flush();
+    runtime.shutdown_background();
+    result
+}
+
+/// The API server, as the kubeconfig says or as a pod finds it.
+///
+/// # Errors
+/// The kubeconfig can't be read, or this is no pod.
+pub async fn client(flags: &Flags) -> anyhow::Result<Client> {
+    let config = match &flags.kubeconfig {
+        Some(path) => {
+            let file =
+                Kubeconfig::read_from(path).with_context(|| format!("{} (--kubeconfig)", path.display()))?;
+            kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?
+        }
+        None => kube::Config::incluster()
+            .context("no API server: this is no pod; outside a cluster say --kubeconfig FILE")?,
+    };
+    Ok(Client::try_from(config)?)
+}
+
+fn trusted(flags: &Flags) -> anyhow::Result<Vec<Account>> {
+    if flags.trusted_node_accounts.is_empty() {
+        return Ok(CaSettings::new(&flags.namespace, &flags.cluster_id).trusted);
+    }
+    let accounts = flags.trusted_node_accounts.iter().map(|text| {
+        text.trim().parse::<Account>().map_err(|error| anyhow::anyhow!("--trusted-node-accounts: {error}"))
+    });
+    accounts.collect()
+}
+
+/// The ports, bound before anything else: a second process must not get as far as leading.
+struct Ports {
+    grpc: TcpListener,
+    webhook: TcpListener,
+    admin: TcpListener,
+    metrics: TcpListener,
+    readiness: TcpListener,
+}
+
+impl Ports {
+    async fn bind(flags: &Flags, settings: &process::settings::Settings) -> anyhow::Result<Self> {
+        let bind = async |what: &str, address| {
+            http::listen(address).await.with_context(|| format!("the port for {what}, {address}"))
+        };
+        Ok(Self {
+            grpc: bind("xDS and the CA", flags.grpc_address).await?,
+            webhook: bind("the webhook", flags.webhook_address).await?,
+            admin: bind("the admin pages", settings.admin).await?,
+            metrics: bind("metrics", settings.metrics).await?,
+            readiness: bind("readiness", settings.readiness).await?,
+        })
+    }
+}
+
+async fn serve(flags: &Flags, settings: &process::settings::Settings, logs: &Logs) -> anyhow::Result<()> {
+    let shutdown = Shutdown::new(settings.grace);
+    shutdown.on_signals().context("signal handlers")?;
+    logs.on_hangup().context("signal handlers")?;
+    let readiness = Readiness::default();
+    let configured = readiness.condition("the cluster's objects");
+    let certified = readiness.condition("the certificate authority");
+    let ports = Ports::bind(flags, settings).await?;
+    let client = client(flags).await?;
+    let trusted = trusted(flags)?;
+
+    let metrics = Metrics::new();
+    register_process(&metrics);
+    build_info(&metrics, "culvertd", env!("CARGO_PKG_VERSION"));
+    logs.register(&metrics);
+    let ca = ca(flags, &trusted, &metrics);
+    let identity = format!("{}_{:08x}", flags.pod_name, std::process::id());
+    let (election, leads, leader) =
+        Election::new(client.clone(), &flags.namespace, &flags.revision, identity);
+
+    let authenticator = Arc::new(Authenticator::new(KubeReviewer::new(client.clone()), Clock::system()));
+    let proxies = NodeProxies::new(authenticator, flags.cluster_id.clone(), trusted.clone());
+    let xds = XdsConfig { types: TYPES.to_vec(), ..XdsConfig::default() };
+    let server = Server::new(xds, Arc::new(proxies), Streams::new(&metrics));
+
+    let map = (flags.namespace.clone(), flags.mesh_config_map.clone());
+    let (source, feed) = Source::new(client.clone(), map.clone(), Watches::new(&metrics));
+    source.start_first();
+    let of_registry =
+        registry::Settings { options: options(flags), settings: map, revision: flags.revision.clone() };
+    let registry = Registry::new(
+        of_registry,
+        feed.relist.clone(),
+        Box::new(on_this_runtime(move || source.start_others())),
+    );
+    let (pods, namespaces, overview) = (registry.pods(), registry.namespaces(), registry.overview());
+
+    let exceptions = Exceptions::default();
+    let followers = Followers::default();
+    let (reports, reported) = mpsc::unbounded_channel();
+    let (asks, asked) = mpsc::channel(4);
+    let (given_out, first) = watch::channel(false);
+    let push = Push::new(server.clone(), exceptions.clone());
+    let out = out(push, server.clone(), ca.clone(), reports, given_out);
+    registry::spawn(registry, feed, asked, out).context("the registry's thread")?;
+
+    let webhook_seen: Arc<Mutex<Option<Proxy>>> = Arc::default();
+    let seen = webhook_seen.clone();
+    let fleet = Trusting {
+        pods: pods.clone(),
+        accounts: trusted,
+        webhook: Arc::new(move || seen.lock().unwrap_or_else(PoisonError::into_inner).clone()),
+    };
+    tokio::spawn(run_ca(ca.clone(), client.clone(), fleet, namespaces, leads.clone(), first.clone()));
+    let keeper = Keeper {
+        followers: followers.clone(),
+        server: server.clone(),
+        peers: Peers::new(Some(reach(flags, &client, &ca))),
+        writer: Writer::new(client.clone()),
+        exceptions: exceptions.clone(),
+        leads: leads.clone(),
+    };
+    tokio::spawn(keeper.run(reported));
+    tokio::spawn(bundle::keep(
+        client.clone(),
+        flags.validation_webhook.clone(),
+        roots(&ca),
+        leads.clone(),
+        webhook_seen,
+    ));
+    tokio::spawn(election.run(shutdown.clone()));
+
+    metrics::register(&metrics, &overview, &exceptions);
+    let views = Views {
+        server: server.clone(),
+        followers: followers.clone(),
+        overview,
+        exceptions,
+        ca: ca.clone(),
+        asks,
+        pod: flags.pod_name.as_str().into(),
+        revision: flags.revision.as_str().into(),
+        leader,
+    };
+    tokio::spawn(http::serve(ports.admin, pages::routes("culvertd", logs, &shutdown), pages::limits()));
+    tokio::spawn(http::serve(
+        ports.metrics,
+        views.routes(pages::metrics_routes(&metrics)),
+        http::Limits::default(),
+    ));
+    tokio::spawn(http::serve(ports.readiness, readiness.routes(&shutdown), http::Limits::default()));
+    serve_webhook(flags, ports.webhook, &ca, &metrics, followers, server.clone())?;
+    let grpc = tonic::transport::Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .max_concurrent_streams(MOST_STREAMS)
+        .add_service(server.service())
+        .add_service(ca.service(client, Arc::new(pods)));
+    let incoming = connections(ports.grpc, ca.server_config(&[b"h2"])?);
+    let ending = shutdown.clone();
+    let grpc = tokio::spawn(grpc.serve_with_incoming_shutdown(incoming, async move {
+        ending.draining().await;
+        tokio::time::sleep(LAST_WORDS).await;
+    }));
+
+    tokio::spawn(become_ready(first, ca, configured, certified));
+    shutdown.draining().await;
+    tokio::time::sleep(LAST_WORDS).await;
+    // Streams have no end of their own: their proxies go to another control plane, and are told nothing twice there.
+    server.disconnect(|_| true);
+    if tokio::time::timeout(settings.grace, grpc).await.is_err() {
+        tracing::warn!("the grace period is over; cutting what is left");
+    }
+    tracing::info!("stopped");
+    Ok(())
+}
+
+fn options(flags: &Flags) -> compile::Options {
+    compile::Options {
+        cluster: flags.cluster_id.as_str().into(),
+        network: flags.network.as_str().into(),
+        root_namespace: flags.namespace.as_str().into(),
+        origin: Origin::Cluster,
+        ..compile::Options::default()
+    }
+}
+
+fn ca(flags: &Flags, trusted: &[Account], metrics: &Metrics) -> Ca {
+    let settings = CaSettings {
+        trusted: trusted.to_vec(),
+        serving_names: service_names(&flags.service, &flags.namespace, "cluster.local"),
+        ..CaSettings::new(&flags.namespace, &flags.cluster_id)
+    };
+    let domains = TrustDomains::only(model::TrustDomain::cluster_local());
+    Ca::new(settings, domains, Clock::system(), metrics)
+}
+
+/// Calls something on the runtime that this is called on, wherever that is called.
+fn on_this_runtime(call: impl FnOnce() + Send + 'static) -> impl FnOnce() + Send + 'static {
+    let runtime = tokio::runtime::Handle::current();
+    move || {
+        let _entered = runtime.enter();
+        call();
+    }
+}
+
+/// What is done with a commit.
+fn out(
+    mut push: Push<Server>,
+    server: Server,
+    ca: Ca,
+    reports: mpsc::UnboundedSender<Reports>,
+    given_out: watch::Sender<bool>,
+) -> impl FnMut(Committed) + Send + 'static {
+    move |committed| {
+        for change in &committed.changes {
+            if let model::Change::SetSettings(settings) = change {
+                ca.current().set_domains(settings.trust_domains.clone());
+            }
+        }
+        let generation = push.push(&committed.changes);
+        if committed.first {
+            server.ready();
+            given_out.send_replace(true);
+            tracing::info!(resources = committed.changes.len(), "the mesh is served");
+        }
+        if !committed.policies.is_empty() {
+            // Its end goes when the process does.
+            let _ = reports.send((committed.policies, generation));
+        }
+    }
+}
+
+/// Runs the CA once the trust domain is known: its root has it in its name.
+async fn run_ca(
+    ca: Ca,
+    client: Client,
+    fleet: Trusting,
+    namespaces: Namespaces,
+    leads: watch::Receiver<bool>,
+    mut first: watch::Receiver<bool>,
+) {
+    if first.wait_for(|first| *first).await.is_ok() {
+        ca.run(client, Arc::new(fleet), namespaces, leads).await;
+    }
+}
+
+async fn become_ready(
+    mut first: watch::Receiver<bool>,
+    ca: Ca,
+    configured: process::readiness::Condition,
+    certified: process::readiness::Condition,
+) {
+    if first.wait_for(|first| *first).await.is_err() {
+        return;
+    }
+    configured.holds();
+    ca.wait_ready().await;
+    certified.holds();
+    // The conditions last as long as the process.
+    std::future::pending::<()>().await;
+}
+
+/// The roots in force, for the webhook's configuration.
+fn roots(ca: &Ca) -> bundle::Roots {
+    let ca = ca.clone();
+    Arc::new(move || {
+        let in_force = ca.current().get()?;
+        Some((in_force.roots_pem.clone(), in_force.record.root_ids()))
+    })
+}
+
+/// How the other control planes are asked.
+fn reach(flags: &Flags, client: &Client, ca: &Ca) -> Reach {
+    let ca = ca.clone();
+    let name = format!("{}.{}.svc", flags.service, flags.namespace);
+    Reach {
+        client: client.clone(),
+        namespace: flags.namespace.clone(),
+        service: flags.service.clone(),
+        own_pod: flags.pod_name.clone(),
+        port: flags.webhook_address.port(),
+        server_name: ServerName::try_from(name).unwrap_or_else(|_| {
+            ServerName::IpAddress(std::net::IpAddr::from(std::net::Ipv4Addr::UNSPECIFIED).into())
+        }),
+        tls: Arc::new(move || {
+            let in_force = ca.current().get()?;
+            let mut roots = RootCertStore::empty();
+            roots.add_parsable_certificates(in_force.record.roots.iter().cloned());
+            let config = rustls::ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+            Some(Arc::new(config))
+        }),
+    }
+}
+
+/// Serves the webhook, and what other control planes ask.
+fn serve_webhook(
+    flags: &Flags,
+    listener: TcpListener,
+    ca: &Ca,
+    metrics: &Metrics,
+    followers: Followers,
+    server: Server,
+) -> anyhow::Result<()> {
+    let webhook = Arc::new(Webhook::new(options(flags), metrics));
+    let routes = webhook.routes(Routes::new("culvertd"));
+    let routes = routes.get(peers::PATH, "what the proxies of this control plane enforce", move |_| {
+        let answer = http::Response::json(&followers.local(&server));
+        async { answer }
+    });
+    let acceptor = TlsAcceptor::from(ca.server_config(&[b"http/1.1"])?);
+    let secure = move |stream| {
+        let acceptor = acceptor.clone();
+        async move { acceptor.accept(stream).await }
+    };
+    tokio::spawn(http::serve_secured(listener, secure, routes, webhook::limits()));
+    Ok(())
+}

@@ -1,0 +1,291 @@
+//! The status of policies: whether they are accepted, and how many of the proxies enforce them.
+//!
+//! Every control plane knows which of the proxies that are connected to it hold which policy; the leader asks the others
+//! ([`peers`]), puts that together and writes it. A condition is written when it changes, and not often: `n/N` of a
+//! policy that is enforced everywhere follows proxies that come and go with leisure.
+
+pub mod conditions;
+pub mod peers;
+mod writer;
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use config::resource::Kind;
+use proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, Extensions};
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+use xds::server::{ClientStatus, Generation, Holds, Server};
+
+use crate::push::Exceptions;
+use crate::registry::{PolicyName, PolicyReport, PolicyState};
+use conditions::{Condition, Proxy, Standing};
+use peers::Peers;
+pub use writer::Writer;
+
+/// How often proxies are asked while something changes.
+const ROUND: Duration = Duration::from_millis(500);
+/// How often at least.
+const LEISURE: Duration = Duration::from_secs(30);
+/// How many policies are written in a round.
+const WRITES: usize = 10;
+
+/// Reports on policies, with the generation in which proxies are told.
+pub type Reports = (Vec<PolicyReport>, Generation);
+
+/// A policy as it is followed.
+#[derive(Debug)]
+struct Followed {
+    state: PolicyState,
+    generation: Generation,
+    /// What was written last, and when.
+    written: Option<(Vec<Condition>, Instant)>,
+    /// Not before this is it tried again.
+    not_before: Option<Instant>,
+}
+
+/// The policies that are followed, for those who look.
+#[derive(Clone, Default)]
+pub struct Followers(Arc<Mutex<HashMap<PolicyName, Followed>>>);
+
+impl std::fmt::Debug for Followers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Followers").finish_non_exhaustive()
+    }
+}
+
+/// What one control plane says of its proxies and one policy.
+pub type Local = BTreeMap<String, peers::PolicyAnswer>;
+
+impl Followers {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<PolicyName, Followed>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes reports.
+    pub fn take(&self, (reports, generation): Reports) {
+        let mut all = self.lock();
+        for PolicyReport { policy, state } in reports {
+            match state {
+                None => {
+                    all.remove(&policy);
+                }
+                Some(state) => {
+                    let old = all.remove(&policy);
+                    // The same version, of which only what is said is new: proxies have it since then.
+                    let same = old
+                        .filter(|old| old.state.uid == state.uid && old.state.generation == state.generation);
+                    let (generation, written) =
+                        same.map_or((generation, None), |old| (old.generation, old.written));
+                    all.insert(policy, Followed { state, generation, written, not_before: None });
+                }
+            }
+        }
+    }
+
+    /// What the proxies of `server` hold of each policy.
+    #[must_use]
+    pub fn local(&self, server: &Server) -> Local {
+        let clients = server.clients();
+        let answer = |(policy, followed): (&PolicyName, &Followed)| {
+            let answer = peers::PolicyAnswer {
+                uid: followed.state.uid.to_string(),
+                generation: followed.state.generation,
+                proxies: proxies(&clients, policy, followed.generation),
+            };
+            (label(policy), answer)
+        };
+        self.lock().iter().map(answer).collect()
+    }
+}
+
+/// A policy's name as text.
+#[must_use]
+pub fn label(policy: &PolicyName) -> String {
+    format!("{}/{}/{}", policy.kind.name(), policy.namespace, policy.name)
+}
+
+/// What each of the clients holds of a policy of this generation.
+fn proxies(clients: &[ClientStatus], policy: &PolicyName, generation: Generation) -> Vec<Proxy> {
+    clients
+        .iter()
+        .map(|client| Proxy { name: proxy_name(client), standing: standing(client, policy, generation) })
+        .collect()
+}
+
+/// The pod and node of a proxy.
+#[must_use]
+pub fn proxy_name(client: &ClientStatus) -> String {
+    // `ztunnel~IP~POD.NAMESPACE~DOMAIN`; whatever else somebody calls itself is cut.
+    let id = &client.node.id;
+    id.split('~').nth(2).filter(|name| !name.is_empty()).unwrap_or(id).chars().take(128).collect()
+}
+
+fn standing(client: &ClientStatus, policy: &PolicyName, generation: Generation) -> Standing {
+    if client.audience != Extensions::Culvert {
+        return Standing::OtherMake;
+    }
+    let name = match policy.kind {
+        Kind::PeerAuthentication => {
+            format!("{}/{}{}", policy.namespace, config::policy::mode::CONVERTED, policy.name)
+        }
+        _ => format!("{}/{}", policy.namespace, policy.name),
+    };
+    // Workloads list the policies that select them: both types have to be there.
+    let policies = client.holds(AUTHORIZATION_TYPE_URL, &name, generation);
+    let workloads = client.holds(ADDRESS_TYPE_URL, "", generation);
+    match (policies, workloads) {
+        (Holds::Rejected(reason), _) | (_, Holds::Rejected(reason)) => Standing::Rejected(reason.to_string()),
+        (Holds::Yes, Holds::Yes) => Standing::Enforces,
+        _ => Standing::Pending,
+    }
+}
+
+/// Writes the status of policies while this control plane leads.
+pub struct Keeper {
+    /// The policies.
+    pub followers: Followers,
+    /// Who tells what the proxies hold.
+    pub server: Server,
+    /// The other control planes.
+    pub peers: Peers,
+    /// Who writes.
+    pub writer: Writer,
+    /// What proxies of another make are told otherwise.
+    pub exceptions: Exceptions,
+    /// Whether this control plane leads.
+    pub leads: watch::Receiver<bool>,
+}
+
+impl Keeper {
+    /// Runs until the reports end.
+    pub async fn run(mut self, mut reports: mpsc::UnboundedReceiver<Reports>) {
+        let mut progress = self.server.progress();
+        let mut next = Instant::now();
+        loop {
+            tokio::select! {
+                report = reports.recv() => match report {
+                    Some(report) => {
+                        self.followers.take(report);
+                        next = next.min(Instant::now() + ROUND);
+                        continue;
+                    }
+                    None => return,
+                },
+                Ok(()) = progress.changed() => {
+                    next = next.min(Instant::now() + ROUND);
+                    continue;
+                }
+                Ok(()) = self.leads.changed() => {
+                    self.forget();
+                    next = Instant::now();
+                    continue;
+                }
+                () = tokio::time::sleep_until(next) => {}
+            }
+            next = Instant::now() + if *self.leads.borrow() && self.round().await { ROUND } else { LEISURE };
+        }
+    }
+
+    /// Another may have written meanwhile.
+    fn forget(&self) {
+        for followed in self.followers.lock().values_mut() {
+            (followed.written, followed.not_before) = (None, None);
+        }
+    }
+
+    /// Writes what changed. Whether something is left to do soon.
+    async fn round(&self) -> bool {
+        let peers = self.peers.ask().await;
+        let due = self.due(&peers);
+        let more = due.len() > WRITES;
+        let mut pending = more;
+        for (policy, state, wanted, is_settled) in due.into_iter().take(WRITES) {
+            let outcome = self.writer.write(&policy, &state, &wanted).await;
+            let mut all = self.followers.lock();
+            let Some(followed) = all.get_mut(&policy).filter(|f| f.state == state) else { continue };
+            match outcome {
+                Ok(()) => followed.written = Some((wanted, Instant::now())),
+                Err(reason) => {
+                    tracing::warn!(
+                        policy = label(&policy),
+                        reason,
+                        "the policy's status could not be written"
+                    );
+                    followed.not_before = Some(Instant::now() + LEISURE);
+                }
+            }
+            pending |= !is_settled;
+        }
+        pending || self.unsettled(&peers)
+    }
+
+    fn unsettled(&self, peers: &peers::Answers) -> bool {
+        let clients = self.server.clients();
+        self.followers.lock().iter().any(|(policy, followed)| {
+            let all = self.all_proxies(&clients, policy, followed, peers);
+            all.proxies.iter().any(|p| p.standing == Standing::Pending) || all.unasked > 0
+        })
+    }
+
+    fn all_proxies(
+        &self,
+        clients: &[ClientStatus],
+        policy: &PolicyName,
+        followed: &Followed,
+        peers: &peers::Answers,
+    ) -> conditions::Proxies {
+        let mut all = conditions::Proxies {
+            proxies: proxies(clients, policy, followed.generation),
+            unasked: peers.unasked,
+        };
+        for peer in &peers.answers {
+            match peer.get(&label(policy)) {
+                Some(answer)
+                    if answer.uid == *followed.state.uid
+                        && answer.generation == followed.state.generation =>
+                {
+                    all.proxies.extend(answer.proxies.iter().cloned());
+                }
+                // It does not know this version yet.
+                _ => all.unasked += 1,
+            }
+        }
+        all.proxies.sort();
+        all
+    }
+
+    /// The policies whose status has to be written, with what is to be written and whether it will last.
+    fn due(&self, peers: &peers::Answers) -> Vec<(PolicyName, PolicyState, Vec<Condition>, bool)> {
+        let clients = self.server.clients();
+        let now = Instant::now();
+        let all = self.followers.lock();
+        let mut due: Vec<_> = all
+            .iter()
+            .filter(|(_, followed)| followed.not_before.is_none_or(|at| at <= now))
+            .filter_map(|(policy, followed)| {
+                let proxies = self.all_proxies(&clients, policy, followed, peers);
+                let name = format!("{}/{}", policy.namespace, policy.name);
+                let exception =
+                    self.exceptions.of(&name).filter(|_| policy.kind == Kind::AuthorizationPolicy);
+                let wanted = conditions::of(&followed.state, &proxies, exception.as_deref());
+                let settled = proxies.proxies.iter().all(|p| p.standing != Standing::Pending);
+                match &followed.written {
+                    Some((written, _)) if *written == wanted => None,
+                    // Only the counts differ.
+                    Some((written, at))
+                        if conditions::same_but_for_messages(written, &wanted)
+                            && settled
+                            && at.elapsed() < LEISURE =>
+                    {
+                        None
+                    }
+                    _ => Some((policy.clone(), followed.state.clone(), wanted, settled)),
+                }
+            })
+            .collect();
+        due.sort_by(|a, b| a.0.cmp(&b.0));
+        due
+    }
+}
