@@ -244,9 +244,16 @@ impl FakeApi {
             .map(|(_, object)| json!({"type": "MODIFIED", "object": object}))
             .collect();
         let (path, query) = (path.to_owned(), query.to_owned());
-        let later = tokio_stream::wrappers::BroadcastStream::new(events).filter_map(move |event| {
-            let event = event.ok().filter(|(known, event)| selected(&path, &query, known, &event["object"]));
-            async move { event.map(|(_, event)| event) }
+        let later = futures_util::stream::unfold(events, move |mut events| {
+            let (path, query) = (path.clone(), query.clone());
+            async move {
+                loop {
+                    let (known, event) = events.recv().await.ok()?;
+                    if selected(&path, &query, &known, &event["object"]) {
+                        return Some((event, events));
+                    }
+                }
+            }
         });
         let frames = futures_util::stream::iter(missed)
             .chain(later)

@@ -1,0 +1,541 @@
+//! The CA end to end: the client that nodes use, over real TLS on loopback, to the service, with an API server that
+//! reviews tokens.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+mod fake_api;
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use control_plane::ca::{
+    Ca, CaSettings, Fleet, KubeReviewer, PodFacts, Pods, Proxy, ROTATE, TRUSTED_ROOTS, trusted_roots,
+};
+use fake_api::FakeApi;
+use identity::{
+    CaClient, CaClientSettings, CertificateSettings, Certificates, Clock, Issuer, RootId, SigningRequest,
+    certificates_from_pem, certificates_to_pem,
+};
+use model::{SpiffeId, TrustDomain, TrustDomains};
+use process::metrics::{Format, Registry};
+use proto::wire::auth::istio_certificate_service_client::IstioCertificateServiceClient;
+use proto::wire::auth::{IstioCertificateRequest, IstioCertificateResponse};
+use serde_json::json;
+use tempfile::TempDir;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tonic::{Code, Request, Status};
+
+const CART: &str = "spiffe://cluster.local/ns/shop/sa/cart";
+const OWN: &str = "/api/v1/namespaces/culvert-system/secrets/culvert-ca-secret";
+const ZTUNNEL: &str = "/api/v1/namespaces/culvert-system/pods/ztunnel-1";
+
+/// One node; its proxy, and pods of the shop.
+#[derive(Default)]
+struct Store {
+    late: AtomicBool,
+}
+
+impl Pods for Store {
+    fn is_ready(&self) -> bool {
+        true
+    }
+
+    fn pod(&self, namespace: &str, name: &str) -> Option<PodFacts> {
+        let known = (namespace, name) == ("culvert-system", "ztunnel-1") || namespace == "shop";
+        known.then(|| PodFacts {
+            uid: format!("uid-{name}"),
+            node: Some("node-1".into()),
+            service_account: if namespace == "shop" { "cart".into() } else { "ztunnel".into() },
+            finished: false,
+        })
+    }
+
+    fn has_namespace(&self, namespace: &str) -> bool {
+        ["shop", "culvert-system"].contains(&namespace)
+    }
+
+    fn runs_on(&self, node: &str, namespace: &str, account: &str) -> bool {
+        let late = account == "late" && self.late.load(Ordering::SeqCst);
+        (node, namespace) == ("node-1", "shop") && (account.starts_with("cart") || late)
+    }
+}
+
+struct FromPods(FakeApi);
+
+impl Fleet for FromPods {
+    fn proxies(&self) -> Option<Vec<Proxy>> {
+        let pod = self.0.get(ZTUNNEL)?;
+        let annotations = serde_json::from_value(pod["metadata"]["annotations"].clone()).unwrap_or_default();
+        Some(vec![Proxy { name: "culvert-system/ztunnel-1".into(), trusts: trusted_roots(&annotations) }])
+    }
+}
+
+struct Cluster {
+    api: FakeApi,
+    ca: Ca,
+    store: Arc<Store>,
+    registry: Registry,
+    address: SocketAddr,
+    dir: TempDir,
+    _senders: (watch::Sender<bool>, watch::Sender<Arc<BTreeSet<String>>>),
+}
+
+impl Cluster {
+    async fn start() -> Self {
+        Self::with(|_| {}).await
+    }
+
+    async fn with(change: impl FnOnce(&mut CaSettings)) -> Self {
+        let api = FakeApi::default();
+        let registry = Registry::new();
+        let domains = TrustDomains::only(TrustDomain::cluster_local());
+        let mut settings = CaSettings::new("culvert-system", "Kubernetes");
+        settings.serving_names.push("localhost".into());
+        change(&mut settings);
+        let ca = Ca::new(settings, domains, Clock::system(), &registry);
+        api.put(
+            ZTUNNEL,
+            json!({"apiVersion": "v1", "kind": "Pod",
+            "metadata": {"name": "ztunnel-1", "namespace": "culvert-system", "uid": "uid-ztunnel-1"}}),
+        );
+        let (leads, leader) = watch::channel(true);
+        let (namespaces, receiver) = watch::channel(Arc::default());
+        tokio::spawn(ca.clone().run(api.client(), Arc::new(FromPods(api.clone())), receiver, leader));
+        ca.wait_ready().await;
+        let store = Arc::new(Store::default());
+        let address = serve(&ca, &api, store.clone()).await;
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let cluster = Self { api, ca, store, registry, address, dir, _senders: (leads, namespaces) };
+        cluster.write_roots();
+        let token = cluster.token("culvert-system:ztunnel", Some("ztunnel-1"));
+        std::fs::write(cluster.path("token"), token).unwrap();
+        cluster
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// What the kubelet does some time after the ConfigMap has changed.
+    fn write_roots(&self) {
+        let next = self.path("next.pem");
+        std::fs::write(&next, &self.ca.current().get().unwrap().roots_pem).unwrap();
+        std::fs::rename(next, self.path("root-cert.pem")).unwrap();
+    }
+
+    /// A token that the API server accepts.
+    fn token(&self, account: &str, pod: Option<&str>) -> String {
+        let expires = Clock::system().now().as_secs() + 3600;
+        let claims = URL_SAFE_NO_PAD.encode(json!({"exp": expires, "for": [account, pod]}).to_string());
+        let token = format!("header.{claims}.signature");
+        let extra = pod.map(|pod| {
+            json!({"authentication.kubernetes.io/pod-name": [pod],
+                "authentication.kubernetes.io/pod-uid": [format!("uid-{pod}")],
+                "authentication.kubernetes.io/node-name": ["node-1"]})
+        });
+        let user = json!({"username": format!("system:serviceaccount:{account}"), "extra": extra});
+        self.api.accept(&token, json!({"authenticated": true, "audiences": ["istio-ca"], "user": user}));
+        token
+    }
+
+    fn client_settings(&self, addresses: &[SocketAddr]) -> CaClientSettings {
+        let addresses =
+            addresses.iter().map(|a| format!("localhost:{}", a.port()).parse().unwrap()).collect();
+        CaClientSettings {
+            connect_timeout: Duration::from_secs(2),
+            request_timeout: Duration::from_secs(3),
+            report_spread: Duration::ZERO,
+            ..CaClientSettings::new(addresses, self.path("token"), "Kubernetes".into())
+        }
+    }
+
+    fn client(&self, addresses: &[SocketAddr]) -> CaClient {
+        let domains = TrustDomains::only(TrustDomain::cluster_local());
+        let settings = self.client_settings(addresses);
+        CaClient::start(settings, &self.path("root-cert.pem"), None, domains, Clock::system()).unwrap()
+    }
+
+    /// A request as any client may send it.
+    async fn ask(
+        &self,
+        request: IstioCertificateRequest,
+        headers: &[(&'static str, &str)],
+    ) -> Result<IstioCertificateResponse, Status> {
+        let file = identity::RootFile::start(&self.path("root-cert.pem"), Clock::system()).unwrap();
+        let address = format!("localhost:{}", self.address.port()).parse().unwrap();
+        let channel = identity::Dialer::new(address, file, Duration::from_secs(5)).channel();
+        let mut request = Request::new(request);
+        for (name, value) in headers {
+            request.metadata_mut().insert(*name, value.parse().unwrap());
+        }
+        let mut client = IstioCertificateServiceClient::new(channel);
+        client.create_certificate(request).await.map(tonic::Response::into_inner)
+    }
+
+    fn metric(&self, name: &str) -> u64 {
+        let text = self.registry.encode(Format::Prometheus);
+        let line = text.lines().find(|line| line.starts_with(&format!("{name} "))).expect(name);
+        line.rsplit(' ').next().unwrap().parse().unwrap()
+    }
+}
+
+async fn serve(ca: &Ca, api: &FakeApi, pods: Arc<Store>) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let acceptor = tokio_rustls::TlsAcceptor::from(ca.server_config(&[b"h2"]).unwrap());
+    let (sender, receiver) = tokio::sync::mpsc::channel(8);
+    tokio::spawn(async move {
+        while let Ok((tcp, _)) = listener.accept().await {
+            if let Ok(tls) = acceptor.accept(tcp).await {
+                let _ = sender.send(Ok::<_, std::io::Error>(tls)).await;
+            }
+        }
+    });
+    let service = ca.service(api.client(), pods);
+    let incoming = tokio_stream::wrappers::ReceiverStream::new(receiver);
+    tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming));
+    address
+}
+
+fn spiffe(text: &str) -> SpiffeId {
+    text.parse().unwrap()
+}
+
+fn openssl_csr(dir: &Path) -> String {
+    let key = dir.join("key.pem");
+    let args =
+        ["req", "-new", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=x"];
+    let out = Command::new("openssl").args(args).arg("-keyout").arg(key).output().unwrap();
+    assert!(out.status.success());
+    let text = String::from_utf8(out.stdout).unwrap();
+    SigningRequest::from_pem(text.as_bytes()).unwrap();
+    text
+}
+
+fn metadata(fields: &[(&str, prost_types::value::Kind)]) -> Option<prost_types::Struct> {
+    let value = |kind: &prost_types::value::Kind| prost_types::Value { kind: Some(kind.clone()) };
+    let fields = fields.iter().map(|(name, kind)| ((*name).to_owned(), value(kind))).collect();
+    Some(prost_types::Struct { fields })
+}
+
+fn string(text: &str) -> prost_types::value::Kind {
+    prost_types::value::Kind::StringValue(text.to_owned())
+}
+
+async fn until(mut condition: impl FnMut() -> bool) {
+    let patience = tokio::time::timeout(Duration::from_secs(60), async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    patience.await.expect("it does not come");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_gets_the_certificates_of_its_pods_and_openssl_verifies_them() {
+    let cluster = Cluster::start().await;
+    let client = cluster.client(&[cluster.address]);
+    let issued = client.issue(&spiffe(CART)).await.unwrap();
+    let leaf = cluster.path("leaf.pem");
+    std::fs::write(&leaf, certificates_to_pem(&issued.chain[..1])).unwrap();
+    let verified = Command::new("openssl")
+        .args(["verify", "-x509_strict", "-purpose", "sslclient", "-CAfile"])
+        .args([cluster.path("root-cert.pem"), leaf.clone()])
+        .output()
+        .unwrap();
+    assert!(verified.status.success(), "{}", String::from_utf8_lossy(&verified.stderr));
+    let text = Command::new("openssl").args(["x509", "-noout", "-text", "-in"]).arg(&leaf).output().unwrap();
+    let text = String::from_utf8(text.stdout).unwrap();
+    assert!(text.contains(&format!("URI:{CART}")), "{text}");
+
+    // Looked after as any other issuer's: verified by the bundle, kept, given again.
+    let client = Arc::new(client);
+    let bundle = client.bundle().clone();
+    let certificates = Certificates::new(
+        client.clone(),
+        bundle.clone(),
+        CertificateSettings::default(),
+        None,
+        Clock::system(),
+    );
+    let one = certificates.get(&spiffe(CART)).await.unwrap();
+    assert_eq!(one.root(), bundle.snapshot().roots()[0].id);
+    let denied = certificates.get(&spiffe("spiffe://cluster.local/ns/shop/sa/elsewhere")).await.unwrap_err();
+    let denied = denied.to_string();
+    assert!(denied.contains("of which no pod runs on that node") && denied.contains("ztunnel-1"), "{denied}");
+    assert_eq!(cluster.api.review_count(), 1, "the same token is reviewed once a minute");
+    assert!(cluster.metric("citadel_server_csr_count") >= 3);
+    assert!(cluster.metric("citadel_server_success_cert_issuance_count") >= 2);
+    assert_eq!(cluster.metric("citadel_server_id_extraction_err_count"), 1);
+    assert!(cluster.metric("citadel_server_cert_chain_expiry_seconds") > 3000 * 24 * 3600);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_asked_wrongly_is_refused_with_code_and_reason() {
+    let cluster = Cluster::start().await;
+    let csr = openssl_csr(cluster.dir.path());
+    let token = format!("Bearer {}", cluster.token("culvert-system:ztunnel", Some("ztunnel-1")));
+    let workload = format!("Bearer {}", cluster.token("shop:cart", Some("cart-1")));
+    let deleted = format!("Bearer {}", cluster.token("culvert-system:ztunnel", Some("ztunnel-9")));
+    cluster.api.accept(
+        "other.audience.x",
+        json!({"authenticated": true, "audiences": ["api"],
+        "user": {"username": "system:serviceaccount:culvert-system:ztunnel"}}),
+    );
+    cluster.api.accept("ex.pi.red", json!({"error": "service account token has expired"}));
+    let request = |id: &str| IstioCertificateRequest {
+        csr: csr.clone(),
+        validity_duration: 3600,
+        metadata: metadata(&[("ImpersonatedIdentity", string(id))]),
+    };
+    let with = |csr: &str| IstioCertificateRequest { csr: csr.to_owned(), ..request(CART) };
+    let wrong =
+        |name: &str, kind| IstioCertificateRequest { metadata: metadata(&[(name, kind)]), ..request(CART) };
+    let number = prost_types::value::Kind::NumberValue(1.0);
+    let roots = prost_types::value::Kind::ListValue(prost_types::ListValue {
+        values: vec![prost_types::Value { kind: Some(string("abc")) }],
+    });
+    let huge = "A".repeat(100_000);
+    let table: Vec<(&str, IstioCertificateRequest, &str, &str, Code, &str)> = vec![
+        ("no token", request(CART), "", "", Code::Unauthenticated, "no header authorization"),
+        ("no bearer", request(CART), "Basic eA==", "", Code::Unauthenticated, "no bearer token"),
+        ("a forged token", request(CART), "Bearer a.b.c", "", Code::Unauthenticated, "unknown token"),
+        ("an expired token", request(CART), "Bearer ex.pi.red", "", Code::Unauthenticated, "has expired"),
+        ("another audience", request(CART), "Bearer other.audience.x", "", Code::Unauthenticated, "istio-ca"),
+        ("another cluster", request(CART), &token, "west", Code::Unauthenticated, "cluster \"west\""),
+        ("a proxy that is gone", request(CART), &deleted, "", Code::PermissionDenied, "is not there"),
+        (
+            "a workload for another",
+            request("spiffe://cluster.local/ns/shop/sa/x"),
+            &workload,
+            "",
+            Code::PermissionDenied,
+            "no trusted node account",
+        ),
+        (
+            "another node's pod",
+            request("spiffe://cluster.local/ns/shop/sa/x"),
+            &token,
+            "",
+            Code::PermissionDenied,
+            "no pod runs on that node",
+        ),
+        (
+            "another mesh",
+            request("spiffe://evil/ns/shop/sa/cart"),
+            &token,
+            "",
+            Code::PermissionDenied,
+            "trust domain",
+        ),
+        (
+            "no namespace",
+            request("spiffe://cluster.local/ns/none/sa/x"),
+            &token,
+            "",
+            Code::PermissionDenied,
+            "namespace is not there",
+        ),
+        ("no identity", request("cart"), &token, "", Code::PermissionDenied, "not a SPIFFE ID"),
+        ("garbage", with("hello"), &token, "", Code::InvalidArgument, "PEM"),
+        ("nothing", with(""), &token, "", Code::InvalidArgument, "PEM"),
+        ("too much", with(&huge), &token, "", Code::InvalidArgument, "at most"),
+        ("another signer", wrong("CertSigner", string("x")), &token, "", Code::InvalidArgument, "CertSigner"),
+        (
+            "an identity of another type",
+            wrong("ImpersonatedIdentity", number),
+            &token,
+            "",
+            Code::InvalidArgument,
+            "no text",
+        ),
+        (
+            "roots that are none",
+            wrong("TrustedRoots", roots),
+            &token,
+            "",
+            Code::InvalidArgument,
+            "ids of roots",
+        ),
+    ];
+    for (what, request, authorization, cluster_id, code, says) in table {
+        let mut headers = Vec::new();
+        if !authorization.is_empty() {
+            headers.push(("authorization", authorization));
+        }
+        if !cluster_id.is_empty() {
+            headers.push(("clusterid", cluster_id));
+        }
+        let status = cluster.ask(request, &headers).await.expect_err(what);
+        assert_eq!(status.code(), code, "{what}: {status}");
+        assert!(status.message().contains(says), "{what}: {status}");
+        assert!(!status.message().contains("signature"), "{what}: a token is told: {status}");
+    }
+    assert_eq!(cluster.metric("citadel_server_authentication_failure_count"), 6);
+    assert_eq!(cluster.metric("citadel_server_csr_parsing_err_count"), 6);
+    assert_eq!(cluster.metric("citadel_server_success_cert_issuance_count"), 0);
+    let beyond = "A".repeat(200_000);
+    let status = cluster.ask(with(&beyond), &[("authorization", &token)]).await.unwrap_err();
+    assert_eq!(status.code(), Code::OutOfRange, "{status}");
+    // What is right still is.
+    cluster.ask(request(CART), &[("authorization", &token), ("clusterid", "Kubernetes")]).await.unwrap();
+    cluster.ask(request(CART), &[("authorization", &workload)]).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lifetimes_are_clamped_and_the_answer_ends_with_the_roots() {
+    let hours = |hours: u64| Duration::from_secs(hours * 3600);
+    let cluster = Cluster::with(|settings| settings.max_lifetime = hours(48)).await;
+    let csr = openssl_csr(cluster.dir.path());
+    let token = format!("Bearer {}", cluster.token("shop:cart", Some("cart-1")));
+    for (asked, given) in [
+        (0, hours(24)),
+        (-5, hours(24)),
+        (i64::MIN, hours(24)),
+        (600, Duration::from_secs(600)),
+        (48 * 3600, hours(48)),
+        (90 * 24 * 3600, hours(48)),
+        (i64::MAX, hours(48)),
+    ] {
+        let request = IstioCertificateRequest { csr: csr.clone(), validity_duration: asked, metadata: None };
+        let answer = cluster.ask(request, &[("authorization", &token)]).await.unwrap();
+        assert_eq!(answer.cert_chain.len(), 2, "leaf and root");
+        let leaf = certificates_from_pem("leaf", answer.cert_chain[0].as_bytes()).unwrap();
+        let file = cluster.path("leaf.pem");
+        std::fs::write(&file, certificates_to_pem(&leaf)).unwrap();
+        let lives = |seconds: u64| {
+            let check = Command::new("openssl")
+                .args(["x509", "-noout", "-checkend", &seconds.to_string(), "-in"])
+                .arg(&file)
+                .status()
+                .unwrap();
+            check.success()
+        };
+        assert!(lives(given.as_secs() - 60) && !lives(given.as_secs() + 1), "{asked}");
+        let roots = certificates_from_pem("roots", answer.cert_chain[1].as_bytes()).unwrap();
+        let ids: Vec<_> = roots.iter().filter_map(RootId::of_certificate).collect();
+        assert_eq!(ids, cluster.ca.current().get().unwrap().record.root_ids());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_that_the_control_plane_hears_of_a_moment_later_is_waited_for() {
+    let cluster = Cluster::start().await;
+    let client = cluster.client(&[cluster.address]);
+    let store = cluster.store.clone();
+    tokio::spawn(async move {
+        tokio::time::sleep(Duration::from_millis(400)).await;
+        store.late.store(true, Ordering::SeqCst);
+    });
+    client.issue(&spiffe("spiffe://cluster.local/ns/shop/sa/late")).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_replica_serves_when_one_is_away_and_errors_say_what_to_look_at() {
+    let cluster = Cluster::start().await;
+    let free = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    // One that takes connections and says nothing.
+    let mute = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let silent = mute.local_addr().unwrap();
+    let client = cluster.client(&[free, silent, cluster.address]);
+    client.issue(&spiffe(CART)).await.unwrap();
+    let begin = std::time::Instant::now();
+    client.issue(&spiffe(CART)).await.unwrap();
+    assert!(begin.elapsed() < Duration::from_secs(1), "the one that answered is asked first");
+
+    let error = |addresses: &[SocketAddr]| {
+        let client = cluster.client(addresses);
+        async move { client.issue(&spiffe(CART)).await.unwrap_err().to_string() }
+    };
+    let text = error(&[free]).await;
+    assert!(text.contains("can't be reached") && text.contains(&free.port().to_string()), "{text}");
+    let text = error(&[silent]).await;
+    assert!(text.contains("does not answer within"), "{text}");
+
+    // The file of roots is another mesh's.
+    let other = Cluster::start().await;
+    std::fs::copy(other.path("root-cert.pem"), cluster.path("root-cert.pem")).unwrap();
+    let text = error(&[cluster.address]).await;
+    assert!(text.contains("no root in") && text.contains("istio-ca-root-cert"), "{text}");
+    cluster.write_roots();
+
+    std::fs::write(cluster.path("token"), "forged.to.ken\n").unwrap();
+    let text = error(&[cluster.address]).await;
+    assert!(text.contains("does not accept the token in") && text.contains("unknown token"), "{text}");
+    std::fs::write(cluster.path("token"), "").unwrap();
+    let text = error(&[cluster.address]).await;
+    assert!(text.contains("projected service account token"), "{text}");
+    std::fs::remove_file(cluster.path("token")).unwrap();
+    let text = error(&[cluster.address]).await;
+    assert!(text.contains("No such file"), "{text}");
+    // The token is read anew each time.
+    let client = cluster.client(&[cluster.address]);
+    client.issue(&spiffe(CART)).await.unwrap_err();
+    std::fs::write(cluster.path("token"), cluster.token("culvert-system:ztunnel", Some("ztunnel-1")))
+        .unwrap();
+    client.issue(&spiffe(CART)).await.unwrap();
+
+    // The API server is away: what was reviewed goes on for a while, the rest is told why.
+    cluster.api.set_down(true);
+    client.issue(&spiffe(CART)).await.unwrap();
+    let expires = URL_SAFE_NO_PAD.encode(r#"{"exp": 99999999999}"#);
+    std::fs::write(cluster.path("token"), format!("new.{expires}.token")).unwrap();
+    let text = client.issue(&spiffe(CART)).await.unwrap_err().to_string();
+    assert!(text.contains("could not review the token") && !text.contains(&expires), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_root_signs_when_the_node_has_read_it_and_said_so() {
+    let cluster = Cluster::start().await;
+    let client = Arc::new(cluster.client(&[cluster.address]));
+    let a = cluster.ca.current().get().unwrap().authority.root();
+    let reported = || {
+        let pod = cluster.api.get(ZTUNNEL).unwrap();
+        let annotations = pod["metadata"]["annotations"].clone();
+        trusted_roots(&serde_json::from_value(annotations).unwrap_or_default())
+    };
+    until(|| reported() == [a]).await;
+    assert!(cluster.api.get(ZTUNNEL).unwrap()["metadata"]["annotations"][TRUSTED_ROOTS].is_string());
+
+    let mut secret = cluster.api.get(OWN).unwrap();
+    secret["metadata"]["annotations"][ROTATE] = json!("1");
+    cluster.api.put(OWN, secret);
+    until(|| cluster.ca.current().get().unwrap().record.root_ids().len() == 2).await;
+    let b = cluster.ca.current().get().unwrap().record.root_ids()[1];
+    // An answer tells of the new root before the file does; that is no promise to trust the control plane by it.
+    let issued = client.issue(&spiffe(CART)).await.unwrap();
+    assert_eq!(client.bundle().snapshot().roots().len(), 2);
+    assert_eq!(issued.chain.len(), 1);
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    assert_eq!(cluster.ca.current().get().unwrap().authority.root(), a, "the gate is shut");
+    assert_eq!(reported(), [a]);
+
+    cluster.write_roots();
+    until(|| reported() == [a, b]).await;
+    until(|| cluster.ca.current().get().unwrap().authority.root() == b).await;
+    // The control plane's own certificate is of the new root now, and the node goes on.
+    let fresh = cluster.client(&[cluster.address]);
+    fresh.issue(&spiffe(CART)).await.unwrap();
+    client.issue(&spiffe(CART)).await.unwrap();
+    let certificates = Certificates::new(
+        client.clone(),
+        client.bundle().clone(),
+        CertificateSettings::default(),
+        None,
+        Clock::system(),
+    );
+    assert_eq!(certificates.get(&spiffe(CART)).await.unwrap().root(), b);
+    // A reviewer that is asked directly, as ADS does.
+    let reviewer = KubeReviewer::new(cluster.api.client());
+    let authenticator = control_plane::ca::Authenticator::new(reviewer, Clock::system());
+    let token = std::fs::read_to_string(cluster.path("token")).unwrap();
+    let caller = authenticator.caller(Some(&format!("Bearer {token}"))).await.unwrap();
+    assert_eq!(caller.pod.unwrap().name, "ztunnel-1");
+}
