@@ -95,6 +95,9 @@ enum ClusterCommand {
         /// cargo's profile
         #[arg(long, default_value = "release")]
         profile: String,
+        /// Takes what cargo has built already
+        #[arg(long)]
+        prebuilt: bool,
         /// Settings of the chart, KEY=VALUE
         #[arg(long)]
         set: Vec<String>,
@@ -108,6 +111,9 @@ struct Images {
     /// cargo's profile
     #[arg(long, default_value = "dist")]
     profile: String,
+    /// Takes what cargo has built already
+    #[arg(long)]
+    prebuilt: bool,
     /// amd64 or arm64; this machine's, if none is given
     #[arg(long)]
     arch: Option<String>,
@@ -132,6 +138,9 @@ struct E2e {
     /// cargo's profile
     #[arg(long, default_value = "release")]
     profile: String,
+    /// Takes what cargo has built already
+    #[arg(long)]
+    prebuilt: bool,
     /// Settings of the chart, KEY=VALUE
     #[arg(long)]
     set: Vec<String>,
@@ -186,7 +195,9 @@ fn on_cluster(lab: &Lab, command: ClusterCommand) -> Result<()> {
         }
         ClusterCommand::Kill { node, daemon } => node::kill_daemon(lab, Node::named(&node)?, &daemon),
         ClusterCommand::Import { archives } => Cluster::running(lab)?.import(&archives),
-        ClusterCommand::Install { profile, set } => install(&Cluster::running(lab)?, &profile, &set),
+        ClusterCommand::Install { profile, prebuilt, set } => {
+            install(&Cluster::running(lab)?, &profile, prebuilt, &set)
+        }
     }
 }
 
@@ -205,6 +216,7 @@ fn images(lab: &Lab, arguments: &Images) -> Result<()> {
         workspace: lab.workspace.clone(),
         platform,
         profile: arguments.profile.clone(),
+        prebuilt: arguments.prebuilt,
         sysroot: arguments.sysroot.clone(),
         out: arguments.out.clone().unwrap_or_else(|| lab.product_images()),
     };
@@ -214,8 +226,8 @@ fn images(lab: &Lab, arguments: &Images) -> Result<()> {
     Ok(())
 }
 
-fn install(cluster: &Cluster, profile: &str, settings: &[String]) -> Result<()> {
-    let archives = mesh::build_images(cluster, profile)?;
+fn install(cluster: &Cluster, profile: &str, prebuilt: bool, settings: &[String]) -> Result<()> {
+    let archives = mesh::build_images(cluster, profile, prebuilt)?;
     cluster.import(&archives)?;
     mesh::install(cluster, &borrowed(settings))
 }
@@ -258,7 +270,7 @@ fn play(cluster: &Cluster, scenarios: &[scenario::Scenario], arguments: &E2e) ->
     let (mesh, plain): (Vec<_>, Vec<_>) = scenarios.iter().partition(|s| s.mesh);
     let mut failed = scenario::run(cluster, &plain)?;
     if !mesh.is_empty() {
-        install(cluster, &arguments.profile, &arguments.set)?;
+        install(cluster, &arguments.profile, arguments.prebuilt, &arguments.set)?;
         failed.extend(scenario::run(cluster, &mesh)?);
     }
     Ok(failed)

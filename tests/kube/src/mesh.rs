@@ -14,15 +14,16 @@ use crate::report::{Clock, say};
 /// The namespace of the product.
 pub const NAMESPACE: &str = "culvert-system";
 
-/// Builds the product's images with cargo's profile `profile`; returns the archives.
+/// Makes the product's images, of what cargo builds with `profile`, or of what it has built already; returns the archives.
 ///
 /// # Errors
 /// A program does not compile.
-pub fn build_images(cluster: &Cluster, profile: &str) -> Result<Vec<PathBuf>> {
+pub fn build_images(cluster: &Cluster, profile: &str, prebuilt: bool) -> Result<Vec<PathBuf>> {
     let build = Build {
         workspace: cluster.lab.workspace.clone(),
         platform: Platform::here()?,
         profile: profile.to_owned(),
+        prebuilt,
         sysroot: PathBuf::from("/"),
         out: cluster.lab.root.join("product-images"),
     };
@@ -36,32 +37,31 @@ pub fn build_images(cluster: &Cluster, profile: &str) -> Result<Vec<PathBuf>> {
 /// Helm refuses, or something does not become ready: with what the pods say.
 pub fn install(cluster: &Cluster, settings: &[&str]) -> Result<()> {
     let clock = Clock::start();
-    let chart = cluster.lab.workspace.join("deploy/charts/culvert").display().to_string();
-    let mut arguments = vec![
-        "upgrade",
-        "--install",
-        "culvert",
-        &chart,
-        "--namespace",
-        NAMESPACE,
-        "--create-namespace",
-        // One machine's two cores carry it all.
-        "--set",
-        "controlPlane.resources.requests.cpu=10m",
-        "--set",
-        "ztunnel.resources.requests.cpu=10m",
-        "--set",
-        "node.resources.requests.cpu=10m",
-        "--set",
-        "image.pullPolicy=Never",
-    ];
-    for setting in settings {
-        arguments.extend(["--set", setting]);
-    }
-    finish(&mut cluster.kubectl.helm(&arguments)).context("installing the chart")?;
+    release(cluster, "culvert", settings)?;
     ready(cluster, Duration::from_secs(120))?;
     say(&format!("   mesh: installed and ready, {}", clock.seconds()));
     Ok(())
+}
+
+/// Installs or upgrades a release of the chart.
+///
+/// # Errors
+/// Helm refuses.
+pub fn release(cluster: &Cluster, name: &str, settings: &[&str]) -> Result<()> {
+    let chart = cluster.lab.workspace.join("deploy/charts/culvert").display().to_string();
+    let mut arguments =
+        vec!["upgrade", "--install", name, &chart, "--namespace", NAMESPACE, "--create-namespace"];
+    let ours = [
+        // One machine's two cores carry it all.
+        "controlPlane.resources.requests.cpu=10m",
+        "ztunnel.resources.requests.cpu=10m",
+        "node.resources.requests.cpu=10m",
+        "image.pullPolicy=Never",
+    ];
+    for setting in ours.iter().chain(settings) {
+        arguments.extend(["--set", setting]);
+    }
+    finish(&mut cluster.kubectl.helm(&arguments)).map(drop).context("installing the chart")
 }
 
 /// Waits until the control plane, and the node's two daemons on every node, are ready.
@@ -84,11 +84,11 @@ pub fn ready(cluster: &Cluster, limit: Duration) -> Result<()> {
     Ok(())
 }
 
-/// Removes the release.
+/// Removes a release.
 ///
 /// # Errors
 /// Helm can't.
-pub fn uninstall(cluster: &Cluster) -> Result<()> {
-    let words = ["uninstall", "culvert", "--namespace", NAMESPACE, "--wait", "--timeout", "90s"];
+pub fn remove(cluster: &Cluster, name: &str) -> Result<()> {
+    let words = ["uninstall", name, "--namespace", NAMESPACE, "--wait", "--timeout", "90s"];
     finish(&mut cluster.kubectl.helm(&words)).map(drop)
 }

@@ -141,6 +141,7 @@ pub fn kill_daemon(lab: &Lab, node: &Node, daemon: &str) -> Result<()> {
 /// # Errors
 /// containerd refuses it.
 pub fn import(lab: &Lab, node: &Node, archive: &Path) -> Result<()> {
+    let archive = archive.canonicalize().with_context(|| format!("finding {}", archive.display()))?;
     run(lab, node, &["ctr", "-n", "k8s.io", "images", "import", &archive.display().to_string()]).map(drop)
 }
 

@@ -70,6 +70,8 @@ pub struct Build {
     pub platform: Platform,
     /// cargo's profile.
     pub profile: String,
+    /// Takes the programs as they are, without asking cargo to build them.
+    pub prebuilt: bool,
     /// The tree that Debian's programs and libraries are taken from.
     pub sysroot: PathBuf,
     /// Where the images go.
@@ -105,7 +107,9 @@ impl Build {
     /// # Errors
     /// A program does not compile, or something is missing.
     pub fn run(&self, definitions: &BTreeMap<String, Definition>) -> Result<Vec<PathBuf>> {
-        self.compile(definitions)?;
+        if !self.prebuilt {
+            self.compile(definitions)?;
+        }
         let seconds = self.source_date()?;
         let mut archives = Vec::new();
         for (stem, definition) in definitions {

@@ -52,4 +52,6 @@ pub const ALL: &[Scenario] = &[
     ),
     mesh("reboot", "a node loses power and comes back, and nothing of it is plaintext", faults::reboot),
     mesh("ztunnel-upgrade", "ztunnel is replaced under load, and no request fails", upgrade::ztunnel),
+    mesh("root", "the root is exchanged under load, in stages", upgrade::root),
+    mesh("revision", "a second revision's control plane beside the first", upgrade::revision),
 ];

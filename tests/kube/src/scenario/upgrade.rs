@@ -3,11 +3,12 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use serde_json::Value;
 
 use super::stage::PATIENCE;
 use super::{App, Stage};
 use crate::lab::NODES;
-use crate::mesh::NAMESPACE;
+use crate::mesh::{self, NAMESPACE};
 
 /// See [`super::ALL`].
 pub fn rollout(stage: &Stage) -> Result<()> {
@@ -61,5 +62,64 @@ pub fn ztunnel(stage: &Stage) -> Result<()> {
         let may_lose = if after.kind == "hold" { 10 } else { 0 };
         ensure!(after.failed - before.failed <= may_lose, "lost: {after:?}");
     }
+    Ok(())
+}
+
+/// See [`super::ALL`].
+pub fn root(stage: &Stage) -> Result<()> {
+    const SECRET: [&str; 4] = ["secret", "-n", NAMESPACE, "culvert-ca-secret"];
+    let [near, far] = NODES;
+    stage.label_in()?;
+    stage.serve(&[App::server("server").on(&far)])?;
+    stage.start(&[App::client("client", &["-load", "20@http://server:8080/"]).on(&near)])?;
+    stage.enrolled(true)?;
+    let before = stage.talking("client")?;
+    let signer = |secret: &Value| secret["data"]["ca-cert.pem"].clone();
+    let old = signer(&stage.kubectl().get(&SECRET)?);
+    let words = ["annotate", "-n", NAMESPACE, "secret/culvert-ca-secret", "culvert.dev/rotate-root=now"];
+    stage.kubectl().run(&words)?;
+    stage.kubectl().until(
+        &["configmap", "-n", &stage.namespace, "istio-ca-root-cert"],
+        PATIENCE,
+        |bundle| {
+            let text = bundle["data"]["root-cert.pem"].as_str().unwrap_or_default();
+            let roots = text.matches("BEGIN CERTIFICATE").count();
+            if roots == 2 { Ok(()) } else { Err(format!("{roots} roots")) }
+        },
+    )?;
+    stage.ok("every namespace has the new root beside the old one");
+    stage.kubectl().until(&SECRET, PATIENCE * 2, |secret| {
+        if signer(secret) == old { Err(secret["metadata"]["annotations"].to_string()) } else { Ok(()) }
+    })?;
+    stage.ok("every proxy trusts it, and it signs");
+    // Its certificate is of the new root, the server's of the old one.
+    stage.start(&[App::client("late", &["-load", "20@http://server:8080/"]).account("late").on(&near)])?;
+    let late = stage.talking("late")?;
+    stage.pass(Duration::from_secs(3));
+    stage.undisturbed("late", &late)?;
+    stage.undisturbed("client", &before)?;
+    stage.ok("both talk, and nothing was lost");
+    Ok(())
+}
+
+/// See [`super::ALL`].
+pub fn revision(stage: &Stage) -> Result<()> {
+    let [near, far] = NODES;
+    stage.label_in()?;
+    stage.serve(&[App::server("server").on(&far)])?;
+    stage.start(&[App::client("client", &["-load", "20@http://server:8080/"]).on(&near)])?;
+    stage.enrolled(true)?;
+    let before = stage.talking("client")?;
+    let settings = ["revision=canary", "node.enabled=false", "ztunnel.enabled=false"];
+    let outcome = mesh::release(&stage.cluster, "culvert-canary", &settings).and_then(|()| {
+        stage.kubectl().rolled_out(NAMESPACE, "deployment/culvertd-canary", PATIENCE)?;
+        stage.ok("a second control plane is ready beside the first");
+        stage.pass(Duration::from_secs(3));
+        stage.undisturbed("client", &before)
+    });
+    mesh::remove(&stage.cluster, "culvert-canary")?;
+    mesh::ready(&stage.cluster, PATIENCE)?;
+    stage.undisturbed("client", &outcome?)?;
+    stage.ok("it comes and goes, and the first goes on");
     Ok(())
 }
