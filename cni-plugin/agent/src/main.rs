@@ -1,4 +1,21 @@
-//! The node agent: enrols the pods of a node.
+//! `culvert-node`: the node agent.
 #![forbid(unsafe_code)]
 
-fn main() {}
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let flags = node_agent::settings::Flags::parse();
+    match node_agent::start::run(&flags) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Logging may be what failed.
+            #[allow(clippy::print_stderr)]
+            {
+                eprintln!("culvert-node: {error:#}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}

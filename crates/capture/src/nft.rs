@@ -17,7 +17,7 @@ use crate::tool::{Tools, refused, run, run_any};
 
 const TABLE: &str = "inet culvert";
 /// New connections: of the four flags, SYN alone.
-const SYN: &str = "tcp flags & (fin | syn | rst | ack) == syn";
+pub(crate) const SYN: &str = "tcp flags & (fin | syn | rst | ack) == syn";
 /// Listings of rules that were asked for last.
 const REMEMBERED: usize = 32;
 

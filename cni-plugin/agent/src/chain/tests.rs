@@ -1,0 +1,205 @@
+use super::*;
+
+const CALICO: &str = r#"{
+  "name": "k8s-pod-network", "cniVersion": "0.3.1", "disableCheck": true,
+  "plugins": [
+    { "type": "calico", "ipam": { "type": "calico-ipam" }, "secret": "x" },
+    { "type": "portmap", "snat": true, "capabilities": { "portMappings": true } }
+  ]
+}"#;
+const SINGLE: &str = r#"{ "cniVersion": "1.0.0", "name": "mynet", "type": "bridge", "bridge": "cni0" }"#;
+
+struct Directory(tempfile::TempDir);
+
+impl Directory {
+    fn with(files: &[(&str, &str)]) -> Self {
+        let directory = Self(tempfile::tempdir().unwrap());
+        for (name, content) in files {
+            directory.write(name, content);
+        }
+        directory
+    }
+
+    fn write(&self, name: &str, content: &str) {
+        fs::write(self.0.path().join(name), content).unwrap();
+    }
+
+    fn chain(&self) -> Chain {
+        Chain::new(self.0.path(), Path::new("/run/agent.sock"), &["kube-system".to_owned()])
+    }
+
+    fn json(&self, name: &str) -> Value {
+        serde_json::from_slice(&fs::read(self.0.path().join(name)).unwrap()).unwrap()
+    }
+
+    fn names(&self) -> Vec<String> {
+        let mut names: Vec<_> = fs::read_dir(self.0.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort_unstable();
+        names
+    }
+}
+
+#[test]
+fn the_primarys_plugins_come_first_and_unchanged() {
+    let directory = Directory::with(&[("10-calico.conflist", CALICO)]);
+    let synced = directory.chain().sync().unwrap();
+    assert!(synced.changed && synced.ours.ends_with("02-culvert.conflist"));
+    let ours = directory.json("02-culvert.conflist");
+    let mut expected: Value = serde_json::from_str(CALICO).unwrap();
+    expected["plugins"].as_array_mut().unwrap().push(json!({
+        "type": "culvert-cni", "agentSocket": "/run/agent.sock", "excludeNamespaces": ["kube-system"],
+    }));
+    assert_eq!(ours, expected);
+    assert_eq!(directory.json("10-calico.conflist"), serde_json::from_str::<Value>(CALICO).unwrap());
+    use std::os::unix::fs::PermissionsExt;
+    assert_eq!(fs::metadata(&synced.ours).unwrap().permissions().mode() & 0o777, 0o600);
+    assert!(!directory.chain().sync().unwrap().changed, "nothing to do");
+}
+
+#[test]
+fn a_single_plugin_becomes_a_list() {
+    for name in ["10-bridge.conf", "10-bridge.json"] {
+        let directory = Directory::with(&[(name, SINGLE)]);
+        directory.chain().sync().unwrap();
+        let ours = directory.json("02-culvert.conflist");
+        assert_eq!((&ours["name"], &ours["cniVersion"]), (&json!("mynet"), &json!("1.0.0")));
+        assert_eq!(ours["plugins"][0]["bridge"], "cni0");
+        assert_eq!(ours["plugins"][1]["type"], "culvert-cni");
+    }
+}
+
+#[test]
+fn it_follows_the_primary_and_comes_back() {
+    let directory = Directory::with(&[]);
+    let chain = directory.chain();
+    assert!(matches!(chain.sync(), Err(ChainError::NoPrimary(_))));
+    directory.write("10-calico.conflist", CALICO);
+    chain.sync().unwrap();
+    directory.write("10-calico.conflist", &CALICO.replace("true", "false"));
+    assert!(chain.sync().unwrap().changed);
+    assert_eq!(directory.json("02-culvert.conflist")["disableCheck"], false);
+    for damage in ["", "{", "{}"] {
+        directory.write("02-culvert.conflist", damage);
+        assert!(chain.sync().unwrap().changed, "{damage:?}");
+    }
+    // What some primaries do to the files of others.
+    fs::rename(
+        directory.0.path().join("02-culvert.conflist"),
+        directory.0.path().join("02-culvert.conflist.cilium_bak"),
+    )
+    .unwrap();
+    assert!(chain.sync().unwrap().changed);
+    fs::remove_file(directory.0.path().join("10-calico.conflist")).unwrap();
+    assert!(matches!(chain.sync(), Err(ChainError::NoPrimary(_))));
+    assert!(directory.names().contains(&"02-culvert.conflist".to_owned()), "the last good one stays");
+}
+
+#[test]
+fn of_several_primaries_the_first_by_name_counts() {
+    let directory = Directory::with(&[("10-calico.conflist", CALICO), ("05-bridge.conf", SINGLE)]);
+    directory.write("01-notes.txt", "no configuration");
+    assert!(directory.chain().sync().unwrap().primary.ends_with("05-bridge.conf"));
+    assert_eq!(directory.json("02-culvert.conflist")["name"], "mynet");
+}
+
+#[test]
+fn our_file_sorts_before_the_primarys() {
+    for (primary, ours) in [
+        ("10-a.conflist", "02-culvert.conflist"),
+        ("01-a.conflist", "00-culvert.conflist"),
+        ("00-a.conflist", "00-00-culvert.conflist"),
+        ("00-00-a.conflist", "0-culvert.conflist"),
+        ("calico.conflist", "02-culvert.conflist"),
+    ] {
+        // Left by an earlier name of the primary.
+        let directory = Directory::with(&[(primary, CALICO), ("03-culvert.conflist", "{}")]);
+        let synced = directory.chain().sync().unwrap();
+        assert!(synced.ours.ends_with(ours), "{primary}: {synced:?}");
+        assert_eq!(
+            directory.names(),
+            {
+                let mut n = [ours, primary];
+                n.sort_unstable();
+                n
+            },
+            "{primary}"
+        );
+        assert!(*ours < *primary);
+    }
+    let directory = Directory::with(&[("!a.conflist", CALICO)]);
+    let error = directory.chain().sync().unwrap_err();
+    assert!(matches!(error, ChainError::SortsFirst(_)) && error.to_string().contains("rename"), "{error}");
+}
+
+#[test]
+fn a_malformed_primary_is_said_and_the_last_good_file_stays() {
+    for (content, said) in [
+        ("{", "not JSON"),
+        ("[]", "no JSON object"),
+        (r#"{"cniVersion":"1.0.0","name":"a"}"#, "no list of plugins"),
+        (r#"{"cniVersion":"1.0.0","plugins":[{"type":"a"}]}"#, "no name"),
+        (r#"{"cniVersion":"1.0.0","name":"a","plugins":[{}]}"#, "no type"),
+        (r#"{"cniVersion":"1.0.0","name":"a","plugins":[]}"#, "no plugins but ours"),
+        (r#"{"cniVersion":"1.0.0","name":"a","plugins":[{"type":"culvert-cni"}]}"#, "no plugins but ours"),
+        (r#"{"cniVersion":"0.2.0","name":"a","plugins":[{"type":"a"}]}"#, "speaks 0.3.1"),
+        (r#"{"name":"a","plugins":[{"type":"a"}]}"#, "speaks 0.3.1"),
+        (r#"{"cniVersion":1,"name":"a","plugins":[{"type":"a"}]}"#, "no string"),
+    ] {
+        let directory = Directory::with(&[("10-calico.conflist", CALICO)]);
+        directory.chain().sync().unwrap();
+        let good = directory.json("02-culvert.conflist");
+        directory.write("10-calico.conflist", content);
+        let error = directory.chain().sync().unwrap_err().to_string();
+        assert!(
+            error.contains(said) && error.contains("last good") && error.contains("10-calico"),
+            "{error}"
+        );
+        assert_eq!(directory.json("02-culvert.conflist"), good);
+        let fresh = Directory::with(&[("10-calico.conflist", content)]);
+        assert!(fresh.chain().sync().unwrap_err().to_string().contains("without the mesh's plugin"));
+    }
+}
+
+#[test]
+fn versions_are_those_that_both_speak() {
+    for (own, listed, expected, several) in [
+        ("0.3.1", json!(null), "0.3.1", json!(null)),
+        ("1.1.0", json!(null), "1.1.0", json!(null)),
+        ("0.4.0", json!(["0.4.0", "1.0.0", "1.2.0"]), "0.4.0", json!(["0.4.0", "1.0.0"])),
+        ("1.2.0", json!(["1.1.0", "1.2.0"]), "1.1.0", json!(["1.1.0"])),
+    ] {
+        let primary =
+            json!({ "cniVersion": own, "cniVersions": listed, "name": "a", "plugins": [{ "type": "a" }] });
+        let composed = compose(primary.to_string().as_bytes(), true, &json!({ "type": PLUGIN })).unwrap();
+        let composed: Value = serde_json::from_slice(&composed).unwrap();
+        assert_eq!(composed["cniVersion"], expected);
+        assert_eq!(composed["cniVersions"], several);
+    }
+}
+
+#[test]
+fn a_copy_of_our_plugin_in_the_primary_is_not_doubled() {
+    let copied =
+        CALICO.replace(r#"{ "type": "portmap""#, r#"{ "type": "culvert-cni" }, { "type": "portmap""#);
+    let directory = Directory::with(&[("10-calico.conflist", &copied)]);
+    directory.chain().sync().unwrap();
+    let types: Vec<_> = directory.json("02-culvert.conflist")["plugins"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|plugin| plugin["type"].as_str().unwrap().to_owned())
+        .collect();
+    assert_eq!(types, ["calico", "portmap", "culvert-cni"]);
+}
+
+#[test]
+fn removal_leaves_the_primary_alone() {
+    let directory = Directory::with(&[("10-calico.conflist", CALICO)]);
+    directory.chain().sync().unwrap();
+    directory.chain().remove().unwrap();
+    assert_eq!(directory.names(), ["10-calico.conflist"]);
+    directory.chain().remove().unwrap();
+}

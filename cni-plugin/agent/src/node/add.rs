@@ -1,0 +1,232 @@
+//! What the CNI plugin asks for: ADD and CHECK.
+
+use std::net::IpAddr;
+use std::path::Path;
+use std::sync::Arc;
+
+use serde::Deserialize;
+
+use super::Node;
+use super::enrol::{EnrolError, Manner, Target};
+use super::slot::{Slot, State};
+use crate::netns;
+use crate::pod::{Pod, Standing};
+
+/// Codes of the CNI specification.
+const TRY_AGAIN_LATER: u32 = 11;
+const INVALID: u32 = 7;
+
+/// An attachment, as the plugin tells it: Istio's agents know the first four.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct AddRequest {
+    /// The path of the network namespace.
+    pub netns: String,
+    /// The pod's name.
+    pub pod_name: String,
+    /// The pod's namespace.
+    pub pod_namespace: String,
+    /// The pod's addresses.
+    #[serde(rename = "IPs")]
+    pub ips: Vec<Address>,
+    /// The pod's uid; empty where the runtime doesn't tell.
+    #[serde(rename = "PodUID")]
+    pub pod_uid: String,
+    /// The id of the sandbox.
+    #[serde(rename = "ContainerID")]
+    pub container_id: String,
+}
+
+/// An address in Go's form.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Address {
+    /// The address and its mask.
+    pub address: IpNet,
+}
+
+/// Go's `net.IPNet`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct IpNet {
+    /// The address.
+    #[serde(rename = "IP")]
+    pub ip: IpAddr,
+}
+
+impl AddRequest {
+    fn addresses(&self) -> Vec<IpAddr> {
+        self.ips.iter().map(|ip| ip.address.ip.to_canonical()).collect()
+    }
+
+    fn name(&self) -> String {
+        format!("{}/{}", self.pod_namespace, self.pod_name)
+    }
+}
+
+/// What became of an ADD.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Answer {
+    /// The pod's traffic is captured.
+    Enrolled,
+    /// The pod is not to be in the mesh; why.
+    Outside(&'static str),
+}
+
+/// An error in CNI's words.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Refusal {
+    /// CNI's code.
+    pub code: u32,
+    /// For users.
+    pub message: String,
+}
+
+impl Refusal {
+    fn later(message: impl Into<String>) -> Self {
+        Self { code: TRY_AGAIN_LATER, message: message.into() }
+    }
+}
+
+impl Node {
+    /// Puts a pod that starts into the mesh, if it is to be. Until then the container runtime waits. The same again changes
+    /// nothing.
+    ///
+    /// # Errors
+    /// The pod must not start now: why.
+    pub async fn add(self: &Arc<Self>, request: AddRequest) -> Result<Answer, Refusal> {
+        let name = request.name();
+        // A task of its own: what is begun is finished, or undone, also when the plugin is killed.
+        let node = self.clone();
+        let work = tokio::spawn(async move {
+            let limit = node.parts.times.add;
+            tokio::time::timeout(limit, node.add_now(&request)).await.unwrap_or_else(|_| {
+                Err(Refusal::later(format!("pod {} is not in the mesh after {limit:?}", request.name())))
+            })
+        });
+        let outcome = work.await.unwrap_or_else(|error| Err(Refusal::later(error.to_string())));
+        match &outcome {
+            Ok(Answer::Enrolled) => self.wake.notify_one(),
+            Ok(Answer::Outside(why)) => tracing::debug!(pod = name, why, "not in the mesh"),
+            Err(refusal) => tracing::warn!(pod = name, error = refusal.message, "the pod must wait"),
+        }
+        outcome
+    }
+
+    async fn add_now(self: &Arc<Self>, request: &AddRequest) -> Result<Answer, Refusal> {
+        let name = request.name();
+        let pod = self.look_up(request).await?;
+        let mode = self.mode_of(&pod.identity.namespace).await?;
+        if let Standing::Outside(why) = pod.standing(mode.as_deref(), &self.parts.places) {
+            return Ok(Answer::Outside(why));
+        }
+        let waits = |error: &dyn std::fmt::Display| {
+            Refusal::later(format!("pod {name} waits, so that it doesn't start outside the mesh: {error}"))
+        };
+        let (path, addresses) = (request.netns.clone(), request.addresses());
+        let expected = addresses.clone();
+        let opened = tokio::task::spawn_blocking(move || {
+            let netns = netns::open(Path::new(&path)).map_err(|error| error.to_string())?;
+            netns::check(&netns, &expected).map_err(|error| error.to_string())?;
+            Ok::<_, String>(netns)
+        });
+        let netns = opened.await.map_err(|error| waits(&error))?.map_err(|error| waits(&error))?;
+        let slot = self.slot_for(&pod);
+        let _work = slot.work.clone().lock_owned().await;
+        let container = (!request.container_id.is_empty()).then(|| request.container_id.clone());
+        let target = Target { pod, netns, addresses, container };
+        if let Err(error) = self.enrol(&slot, target, Manner::Starting).await {
+            let code = if matches!(error, EnrolError::Annotation(_)) { INVALID } else { TRY_AGAIN_LATER };
+            return Err(Refusal { code, ..waits(&error) });
+        }
+        self.slots().insert(slot.uid.clone(), slot.clone());
+        self.sync_probes().await;
+        Ok(Answer::Enrolled)
+    }
+
+    /// The pod that is added. What the watches have not said yet is asked for.
+    async fn look_up(&self, request: &AddRequest) -> Result<Pod, Refusal> {
+        if let Some(pod) = self.parts.cluster.pod(&request.pod_uid) {
+            return Ok(pod);
+        }
+        let name = request.name();
+        let asked = self.parts.api.pod(&request.pod_namespace, &request.pod_name).await;
+        let found = asked.map_err(|error| {
+            Refusal::later(format!(
+                "pod {name} waits: whether it is to be in the mesh can't be found out: {error}"
+            ))
+        })?;
+        match found {
+            Some(pod) if request.pod_uid.is_empty() || pod.identity.uid == request.pod_uid => {
+                // The watch will say the same, or something newer.
+                self.parts.cluster.update(|view| {
+                    view.pods.entry(pod.identity.uid.clone()).or_insert_with(|| pod.clone());
+                });
+                Ok(pod)
+            }
+            _ => Err(Refusal::later(format!(
+                "pod {name} with the uid {:?} is not known to the API server (any more)",
+                request.pod_uid
+            ))),
+        }
+    }
+
+    async fn mode_of(&self, namespace: &str) -> Result<Option<String>, Refusal> {
+        if let Some(mode) = self.parts.cluster.namespace(namespace) {
+            return Ok(mode);
+        }
+        let asked = self.parts.api.namespace(namespace).await;
+        let mode = asked.map_err(|error| {
+            let message = format!("whether namespace {namespace} is in the mesh can't be found out: {error}");
+            Refusal::later(message)
+        })?;
+        mode.ok_or_else(|| Refusal::later(format!("namespace {namespace} is not known to the API server")))
+    }
+
+    /// The slot of a pod; a new one is not among the others yet.
+    fn slot_for(&self, pod: &Pod) -> Arc<Slot> {
+        let known = self.slot(&pod.identity.uid);
+        known.unwrap_or_else(|| {
+            let state = State::failed(0, "it is about to start".to_owned(), self.parts.times.served);
+            Arc::new(Slot::new(pod.clone(), state))
+        })
+    }
+
+    /// Checks that a pod that is to be in the mesh is captured as ADD left it.
+    ///
+    /// # Errors
+    /// It isn't: how.
+    pub async fn check(self: &Arc<Self>, request: &AddRequest) -> Result<(), Refusal> {
+        let name = request.name();
+        let pod = self.look_up(request).await?;
+        let mode = self.mode_of(&pod.identity.namespace).await?;
+        if let Standing::Outside(_) = pod.standing(mode.as_deref(), &self.parts.places) {
+            return Ok(());
+        }
+        let wrong = |what: &str| Refusal::later(format!("pod {name} is to be in the mesh: {what}"));
+        let slot = self.slot(&pod.identity.uid).ok_or_else(|| wrong("its traffic is not captured"))?;
+        let (state, installed, netns) = {
+            let inner = slot.inner();
+            (inner.state.clone(), inner.rules.clone(), inner.netns.clone())
+        };
+        match (&state, netns) {
+            (State::Enrolled { .. }, Some(netns)) => {
+                let path = request.netns.clone();
+                let capture = self.parts.capture.clone();
+                let looked = tokio::task::spawn_blocking(move || {
+                    let there = netns::open(Path::new(&path)).map_err(|error| error.to_string())?;
+                    if !there.same(&netns) {
+                        return Err("it is captured in another network namespace".to_owned());
+                    }
+                    match capture.verify(&netns, &installed) {
+                        Ok(drift) if drift.is_none() => Ok(()),
+                        Ok(drift) => Err(format!("its rules are not as they were: {drift}")),
+                        Err(error) => Err(error.to_string()),
+                    }
+                });
+                looked.await.map_err(|error| error.to_string()).flatten().map_err(|what| wrong(&what))
+            }
+            (State::Waiting { reason, .. } | State::Closed { reason, .. }, _) => Err(wrong(reason)),
+            _ => Err(wrong(state.name())),
+        }
+    }
+}

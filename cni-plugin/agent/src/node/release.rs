@@ -1,0 +1,106 @@
+//! Pods that end: DEL, GC, and the end of the agent itself.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::Arc;
+
+use capture::{Backend, Capture};
+use net::Netns;
+
+use super::Node;
+use super::add::AddRequest;
+use super::slot::Slot;
+use crate::cluster::Api;
+use crate::netns::Processes;
+use crate::record::{Entry, Record};
+
+impl Node {
+    /// Lets go of a pod whose sandbox ends. Its rules go with its network namespace. Twice is as good as once.
+    pub fn del(&self, request: &AddRequest) {
+        let netns =
+            (!request.netns.is_empty()).then(|| Netns::open(Path::new(&request.netns)).ok()).flatten();
+        let is_meant = |slot: &&Arc<Slot>| {
+            let inner = slot.inner();
+            match &inner.container {
+                // The pod may have another sandbox by now.
+                Some(container) => *container == request.container_id,
+                None if request.pod_uid.is_empty() => match (&inner.netns, &netns) {
+                    (Some(ours), Some(its)) => ours.same(its),
+                    _ => false,
+                },
+                None => slot.uid == request.pod_uid,
+            }
+        };
+        if let Some(slot) = self.all_slots().iter().find(is_meant) {
+            self.forget(slot, "its sandbox ends");
+            self.wake.notify_one();
+        }
+    }
+
+    /// Lets go of pods whose sandboxes are none of these.
+    pub fn gc(&self, valid: &HashSet<String>) -> usize {
+        let is_gone =
+            |slot: &&Arc<Slot>| slot.inner().container.as_ref().is_some_and(|id| !valid.contains(id));
+        let slots = self.all_slots();
+        let gone: Vec<_> = slots.iter().filter(is_gone).collect();
+        for slot in &gone {
+            self.forget(slot, "the container runtime has no such sandbox");
+        }
+        gone.len()
+    }
+
+    /// Has no ztunnel serve the pod any more, and forgets it. What stands of its rules refuses.
+    pub(super) fn forget(&self, slot: &Arc<Slot>, why: &str) {
+        let is_current = self.slots().get(&slot.uid).is_some_and(|current| Arc::ptr_eq(current, slot));
+        if !is_current {
+            return;
+        }
+        self.slots().remove(&slot.uid);
+        self.parts.ztunnels.withdraw(&slot.uid);
+        self.parts.record.remove(&slot.uid);
+        self.parts.metrics.event("delete");
+        tracing::info!(pod = slot.name(), uid = slot.uid, why, "let go of the pod");
+    }
+}
+
+/// Removes the redirection of all recorded pods: they are outside the mesh from then on. No agent may be running. Returns
+/// how many could not be released.
+pub async fn clean_up(record: &Record, capture: Arc<dyn Capture>, api: Option<&impl Api>) -> usize {
+    let mut left = 0;
+    for entry in record.entries() {
+        let name = format!("{}/{}", entry.namespace, entry.name);
+        let (capture, searched) = (capture.clone(), entry.clone());
+        let removal = tokio::task::spawn_blocking(move || remove_rules(&*capture, &searched));
+        match removal.await.map_err(|error| error.to_string()).flatten() {
+            Ok(()) => {
+                record.remove(&entry.uid);
+                tracing::info!(pod = name, "the pod is outside the mesh");
+            }
+            Err(error) => {
+                left += 1;
+                tracing::error!(pod = name, error, "the pod's redirection stays, and refuses its traffic");
+            }
+        }
+        if let Some(api) = api
+            && let Err(error) = api.annotate(&entry.identity(), None).await
+        {
+            tracing::warn!(pod = name, %error, "the pod's annotation stays");
+        }
+    }
+    left
+}
+
+fn remove_rules(capture: &dyn Capture, entry: &Entry) -> Result<(), String> {
+    let processes = || Processes::scan(Path::new("/proc")).unwrap_or_default();
+    let netns = match super::restore::find(entry, &processes()) {
+        Ok(netns) => netns,
+        Err(super::restore::Found::Unknown(error)) => return Err(error),
+        Err(_) => return Ok(()),
+    };
+    let other = entry.backend.parse::<Backend>().ok().filter(|backend| *backend != capture.backend());
+    if let Some(backend) = other {
+        let other = capture::probe(backend, &capture::Tools::default()).map_err(|error| error.to_string())?;
+        other.remove(&netns).map_err(|error| error.to_string())?;
+    }
+    capture.remove(&netns).map(drop).map_err(|error| error.to_string())
+}

@@ -1,0 +1,144 @@
+//! After a start: what the record says comes first, before anything is asked of anybody.
+
+use std::sync::Arc;
+
+use capture::{Backend, Capture, Rules};
+use net::Netns;
+use net::netns::OpenError;
+use tokio::time::Instant;
+
+use super::Node;
+use super::slot::{Slot, State};
+use crate::netns::{self, NetnsError, Processes};
+use crate::pod::Pod;
+use crate::record::Entry;
+use crate::rules;
+
+/// What is found of a pod that is recorded.
+pub(super) enum Found {
+    /// Its namespace, in which the rules stand.
+    There(Netns, Box<Rules>),
+    /// The namespace is gone, and the pod with it.
+    Gone,
+    /// It can't be looked at now.
+    Unknown(String),
+}
+
+impl Node {
+    /// Takes up the pods that are recorded: their rules stand again, whoever removed them meanwhile, and refuse until a
+    /// ztunnel is there; then it is handed those pods. Comes before ztunnels may connect.
+    pub async fn restore(self: &Arc<Self>) {
+        let proc = self.parts.proc.clone();
+        let scanned = tokio::task::spawn_blocking(move || Processes::scan(&proc)).await;
+        let processes = Arc::new(scanned.ok().and_then(Result::ok).unwrap_or_default());
+        let mut tasks = tokio::task::JoinSet::new();
+        for entry in self.parts.record.entries() {
+            let (node, processes) = (self.clone(), processes.clone());
+            tasks.spawn(async move {
+                let _permit = node.at_once.acquire().await;
+                let (capture, probes) = (node.parts.capture.clone(), node.parts.probes.is_some());
+                let searched = entry.clone();
+                let found = tokio::task::spawn_blocking(move || {
+                    find(&searched, &processes).map_or_else(
+                        |found| found,
+                        |netns| match stand(&*capture, &searched, &netns, probes) {
+                            Ok(rules) => Found::There(netns, Box::new(rules)),
+                            Err(error) => Found::Unknown(error),
+                        },
+                    )
+                });
+                let found = found.await.unwrap_or_else(|error| Found::Unknown(error.to_string()));
+                node.take_up(entry, found);
+            });
+        }
+        while tasks.join_next().await.is_some() {}
+        self.sync_probes().await;
+    }
+
+    fn take_up(&self, entry: Entry, found: Found) {
+        let name = format!("{}/{}", entry.namespace, entry.name);
+        let now = Instant::now();
+        let identity = entry.identity();
+        let (netns, rules, state) = match found {
+            Found::Gone => {
+                tracing::info!(pod = name, "ended while no agent ran");
+                self.parts.record.remove(&entry.uid);
+                return;
+            }
+            Found::There(netns, rules) if entry.leaving => {
+                (Some(netns), *rules, State::Leaving { connections: 0, look_at: now })
+            }
+            Found::There(netns, rules) => {
+                let verify_at = now + self.parts.times.verify;
+                (Some(netns), *rules, State::Enrolled { verify_at, trouble: None })
+            }
+            Found::Unknown(reason) => {
+                tracing::error!(pod = name, reason, "a captured pod can't be looked at; trying again");
+                (None, Rules::default(), State::Waiting { failures: 0, reason, retry_at: now })
+            }
+        };
+        if !entry.leaving {
+            // Without a namespace: who serves the pod goes on.
+            self.parts.ztunnels.serve(identity.clone(), netns.clone());
+        }
+        self.parts.metrics.event("restore");
+        let pod = Pod {
+            identity,
+            mode: None,
+            host_network: false,
+            sidecar: false,
+            ztunnel: false,
+            finished: false,
+            addresses: entry.addresses.clone(),
+            annotations: entry.annotations.clone(),
+            redirection: None,
+            probe_ports: entry.probe_ports.clone(),
+            resource_version: String::new(),
+        };
+        let slot = Slot::new(pod, state);
+        {
+            let mut inner = slot.inner();
+            (inner.netns, inner.rules, inner.container) = (netns, rules, entry.container);
+        }
+        self.slots().insert(entry.uid, Arc::new(slot));
+    }
+}
+
+/// The namespace of a recorded pod, if it is still that and still the pod's.
+pub(super) fn find(entry: &Entry, processes: &Processes) -> Result<Netns, Found> {
+    let by_path = match netns::open(&entry.netns) {
+        Ok(netns) if netns.id().inode() == entry.inode => Some(netns),
+        Ok(_) | Err(OpenError::Vanished { .. } | OpenError::NotANamespace { .. }) => None,
+        Err(error) => return Err(Found::Unknown(error.to_string())),
+    };
+    let by_process = || {
+        let netns = processes.netns_of(&entry.uid, &entry.addresses).ok()?;
+        (netns.id().inode() == entry.inode).then_some(netns)
+    };
+    let netns = by_path.or_else(by_process).ok_or(Found::Gone)?;
+    match netns::check(&netns, &entry.addresses) {
+        Ok(()) => Ok(netns),
+        // The number was used again, or the pod's device is gone already.
+        Err(NetnsError::NotThePods { .. } | NetnsError::Nodes(_)) => Err(Found::Gone),
+        Err(error) => Err(Found::Unknown(error.to_string())),
+    }
+}
+
+/// Sees to it that the rules stand.
+fn stand(capture: &dyn Capture, entry: &Entry, netns: &Netns, probes: bool) -> Result<Rules, String> {
+    let rules = rules::of(&entry.annotations, probes).map_err(|error| error.to_string())?;
+    let rules = Rules { leaving: entry.leaving, ..rules };
+    let install = || capture.install(netns, &rules).map_err(|error| error.to_string());
+    let installed = install()?;
+    let other = entry.backend.parse::<Backend>().ok().filter(|backend| *backend != capture.backend());
+    if let Some(backend) = other {
+        let other = capture::probe(backend, &capture::Tools::default()).map_err(|error| error.to_string())?;
+        other.remove(netns).map_err(|error| error.to_string())?;
+        // They share routes.
+        install()?;
+    }
+    if installed.changed {
+        tracing::warn!(pod = entry.name, "the pod's rules were not as they were; they are restored");
+    }
+    Ok(rules)
+}
