@@ -179,7 +179,9 @@ async fn a_broken_secret_leaves_the_last_good_authority_in_force_and_says_what_i
     let late = UnixTime::since_unix_epoch(Duration::from_secs(UnixTime::now().as_secs() - 100));
     let expired = CertificateAuthority::make_root(&TrustDomain::cluster_local(), short, late).unwrap();
     let pem = |made: &MadeCa| certificates_to_pem(&made.chain);
-    let table: Vec<(&str, Vec<(&str, Option<String>)>, &str, &str)> = vec![
+    /// What, the changed keys, the key at fault, what the error says.
+    type Case = (&'static str, Vec<(&'static str, Option<String>)>, &'static str, &'static str);
+    let table: Vec<Case> = vec![
         ("no key", vec![("ca-key.pem", None)], "ca-key.pem", "missing"),
         ("an empty key", vec![("ca-key.pem", Some(String::new()))], "ca-key.pem", "empty"),
         (

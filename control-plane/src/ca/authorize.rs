@@ -86,18 +86,18 @@ pub enum Denied {
     )]
     NotTrusted {
         /// Who asks.
-        caller: Caller,
+        caller: Box<Caller>,
         /// For whom.
         id: SpiffeId,
     },
     /// The token is not bound to a pod, so the node is not known.
     #[error("the token of {0} is not bound to a pod, so its node is not known: use a projected token")]
-    Unbound(Caller),
+    Unbound(Box<Caller>),
     /// The caller's pod is gone, or another one of the same name.
     #[error("the pod of {caller} (uid {uid}) {how}")]
     NoSuchPod {
         /// Who asks.
-        caller: Caller,
+        caller: Box<Caller>,
         /// The uid that the token says.
         uid: String,
         /// What is wrong.
@@ -107,7 +107,7 @@ pub enum Denied {
     #[error("the token of {caller} is of the node {token:?}, its pod is on {pod:?}")]
     NodeMismatch {
         /// Who asks.
-        caller: Caller,
+        caller: Box<Caller>,
         /// What the token says.
         token: String,
         /// Where the pod is.
@@ -117,7 +117,7 @@ pub enum Denied {
     #[error("{caller} asks for {id}, whose namespace is not there")]
     UnknownNamespace {
         /// Who asks.
-        caller: Caller,
+        caller: Box<Caller>,
         /// For whom.
         id: SpiffeId,
     },
@@ -125,7 +125,7 @@ pub enum Denied {
     #[error("{caller} on node {node} asks for {id}, of which no pod runs on that node")]
     NotOnNode {
         /// Who asks.
-        caller: Caller,
+        caller: Box<Caller>,
         /// Its node.
         node: String,
         /// For whom.
@@ -185,14 +185,14 @@ pub fn decide(
         .iter()
         .any(|account| account.namespace == caller.namespace && account.name == caller.service_account);
     if !trusted {
-        return Err(Denied::NotTrusted { caller: caller.clone(), id });
+        return Err(Denied::NotTrusted { caller: Box::new(caller.clone()), id });
     }
-    let node = node.ok_or_else(|| Denied::Unbound(caller.clone()))?;
+    let node = node.ok_or_else(|| Denied::Unbound(Box::new(caller.clone())))?;
     if !pods.has_namespace(id.namespace()) {
-        return Err(Denied::UnknownNamespace { caller: caller.clone(), id });
+        return Err(Denied::UnknownNamespace { caller: Box::new(caller.clone()), id });
     }
     if !pods.runs_on(&node, id.namespace(), id.service_account()) {
-        return Err(Denied::NotOnNode { caller: caller.clone(), node, id });
+        return Err(Denied::NotOnNode { caller: Box::new(caller.clone()), node, id });
     }
     Ok(id)
 }
@@ -200,7 +200,7 @@ pub fn decide(
 /// The node of the caller's pod, which must be there if the token is bound to one.
 fn node_of(caller: &Caller, pods: &dyn Pods) -> Result<Option<String>, Denied> {
     let Some(bound) = &caller.pod else { return Ok(None) };
-    let no = |how| Denied::NoSuchPod { caller: caller.clone(), uid: bound.uid.clone(), how };
+    let no = |how| Denied::NoSuchPod { caller: Box::new(caller.clone()), uid: bound.uid.clone(), how };
     let pod = pods.pod(&caller.namespace, &bound.name).ok_or_else(|| no("is not there"))?;
     if pod.uid != bound.uid {
         return Err(no("was replaced by another one of the same name"));
@@ -214,7 +214,7 @@ fn node_of(caller: &Caller, pods: &dyn Pods) -> Result<Option<String>, Denied> {
     let node = pod.node.ok_or_else(|| no("is on no node"))?;
     match &bound.node {
         Some(token) if *token != node => {
-            Err(Denied::NodeMismatch { caller: caller.clone(), token: token.clone(), pod: node })
+            Err(Denied::NodeMismatch { caller: Box::new(caller.clone()), token: token.clone(), pod: node })
         }
         _ => Ok(Some(node)),
     }

@@ -65,7 +65,8 @@ fn who_gets_which_identity() {
     const CART: &str = "spiffe://cluster.local/ns/shop/sa/cart";
     const LEDGER: &str = "spiffe://cluster.local/ns/bank/sa/ledger";
     const OWN_Z: &str = "spiffe://cluster.local/ns/culvert-system/sa/ztunnel";
-    let table: &[(&str, &str, Option<&str>, Result<&str, &str>)] = &[
+    type Case = (&'static str, &'static str, Option<&'static str>, Result<&'static str, &'static str>);
+    let table: &[Case] = &[
         ("a node's proxy, for a pod of its node", Z1, Some(CART), Ok(CART)),
         ("the same, a token without the node", "culvert-system/ztunnel@ztunnel-1/z1", Some(CART), Ok(CART)),
         ("the same, for itself", Z1, None, Ok(OWN_Z)),

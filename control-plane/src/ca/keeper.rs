@@ -435,7 +435,7 @@ impl Keeper {
             CertificateAuthority::make_root(domain, self.settings.root_validity, self.current.clock().now())?;
         let roots = made.chain.clone();
         let signer = Signer::from(made);
-        let root = self.check(&self.own, Record::settled(signer.clone(), roots.clone(), 0, false))?;
+        let root = self.check(&self.own, &Record::settled(signer.clone(), roots.clone(), 0, false))?;
         Ok(Target { signer, root, roots, given: false })
     }
 
@@ -444,11 +444,11 @@ impl Keeper {
         let Some(secret) = self.get(GIVEN_SECRET).await? else { return Ok(None) };
         let record = Record::read(&self.given, secret.data.as_ref().unwrap_or(&SecretData::new()))?;
         let (signer, roots) = (record.signer.clone(), record.roots.clone());
-        let root = self.check(&self.given, Record { next: None, ..record })?;
+        let root = self.check(&self.given, &Record { next: None, ..record })?;
         Ok(Some(Target { signer, root, roots, given: true }))
     }
 
-    fn check(&self, name: &SecretName, record: Record) -> Result<identity::RootId, SecretError> {
+    fn check(&self, name: &SecretName, record: &Record) -> Result<identity::RootId, SecretError> {
         let authority = record.authority(name, &self.current.domains(), self.current.clock().now())?;
         Ok(authority.root())
     }

@@ -64,7 +64,7 @@ pub struct SecretName {
 }
 
 impl SecretName {
-    fn error(&self, key: &'static str, reason: impl ToString) -> SecretError {
+    fn error(&self, key: &'static str, reason: impl std::fmt::Display) -> SecretError {
         SecretError {
             secret: format!("{}/{}", self.namespace, self.name),
             key,

@@ -1,6 +1,13 @@
 //! As much of the API server as the CA talks to, in memory: objects by path with resource versions, 404 and 409,
 //! merge and apply patches, lists and watches by name, TokenReviews, and being away.
-#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::needless_pass_by_value
+)]
 
 use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;

@@ -180,7 +180,7 @@ impl Dialer {
                 Err(e) => {
                     last = Some(format!(
                         "{address} ({ip}) can't be reached: {e}. Look whether its pods are ready"
-                    ))
+                    ));
                 }
             }
         }
