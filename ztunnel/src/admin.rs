@@ -8,6 +8,7 @@ use process::http::{Request, Response, Routes, StatusCode};
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 
+use crate::cluster::ClusterStatus;
 use crate::connections::{Ended, Open};
 use crate::dump::Dump;
 use crate::node::Node;
@@ -19,22 +20,29 @@ const LISTED: usize = 10_000;
 const LARGE_PAGES: usize = 2;
 
 /// Adds the pages to `routes`.
-pub fn routes(routes: Routes, proxy: &Arc<Proxy>, node: &Arc<Node>) -> Routes {
+pub fn routes(
+    routes: Routes,
+    proxy: &Arc<Proxy>,
+    node: &Arc<Node>,
+    cluster: Option<ClusterStatus>,
+) -> Routes {
     // Each holds a thread for as long as its reader takes, and others have work on those threads.
     let few = Arc::new(Semaphore::new(LARGE_PAGES));
     let (dumped, dumped_node, places) = (proxy.clone(), node.clone(), few.clone());
     let routes = routes.get("/config_dump", "the mesh as this node knows it", move |_request| {
         let (proxy, node, places) = (dumped.clone(), dumped_node.clone(), places.clone());
+        let cluster = cluster.clone();
         async move {
             let place = places.acquire_owned().await;
             Response::stream("application/json", move |out| {
                 let _place = place;
-                let more = vec![
+                let mut more = vec![
                     ("certificates", proxy.tls.dump()),
                     ("pods", node.dump()),
                     ("leaving", node.dump_leaving()),
                     ("diagnostics", node.diagnostics()),
                 ];
+                more.extend(cluster.map(|cluster| ("cluster", cluster.dump())));
                 let dump = Dump { mesh: proxy.state.mesh_owned(), more };
                 serde_json::to_writer_pretty(&mut *out, &dump)?;
                 writeln!(out)

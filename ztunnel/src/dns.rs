@@ -104,7 +104,8 @@ pub struct Client {
     pub namespace: Str,
     /// Its network.
     pub network: Str,
-    /// Its own addresses: queries come from these or from loopback ones.
+    /// Its own addresses, as far as they are known: queries come from these, from loopback ones, or to one of those,
+    /// which nobody else reaches.
     pub addresses: Box<[IpAddr]>,
     /// For metrics: the application that it is an instance of.
     pub canonical_service: Str,
@@ -332,7 +333,9 @@ impl DnsProxy {
         let mut connections = JoinSet::new();
         loop {
             let (stream, peer) = accepting.next().await;
-            if !client.owns(peer.ip()) {
+            // A redirected connection of the pod's own arrives at a loopback address.
+            let local = || stream.local_addr().is_ok_and(|local| local.ip().to_canonical().is_loopback());
+            if !client.owns(peer.ip()) && !local() {
                 self.metrics.dropped("stranger");
                 continue;
             }

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod admin;
+mod cluster;
 mod connections;
 mod dns;
 mod dump;
@@ -17,6 +18,7 @@ mod start;
 mod state;
 mod telemetry;
 mod tls;
+mod zds;
 
 use std::process::ExitCode;
 

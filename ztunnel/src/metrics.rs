@@ -89,6 +89,16 @@ fn connections(gauge: Register<'_>, counter: Register<'_>) {
         Box::new(|p, _| p.room.refused()),
     );
     gauge(
+        "culvert_connections_waiting",
+        "Connections that wait for what the control plane has not told yet",
+        Box::new(|p, _| p.state.waiting() as u64),
+    );
+    counter(
+        "culvert_connections_not_known",
+        "Connections refused because the control plane did not tell in time what they needed",
+        Box::new(|p, _| p.state.given_up()),
+    );
+    gauge(
         "culvert_mesh_generation",
         "Snapshots of the configuration put in force since the start",
         Box::new(|p, _| p.state.mesh().generation()),

@@ -17,7 +17,9 @@
 mod adopted;
 mod departure;
 mod enrol;
+mod enrolment;
 mod record;
+mod redirection;
 mod slot;
 mod work;
 
@@ -26,16 +28,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use capture::Capture;
-use config::compile::{Enrolment, EnrolmentChange};
 use model::{SpiffeId, Str};
 use process::runtimes::Workers;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use self::departure::Leaving;
+pub use self::enrolment::{Enrolment, EnrolmentChange, Place};
 pub use self::record::Record;
-use self::slot::{PodState, Slot, Verified};
+pub use self::redirection::Redirection;
+use self::redirection::Verified;
+use self::slot::{PodState, Slot};
+use self::work::Wanted;
 pub use self::work::Work;
 use crate::dns::{DnsProxy, Upstreams};
 use crate::proxy::Proxy;
@@ -46,8 +50,7 @@ pub const RECONCILE_INTERVAL: Duration = Duration::from_secs(1);
 /// This node's pods.
 pub struct Node {
     proxy: Arc<Proxy>,
-    capture: Arc<dyn Capture>,
-    record: Arc<Record>,
+    redirection: Redirection,
     dns: Arc<DnsProxy>,
     upstreams: Arc<Upstreams>,
     /// Where connections are carried; this module itself runs on the control runtime.
@@ -64,16 +67,14 @@ impl Node {
     /// A node without pods.
     pub fn new(
         proxy: Arc<Proxy>,
-        capture: Arc<dyn Capture>,
-        record: Record,
+        redirection: Redirection,
         dns: Arc<DnsProxy>,
         upstreams: Arc<Upstreams>,
         workers: Arc<Workers>,
     ) -> Self {
         Self {
             proxy,
-            capture,
-            record: Arc::new(record),
+            redirection,
             dns,
             upstreams,
             workers,
@@ -116,15 +117,16 @@ impl Node {
     }
 
     /// Follows changes of the configuration.
-    async fn apply(self: &Arc<Self>, changes: Vec<EnrolmentChange>) {
+    async fn apply(self: &Arc<Self>, changes: Vec<Wanted>) {
         if changes.is_empty() {
             return;
         }
-        let mut left = Vec::new();
-        for change in changes {
+        let (mut left, mut asked) = (Vec::new(), Vec::new());
+        for Wanted { change, reply } in changes {
+            asked.extend(reply.map(|reply| (change.key().clone(), reply)));
             match change {
                 EnrolmentChange::Set(enrolment) => left.extend(self.set(*enrolment)),
-                EnrolmentChange::Remove(uid) => left.extend(self.pods().remove(&uid)),
+                EnrolmentChange::Remove(key) => left.extend(self.pods().remove(&key)),
             }
         }
         for slot in left {
@@ -132,13 +134,21 @@ impl Node {
         }
         self.reconcile().await;
         self.forget_certificates();
+        for (key, reply) in asked {
+            let outcome = match self.pods().get(&key).map(|slot| &slot.state) {
+                Some(PodState::Pending { reason, .. }) => Err(reason.clone()),
+                Some(PodState::Enrolled(_)) | None => Ok(()),
+            };
+            // Whoever asked may no longer wait.
+            let _ = reply.send(outcome);
+        }
     }
 
     /// Lets go of the certificates of pods that are no longer here.
     fn forget_certificates(&self) {
         let mesh = self.proxy.state.mesh_owned();
-        let identity = |uid: &Str| mesh.workload(uid).and_then(|workload| workload.identity().ok());
-        let wanted: HashSet<SpiffeId> = self.pods().keys().filter_map(identity).collect();
+        let identity = |slot: &Slot| slot.enrolment.subject.source(&mesh).ok()?.identity().ok();
+        let wanted: HashSet<SpiffeId> = self.pods().values().filter_map(identity).collect();
         self.proxy.tls.certificates().retain(|id| wanted.contains(id));
     }
 
@@ -147,11 +157,15 @@ impl Node {
         let mut pods = self.pods();
         let now = Instant::now();
         let pending = || PodState::Pending { failures: 0, reason: "new".into(), retry_at: now };
-        let Some(slot) = pods.get_mut(&enrolment.uid) else {
-            pods.insert(enrolment.uid.clone(), Slot { enrolment, state: pending() });
+        let Some(slot) = pods.get_mut(&enrolment.key) else {
+            pods.insert(enrolment.key.clone(), Slot { enrolment, state: pending() });
             return None;
         };
         if slot.enrolment == enrolment {
+            // Who asks again does not want to wait.
+            if let PodState::Pending { retry_at, .. } = &mut slot.state {
+                *retry_at = now;
+            }
             return None;
         }
         let old = std::mem::replace(&mut slot.enrolment, enrolment);
@@ -159,7 +173,8 @@ impl Node {
         let listens_alike = old.netns == new.netns
             && old.dns_capture == new.dns_capture
             && old.addresses == new.addresses
-            && old.namespace == new.namespace;
+            && old.namespace == new.namespace
+            && old.subject == new.subject;
         match &mut slot.state {
             // Other rules, which replace the old ones without a gap.
             PodState::Enrolled(enrolled) if listens_alike => {
@@ -198,7 +213,7 @@ impl Node {
 
     /// Whether connections may have come to light that policies have not seen.
     async fn look_after(self: Arc<Self>, enrolment: Enrolment) -> bool {
-        let standing = match self.pods().get(&enrolment.uid) {
+        let standing = match self.pods().get(&enrolment.key) {
             Some(slot) if slot.is_elsewhere() => None,
             Some(Slot { state: PodState::Enrolled(e), .. }) => Some((e.pod.clone(), e.rules.clone())),
             _ => None,
@@ -206,14 +221,14 @@ impl Node {
         if let Some((pod, installed)) = standing {
             let outcome = self.verify(&enrolment, &pod.netns, installed).await;
             let found = matches!(&outcome, Ok(Verified::Changed(..) | Verified::Restored(..)));
-            if let Some(slot) = self.pods().get_mut(&enrolment.uid) {
+            if let Some(slot) = self.pods().get_mut(&enrolment.key) {
                 slot.verified(outcome);
             }
             return found;
         }
         let outcome = self.enrol(&enrolment).await;
         let found = outcome.is_ok();
-        if let Some(slot) = self.pods().get_mut(&enrolment.uid) {
+        if let Some(slot) = self.pods().get_mut(&enrolment.key) {
             match outcome {
                 Ok(enrolled) => slot.state = PodState::Enrolled(Box::new(enrolled)),
                 Err(error) => slot.failed(&error),
@@ -290,7 +305,7 @@ impl Node {
     pub fn dump(&self) -> Value {
         let pods = self.pods();
         let mut list: Vec<_> = pods.values().collect();
-        list.sort_by(|a, b| a.enrolment.uid.cmp(&b.enrolment.uid));
-        list.into_iter().map(|slot| slot.dump(self.capture.backend().as_str())).collect()
+        list.sort_by(|a, b| a.enrolment.key.cmp(&b.enrolment.key));
+        list.into_iter().map(|slot| slot.dump(self.redirection.name())).collect()
     }
 }

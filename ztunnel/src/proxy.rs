@@ -56,6 +56,12 @@ pub const HBONE_PORT: u16 = resolve::HBONE_PORT;
 /// The port that DNS queries are redirected to.
 pub const DNS_PORT: u16 = 15053;
 
+/// As many connections that wait are still taken when a listener closes.
+const LAST_ACCEPTED: usize = 1024;
+
+/// How long a connection waits for what the control plane has not told yet.
+const KNOWN_WITHIN: Duration = Duration::from_secs(10);
+
 /// Whether `port` is one of ztunnel's own inside a pod: never a destination.
 pub fn is_listener_port(port: u16) -> bool {
     matches!(port, OUTBOUND_PORT | PLAINTEXT_PORT | HBONE_PORT | DNS_PORT)
@@ -130,9 +136,15 @@ where
     loop {
         let (stream, peer) = tokio::select! {
             biased;
-            () = &mut draining => return,
+            () = &mut draining => break,
             accepted = accepting.next() => accepted,
         };
+        let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+        tokio::spawn(handle(proxy.clone(), pod.clone(), stream, peer));
+    }
+    // Where a successor may listen beside us, what is new is his, and what waits here would be reset.
+    for _ in 0..(if pod.subject.claim.is_some() { LAST_ACCEPTED } else { 0 }) {
+        let Some((stream, peer)) = accepting.next().now_or_never() else { return };
         let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
         tokio::spawn(handle(proxy.clone(), pod.clone(), stream, peer));
     }
@@ -154,6 +166,33 @@ impl Proxy {
             }
         }
         Ok(OriginalDst::new(dialled))
+    }
+
+    /// Waits for a while until the source of configuration has told what there is, so that a connection from the
+    /// pod can be decided on.
+    ///
+    /// # Errors
+    /// It has not.
+    pub async fn may_connect(&self) -> Result<(), Failure> {
+        let known = self.state.until(KNOWN_WITHIN, |_| true).await;
+        if known { Ok(()) } else { Err(Failure::NothingKnownYet) }
+    }
+
+    /// The same for a connection to the pod at `local`, whose policies have to be known.
+    ///
+    /// # Errors
+    /// They are not.
+    pub async fn may_serve(&self, pod: &LocalPod, local: IpAddr) -> Result<(), Failure> {
+        let subject = &pod.subject;
+        // In file mode a pod without a manifest won't get one.
+        let known = |mesh: &Mesh| subject.claim.is_none() || subject.destination(mesh, local).is_ok();
+        if self.state.until(KNOWN_WITHIN, known).await {
+            Ok(())
+        } else if self.state.is_complete() {
+            Err(Failure::NotKnownYet(subject.uid.clone()))
+        } else {
+            Err(Failure::NothingKnownYet)
+        }
     }
 
     /// The workload that has `ip`.
@@ -201,11 +240,11 @@ impl Proxy {
     /// Whether an inbound connection may still go on: its policy, and the root that its peer's certificate hangs on.
     pub fn recheck_inbound(
         &self,
-        pod: &LocalPod,
+        pod: &Arc<LocalPod>,
         connection: Connection,
         peer: Option<Arc<PeerInfo>>,
     ) -> Recheck {
-        let (state, tls, uid) = (self.state.clone(), self.tls.clone(), pod.uid.clone());
+        let (state, tls, pod) = (self.state.clone(), self.tls.clone(), pod.clone());
         Box::new(move || {
             let trust = peer.as_ref().map_or(Ok(()), |peer| tls.trusts(peer, connection.source_ip()));
             if let Err(distrust) = trust {
@@ -213,7 +252,7 @@ impl Proxy {
             }
             let mesh = state.mesh();
             // A pod whose manifest is gone is un-enrolled in good order, or is about to end.
-            let workload = mesh.workload(&uid)?;
+            let workload = pod.subject.known(&mesh)?;
             mesh.authorize(workload, &connection).outcome.err().map(|deny| deny.to_string())
         })
     }
@@ -222,13 +261,13 @@ impl Proxy {
     /// or the source's identity may have changed. `identity` is the one that it was opened with.
     pub fn recheck_outbound(
         &self,
-        pod: &LocalPod,
+        pod: &Arc<LocalPod>,
         identity: SpiffeId,
         dialled: OriginalDst,
         route: &Route,
         peer: Option<Arc<PeerInfo>>,
     ) -> Recheck {
-        let (state, tls, uid) = (self.state.clone(), self.tls.clone(), pod.uid.clone());
+        let (state, tls, pod) = (self.state.clone(), self.tls.clone(), pod.clone());
         let unknown = matches!(route, Route::Plain { why: resolve::NoTunnel::UnknownAddress, .. });
         let peer = peer.and_then(|peer| match route {
             Route::Tunnel { hbone, .. } => Some((peer, hbone.ip())),
@@ -240,7 +279,7 @@ impl Proxy {
                 return Some(distrust.to_string());
             }
             let mesh = state.mesh();
-            let source = mesh.workload(&uid)?;
+            let source = pod.subject.source(&mesh).ok()?;
             if source.identity().as_ref() != Ok(&identity) {
                 return Some("the pod's identity changed".to_owned());
             }

@@ -10,29 +10,31 @@ use identity::{
     CaDirectory, CertificateSettings, Certificates, Clock, KeyStore, LocalIssuer, LocalIssuerSettings,
     Validity,
 };
-use model::SpiffeId;
+use model::{Change, SpiffeId};
 use process::logs::Logs;
 use process::metrics::tcp::TcpMetrics;
 use process::metrics::{Registry as Metrics, build_info, register_process};
-use process::readiness::Readiness;
+use process::readiness::{Condition, Readiness};
 use process::runtimes::{self, Workers};
 use process::shutdown::Shutdown;
 use process::{admin as pages, http};
 use tokio::net::TcpListener;
 use tokio::time::Instant;
 
+use crate::cluster::{self, ClusterStatus};
 use crate::connections::Registry;
 use crate::dns::{DnsMetrics, DnsProxy, DnsSettings, Upstreams};
-use crate::node::{Node, Record, Work};
+use crate::node::{EnrolmentChange, Node, Record, Redirection, Work};
 use crate::proxy::Proxy;
 use crate::proxy::dialer::Tunnels;
 use crate::proxy::handshakes::Handshakes;
 use crate::proxy::peers::Peers;
 use crate::proxy::pod::Room;
-use crate::settings::{Flags, Limits};
-use crate::source::Source;
+use crate::settings::{ClusterMode, FileMode, Flags, Limits, Mode};
+use crate::source::{Files, Source, Update};
 use crate::state::State;
 use crate::tls::Tls;
+use crate::zds::{Zds, ZdsStatus};
 use crate::{admin, metrics};
 
 /// How often the metrics of open connections are brought up to date.
@@ -69,6 +71,7 @@ async fn serve(
     logs: &Logs,
     workers: &Arc<Workers>,
 ) -> anyhow::Result<()> {
+    let mode = Mode::of(flags)?;
     let shutdown = Shutdown::new(settings.grace);
     shutdown.on_signals().context("signal handlers")?;
     logs.on_hangup().context("signal handlers")?;
@@ -76,41 +79,49 @@ async fn serve(
     let (configured, enrolled) = (readiness.condition("configuration"), readiness.condition("pods"));
     let ports = Ports::bind(settings).await?;
 
-    let (source, first) = Source::open(flags)?;
-    let state = Arc::new(State::default());
-    state.apply(first.changes);
-    let tls = tls(flags, &state)?;
     let registry = Metrics::new();
+    let Parts { state, source, enrolments, tls, redirection, cluster } = match &mode {
+        Mode::Files(files) => Parts::of_files(flags, files)?,
+        Mode::Cluster(cluster) => Parts::of_cluster(flags, cluster, &registry)?,
+    };
     let telemetry = TcpMetrics::new(&registry, settings.series_limit);
     let limits = Limits::of_process(flags);
     let proxy = Arc::new(proxy(state, tls, telemetry, limits, logs, &shutdown, workers));
-    let (capture, dns) = (capture(flags)?, dns(&proxy, &registry));
-    let record = Record::open(&flags.state_dir, &flags.node)?;
-    let node = Node::new(proxy.clone(), capture, record, dns, upstreams(flags)?, workers.clone());
-    let node = Arc::new(node);
+    let dns = dns(&proxy, &registry);
+    let node = Arc::new(Node::new(proxy.clone(), redirection, dns, upstreams(flags)?, workers.clone()));
 
     register_process(&registry);
     build_info(&registry, "ztunnel", env!("CARGO_PKG_VERSION"));
     logs.register(&registry);
     metrics::register(&registry, &proxy, &node);
+    if let Some(status) = &cluster {
+        status.register(&registry);
+    }
+    let zds = cluster.as_ref().map(|status| status.zds.clone());
     ports.serve(
-        admin::routes(pages::routes("ztunnel", logs, &shutdown), &proxy, &node),
+        admin::routes(pages::routes("ztunnel", logs, &shutdown), &proxy, &node, cluster),
         pages::metrics_routes(&registry),
         readiness.routes(&shutdown),
     );
 
     node.set_diagnostics(source.diagnostics());
-    configured.holds();
     let work = Arc::new(Work::default());
-    work.add(first.enrolments);
+    work.add(enrolments);
     work.recheck();
-    let pods = tokio::spawn(node.clone().run(work.clone(), move |node| match node.ready() {
-        Ok(()) => enrolled.holds(),
-        Err(reason) => enrolled.fails(reason),
-    }));
+    let pods = match (mode, zds) {
+        (Mode::Cluster(mode), Some(status)) => {
+            let zds = Zds::new(mode.zds_socket, mode.here, work.clone(), status, enrolled);
+            tokio::spawn(zds.run(shutdown.clone()));
+            tokio::spawn(node.clone().run(work.clone(), |_| ()))
+        }
+        _ => tokio::spawn(node.clone().run(work.clone(), move |node| match node.ready() {
+            Ok(()) => enrolled.holds(),
+            Err(reason) => enrolled.fails(reason),
+        })),
+    };
     tokio::spawn(look_after(proxy.clone()));
     tokio::spawn(follow_trust(proxy.clone(), workers.clone()));
-    tokio::spawn(follow(source, proxy.clone(), node.clone(), work.clone()));
+    tokio::spawn(follow(source, proxy.clone(), node.clone(), work.clone(), configured));
 
     let left = shutdown.finished().await;
     if left > 0 {
@@ -127,6 +138,53 @@ async fn serve(
     }
     tracing::info!("stopped");
     Ok(())
+}
+
+/// What differs between file mode and a cluster.
+struct Parts {
+    state: Arc<State>,
+    source: Source,
+    enrolments: Vec<EnrolmentChange>,
+    tls: Tls,
+    redirection: Redirection,
+    cluster: Option<ClusterStatus>,
+}
+
+impl Parts {
+    fn of_files(flags: &Flags, files: &FileMode) -> anyhow::Result<Self> {
+        let (source, first) = Files::open(&files.config_dir, &flags.node)?;
+        let Update { changes, enrolments, .. } = first;
+        let state = Arc::new(State::default());
+        state.apply(changes);
+        state.set_complete();
+        let tls = local_tls(flags, files, &state)?;
+        let capture = capture(flags)?;
+        let record = Arc::new(Record::open(&flags.state_dir, &flags.node)?);
+        Ok(Self {
+            state,
+            source: Source::Files(Box::new(source)),
+            enrolments,
+            tls,
+            redirection: Redirection::Own { capture, record },
+            cluster: None,
+        })
+    }
+
+    fn of_cluster(flags: &Flags, mode: &ClusterMode, registry: &Metrics) -> anyhow::Result<Self> {
+        let state = Arc::new(State::default());
+        state.apply(vec![Change::SetSettings(cluster::defaults(mode))]);
+        let tls = cluster::tls(flags, mode)?;
+        let source = cluster::source(flags, mode, &state, registry)?;
+        let status = ClusterStatus { xds: source.status(), zds: Arc::new(ZdsStatus::default()) };
+        Ok(Self {
+            state,
+            source: Source::Xds(Box::new(source)),
+            enrolments: Vec::new(),
+            tls,
+            redirection: Redirection::Agent,
+            cluster: Some(status),
+        })
+    }
 }
 
 /// Resets what is still open. Left to the end of the process, it would look as if it had come to its own end.
@@ -210,16 +268,16 @@ fn capture(flags: &Flags) -> anyhow::Result<Arc<dyn capture::Capture>> {
 }
 
 /// The CA of the directory, and the certificates that it issues; what --key-dir kept, while the CA is away.
-fn tls(flags: &Flags, state: &State) -> anyhow::Result<Tls> {
+fn local_tls(flags: &Flags, files: &FileMode, state: &State) -> anyhow::Result<Tls> {
     let domains = state.mesh().settings().trust_domains.clone();
     let clock = Clock::system();
     let store = flags.key_dir.as_deref().map(KeyStore::open).transpose().context("--key-dir")?;
     let validity =
         Validity { lifetime: Duration::from_secs(flags.certificate_ttl), ..Validity::of_workloads() };
     let issuer_settings = LocalIssuerSettings { validity, ..LocalIssuerSettings::default() };
-    let directory = CaDirectory::named(&flags.ca_dir);
+    let directory = CaDirectory::named(&files.ca_dir);
     let issuer = LocalIssuer::start_kept(directory, store.clone(), domains, issuer_settings, clock.clone())
-        .with_context(|| format!("certificate authority {}", flags.ca_dir.display()))?;
+        .with_context(|| format!("certificate authority {}", files.ca_dir.display()))?;
     let bundle = issuer.bundle().clone();
     // With its own random seed: a process has the same number in the containers of all nodes.
     let settings = CertificateSettings::default();
@@ -254,9 +312,19 @@ impl Ports {
 }
 
 /// Puts each change of the configuration in force.
-async fn follow(mut source: Source, proxy: Arc<Proxy>, node: Arc<Node>, work: Arc<Work>) {
-    loop {
-        let change = source.next().await;
+async fn follow(
+    mut source: Source,
+    proxy: Arc<Proxy>,
+    node: Arc<Node>,
+    work: Arc<Work>,
+    configured: Condition,
+) {
+    if proxy.state.is_complete() {
+        configured.holds();
+    } else {
+        configured.fails("the control plane has not told yet what there is, and nothing was kept of it");
+    }
+    while let Some(change) = source.next().await {
         let before = proxy.state.mesh().policy_generation();
         let mesh = proxy.state.apply(change.changes);
         proxy.tls.bundle().set_trust_domains(mesh.settings().trust_domains.clone());
@@ -272,8 +340,15 @@ async fn follow(mut source: Source, proxy: Arc<Proxy>, node: Arc<Node>, work: Ar
             work.add(change.enrolments);
         }
         proxy.balancer.sweep(proxy.started.elapsed(), |key| mesh.service(key).is_some());
+        if change.complete && !proxy.state.is_complete() {
+            proxy.state.set_complete();
+            configured.holds();
+            work.recheck();
+        }
         tracing::debug!(generation = mesh.generation(), "configuration in force");
+        source.applied();
     }
+    tracing::error!("the configuration is followed no longer; what is in force stays");
 }
 
 /// When the roots change, pooled connections are made anew, which proves both ends to each other again; what is

@@ -2,13 +2,15 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
-use capture::{Capture, Cut, Direction, LiveConnection, Rules, Tuple};
+use capture::{Cut, Direction, LiveConnection, Rules, Tuple};
 use model::{Connection, Str};
 use net::{Netns, sock_diag};
 
-use super::Node;
 use super::slot::{PodState, Slot};
+use super::{Node, Redirection};
+use crate::proxy::pod::LocalPod;
 
 /// More are not kept account of; they go on all the same. Incoming ones, which policies may refuse, come first.
 const ADOPTED_LIMIT: usize = 65_536;
@@ -16,20 +18,23 @@ const ADOPTED_LIMIT: usize = 65_536;
 impl Node {
     /// Ends the connections of before the enrolment that the policies of now refuse. They came without identity.
     pub async fn recheck_adopted(&self) {
-        let candidates: Vec<(Str, Netns, Rules, Vec<LiveConnection>)> = self
+        if !self.proxy.state.is_complete() {
+            return; // it is looked at again when it is
+        }
+        let candidates: Vec<(Str, Arc<LocalPod>, Rules, Vec<LiveConnection>)> = self
             .pods()
-            .values()
-            .filter_map(|slot| match &slot.state {
+            .iter()
+            .filter_map(|(key, slot)| match &slot.state {
                 PodState::Enrolled(e) if !e.adopted.is_empty() || !e.rules.refused.is_empty() => {
-                    Some((e.pod.uid.clone(), e.pod.netns.clone(), e.rules.clone(), e.adopted.clone()))
+                    Some((key.clone(), e.pod.clone(), e.rules.clone(), e.adopted.clone()))
                 }
                 _ => None,
             })
             .collect();
-        for (uid, netns, mut rules, adopted) in candidates {
+        for (key, pod, mut rules, adopted) in candidates {
             let mesh = self.proxy.state.mesh_owned();
-            let Some(workload) = mesh.workload(&uid).cloned() else { continue };
-            let capture = self.capture.clone();
+            let Some(workload) = pod.subject.known(&mesh).cloned() else { continue };
+            let (redirection, netns) = (self.redirection.clone(), pod.netns.clone());
             let result = tokio::task::spawn_blocking(move || {
                 let alive = alive(&netns)?;
                 rules.refused.retain(|tuple| alive.contains_key(&(tuple.local, tuple.peer)));
@@ -42,7 +47,7 @@ impl Node {
                         Direction::Outbound => None, // the destination's node decides over it
                         Direction::Inbound => mesh.authorize(&workload, &inbound).outcome.err(),
                     };
-                    if denied.is_none_or(|deny| !cut_adopted(&*capture, &netns, &mut rules, now, &deny)) {
+                    if denied.is_none_or(|deny| !cut_adopted(&redirection, &netns, &mut rules, now, &deny)) {
                         left.push(live);
                     }
                 }
@@ -51,14 +56,14 @@ impl Node {
             .await;
             match result {
                 Ok(Ok((left, refused))) => {
-                    if let Some(Slot { state: PodState::Enrolled(e), .. }) = self.pods().get_mut(&uid) {
+                    if let Some(Slot { state: PodState::Enrolled(e), .. }) = self.pods().get_mut(&key) {
                         (e.adopted, e.rules.refused) = (left, refused);
                     }
                 }
                 Ok(Err(error)) => {
-                    tracing::error!(pod = %uid, %error, "connections of before the enrolment can't be looked at");
+                    tracing::error!(pod = %key, %error, "connections of before the enrolment can't be looked at");
                 }
-                Err(error) => tracing::error!(pod = %uid, %error, "looking at connections failed"),
+                Err(error) => tracing::error!(pod = %key, %error, "looking at connections failed"),
             }
         }
     }
@@ -66,14 +71,14 @@ impl Node {
 
 /// Whether it is cut. `rules` are those that are installed, and are changed where the kernel can't end connections.
 fn cut_adopted(
-    capture: &dyn Capture,
+    redirection: &Redirection,
     netns: &Netns,
     rules: &mut Rules,
     connection: &sock_diag::Connection,
     deny: &model::Deny,
 ) -> bool {
     let (local, peer) = (connection.local, connection.peer);
-    match capture::cut(capture, netns, rules, connection) {
+    match redirection.cut(netns, rules, connection) {
         Ok(Cut::Ended) => {
             tracing::info!(%local, %peer, reason = %deny, "cut a connection of before the enrolment");
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use capture::{Backend, Rules};
+use capture::Rules;
 use net::Netns;
 use net::netns::OpenError;
 use tokio::time::Instant;
@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::enrol::flatten;
 use super::slot::{PodState, Slot};
 use super::{Node, RECONCILE_INTERVAL};
-use crate::proxy::pod::LocalPod;
+use crate::proxy::pod::{LocalPod, Subject};
 
 /// A pod that left the mesh and still has our redirection.
 pub(super) struct Leaving {
@@ -45,7 +45,7 @@ impl Node {
             PodState::Enrolled(enrolled) => enrolled,
             PodState::Pending { .. } => {
                 // A namespace that is gone has no rules either.
-                if let Ok(netns) = Netns::open(&enrolment.netns) {
+                if let Ok(netns) = enrolment.netns.open() {
                     self.release(Leaving::new(pod, netns, None)).await;
                 }
                 return;
@@ -67,9 +67,9 @@ impl Node {
     /// Captures nothing new of a pod that left, and keeps up what its open connections need.
     async fn leave(&self, leaving: Leaving, rules: Rules, connections: usize) {
         if self.is_claimed(&leaving.netns).is_ok_and(|claimed| !claimed) {
-            let (capture, netns, pod) = (self.capture.clone(), leaving.netns.clone(), &leaving.pod);
-            match flatten(tokio::task::spawn_blocking(move || capture.install(&netns, &rules)).await) {
-                Ok(_) => tracing::info!(%pod, connections, "pod leaves; its connections go on"),
+            let (redirection, netns, pod) = (self.redirection.clone(), leaving.netns.clone(), &leaving.pod);
+            match flatten(tokio::task::spawn_blocking(move || redirection.leave(&netns, &rules)).await) {
+                Ok(()) => tracing::info!(%pod, connections, "pod leaves; its connections go on"),
                 Err(error) => tracing::error!(%pod, %error, "the pod's new connections are refused"),
             }
         }
@@ -77,10 +77,10 @@ impl Node {
     }
 
     /// The pod as it was before it left, if it has open connections of that time.
-    pub(super) fn returning(&self, uid: &str, netns: &Netns) -> Option<Arc<LocalPod>> {
+    pub(super) fn returning(&self, subject: &Subject, netns: &Netns) -> Option<Arc<LocalPod>> {
         let leaving = self.leaving();
         let locals = leaving.iter().filter_map(|leaving| leaving.local.as_ref());
-        locals.into_iter().find(|local| *local.uid == *uid && local.netns.same(netns)).cloned()
+        locals.into_iter().find(|local| local.subject == *subject && local.netns.same(netns)).cloned()
     }
 
     /// The pod is back.
@@ -98,17 +98,10 @@ impl Node {
                 return;
             }
             Ok(false) => {
-                let (capture, record, netns) =
-                    (self.capture.clone(), self.record.clone(), leaving.netns.clone());
-                let removal = tokio::task::spawn_blocking(move || {
-                    let removed = capture.remove(&netns);
-                    if removed.is_ok() {
-                        record.forget(&netns);
-                    }
-                    removed
-                });
+                let (redirection, netns) = (self.redirection.clone(), leaving.netns.clone());
+                let removal = tokio::task::spawn_blocking(move || redirection.end(&netns));
                 match flatten(removal.await) {
-                    Ok(_) => {
+                    Ok(()) => {
                         tracing::info!(%pod, "pod un-enrolled");
                         return;
                     }
@@ -140,21 +133,19 @@ impl Node {
 
     /// Removes the redirection that an earlier process has left in pods which are not in the mesh any more.
     pub(super) async fn release_unclaimed(&self) {
-        let record = self.record.clone();
-        let standing = tokio::task::spawn_blocking(move || record.standing()).await.unwrap_or_default();
+        let redirection = self.redirection.clone();
+        let standing = tokio::task::spawn_blocking(move || redirection.standing()).await.unwrap_or_default();
         for (netns, entry) in standing {
             if self.is_claimed(&netns).is_ok_and(|claimed| claimed) {
                 continue;
             }
             tracing::info!(pod = entry.pod, "left the mesh while no ztunnel ran");
-            let other = entry.backend.parse().ok().filter(|backend| *backend != self.capture.backend());
-            if let Some(backend) = other {
-                let target = netns.clone();
-                let removal = tokio::task::spawn_blocking(move || remove_of(backend, &target));
-                if let Err(error) = flatten(removal.await) {
-                    tracing::error!(pod = entry.pod, %backend, %error, "the redirection of another back-end stays");
-                    continue;
-                }
+            let (redirection, target, other) = (self.redirection.clone(), netns.clone(), entry.clone());
+            let removal = tokio::task::spawn_blocking(move || redirection.end_other(&target, &other));
+            if let Err(error) = flatten(removal.await) {
+                let (pod, backend) = (entry.pod, entry.backend);
+                tracing::error!(pod, backend, %error, "the redirection of another back-end stays");
+                continue;
             }
             self.release(Leaving::new(entry.pod.into(), netns, None)).await;
         }
@@ -171,7 +162,7 @@ impl Node {
             {
                 return Ok(true);
             }
-            match Netns::open(&slot.enrolment.netns) {
+            match slot.enrolment.netns.open() {
                 Ok(its) if its.same(netns) => return Ok(true),
                 Ok(_) | Err(OpenError::Vanished { .. } | OpenError::NotANamespace { .. }) => {}
                 Err(error) => return Err(error),
@@ -190,13 +181,5 @@ impl Node {
         for leaving in left {
             self.release(leaving).await;
         }
-    }
-}
-
-/// Removes what a back-end that is not in use has left.
-pub(super) fn remove_of(backend: Backend, netns: &Netns) -> Result<bool, capture::Error> {
-    match capture::probe(backend, &capture::Tools::default()) {
-        Ok(other) => other.remove(netns),
-        Err(missing) => Err(capture::Error::Unavailable { backend, missing: Box::new(missing) }),
     }
 }

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use capture::{Include, InterfaceName, PortRange, Rules};
-use config::compile::Enrolment;
 use model::Str;
 use net::{DatagramOptions, ListenOptions, Netns, ProxyUdpSocket};
 use tokio::net::{TcpListener, TcpStream};
@@ -14,10 +13,9 @@ use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
-use super::Node;
-use super::adopted::before;
-use super::departure::remove_of;
-use super::slot::{Enrolled, VERIFY_INTERVAL, Verified};
+use super::redirection::{Begun, Verified};
+use super::slot::{Enrolled, PodState, VERIFY_INTERVAL};
+use super::{Enrolment, Node};
 use crate::dns;
 use crate::proxy::pod::LocalPod;
 use crate::proxy::{self, DNS_PORT, HBONE_PORT, OUTBOUND_PORT, PLAINTEXT_PORT, Proxy};
@@ -35,6 +33,8 @@ pub(super) enum EnrolError {
     Capture(#[from] capture::Error),
     #[error("the network namespace is ztunnel's own: to capture its traffic would be to cut the node off")]
     Own,
+    #[error("the network namespace is that of the pod {0}, which is enrolled in it")]
+    Taken(Str),
     #[error("{0} is not a valid exclusion")]
     Exclusion(String),
     #[error("the task of the enrolment failed: {0}")]
@@ -44,21 +44,23 @@ pub(super) enum EnrolError {
 impl Node {
     /// Listeners, then redirection, then the connections that lived before.
     pub(super) async fn enrol(&self, enrolment: &Enrolment) -> Result<Enrolled, EnrolError> {
-        let netns = Netns::open(&enrolment.netns)?;
+        let netns = enrolment.netns.open()?;
         if netns.same(&Netns::current()?) {
             return Err(EnrolError::Own);
         }
+        self.check_free(enrolment, &netns)?;
         let name = format!("{}/{}", enrolment.namespace, enrolment.name);
-        let returning = self.returning(&enrolment.uid, &netns);
+        let returning = self.returning(&enrolment.subject, &netns);
         let is_back = returning.is_some();
-        let pod = returning.unwrap_or_else(|| Arc::new(LocalPod::new(enrolment.uid.clone(), netns.clone())));
+        let pod =
+            returning.unwrap_or_else(|| Arc::new(LocalPod::new(enrolment.subject.clone(), netns.clone())));
         self.prepare_certificate(&pod);
         // Closes what listens already when something fails from here on.
         let mut enrolled = Enrolled {
             accepting: Vec::new(),
             pod: pod.clone(),
             rules: Rules::default(),
-            ipv6: capture::Ipv6::Absent,
+            ipv6: None,
             verify_at: Instant::now() + VERIFY_INTERVAL,
             trouble: None,
             adopted: Vec::new(),
@@ -69,21 +71,11 @@ impl Node {
             self.listen(&mut enrolled.accepting, &pod, enrolment)
         });
         // Also when it isn't: the pod is closed then, and not open.
-        let (capture, record, rules) = (self.capture.clone(), self.record.clone(), enrolled.rules.clone());
-        let installed = tokio::task::spawn_blocking(move || {
-            let other = record.note(&netns, &name, capture.backend());
-            let mut installed = capture.install(&netns, &rules)?;
-            if let Some(other) = other {
-                tracing::info!(pod = name, %other, "removing the redirection of another back-end");
-                remove_of(other, &netns)?;
-                // They share routes.
-                installed = capture.install(&netns, &rules)?;
-            }
-            Ok::<_, capture::Error>((installed, before(&netns, &rules)))
-        });
-        let (installed, adopted) = flatten(installed.await)?;
+        let (redirection, rules) = (self.redirection.clone(), enrolled.rules.clone());
+        let begun = tokio::task::spawn_blocking(move || redirection.begin(&netns, &name, &rules));
+        let Begun { ipv6, adopted } = flatten(begun.await)?;
         ready?;
-        (enrolled.ipv6, enrolled.adopted) = (installed.ipv6, adopted);
+        (enrolled.ipv6, enrolled.adopted) = (ipv6, adopted);
         if is_back {
             self.returned(&pod.netns);
             // Policies may have changed while it was no workload of the mesh.
@@ -92,8 +84,8 @@ impl Node {
         self.started.fetch_add(1, Ordering::Relaxed);
         tracing::info!(
             pod = %format_args!("{}/{}", enrolment.namespace, enrolment.name),
-            netns = %enrolment.netns.display(),
-            backend = self.capture.backend().as_str(),
+            netns = %enrolment.netns,
+            backend = self.redirection.name(),
             ipv6 = ?enrolled.ipv6,
             connections_alive = enrolled.adopted.len(),
             "pod enrolled"
@@ -103,10 +95,12 @@ impl Node {
 
     /// Has the pod's certificate issued, so that its first connection need not wait for it.
     fn prepare_certificate(&self, pod: &LocalPod) {
-        let workload = pod.workload(&self.proxy.state.mesh());
-        let Some(id) = workload.ok().and_then(|w| w.identity().ok()) else { return };
-        let tls = self.proxy.tls.clone();
+        let (state, tls, subject) = (self.proxy.state.clone(), self.proxy.tls.clone(), pod.subject.clone());
         tokio::spawn(async move {
+            // The trust domain may not be known before.
+            state.completed().await;
+            let workload = subject.source(&state.mesh());
+            let Some(id) = workload.ok().and_then(|w| w.identity().ok()) else { return };
             if let Err(error) = tls.certificates().get(&id).await {
                 tracing::warn!(%id, %error, "no certificate yet; it is tried again");
             }
@@ -120,6 +114,12 @@ impl Node {
         pod: &Arc<LocalPod>,
         enrolment: &Enrolment,
     ) -> Result<(), EnrolError> {
+        if self.redirection.is_agents()
+            && let Err(error) = net::move_queues(&pod.netns)
+        {
+            // Few connections wait there: the newer listener gets all that is new.
+            tracing::debug!(netns = %pod.netns, %error, "what waits for a listener that closes will be reset");
+        }
         self.accept(tasks, pod, OUTBOUND_PORT, proxy::outbound::handle)?;
         self.accept(tasks, pod, PLAINTEXT_PORT, proxy::plaintext::handle)?;
         self.accept(tasks, pod, HBONE_PORT, proxy::inbound::handle)?;
@@ -128,14 +128,40 @@ impl Node {
             let worker = self.worker(pod.netns.id().inode());
             let _context = worker.enter();
             let any = any(DNS_PORT);
-            let options = DatagramOptions { mark: Some(net::ZTUNNEL_MARK), ..DatagramOptions::default() };
+            let listen = self.listen_options();
+            let options = DatagramOptions {
+                mark: listen.mark,
+                reuse_port: listen.reuse_port,
+                ..DatagramOptions::default()
+            };
             let udp = ProxyUdpSocket::bind(&pod.netns, any, &options)?;
-            let tcp = net::listen(&pod.netns, any, &listen_options())?;
+            let tcp = net::listen(&pod.netns, any, &listen)?;
             let client = self.dns_client(enrolment);
             tasks.push(worker.spawn(self.dns.clone().serve_udp(udp, client.clone())).abort_handle());
             tasks.push(worker.spawn(self.dns.clone().serve_tcp(tcp, client)).abort_handle());
         }
         Ok(())
+    }
+
+    /// A successor listens beside us where the node agent redirects, which tells both of the pod. Where this process
+    /// does, there is only one, and a port that is taken is taken by somebody else.
+    fn listen_options(&self) -> ListenOptions {
+        let reuse_port = self.redirection.is_agents();
+        ListenOptions { mark: Some(net::ZTUNNEL_MARK), reuse_port, ..ListenOptions::default() }
+    }
+
+    /// Two pods can't share a network namespace. Where ports may be shared, the kernel would not tell.
+    fn check_free(&self, enrolment: &Enrolment, netns: &Netns) -> Result<(), EnrolError> {
+        if !self.redirection.is_agents() {
+            return Ok(());
+        }
+        let pods = self.pods();
+        let other = pods.values().find(|slot| {
+            let here = matches!(&slot.state, PodState::Enrolled(enrolled) if enrolled.pod.netns.same(netns));
+            here && slot.enrolment.key != enrolment.key
+        });
+        let name = |e: &Enrolment| format!("{}/{}", e.namespace, e.name).into();
+        other.map_or(Ok(()), |slot| Err(EnrolError::Taken(name(&slot.enrolment))))
     }
 
     /// One of the data plane's threads.
@@ -162,7 +188,7 @@ impl Node {
             HBONE_PORT => !self.proxy.limits.pace_tunnels,
             _ => false,
         };
-        let options = ListenOptions { unpaced, ..listen_options() };
+        let options = ListenOptions { unpaced, ..self.listen_options() };
         let first = net::listen(&pod.netns, any(port), &options)?;
         for worker in self.workers.handles() {
             // The same socket, known to each thread's own runtime.
@@ -178,12 +204,12 @@ impl Node {
     /// The pod as the DNS proxy sees it.
     fn dns_client(&self, enrolment: &Enrolment) -> Arc<dns::Client> {
         let mesh = self.proxy.state.mesh_owned();
-        let workload = mesh.workload(&enrolment.uid);
+        let workload = enrolment.subject.known(&mesh);
         let of = |part: fn(&model::Workload) -> &Str| workload.map_or_else(|| "".into(), |w| part(w).clone());
         self.dns.client(dns::ClientSettings {
             namespace: enrolment.namespace.clone(),
             network: of(|w| &w.network),
-            addresses: enrolment.addresses.clone(),
+            addresses: enrolment.addresses.clone().unwrap_or_default(),
             canonical_service: of(|w| &w.canonical_name),
             canonical_revision: of(|w| &w.canonical_revision),
             upstreams: self.upstreams.clone(),
@@ -200,21 +226,9 @@ impl Node {
         installed: Rules,
     ) -> Result<Verified, EnrolError> {
         let wanted = Rules { refused: installed.refused.clone(), ..rules(enrolment)? };
-        let (capture, netns) = (self.capture.clone(), netns.clone());
-        let verified = tokio::task::spawn_blocking(move || {
-            if wanted != installed {
-                capture.install(&netns, &wanted)?;
-                let adopted = before(&netns, &wanted);
-                return Ok(Verified::Changed(Box::new(wanted), adopted));
-            }
-            let drift = capture.verify(&netns, &wanted)?;
-            if drift.is_none() {
-                return Ok(Verified::Standing);
-            }
-            capture.install(&netns, &wanted)?;
-            Ok::<_, capture::Error>(Verified::Restored(drift, before(&netns, &wanted)))
-        })
-        .await??;
+        let (redirection, netns) = (self.redirection.clone(), netns.clone());
+        let verifying = tokio::task::spawn_blocking(move || redirection.verify(&netns, wanted, &installed));
+        let verified = flatten(verifying.await)?;
         let pod = format_args!("{}/{}", enrolment.namespace, enrolment.name);
         match &verified {
             Verified::Standing => {}
@@ -237,10 +251,6 @@ pub(super) fn flatten<T>(
 /// All addresses of both families.
 fn any(port: u16) -> SocketAddr {
     SocketAddr::from(([0_u16; 8], port))
-}
-
-fn listen_options() -> ListenOptions {
-    ListenOptions { mark: Some(net::ZTUNNEL_MARK), ..ListenOptions::default() }
 }
 
 /// The rules that a pod's enrolment asks for.

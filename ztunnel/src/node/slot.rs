@@ -4,15 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use capture::{LiveConnection, Rules};
-use config::compile::Enrolment;
 use serde_json::{Value, json};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
-use super::RECONCILE_INTERVAL;
 use super::enrol::EnrolError;
+use super::redirection::Verified;
+use super::{Enrolment, RECONCILE_INTERVAL};
 use crate::proxy::pod::LocalPod;
-use net::Netns;
 
 /// How often the rules of an enrolled pod are compared with what they should be.
 pub(super) const VERIFY_INTERVAL: Duration = Duration::from_secs(30);
@@ -37,7 +36,7 @@ pub(super) struct Enrolled {
     pub(super) accepting: Vec<AbortHandle>,
     /// What is installed.
     pub(super) rules: Rules,
-    pub(super) ipv6: capture::Ipv6,
+    pub(super) ipv6: Option<capture::Ipv6>,
     /// When the rules are compared with what they should be.
     pub(super) verify_at: Instant,
     /// Why they can't be.
@@ -68,22 +67,12 @@ impl Drop for Enrolled {
     }
 }
 
-/// What looking at an enrolled pod's rules came to.
-pub(super) enum Verified {
-    /// They are as they should be.
-    Standing,
-    /// They are others now, with the connections that these find alive.
-    Changed(Box<Rules>, Vec<LiveConnection>),
-    /// Somebody had changed them; with the connections that passed meanwhile, and those of before.
-    Restored(capture::Drift, Vec<LiveConnection>),
-}
-
 impl Slot {
     /// Whether the pod has another network namespace than the one that it is enrolled in.
     pub(super) fn is_elsewhere(&self) -> bool {
         match &self.state {
             PodState::Enrolled(enrolled) => {
-                Netns::open(&self.enrolment.netns).is_ok_and(|now| !now.same(&enrolled.pod.netns))
+                self.enrolment.netns.open().is_ok_and(|now| !now.same(&enrolled.pod.netns))
             }
             PodState::Pending { .. } => false,
         }
@@ -98,7 +87,7 @@ impl Slot {
         let wait = RECONCILE_INTERVAL * 2_u32.pow(failures.min(6) - 1);
         if failures == 1 {
             let pod = format_args!("{}/{}", enrolment.namespace, enrolment.name);
-            tracing::error!(%pod, netns = %enrolment.netns.display(), %error, "the pod is not enrolled; trying again");
+            tracing::error!(%pod, netns = %enrolment.netns, %error, "the pod is not enrolled; trying again");
         }
         let retry_at = Instant::now() + wait;
         self.state = PodState::Pending { failures, reason: error.to_string(), retry_at };
@@ -139,11 +128,11 @@ impl Slot {
     pub(super) fn dump(&self, backend: &str) -> Value {
         let e = &self.enrolment;
         let mut pod = json!({
-            "uid": &*e.uid,
+            "uid": &*e.key,
             "namespace": &*e.namespace,
             "name": &*e.name,
-            "netns": e.netns,
-            "addresses": e.addresses.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            "netns": e.netns.to_string(),
+            "addresses": e.addresses.iter().flatten().map(ToString::to_string).collect::<Vec<_>>(),
             "dnsCapture": e.dns_capture,
             "bypassInbound": e.bypass_inbound,
         });
@@ -154,7 +143,7 @@ impl Slot {
             PodState::Enrolled(enrolled) => json!({
                 "state": "enrolled",
                 "capture": backend,
-                "ipv6": format!("{:?}", enrolled.ipv6),
+                "ipv6": enrolled.ipv6.map(|ipv6| format!("{ipv6:?}")),
                 "openConnections": enrolled.pod.open(),
                 "drifts": enrolled.drifts,
                 "trouble": enrolled.trouble,

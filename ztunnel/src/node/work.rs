@@ -4,9 +4,10 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use config::compile::EnrolmentChange;
 use model::Str;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
+
+use super::EnrolmentChange;
 
 /// The work, given by any task and taken by one.
 #[derive(Default)]
@@ -17,17 +18,23 @@ pub struct Work {
 
 #[derive(Default)]
 struct Pending {
-    changes: HashMap<Str, EnrolmentChange>,
+    changes: HashMap<Str, Wanted>,
     recheck: bool,
     closed: bool,
+}
+
+/// A change, and who wants to know what comes of it.
+pub(super) struct Wanted {
+    pub(super) change: EnrolmentChange,
+    pub(super) reply: Option<oneshot::Sender<Result<(), String>>>,
 }
 
 /// What is done in one round.
 pub struct Todo {
     /// The newest enrolment of each pod that changed.
-    pub changes: Vec<EnrolmentChange>,
+    pub(super) changes: Vec<Wanted>,
     /// Whether policies changed: connections of before the enrolment are looked at again.
-    pub recheck: bool,
+    pub(super) recheck: bool,
 }
 
 impl Work {
@@ -37,12 +44,20 @@ impl Work {
 
     /// Adds changes of enrolments, in order.
     pub fn add(&self, changes: impl IntoIterator<Item = EnrolmentChange>) {
-        let uid = |change: &EnrolmentChange| match change {
-            EnrolmentChange::Set(enrolment) => enrolment.uid.clone(),
-            EnrolmentChange::Remove(uid) => uid.clone(),
-        };
-        self.pending().changes.extend(changes.into_iter().map(|change| (uid(&change), change)));
+        let wanted = |change: EnrolmentChange| (change.key().clone(), Wanted { change, reply: None });
+        self.pending().changes.extend(changes.into_iter().map(wanted));
         self.wake.notify_one();
+    }
+
+    /// Adds a change, and waits for what comes of it.
+    ///
+    /// # Errors
+    /// Why the pod is not enrolled (it is tried again), or that the process is ending.
+    pub async fn done(&self, change: EnrolmentChange) -> Result<(), String> {
+        let (reply, outcome) = oneshot::channel();
+        self.pending().changes.insert(change.key().clone(), Wanted { change, reply: Some(reply) });
+        self.wake.notify_one();
+        outcome.await.unwrap_or_else(|_| Err("ztunnel is stopping, or was told otherwise meanwhile".into()))
     }
 
     /// Has the connections of before the enrolment looked at again.
@@ -53,7 +68,11 @@ impl Work {
 
     /// Ends the work: what was begun is finished, and no more is taken.
     pub fn close(&self) {
-        self.pending().closed = true;
+        let mut pending = self.pending();
+        pending.closed = true;
+        // Whoever waits for what comes of them waits no longer.
+        pending.changes.clear();
+        drop(pending);
         self.wake.notify_one();
     }
 

@@ -63,6 +63,12 @@ pub enum Failure {
     /// The pod is not (or no longer) in the configuration.
     #[error("nothing is known of the pod {0}: its manifest was removed or is invalid")]
     UnknownPod(model::Str),
+    /// The control plane has not told of the pod (yet), so its policies are not known.
+    #[error("the control plane has not told of the pod {0}, so that its policies are not known")]
+    NotKnownYet(model::Str),
+    /// The control plane has not told what there is.
+    #[error("the control plane has not told yet what workloads, services and policies there are")]
+    NothingKnownYet,
     /// The CONNECT asks for an address that is not the pod's.
     #[error("CONNECT to {authority}, and this is {local}: a tunnel ends at the pod that it was opened to")]
     WrongAddress {
@@ -97,7 +103,7 @@ impl Failure {
             }
             Self::Tls { .. } => FailureFlag::TlsFailure,
             Self::Http2 { .. } => FailureFlag::H2HandshakeFailure,
-            Self::Identity(..) | Self::UnknownPod(_) => FailureFlag::IdentityError,
+            Self::Identity(..) | Self::UnknownPod(_) | Self::NotKnownYet(_) => FailureFlag::IdentityError,
             _ => FailureFlag::Connect,
         }
     }

@@ -36,13 +36,13 @@ pub async fn handle(proxy: Arc<Proxy>, pod: Arc<LocalPod>, stream: TcpStream, pe
             return proxy.refuse_early(stream, Direction::Inbound, peer, &Failure::OriginalDst(error));
         }
     };
-    let tls = match Box::pin(secure(&proxy, &pod, stream, peer)).await {
+    let tls = match Box::pin(secure(&proxy, &pod, stream, (peer, local))).await {
         Ok(secured) => secured,
         Err(failure) => return proxy.refused_early(Direction::Inbound, peer, local, &failure),
     };
     let info = Arc::new(tls.peer().clone());
     let control = Control::default();
-    let seat = match proxy.peers.admit(&pod.uid, peer.ip(), control.clone()) {
+    let seat = match proxy.peers.admit(&pod.subject.uid, peer.ip(), control.clone()) {
         Ok(seat) => Arc::new(seat),
         Err(no_room) => {
             return proxy.refused_early(Direction::Inbound, peer, local, &Failure::NoRoom(no_room));
@@ -91,9 +91,10 @@ async fn secure(
     proxy: &Proxy,
     pod: &LocalPod,
     stream: TcpStream,
-    peer: SocketAddr,
+    (peer, local): (SocketAddr, SocketAddr),
 ) -> Result<TlsStream<TcpStream>, Failure> {
-    let workload = pod.workload(&proxy.state.mesh())?;
+    proxy.may_serve(pod, local.ip()).await?;
+    let workload = pod.subject.destination(&proxy.state.mesh(), local.ip())?;
     let own =
         workload.identity().map_err(|e| super::resolve::Refusal::NoIdentity(workload.uid.clone(), e))?;
     let place = proxy.handshakes.place(peer.ip()).await;
@@ -157,7 +158,7 @@ impl Session {
     fn decide(&self, incoming: &Incoming) -> Result<Decided, Failure> {
         let to = self.addressed(incoming)?;
         let mesh = self.proxy.state.mesh();
-        let workload = self.pod.workload(&mesh)?;
+        let workload = self.pod.subject.destination(&mesh, self.local.ip())?;
         // The connection is being drained then; for a moment its peer may not know yet.
         if let Err(distrust) = self.proxy.tls.trusts(&self.info, self.peer.ip()) {
             return Err(Failure::Tls { to: self.peer, reason: distrust.to_string() });

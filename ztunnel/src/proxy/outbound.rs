@@ -38,8 +38,12 @@ async fn begin(
     client: TcpStream,
     peer: SocketAddr,
 ) -> Option<impl Future<Output = ()> + Send> {
-    let prepared =
-        proxy.captured(&client, peer).and_then(|dialled| Outbound::new(&proxy, &pod, peer, dialled));
+    let prepared = match proxy.may_connect().await {
+        Ok(()) => {
+            proxy.captured(&client, peer).and_then(|dialled| Outbound::new(&proxy, &pod, peer, dialled))
+        }
+        Err(failure) => Err(failure),
+    };
     let mut outbound = match prepared {
         Ok(outbound) => outbound,
         Err(failure) => {
@@ -117,7 +121,7 @@ impl<'a> Outbound<'a> {
         peer: SocketAddr,
         dialled: OriginalDst,
     ) -> Result<Self, Failure> {
-        let source = pod.workload(&proxy.state.mesh())?;
+        let source = pod.subject.source(&proxy.state.mesh())?;
         let identity =
             source.identity().map_err(|e| super::resolve::Refusal::NoIdentity(source.uid.clone(), e))?;
         let place = pod.place(&proxy.room, 2)?;

@@ -29,7 +29,10 @@ async fn begin(
     client: TcpStream,
     peer: SocketAddr,
 ) -> Option<impl Future<Output = ()> + Send> {
-    let dialled = proxy.captured(&client, peer).and_then(reachable);
+    let dialled = match proxy.captured(&client, peer).and_then(reachable) {
+        Ok(dialled) => proxy.may_serve(&pod, dialled.ip()).await.map(|()| dialled),
+        Err(failure) => Err(failure),
+    };
     let (story, decision) = match dialled.and_then(|dialled| decide(&proxy, &pod, peer, dialled)) {
         Ok(decided) => decided,
         Err(failure) => {
@@ -68,7 +71,7 @@ type Decided = (Story, Result<Permit, Failure>);
 
 fn decide(proxy: &Proxy, pod: &LocalPod, peer: SocketAddr, dialled: OriginalDst) -> Result<Decided, Failure> {
     let mesh = proxy.state.mesh();
-    let workload = pod.workload(&mesh)?;
+    let workload = pod.subject.destination(&mesh, dialled.ip())?;
     let connection = Connection::new(None, peer.ip(), dialled.socket_addr());
     let decision = mesh.authorize(&workload, &connection);
     let story = Story {

@@ -1,20 +1,123 @@
 //! A pod of this node, as the data plane sees it.
 
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use hbone::{Baggage, HeaderValue};
-use model::{Mesh, Str, Workload};
+use model::{Health, Mesh, NetworkMode, Str, TunnelProtocol, Workload, WorkloadKind};
 use net::Netns;
 
 use super::failure::Failure;
+
+/// Who a pod of this node is, whatever the snapshot of the moment knows of it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Subject {
+    /// Its workload's uid.
+    pub uid: Str,
+    /// What the node agent says of it. Without one (file mode) the configuration alone says who the pod is.
+    pub claim: Option<Arc<Claim>>,
+}
+
+/// What the node agent says of a pod.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Claim {
+    /// Its namespace.
+    pub namespace: Str,
+    /// Its name.
+    pub name: Str,
+    /// Its service account.
+    pub service_account: Str,
+    /// This node.
+    pub node: Str,
+    /// The cluster that this node is in.
+    pub cluster: Str,
+    /// The network that this node's pods are on.
+    pub network: Str,
+}
+
+impl Claim {
+    /// Whether `workload` is the pod, or an earlier one of its name that ran as somebody else.
+    fn holds_of(&self, workload: &Workload) -> bool {
+        workload.namespace == self.namespace
+            && workload.name == self.name
+            && workload.service_account == self.service_account
+    }
+
+    /// The pod before the control plane has told of it. Its identity is known, which is all that it needs to connect.
+    fn workload(&self, uid: &Str, mesh: &Mesh) -> Workload {
+        Workload {
+            uid: uid.clone(),
+            name: self.name.clone(),
+            namespace: self.namespace.clone(),
+            service_account: self.service_account.clone(),
+            trust_domain: mesh.settings().trust_domains.own.clone(),
+            network: self.network.clone(),
+            addresses: Box::default(),
+            hostname: Str::default(),
+            node: self.node.clone(),
+            cluster: self.cluster.clone(),
+            tunnel: TunnelProtocol::Hbone,
+            network_mode: NetworkMode::Standard,
+            health: Health::Healthy,
+            locality: Arc::default(),
+            canonical_name: self.name.clone(),
+            canonical_revision: "latest".into(),
+            workload_name: self.name.clone(),
+            workload_kind: WorkloadKind::Pod,
+            services: Box::default(),
+            policies: Box::default(),
+            waypoint: None,
+            network_gateway: None,
+            application_tunnel: None,
+            capacity: 1,
+        }
+    }
+}
+
+impl Subject {
+    /// The pod's workload in `mesh`, if that knows it.
+    pub fn known<'a>(&self, mesh: &'a Mesh) -> Option<&'a Arc<Workload>> {
+        let found = mesh.workload(&self.uid)?;
+        self.claim.as_ref().is_none_or(|claim| claim.holds_of(found)).then_some(found)
+    }
+
+    /// The pod as the source of connections: known to the control plane, or by the node agent's word.
+    ///
+    /// # Errors
+    /// Nothing is known of it.
+    pub fn source(&self, mesh: &Mesh) -> Result<Arc<Workload>, Failure> {
+        match (self.known(mesh), &self.claim) {
+            (Some(workload), _) => Ok(workload.clone()),
+            (None, Some(claim)) => Ok(Arc::new(claim.workload(&self.uid, mesh))),
+            (None, None) => Err(Failure::UnknownPod(self.uid.clone())),
+        }
+    }
+
+    /// The pod as the destination of connections to its address `local`: only as the control plane knows it, for the
+    /// policies that hold for it are not known otherwise. What is known of an address that isn't this pod's is of an
+    /// earlier pod of the same name.
+    ///
+    /// # Errors
+    /// Nothing is known of it (yet).
+    pub fn destination(&self, mesh: &Mesh, local: IpAddr) -> Result<Arc<Workload>, Failure> {
+        match (self.known(mesh), &self.claim) {
+            (Some(workload), None) => Ok(workload.clone()),
+            (Some(workload), Some(_)) if workload.addresses.contains(&local.to_canonical()) => {
+                Ok(workload.clone())
+            }
+            (_, None) => Err(Failure::UnknownPod(self.uid.clone())),
+            (_, Some(_)) => Err(Failure::NotKnownYet(self.uid.clone())),
+        }
+    }
+}
 
 /// A pod whose traffic this process carries. Its workload is looked up in the snapshot of the moment, so that a
 /// changed manifest holds for the next connection.
 #[derive(Debug)]
 pub struct LocalPod {
-    /// The workload's uid.
-    pub uid: Str,
+    /// Who it is.
+    pub subject: Subject,
     /// Where its sockets live.
     pub netns: Netns,
     open: AtomicUsize,
@@ -23,16 +126,8 @@ pub struct LocalPod {
 
 impl LocalPod {
     /// A pod in `netns`.
-    pub fn new(uid: Str, netns: Netns) -> Self {
-        Self { uid, netns, open: AtomicUsize::new(0), baggage: Mutex::default() }
-    }
-
-    /// Its workload in `mesh`.
-    ///
-    /// # Errors
-    /// The snapshot has none.
-    pub fn workload(&self, mesh: &Mesh) -> Result<Arc<Workload>, Failure> {
-        mesh.workload(&self.uid).cloned().ok_or_else(|| Failure::UnknownPod(self.uid.clone()))
+    pub fn new(subject: Subject, netns: Netns) -> Self {
+        Self { subject, netns, open: AtomicUsize::new(0), baggage: Mutex::default() }
     }
 
     /// What tunnels say of `workload`, which is the pod's. Made once for each version of it.
@@ -154,7 +249,10 @@ mod tests {
     #[test]
     fn places_end_at_the_pods_limit_and_at_the_descriptors_of_all() {
         let netns = || Netns::open("/proc/self/ns/net").unwrap();
-        let [one, other] = ["one", "other"].map(|uid| Arc::new(LocalPod::new(uid.into(), netns())));
+        let [one, other] = ["one", "other"].map(|uid| {
+            let subject = Subject { uid: uid.into(), claim: None };
+            Arc::new(LocalPod::new(subject, netns()))
+        });
         let room = Arc::new(Room::new(RoomLimits { per_pod: 3, descriptors: 8 }));
         let mut places: Vec<_> = (0..3).map(|_| one.place(&room, 2).unwrap()).collect();
         assert!(matches!(one.place(&room, 2), Err(Failure::TooMany(3))));
@@ -167,5 +265,48 @@ mod tests {
         places.push(other.place(&room, 1).unwrap());
         drop(places);
         assert_eq!((one.open(), other.open(), room.taken()), (0, 0, 0));
+    }
+
+    #[test]
+    fn a_pod_is_served_by_what_is_known_of_itself_and_not_of_its_predecessor() {
+        let claim = Claim {
+            namespace: "shop".into(),
+            name: "web-0".into(),
+            service_account: "web".into(),
+            node: "n1".into(),
+            cluster: "Kubernetes".into(),
+            network: Str::default(),
+        };
+        let subject = Subject { uid: "Kubernetes//Pod/shop/web-0".into(), claim: Some(Arc::new(claim)) };
+        let local: IpAddr = "10.0.0.7".parse().unwrap();
+        let empty = Mesh::default();
+        let unknown = subject.source(&empty).unwrap();
+        assert_eq!(unknown.identity().unwrap().to_string(), "spiffe://cluster.local/ns/shop/sa/web");
+        assert!(matches!(subject.destination(&empty, local), Err(Failure::NotKnownYet(_))));
+
+        let told = |account: &str, address: IpAddr| {
+            let workload = Workload {
+                service_account: account.into(),
+                addresses: [address].into(),
+                canonical_name: "told".into(),
+                ..(*unknown).clone()
+            };
+            empty.apply([model::Change::SetWorkload(Arc::new(workload))])
+        };
+        let mesh = told("web", local);
+        assert_eq!(&*subject.source(&mesh).unwrap().canonical_name, "told");
+        assert!(subject.destination(&mesh, local).is_ok());
+        let mapped: IpAddr = "::ffff:10.0.0.7".parse().unwrap();
+        assert!(subject.destination(&mesh, mapped).is_ok());
+        // Of the one before it, which had another address, or ran as somebody else.
+        let mesh = told("web", "10.0.0.6".parse().unwrap());
+        assert!(subject.destination(&mesh, local).is_err());
+        let mesh = told("admin", local);
+        assert!(subject.destination(&mesh, local).is_err());
+        assert_eq!(&*subject.source(&mesh).unwrap().service_account, "web");
+        // In file mode the manifest alone counts.
+        let file = Subject { claim: None, ..subject };
+        assert!(file.source(&empty).is_err());
+        assert_eq!(&*file.destination(&mesh, local).unwrap().service_account, "admin");
     }
 }

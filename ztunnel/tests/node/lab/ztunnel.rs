@@ -58,17 +58,23 @@ impl Ztunnel {
         let keys = dir.join(format!("keys-{}", host.name));
         fs::create_dir_all(&keys).unwrap();
         fs::set_permissions(&keys, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
-        let output = dir.join(format!("ztunnel-{}.log", host.name));
-        let file = File::options().create(true).append(true).open(&output).unwrap();
-        let mut words = options.wrapper.iter().map(String::as_str).chain([env!("CARGO_BIN_EXE_ztunnel")]);
-        let mut command = Command::new(words.next().unwrap());
-        command.args(words).args(["--node", &host.name, "--dns-upstream", "127.0.0.1:5399"]);
-        for (flag, path) in [
+        let flags = [
             ("--config-dir", dir.join("manifests")),
             ("--ca-dir", dir.join("ca")),
             ("--key-dir", keys),
             ("--state-dir", dir.join("state")),
-        ] {
+        ];
+        Self::start(host, &dir.join(format!("ztunnel-{}.log", host.name)), &flags, options)
+    }
+
+    /// One with `flags` alone, which prints to `output`.
+    pub fn start(host: &Host, output: &Path, flags: &[(&str, PathBuf)], options: &Options) -> Self {
+        let output = output.to_owned();
+        let file = File::options().create(true).append(true).open(&output).unwrap();
+        let mut words = options.wrapper.iter().map(String::as_str).chain([env!("CARGO_BIN_EXE_ztunnel")]);
+        let mut command = Command::new(words.next().unwrap());
+        command.args(words).args(["--node", &host.name, "--dns-upstream", "127.0.0.1:5399"]);
+        for (flag, path) in flags {
             command.arg(flag).arg(path);
         }
         command.args(&options.arguments);

@@ -1,4 +1,6 @@
-//! Where the configuration comes from: in file mode, a directory of manifests.
+//! The configuration of file mode: a directory of manifests.
+
+use std::path::Path;
 
 use config::compile;
 use config::diagnostic::Severity;
@@ -6,37 +8,42 @@ use config::directory::{Directory, Options};
 use config::repository::Outcome;
 use serde_json::Value;
 
-use crate::settings::Flags;
+use super::Update;
 
 /// A directory that is followed.
-pub struct Source {
+pub struct Files {
     directory: Directory,
 }
 
-impl Source {
-    /// Reads the directory.
+impl Files {
+    /// Reads the directory, for the pods of `node`.
     ///
     /// # Errors
     /// It can't be read, or something in it has an error: nothing was in force before that could stay.
-    pub fn open(flags: &Flags) -> anyhow::Result<(Self, Outcome)> {
-        let compile =
-            compile::Options { node: Some(flags.node.as_str().into()), ..compile::Options::default() };
-        let (directory, first) =
-            Directory::open(&flags.config_dir, Options { compile, ..Options::default() })?;
+    pub fn open(directory: &Path, node: &str) -> anyhow::Result<(Self, Update)> {
+        let compile = compile::Options { node: Some(node.into()), ..compile::Options::default() };
+        let (directory, first) = Directory::open(directory, Options { compile, ..Options::default() })?;
         say(&first);
-        Ok((Self { directory }, first))
+        Ok((Self { directory }, first.into()))
     }
 
     /// The next change.
-    pub async fn next(&mut self) -> Outcome {
+    pub async fn next(&mut self) -> Update {
         let outcome = self.directory.next().await;
         say(&outcome);
-        outcome
+        outcome.into()
     }
 
     /// All there is to say of the directory as it is.
     pub fn diagnostics(&self) -> Value {
         serde_json::to_value(self.directory.diagnostics()).unwrap_or_default()
+    }
+}
+
+impl From<Outcome> for Update {
+    fn from(outcome: Outcome) -> Self {
+        let enrolments = outcome.enrolments.into_iter().map(Into::into).collect();
+        Self { changes: outcome.changes, enrolments, complete: true }
     }
 }
 

@@ -1,0 +1,350 @@
+//! The configuration of a cluster: what a control plane sends over delta ADS, or sent to the process before this one.
+//!
+//! ```text
+//!   update --read--> changes --> the snapshot is swapped, connections are looked at again --> acknowledged
+//!              |
+//!              +--> what can't be read is refused by name; its last good version stays in force
+//! ```
+//!
+//! Invariants:
+//! * nothing is acknowledged before it is in force: an acknowledgement means that this node enforces it;
+//! * the snapshot may be worked by only once policies and workloads have come whole (from the kept state, or from the
+//!   control plane); settings of the mesh come before them where the control plane has any;
+//! * a policy that can't be read and has no last good version refuses, for as many workloads as it could concern: to
+//!   leave it out could let in what it denies.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use ::xds::client::{Link, Origin, Rejection, Resource, Update as Batch, Updates};
+use model::{Action, Change, Mesh, Policy, PolicyKey, Rule, Scope, Settings};
+use prost::Message;
+use proto::wire::{culvert, security, workload};
+use proto::{
+    ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, Decoded, Decoder, Elided, MESH_SETTINGS_NAME,
+    MESH_SETTINGS_TYPE_URL, ResourceName,
+};
+use serde_json::{Value, json};
+use tokio::sync::watch;
+
+use super::Update;
+use crate::state::State;
+
+/// Reasons for refusals that are kept for the admin page; more are counted.
+const SHOWN: usize = 100;
+
+/// How it goes with the control plane, for metrics and the admin page.
+pub struct XdsStatus {
+    link: watch::Receiver<Link>,
+    /// Whether the snapshot came from the control plane in this process's life, and not from the kept state alone.
+    is_fresh: AtomicBool,
+    is_complete: AtomicBool,
+    updates: AtomicU64,
+    resources: AtomicU64,
+    rejected: AtomicU64,
+}
+
+impl XdsStatus {
+    /// Whether a control plane is connected.
+    pub fn is_connected(&self) -> bool {
+        matches!(&*self.link.borrow(), Link::Connected { .. })
+    }
+
+    /// Whether this node works by what an earlier process kept, because no control plane is there.
+    pub fn runs_from_kept_state(&self) -> bool {
+        let is_fresh = self.is_fresh.load(Ordering::Relaxed) || self.is_connected();
+        self.is_complete.load(Ordering::Relaxed) && !is_fresh
+    }
+
+    /// Updates that were put in force.
+    pub fn updates(&self) -> u64 {
+        self.updates.load(Ordering::Relaxed)
+    }
+
+    /// Resources that came in them.
+    pub fn resources(&self) -> u64 {
+        self.resources.load(Ordering::Relaxed)
+    }
+
+    /// Resources that could not be read.
+    pub fn rejected(&self) -> u64 {
+        self.rejected.load(Ordering::Relaxed)
+    }
+
+    /// As JSON, for `/config_dump`.
+    pub fn dump(&self) -> Value {
+        let (state, address, error) = match &*self.link.borrow() {
+            Link::Starting => ("starting", None, None),
+            Link::Connected { address, .. } => ("connected", Some(address.to_string()), None),
+            Link::Away { error, .. } => ("away", None, Some(error.to_string())),
+        };
+        json!({
+            "state": state,
+            "address": address,
+            "error": error,
+            "keptState": self.runs_from_kept_state(),
+            "updates": self.updates(),
+            "resources": self.resources(),
+            "rejected": self.rejected(),
+        })
+    }
+}
+
+/// A control plane that is followed.
+pub struct Xds {
+    updates: Updates,
+    state: Arc<State>,
+    status: Arc<XdsStatus>,
+    decoder: Decoder,
+    /// What holds where the control plane says nothing of the mesh's settings.
+    defaults: Settings,
+    whole: Whole,
+    /// The update that is being put in force, and what of it is refused.
+    open: Option<(Batch, Vec<Rejection>)>,
+    /// Resources whose last version could not be read, and why.
+    unread: BTreeMap<String, String>,
+}
+
+/// Which types have come whole.
+#[derive(Clone, Copy, Default)]
+struct Whole {
+    policies: bool,
+    addresses: bool,
+}
+
+impl Xds {
+    /// Follows `updates`. `state` is the snapshot that they are put into; `defaults` hold until settings arrive.
+    pub fn new(
+        updates: Updates,
+        link: watch::Receiver<Link>,
+        state: Arc<State>,
+        defaults: Settings,
+        elided: Elided,
+    ) -> Self {
+        let status = XdsStatus {
+            link,
+            is_fresh: AtomicBool::new(false),
+            is_complete: AtomicBool::new(false),
+            updates: AtomicU64::new(0),
+            resources: AtomicU64::new(0),
+            rejected: AtomicU64::new(0),
+        };
+        Self {
+            updates,
+            state,
+            status: Arc::new(status),
+            decoder: Decoder::new(elided),
+            defaults,
+            whole: Whole::default(),
+            open: None,
+            unread: BTreeMap::new(),
+        }
+    }
+
+    /// How it goes.
+    pub fn status(&self) -> Arc<XdsStatus> {
+        self.status.clone()
+    }
+
+    /// The next update, read; `None` when the client has ended.
+    pub async fn next(&mut self) -> Option<Update> {
+        let batch = self.updates.next().await?;
+        let mesh = self.state.mesh_owned();
+        let mut reading =
+            Reading { decoder: &mut self.decoder, mesh: &mesh, changes: Vec::new(), rejections: Vec::new() };
+        for resource in &batch.resources {
+            reading.resource(batch.type_url, resource);
+        }
+        for name in &batch.removed {
+            reading.removed(batch.type_url, name, &self.defaults);
+        }
+        let Reading { changes, rejections, .. } = reading;
+        self.note(&batch, &rejections);
+        if batch.complete {
+            match batch.type_url {
+                AUTHORIZATION_TYPE_URL => self.whole.policies = true,
+                ADDRESS_TYPE_URL => self.whole.addresses = true,
+                _ => {}
+            }
+        }
+        self.open = Some((batch, rejections));
+        Some(Update {
+            changes,
+            enrolments: Vec::new(),
+            complete: self.whole.policies && self.whole.addresses,
+        })
+    }
+
+    /// The last update is in force: says so to the control plane, or what of it is not.
+    pub fn applied(&mut self) {
+        self.decoder.sweep();
+        let Some((batch, rejections)) = self.open.take() else { return };
+        self.status.updates.fetch_add(1, Ordering::Relaxed);
+        let is_complete = self.whole.policies && self.whole.addresses;
+        let began = is_complete && !self.status.is_complete.swap(is_complete, Ordering::Relaxed);
+        if matches!(batch.origin, Origin::Server) {
+            self.status.is_fresh.store(true, Ordering::Relaxed);
+        } else if began {
+            tracing::warn!(
+                "the configuration that an earlier process kept is in force until the control plane is there"
+            );
+        }
+        if rejections.is_empty() {
+            batch.ack();
+        } else {
+            batch.nack(rejections);
+        }
+    }
+
+    /// Counts, and logs what can't be read.
+    fn note(&mut self, batch: &Batch, rejections: &[Rejection]) {
+        self.status.resources.fetch_add(batch.resources.len() as u64, Ordering::Relaxed);
+        self.status.rejected.fetch_add(rejections.len() as u64, Ordering::Relaxed);
+        if !self.unread.is_empty() {
+            let gone = batch.resources.iter().map(|r| &r.name).chain(&batch.removed);
+            gone.for_each(|name| drop(self.unread.remove(name)));
+        }
+        for Rejection { name, reason } in rejections {
+            tracing::error!(resource = %name, r#type = batch.type_url, %reason, "refused; what was in force of it stays");
+            if self.unread.len() < SHOWN {
+                self.unread.insert(name.clone(), reason.clone());
+            }
+        }
+    }
+
+    /// What could not be read, and is not in force.
+    pub fn diagnostics(&self) -> Value {
+        let one = |(name, reason): (&String, &String)| json!({ "severity": "error", "code": "refused-resource", "resource": name, "message": reason });
+        self.unread.iter().map(one).collect()
+    }
+}
+
+/// An update that is being read.
+struct Reading<'a> {
+    decoder: &'a mut Decoder,
+    mesh: &'a Mesh,
+    changes: Vec<Change>,
+    rejections: Vec<Rejection>,
+}
+
+impl Reading<'_> {
+    fn resource(&mut self, type_url: &str, resource: &Resource) {
+        let read = match type_url {
+            AUTHORIZATION_TYPE_URL => self.policy(resource),
+            ADDRESS_TYPE_URL => self.address(resource),
+            MESH_SETTINGS_TYPE_URL => self.settings(resource),
+            other => Err(format!("the type {other} was not asked for")),
+        };
+        if let Err(reason) = read {
+            self.rejections.push(Rejection { name: resource.name.clone(), reason });
+        }
+    }
+
+    fn address(&mut self, resource: &Resource) -> Result<(), String> {
+        let message: workload::Address = message(resource)?;
+        let (name, change) = match self.decoder.address(&message).map_err(|e| e.to_string())? {
+            Decoded::Workload(workload) => {
+                (workload.uid.to_string(), Change::SetWorkload(Arc::new(workload)))
+            }
+            Decoded::Service(service) => (service.key().to_string(), Change::SetService(Arc::new(service))),
+        };
+        named(resource, &name)?;
+        self.changes.push(change);
+        Ok(())
+    }
+
+    fn policy(&mut self, resource: &Resource) -> Result<(), String> {
+        let message = message::<security::Authorization>(resource);
+        let read = message.as_ref().map_err(Clone::clone).and_then(|message| {
+            let policy = self.decoder.policy(message).map_err(|e| e.to_string())?;
+            named(resource, &policy.key.to_string())?;
+            Ok(policy)
+        });
+        match read {
+            Ok(policy) => {
+                self.changes.push(Change::SetPolicy(Arc::new(policy)));
+                Ok(())
+            }
+            Err(reason) => {
+                let key = policy_key(&resource.name).ok_or_else(|| reason.clone())?;
+                if self.mesh.policy(&key).is_some() {
+                    return Err(reason);
+                }
+                let Some(instead) = closed(key, message.ok().as_ref(), self.mesh) else { return Err(reason) };
+                self.changes.push(Change::SetPolicy(Arc::new(instead)));
+                Err(format!(
+                    "{reason}. Until it can be read, connections to what it could concern are refused"
+                ))
+            }
+        }
+    }
+
+    fn settings(&mut self, resource: &Resource) -> Result<(), String> {
+        named(resource, MESH_SETTINGS_NAME)?;
+        let message: culvert::MeshSettings = message(resource)?;
+        let settings = self.decoder.settings(&message).map_err(|e| e.to_string())?;
+        if *self.mesh.settings() != settings {
+            self.changes.push(Change::SetSettings(settings));
+        }
+        Ok(())
+    }
+
+    fn removed(&mut self, type_url: &str, name: &str, defaults: &Settings) {
+        match type_url {
+            AUTHORIZATION_TYPE_URL => {
+                self.changes.extend(policy_key(name).map(Change::RemovePolicy));
+            }
+            ADDRESS_TYPE_URL => {
+                match ResourceName::parse(name) {
+                    ResourceName::Service(key) if self.mesh.service(&key).is_some() => {
+                        self.changes.push(Change::RemoveService(key));
+                    }
+                    ResourceName::Wildcard => {}
+                    // Whatever form a uid has.
+                    _ => self.changes.push(Change::RemoveWorkload(name.into())),
+                }
+            }
+            MESH_SETTINGS_TYPE_URL if name == MESH_SETTINGS_NAME => {
+                self.changes.push(Change::SetSettings(defaults.clone()));
+            }
+            _ => {}
+        }
+    }
+}
+
+fn message<M: Message + Default>(resource: &Resource) -> Result<M, String> {
+    M::decode(resource.body.clone()).map_err(|error| format!("its bytes can't be read: {error}"))
+}
+
+/// What is removed later is removed by the resource's name, so that must be the object's.
+fn named(resource: &Resource, name: &str) -> Result<(), String> {
+    if resource.name == name {
+        return Ok(());
+    }
+    Err(format!("it holds {name:?}, and is named {:?}", resource.name))
+}
+
+fn policy_key(name: &str) -> Option<PolicyKey> {
+    let (namespace, name) = name.split_once('/')?;
+    Some(PolicyKey { namespace: namespace.into(), name: name.into() })
+}
+
+/// What stands for a policy that can't be read: it lets in no more than that one could. `None` where its absence does the
+/// same: a workload that lists a policy which is not known refuses.
+fn closed(key: PolicyKey, message: Option<&security::Authorization>, mesh: &Mesh) -> Option<Policy> {
+    let known = message.and_then(|m| Some((m, security::Scope::try_from(m.scope).ok()?)));
+    let scope = match known {
+        Some((message, _)) if message.dry_run => return None,
+        Some((_, security::Scope::WorkloadSelector)) => return None,
+        Some((_, security::Scope::Global)) => Scope::Global,
+        Some((_, security::Scope::Namespace)) => Scope::Namespace,
+        None if key.namespace == mesh.settings().root_namespace => Scope::Global,
+        None => Scope::Namespace,
+    };
+    let allows = known.is_some_and(|(m, _)| m.action == i32::from(security::Action::Allow));
+    // An ALLOW policy without rules matches nothing, so that what no other one allows is refused.
+    let (action, rules) =
+        if allows { (Action::Allow, Box::default()) } else { (Action::Deny, [Rule::default()].into()) };
+    Some(Policy { key, scope, action, rules, dry_run: false })
+}

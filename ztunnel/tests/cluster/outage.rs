@@ -1,0 +1,86 @@
+//! The control plane goes and comes back; ztunnel goes while it is away.
+
+use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
+
+use harness::netns::root_or_skip;
+use nix::sys::signal::Signal;
+
+use crate::lab::traffic::{PORT, ask, serve, talk};
+use crate::lab::{Cluster, eventually};
+
+#[tokio::test]
+async fn without_a_control_plane_all_goes_on_and_when_it_is_back_nothing_is_sent_twice() {
+    if !root_or_skip("the control plane's restart") {
+        return;
+    }
+    let mut cluster = Cluster::start(&[("a", &["client"]), ("b", &["web"])]).await;
+    let (client, web) = (cluster.pod("client").clone(), cluster.pod("web").clone());
+    let _server = serve(&web, PORT);
+    let to = SocketAddr::new(web.ipv4.into(), PORT);
+    let mut open = talk(&client, to).await.unwrap();
+    let before = [resources(&cluster, "a").await, resources(&cluster, "b").await];
+
+    cluster.kill_control_plane();
+    for node in ["a", "b"] {
+        eventually("the control plane is missed", async || {
+            cluster.ztunnel(node).metric("culvert_xds_connected").await == 0.0
+        })
+        .await;
+    }
+    open.echo().await.unwrap();
+    ask(&client, to).await.unwrap();
+
+    cluster.tell_all();
+    cluster.control_plane.server.ready();
+    cluster.listen();
+    cluster.in_force().await;
+    open.echo().await.unwrap();
+    ask(&client, to).await.unwrap();
+    assert_eq!([resources(&cluster, "a").await, resources(&cluster, "b").await], before);
+    assert_eq!(cluster.control_plane.counts.resources.load(Ordering::Relaxed), 0);
+}
+
+async fn resources(cluster: &Cluster, node: &str) -> f64 {
+    cluster.ztunnel(node).metric("culvert_xds_resources_total").await
+}
+
+#[tokio::test]
+async fn a_successor_works_by_what_was_kept_until_the_control_plane_is_back() {
+    if !root_or_skip("kept state") {
+        return;
+    }
+    let mut cluster = Cluster::start(&[("a", &["client", "outside"]), ("b", &["web"])]).await;
+    let [client, web, old] = ["client", "web", "outside"].map(|n| cluster.pod(n).clone());
+    let _server = serve(&web, PORT);
+    let to = SocketAddr::new(web.ipv4.into(), PORT);
+    let strict = crate::configuration::strict();
+    cluster.enforce(&strict).await;
+    ask(&client, to).await.unwrap();
+    ask(&old, to).await.unwrap_err();
+
+    cluster.kill_control_plane();
+    for node in ["a", "b"] {
+        // In good order, and without.
+        let signal = if node == "a" { Signal::SIGTERM } else { Signal::SIGKILL };
+        // What it has is written within a moment of its coming.
+        tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+        cluster.ztunnel_mut(node).signal(signal);
+        cluster.ztunnel_mut(node).ended().await;
+        cluster.run(node).await;
+        assert_eq!(cluster.ztunnel(node).metric("culvert_xds_kept_state").await, 1.0);
+        cluster.ztunnel(node).says(&["an earlier process kept"]).await;
+    }
+    ask(&client, to).await.unwrap();
+    ask(&old, to).await.unwrap_err();
+
+    cluster.tell_all();
+    cluster.control_plane.server.ready();
+    cluster.listen();
+    cluster.in_force().await;
+    for node in ["a", "b"] {
+        assert_eq!(cluster.ztunnel(node).metric("culvert_xds_kept_state").await, 0.0);
+    }
+    // The policy went while the control plane was away.
+    eventually("what is gone is no longer enforced", async || ask(&old, to).await.is_ok()).await;
+}
