@@ -19,7 +19,7 @@ use tokio::time::timeout;
 
 use crate::admin;
 
-pub use objects::Objects;
+pub use objects::{Objects, origin};
 
 /// An answer of the API server, and a way to one of its pods and back.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -61,15 +61,19 @@ impl ClusterArgs {
 
     async fn config(&self) -> Result<Config> {
         let options = KubeConfigOptions { context: self.context.clone(), ..KubeConfigOptions::default() };
-        if let Some(path) = &self.kubeconfig {
-            let file =
-                Kubeconfig::read_from(path).with_context(|| format!("cannot use {}", path.display()))?;
-            return Ok(Config::from_custom_kubeconfig(file, &options).await?);
-        }
-        if self.context.is_some() {
-            return Ok(Config::from_kubeconfig(&options).await?);
-        }
-        Config::infer().await.context("which cluster? Name a kubeconfig with --kubeconfig or $KUBECONFIG")
+        let chosen = match (&self.kubeconfig, &self.context) {
+            (Some(path), _) => {
+                let file =
+                    Kubeconfig::read_from(path).with_context(|| format!("cannot use {}", path.display()))?;
+                Config::from_custom_kubeconfig(file, &options).await
+            }
+            (None, Some(_)) => Config::from_kubeconfig(&options).await,
+            (None, None) => {
+                let found = Config::infer().await;
+                return found.context("which cluster? Name a kubeconfig with --kubeconfig or $KUBECONFIG");
+            }
+        };
+        chosen.context("the kubeconfig can't be used (kubectl config get-contexts lists its contexts)")
     }
 }
 
@@ -201,7 +205,13 @@ impl Cluster {
             .context("the API server does not say what time it is")
     }
 
-    fn request(&self, method: &Method, path: &str, body: Option<&Value>, form: &str) -> Result<Option<Value>> {
+    fn request(
+        &self,
+        method: &Method,
+        path: &str,
+        body: Option<&Value>,
+        form: &str,
+    ) -> Result<Option<Value>> {
         let text = self.text(method, path, body, form)?;
         let parse = |t: String| serde_json::from_str(&t).with_context(|| format!("{path}: not JSON"));
         text.map(parse).transpose()

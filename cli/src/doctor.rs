@@ -14,7 +14,7 @@ use serde_json::Value;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::cluster::{Cluster, ClusterArgs};
-use crate::health::{self, State};
+use crate::health::{self, Check, State};
 use crate::status::{MODE, REDIRECTION};
 use crate::table::{Output, Table, print, printable};
 
@@ -68,15 +68,7 @@ pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
     let server = cluster.server_time()?;
     found.extend(clocks(&cluster, server)?);
     found.extend(nodes(&cluster.list("/api/v1/nodes")?));
-    for check in health::look(&cluster)? {
-        let grade = if check.state == State::Ready { Grade::Ok } else { Grade::Problem };
-        found.push(Finding::new(
-            "installation",
-            grade,
-            format!("{}: {}", check.what, check.detail),
-            check.remedy,
-        ));
-    }
+    found.extend(installation(health::look(&cluster)?));
     found.extend(certificates(&cluster, server)?);
     let namespaces = cluster.list("/api/v1/namespaces")?;
     let pods = cluster.list("/api/v1/pods")?;
@@ -99,6 +91,20 @@ pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
     }
     let worst = found.iter().map(|f| f.grade).max().unwrap_or(Grade::Ok);
     Ok(if worst == Grade::Problem { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// The parts of the mesh; that there is none yet is no trouble.
+fn installation(checks: Vec<Check>) -> Vec<Finding> {
+    let none = checks.len() == 1;
+    let finding = |check: Check| {
+        let grade = match check.state {
+            State::Ready => Grade::Ok,
+            _ if none => Grade::Note,
+            State::Waiting | State::Failed => Grade::Problem,
+        };
+        Finding::new("installation", grade, format!("{}: {}", check.what, check.detail), check.remedy)
+    };
+    checks.into_iter().map(finding).collect()
 }
 
 fn text<'v>(object: &'v Value, path: &str) -> &'v str {

@@ -1,7 +1,7 @@
 //! Manifests as the commands read them: directories and single files, once, through the same code as ztunnel's; and
 //! beside them, or in their place, the objects of a cluster, as the control plane reads them.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -10,13 +10,16 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use config::compile::Options;
-use config::diagnostic::{Code, Diagnostic};
+use config::diagnostic::Diagnostic;
 use config::directory::manifests;
 use config::kinds::Capture;
 use config::repository::{Content, Repository};
+use config::resource::KINDS;
 use model::Mesh;
+use serde_json::Value;
 
-use crate::cluster::{Cluster, ClusterArgs, Objects};
+use crate::cluster::{Cluster, ClusterArgs, Objects, origin};
+use crate::yaml;
 
 /// As [`config::directory::Options`] has them.
 const MOST_FILES: usize = 10_000;
@@ -136,7 +139,7 @@ impl Files {
     pub fn compile(&self) -> Result<Compiled> {
         let mut repository = self.repository();
         self.stage(&mut repository, |_| true);
-        self.finish(&mut repository, Vec::new())
+        self.finish(&mut repository, Vec::new(), None)
     }
 
     /// What they would come to with `changed`: its objects take the place of those of the same names, and its files
@@ -151,26 +154,49 @@ impl Files {
         let changes = repository.commit().changes;
         let replaced = |path: &Path| changed.files.keys().any(|c| c.file_name() == path.file_name());
         self.stage(&mut repository, |path| !replaced(path));
-        self.finish(&mut repository, changes)
+        self.finish(&mut repository, changes, Some(changed))
     }
 
     /// Adds the cluster's objects, if there are any, behind the files', and compiles the rest.
-    fn finish(&self, repository: &mut Repository, mut changes: Vec<model::Change>) -> Result<Compiled> {
+    fn finish(
+        &self,
+        repository: &mut Repository,
+        mut changes: Vec<model::Change>,
+        changed: Option<&Self>,
+    ) -> Result<Compiled> {
         if let Some(objects) = &self.cluster {
             changes.extend(repository.commit().changes);
-            objects.stage(repository)?;
+            objects.stage(repository, &self.origins(changed))?;
         }
         changes.extend(repository.commit().changes);
-        let mut diagnostics = repository.review();
-        // Files in the place of the cluster's objects are what was asked for.
-        diagnostics
-            .retain(|d| d.code != Code::DuplicateObject || self.files.contains_key(Path::new(&*d.file)));
+        let diagnostics = repository.review();
         Ok(Compiled {
             mesh: Mesh::default().apply(changes),
             diagnostics,
             objects: repository.object_count(),
             captures: repository.captures().map(|(uid, c)| (uid.clone(), c.clone())).collect(),
         })
+    }
+
+    /// The objects of the files, as the cluster's are called. What can't be read is none: it is said elsewhere.
+    fn origins(&self, changed: Option<&Self>) -> BTreeSet<String> {
+        let all = self.files.values().chain(changed.into_iter().flat_map(|c| c.files.values()));
+        let documents = all.flat_map(|bytes| yaml::read(&String::from_utf8_lossy(bytes)).unwrap_or_default());
+        let items = documents.flat_map(|mut document| match document.get_mut("items").map(Value::take) {
+            Some(Value::Array(items)) => items,
+            _ => vec![document],
+        });
+        items
+            .filter_map(|mut object| {
+                let kind = object.get("kind")?.as_str()?.to_owned();
+                let spec = KINDS.iter().find(|spec| spec.name == kind)?;
+                let metadata = object.get_mut("metadata")?.as_object_mut()?;
+                if spec.namespaced {
+                    metadata.entry("namespace").or_insert_with(|| "default".into());
+                }
+                Some(origin(&kind, &object))
+            })
+            .collect()
     }
 
     fn stage(&self, repository: &mut Repository, wanted: impl Fn(&Path) -> bool) {

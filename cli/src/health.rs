@@ -92,7 +92,10 @@ pub fn look(cluster: &Cluster) -> Result<Vec<Check>> {
         found.push(root(cluster)?);
         found.extend(webhooks(cluster)?);
     }
-    found.push(definitions(cluster)?);
+    // Without a control plane nothing else is missing.
+    if !deployments.is_empty() {
+        found.push(definitions(cluster)?);
+    }
     Ok(found)
 }
 
@@ -238,17 +241,20 @@ fn webhooks(cluster: &Cluster) -> Result<Option<Check>> {
 /// The definitions of the kinds that users write.
 fn definitions(cluster: &Cluster) -> Result<Check> {
     let what = "custom resource definitions";
-    let (mut there, mut trouble) = (0, Vec::new());
+    let (mut there, mut missing, mut trouble) = (0, 0, Vec::new());
     let ours = crds::ours()?;
     for crd in &ours {
         let name = text(crd, "/metadata/name");
         let installed = cluster.find(&format!("{}/{name}", crds::PATH))?;
         match crds::decide(crd, installed.as_ref()) {
             Action::Keep(_) => there += 1,
-            Action::Create => trouble.push(format!("{name} is missing")),
+            Action::Create => missing += 1,
             Action::Update { from } => trouble.push(format!("{name} is of version {from}, an older one")),
             Action::Blocked(why) => trouble.push(format!("{name}: {why}")),
         }
+    }
+    if missing > 0 {
+        trouble.push(format!("{missing} of {} are missing", ours.len()));
     }
     Ok(if trouble.is_empty() {
         Check::new(what, State::Ready, format!("{there} of {}", ours.len()))

@@ -1,10 +1,13 @@
 //! The objects of a cluster that the mesh reads, fed to the compiler as the control plane feeds them.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use config::compile::{Options, Origin};
 use config::json::ObjectSeed;
+use config::policy::mesh_config;
+use config::policy::state::SYSTEM_NAMESPACE;
 use config::repository::{ObjectContent, Repository};
 use config::resource::{KINDS, Kind, KindSpec};
 use serde::de::DeserializeSeed;
@@ -12,10 +15,34 @@ use serde_json::Value;
 
 use super::Cluster;
 
-/// Objects, each with its kind.
+/// An object of the server.
+#[derive(Debug)]
+struct Object {
+    spec: &'static KindSpec,
+    /// What it is called in diagnostics: `KIND NAMESPACE/NAME`.
+    origin: Arc<str>,
+    value: Value,
+}
+
+impl Object {
+    fn new(spec: &'static KindSpec, value: Value) -> Self {
+        Self { spec, origin: origin(spec.name, &value).into(), value }
+    }
+}
+
+/// What an object is called in diagnostics.
+#[must_use]
+pub fn origin(kind: &str, object: &Value) -> String {
+    let text = |path: &str| object.pointer(path).and_then(Value::as_str).unwrap_or_default();
+    let (namespace, name) = (text("/metadata/namespace"), text("/metadata/name"));
+    let slash = if namespace.is_empty() { "" } else { "/" };
+    format!("{kind} {namespace}{slash}{name}")
+}
+
+/// What there is in a cluster.
 #[derive(Debug, Default)]
 pub struct Objects {
-    all: Vec<(&'static KindSpec, Value)>,
+    all: Vec<Object>,
     /// The namespace that the mesh is installed in: its policies hold for the whole mesh.
     system: String,
     cluster_domain: Option<String>,
@@ -35,7 +62,7 @@ impl Objects {
                 Kind::MeshConfig => {}
                 _ => {
                     let items = cluster.list(&path(spec)?)?;
-                    found.all.extend(items.into_iter().map(|item| (*spec, item)));
+                    found.all.extend(items.into_iter().map(|item| Object::new(spec, item)));
                 }
             }
         }
@@ -48,10 +75,14 @@ impl Objects {
         let Some(mut settings) = cluster.find(&path)? else { return Ok(()) };
         let domain = settings.pointer("/data/clusterDomain").and_then(Value::as_str);
         self.cluster_domain = domain.map(str::to_owned);
-        if let Some(name) = settings.pointer_mut("/metadata/name") {
-            *name = Value::from(config::policy::mesh_config::CONFIG_MAP);
+        let origin = origin(spec.name, &settings).into();
+        let known = [("name", mesh_config::CONFIG_MAP), ("namespace", SYSTEM_NAMESPACE)];
+        for (key, value) in known {
+            if let Some(field) = settings.pointer_mut(&format!("/metadata/{key}")) {
+                *field = Value::from(value);
+            }
         }
-        self.all.push((spec, settings));
+        self.all.push(Object { spec, origin, value: settings });
         Ok(())
     }
 
@@ -70,21 +101,21 @@ impl Objects {
         Repository::new(options)
     }
 
-    /// Gives all of them to a repository.
+    /// Gives all of them to a repository, but those whose [`origin`] is in `replaced`.
     ///
     /// # Errors
     /// One of them is not an object.
-    pub fn stage(&self, repository: &mut Repository) -> Result<()> {
-        for (spec, object) in &self.all {
-            let text = |path: &str| object.pointer(path).and_then(Value::as_str).unwrap_or_default();
-            let (namespace, name) = (text("/metadata/namespace"), text("/metadata/name"));
-            let slash = if namespace.is_empty() { "" } else { "/" };
-            let origin: Arc<str> = format!("{} {namespace}{slash}{name}", spec.name).into();
+    pub fn stage(&self, repository: &mut Repository, replaced: &BTreeSet<String>) -> Result<()> {
+        for Object { spec, origin, value } in &self.all {
+            if replaced.contains(&**origin) {
+                continue;
+            }
             // The server has checked its own kinds; what it has and the table lacks does not concern the mesh.
             let seed = ObjectSeed { kind: spec.kind, unknown: &|_, _| {} };
-            let decoded = seed.deserialize(object).with_context(|| format!("the API server's {origin}"))?;
-            let version = text("/metadata/resourceVersion");
-            repository.stage_object(&origin, ObjectContent::Node { node: &decoded.node, version, text: "" });
+            let decoded = seed.deserialize(value).with_context(|| format!("the API server's {origin}"))?;
+            let version =
+                value.pointer("/metadata/resourceVersion").and_then(Value::as_str).unwrap_or_default();
+            repository.stage_object(origin, ObjectContent::Node { node: &decoded.node, version, text: "" });
         }
         Ok(())
     }

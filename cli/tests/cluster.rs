@@ -1,0 +1,340 @@
+//! The commands against a real API server: etcd and kube-apiserver on loopback, without nodes. What takes nodes is in
+//! the scenarios of `tests/kube`, which also builds these programs; where they are not, the test says that it is skipped.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stderr
+)]
+
+use std::fs;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// An API server with nothing behind it.
+struct Server {
+    directory: TempDir,
+    bin: PathBuf,
+    processes: Vec<Child>,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        for process in self.processes.iter_mut().rev() {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+impl Server {
+    fn start() -> Option<Self> {
+        let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/kube/bin");
+        let bin = std::env::var_os("KUBE_BIN").map_or(built, PathBuf::from);
+        let needed = ["etcd", "kube-apiserver", "kubectl", "helm"];
+        if let Some(missing) = needed.iter().find(|name| !bin.join(name).is_file()) {
+            eprintln!("skipped: there is no {} (`make e2e` builds it)", bin.join(missing).display());
+            return None;
+        }
+        let mut server = Self { directory: tempfile::tempdir().unwrap(), bin, processes: Vec::new() };
+        let (clients, peers, secure) = (free_port(), free_port(), free_port());
+        let clients = format!("http://127.0.0.1:{clients}");
+        let peers = format!("http://127.0.0.1:{peers}");
+        let etcd = [
+            format!("--data-dir={}", server.path("etcd")),
+            format!("--listen-client-urls={clients}"),
+            format!("--advertise-client-urls={clients}"),
+            format!("--listen-peer-urls={peers}"),
+            format!("--initial-advertise-peer-urls={peers}"),
+            format!("--initial-cluster=default={peers}"),
+            "--unsafe-no-fsync".to_owned(),
+        ];
+        server.spawn("etcd", &etcd);
+        let key = rcgen::KeyPair::generate().unwrap();
+        fs::write(server.path("sa.pub"), key.public_key_pem()).unwrap();
+        fs::write(server.path("sa.key"), key.serialize_pem()).unwrap();
+        fs::write(server.path("tokens"), "secret,admin,1,system:masters\n").unwrap();
+        let apiserver = [
+            format!("--etcd-servers={clients}"),
+            format!("--secure-port={secure}"),
+            "--bind-address=127.0.0.1".to_owned(),
+            "--advertise-address=127.0.0.1".to_owned(),
+            "--endpoint-reconciler-type=none".to_owned(),
+            format!("--cert-dir={}", server.path("certificates")),
+            format!("--service-account-key-file={}", server.path("sa.pub")),
+            format!("--service-account-signing-key-file={}", server.path("sa.key")),
+            "--service-account-issuer=https://kubernetes.default.svc".to_owned(),
+            format!("--token-auth-file={}", server.path("tokens")),
+            "--authorization-mode=RBAC".to_owned(),
+            "--disable-admission-plugins=ServiceAccount".to_owned(),
+            "--service-cluster-ip-range=10.96.0.0/16".to_owned(),
+        ];
+        server.spawn("kube-apiserver", &apiserver);
+        let kubeconfig = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "test",
+            "clusters": [{"name": "test", "cluster":
+                {"server": format!("https://127.0.0.1:{secure}"), "insecure-skip-tls-verify": true}}],
+            "users": [{"name": "test", "user": {"token": "secret"}}],
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+        });
+        fs::write(server.path("kubeconfig"), kubeconfig.to_string()).unwrap();
+        for _ in 0..600 {
+            if server.kubectl(&["get", "--raw", "/readyz"]).status.success() {
+                return Some(server);
+            }
+            sleep(Duration::from_millis(100));
+        }
+        panic!(
+            "the API server is not ready: {}",
+            fs::read_to_string(server.path("kube-apiserver.log")).unwrap()
+        );
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.directory.path().join(name).display().to_string()
+    }
+
+    fn spawn(&mut self, program: &str, arguments: &[String]) {
+        let log = fs::File::create(self.path(&format!("{program}.log"))).unwrap();
+        let mut command = Command::new(self.bin.join(program));
+        command.args(arguments).stdout(Stdio::null()).stderr(log).current_dir(self.directory.path());
+        self.processes.push(command.spawn().unwrap());
+    }
+
+    fn kubectl(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(self.bin.join("kubectl"));
+        command.args(arguments).env("KUBECONFIG", self.path("kubeconfig")).output().unwrap()
+    }
+
+    /// Applies an object, on which the server's own kinds of check are strict.
+    fn apply(&self, object: &Value) -> Result<(), String> {
+        let file = self.path("object.json");
+        fs::write(&file, object.to_string()).unwrap();
+        let output = self.kubectl(&["apply", "--server-side", "-f", &file]);
+        if output.status.success() {
+            Ok(())
+        } else {
+            Err(String::from_utf8_lossy(&output.stderr).into_owned())
+        }
+    }
+
+    /// Sets the status of an object of the mesh.
+    fn status(&self, object: &str, status: &Value) {
+        let patch = json!({"status": status}).to_string();
+        let arguments =
+            ["-n", "culvert-system", "patch", object, "--subresource=status", "--type=merge", "-p", &patch];
+        let output = self.kubectl(&arguments);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    /// The exit code and all that was said.
+    fn culvert(&self, arguments: &[&str]) -> (i32, String) {
+        let path = format!("{}:{}", self.bin.display(), std::env::var("PATH").unwrap_or_default());
+        let output = Command::new(env!("CARGO_BIN_EXE_culvert"))
+            .args(arguments)
+            .env("KUBECONFIG", self.path("kubeconfig"))
+            .env("HOME", self.directory.path())
+            .env("PATH", path)
+            .output()
+            .unwrap();
+        let text =
+            format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        (output.status.code().unwrap(), text)
+    }
+
+    /// The same, with a look at both.
+    fn expect(&self, code: i32, words: &[&str], arguments: &[&str]) -> String {
+        let (found, text) = self.culvert(arguments);
+        assert_eq!(found, code, "{arguments:?}: {text}");
+        for word in words {
+            assert!(text.contains(word), "{arguments:?}: no {word:?} in {text}");
+        }
+        text
+    }
+}
+
+fn policy(name: &str, spec: &Value) -> Value {
+    json!({"apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+           "metadata": {"name": name, "namespace": "shop"}, "spec": spec})
+}
+
+fn pod(namespace: &str, name: &str, labels: &Value, annotations: &Value) -> Value {
+    json!({"apiVersion": "v1", "kind": "Pod",
+           "metadata": {"name": name, "namespace": namespace, "labels": labels, "annotations": annotations},
+           "spec": {"automountServiceAccountToken": false, "containers": [{"name": "main", "image": "main"}]}})
+}
+
+/// One server for all of it: starting one costs seconds.
+#[test]
+fn the_commands_work_on_a_real_api_server() {
+    let Some(server) = Server::start() else { return };
+    before_an_installation(&server);
+    installing(&server);
+    definitions(&server);
+    looking_at_the_cluster(&server);
+    waiting_until_it_works(&server);
+    tags(&server);
+    removing(&server);
+}
+
+fn before_an_installation(server: &Server) {
+    server.expect(0, &["culvert", "control plane: none"], &["version"]);
+    server.expect(1, &["no culvertd in namespace culvert-system", "culvert install"], &["status"]);
+    server.expect(0, &["note"], &["doctor"]);
+    server.expect(2, &["no culvertd is ready"], &["proxy-status"]);
+    server.expect(2, &["no ztunnel is ready"], &["ztunnel-config", "workload"]);
+    server.expect(2, &["no release", "culvert install"], &["upgrade"]);
+    server.expect(2, &["there is no nosuch", "--write-chart"], &["install", "--helm", "nosuch"]);
+    server.expect(2, &["additional properties"], &["install", "--set", "nosuch=1", "--skip-crds"]);
+    server.expect(2, &["context: nosuch", "get-contexts"], &["status", "--context", "nosuch"]);
+}
+
+fn installing(server: &Server) {
+    let dry = server.expect(0, &["would apply sidecars", "kind: DaemonSet"], &["install", "--dry-run"]);
+    assert!(!dry.contains("applied"), "{dry}");
+    // Nobody answers the webhook here.
+    let arguments = ["install", "--set", "webhook.enabled=false,clusterId=here", "--timeout", "3s"];
+    let words = ["applied 15 custom resource definitions", "waiting", "the mesh is not ready", "--timeout"];
+    server.expect(1, &words, &arguments);
+    server.expect(2, &["culvert upgrade"], &["install"]);
+    let upgraded =
+        server.expect(1, &["applied release"], &["upgrade", "--timeout", "1s", "--set", "log.filter=debug"]);
+    assert!(!upgraded.contains("custom resource definitions\n"), "{upgraded}");
+    let output = server.kubectl(&["-n", "culvert-system", "get", "deployment", "culvertd", "-o", "json"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("--cluster-id=here") && text.contains("debug"), "values were forgotten: {text}");
+}
+
+fn definitions(server: &Server) {
+    server
+        .apply(&json!({"apiVersion": "v1", "kind": "Namespace",
+                         "metadata": {"name": "shop", "labels": {"istio.io/dataplane-mode": "ambient"}}}))
+        .unwrap();
+    // A field that nobody knows is kept, so that it can be refused by name.
+    let typo = json!({"rules": [{"from": [{"source": {"principal": ["a"]}}]}]});
+    server.apply(&policy("typo", &typo)).unwrap();
+    let stored = server.kubectl(&["-n", "shop", "get", "ap", "typo", "-o", "jsonpath={.spec}"]);
+    assert!(String::from_utf8_lossy(&stored.stdout).contains("principal"), "the field was pruned");
+    // What the types and rules of the definitions refuse.
+    for (spec, words) in [
+        (json!({"action": "MAYBE"}), "Unsupported value"),
+        (json!({"selector": {}, "targetRefs": [{"kind": "Service", "name": "a"}]}), "set only one of"),
+    ] {
+        let error = server.apply(&policy("refused", &spec)).unwrap_err();
+        assert!(error.contains(words), "{error}");
+    }
+    // One that is newer stays.
+    let newer =
+        ["annotate", "--overwrite", "crd", "sidecars.networking.istio.io", "culvert.dev/crd-version=99"];
+    assert!(server.kubectl(&newer).status.success());
+    let older =
+        ["annotate", "--overwrite", "crd", "gateways.networking.istio.io", "culvert.dev/crd-version=0"];
+    assert!(server.kubectl(&older).status.success());
+    let foreign = ["annotate", "crd", "telemetries.telemetry.istio.io", "culvert.dev/crd-version-"];
+    assert!(server.kubectl(&foreign).status.success());
+    let words = [
+        "left sidecars.networking.istio.io as it is: newer",
+        "left telemetries.telemetry.istio.io",
+        "applied 1 custom",
+    ];
+    server.expect(1, &words, &["upgrade", "--timeout", "1s"]);
+}
+
+fn looking_at_the_cluster(server: &Server) {
+    let words = ["unknown-field", "did you mean principals?", "AuthorizationPolicy shop/typo"];
+    server.expect(1, &words, &["analyze"]);
+    server.expect(0, &[], &["analyze", "-n", "default"]);
+    // The file takes the place of the cluster's object.
+    let file = server.path("fixed.yaml");
+    let fixed = json!({"rules": [{"from": [{"source": {"principals": ["cluster.local/ns/shop/sa/a"]}}]}]});
+    fs::write(&file, policy("typo", &fixed).to_string()).unwrap();
+    server.expect(0, &["1 files"], &["analyze", &file, "--with-cluster"]);
+    let closed = json!({"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+                        "metadata": {"name": "web", "namespace": "shop"},
+                        "spec": {"podSelector": {}, "ingress": [{"ports": [{"port": 80}]}]}});
+    server.apply(&closed).unwrap();
+    server.expect(1, &["shop/web", "15008"], &["doctor"]);
+    let (_, text) = server.culvert(&["status", "-o", "json"]);
+    let status: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(status["namespaces"]["shop"]["wanted"], 0);
+    assert_eq!(status["ready"], false);
+    let out = server.path("report");
+    server.expect(0, &["no keys"], &["bug-report", "--out", &out]);
+    let analysis = fs::read_to_string(Path::new(&out).join("analyze.json")).unwrap();
+    assert!(analysis.contains("unknown-field"), "{analysis}");
+    server.expect(2, &["cannot make"], &["bug-report", "--out", &out]);
+}
+
+fn waiting_until_it_works(server: &Server) {
+    server.status(
+        "deployment/culvertd",
+        &json!({"observedGeneration": 99, "replicas": 2, "readyReplicas": 2,
+                                                 "updatedReplicas": 2, "availableReplicas": 2}),
+    );
+    for set in ["daemonset/culvert-node", "daemonset/ztunnel"] {
+        server.status(set, &json!({"observedGeneration": 99, "currentNumberScheduled": 1, "numberMisscheduled": 0,
+                                   "desiredNumberScheduled": 1, "numberReady": 1, "updatedNumberScheduled": 1}));
+    }
+    server.expect(1, &["no ConfigMap istio-ca-root-cert yet"], &["verify-install", "--timeout", "1s"]);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let mut parameters = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    parameters.not_after = rcgen::date_time_ymd(2000, 1, 1);
+    parameters.not_before = rcgen::date_time_ymd(1999, 1, 1);
+    let root = parameters.self_signed(&key).unwrap().pem();
+    server
+        .apply(&json!({"apiVersion": "v1", "kind": "ConfigMap",
+                         "metadata": {"name": "istio-ca-root-cert", "namespace": "culvert-system"},
+                         "data": {"root-cert.pem": root}}))
+        .unwrap();
+    server.expect(0, &["the mesh is ready"], &["verify-install", "--timeout", "10s"]);
+    server.expect(1, &["has expired"], &["doctor"]);
+}
+
+fn tags(server: &Server) {
+    server.expect(2, &["no culvertd of revision"], &["tag", "set", "stable", "--revision", "default"]);
+    let labels = json!({"app": "culvertd", "istio.io/rev": "default", "app.kubernetes.io/version": "9.9"});
+    server.apply(&pod("culvert-system", "culvertd-1", &labels, &json!({}))).unwrap();
+    server.expect(0, &["control plane: 1 of 9.9"], &["version"]);
+    server.expect(0, &["points at revision default"], &["tag", "set", "stable", "--revision", "default"]);
+    assert!(server.kubectl(&["label", "namespace", "shop", "istio.io/rev=stable"]).status.success());
+    server.expect(0, &["stable   default    shop"], &["tag", "list"]);
+    server.expect(2, &["follow tag stable: shop"], &["tag", "remove", "stable"]);
+    assert!(server.kubectl(&["label", "namespace", "shop", "istio.io/rev-"]).status.success());
+    server.expect(0, &["removed"], &["tag", "remove", "stable"]);
+    server.expect(2, &["there is no tag"], &["tag", "remove", "stable"]);
+}
+
+fn removing(server: &Server) {
+    let captured = json!({"ambient.istio.io/redirection": "enabled"});
+    server.apply(&pod("shop", "web", &json!({}), &captured)).unwrap();
+    server.expect(2, &["shop", "shop/web", "--remove-labels"], &["uninstall"]);
+    server.expect(
+        2,
+        &["took namespace shop out", "shop/web"],
+        &["uninstall", "--remove-labels", "--timeout", "1s"],
+    );
+    assert!(
+        server
+            .kubectl(&["-n", "shop", "annotate", "pod", "web", "ambient.istio.io/redirection-"])
+            .status
+            .success()
+    );
+    let text =
+        server.expect(0, &["removed release culvert"], &["uninstall", "--delete-crds", "--timeout", "30s"]);
+    assert!(
+        text.contains("removed authorizationpolicies") && !text.contains("removed telemetries"),
+        "{text}"
+    );
+    server.expect(1, &["no culvertd in namespace"], &["status"]);
+}
