@@ -178,17 +178,14 @@ impl Ztunnels {
         }
     }
 
-    /// Waits until a ztunnel serves the pod, `limit` at most. A refusal ends the wait.
+    /// Waits until a ztunnel serves the pod, `limit` at most. What it refuses is sent again meanwhile.
     ///
     /// # Errors
     /// It doesn't.
     pub async fn wait_served(&self, uid: &str, limit: Duration) -> Result<(), NotServed> {
-        let waiting = self.wait(|| match self.served(uid) {
-            Err(NotServed::NoZtunnel | NotServed::Waiting) => None,
-            other => Some(other),
-        });
+        let waiting = self.wait(|| self.served(uid).ok());
         match tokio::time::timeout(limit, waiting).await {
-            Ok(outcome) => outcome,
+            Ok(()) => Ok(()),
             Err(_) => self.served(uid),
         }
     }

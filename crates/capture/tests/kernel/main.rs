@@ -9,4 +9,5 @@ mod dns;
 mod exclusions;
 mod fixture;
 mod missing;
+mod node_probes;
 mod redirect;
