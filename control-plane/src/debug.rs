@@ -99,11 +99,26 @@ impl Views {
     }
 
     fn ca(&self) -> Value {
-        let mut status = serde_json::to_value(self.ca.current().status()).unwrap_or_default();
-        if let Some(status) = status.as_object_mut() {
-            status.insert("trustDomain".to_owned(), json!(self.ca.current().domains().own.to_string()));
-        }
-        status
+        let (status, domains) = (self.ca.current().status(), self.ca.current().domains());
+        let in_force = self.ca.current().get();
+        let roots = in_force.as_ref().map(|i| i.record.roots.as_slice()).unwrap_or_default();
+        let bundle = identity::TrustBundle::new(roots, (*domains).clone()).ok();
+        let roots: Vec<Value> = bundle.iter().flat_map(|bundle| {
+            let root = |root: &identity::Root| {
+                json!({ "id": root.id.to_string(), "notAfter": identity::Timestamp(root.not_after).to_string() })
+            };
+            bundle.snapshot().roots().iter().map(root).collect::<Vec<_>>()
+        }).collect();
+        json!({
+            "trustDomain": domains.own.to_string(),
+            "roots": roots,
+            "signing": status.root,
+            "signer": status.signer,
+            "expires": status.expires,
+            "rotation": status.rotation.as_deref().unwrap_or("none"),
+            "error": status.error,
+            "givenError": status.given_error,
+        })
     }
 
     async fn ask(&self, read: fn(&Registry) -> Value) -> Response {

@@ -17,6 +17,7 @@ use config::compile::Options;
 use config::diagnostic::ResourceName;
 use config::diagnostic::{Code, Diagnostic, Severity};
 use config::json::Decoded;
+use config::policy::NamespaceSelector;
 use config::repository::{ObjectContent, Outcome, Repository};
 use config::resource::Kind;
 use config::tree::{self, Entry, Limits, Node, Position, Value};
@@ -155,11 +156,15 @@ pub struct Registry {
     /// The namespaces that are read, and whether they may have changed.
     selected: watch::Sender<Arc<BTreeSet<String>>>,
     reselect: bool,
+    /// Which namespaces were read until the last commit.
+    selectors: Vec<NamespaceSelector>,
     rejected: u64,
     gone: Vec<PolicyName>,
     /// What followed from the settings, before anything else was known.
     early: Vec<model::Change>,
     given_out: bool,
+    /// The error in the settings that was said last.
+    said: Option<String>,
     commits: u64,
 }
 
@@ -182,10 +187,12 @@ impl Registry {
             pods: PodTable::default(),
             selected: watch::Sender::new(Arc::default()),
             reselect: false,
+            selectors: Vec::new(),
             rejected: 0,
             gone: Vec::new(),
             early: Vec::new(),
             given_out: false,
+            said: None,
             commits: 0,
         }
     }
@@ -278,9 +285,8 @@ impl Registry {
             self.note();
             return None;
         }
-        let selectors = self.repository.discovery().to_vec();
         let outcome = self.compile();
-        if selectors != self.repository.discovery() {
+        if self.selectors != self.repository.discovery() {
             self.select_anew();
         }
         if std::mem::take(&mut self.reselect) {
@@ -375,6 +381,7 @@ impl Registry {
             }
             // What the settings say has to be in force before objects are looked at.
             self.early = self.compile().changes;
+            self.selectors = self.repository.discovery().to_vec();
             if let Some(others) = self.others.take() {
                 others();
             }
@@ -384,6 +391,13 @@ impl Registry {
 
     fn note(&mut self) {
         let waiting = self.waiting();
+        if let Some(bad) = self.bad_settings().filter(|_| !self.given_out) {
+            let said = bad.to_string();
+            if self.said.as_ref() != Some(&said) {
+                tracing::error!("{said}\n    = the mesh is not served until its settings can be read");
+                self.said = Some(said);
+            }
+        }
         let mut overview = self.overview.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         overview.objects = self.kinds.iter().map(|(kind, k)| (kind.name(), k.known.len())).collect();
         overview.missing = self.missing();
@@ -530,6 +544,7 @@ impl Registry {
 
     /// Follows new selectors.
     fn select_anew(&mut self) {
+        self.selectors = self.repository.discovery().to_vec();
         self.reselect = true;
         let all = self.kinds.values().flat_map(|k| k.known.keys()).map(|(namespace, _)| namespace);
         let out: HashSet<Arc<str>> = all.filter(|n| !n.is_empty() && !self.is_selected(n)).cloned().collect();

@@ -119,7 +119,7 @@ pub fn connections(
                         let _ = out.send(Ok(Connection { stream, peer, _place: place })).await;
                     }
                     Ok(Err(error)) => {
-                        tracing::debug!(%peer, error = &error as &dyn std::error::Error, "no handshake")
+                        tracing::debug!(%peer, error = &error as &dyn std::error::Error, "no handshake");
                     }
                     Err(_) => tracing::debug!(%peer, "no handshake in time"),
                 }

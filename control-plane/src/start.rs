@@ -230,11 +230,17 @@ async fn serve(flags: &Flags, settings: &process::settings::Settings, logs: &Log
 
     tokio::spawn(become_ready(first, ca, configured, certified));
     shutdown.draining().await;
-    tokio::time::sleep(LAST_WORDS).await;
-    // Streams have no end of their own: their proxies go to another control plane, and are told nothing twice there.
-    server.disconnect(|_| true);
-    if tokio::time::timeout(settings.grace, grpc).await.is_err() {
-        tracing::warn!("the grace period is over; cutting what is left");
+    let end = async {
+        tokio::time::sleep(LAST_WORDS).await;
+        // Streams have no end of their own: their proxies go to another control plane, and are told nothing twice there.
+        server.disconnect(|_| true);
+        if tokio::time::timeout(settings.grace, grpc).await.is_err() {
+            tracing::warn!("the grace period is over; cutting what is left");
+        }
+    };
+    tokio::select! {
+        () = end => {}
+        () = shutdown.aborting() => {}
     }
     tracing::info!("stopped");
     Ok(())

@@ -16,7 +16,7 @@ use config::resource::Kind;
 use proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, Extensions};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
-use xds::server::{ClientStatus, Generation, Holds, Server};
+use xds::server::{ClientStatus, Generation, Server};
 
 use crate::push::Exceptions;
 use crate::registry::{PolicyName, PolicyReport, PolicyState};
@@ -87,7 +87,7 @@ impl Followers {
     /// What the proxies of `server` hold of each policy.
     #[must_use]
     pub fn local(&self, server: &Server) -> Local {
-        let clients = server.clients();
+        let clients = clients(server);
         let answer = |(policy, followed): (&PolicyName, &Followed)| {
             let answer = peers::PolicyAnswer {
                 uid: followed.state.uid.to_string(),
@@ -106,12 +106,61 @@ pub fn label(policy: &PolicyName) -> String {
     format!("{}/{}/{}", policy.kind.name(), policy.namespace, policy.name)
 }
 
+/// A client, as far as policies are concerned.
+struct Client {
+    name: Arc<str>,
+    /// Whether it says what it enforces.
+    ours: bool,
+    /// Up to where it has answered for policies and workloads, which list the policies that select them.
+    acked: Option<Generation>,
+    rejected: Vec<(Arc<str>, Arc<str>)>,
+    /// It refused more than it is known what, of what was made until then.
+    blurred: Option<Generation>,
+}
+
+fn clients(server: &Server) -> Vec<Client> {
+    let summary = |client: ClientStatus| {
+        let of = |type_url: &str| client.types.iter().find(|t| &*t.type_url == type_url && t.wildcard);
+        let types = (of(AUTHORIZATION_TYPE_URL), of(ADDRESS_TYPE_URL));
+        let rejected = types.0.map_or(&[][..], |t| &t.rejected).iter();
+        Client {
+            name: proxy_name(&client).into(),
+            ours: client.audience == Extensions::Culvert,
+            acked: types.0.zip(types.1).map(|(policies, workloads)| policies.acked.min(workloads.acked)),
+            rejected: rejected.map(|r| (r.name.clone(), r.reason.clone())).collect(),
+            blurred: types.0.and_then(|t| t.blurred),
+        }
+    };
+    server.clients().into_iter().map(summary).collect()
+}
+
 /// What each of the clients holds of a policy of this generation.
-fn proxies(clients: &[ClientStatus], policy: &PolicyName, generation: Generation) -> Vec<Proxy> {
-    clients
-        .iter()
-        .map(|client| Proxy { name: proxy_name(client), standing: standing(client, policy, generation) })
-        .collect()
+fn proxies(clients: &[Client], policy: &PolicyName, generation: Generation) -> Vec<Proxy> {
+    let name = match policy.kind {
+        Kind::PeerAuthentication => {
+            format!("{}/{}{}", policy.namespace, config::policy::mode::CONVERTED, policy.name)
+        }
+        _ => format!("{}/{}", policy.namespace, policy.name),
+    };
+    let proxy =
+        |client: &Client| Proxy { name: client.name.clone(), standing: standing(client, &name, generation) };
+    clients.iter().map(proxy).collect()
+}
+
+fn standing(client: &Client, name: &str, generation: Generation) -> Standing {
+    if !client.ours {
+        return Standing::OtherMake;
+    }
+    if let Some((_, reason)) = client.rejected.iter().find(|(rejected, _)| &**rejected == name) {
+        return Standing::Rejected(reason.to_string());
+    }
+    if client.acked.is_none_or(|acked| acked < generation) {
+        return Standing::Pending;
+    }
+    if client.blurred.is_some_and(|until| generation <= until) {
+        return Standing::Rejected("it refused more than is remembered, and this may be among it".to_owned());
+    }
+    Standing::Enforces
 }
 
 /// The pod and node of a proxy.
@@ -122,25 +171,8 @@ pub fn proxy_name(client: &ClientStatus) -> String {
     id.split('~').nth(2).filter(|name| !name.is_empty()).unwrap_or(id).chars().take(128).collect()
 }
 
-fn standing(client: &ClientStatus, policy: &PolicyName, generation: Generation) -> Standing {
-    if client.audience != Extensions::Culvert {
-        return Standing::OtherMake;
-    }
-    let name = match policy.kind {
-        Kind::PeerAuthentication => {
-            format!("{}/{}{}", policy.namespace, config::policy::mode::CONVERTED, policy.name)
-        }
-        _ => format!("{}/{}", policy.namespace, policy.name),
-    };
-    // Workloads list the policies that select them: both types have to be there.
-    let policies = client.holds(AUTHORIZATION_TYPE_URL, &name, generation);
-    let workloads = client.holds(ADDRESS_TYPE_URL, "", generation);
-    match (policies, workloads) {
-        (Holds::Rejected(reason), _) | (_, Holds::Rejected(reason)) => Standing::Rejected(reason.to_string()),
-        (Holds::Yes, Holds::Yes) => Standing::Enforces,
-        _ => Standing::Pending,
-    }
-}
+/// A policy, and the conditions that it should have.
+type Due = (PolicyName, PolicyState, Vec<Condition>);
 
 /// Writes the status of policies while this control plane leads.
 pub struct Keeper {
@@ -198,10 +230,9 @@ impl Keeper {
     /// Writes what changed. Whether something is left to do soon.
     async fn round(&self) -> bool {
         let peers = self.peers.ask().await;
-        let due = self.due(&peers);
+        let (due, unsettled) = self.due(&peers);
         let more = due.len() > WRITES;
-        let mut pending = more;
-        for (policy, state, wanted, is_settled) in due.into_iter().take(WRITES) {
+        for (policy, state, wanted) in due.into_iter().take(WRITES) {
             let outcome = self.writer.write(&policy, &state, &wanted).await;
             let mut all = self.followers.lock();
             let Some(followed) = all.get_mut(&policy).filter(|f| f.state == state) else { continue };
@@ -216,22 +247,13 @@ impl Keeper {
                     followed.not_before = Some(Instant::now() + LEISURE);
                 }
             }
-            pending |= !is_settled;
         }
-        pending || self.unsettled(&peers)
-    }
-
-    fn unsettled(&self, peers: &peers::Answers) -> bool {
-        let clients = self.server.clients();
-        self.followers.lock().iter().any(|(policy, followed)| {
-            let all = self.all_proxies(&clients, policy, followed, peers);
-            all.proxies.iter().any(|p| p.standing == Standing::Pending) || all.unasked > 0
-        })
+        more || unsettled
     }
 
     fn all_proxies(
         &self,
-        clients: &[ClientStatus],
+        clients: &[Client],
         policy: &PolicyName,
         followed: &Followed,
         peers: &peers::Answers,
@@ -256,36 +278,35 @@ impl Keeper {
         all
     }
 
-    /// The policies whose status has to be written, with what is to be written and whether it will last.
-    fn due(&self, peers: &peers::Answers) -> Vec<(PolicyName, PolicyState, Vec<Condition>, bool)> {
-        let clients = self.server.clients();
+    /// The policies whose status has to be written, with what is to be written; and whether that of any will change
+    /// soon.
+    fn due(&self, peers: &peers::Answers) -> (Vec<Due>, bool) {
+        let clients = clients(&self.server);
         let now = Instant::now();
-        let all = self.followers.lock();
-        let mut due: Vec<_> = all
-            .iter()
-            .filter(|(_, followed)| followed.not_before.is_none_or(|at| at <= now))
-            .filter_map(|(policy, followed)| {
-                let proxies = self.all_proxies(&clients, policy, followed, peers);
-                let name = format!("{}/{}", policy.namespace, policy.name);
-                let exception =
-                    self.exceptions.of(&name).filter(|_| policy.kind == Kind::AuthorizationPolicy);
-                let wanted = conditions::of(&followed.state, &proxies, exception.as_deref());
-                let settled = proxies.proxies.iter().all(|p| p.standing != Standing::Pending);
-                match &followed.written {
-                    Some((written, _)) if *written == wanted => None,
-                    // Only the counts differ.
-                    Some((written, at))
-                        if conditions::same_but_for_messages(written, &wanted)
-                            && settled
-                            && at.elapsed() < LEISURE =>
-                    {
-                        None
-                    }
-                    _ => Some((policy.clone(), followed.state.clone(), wanted, settled)),
-                }
-            })
-            .collect();
+        let mut unsettled = false;
+        let mut due = Vec::new();
+        for (policy, followed) in &*self.followers.lock() {
+            let proxies = self.all_proxies(&clients, policy, followed, peers);
+            let settled = proxies.unasked == 0
+                && proxies.proxies.iter().all(|proxy| proxy.standing != Standing::Pending);
+            unsettled |= !settled;
+            if followed.not_before.is_some_and(|at| at > now) {
+                continue;
+            }
+            let name = format!("{}/{}", policy.namespace, policy.name);
+            let exception = self.exceptions.of(&name).filter(|_| policy.kind == Kind::AuthorizationPolicy);
+            let wanted = conditions::of(&followed.state, &proxies, exception.as_deref());
+            let written = followed.written.as_ref();
+            let same = written.is_some_and(|(written, _)| *written == wanted);
+            // Only the counts differ, as when a node comes or goes.
+            let leisure = written.is_some_and(|(written, at)| {
+                settled && at.elapsed() < LEISURE && conditions::same_but_for_messages(written, &wanted)
+            });
+            if !same && !leisure {
+                due.push((policy.clone(), followed.state.clone(), wanted));
+            }
+        }
         due.sort_by(|a, b| a.0.cmp(&b.0));
-        due
+        (due, unsettled)
     }
 }

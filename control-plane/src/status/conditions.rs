@@ -1,6 +1,8 @@
 //! The conditions of a policy: `ZtunnelAccepted`, as Istio's tools know it, and `Enforced`, which counts only proxies
 //! that said that they swapped it in.
 
+use std::sync::Arc;
+
 use config::diagnostic::{Code, Diagnostic, Severity};
 use serde::{Deserialize, Serialize};
 
@@ -28,7 +30,7 @@ pub const ENFORCED: &str = "Enforced";
 #[derive(Clone, PartialEq, Eq, Debug, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Proxy {
     /// The proxy's pod and namespace.
-    pub name: String,
+    pub name: Arc<str>,
     /// How it stands with the policy.
     pub standing: Standing,
 }
@@ -100,7 +102,7 @@ fn join(first: &str, second: &str) -> String {
 
 fn enforced(findings: &[Diagnostic], proxies: &Proxies) -> Condition {
     let of = |wanted: fn(&Standing) -> bool| {
-        let names = proxies.proxies.iter().filter(move |p| wanted(&p.standing)).map(|p| p.name.as_str());
+        let names = proxies.proxies.iter().filter(move |p| wanted(&p.standing)).map(|p| &*p.name);
         names.collect::<Vec<_>>()
     };
     let enforcing = of(|s| *s == Standing::Enforces);
@@ -110,7 +112,7 @@ fn enforced(findings: &[Diagnostic], proxies: &Proxies) -> Condition {
         .proxies
         .iter()
         .filter_map(|p| match &p.standing {
-            Standing::Rejected(reason) => Some((p.name.as_str(), reason.as_str())),
+            Standing::Rejected(reason) => Some((&*p.name, reason.as_str())),
             _ => None,
         })
         .collect();
@@ -169,7 +171,7 @@ mod tests {
 
     fn proxies(standings: &[Standing]) -> Proxies {
         let name = |(index, standing): (usize, &Standing)| Proxy {
-            name: format!("ztunnel-{index}.culvert-system"),
+            name: format!("ztunnel-{index}.culvert-system").into(),
             standing: standing.clone(),
         };
         Proxies { proxies: standings.iter().enumerate().map(name).collect(), unasked: 0 }

@@ -1,0 +1,290 @@
+//! From objects to a proxy and back: the registry, the encoding, the port with TLS and tokens, a real client, and what
+//! `status` says of it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
+
+mod mesh;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use config::resource::Kind;
+use control_plane::ca::{Account, AuthenticationError, Authenticator, BoundPod, Caller, Reviewer};
+use control_plane::push::{Exceptions, Push, TYPES};
+use control_plane::registry::Registry;
+use control_plane::serve::{NodeProxies, connections};
+use control_plane::status::Followers;
+use control_plane::status::conditions::Standing;
+use futures_util::future::BoxFuture;
+use identity::Clock;
+use mesh::{Root, first_lists, other_lists, pod, policy, registry, service, set};
+use proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, Extensions, MESH_SETTINGS_TYPE_URL};
+use serde_json::json;
+use tempfile::TempDir;
+use tokio::net::TcpListener;
+use tokio::time::Instant;
+use xds::client::{Client, Link, NodeInfo, Settings, Update, Updates};
+use xds::server::{Config, Server};
+
+/// Knows the tokens of two pods.
+struct Tokens;
+
+impl Reviewer for Tokens {
+    fn review<'a>(&'a self, token: &'a str) -> BoxFuture<'a, Result<Caller, AuthenticationError>> {
+        let account = match token {
+            "of-ztunnel" => "ztunnel",
+            "of-another" => "another",
+            _ => return Box::pin(async { Err(AuthenticationError::Rejected("unknown".to_owned())) }),
+        };
+        Box::pin(async move {
+            Ok(Caller {
+                namespace: "culvert-system".to_owned(),
+                service_account: account.to_owned(),
+                pod: Some(BoundPod { name: "ztunnel-a".to_owned(), uid: "1".to_owned(), node: None }),
+            })
+        })
+    }
+}
+
+struct Plane {
+    registry: Registry,
+    push: Push<Server>,
+    server: Server,
+    followers: Followers,
+    address: SocketAddr,
+    root: Root,
+    files: TempDir,
+}
+
+impl Plane {
+    async fn new() -> Self {
+        let authenticator = Arc::new(Authenticator::new(Tokens, Clock::system()));
+        let trusted = vec!["culvert-system/ztunnel".parse::<Account>().unwrap()];
+        let proxies = NodeProxies::new(authenticator, "Kubernetes".to_owned(), trusted);
+        let config = Config { types: TYPES.to_vec(), ..Config::default() };
+        let server = Server::new(config, Arc::new(proxies), Arc::new(()));
+        let root = Root::new();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let incoming = connections(listener, root.server_config(&[b"h2"]));
+        let served = tonic::transport::Server::builder().add_service(server.service());
+        tokio::spawn(served.serve_with_incoming(incoming));
+        let files = TempDir::new().unwrap();
+        std::fs::write(files.path().join("root.pem"), &root.pem).unwrap();
+        let push = Push::new(server.clone(), Exceptions::default());
+        let (registry, _) = registry();
+        Self { registry, push, server, followers: Followers::default(), address, root, files }
+    }
+
+    /// A cluster with a service, two pods and a policy for them.
+    fn fill(&mut self) {
+        first_lists(&mut self.registry, &[("shop", json!({}))], Some("trustDomain: example.org"));
+        let allow = json!({
+            "selector": { "matchLabels": { "app": "web" } },
+            "action": "ALLOW", "rules": [{ "from": [{ "source": { "namespaces": ["shop"] } }] }],
+        });
+        other_lists(
+            &mut self.registry,
+            vec![
+                set(Kind::Pod, &pod("shop", "a", "10.0.0.1", "1")),
+                set(Kind::Pod, &pod("shop", "b", "10.0.0.2", "1")),
+                set(Kind::Service, &service("shop", "web", "10.96.0.1")),
+                set(Kind::AuthorizationPolicy, &policy("shop", "only-shop", &allow, 1)),
+            ],
+        );
+        self.commit();
+        self.server.ready();
+    }
+
+    fn commit(&mut self) {
+        let committed = self.registry.commit(Instant::now()).unwrap();
+        let generation = self.push.push(&committed.changes);
+        self.followers.take((committed.policies, generation));
+    }
+
+    fn client(&self, token: &str, pod: &str) -> (Client, Updates) {
+        let token_file = self.files.path().join(token);
+        std::fs::write(&token_file, token).unwrap();
+        let node = NodeInfo {
+            ip: "10.0.0.9".parse().unwrap(),
+            name: pod.to_owned(),
+            namespace: "culvert-system".to_owned(),
+            node_name: "node1".to_owned(),
+            cluster_id: "Kubernetes".to_owned(),
+            version: "0.1.0".to_owned(),
+        };
+        let settings = Settings {
+            addresses: vec![format!("https://{}", self.address)],
+            root_file: Some(self.files.path().join("root.pem")),
+            token_file: Some(token_file),
+            node: node.node(),
+            types: TYPES.to_vec(),
+            ..Settings::default()
+        };
+        Client::new(settings, Arc::new(())).unwrap()
+    }
+
+    fn standing(&self) -> Vec<Standing> {
+        let local = self.followers.local(&self.server);
+        local["AuthorizationPolicy/shop/only-shop"].proxies.iter().map(|p| p.standing.clone()).collect()
+    }
+
+    /// Waits for a standing of the one proxy.
+    async fn until(&self, wanted: &Standing) {
+        for _ in 0..200 {
+            if self.standing() == [wanted.clone()] {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        panic!("the proxy is {:?}, and not {wanted:?}", self.standing());
+    }
+}
+
+async fn next(updates: &mut Updates) -> Update {
+    tokio::time::timeout(Duration::from_secs(10), updates.next()).await.expect("no update").unwrap()
+}
+
+fn names(update: &Update) -> Vec<&str> {
+    let mut names: Vec<&str> = update.resources.iter().map(|r| r.name.as_str()).collect();
+    names.sort_unstable();
+    names
+}
+
+#[tokio::test]
+async fn a_proxy_gets_everything_once_and_then_only_what_changes() {
+    let mut plane = Plane::new().await;
+    plane.fill();
+    let (client, mut updates) = plane.client("of-ztunnel", "ztunnel-a");
+    tokio::spawn(client.run());
+    let mut first = BTreeMap::new();
+    let mut order = Vec::new();
+    for _ in 0..3 {
+        let update = next(&mut updates).await;
+        order.push(update.type_url);
+        first.insert(update.type_url, names(&update).iter().map(ToString::to_string).collect::<Vec<_>>());
+        update.ack();
+    }
+    assert_eq!(order, [MESH_SETTINGS_TYPE_URL, AUTHORIZATION_TYPE_URL, ADDRESS_TYPE_URL]);
+    assert_eq!(first[MESH_SETTINGS_TYPE_URL], ["mesh"]);
+    assert_eq!(first[AUTHORIZATION_TYPE_URL], ["shop/only-shop"]);
+    assert_eq!(
+        first[ADDRESS_TYPE_URL],
+        ["Kubernetes//Pod/shop/a", "Kubernetes//Pod/shop/b", "shop/web.shop.svc.cluster.local"]
+    );
+    plane.until(&Standing::Enforces).await;
+
+    // A pod's change sends that pod, encoded once.
+    let encoded = plane.push.encoded();
+    let mut changed = pod("shop", "b", "10.0.0.2", "2");
+    changed["status"]["conditions"][0]["status"] = json!("False");
+    plane.registry.take(set(Kind::Pod, &changed));
+    plane.commit();
+    assert_eq!(plane.push.encoded(), encoded + 1);
+    let update = next(&mut updates).await;
+    assert_eq!((update.type_url, names(&update)), (ADDRESS_TYPE_URL, vec!["Kubernetes//Pod/shop/b"]));
+    update.ack();
+
+    // A change of what nobody reads sends nothing: what comes next is the pod's removal.
+    let mut changed = pod("shop", "a", "10.0.0.1", "3");
+    changed["spec"]["priority"] = json!(7);
+    plane.registry.take(set(Kind::Pod, &changed));
+    plane.commit();
+    plane.registry.take(mesh::gone(Kind::Pod, "shop", "b"));
+    plane.commit();
+    let update = next(&mut updates).await;
+    assert!(update.resources.is_empty());
+    assert_eq!(update.removed, ["Kubernetes//Pod/shop/b"]);
+    update.ack();
+}
+
+#[tokio::test]
+async fn a_policy_is_enforced_when_the_proxy_has_said_so() {
+    let mut plane = Plane::new().await;
+    plane.fill();
+    let (client, mut updates) = plane.client("of-ztunnel", "ztunnel-a");
+    tokio::spawn(client.run());
+    for _ in 0..3 {
+        next(&mut updates).await.ack();
+    }
+    plane.until(&Standing::Enforces).await;
+    let deny = json!({ "selector": { "matchLabels": { "app": "web" } }, "action": "DENY", "rules": [{}] });
+    plane.registry.take(set(Kind::AuthorizationPolicy, &policy("shop", "only-shop", &deny, 2)));
+    plane.commit();
+    let update = next(&mut updates).await;
+    assert_eq!(update.type_url, AUTHORIZATION_TYPE_URL);
+    // It has it, and has not said so.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(plane.standing(), [Standing::Pending]);
+    update.ack();
+    plane.until(&Standing::Enforces).await;
+    // One that the proxy refuses is named with the reason.
+    plane
+        .registry
+        .take(set(Kind::AuthorizationPolicy, &policy("shop", "only-shop", &json!({ "rules": [{}] }), 3)));
+    plane.commit();
+    loop {
+        let update = next(&mut updates).await;
+        if update.type_url == AUTHORIZATION_TYPE_URL {
+            update.nack(vec![xds::client::Rejection {
+                name: "shop/only-shop".to_owned(),
+                reason: "no room".to_owned(),
+            }]);
+            break;
+        }
+        update.ack();
+    }
+    // Its workloads don't list it any more, which comes with the other type.
+    while let Ok(Some(update)) = tokio::time::timeout(Duration::from_millis(500), updates.next()).await {
+        update.ack();
+    }
+    plane.until(&Standing::Rejected("no room".to_owned())).await;
+}
+
+#[tokio::test]
+async fn who_is_no_node_proxy_gets_nothing() {
+    let mut plane = Plane::new().await;
+    plane.fill();
+    for (token, pod, reason) in [
+        ("of-nobody", "ztunnel-a", "unknown"),
+        ("of-another", "ztunnel-a", "no node proxy"),
+        ("of-ztunnel", "ztunnel-b", "not of the pod ztunnel-b.culvert-system"),
+    ] {
+        let (client, mut updates) = plane.client(token, pod);
+        let mut link = client.link();
+        let task = tokio::spawn(client.run());
+        let away = link.wait_for(|link| matches!(link, Link::Away { .. }));
+        let away = tokio::time::timeout(Duration::from_secs(10), away).await.unwrap().unwrap().clone();
+        let Link::Away { error, .. } = away else { panic!("{away:?}") };
+        assert!(error.contains(reason), "{token}: {error}");
+        let got = tokio::time::timeout(Duration::from_millis(100), updates.next()).await;
+        assert!(got.is_err(), "{token} was told {got:?}");
+        task.abort();
+    }
+    assert!(plane.server.clients().is_empty());
+}
+
+#[tokio::test]
+async fn proxies_of_another_make_never_get_what_they_would_enforce_wrongly() {
+    let mut plane = Plane::new().await;
+    plane.fill();
+    let domains = json!({ "rules": [{ "from": [{ "source": { "trustDomains": ["*.example.org"] } }] }] });
+    let mut tried = policy("shop", "tried", &json!({ "action": "DENY", "rules": [{}] }), 1);
+    tried["metadata"]["annotations"] = json!({ "istio.io/dry-run": "true" });
+    plane.registry.take(set(Kind::AuthorizationPolicy, &policy("shop", "domains", &domains, 1)));
+    plane.registry.take(set(Kind::AuthorizationPolicy, &tried));
+    plane.commit();
+    let exceptions = plane.push.exceptions().list();
+    assert!(exceptions["shop/domains"].contains("refused"), "{exceptions:?}");
+    assert!(exceptions["shop/tried"].contains("not sent"), "{exceptions:?}");
+    let (ours, theirs) = (Extensions::Culvert, Extensions::None);
+    assert_eq!(plane.server.len(AUTHORIZATION_TYPE_URL, ours), 3);
+    assert_eq!(plane.server.len(AUTHORIZATION_TYPE_URL, theirs), 2);
+    assert_eq!(plane.server.len(MESH_SETTINGS_TYPE_URL, theirs), 0);
+    assert_eq!(plane.server.len(ADDRESS_TYPE_URL, theirs), 3);
+    plane.registry.take(mesh::gone(Kind::AuthorizationPolicy, "shop", "domains"));
+    plane.commit();
+    assert!(!plane.push.exceptions().list().contains_key("shop/domains"));
+    let _ = plane.root.client_config();
+}

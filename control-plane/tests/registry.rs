@@ -1,0 +1,171 @@
+//! What is read of a cluster, and what follows: lists, settings, revisions, selected namespaces.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
+
+mod mesh;
+
+use config::resource::Kind;
+use control_plane::ca::Pods;
+use control_plane::registry::Committed;
+use control_plane::source::Change;
+use mesh::{event, first_lists, gone, other_lists, pod, policy, registry, service, set, settings};
+use model::Change as Step;
+use serde_json::json;
+use tokio::time::Instant;
+
+/// What a commit sets and removes, as text.
+fn steps(committed: &Committed) -> Vec<String> {
+    let step = |change: &Step| match change {
+        Step::SetWorkload(w) => format!("workload {}/{}", w.namespace, w.name),
+        Step::RemoveWorkload(uid) => format!("no {uid}"),
+        Step::SetService(s) => format!("service {}/{}", s.namespace, s.name),
+        Step::RemoveService(key) => format!("no service {key}"),
+        Step::SetPolicy(p) => format!("policy {}", p.key),
+        Step::RemovePolicy(key) => format!("no policy {key}"),
+        Step::SetSettings(s) => format!("settings {} {}", s.trust_domains.own, s.root_namespace),
+    };
+    let mut steps: Vec<String> = committed.changes.iter().map(step).collect();
+    steps.sort();
+    steps
+}
+
+#[test]
+fn nothing_is_given_out_before_everything_was_listed_once() {
+    let (mut registry, _) = registry();
+    registry.take(event(Kind::Pod, Change::Listing));
+    registry.take(set(Kind::Pod, &pod("shop", "a", "10.0.0.1", "1")));
+    assert!(registry.commit(Instant::now()).is_none());
+    let pods = registry.pods();
+    assert!(!pods.is_ready());
+    first_lists(&mut registry, &[("shop", json!({}))], Some("trustDomain: example.org"));
+    other_lists(&mut registry, vec![set(Kind::Pod, &pod("shop", "a", "10.0.0.1", "1"))]);
+    let committed = registry.commit(Instant::now()).unwrap();
+    assert!(committed.first);
+    assert_eq!(steps(&committed), ["settings example.org culvert-system", "workload shop/a"]);
+    assert!(pods.is_ready() && pods.runs_on("node1", "shop", "web"));
+    // A CRD that is not there is no reason to wait.
+    let (mut other, _) = mesh::registry();
+    first_lists(&mut other, &[], None);
+    other_lists(&mut other, Vec::new());
+    other.take(event(Kind::ServiceEntry, Change::NotServed));
+    assert!(other.commit(Instant::now()).is_some());
+}
+
+#[test]
+fn what_a_new_list_lacks_is_gone_and_the_rest_costs_nothing() {
+    let (mut registry, _) = registry();
+    first_lists(&mut registry, &[], None);
+    let both = || vec![pod("shop", "a", "10.0.0.1", "1"), pod("shop", "b", "10.0.0.2", "1")];
+    other_lists(&mut registry, both().iter().map(|p| set(Kind::Pod, p)).collect());
+    registry.commit(Instant::now()).unwrap();
+    let before = registry.repository().steps();
+    registry.take(event(Kind::Pod, Change::Listing));
+    registry.take(set(Kind::Pod, &both()[0]));
+    // Not complete yet: nothing is taken for gone.
+    assert!(steps(&registry.commit(Instant::now()).unwrap()).is_empty());
+    assert_eq!(registry.repository().steps(), before);
+    registry.take(event(Kind::Pod, Change::Listed));
+    assert_eq!(steps(&registry.commit(Instant::now()).unwrap()), ["no Kubernetes//Pod/shop/b"]);
+    registry.take(gone(Kind::Pod, "shop", "a"));
+    assert_eq!(steps(&registry.commit(Instant::now()).unwrap()), ["no Kubernetes//Pod/shop/a"]);
+}
+
+#[test]
+fn settings_that_cannot_be_read_hold_the_start_and_later_change_nothing() {
+    for bad in ["trustDomain: [", "trustDomian: x", "a: 1\n---\nb: 2"] {
+        let (mut registry, _) = registry();
+        first_lists(&mut registry, &[], Some(bad));
+        other_lists(&mut registry, Vec::new());
+        assert!(registry.commit(Instant::now()).is_none(), "{bad}");
+        assert!(registry.overview().lock().unwrap().waiting.contains("settings"), "{bad}");
+        registry.take(set(Kind::ConfigMap, &settings("trustDomain: good", "2")));
+        let committed = registry.commit(Instant::now()).unwrap();
+        assert_eq!(steps(&committed), ["settings good culvert-system"], "{bad}");
+        registry.take(set(Kind::ConfigMap, &settings(bad, "3")));
+        assert!(steps(&registry.commit(Instant::now()).unwrap()).is_empty(), "{bad}");
+        registry.take(set(Kind::ConfigMap, &settings("trustDomain: better\nrootNamespace: root", "4")));
+        assert_eq!(steps(&registry.commit(Instant::now()).unwrap()), ["settings better root"]);
+    }
+}
+
+#[test]
+fn an_error_in_the_settings_has_its_line() {
+    let (mut registry, _) = registry();
+    first_lists(&mut registry, &[], Some("trustDomain: a\noutboundTrafficPolicy:\n  mode: SOMETIMES\n"));
+    let said = registry.repository().review();
+    assert_eq!((said[0].line, &*said[0].text), (3, "  mode: SOMETIMES"));
+    assert!(said[0].to_string().starts_with("ConfigMap culvert-system/culvert, key mesh:3:"), "{}", said[0]);
+}
+
+#[test]
+fn objects_of_another_revision_are_not_read() {
+    let (mut registry, _) = registry();
+    first_lists(&mut registry, &[], None);
+    let rules = json!({ "action": "DENY", "rules": [{}] });
+    let labelled = |name: &str, revision: &str| {
+        let mut policy = policy("shop", name, &rules, 1);
+        policy["metadata"]["labels"] = json!({ "istio.io/rev": revision });
+        set(Kind::AuthorizationPolicy, &policy)
+    };
+    other_lists(&mut registry, vec![labelled("ours", "default"), labelled("theirs", "canary")]);
+    assert!(steps(&registry.commit(Instant::now()).unwrap()).contains(&"policy shop/ours".to_owned()));
+    assert!(registry.repository().about("AuthorizationPolicy shop/theirs").is_empty());
+    registry.take(labelled("ours", "canary"));
+    assert_eq!(steps(&registry.commit(Instant::now()).unwrap()), ["no policy shop/ours"]);
+}
+
+#[test]
+fn only_selected_namespaces_are_read_and_selecting_one_asks_for_its_objects() {
+    let (mut registry, relists) = registry();
+    let selectors = "discoverySelectors: [{matchLabels: {mesh: 'on'}}]";
+    let on = json!({ "mesh": "on" });
+    first_lists(&mut registry, &[("shop", on.clone()), ("other", json!({}))], Some(selectors));
+    let pods = || {
+        vec![
+            set(Kind::Pod, &pod("shop", "a", "10.0.0.1", "1")),
+            set(Kind::Pod, &pod("other", "b", "10.0.0.2", "1")),
+            set(Kind::Pod, &pod("culvert-system", "c", "10.0.0.3", "1")),
+        ]
+    };
+    other_lists(&mut registry, pods());
+    let committed = registry.commit(Instant::now()).unwrap();
+    let workloads = steps(&committed).into_iter().filter(|s| s.starts_with("workload")).collect::<Vec<_>>();
+    assert_eq!(workloads, ["workload culvert-system/c", "workload shop/a"]);
+    assert_eq!(registry.namespaces().borrow().iter().collect::<Vec<_>>(), ["shop"]);
+    let before = *relists.borrow();
+    registry.take(set(Kind::Namespace, &mesh::namespace("other", &on, "2")));
+    assert!(*relists.borrow() > before);
+    registry.commit(Instant::now());
+    other_lists(&mut registry, pods());
+    assert_eq!(steps(&registry.commit(Instant::now()).unwrap()), ["workload other/b"]);
+    registry.take(set(Kind::Namespace, &mesh::namespace("shop", &json!({}), "2")));
+    assert_eq!(steps(&registry.commit(Instant::now()).unwrap()), ["no Kubernetes//Pod/shop/a"]);
+    // Without selectors all are read again.
+    let before = *relists.borrow();
+    registry.take(set(Kind::ConfigMap, &settings("", "2")));
+    registry.commit(Instant::now());
+    assert!(*relists.borrow() > before);
+    other_lists(&mut registry, pods());
+    assert_eq!(steps(&registry.commit(Instant::now()).unwrap()), ["workload shop/a"]);
+}
+
+#[test]
+fn policies_are_reported_with_their_version_and_what_is_said_of_them() {
+    let (mut registry, _) = registry();
+    first_lists(&mut registry, &[], None);
+    let http = json!({ "action": "DENY", "rules": [{ "to": [{ "operation": { "paths": ["/a"] } }] }] });
+    other_lists(
+        &mut registry,
+        vec![
+            set(Kind::AuthorizationPolicy, &policy("shop", "p", &http, 4)),
+            set(Kind::Service, &service("shop", "web", "10.96.0.1")),
+        ],
+    );
+    let committed = registry.commit(Instant::now()).unwrap();
+    assert_eq!(committed.policies.len(), 1);
+    let state = committed.policies[0].state.as_ref().unwrap();
+    assert_eq!((&*state.uid, state.generation), ("uid-p", 4));
+    assert_eq!(state.findings[0].code, config::diagnostic::Code::NeedsWaypoint);
+    registry.take(gone(Kind::AuthorizationPolicy, "shop", "p"));
+    let committed = registry.commit(Instant::now()).unwrap();
+    assert!(committed.policies[0].state.is_none());
+}

@@ -1,0 +1,173 @@
+//! Admission reviews: what is refused and why, what is admitted with a warning, and the port that answers.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
+
+mod mesh;
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use config::compile::Options;
+use control_plane::webhook::{PATH, Webhook, limits, review};
+use http_body_util::{BodyExt, Full};
+use hyper_util::rt::TokioIo;
+use mesh::Root;
+use process::http::{Routes, serve_secured};
+use process::metrics::Registry as Metrics;
+use rustls::pki_types::ServerName;
+use serde_json::{Value, json};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+
+fn ask(operation: &str, group: &str, kind: &str, object: &Value, old: &Value) -> Vec<u8> {
+    serde_json::to_vec(&json!({
+        "apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview",
+        "request": {
+            "uid": "42", "kind": { "group": group, "version": "v1", "kind": kind },
+            "resource": { "group": group, "version": "v1", "resource": "x" },
+            "operation": operation, "namespace": "shop", "name": "p", "object": object, "oldObject": old,
+            "userInfo": { "username": "somebody" }, "dryRun": false,
+        },
+    }))
+    .unwrap()
+}
+
+fn policy(spec: &Value) -> Value {
+    json!({
+        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+        "metadata": { "name": "p", "namespace": "shop" }, "spec": spec,
+    })
+}
+
+fn review(operation: &str, object: &Value, old: &Value) -> Value {
+    let body = ask(operation, "security.istio.io", "AuthorizationPolicy", object, old);
+    let reviewed = review::answer(&body, &Options::default()).unwrap();
+    let answer: Value = serde_json::from_slice(&reviewed.body).unwrap();
+    assert_eq!(answer["kind"], "AdmissionReview");
+    assert_eq!(answer["response"]["uid"], "42");
+    assert_eq!(answer["response"]["allowed"], reviewed.allowed);
+    answer["response"].clone()
+}
+
+fn message(response: &Value) -> &str {
+    response["status"]["message"].as_str().unwrap_or_default()
+}
+
+#[test]
+fn what_no_state_of_the_cluster_could_enforce_is_refused_with_reason_and_remedy() {
+    let typo = review("CREATE", &policy(&json!({ "acton": "DENY", "rules": [{}] })), &Value::Null);
+    assert_eq!(typo["allowed"], false);
+    assert_eq!((&typo["status"]["code"], &typo["status"]["reason"]), (&json!(422), &json!("Invalid")));
+    assert!(message(&typo).contains("spec.acton"), "{typo}");
+    assert!(message(&typo).contains("did you mean action?"), "{typo}");
+    let bad = policy(&json!({ "rules": [{ "from": [{ "source": { "ipBlocks": ["10.0.0.0/99"] } }] }] }));
+    let bad = review("CREATE", &bad, &Value::Null);
+    assert_eq!(bad["allowed"], false);
+    assert!(message(&bad).contains("ipBlocks"), "{bad}");
+    // What follows from the errors is not said again.
+    assert!(!message(&bad).contains("fails-closed"), "{bad}");
+}
+
+#[test]
+fn what_waits_for_something_is_admitted_with_a_warning() {
+    let http = policy(&json!({ "rules": [{ "to": [{ "operation": { "methods": ["GET"] } }] }] }));
+    let response = review("CREATE", &http, &Value::Null);
+    assert_eq!(response["allowed"], true);
+    assert!(response["warnings"][0].as_str().unwrap().contains("waypoint"), "{response}");
+    let plain = policy(&json!({ "rules": [{ "from": [{ "source": { "namespaces": ["a"] } }] }] }));
+    let response = review("CREATE", &plain, &Value::Null);
+    assert_eq!(response["allowed"], true);
+    assert_eq!(response.get("warnings"), None, "{response}");
+}
+
+#[test]
+fn a_name_that_the_server_makes_later_is_no_error() {
+    let mut object = policy(&json!({ "rules": [{}] }));
+    object["metadata"] = json!({ "generateName": "p-" });
+    assert_eq!(review("CREATE", &object, &Value::Null)["allowed"], true);
+}
+
+#[test]
+fn what_was_bad_before_may_be_labelled_and_deleted() {
+    let mut bad = policy(&json!({ "acton": "DENY", "rules": [{}] }));
+    let old = bad.clone();
+    bad["metadata"]["labels"] = json!({ "a": "b" });
+    let response = review("UPDATE", &bad, &old);
+    assert_eq!(response["allowed"], true);
+    assert!(response["warnings"][0].as_str().unwrap().contains("spec.acton"), "{response}");
+    bad["spec"]["another"] = json!(1);
+    assert_eq!(review("UPDATE", &bad, &old)["allowed"], false);
+    bad["metadata"]["deletionTimestamp"] = json!("2026-11-20T10:00:00Z");
+    assert_eq!(review("UPDATE", &bad, &policy(&json!({})))["allowed"], true);
+    assert_eq!(review("DELETE", &Value::Null, &bad)["allowed"], true);
+}
+
+#[test]
+fn kinds_that_are_not_acted_on_are_admitted_and_told() {
+    let body = ask("CREATE", "networking.istio.io", "EnvoyFilter", &json!({}), &Value::Null);
+    let reviewed = review::answer(&body, &Options::default()).unwrap();
+    assert!(reviewed.allowed);
+    assert!(String::from_utf8(reviewed.body).unwrap().contains("EnvoyFilter is not acted on"));
+}
+
+#[test]
+fn what_is_no_review_is_answered_as_such() {
+    for body in [
+        &b"{"[..],
+        b"{}",
+        b"[]",
+        br#"{"apiVersion": "admission.k8s.io/v1beta1"}"#,
+        b"\xff",
+        br#"{"apiVersion": "admission.k8s.io/v1", "request": {"uid": 3}}"#,
+    ] {
+        assert!(review::answer(body, &Options::default()).is_err());
+    }
+    // An object of a strange form is refused, not an error of ours.
+    for object in
+        [json!(null), json!([]), json!("text"), json!({ "metadata": 3 }), json!({ "spec": [[[[]]]] })]
+    {
+        assert_eq!(review("CREATE", &object, &Value::Null)["allowed"], false, "{object}");
+    }
+}
+
+#[tokio::test]
+async fn the_port_answers_over_tls_under_the_meshs_root() {
+    let (root, metrics) = (Root::new(), Metrics::new());
+    let routes = Arc::new(Webhook::new(Options::default(), &metrics)).routes(Routes::new("test"));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let acceptor = TlsAcceptor::from(root.server_config(&[b"http/1.1"]));
+    let secure = move |stream| {
+        let acceptor = acceptor.clone();
+        async move { acceptor.accept(stream).await }
+    };
+    tokio::spawn(serve_secured(listener, secure, routes, limits()));
+    let post = async |body: Vec<u8>| {
+        let stream = TcpStream::connect(address).await.unwrap();
+        let name = ServerName::try_from("localhost").unwrap();
+        let stream = TlsConnector::from(root.client_config()).connect(name, stream).await.unwrap();
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+        tokio::spawn(connection);
+        let request = http::Request::post(format!("{PATH}?timeout=10s")).header("host", "x");
+        let response =
+            sender.send_request(request.body(Full::new(Bytes::from(body))).unwrap()).await.unwrap();
+        let status = response.status().as_u16();
+        (status, response.into_body().collect().await.unwrap().to_bytes())
+    };
+    let bad = policy(&json!({ "acton": "DENY" }));
+    let body = ask("CREATE", "security.istio.io", "AuthorizationPolicy", &bad, &Value::Null);
+    let (status, answer) = post(body).await;
+    assert_eq!(status, 200);
+    assert_eq!(serde_json::from_slice::<Value>(&answer).unwrap()["response"]["allowed"], false);
+    assert_eq!(post(b"nonsense".to_vec()).await.0, 400);
+    assert_eq!(post(vec![b' '; 9 << 20]).await.0, 413);
+    let text = metrics.encode(process::metrics::Format::negotiate(None));
+    assert!(text.contains(r#"galley_validation_failed_total{resource="AuthorizationPolicy"} 1"#), "{text}");
+    // In plaintext there is no answer.
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut plain = TcpStream::connect(address).await.unwrap();
+    plain.write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    let mut answer = Vec::new();
+    let _ = plain.read_to_end(&mut answer).await;
+    assert!(!answer.starts_with(b"HTTP"), "{answer:?}");
+}
