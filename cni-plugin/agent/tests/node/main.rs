@@ -1,0 +1,7 @@
+//! The agent with real namespaces, rules and sockets; the ztunnel and the cluster are the tests'.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+mod lab;
+mod restart;
+mod running;
+mod starting;

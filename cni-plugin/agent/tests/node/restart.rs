@@ -1,0 +1,133 @@
+//! The agent's restart, ztunnel's, and what the record is for.
+
+use std::fs;
+
+use capture::{Backend, Rules, Tools};
+use harness::netns::root_or_skip;
+use node_agent::record::Record;
+
+use super::lab::{FakeZtunnel, World, application, ip, who};
+
+#[tokio::test]
+async fn rules_that_are_gone_come_back_before_anything_is_asked() {
+    if !root_or_skip("rules that are gone come back before anything is asked") {
+        return;
+    }
+    let world = World::new();
+    world.server.namespaces.lock().unwrap().insert("shop".to_owned(), Some("ambient".to_owned()));
+    let uid = world.uid("web");
+    {
+        let agent = world.agent().await;
+        let ztunnel = FakeZtunnel::start(&world.socket()).await;
+        agent.add(world.request("web")).await.unwrap();
+        agent.add(world.request("other")).await.unwrap();
+        assert!(ztunnel.was_told(&format!("add {uid}")));
+    }
+    application(world.host("web"));
+    assert_eq!(
+        who(world.host("client"), world.address("web", false)).await,
+        "nobody",
+        "no agent, no ztunnel"
+    );
+    world.host("web").shell("nft flush ruleset").unwrap();
+    assert_eq!(who(world.host("client"), world.address("web", false)).await, "app");
+
+    // Nothing is known of the cluster, and nobody is connected.
+    let mut agent = world.agent().await;
+    assert_eq!(who(world.host("client"), world.address("web", false)).await, "nobody");
+    assert_eq!(agent.state(&uid).as_deref(), Some("enrolled"));
+    assert!(agent.ztunnels.served(&uid).is_err());
+    // While what is known is not all, nobody is let go.
+    agent.run();
+    tokio::time::sleep(std::time::Duration::from_millis(800)).await;
+    assert!(agent.state(&uid).is_some());
+
+    let ztunnel = FakeZtunnel::start(&world.socket()).await;
+    agent.until("handed over", || ztunnel.was_told("snapshot sent")).await;
+    assert!(ztunnel.was_told(&format!("add {uid}")));
+    assert_eq!(who(world.host("client"), world.address("web", true)).await, "ztunnel");
+    drop(ztunnel);
+    agent.until("none", || agent.ztunnels.connected() == 0).await;
+    assert_eq!(who(world.host("client"), world.address("web", true)).await, "nobody");
+    let _next = FakeZtunnel::start(&world.socket()).await;
+    agent.until("served again", || agent.ztunnels.served(&uid).is_ok()).await;
+    assert_eq!(who(world.host("client"), world.address("web", true)).await, "ztunnel");
+    // DEL of a sandbox that an earlier agent added.
+    agent.node.del(&world.request("web"));
+    assert_eq!(agent.state(&uid), None);
+}
+
+#[tokio::test]
+async fn pods_that_ended_meanwhile_are_forgotten() {
+    if !root_or_skip("pods that ended meanwhile are forgotten") {
+        return;
+    }
+    let world = World::new();
+    world.server.namespaces.lock().unwrap().insert("shop".to_owned(), Some("ambient".to_owned()));
+    {
+        let agent = world.agent().await;
+        let _ztunnel = FakeZtunnel::start(&world.socket()).await;
+        for name in ["web", "other"] {
+            agent.add(world.request(name)).await.unwrap();
+        }
+    }
+    // The one lost its device, as when its sandbox was ended; the other's namespace is another one now.
+    world.host("web").shell("ip link del eth0").unwrap();
+    let state = world.directory.path().join("state");
+    let path = state.join("pods.json");
+    let inode = world.host("other").netns.id().inode().to_string();
+    fs::write(&path, fs::read_to_string(&path).unwrap().replace(&inode, "1")).unwrap();
+    let agent = world.agent().await;
+    assert_eq!(agent.node.counts().enrolled, 0);
+    assert_eq!(Record::open(&state).unwrap().entries().len(), 0);
+}
+
+#[tokio::test]
+async fn another_backend_takes_over_what_the_earlier_one_left() {
+    if !root_or_skip("another backend takes over what the earlier one left") {
+        return;
+    }
+    let Ok(iptables) = capture::probe(Backend::IptablesNft, &Tools::default()) else { return };
+    let mut world = World::new();
+    world.server.namespaces.lock().unwrap().insert("shop".to_owned(), Some("ambient".to_owned()));
+    {
+        let agent = world.agent().await;
+        let _ztunnel = FakeZtunnel::start(&world.socket()).await;
+        agent.add(world.request("web")).await.unwrap();
+    }
+    world.capture = iptables;
+    let agent = world.agent().await;
+    assert_eq!(agent.node.counts().enrolled, 1);
+    assert!(!world.drift("web", &Rules::default()));
+    assert!(!world.rules_in("web").contains("table inet culvert"), "{}", world.rules_in("web"));
+    let _ztunnel = FakeZtunnel::start(&world.socket()).await;
+    agent.until("served", || agent.ztunnels.served(&world.uid("web")).is_ok()).await;
+    assert_eq!(who(world.host("client"), world.address("web", false)).await, "ztunnel");
+}
+
+#[tokio::test]
+async fn cleaning_up_leaves_nothing_behind() {
+    if !root_or_skip("cleaning up leaves nothing behind") {
+        return;
+    }
+    let world = World::new();
+    world.server.namespaces.lock().unwrap().insert("shop".to_owned(), Some("ambient".to_owned()));
+    {
+        let agent = world.agent().await;
+        let _ztunnel = FakeZtunnel::start(&world.socket()).await;
+        for name in ["web", "other"] {
+            agent.add(world.request(name)).await.unwrap();
+        }
+    }
+    assert_eq!(ip(world.host("web")).len(), 2);
+    let record = Record::open(&world.directory.path().join("state")).unwrap();
+    let api = super::lab::TheApi(world.server.clone());
+    assert_eq!(node_agent::node::clean_up(&record, world.capture.clone(), Some(&api)).await, 0);
+    for name in ["web", "other"] {
+        assert_eq!(world.rules_in(name), "");
+        assert_eq!(world.host(name).shell("ip rule | grep 0x111 || true").unwrap(), "");
+    }
+    assert_eq!(world.server.annotated.lock().unwrap().len(), 2);
+    application(world.host("web"));
+    assert_eq!(who(world.host("client"), world.address("web", false)).await, "app");
+}

@@ -1,0 +1,194 @@
+//! Pods that start: ADD, CHECK, DEL and GC.
+
+use std::collections::HashSet;
+use std::sync::atomic::Ordering;
+
+use capture::Rules;
+use harness::netns::root_or_skip;
+use node_agent::node::Answer;
+
+use super::lab::{Agent, FakeZtunnel, World, application, who};
+
+async fn world(mode: Option<&str>) -> (World, Agent) {
+    let world = World::new();
+    world.server.namespaces.lock().unwrap().insert("shop".to_owned(), mode.map(str::to_owned));
+    let agent = world.agent().await;
+    (world, agent)
+}
+
+#[tokio::test]
+async fn a_pod_of_the_mesh_is_captured_before_add_returns() {
+    if !root_or_skip("a pod of the mesh is captured before ADD returns") {
+        return;
+    }
+    let (world, mut agent) = world(Some("ambient")).await;
+    let ztunnel = FakeZtunnel::start(&world.socket()).await;
+    assert_eq!(agent.add(world.request("web")).await, Ok(Answer::Enrolled));
+    let uid = world.uid("web");
+    assert!(ztunnel.was_told(&format!("add {uid}")));
+    application(world.host("web"));
+    for v6 in [false, true] {
+        assert_eq!(who(world.host("client"), world.address("web", v6)).await, "ztunnel");
+        assert_eq!(who(world.host("web"), world.address("client", v6)).await, "ztunnel");
+    }
+    assert_eq!(agent.add(world.request("web")).await, Ok(Answer::Enrolled), "twice is as good as once");
+    agent.node.check(&world.request("web")).await.unwrap();
+    let counts = agent.node.counts();
+    assert_eq!((counts.enrolled, counts.not_captured), (1, 0));
+    // Others are told.
+    world.server.publish();
+    agent.run();
+    agent.until("annotated", || world.server.redirection("web").as_deref() == Some("enabled")).await;
+
+    // Somebody changes the rules: CHECK says so, and they come back.
+    world.host("web").shell("nft delete table inet culvert").unwrap();
+    agent.until("restored", || !world.drift("web", &Rules::default())).await;
+    agent.node.check(&world.request("web")).await.unwrap();
+
+    agent.node.del(&world.request("web"));
+    assert_eq!(agent.state(&uid), None);
+    agent.until("ztunnel lets go", || ztunnel.was_told(&format!("del {uid}"))).await;
+    assert_eq!(who(world.host("client"), world.address("web", false)).await, "nobody", "closed to the end");
+    agent.node.del(&world.request("web"));
+}
+
+#[tokio::test]
+async fn a_pod_that_no_ztunnel_serves_does_not_start() {
+    if !root_or_skip("a pod that no ztunnel serves does not start") {
+        return;
+    }
+    let (world, agent) = world(Some("ambient")).await;
+    let refusal = agent.add(world.request("web")).await.unwrap_err();
+    assert_eq!(refusal.code, 11);
+    assert!(refusal.message.contains("no ztunnel is connected"), "{}", refusal.message);
+    let _refusing = FakeZtunnel::refusing(&world.socket(), Some("no room")).await;
+    let refusal = agent.add(world.request("web")).await.unwrap_err();
+    assert!(
+        refusal.message.contains("shop/web") && refusal.message.contains("no room"),
+        "{}",
+        refusal.message
+    );
+    assert_eq!(world.rules_in("web"), "", "nothing is left in its namespace");
+    assert_eq!(agent.state(&world.uid("web")), None);
+    // One that comes a little later is waited for.
+    let (adding, starting) = tokio::join!(agent.add(world.request("web")), async {
+        tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+        FakeZtunnel::start(&world.socket()).await
+    });
+    assert_eq!(adding, Ok(Answer::Enrolled));
+    assert!(starting.was_told(&format!("add {}", world.uid("web"))));
+}
+
+#[tokio::test]
+async fn who_is_not_in_the_mesh_starts_without_a_ztunnel() {
+    if !root_or_skip("who is not in the mesh starts without a ztunnel") {
+        return;
+    }
+    let (world, agent) = world(None).await;
+    assert!(matches!(agent.add(world.request("web")).await, Ok(Answer::Outside(_))));
+    assert_eq!(world.rules_in("web"), "");
+    agent.node.check(&world.request("web")).await.unwrap();
+    // What its own label says comes first.
+    world.server.change("web", |pod| pod.mode = Some("ambient".to_owned()));
+    assert_eq!(agent.add(world.request("web")).await.unwrap_err().code, 11);
+    world.server.change("web", |pod| pod.host_network = true);
+    assert!(
+        matches!(agent.add(world.request("web")).await, Ok(Answer::Outside(why)) if why.contains("hostNetwork"))
+    );
+}
+
+#[tokio::test]
+async fn a_namespace_that_is_not_the_pods_is_refused() {
+    if !root_or_skip("a namespace that is not the pod's is refused") {
+        return;
+    }
+    let (world, agent) = world(Some("ambient")).await;
+    let _ztunnel = FakeZtunnel::start(&world.socket()).await;
+    let with = |netns: &str| {
+        let mut request = world.request("web");
+        request.netns = netns.to_owned();
+        agent.add(request)
+    };
+    let others = format!("/run/netns/{}", world.host("other").namespace);
+    for (netns, said) in [
+        (&*others, "has none of the pod's addresses"),
+        ("/proc/self/ns/net", "the node's own"),
+        ("/proc/self/ns/mnt", "not a network namespace"),
+        ("/run/netns/no-such-namespace", "does not exist"),
+        ("/etc/passwd", "not a namespace file"),
+    ] {
+        let refusal = with(netns).await.unwrap_err();
+        assert!(refusal.message.contains(said), "{netns}: {}", refusal.message);
+    }
+    assert_eq!(world.rules_in("other"), "");
+    // Two pods in one namespace: one of them is not where it seems to be.
+    assert_eq!(agent.add(world.request("web")).await, Ok(Answer::Enrolled));
+    let mut request = world.request("other");
+    (request.netns, request.ips) = (world.request("web").netns, world.request("web").ips);
+    let refusal = agent.add(request).await.unwrap_err();
+    assert!(refusal.message.contains("is that of pod shop/web"), "{}", refusal.message);
+}
+
+#[tokio::test]
+async fn what_is_not_known_is_asked_for_and_not_guessed() {
+    if !root_or_skip("what is not known is asked for and not guessed") {
+        return;
+    }
+    let (world, agent) = world(Some("ambient")).await;
+    let _ztunnel = FakeZtunnel::start(&world.socket()).await;
+    world.server.away.store(true, Ordering::Relaxed);
+    let refusal = agent.add(world.request("web")).await.unwrap_err();
+    assert!(refusal.code == 11 && refusal.message.contains("it is away"), "{refusal:?}");
+    // Known from the watches: the API server is not needed.
+    world.server.publish();
+    assert_eq!(agent.add(world.request("web")).await, Ok(Answer::Enrolled));
+    world.server.away.store(false, Ordering::Relaxed);
+    let mut request = world.request("other");
+    request.pod_uid = "of-an-earlier-pod".to_owned();
+    let refusal = agent.add(request).await.unwrap_err();
+    assert!(refusal.message.contains("not known"), "{refusal:?}");
+    // A runtime that does not tell the uid.
+    let mut request = world.request("other");
+    request.pod_uid = String::new();
+    assert_eq!(agent.add(request).await, Ok(Answer::Enrolled));
+}
+
+#[tokio::test]
+async fn an_annotation_that_cannot_be_read_keeps_the_pod_from_starting() {
+    if !root_or_skip("an annotation that cannot be read keeps the pod from starting") {
+        return;
+    }
+    let (world, agent) = world(Some("ambient")).await;
+    let _ztunnel = FakeZtunnel::start(&world.socket()).await;
+    let key = "traffic.sidecar.istio.io/excludeInboundPorts";
+    world.server.change("web", |pod| drop(pod.annotations.insert(key.to_owned(), "http".to_owned())));
+    let refusal = agent.add(world.request("web")).await.unwrap_err();
+    assert!(refusal.code == 7 && refusal.message.contains("excludeInboundPorts"), "{refusal:?}");
+    world.server.change("web", |pod| drop(pod.annotations.insert(key.to_owned(), "8080".to_owned())));
+    assert_eq!(agent.add(world.request("web")).await, Ok(Answer::Enrolled));
+    application(world.host("web"));
+    assert_eq!(who(world.host("client"), world.address("web", false)).await, "app", "it is excluded");
+}
+
+#[tokio::test]
+async fn sandboxes_that_are_gone_are_let_go_of() {
+    if !root_or_skip("sandboxes that are gone are let go of") {
+        return;
+    }
+    let (world, agent) = world(Some("ambient")).await;
+    let ztunnel = FakeZtunnel::start(&world.socket()).await;
+    for name in ["web", "other"] {
+        assert_eq!(agent.add(world.request(name)).await, Ok(Answer::Enrolled));
+    }
+    // DEL of an earlier sandbox of the same pod.
+    let mut earlier = world.request("web");
+    earlier.container_id = "earlier".to_owned();
+    agent.node.del(&earlier);
+    assert!(agent.state(&world.uid("web")).is_some());
+    let valid: HashSet<String> = ["web-sandbox".to_owned()].into();
+    assert_eq!(agent.node.gc(&valid), 1);
+    assert!(agent.state(&world.uid("web")).is_some() && agent.state(&world.uid("other")).is_none());
+    agent.until("ztunnel lets go", || ztunnel.was_told(&format!("del {}", world.uid("other")))).await;
+    let refusal = agent.node.check(&world.request("other")).await.unwrap_err();
+    assert!(refusal.message.contains("not captured"), "{refusal:?}");
+}
