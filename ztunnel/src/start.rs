@@ -19,6 +19,7 @@ use process::runtimes::{self, Workers};
 use process::shutdown::Shutdown;
 use process::{admin as pages, http};
 use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::cluster::{self, ClusterStatus};
@@ -108,17 +109,7 @@ async fn serve(
     let work = Arc::new(Work::default());
     work.add(enrolments);
     work.recheck();
-    let pods = match (mode, zds) {
-        (Mode::Cluster(mode), Some(status)) => {
-            let zds = Zds::new(mode.zds_socket, mode.here, work.clone(), status, enrolled);
-            tokio::spawn(zds.run(shutdown.clone()));
-            tokio::spawn(node.clone().run(work.clone(), |_| ()))
-        }
-        _ => tokio::spawn(node.clone().run(work.clone(), move |node| match node.ready() {
-            Ok(()) => enrolled.holds(),
-            Err(reason) => enrolled.fails(reason),
-        })),
-    };
+    let pods = follow_pods(mode, zds, &node, &work, enrolled, &shutdown);
     tokio::spawn(look_after(proxy.clone()));
     tokio::spawn(follow_trust(proxy.clone(), workers.clone()));
     tokio::spawn(follow(source, proxy.clone(), node.clone(), work.clone(), configured));
@@ -308,6 +299,30 @@ impl Ports {
         tokio::spawn(http::serve(self.admin, admin, pages::limits()));
         tokio::spawn(http::serve(self.metrics, metrics, http::Limits::default()));
         tokio::spawn(http::serve(self.readiness, readiness, http::Limits::default()));
+    }
+}
+
+/// Does the work on pods, and learns of them where the node agent tells. `enrolled` holds when all are served; in a
+/// cluster, when the agent has told of all once: what fails there is told to the agent, which tries it again.
+fn follow_pods(
+    mode: Mode,
+    agent: Option<Arc<ZdsStatus>>,
+    node: &Arc<Node>,
+    work: &Arc<Work>,
+    enrolled: Condition,
+    shutdown: &Shutdown,
+) -> JoinHandle<()> {
+    let (node, work) = (node.clone(), work.clone());
+    match (mode, agent) {
+        (Mode::Cluster(mode), Some(status)) => {
+            let zds = Zds::new(mode.zds_socket, mode.here, work.clone(), status, enrolled);
+            tokio::spawn(zds.run(shutdown.clone()));
+            tokio::spawn(node.run(work, |_| ()))
+        }
+        _ => tokio::spawn(node.run(work, move |node| match node.ready() {
+            Ok(()) => enrolled.holds(),
+            Err(reason) => enrolled.fails(reason),
+        })),
     }
 }
 

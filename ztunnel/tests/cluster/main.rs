@@ -19,3 +19,4 @@ mod agent;
 mod configuration;
 mod lab;
 mod outage;
+mod upgrade;

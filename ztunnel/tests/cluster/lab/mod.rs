@@ -167,7 +167,8 @@ impl Cluster {
             ("--pod-namespace", text("culvert-system")),
             ("--instance-ip", text(&host.ipv4.to_string())),
         ];
-        Ztunnel::start(host, &dir.join(format!("ztunnel-{node}.log")), &flags, options)
+        let options = options.clone().environment("TERMINATION_GRACE_PERIOD", "30s");
+        Ztunnel::start(host, &dir.join(format!("ztunnel-{node}.log")), &flags, &options)
     }
 
     pub fn ztunnel(&self, node: &str) -> &Ztunnel {
