@@ -35,7 +35,11 @@ fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {
-        text = format!("{text}: {error}");
+        let inner = error.to_string();
+        // Some repeat what they wrap.
+        if !text.ends_with(&inner) {
+            text = format!("{text}: {inner}");
+        }
         source = error.source();
     }
     text
@@ -107,7 +111,7 @@ pub(super) fn token(
     let bytes = read(path)?;
     let none = || ConnectError::NoToken(path.display().to_string());
     let token = std::str::from_utf8(&bytes).map_err(|_| none())?.trim();
-    if token.is_empty() {
+    if token.is_empty() || !token.bytes().all(|b| b.is_ascii_graphic()) {
         return Err(none());
     }
     let mut value: MetadataValue<Ascii> = format!("Bearer {token}").parse().map_err(|_| none())?;

@@ -362,3 +362,196 @@ fn parts(update: Record) -> Vec<Record> {
     }
     parts
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: &str = "type/A";
+    const B: &str = "type/B";
+
+    fn saved(name: &str, body: &str) -> Saved {
+        Saved {
+            name: name.into(),
+            version: format!("v-{body}"),
+            aliases: vec![],
+            body: body.to_owned().into(),
+        }
+    }
+
+    fn update(type_url: &str, resources: &[(&str, &str)], removed: &[&str], complete: bool) -> Record {
+        Record {
+            type_url: type_url.into(),
+            resources: resources.iter().map(|(n, b)| saved(n, b)).collect(),
+            removed: removed.iter().map(|n| (*n).to_owned()).collect(),
+            complete,
+        }
+    }
+
+    /// What a journal says, and what is held of it.
+    fn replay(journal: &mut Journal) -> (Vec<(String, String)>, Held, usize) {
+        let mut held = Held::new(&[A, B]);
+        let mut state = std::collections::BTreeMap::new();
+        let mut records = 0;
+        while let Some(record) = journal.next().unwrap() {
+            records += 1;
+            let (type_url, of) = held.of(&record.type_url).unwrap();
+            for name in &record.removed {
+                of.remove(name);
+                state.remove(&(type_url, name.clone()));
+            }
+            for r in &record.resources {
+                of.set(&r.name, &r.version, r.encoded_len());
+                state.insert((type_url, r.name.clone()), String::from_utf8(r.body.to_vec()).unwrap());
+            }
+            of.complete |= record.complete;
+        }
+        (state.into_iter().map(|((_, n), b)| (n, b)).collect(), held, records)
+    }
+
+    fn open(directory: &tempfile::TempDir) -> (Journal, Option<String>) {
+        let (journal, problem) = Journal::open(directory.path(), "mesh", 1 << 30).unwrap();
+        (journal, problem.map(|p| p.to_string()))
+    }
+
+    fn written(directory: &tempfile::TempDir) -> Journal {
+        let (journal, problem) = open(directory);
+        assert_eq!(problem, None);
+        let journal = journal.append(update(A, &[("a", "1"), ("b", "1")], &[], true), 0).unwrap();
+        let journal = journal.append(update(B, &[("c", "1")], &[], false), 0).unwrap();
+        journal.append(update(A, &[("a", "2")], &["b", "never"], true), 0).unwrap()
+    }
+
+    fn pairs(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
+        pairs.iter().map(|(n, b)| ((*n).to_owned(), (*b).to_owned())).collect()
+    }
+
+    #[test]
+    fn what_was_appended_is_read() {
+        let directory = tempfile::tempdir().unwrap();
+        drop(written(&directory));
+        let (mut journal, problem) = open(&directory);
+        assert_eq!(problem, None);
+        let (state, held, records) = replay(&mut journal);
+        assert_eq!((state, records), (pairs(&[("a", "2"), ("c", "1")]), 3));
+        assert!(held.get(A).unwrap().complete && !held.get(B).unwrap().complete);
+        assert!(held.get(A).unwrap().is("a", "v-2"));
+        // And goes on where it ended.
+        drop(journal.append(update(B, &[("d", "1")], &[], true), 0).unwrap());
+        let (state, ..) = replay(&mut open(&directory).0);
+        assert_eq!(state, pairs(&[("a", "2"), ("c", "1"), ("d", "1")]));
+        let mode = std::os::unix::fs::MetadataExt::mode(&fs::metadata(directory.path().join(NAME)).unwrap());
+        assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn one_that_is_cut_off_anywhere_ends_with_its_last_whole_record() {
+        let directory = tempfile::tempdir().unwrap();
+        drop(written(&directory));
+        let path = directory.path().join(NAME);
+        let whole = fs::read(&path).unwrap();
+        let mut seen = std::collections::BTreeSet::new();
+        for length in 0..whole.len() {
+            for tail in [0, 50] {
+                let mut bytes = whole.get(..length).unwrap().to_vec();
+                bytes.extend(vec![0; tail]);
+                fs::write(&path, bytes).unwrap();
+                let (mut journal, _) = open(&directory);
+                let (state, _, records) = replay(&mut journal);
+                seen.insert(records);
+                if records == 1 {
+                    assert_eq!(state, pairs(&[("a", "1"), ("b", "1")]));
+                }
+                // It can be used.
+                drop(journal.append(update(B, &[("new", "1")], &[], false), 0).unwrap());
+                let (_, held, after) = replay(&mut open(&directory).0);
+                assert!(held.get(B).unwrap().is("new", "v-1"), "{length} and {tail} zeros");
+                assert_eq!(after, records + 1);
+            }
+        }
+        assert_eq!(seen.into_iter().collect::<Vec<_>>(), [0, 1, 2]);
+    }
+
+    #[test]
+    fn a_changed_bit_never_gives_other_content() {
+        let directory = tempfile::tempdir().unwrap();
+        drop(written(&directory));
+        let path = directory.path().join(NAME);
+        let whole = fs::read(&path).unwrap();
+        let states = [
+            pairs(&[]),
+            pairs(&[("a", "1"), ("b", "1")]),
+            pairs(&[("a", "1"), ("b", "1"), ("c", "1")]),
+            pairs(&[("a", "2"), ("c", "1")]),
+        ];
+        let mut refused = 0;
+        for at in 0..whole.len() {
+            let mut bytes = whole.clone();
+            *bytes.get_mut(at).unwrap() ^= 0x10;
+            fs::write(&path, bytes).unwrap();
+            let (mut journal, problem) = open(&directory);
+            let (state, ..) = replay(&mut journal);
+            assert!(states.contains(&state), "byte {at}: {state:?}");
+            refused += usize::from(problem.is_some_and(|p| p.contains("damaged") && state.is_empty()));
+        }
+        assert!(refused > whole.len() / 2, "{refused} of {}", whole.len());
+    }
+
+    #[test]
+    fn one_of_another_mesh_is_not_used() {
+        let directory = tempfile::tempdir().unwrap();
+        drop(written(&directory));
+        let (mut journal, problem) = Journal::open(directory.path(), "another", 1 << 30).unwrap();
+        assert!(matches!(problem, Some(JournalError::Foreign { .. })), "{problem:?}");
+        assert_eq!(replay(&mut journal).2, 0);
+    }
+
+    #[test]
+    fn it_is_written_anew_when_it_is_long_for_what_it_says() {
+        let directory = tempfile::tempdir().unwrap();
+        let (mut journal, _) = open(&directory);
+        let mut held = Held::new(&[A, B]);
+        let long = "x".repeat(100_000);
+        let mut compactions = 0;
+        for n in 0..200 {
+            let (name, body) = (format!("name-{}", n % 10), format!("{n}{long}"));
+            let record = update(A, &[(&name, &body)], if n == 199 { &["name-3"] } else { &[] }, true);
+            if n == 199 {
+                held.of(A).unwrap().1.remove("name-3");
+            }
+            held.of(A).unwrap().1.set(&name, &format!("v-{body}"), record.resources[0].encoded_len());
+            held.of(A).unwrap().1.complete = true;
+            journal = journal.append(record, held.bytes()).unwrap();
+            if journal.is_long() {
+                journal = journal.compact(&held).unwrap();
+                compactions += 1;
+            }
+            assert!(fs::metadata(directory.path().join(NAME)).unwrap().len() < SMALL + 500_000);
+        }
+        assert!((3..20).contains(&compactions), "{compactions}");
+        drop(journal);
+        let (state, held, _) = replay(&mut open(&directory).0);
+        assert_eq!(state.len(), 9);
+        assert!(
+            state.iter().all(|(name, body)| body == &format!("19{}{long}", name.trim_start_matches("name-")))
+        );
+        assert!(held.get(A).unwrap().complete);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "nothing is left beside");
+    }
+
+    #[test]
+    fn a_state_that_does_not_fit_is_not_kept_and_leaves_no_old_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let (journal, _) = Journal::open(directory.path(), "mesh", 1000).unwrap();
+        let error = journal.append(update(A, &[("a", &"x".repeat(2000))], &[], true), 2000).unwrap_err();
+        assert!(error.to_string().contains("more than the 1000"), "{error}");
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_directory_that_can_not_be_is_named() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let error = Journal::open(&file.path().join("below"), "mesh", 1000).unwrap_err().to_string();
+        assert!(error.contains("below"), "{error}");
+    }
+}

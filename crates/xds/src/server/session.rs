@@ -217,8 +217,8 @@ impl Session {
         }
     }
 
-    /// The next response, if one may be sent now. To be called until there is none, after each request, each
-    /// change of a followed name, and when the store is published.
+    /// The next response, if one may be sent now. To be called until there is none, with the same state of the
+    /// store, after each request, each change of a followed name, and when the store is published.
     ///
     /// # Errors
     /// The client is too far behind: its stream has to end.
@@ -241,8 +241,8 @@ impl Session {
         let (before, rest) = self.subscriptions.split_at_mut(place);
         let Some((subscription, behind)) = rest.split_first_mut() else { return Ok(None) };
         let ordered = subscription.order.is_some();
-        let published = store.published().0;
-        if ordered && !before.iter().all(|s| s.caught_up(published)) {
+        let log = |s: &Subscription| store.topic(&s.type_url).map(|(_, topic)| topic.log(self.audience));
+        if ordered && !before.iter().all(|s| log(s).is_none_or(|log| s.lets_go(log))) {
             return Ok(None);
         }
         let ordered_behind = behind.iter().filter(|s| ordered && s.order.is_some());
@@ -251,7 +251,7 @@ impl Session {
             audience: self.audience,
             interest: self.interest.as_ref(),
             generation: store.generation().0,
-            published,
+            published: store.published().0,
             removals: ordered_behind.map(Subscription::lets_remove).min().unwrap_or(u64::MAX),
             response_bytes: self.limits.response_bytes,
             remembered: self.limits.rejections,

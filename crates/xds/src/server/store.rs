@@ -106,6 +106,13 @@ pub(crate) struct Live {
     aliases: Arc<[Arc<str>]>,
 }
 
+impl Live {
+    /// The other names by which it may be asked for.
+    pub(crate) fn aliases(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.aliases.iter()
+    }
+}
+
 /// The last change of a name.
 #[derive(Debug)]
 pub(crate) struct Entry {

@@ -219,17 +219,19 @@ impl ClientStream {
     ) -> End {
         let mut published = self.shared.published.subscribe();
         let mut end = client.end.subscribe();
-        let mut converged = self.shared.read().published();
+        let mut acked = self.shared.read().published();
         let mut starting = starting;
         let mut next = Some(first);
         loop {
-            if let Err(end) = self.hear(client, next.take(), &mut converged).await {
-                return end;
-            }
-            let waiting = match self.send(client) {
+            let sent = match self.hear(client, next.take()).await {
+                Ok(()) => self.send(client),
+                Err(end) => return end,
+            };
+            let waiting = match sent {
                 Ok(waiting) => waiting,
                 Err(end) => return end,
             };
+            self.progress(client, &mut acked);
             if waiting.is_none() {
                 // It has a state: the next may start.
                 drop(starting.take());
@@ -258,15 +260,10 @@ impl ClientStream {
 
     /// Takes a request, and those that are there already: a client that asks for several types at once is to be
     /// answered in their order.
-    async fn hear(
-        &mut self,
-        client: &Client,
-        mut next: Option<DeltaDiscoveryRequest>,
-        converged: &mut Generation,
-    ) -> Result<(), End> {
+    async fn hear(&mut self, client: &Client, mut next: Option<DeltaDiscoveryRequest>) -> Result<(), End> {
         for _ in 0..REQUESTS_AT_ONCE {
             let Some(request) = next.take() else { return Ok(()) };
-            self.take(client, request, converged)?;
+            self.take(client, request)?;
             next = tokio::select! {
                 biased;
                 request = self.requests.message() => match request {
@@ -278,22 +275,15 @@ impl ClientStream {
             };
         }
         match next {
-            Some(request) => self.take(client, request, converged),
+            Some(request) => self.take(client, request),
             None => Ok(()),
         }
     }
 
-    fn take(
-        &self,
-        client: &Client,
-        request: DeltaDiscoveryRequest,
-        converged: &mut Generation,
-    ) -> Result<(), End> {
-        let (heard, acked) = {
+    fn take(&self, client: &Client, request: DeltaDiscoveryRequest) -> Result<(), End> {
+        let heard = {
             let store = self.shared.read();
-            let mut session = locked(&client.session);
-            let heard = session.request(&store, request)?;
-            (heard, session.acked(&store))
+            locked(&client.session).request(&store, request)?
         };
         if !heard.watch.is_empty() || !heard.unwatch.is_empty() {
             // What changes in between is seen all the same: names are looked up when the answer is made.
@@ -307,25 +297,35 @@ impl ClientStream {
             tracing::warn!(node = %client.node.id, %type_url, %message, "a client refused resources");
             self.shared.observer.observe(Event::Rejected { node: &client.node, type_url, message });
         }
-        if let Some(acked) = acked.filter(|acked| acked > converged) {
-            self.shared.converged(*converged, acked);
-            *converged = acked;
-        }
         self.shared.tick();
         Ok(())
     }
 
+    /// Measures how long changes took, when the client has answered for more than before.
+    fn progress(&self, client: &Client, before: &mut Generation) {
+        let acked = {
+            let store = self.shared.read();
+            locked(&client.session).acked(&store)
+        };
+        if let Some(acked) = acked.filter(|acked| *acked > *before) {
+            self.shared.converged(*before, acked);
+            *before = acked;
+            self.shared.tick();
+        }
+    }
+
     /// Sends what may be sent, and says until when what is under way must be answered.
     fn send(&self, client: &Client) -> Result<Option<Instant>, End> {
-        loop {
-            let (response, since) = {
-                let store = self.shared.read();
-                let mut session = locked(&client.session);
-                (session.poll(&store, self.shared.now())?, session.waiting_since())
-            };
-            let Some(response) = response else {
-                return Ok(since.map(|since| self.shared.began + since + self.shared.config.answer_timeout));
-            };
+        let mut responses = Vec::new();
+        let since = {
+            let store = self.shared.read();
+            let mut session = locked(&client.session);
+            while let Some(response) = session.poll(&store, self.shared.now())? {
+                responses.push(response);
+            }
+            session.waiting_since()
+        };
+        for response in responses {
             self.shared.observer.observe(Event::Pushed {
                 type_url: &response.type_url,
                 resources: response.resources.len(),
@@ -336,6 +336,7 @@ impl ClientStream {
                 return Err(End::Client);
             }
         }
+        Ok(since.map(|since| self.shared.began + since + self.shared.config.answer_timeout))
     }
 }
 

@@ -110,13 +110,13 @@ struct Draft {
     contents: Vec<(Arc<str>, u64)>,
     cut: bool,
     remembered: usize,
-    /// The positions that are in it already; only kept where names and scan may meet.
-    seen: Option<HashSet<u64>>,
+    /// The positions and removals that are in it already; only kept where names and scan may meet.
+    seen: Option<(HashSet<u64>, HashSet<String>)>,
 }
 
 impl Draft {
     fn set(&mut self, position: u64, entry: &Entry, live: &Live) {
-        if self.seen.as_mut().is_some_and(|seen| !seen.insert(position)) {
+        if self.seen.as_mut().is_some_and(|(seen, _)| !seen.insert(position)) {
             return;
         }
         self.parts.set(&live.encoded);
@@ -124,6 +124,12 @@ impl Draft {
             self.contents.push((Arc::clone(&entry.name), position));
         } else {
             self.cut = true;
+        }
+    }
+
+    fn remove(&mut self, name: &str) {
+        if self.seen.as_mut().is_none_or(|(_, seen)| seen.insert(name.to_owned())) {
+            self.parts.remove(name);
         }
     }
 }
@@ -141,6 +147,8 @@ pub(super) struct Subscription {
     start: u64,
     cursor: u64,
     removals: u64,
+    /// The cursor after the last scan that went to the end.
+    scanned: u64,
     /// Positions before `start` that the client lacks, when it came with a state.
     backlog: VecDeque<u64>,
     /// Names that the client came with and that are not there.
@@ -170,6 +178,7 @@ impl Subscription {
             start: 0,
             cursor: 0,
             removals: 0,
+            scanned: 0,
             backlog: VecDeque::new(),
             stale: VecDeque::new(),
             greet: true,
@@ -190,6 +199,7 @@ impl Subscription {
         self.cursor = 0;
         self.removals = generation;
         self.whole = false;
+        self.scanned = 0;
     }
 
     /// Follow only names from now on.
@@ -258,7 +268,7 @@ impl Subscription {
                     }
                 }
             }
-            held.retain(|name, _| context.there(name).is_none());
+            held.retain(|name, _| context.there(name).is_none() && !self.names.contains_key(name.as_str()));
         }
         self.stale = held.into_keys().collect();
     }
@@ -276,15 +286,8 @@ impl Subscription {
     /// The client answered the response under way. One that refuses is sent nothing again until it changes.
     pub(super) fn settle(&mut self, context: &Context<'_>, refusal: Option<Refusal>) {
         let Some(flight) = self.in_flight.take() else { return };
-        if let Some(reached) = flight.settles {
-            self.acked = reached;
-        }
-        let (log, acked) = (context.log(), self.acked);
-        self.rejected.retain(|name, rejected| {
-            let now = log.get(name).map_or(0, |(position, _)| position);
-            // Not changed since, or not answered for yet.
-            (now > 0 && now <= rejected.generation.0) || now > acked
-        });
+        self.answered_for(context.log(), flight.settles);
+        let acked = self.acked;
         let Some(refusal) = refusal else { return };
         self.last_nack = Some(Arc::clone(&refusal.message));
         let whole = refusal.named.is_empty();
@@ -311,17 +314,29 @@ impl Subscription {
         }
     }
 
-    /// Whether types behind this one may go: all that was published was sent.
-    pub(super) fn caught_up(&self, published: u64) -> bool {
-        !self.wildcard || (self.whole && self.cursor >= published)
+    fn answered_for(&mut self, log: &Log, position: Option<u64>) {
+        let Some(position) = position else { return };
+        self.acked = position;
+        self.rejected.retain(|name, rejected| {
+            let now = log.get(name).map_or(0, |(position, _)| position);
+            // Not changed since, or not answered for yet.
+            (now > 0 && now <= rejected.generation.0) || now > position
+        });
     }
 
-    /// Up to where types before this one may remove.
+    /// Whether types behind this one may go: all that there is of this one was sent, also what was not published
+    /// yet, since theirs may be.
+    pub(super) fn lets_go(&self, log: &Log) -> bool {
+        !self.wildcard || (self.whole && self.cursor >= log.head())
+    }
+
+    /// Up to where types before this one may remove: what changed until then was sent. During a scan nobody knows,
+    /// since what changes again moves behind it.
     pub(super) fn lets_remove(&self) -> u64 {
         match (self.wildcard, self.whole) {
-            (false, _) => u64::MAX,
-            (true, true) => self.cursor,
-            (true, false) => 0,
+            (false, _) if self.due.is_empty() => u64::MAX,
+            (true, true) => self.scanned,
+            _ => 0,
         }
     }
 
@@ -354,14 +369,18 @@ impl Subscription {
             return Ok(None);
         }
         if self.wildcard && self.removals < context.log().horizon() {
-            return Err(Behind);
+            if self.cursor > 0 {
+                return Err(Behind);
+            }
+            // It was sent nothing yet.
+            self.follow_all(context.generation);
         }
         let mut draft = Draft {
             parts: Parts::new(context.audience, context.response_bytes),
             contents: Vec::new(),
             cut: false,
             remembered: context.remembered,
-            seen: (!self.due.is_empty()).then(HashSet::new),
+            seen: (!self.due.is_empty()).then(Default::default),
         };
         let finished = self.put_stale(context, &mut draft)
             && self.put_due(context, &mut draft)
@@ -371,7 +390,7 @@ impl Subscription {
         let reached = if self.wildcard { self.cursor.min(self.removals) } else { context.generation };
         let settles = (finished && self.stale.is_empty()).then_some(reached);
         if draft.parts.is_empty() && !self.greet {
-            self.acked = settles.unwrap_or(self.acked);
+            self.answered_for(context.log(), settles);
             return Ok(None);
         }
         self.greet = false;
@@ -388,9 +407,10 @@ impl Subscription {
             if draft.parts.full(name.len()) {
                 return false;
             }
-            // What came back is in the log, behind the cursor.
-            if context.there(name).is_none() {
-                draft.parts.remove(name);
+            // What came back since, or came and went, is in the log behind the cursors.
+            let later = context.log().get(name).is_some_and(|(position, _)| position > self.removals);
+            if context.there(name).is_none() && !later {
+                draft.remove(name);
             }
             self.stale.pop_front();
         }
@@ -415,18 +435,21 @@ impl Subscription {
                 }
             }
             let lost: Vec<_> = before.into_keys().filter(|n| !asked.sent.contains_key(n)).collect();
-            if found.is_empty() && (fresh || !lost.is_empty()) && !lost.contains(&name) {
-                draft.parts.remove(&name);
+            if found.is_empty() && (fresh || !lost.is_empty()) {
+                draft.remove(&name);
             }
-            for name in lost {
-                let elsewhere =
-                    self.wildcard || self.names.values().any(|asked| asked.sent.contains_key(&name));
-                if !elsewhere {
-                    draft.parts.remove(&name);
-                }
+            for name in lost.iter().filter(|name| !self.still_wanted(context, name)) {
+                draft.remove(name);
             }
         }
         true
+    }
+
+    /// Whether a resource that a name does not stand for any more is there, and followed by another.
+    fn still_wanted(&self, context: &Context<'_>, primary: &str) -> bool {
+        let Some((_, entry, live)) = context.there(primary) else { return false };
+        let mut names = std::iter::once(&entry.name).chain(live.aliases());
+        self.wildcard || names.any(|name| self.names.contains_key(name))
     }
 
     fn put_backlog(&mut self, context: &Context<'_>, draft: &mut Draft) -> bool {
@@ -450,30 +473,37 @@ impl Subscription {
         if !self.wildcard {
             return true;
         }
+        // The first removal that has to wait.
+        let mut waits = u64::MAX;
         for (position, entry) in context.log().after(self.cursor.min(self.removals)) {
             self.visited += 1;
             let live = match context.view(entry) {
                 View::There(live) if position > self.cursor => Some(live),
                 View::Gone if position > self.removals && position <= context.removals => None,
+                View::Gone if position > self.removals => {
+                    waits = waits.min(position);
+                    continue;
+                }
                 _ => continue,
             };
             if draft.parts.full(live.map_or(entry.name.len(), |live| live.encoded.len())) {
                 // All before this one is in it.
-                self.reach(context, position - 1);
+                self.reach(position - 1, waits);
                 return false;
             }
             match live {
                 Some(live) => draft.set(position, entry, live),
-                None => draft.parts.remove(&entry.name),
+                None => draft.remove(&entry.name),
             }
         }
-        self.reach(context, context.generation);
+        self.reach(context.generation, waits);
+        self.scanned = self.cursor;
         true
     }
 
-    fn reach(&mut self, context: &Context<'_>, position: u64) {
+    fn reach(&mut self, position: u64, waits: u64) {
         self.cursor = self.cursor.max(position);
-        self.removals = self.removals.max(position.min(context.removals));
+        self.removals = self.removals.max(position.min(waits - 1));
     }
 
     /// The generation that the client has answered for. One that has all there is of its type is as far as the
