@@ -155,6 +155,8 @@ fn what_needs_no_gate_is_done_at_once() {
 #[derive(Clone, Debug)]
 enum Event {
     Wait(u64),
+    /// The moment comes at which the old root may go.
+    Due,
     /// A proxy comes, which trusts what is told then.
     Join,
     Leave(usize),
@@ -170,7 +172,8 @@ enum Event {
 
 fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
-        3 => prop_oneof![1..600_u64, 600..DAY, DAY..3 * DAY].prop_map(Event::Wait),
+        4 => prop_oneof![2 => 1..600_u64, 1 => 600..DAY, 1 => DAY..3 * DAY].prop_map(Event::Wait),
+        2 => Just(Event::Due),
         2 => Just(Event::Join),
         1 => any::<usize>().prop_map(Event::Leave),
         4 => any::<usize>().prop_map(Event::Report),
@@ -248,7 +251,7 @@ fn name() -> control_plane::ca::record::SecretName {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 1000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn whatever_happens_no_root_signs_untrusted_and_none_in_use_goes(
@@ -259,6 +262,11 @@ proptest! {
         for event in events {
             match event {
                 Event::Wait(seconds) => world.now += seconds,
+                Event::Due => {
+                    let rotation = world.record().state.rotation.clone();
+                    let due = rotation.and_then(|rotation| rotation.drop_at).unwrap_or(0);
+                    world.now = world.now.max(due);
+                }
                 Event::Join => {
                     let name = format!("proxy-{}", world.joined);
                     world.joined += 1;
