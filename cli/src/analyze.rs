@@ -96,7 +96,10 @@ pub fn run(args: &AnalyzeArgs) -> Result<ExitCode> {
 fn text(found: &[Diagnostic], files: &Files, objects: usize) -> Result<String> {
     let mut text = String::new();
     for diagnostic in found {
-        writeln!(text, "{}", printable(&diagnostic.to_string()))?;
+        let mut shown = diagnostic.clone();
+        // An object of the cluster is its own place.
+        shown.resource = shown.resource.filter(|r| r.to_string() != *diagnostic.file);
+        writeln!(text, "{}", printable(&shown.to_string()))?;
     }
     let count = |severity| found.iter().filter(|d| d.severity == severity).count();
     let (errors, warnings, notes) = (count(Severity::Error), count(Severity::Warning), count(Severity::Info));

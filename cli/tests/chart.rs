@@ -142,7 +142,13 @@ fn what_is_rendered_keeps_its_promises() {
         assert!(objects.iter().any(|o| o["kind"] == kind), "no {kind}");
     }
     for object in &objects {
-        let cluster_wide = ["ClusterRole", "ClusterRoleBinding", "ValidatingWebhookConfiguration"];
+        let cluster_wide = [
+            "ClusterRole",
+            "ClusterRoleBinding",
+            "ValidatingWebhookConfiguration",
+            "ValidatingAdmissionPolicy",
+            "ValidatingAdmissionPolicyBinding",
+        ];
         let wanted = if cluster_wide.contains(&object["kind"].as_str().unwrap()) {
             Value::Null
         } else {
@@ -179,6 +185,9 @@ fn pod_is_confined(object: &Value) {
 }
 
 fn rights_are_named(object: &Value) {
+    if object["kind"] == "ValidatingAdmissionPolicy" {
+        return;
+    }
     for rule in object["rules"].as_array().into_iter().flatten() {
         let text = rule.to_string();
         assert!(!text.contains('*'), "{}: {text}", id(object));

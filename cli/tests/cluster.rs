@@ -181,6 +181,7 @@ fn the_commands_work_on_a_real_api_server() {
     let Some(server) = Server::start() else { return };
     before_an_installation(&server);
     installing(&server);
+    the_node_agent_is_held_to_its_node(&server);
     definitions(&server);
     looking_at_the_cluster(&server);
     waiting_until_it_works(&server);
@@ -214,6 +215,67 @@ fn installing(server: &Server) {
     let output = server.kubectl(&["-n", "culvert-system", "get", "deployment", "culvertd", "-o", "json"]);
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.contains("--cluster-id=here") && text.contains("debug"), "values were forgotten: {text}");
+}
+
+/// What the agent's account may do of what its role can't tell apart.
+fn the_node_agent_is_held_to_its_node(server: &Server) {
+    server
+        .apply(&json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"},
+                       "spec": {"taints": [{"key": "other", "effect": "NoSchedule"}]}}))
+        .unwrap();
+    for (name, node) in [("here", "n1"), ("there", "n2")] {
+        let mut pod = pod("default", name, &json!({}), &json!({"kept": "a"}));
+        pod["spec"]["nodeName"] = node.into();
+        server.apply(&pod).unwrap();
+    }
+    let patch = |object: &str, change: Value| {
+        let extra = "authentication.kubernetes.io/node-name=n1";
+        let user = "system:serviceaccount:culvert-system:culvert-node";
+        let change = change.to_string();
+        let output = server.kubectl(&[
+            "--as",
+            user,
+            "--as-user-extra",
+            extra,
+            "patch",
+            object,
+            "--type=merge",
+            "-p",
+            &change,
+        ]);
+        (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let annotation = |key: &str, value: Value| json!({"metadata": {"annotations": {key: value}}});
+    let redirection = annotation("ambient.istio.io/redirection", "enabled".into());
+    let taint = |key: &str| {
+        json!({"spec": {"taints": [{"key": "other", "effect": "NoSchedule"},
+                                                        {"key": key, "effect": "NoSchedule"}]}})
+    };
+    let allowed = [
+        ("pod/here", redirection.clone()),
+        ("pod/here", annotation("ambient.istio.io/redirection", Value::Null)),
+        ("node/n1", taint("culvert.dev/agent-not-ready")),
+        ("node/n1", json!({"spec": {"taints": [{"key": "other", "effect": "NoSchedule"}]}})),
+    ];
+    for (object, change) in allowed {
+        let (fine, said) = patch(object, change.clone());
+        assert!(fine, "{object} {change}: {said}");
+    }
+    let refused = [
+        ("pod/there", redirection, "its own node"),
+        ("pod/here", annotation("kept", "b".into()), "nothing else"),
+        ("pod/here", annotation("kept", Value::Null), "nothing else"),
+        ("pod/here", annotation("new", "b".into()), "nothing else"),
+        ("pod/here", json!({"metadata": {"labels": {"a": "b"}}}), "nothing else"),
+        ("pod/here", json!({"spec": {"activeDeadlineSeconds": 1}}), "nothing else"),
+        ("node/n1", json!({"spec": {"unschedulable": true}}), "nothing else"),
+        ("node/n1", json!({"metadata": {"labels": {"a": "b"}}}), "nothing else"),
+        ("node/n1", taint("mine"), "nothing else"),
+    ];
+    for (object, change, words) in refused {
+        let (fine, said) = patch(object, change.clone());
+        assert!(!fine && said.contains(words), "{object} {change}: {said}");
+    }
 }
 
 fn definitions(server: &Server) {

@@ -39,6 +39,7 @@ static FILES: &[File] = &[
     file!("templates/control-plane-rbac.yaml"),
     file!("templates/control-plane.yaml"),
     file!("templates/network-policy.yaml"),
+    file!("templates/node-admission.yaml"),
     file!("templates/node.yaml"),
     file!("templates/resource-quota.yaml"),
     file!("templates/webhook.yaml"),
