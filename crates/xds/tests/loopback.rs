@@ -363,6 +363,24 @@ async fn who_says_nothing_answers_nothing_or_reads_nothing_is_ended() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_newer_stream_of_a_node_ends_its_older_one() {
+    let site = Site::new(config()).await;
+    site.server.ready();
+    let mut first = subscribe(ADDRESS, &[]);
+    first.node = Some(settings(&[http(&site)]).node);
+    let older = silent(&site, vec![first.clone()]).await;
+    site.until(|s| s.clients().len() == 1).await;
+    let newer = silent(&site, vec![first.clone()]).await;
+    assert!(end(older).await.message().contains("a newer stream"));
+    assert_eq!(site.server.clients().len(), 1);
+    // Those of another make may share a name.
+    first.node.as_mut().unwrap().metadata = None;
+    let _foreign = [silent(&site, vec![first.clone()]).await, silent(&site, vec![first]).await];
+    site.until(|s| s.clients().len() == 3).await;
+    drop(newer);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn places_are_limited_and_come_free() {
     let site = Site::new(Config { clients: 1, ..config() }).await;
     site.server.ready();

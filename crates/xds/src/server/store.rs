@@ -85,9 +85,11 @@ impl Version {
         Self(version)
     }
 
-    /// Whether this is the version that is written so.
+    /// Whether this is the version that is written so. Asked for each resource of each client that comes back.
     pub(crate) fn is(self, text: &str) -> bool {
-        self.to_string() == text
+        let digit = |half: u8| char::from_digit(u32::from(half), 16);
+        let digits = self.0.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 0xf)]);
+        digits.eq(text.chars().map(Some))
     }
 }
 

@@ -7,6 +7,7 @@ use std::task::{Context, Poll};
 use std::time::SystemTime;
 
 use prost::Message;
+use proto::Extensions;
 use proto::wire::core::Node;
 use proto::wire::discovery::DeltaDiscoveryRequest;
 use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, watch};
@@ -239,7 +240,9 @@ impl ClientStream {
             tokio::select! {
                 biased;
                 _ = end.wait_for(|end| *end) => {
-                    return End::Server(Status::unavailable("the control plane ended the stream; connect again"));
+                    return End::Server(Status::unavailable(
+                        "the control plane ended the stream, or there is a newer stream of this node; connect again",
+                    ));
                 }
                 request = self.requests.message() => match request {
                     Ok(Some(request)) => next = Some(request),
@@ -349,7 +352,15 @@ struct Registered {
 
 impl Registered {
     fn new(shared: &Arc<Shared>, client: &Arc<Client>) -> Self {
-        locked(&shared.clients).insert(client.id, Arc::clone(client));
+        let mut clients = locked(&shared.clients);
+        // One of ours has one stream. An older one is of a connection that broke without a word, and would be taken
+        // for a proxy that lags behind.
+        let older = clients.values().filter(|c| c.node.id == client.node.id && c.caller == client.caller);
+        if audience(&client.node) == Extensions::Culvert {
+            older.for_each(|c| c.end());
+        }
+        clients.insert(client.id, Arc::clone(client));
+        drop(clients);
         shared.observer.observe(Event::Connected(&client.node));
         tracing::info!(node = %client.node.id, caller = %client.caller.name, "a client connected");
         shared.tick();
