@@ -329,7 +329,11 @@ pub(crate) async fn find(
     client: &Client,
     spec: &config::resource::KindSpec,
 ) -> Result<Option<ApiResource>, kube::Error> {
-    for version in spec.versions {
+    // Asked for by name, a group that is not there would be an error.
+    let groups = client.list_api_groups().await?.groups;
+    let group = groups.into_iter().find(|group| group.name == spec.group);
+    let served: Vec<String> = group.into_iter().flat_map(|g| g.versions).map(|v| v.version).collect();
+    for version in spec.versions.iter().filter(|version| served.iter().any(|s| s == *version)) {
         let listed = match client.list_api_group_resources(&format!("{}/{version}", spec.group)).await {
             Ok(listed) => listed,
             Err(kube::Error::Api(status)) if status.code == 404 => continue,

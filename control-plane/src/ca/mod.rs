@@ -10,7 +10,7 @@
 //!                                    ▼  │
 //!                             rotation.rs (pure) ◀── Fleet: who is live, and what it has said to trust
 //!                                                          ▲
-//!   proxy ── TrustedRoots in its request ── reports.rs ── annotation culvert.dev/trusted-roots of its pod
+//!   proxy ── TrustedRoots in a request ──── reports.rs ── annotation culvert.dev/trusted-roots of its pod
 //! ```
 //!
 //! What the rest of the control plane does for it:

@@ -203,17 +203,14 @@ impl Inner {
         })
     }
 
-    /// Keeps what the caller trusts. Only a request that is for nothing else fails with it.
+    /// Keeps what the caller trusts, if that is what it says. It says it again if it could not be kept.
     async fn record(&self, caller: &Caller, asked: &Asked) -> Result<(), Status> {
         let Some(trusted) = &asked.trusted else { return Ok(()) };
-        if let Err(reason) = self.recorder.record(caller, trusted).await {
+        self.recorder.record(caller, trusted).await.map_err(|reason| {
             count(&self.counters.unrecorded);
             tracing::warn!(%caller, "which roots a proxy trusts is not kept: {reason}");
-            if asked.impersonated.is_none() {
-                return Err(Status::unavailable(reason));
-            }
-        }
-        Ok(())
+            Status::unavailable(reason)
+        })
     }
 
     fn sign(

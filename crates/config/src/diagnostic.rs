@@ -230,7 +230,9 @@ impl fmt::Display for Diagnostic {
             write!(f, ":{}:{}", self.line, self.column)?;
         }
         write!(f, ": {}[{}]: ", self.severity, self.code)?;
-        if let Some(resource) = &self.resource {
+        // An object of a server is its own place.
+        if let Some(resource) = self.resource.as_ref().map(ToString::to_string).filter(|r| **r != *self.file)
+        {
             write!(f, "{resource}: ")?;
         }
         f.write_str(&self.message)?;
