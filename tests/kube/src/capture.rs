@@ -6,6 +6,8 @@ use std::io::{BufRead as _, BufReader, Read as _};
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::process::{Child, ChildStderr, Command, Stdio};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use nix::sys::signal::{Signal, kill};
@@ -58,7 +60,20 @@ impl Capture {
     pub fn start(lab: &Lab, node: &Node) -> Result<Self> {
         let path = lab.run(&format!("{}.pcap", node.name));
         let mut command: Command = in_netns(CONTROL_PLANE_NETNS, "tcpdump");
-        command.args(["-i", node.link, "-n", "-U", "-B", "65536", "-s", "0", "-Z", "root", "-w"]);
+        command.args([
+            "-i",
+            node.link,
+            "-n",
+            "-U",
+            "--immediate-mode",
+            "-B",
+            "65536",
+            "-s",
+            "0",
+            "-Z",
+            "root",
+            "-w",
+        ]);
         command.arg(&path).arg("tcp or udp");
         let mut child = command
             .stdin(Stdio::null())
@@ -83,6 +98,8 @@ impl Capture {
     /// # Errors
     /// It missed packets: then nothing can be said.
     pub fn finish(mut self) -> Result<Seen> {
+        // What has just passed is still on its way to the file.
+        thread::sleep(Duration::from_millis(300));
         kill(pid_of(self.child.id())?, Signal::SIGINT)?;
         let mut said = String::new();
         self.said.read_to_string(&mut said)?;

@@ -135,6 +135,9 @@ struct E2e {
     /// Leaves the cluster up, and uses the one that is up
     #[arg(long)]
     keep: bool,
+    /// With --keep: the mesh as it is installed
+    #[arg(long)]
+    as_is: bool,
     /// cargo's profile
     #[arg(long, default_value = "release")]
     profile: String,
@@ -193,7 +196,12 @@ fn on_cluster(lab: &Lab, command: ClusterCommand) -> Result<()> {
             node::reboot(lab, node)?;
             cluster.ready(node)
         }
-        ClusterCommand::Kill { node, daemon } => node::kill_daemon(lab, Node::named(&node)?, &daemon),
+        ClusterCommand::Kill { node, daemon } => {
+            if !node::kill_daemon(lab, Node::named(&node)?, &daemon)? {
+                bail!("{daemon} does not run on {node}");
+            }
+            Ok(())
+        }
         ClusterCommand::Import { archives } => Cluster::running(lab)?.import(&archives),
         ClusterCommand::Install { profile, prebuilt, set } => {
             install(&Cluster::running(lab)?, &profile, prebuilt, &set)
@@ -270,7 +278,9 @@ fn play(cluster: &Cluster, scenarios: &[scenario::Scenario], arguments: &E2e) ->
     let (mesh, plain): (Vec<_>, Vec<_>) = scenarios.iter().partition(|s| s.mesh);
     let mut failed = scenario::run(cluster, &plain)?;
     if !mesh.is_empty() {
-        install(cluster, &arguments.profile, arguments.prebuilt, &arguments.set)?;
+        if !arguments.as_is {
+            install(cluster, &arguments.profile, arguments.prebuilt, &arguments.set)?;
+        }
         failed.extend(scenario::run(cluster, &mesh)?);
     }
     Ok(failed)

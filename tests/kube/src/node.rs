@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use nix::sys::signal::{Signal, kill};
 
 use crate::lab::{CONTROL_PLANE_IP, CONTROL_PLANE_NETNS, Lab, NODES, Node};
@@ -119,11 +119,12 @@ pub fn run(lab: &Lab, node: &Node, words: &[&str]) -> Result<String> {
     finish(&mut shell(lab, node, words)?)
 }
 
-/// Kills one of the node's daemons (`containerd`, `kubelet`, `kube-proxy`); the node starts it again.
+/// Kills one of the node's daemons (`containerd`, `kubelet`, `kube-proxy`); the node starts it again. Returns whether it
+/// ran.
 ///
 /// # Errors
-/// It does not run.
-pub fn kill_daemon(lab: &Lab, node: &Node, daemon: &str) -> Result<()> {
+/// The node is off.
+pub fn kill_daemon(lab: &Lab, node: &Node, daemon: &str) -> Result<bool> {
     // Kubernetes' programs are one, called by other names.
     let is = |pid: &u32| {
         let called = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
@@ -131,9 +132,10 @@ pub fn kill_daemon(lab: &Lab, node: &Node, daemon: &str) -> Result<()> {
         called == daemon || program(*pid).is_some_and(|p| p == daemon)
     };
     let Some(pid) = children(init(lab, node)?).into_iter().find(is) else {
-        bail!("{daemon} does not run on {}", node.name);
+        return Ok(false);
     };
-    kill(pid_of(pid)?, Signal::SIGKILL).with_context(|| format!("killing {daemon} of {}", node.name))
+    kill(pid_of(pid)?, Signal::SIGKILL).with_context(|| format!("killing {daemon} of {}", node.name))?;
+    Ok(true)
 }
 
 /// Imports an image's archive into the node's containerd.

@@ -110,6 +110,7 @@ pub fn left_alone(stage: &Stage) -> Result<()> {
     let out = App::idle("out").on(&near).label("istio.io/dataplane-mode", "none").pod();
     let mut host = App::idle("host").on(&near).pod();
     host["spec"]["hostNetwork"] = json!(true);
+    host["spec"]["dnsPolicy"] = json!("ClusterFirstWithHostNet");
     stage.apply(&[sidecar, out, host])?;
     stage.start(&[App::idle("plain").on(&near)])?;
     for pod in ["sidecar", "out", "host"] {

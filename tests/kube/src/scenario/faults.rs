@@ -75,16 +75,16 @@ const VICTIMS: [Victim; 5] = [
 ];
 
 impl Victim {
-    fn kill(self, stage: &Stage, node: &Node) -> Result<()> {
+    /// Returns whether there was something to kill: it may still be down from the last time.
+    fn kill(self, stage: &Stage, node: &Node) -> Result<bool> {
+        let lab = &stage.cluster.lab;
         match self {
-            Self::Daemon(name) => node::kill_daemon(&stage.cluster.lab, node, name),
+            Self::Daemon(name) => node::kill_daemon(lab, node, name),
             Self::Container(name) => {
-                // By its own name in the node's processes: kubectl may be of no help just now.
-                let pids = node::run(&stage.cluster.lab, node, &["pgrep", "--exact", name])?;
-                for pid in pids.split_whitespace() {
-                    node::run(&stage.cluster.lab, node, &["kill", "-KILL", pid])?;
-                }
-                Ok(())
+                // By its name among the node's processes: the API server may be of no help just now.
+                let pids = node::run(lab, node, &["pgrep", "--exact", name]).unwrap_or_default();
+                let kill = |pid| node::run(lab, node, &["kill", "-KILL", pid]);
+                Ok(pids.split_whitespace().filter(|pid| kill(pid).is_ok()).count() > 0)
             }
         }
     }
@@ -126,8 +126,9 @@ pub fn kills(stage: &Stage) -> Result<()> {
     stage.nothing_in_plaintext(&far, || {
         for round in 0..ROUNDS {
             let (Some(victim), Some(node)) = (dice.pick(&VICTIMS), dice.pick(&NODES)) else { break };
-            victim.kill(stage, &node)?;
-            stage.ok(&format!("killed {victim:?} of {}", node.name));
+            let killed = victim.kill(stage, &node)?;
+            let what = if killed { "killed" } else { "still down:" };
+            stage.ok(&format!("{what} {victim:?} of {}", node.name));
             if round % 3 == 0 {
                 let app = App::client(&format!("comer-{round}"), &["-dial", "5@server:9000"]);
                 stage.apply(&[app.on(&near).pod()])?;

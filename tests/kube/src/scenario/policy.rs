@@ -128,7 +128,8 @@ pub fn network(stage: &Stage) -> Result<()> {
     let [near, far] = NODES;
     stage.label_in()?;
     stage.serve(&[App::server("server").on(&far)])?;
-    stage.start(&[App::idle("client").on(&near), App::idle("other").on(&near)])?;
+    let friend = |name: &str| App::idle(name).label("role", "friend").on(&near);
+    stage.start(&[friend("client"), friend("late"), App::idle("other").on(&near)])?;
     stage.enrolled(true)?;
     let url = "http://server:8080/";
     stage.reaches("client", url)?;
@@ -138,7 +139,7 @@ pub fn network(stage: &Stage) -> Result<()> {
             "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": {"name": "server"},
             "spec": {
                 "podSelector": {"matchLabels": {"app": "server"}}, "policyTypes": ["Ingress"],
-                "ingress": [{"from": [{"podSelector": {"matchLabels": {"app": "client"}}}], "ports": ports}],
+                "ingress": [{"from": [{"podSelector": {"matchLabels": {"role": "friend"}}}], "ports": ports}],
             },
         })])?;
         network_policy::enforce(&stage.cluster)
@@ -148,7 +149,8 @@ pub fn network(stage: &Stage) -> Result<()> {
         stage.cannot_reach("other", url)?;
         stage.ok("a policy that names the tunnel's port lets in who it names, and nobody else");
         allow(&[8080])?;
-        let (seen, ()) = stage.watch(&far, || stage.cannot_reach("client", url))?;
+        // Of a pod that has no tunnel yet: what is open stays open.
+        let (seen, ()) = stage.watch(&far, || stage.cannot_reach("late", url))?;
         ensure!(seen.plaintext.is_empty(), "in plaintext, past the tunnel: {:?}", seen.plaintext);
         stage.ok("one that does not closes the way, and nothing takes the open port in plaintext");
         let restarts = "jsonpath={.status.containerStatuses[0].ready}";

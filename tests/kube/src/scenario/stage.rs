@@ -359,7 +359,7 @@ impl Stage {
             let text = finish(&mut command).unwrap_or_else(|e| format!("{e:#}"));
             let _ = fs::write(directory.join(file), text);
         };
-        let _ = fs::write(directory.join("error"), format!("{error:?}\n"));
+        let _ = fs::write(directory.join("error"), format!("{error:#}\n"));
         let k = self.kubectl();
         keep("pods", k.command(&["get", "pods", "-A", "-o", "wide"]));
         keep("events", k.command(&["get", "events", "-A", "--sort-by=.lastTimestamp"]));
