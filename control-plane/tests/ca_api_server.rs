@@ -311,14 +311,15 @@ async fn a_real_api_server_reviews_keeps_and_tells_with_the_permissions_of_the_c
     let client = api.client(own.trim());
 
     // Two replicas that both think they lead have one root.
-    let (leads, _) = watch::channel(true);
+    let ((leads, _), (other_leads, _)) = (watch::channel(true), watch::channel(true));
     let (namespaces, _) = watch::channel(Arc::new(BTreeSet::from(["shop".to_owned(), NAMESPACE.to_owned()])));
-    let (ca, other) =
-        (replica(&api, &client, &leads, &namespaces), replica(&api, &client, &leads, &namespaces));
+    let ca = replica(&api, &client, &leads, &namespaces);
+    let other = replica(&api, &client, &other_leads, &namespaces);
     tokio::time::timeout(Duration::from_secs(30), ca.wait_ready()).await.expect("ready");
     tokio::time::timeout(Duration::from_secs(30), other.wait_ready()).await.expect("ready");
     let roots = |ca: &Ca| ca.current().get().unwrap().record.root_ids();
     assert_eq!(roots(&ca), roots(&other));
+    other_leads.send_replace(false);
     let a = ca.current().get().unwrap().authority.root();
 
     let held = |namespace: &str| {

@@ -17,12 +17,21 @@ use crate::x509::{Facts, RootId};
 
 /// Metadata: for whom a node's proxy asks.
 pub const IMPERSONATED_IDENTITY: &str = "ImpersonatedIdentity";
-/// Metadata of our own: the ids of the roots that whoever asks trusts, by which a CA knows when a new root may sign.
-/// Other CAs pass over it.
+/// Metadata of our own, in requests that are reports: the ids of the roots that whoever asks trusts, by which a CA knows
+/// when a new root may sign. Other CAs pass over it.
 pub const TRUSTED_ROOTS: &str = "TrustedRoots";
 
 /// An answer of more parts is refused.
 const MAX_PARTS: usize = 16;
+
+/// What is asked for.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Purpose<'a> {
+    /// A certificate for this identity.
+    Certificate(&'a SpiffeId),
+    /// Telling these roots. The certificate is for one's own identity, which the token says, and thrown away.
+    Report(&'a [RootId]),
+}
 
 /// A new key and the request for it. The key never leaves this value but into what is issued.
 pub(super) struct Asked {
@@ -39,29 +48,26 @@ pub(super) struct Answer {
 }
 
 impl Asked {
-    /// Makes a key, and a request for the identity; for one's own, which the token says, if there is none.
-    pub(super) fn new(
-        id: Option<&SpiffeId>,
-        lifetime: Duration,
-        trusted: &[RootId],
-    ) -> Result<Self, CaError> {
+    /// Makes a key and a request.
+    pub(super) fn new(purpose: &Purpose<'_>, lifetime: Duration) -> Result<Self, CaError> {
         let key = KeyPair::generate().map_err(CaError::signing("make a workload's key"))?;
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
-        if let Some(id) = id {
+        let mut fields = BTreeMap::new();
+        if let Purpose::Certificate(id) = purpose {
             let uri = id.to_string().try_into().map_err(CaError::signing("write the SPIFFE ID"))?;
             params.subject_alt_names = vec![SanType::URI(uri)];
+            fields.insert(IMPERSONATED_IDENTITY.to_owned(), text(id.to_string()));
+        }
+        if let Purpose::Report(trusted) = purpose {
+            let values = trusted.iter().map(|root| text(root.to_string())).collect();
+            let list = Value { kind: Some(Kind::ListValue(ListValue { values })) };
+            fields.insert(TRUSTED_ROOTS.to_owned(), list);
         }
         let csr = params
             .serialize_request(&key)
             .and_then(|request| request.pem())
             .map_err(CaError::signing("write a signing request"))?;
-        let mut fields = BTreeMap::new();
-        if let Some(id) = id {
-            fields.insert(IMPERSONATED_IDENTITY.to_owned(), text(id.to_string()));
-        }
-        let values = trusted.iter().map(|root| text(root.to_string())).collect();
-        fields.insert(TRUSTED_ROOTS.to_owned(), Value { kind: Some(Kind::ListValue(ListValue { values })) });
         let request = IstioCertificateRequest {
             csr,
             validity_duration: i64::try_from(lifetime.as_secs()).unwrap_or(i64::MAX),

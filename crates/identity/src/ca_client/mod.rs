@@ -5,10 +5,11 @@
 //! answers end with. [`CaClient::bundle`] holds both together, so that a root that is coming is trusted as soon as
 //! either says it, and one that is going stays until neither does.
 //!
-//! **How a CA learns whom this node trusts.** With each request go the ids of the file's roots
+//! **How a CA learns whom this node trusts.** When the file changes, and at the start, a request for one's own identity
+//! is made at once, whose certificate is thrown away. With it go the ids of the file's roots
 //! ([`TRUSTED_ROOTS`](exchange::TRUSTED_ROOTS)): those only, since the control plane's own certificate is judged by
-//! them, too. When the file changes, and at the start, a request for one's own identity is made at once, whose
-//! certificate is thrown away: a CA that is about to sign with a new root need not wait until something is due.
+//! them, too. It is repeated until it is answered; other requests say nothing of roots, so that none that was under way
+//! takes back what was said.
 //!
 //! Invariants:
 //! * a root is trusted before a certificate that leads to it is handed out;
@@ -42,7 +43,7 @@ use crate::trust::TrustBundle;
 use crate::x509::RootId;
 
 pub use dial::{Dialer, InvalidAddress, ServerAddress};
-use exchange::{Answer, Asked};
+use exchange::{Answer, Asked, Purpose};
 pub use exchange::{IMPERSONATED_IDENTITY, TRUSTED_ROOTS};
 
 /// A file with more is no token.
@@ -222,7 +223,7 @@ impl Drop for CaClient {
 
 impl Issuer for CaClient {
     fn issue<'a>(&'a self, id: &'a SpiffeId) -> IssueFuture<'a> {
-        Box::pin(async move { Ok(self.state.obtain(Some(id)).await?.issued) })
+        Box::pin(async move { Ok(self.state.obtain(Purpose::Certificate(id)).await?.issued) })
     }
 
     fn signer(&self) -> watch::Receiver<u64> {
@@ -232,7 +233,7 @@ impl Issuer for CaClient {
 
 impl State {
     /// Asks one address after the other, and puts the roots of the answer in force.
-    async fn obtain(&self, id: Option<&SpiffeId>) -> Result<Answer, IssueError> {
+    async fn obtain(&self, purpose: Purpose<'_>) -> Result<Answer, IssueError> {
         let gone = |_| IssueError::Unavailable("the client is going down".to_owned());
         let _permit = self.permits.acquire().await.map_err(gone)?;
         let token = self.token().await?;
@@ -240,8 +241,7 @@ impl State {
         let count = self.dialers.len();
         let mut failures = Vec::new();
         for index in (0..count).map(|offset| (first + offset) % count) {
-            let trusted = self.file.root_ids();
-            let asked = Asked::new(id, self.settings.lifetime, &trusted)?;
+            let asked = Asked::new(&purpose, self.settings.lifetime)?;
             match self.ask(index, &asked, &token).await {
                 Ok(response) => {
                     self.preferred.store(index, Ordering::Relaxed);
@@ -249,11 +249,6 @@ impl State {
                         IssueError::Unavailable(format!("{} answered nonsense: {reason}", self.place(index)))
                     })?;
                     self.take_roots(&answer.roots)?;
-                    self.reported.send_if_modified(|reported| {
-                        let new = *reported != trusted;
-                        *reported = trusted;
-                        new
-                    });
                     return Ok(answer);
                 }
                 Err(Refusal::Final(reason)) => return Err(IssueError::Refused(reason)),
@@ -419,8 +414,11 @@ async fn report(state: &State, file: &mut watch::Receiver<u64>) {
         if *state.reported.borrow() == trusted {
             return;
         }
-        match state.obtain(None).await {
-            Ok(_) => return,
+        match state.obtain(Purpose::Report(&trusted)).await {
+            Ok(_) => {
+                state.reported.send_replace(trusted);
+                return;
+            }
             Err(error) => {
                 tracing::warn!(
                     roots = %shown(&trusted),
