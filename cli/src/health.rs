@@ -125,11 +125,7 @@ fn deployment_state(cluster: &Cluster, object: &Value) -> Result<Vec<Check>> {
     with_pods(cluster, "culvertd", Check::new(name, if done { State::Ready } else { State::Waiting }, detail))
 }
 
-/// A DaemonSet, and what is the matter with its pods.
-///
-/// # Errors
-/// The API server can't be asked.
-pub fn daemon_set_state(cluster: &Cluster, app: &str, object: &Value) -> Result<Vec<Check>> {
+fn daemon_set_state(cluster: &Cluster, app: &str, object: &Value) -> Result<Vec<Check>> {
     let wanted = number(object, "/status/desiredNumberScheduled");
     let (ready, updated) =
         (number(object, "/status/numberReady"), number(object, "/status/updatedNumberScheduled"));

@@ -302,7 +302,6 @@ pub fn uninstall(args: &UninstallArgs) -> Result<ExitCode> {
         );
     }
     leave(&cluster, args)?;
-    clean_nodes(&cluster, &helm, &args.release)?;
     helm.uninstall(&args.release.release, args.release.waiting.timeout)?;
     print(&format!("removed release {}\n", args.release.release))?;
     if args.delete_crds {
@@ -316,40 +315,6 @@ pub fn uninstall(args: &UninstallArgs) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// Has the node agents take the plugin off their nodes when they stop: without agents, it would keep pods from starting.
-fn clean_nodes(cluster: &Cluster, helm: &Helm, release: &ReleaseArgs) -> Result<()> {
-    let path = format!("/apis/apps/v1/namespaces/{}/daemonsets/culvert-node", cluster.system);
-    if cluster.find(&path)?.is_none() {
-        return Ok(());
-    }
-    let directory = tempfile::tempdir().context("cannot make a temporary directory")?;
-    chart::write(directory.path())?;
-    let arguments =
-        ["--skip-crds", "--reset-then-reuse-values", "--set", "node.cleanupOnStop=true"].map(str::to_owned);
-    helm.upgrade(&release.release, directory.path(), &arguments)?;
-    let progress = spinner();
-    let end = Instant::now() + release.waiting.timeout;
-    while let Some(set) = cluster.find(&path)? {
-        let agents = health::daemon_set_state(cluster, "culvert-node", &set)?;
-        // Where no node is, nothing is to be cleaned.
-        let scheduled =
-            set.pointer("/status/desiredNumberScheduled").and_then(Value::as_i64).unwrap_or_default();
-        if scheduled == 0 || agents.iter().all(|c| c.state == State::Ready) {
-            break;
-        }
-        if Instant::now() >= end {
-            progress.finish_and_clear();
-            bail!(
-                "not all node agents are ready to clean up their nodes, so nothing is removed: `culvert status` says why; \
-                 --timeout waits longer. On a node that is away for good, delete its Node object first"
-            );
-        }
-        progress.set_message("the node agents make ready to clean up");
-        std::thread::sleep(PERIOD);
-    }
-    Ok(())
 }
 
 /// Makes sure that no pod is in the mesh: its rules would refuse its traffic for good.

@@ -3,11 +3,13 @@
 use std::future::Future;
 use std::path::Path;
 use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
+use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::{Namespace, Node, ObjectReference, Pod as KubePod};
 use kube::api::{Patch, PatchParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
@@ -131,6 +133,20 @@ impl Kubernetes {
         .await;
     }
 
+    /// Follows the DaemonSet that this agent is of, for ever: `gone` says whether it was there and is deleted now. That
+    /// is the end of the mesh on this node, where a pod that is replaced, or a watch that broke, is not.
+    pub async fn follow_own(self, namespace: String, name: String, gone: &AtomicBool) {
+        let api: kube::Api<PartialObjectMeta<DaemonSet>> = kube::Api::namespaced(self.client, &namespace);
+        let only = watcher::Config::default().fields(&format!("metadata.name={name}"));
+        let mut own = Own::default();
+        follow("own DaemonSet", watcher(api, only), |event| {
+            if let Some(is_gone) = own.is_gone(&event) {
+                gone.store(is_gone, Ordering::Relaxed);
+            }
+        })
+        .await;
+    }
+
     /// Adds and removes taints of `node` by their keys, and leaves all others.
     ///
     /// # Errors
@@ -238,6 +254,34 @@ async fn bounded<T>(question: impl Future<Output = Result<T, kube::Error>>) -> R
     }
 }
 
+/// What a watch of one object has shown.
+#[derive(Debug, Default)]
+struct Own {
+    /// Ever.
+    seen: bool,
+    /// In the list that is being read.
+    listed: bool,
+}
+
+impl Own {
+    /// Whether the object is gone, where an event tells. What never was there is not gone: a wrong name, or a right that is
+    /// missing, must not take the pods out of the mesh.
+    fn is_gone<K>(&mut self, event: &Event<PartialObjectMeta<K>>) -> Option<bool> {
+        match event {
+            Event::Init => {
+                self.listed = false;
+                None
+            }
+            Event::InitApply(object) | Event::Apply(object) => {
+                (self.seen, self.listed) = (true, true);
+                Some(object.metadata.deletion_timestamp.is_some())
+            }
+            Event::InitDone => (self.seen && !self.listed).then_some(true),
+            Event::Delete(_) => Some(true),
+        }
+    }
+}
+
 /// Follows a watch, through its errors: it is taken up where it broke off, or begun anew, with growing pauses.
 async fn follow<K: Send + 'static>(
     what: &'static str,
@@ -260,5 +304,36 @@ async fn follow<K: Send + 'static>(
             }
             Err(error) => tracing::debug!(what, %error, "the watch is still broken"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+    use k8s_openapi::jiff::Timestamp;
+    use kube::api::ObjectMeta;
+
+    use super::*;
+
+    #[test]
+    fn only_what_was_there_is_gone() {
+        let there = |deleted: bool| PartialObjectMeta::<DaemonSet> {
+            metadata: ObjectMeta {
+                deletion_timestamp: deleted.then(|| Time(Timestamp::UNIX_EPOCH)),
+                ..ObjectMeta::default()
+            },
+            ..PartialObjectMeta::default()
+        };
+        let mut own = Own::default();
+        assert_eq!(own.is_gone(&Event::<PartialObjectMeta<DaemonSet>>::Init), None);
+        assert_eq!(own.is_gone(&Event::<PartialObjectMeta<DaemonSet>>::InitDone), None);
+        assert_eq!(own.is_gone(&Event::Apply(there(false))), Some(false));
+        assert_eq!(own.is_gone(&Event::Apply(there(true))), Some(true));
+        assert_eq!(own.is_gone(&Event::Delete(there(false))), Some(true));
+        // Made again.
+        assert_eq!(own.is_gone(&Event::Apply(there(false))), Some(false));
+        // Deleted while the watch was broken.
+        assert_eq!(own.is_gone(&Event::<PartialObjectMeta<DaemonSet>>::Init), None);
+        assert_eq!(own.is_gone(&Event::<PartialObjectMeta<DaemonSet>>::InitDone), Some(true));
     }
 }

@@ -81,6 +81,10 @@ pub struct Flags {
     /// On a graceful stop, do what `cleanup` does. Without it all stays as it is, and pods that start wait for the next agent
     #[arg(long)]
     pub cleanup: bool,
+    /// The DaemonSet of --namespace that this agent is of: if that is deleted, a graceful stop does what `cleanup` does,
+    /// since no agent comes after this one
+    #[arg(long, env = "CULVERT_DAEMON_SET", value_name = "NAME")]
+    pub daemon_set: Option<String>,
     /// What else can be done.
     #[command(subcommand)]
     pub command: Option<Command>,

@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -107,8 +108,14 @@ async fn serve(flags: &Flags, settings: &Settings, logs: &Logs) -> anyhow::Resul
         }
     }));
 
+    let gone = follow_own(flags, &kubernetes);
+
     shutdown.finished().await;
-    if flags.cleanup {
+    let last = gone.load(Ordering::Relaxed);
+    if last {
+        tracing::info!("the DaemonSet is deleted: this is the last agent of this node");
+    }
+    if flags.cleanup || last {
         clean_up(flags).await?;
     }
     tracing::info!("stopped; the pods stay as they are");
@@ -140,6 +147,16 @@ fn follow(
         let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
         taint(&kubernetes, &name, &[], &keys).await;
     });
+}
+
+/// Follows the DaemonSet that this agent is of, if it is told: whether that is gone.
+fn follow_own(flags: &Flags, kubernetes: &Kubernetes) -> Arc<AtomicBool> {
+    let gone = Arc::new(AtomicBool::new(false));
+    if let Some(name) = flags.daemon_set.clone() {
+        let (kubernetes, namespace, gone) = (kubernetes.clone(), flags.namespace.clone(), gone.clone());
+        tokio::spawn(async move { kubernetes.follow_own(namespace, name, &gone).await });
+    }
+    gone
 }
 
 /// Changes the node's taints, until it works.
