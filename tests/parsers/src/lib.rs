@@ -7,6 +7,7 @@
 #![allow(clippy::panic, clippy::expect_used, clippy::unwrap_used, clippy::indexing_slicing)]
 
 mod config_files;
+mod discovery;
 mod dns;
 mod identities;
 mod mutate;
@@ -29,7 +30,7 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 13] = [
+pub const TARGETS: [Target; 14] = [
     Target {
         name: "config_manifest",
         run: config_files::manifest,
@@ -62,6 +63,7 @@ pub const TARGETS: [Target; 13] = [
     Target { name: "hbone_server", run: tunnels::server, seeds: tunnels::client_frames, cases: 10_000 },
     Target { name: "hbone_client", run: tunnels::client, seeds: tunnels::server_frames, cases: 10_000 },
     Target { name: "wds", run: wire::any, seeds: wire::messages, cases: 20_000 },
+    Target { name: "xds_requests", run: discovery::requests, seeds: discovery::conversations, cases: 20_000 },
     Target { name: "dns_message", run: dns::message, seeds: dns::messages, cases: 20_000 },
 ];
 
