@@ -215,12 +215,17 @@ impl Node {
     async fn look_after(self: Arc<Self>, enrolment: Enrolment) -> bool {
         let standing = match self.pods().get(&enrolment.key) {
             Some(slot) if slot.is_elsewhere() => None,
-            Some(Slot { state: PodState::Enrolled(e), .. }) => Some((e.pod.clone(), e.rules.clone())),
+            Some(Slot { state: PodState::Enrolled(e), .. }) => {
+                Some((e.pod.clone(), e.rules.clone(), e.is_settling()))
+            }
             _ => None,
         };
-        if let Some((pod, installed)) = standing {
-            let outcome = self.verify(&enrolment, &pod.netns, installed).await;
-            let found = matches!(&outcome, Ok(Verified::Changed(..) | Verified::Restored(..)));
+        if let Some((pod, installed, is_new)) = standing {
+            let outcome = self.verify(&enrolment, &pod.netns, installed, is_new).await;
+            let found = matches!(
+                &outcome,
+                Ok(Verified::Changed(..) | Verified::LookedAt(_) | Verified::Restored(..))
+            );
             if let Some(slot) = self.pods().get_mut(&enrolment.key) {
                 slot.verified(outcome);
             }

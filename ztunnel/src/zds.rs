@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use config::kinds::Exclusions;
+use config::kinds::Capture;
 use model::{SpiffeId, Str, TrustDomain};
 use net::Netns;
 use net::seqpacket::{Packet, Seqpacket};
@@ -36,6 +36,8 @@ use crate::proxy::pod::{Claim, Subject};
 
 /// A longer message is refused. Istio's proxies take 1024 bytes.
 const MESSAGE_LIMIT: usize = 4096;
+/// Bytes of what an answer says: agents take packets of 1024.
+const ERROR_LIMIT: usize = 900;
 /// More pods are refused; the kubelet allows 110 by default.
 const PODS_LIMIT: usize = 4096;
 /// The agent waits for 5 s (facts: ZDS); an answer that says why is worth more than none.
@@ -170,18 +172,19 @@ impl Zds {
 
     /// One connection, to its end.
     async fn session(&mut self, socket: &Seqpacket) -> io::Result<()> {
-        let hello = ZdsHello { version: Version::V1.into() };
+        let hello = ZdsHello { version: Version::V1.into(), culvert_capture: true };
         socket.send(&hello.encode_to_vec(), None).await?;
         // The pods that this snapshot mentions; `None` when it is over.
         let mut snapshot = Some(HashSet::new());
         while let Some(packet) = socket.receive(MESSAGE_LIMIT).await? {
             self.status.messages.fetch_add(1, Ordering::Relaxed);
-            let error = self.message(packet, &mut snapshot).await.err().unwrap_or_default();
+            let mut error = self.message(packet, &mut snapshot).await.err().unwrap_or_default();
             if !error.is_empty() {
                 self.status.refused.fetch_add(1, Ordering::Relaxed);
                 tracing::warn!(error, "what the node agent asked for was not done");
             }
             self.status.pods.store(self.known.len(), Ordering::Relaxed);
+            error.truncate(error.floor_char_boundary(ERROR_LIMIT));
             let ack = workload_response::Payload::Ack(Ack { error });
             let answer = WorkloadResponse { payload: Some(ack) };
             socket.send(&answer.encode_to_vec(), None).await?;
@@ -261,6 +264,7 @@ impl Zds {
         let netns =
             netns.ok_or_else(|| format!("pod {key}: no descriptor of its network namespace came along"))?;
         let netns = Netns::from_fd(netns, &format!("pod {namespace}/{name}")).map_err(|e| e.to_string())?;
+        let capture = Capture::of_annotations(&add.culvert_capture).map_err(|e| format!("pod {key}: {e}"))?;
         let Here { node, cluster, network } = self.here.clone();
         let uid = format!("{cluster}//Pod/{namespace}/{name}").into();
         let claim = Claim {
@@ -278,9 +282,10 @@ impl Zds {
             name,
             netns: Place::Open(netns),
             addresses: None,
-            exclusions: Exclusions::default(),
+            exclusions: capture.exclusions,
+            // Where it is not captured, nobody asks.
             dns_capture: true,
-            bypass_inbound: false,
+            bypass_inbound: capture.bypass_inbound,
         })
     }
 }

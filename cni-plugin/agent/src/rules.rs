@@ -2,15 +2,9 @@
 //! node does and what `culvert analyze` says of an annotation are one.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use capture::{Include, InterfaceName, PortRange, ProbeSources, Rules};
-use config::fields::Context;
 use config::kinds::Capture;
-use config::labels::Pool;
-use config::resource::{Reading, Resource};
-use config::tree::{self, Limits};
-use serde_json::json;
 
 /// An annotation that can't be read. The pod is then neither captured with less than it asks for nor left out with more.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -22,7 +16,7 @@ pub struct BadAnnotation(String);
 /// # Errors
 /// Which annotation can't be read, and why.
 pub fn of(annotations: &BTreeMap<String, String>, probes: bool) -> Result<Rules, BadAnnotation> {
-    let capture = read(annotations)?;
+    let capture = Capture::of_annotations(annotations).map_err(BadAnnotation)?;
     let ports = |list: &[config::kinds::PortRange]| -> Result<Vec<PortRange>, BadAnnotation> {
         let range = |p: &config::kinds::PortRange| {
             PortRange::new(p.first, p.last).ok_or_else(|| bad(format_args!("{}-{}", p.first, p.last)))
@@ -59,33 +53,6 @@ fn names<S: std::ops::Deref<Target = str>>(list: &[S]) -> Result<Vec<InterfaceNa
 
 fn bad(what: impl std::fmt::Display) -> BadAnnotation {
     BadAnnotation(format!("{what} in an annotation on capture is not valid"))
-}
-
-fn read(annotations: &BTreeMap<String, String>) -> Result<Capture, BadAnnotation> {
-    if annotations.is_empty() {
-        return Ok(Capture::default());
-    }
-    let object = json!({
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": { "name": "pod", "namespace": "default", "annotations": annotations },
-    });
-    let (text, file): (String, Arc<str>) = (object.to_string(), "annotations".into());
-    let document = tree::Text { text: &text, lines_before: 0 };
-    let node = tree::parse(document, &Limits::default()).map_err(bad)?;
-    let node = node.ok_or_else(|| bad("nothing"))?;
-    let mut pool = Pool::default();
-    let mut context = Context::new(&file, document, &mut pool);
-    let reading = config::resource::read(&node, &mut context);
-    match reading {
-        Reading::Object(_, Resource::Pod(pod)) => Ok(pod.capture.map_or_else(Capture::default, |c| *c)),
-        _ => {
-            let found = context.take_diagnostics();
-            let errors = found.iter().filter(|d| d.severity == config::diagnostic::Severity::Error);
-            let texts: Vec<String> = errors.map(|d| format!("{}: {}", d.field, d.message)).collect();
-            Err(BadAnnotation(texts.join("; ")))
-        }
-    }
 }
 
 #[cfg(test)]

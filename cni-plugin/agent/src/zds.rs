@@ -56,6 +56,8 @@ struct Served {
     pod: PodIdentity,
     /// `None` where it can't be opened now: a ztunnel that has the pod keeps it.
     netns: Option<Netns>,
+    /// Its annotations on capture, for a ztunnel that wants them.
+    capture: BTreeMap<String, String>,
     /// Another for each network namespace.
     generation: u64,
 }
@@ -130,6 +132,12 @@ impl Ztunnels {
 
     /// Has a pod served; does nothing when it is already, in the same namespace.
     pub fn serve(&self, pod: PodIdentity, netns: Option<Netns>) {
+        self.serve_as(pod, netns, BTreeMap::new());
+    }
+
+    /// The same, with the annotations on capture that the pod has. Others later don't matter: by these a ztunnel tells
+    /// what is older than the capture.
+    pub fn serve_as(&self, pod: PodIdentity, netns: Option<Netns>, capture: BTreeMap<String, String>) {
         let is_same = |served: &Served| {
             let same = match (&served.netns, &netns) {
                 (Some(old), Some(new)) => old.same(new),
@@ -146,7 +154,7 @@ impl Ztunnels {
             // Who has kept a pod whose namespace is found at last has it.
             let kept = state.pods.get(&pod.uid).filter(|old| old.netns.is_none() && old.pod == pod);
             let generation = kept.map_or(state.last_generation, |kept| kept.generation);
-            state.pods.insert(pod.uid.clone(), Served { pod, netns, generation });
+            state.pods.insert(pod.uid.clone(), Served { pod, netns, capture, generation });
         });
     }
 

@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use capture::{Include, InterfaceName, PortRange, Rules};
+use capture::{Include, InterfaceName, PortRange, ProbeSources, Rules};
 use model::Str;
 use net::{DatagramOptions, ListenOptions, Netns, ProxyUdpSocket};
 use tokio::net::{TcpListener, TcpStream};
@@ -14,7 +14,7 @@ use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
 use super::redirection::{Begun, Verified};
-use super::slot::{Enrolled, PodState, VERIFY_INTERVAL};
+use super::slot::{Enrolled, PodState, SETTLING_INTERVAL, VERIFY_INTERVAL};
 use super::{Enrolment, Node};
 use crate::dns;
 use crate::proxy::pod::LocalPod;
@@ -61,12 +61,14 @@ impl Node {
             pod: pod.clone(),
             rules: Rules::default(),
             ipv6: None,
-            verify_at: Instant::now() + VERIFY_INTERVAL,
+            since: Instant::now(),
+            verify_at: Instant::now()
+                + if self.redirection.is_agents() { SETTLING_INTERVAL } else { VERIFY_INTERVAL },
             trouble: None,
             adopted: Vec::new(),
             drifts: 0,
         };
-        let ready = rules(enrolment).and_then(|rules| {
+        let ready = self.rules(enrolment).and_then(|rules| {
             enrolled.rules = rules;
             self.listen(&mut enrolled.accepting, &pod, enrolment)
         });
@@ -150,6 +152,13 @@ impl Node {
         ListenOptions { mark: Some(net::ZTUNNEL_MARK), reuse_port, ..ListenOptions::default() }
     }
 
+    /// The rules that a pod is redirected by, whoever writes them.
+    fn rules(&self, enrolment: &Enrolment) -> Result<Rules, EnrolError> {
+        // The node agent lets the kubelet's probes through.
+        let probes = self.redirection.is_agents().then(ProbeSources::default);
+        Ok(Rules { probes, ..rules(enrolment)? })
+    }
+
     /// Two pods can't share a network namespace. Where ports may be shared, the kernel would not tell.
     fn check_free(&self, enrolment: &Enrolment, netns: &Netns) -> Result<(), EnrolError> {
         if !self.redirection.is_agents() {
@@ -224,14 +233,16 @@ impl Node {
         enrolment: &Enrolment,
         netns: &Netns,
         installed: Rules,
+        is_new: bool,
     ) -> Result<Verified, EnrolError> {
-        let wanted = Rules { refused: installed.refused.clone(), ..rules(enrolment)? };
+        let wanted = Rules { refused: installed.refused.clone(), ..self.rules(enrolment)? };
         let (redirection, netns) = (self.redirection.clone(), netns.clone());
-        let verifying = tokio::task::spawn_blocking(move || redirection.verify(&netns, wanted, &installed));
+        let verifying =
+            tokio::task::spawn_blocking(move || redirection.verify(&netns, wanted, &installed, is_new));
         let verified = flatten(verifying.await)?;
         let pod = format_args!("{}/{}", enrolment.namespace, enrolment.name);
         match &verified {
-            Verified::Standing => {}
+            Verified::Standing | Verified::LookedAt(_) => {}
             Verified::Changed(..) => tracing::info!(%pod, "the pod's redirection follows its manifest"),
             Verified::Restored(drift, _) => {
                 tracing::warn!(%pod, %drift, "somebody changed the pod's redirection; it is restored");
@@ -265,6 +276,7 @@ fn rules(enrolment: &Enrolment) -> Result<Rules, EnrolError> {
     let e = &enrolment.exclusions;
     let interface =
         |name: &Str| InterfaceName::new(name).ok_or_else(|| EnrolError::Exclusion(name.to_string()));
+    let interfaces = |list: &[Str]| list.iter().map(interface).collect::<Result<Vec<_>, _>>();
     Ok(Rules {
         dns: enrolment.dns_capture,
         bypass_inbound: enrolment.bypass_inbound,
@@ -280,7 +292,8 @@ fn rules(enrolment: &Enrolment) -> Result<Rules, EnrolError> {
             .as_ref()
             .map_or(Include::All, |l| Include::Only(l.to_vec())),
         exclude_outbound_ranges: e.exclude_outbound_ranges.to_vec(),
-        exclude_interfaces: e.exclude_interfaces.iter().map(interface).collect::<Result<_, _>>()?,
+        exclude_interfaces: interfaces(&e.exclude_interfaces)?,
+        virtual_interfaces: interfaces(&e.virtual_interfaces)?,
         ..Rules::default()
     })
 }

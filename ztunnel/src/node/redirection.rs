@@ -39,6 +39,8 @@ pub enum Verified {
     Standing,
     /// It is another now, with the connections that it finds alive.
     Changed(Box<Rules>, Vec<LiveConnection>),
+    /// Somebody else's, which may not have stood before; with the connections that live beside it.
+    LookedAt(Vec<LiveConnection>),
     /// Somebody had changed it; with the connections that passed meanwhile, and those of before.
     Restored(Drift, Vec<LiveConnection>),
 }
@@ -87,7 +89,8 @@ impl Redirection {
         Ok(Begun { ipv6: Some(installed.ipv6), adopted: before(netns, rules) })
     }
 
-    /// Sees to it that the rules are `wanted`. `installed` are those that were.
+    /// Sees to it that the rules are `wanted`. `installed` are those that were; `is_new` says that the pod has just been
+    /// enrolled.
     ///
     /// # Errors
     /// What could not be found out or done.
@@ -96,9 +99,20 @@ impl Redirection {
         netns: &Netns,
         wanted: Rules,
         installed: &Rules,
+        is_new: bool,
     ) -> Result<Verified, capture::Error> {
-        // The agent looks after its own.
-        let Self::Own { capture, .. } = self else { return Ok(Verified::Standing) };
+        let Self::Own { capture, .. } = self else {
+            // The agent looks after its own, and writes it after we have said that we listen. Until then connections
+            // passed that nobody decided on.
+            return Ok(if wanted != *installed {
+                let adopted = before(netns, &wanted);
+                Verified::Changed(Box::new(wanted), adopted)
+            } else if is_new {
+                Verified::LookedAt(before(netns, &wanted))
+            } else {
+                Verified::Standing
+            });
+        };
         if wanted != *installed {
             capture.install(netns, &wanted)?;
             let adopted = before(netns, &wanted);

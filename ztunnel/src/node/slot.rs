@@ -17,6 +17,10 @@ use crate::proxy::pod::LocalPod;
 pub(super) const VERIFY_INTERVAL: Duration = Duration::from_secs(30);
 /// How soon they are compared again when that failed.
 const TROUBLE_INTERVAL: Duration = Duration::from_secs(5);
+/// How long after its enrolment the redirection that somebody else writes into a pod may not stand yet, and how often it is
+/// looked at meanwhile.
+const SETTLING: Duration = Duration::from_secs(12);
+pub(super) const SETTLING_INTERVAL: Duration = Duration::from_secs(3);
 /// For the tasks of listeners to end when they are told to.
 const CLOSING_LIMIT: Duration = Duration::from_secs(1);
 
@@ -37,6 +41,8 @@ pub(super) struct Enrolled {
     /// What is installed.
     pub(super) rules: Rules,
     pub(super) ipv6: Option<capture::Ipv6>,
+    /// Since when.
+    pub(super) since: Instant,
     /// When the rules are compared with what they should be.
     pub(super) verify_at: Instant,
     /// Why they can't be.
@@ -47,6 +53,11 @@ pub(super) struct Enrolled {
 }
 
 impl Enrolled {
+    /// Whether what redirects the pod may not stand yet.
+    pub(super) fn is_settling(&self) -> bool {
+        self.since.elapsed() < SETTLING
+    }
+
     /// Closes the listeners, and waits for it: the ports are free then.
     pub(super) async fn close(self) {
         let tasks = self.accepting.clone();
@@ -101,6 +112,11 @@ impl Slot {
             Ok(Verified::Standing) => None,
             Ok(Verified::Changed(rules, adopted)) => {
                 (enrolled.rules, enrolled.adopted) = (*rules, adopted);
+                None
+            }
+            Ok(Verified::LookedAt(adopted)) => {
+                enrolled.verify_at = Instant::now() + SETTLING_INTERVAL;
+                enrolled.adopted = adopted;
                 None
             }
             Ok(Verified::Restored(_, adopted)) => {

@@ -91,7 +91,9 @@ async fn what_the_agent_says_wrong_is_answered_with_why_and_ends_nothing() {
     let info = |name: &str, namespace: &str| {
         Some(WorkloadInfo { name: name.into(), namespace: namespace.into(), service_account: String::new() })
     };
-    let add = |uid: &str, info| Payload::Add(AddWorkload { uid: uid.into(), workload_info: info });
+    let add = |uid: &str, info| {
+        Payload::Add(AddWorkload { uid: uid.into(), workload_info: info, ..AddWorkload::default() })
+    };
     let file = net::Netns::current().unwrap();
     for (payload, netns, words) in [
         (add("", info("x", "shop")), Some(&old.netns), "without a uid"),
@@ -149,4 +151,34 @@ async fn a_pod_made_anew_under_its_name_is_not_served_by_what_was_known_of_the_o
     let hello = ask(client, to).await.unwrap();
     assert_eq!(hello.client.ip(), client.ipv4);
     assert_ne!(uid(web), "another-uid");
+}
+
+/// What lived before, or came before the redirection stood, is decided by the policies; what the pod's annotations exempt is
+/// not.
+#[tokio::test]
+async fn connections_from_before_the_redirection_are_decided_by_the_policies() {
+    if !root_or_skip("connections from before the redirection") {
+        return;
+    }
+    let mut cluster = Cluster::start(&[("a", &["web", "outside"])]).await;
+    let (web, old) = (cluster.pod("web").clone(), cluster.pod("outside").clone());
+    let _servers = [serve(&web, PORT), serve(&web, 9090)];
+    let (to, exempt) = (SocketAddr::new(web.ipv4.into(), PORT), SocketAddr::new(web.ipv4.into(), 9090));
+    cluster.enforce(&crate::configuration::strict()).await;
+    let agent = cluster.agents.get_mut("a").unwrap();
+    agent.remove(&web).await;
+    agent.annotations = vec![("traffic.sidecar.istio.io/excludeInboundPorts", "9090")];
+    let mut before = talk(&old, to).await.unwrap();
+    let mut before_exempt = talk(&old, exempt).await.unwrap();
+    agent.tell("anew", &web, "web").await.unwrap();
+    before.end().await.unwrap_err();
+    // The listeners stand, the rules do not yet.
+    let mut between = talk(&old, to).await.unwrap();
+    assert_eq!(between.hello.client, between.local);
+    agent.redirect(&web);
+    between.end().await.unwrap_err();
+    before_exempt.echo().await.unwrap();
+    cluster.ztunnel("a").says(&["cut a connection of before the enrolment"]).await;
+    let capture = cluster.ztunnel("a").capture("web").await;
+    assert_eq!(capture["connectionsFromBefore"].as_array().unwrap().len(), 0, "{capture}");
 }

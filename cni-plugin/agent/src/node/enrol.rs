@@ -81,7 +81,7 @@ impl Node {
         self.parts.record.put(entry);
         // Whatever fails from here on, the pod does not start; also when the time is up, and this future is dropped.
         let undo = (manner == Manner::Starting).then(|| Undo { node: self, uid: &slot.uid });
-        self.parts.ztunnels.serve(pod.identity.clone(), Some(netns.clone()));
+        self.parts.ztunnels.serve_as(pod.identity.clone(), Some(netns.clone()), pod.annotations.clone());
         let served = self.parts.ztunnels.wait_served(&slot.uid, self.parts.times.served).await;
         if manner == Manner::Starting {
             served.clone()?;

@@ -79,7 +79,7 @@ impl Node {
         };
         if !entry.leaving {
             // Without a namespace: who serves the pod goes on.
-            self.parts.ztunnels.serve(identity.clone(), netns.clone());
+            self.parts.ztunnels.serve_as(identity.clone(), netns.clone(), entry.annotations.clone());
         }
         self.parts.metrics.event("restore");
         let pod = Pod {

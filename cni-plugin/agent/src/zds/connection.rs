@@ -18,6 +18,8 @@ use super::{Peer, PodIdentity, Served, Ztunnels};
 
 /// The largest packet, either way.
 const PACKET_LIMIT: usize = 1024;
+/// The largest message with annotations, which go to Culvert's ztunnel only. It takes 4096 bytes a packet.
+const CAPTURE_LIMIT: usize = 4000;
 /// For a hello and for an acknowledgement.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// Until what was refused is sent again; doubled each time.
@@ -49,6 +51,8 @@ pub(super) struct Connection {
     ztunnels: Ztunnels,
     socket: Seqpacket,
     id: u64,
+    /// Whether it wants to be told what of a pod's traffic is not captured.
+    wants_capture: bool,
     /// When what was refused is tried again, and how often it was.
     retries: HashMap<String, (Instant, u32)>,
 }
@@ -63,7 +67,7 @@ impl Drop for Connection {
 impl Connection {
     pub(super) fn new(ztunnels: Ztunnels, socket: Seqpacket) -> Self {
         // It is none of the peers before it has said hello.
-        Self { ztunnels, socket, id: 0, retries: HashMap::new() }
+        Self { ztunnels, socket, id: 0, wants_capture: false, retries: HashMap::new() }
     }
 
     pub(super) async fn run(mut self) {
@@ -107,6 +111,7 @@ impl Connection {
         if hello.version != i32::from(Version::V1) {
             return Err(Ended::Protocol(format!("version {}, and version 1 is spoken", hello.version)));
         }
+        self.wants_capture = hello.culvert_capture;
         self.id = self.ztunnels.change(|state| {
             state.last_peer += 1;
             let id = state.last_peer;
@@ -172,7 +177,13 @@ impl Connection {
         let refused = match &served.netns {
             Some(netns) => {
                 let workload_info = Some(WorkloadInfo { name, namespace, service_account });
-                let add = AddWorkload { uid: uid.clone(), workload_info };
+                let mut add = AddWorkload { uid: uid.clone(), workload_info, ..AddWorkload::default() };
+                if self.wants_capture {
+                    add.culvert_capture = served.capture.clone();
+                    if add.encoded_len() > CAPTURE_LIMIT {
+                        add.culvert_capture.clear();
+                    }
+                }
                 self.exchange(Payload::Add(add), Some(netns.as_fd())).await?
             }
             None => self.exchange(Payload::Keep(KeepWorkload { uid: uid.clone() }), None).await?,

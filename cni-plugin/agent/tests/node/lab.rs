@@ -264,7 +264,7 @@ impl FakeZtunnel {
     /// One that refuses to serve, for this reason.
     pub async fn refusing(socket: &Path, reason: Option<&'static str>) -> Self {
         let connection = Seqpacket::connect(socket).unwrap();
-        connection.send(&ZdsHello { version: 1 }.encode_to_vec(), None).await.unwrap();
+        connection.send(&ZdsHello { version: 1, ..ZdsHello::default() }.encode_to_vec(), None).await.unwrap();
         let told = Arc::new(Mutex::new(Vec::new()));
         let task = tokio::spawn(serve(connection, told.clone(), reason));
         Self { told, task }

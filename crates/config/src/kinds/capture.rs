@@ -1,13 +1,19 @@
 //! What a pod's annotations say of the capture of its traffic. A value that cannot be read refuses the pod: it
 //! is neither captured with less than it asks for nor left out with more.
 
+use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use model::Str;
 
-use crate::fields::Fields;
+use crate::diagnostic::Severity;
+use crate::fields::{Context, Fields};
+use crate::labels::Pool;
 use crate::metadata::{Annotation, Metadata};
+use crate::resource::{self, Reading, Resource};
+use crate::tree::{self, Limits};
 
 /// How a pod's traffic is captured.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -45,6 +51,38 @@ impl Capture {
 impl Default for Capture {
     fn default() -> Self {
         Self { netns: None, exclusions: Exclusions::default(), dns_capture: true, bypass_inbound: false }
+    }
+}
+
+impl Capture {
+    /// Of a pod's annotations, where nothing else of the pod is at hand. Others than those on capture are passed over.
+    ///
+    /// # Errors
+    /// Which annotation can't be read, and why.
+    pub fn of_annotations(annotations: &BTreeMap<String, String>) -> Result<Self, String> {
+        if annotations.is_empty() {
+            return Ok(Self::default());
+        }
+        let object = serde_json::json!({
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": { "name": "pod", "namespace": "default", "annotations": annotations },
+        });
+        let (text, file): (String, Arc<str>) = (object.to_string(), "annotations".into());
+        let document = tree::Text { text: &text, lines_before: 0 };
+        let node = tree::parse(document, &Limits::default()).map_err(|error| error.to_string())?;
+        let node = node.ok_or("nothing is there")?;
+        let mut pool = Pool::default();
+        let mut context = Context::new(&file, document, &mut pool);
+        match resource::read(&node, &mut context) {
+            Reading::Object(_, Resource::Pod(pod)) => Ok(pod.capture.map_or_else(Self::default, |c| *c)),
+            _ => {
+                let found = context.take_diagnostics();
+                let errors = found.iter().filter(|d| d.severity == Severity::Error);
+                let texts: Vec<String> = errors.map(|d| format!("{}: {}", d.field, d.message)).collect();
+                Err(texts.join("; "))
+            }
+        }
     }
 }
 

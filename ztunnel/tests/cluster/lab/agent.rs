@@ -24,13 +24,15 @@ pub struct Agent {
     listener: Option<SeqpacketListener>,
     ztunnel: Option<Seqpacket>,
     capture: Arc<dyn Capture>,
+    /// What it says of the capture of the pods that it tells of.
+    pub annotations: Vec<(&'static str, &'static str)>,
 }
 
 impl Agent {
     pub fn new(path: &Path) -> Self {
         let capture = capture::select(None, &Tools::default()).unwrap().capture;
         let listener = Some(SeqpacketListener::bind(path).unwrap());
-        Self { path: path.to_owned(), listener, ztunnel: None, capture }
+        Self { path: path.to_owned(), listener, ztunnel: None, capture, annotations: Vec::new() }
     }
 
     /// Waits for a ztunnel, and its hello.
@@ -43,7 +45,7 @@ impl Agent {
         let accepted = timeout(PATIENCE, self.listener.as_ref().unwrap().accept()).await.unwrap().unwrap();
         let hello = timeout(PATIENCE, accepted.receive(1024)).await.unwrap().unwrap().unwrap();
         let hello = ZdsHello::decode(hello.bytes.as_slice()).unwrap();
-        assert_eq!(hello.version, 1);
+        assert!(hello.version == 1 && hello.culvert_capture);
         accepted
     }
 
@@ -85,7 +87,9 @@ impl Agent {
             namespace: "shop".into(),
             service_account: account.into(),
         };
-        let add = AddWorkload { uid: uid.into(), workload_info: Some(info) };
+        let culvert_capture =
+            self.annotations.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        let add = AddWorkload { uid: uid.into(), workload_info: Some(info), culvert_capture };
         self.ask(Payload::Add(add), Some(&pod.netns)).await
     }
 
