@@ -11,7 +11,7 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use model::TrustDomains;
 use process::http::{self, Routes};
 use process::logs::Logs;
-use process::metrics::{Registry as Metrics, build_info, register_process};
+use process::metrics::{Handle, Histogram, Registry as Metrics, build_info, register_process};
 use process::readiness::Readiness;
 use process::shutdown::Shutdown;
 use process::{admin as pages, runtimes};
@@ -26,9 +26,9 @@ use crate::ca::{Account, Authenticator, Ca, CaSettings, KubeReviewer, Namespaces
 use crate::debug::Views;
 use crate::leader::Election;
 use crate::metrics::{self, Streams};
-use crate::pods::Trusting;
+use crate::pods::{PodTable, Trusting};
 use crate::push::{Exceptions, Push, TYPES};
-use crate::registry::{self, Committed, Registry};
+use crate::registry::{self, Ask, Committed, Overview, Registry};
 use crate::serve::{NodeProxies, connections};
 use crate::settings::Flags;
 use crate::source::{Source, Watches};
@@ -131,109 +131,24 @@ async fn serve(flags: &Flags, settings: &process::settings::Settings, logs: &Log
     let configured = readiness.condition("the cluster's objects");
     let certified = readiness.condition("the certificate authority");
     let ports = Ports::bind(flags, settings).await?;
-    let client = client(flags).await?;
-    let trusted = trusted(flags)?;
-
-    let metrics = Metrics::new();
-    register_process(&metrics);
-    build_info(&metrics, "culvertd", env!("CARGO_PKG_VERSION"));
-    logs.register(&metrics);
-    let ca = ca(flags, &trusted, &metrics);
-    let identity = format!("{}_{:08x}", flags.pod_name, std::process::id());
-    let (election, leads, leader) =
-        Election::new(client.clone(), &flags.namespace, &flags.revision, identity);
-
-    let authenticator = Arc::new(Authenticator::new(KubeReviewer::new(client.clone()), Clock::system()));
-    let proxies = NodeProxies::new(authenticator, flags.cluster_id.clone(), trusted.clone());
-    let xds = XdsConfig { types: TYPES.to_vec(), ..XdsConfig::default() };
-    let server = Server::new(xds, Arc::new(proxies), Streams::new(&metrics));
-
-    let map = (flags.namespace.clone(), flags.mesh_config_map.clone());
-    let (source, feed) = Source::new(client.clone(), map.clone(), Watches::new(&metrics));
-    source.start_first();
-    let of_registry =
-        registry::Settings { options: options(flags), settings: map, revision: flags.revision.clone() };
-    let registry = Registry::new(
-        of_registry,
-        feed.relist.clone(),
-        Box::new(on_this_runtime(move || source.start_others())),
-    );
-    let (pods, namespaces, overview) = (registry.pods(), registry.namespaces(), registry.overview());
-
-    let exceptions = Exceptions::default();
-    let followers = Followers::default();
-    let (reports, reported) = mpsc::unbounded_channel();
-    let (asks, asked) = mpsc::channel(4);
-    let (given_out, first) = watch::channel(false);
-    let push = Push::new(server.clone(), exceptions.clone());
-    let out = out(push, server.clone(), ca.clone(), reports, given_out);
-    registry::spawn(registry, feed, asked, out).context("the registry's thread")?;
-
-    let webhook_seen: Arc<Mutex<Option<Proxy>>> = Arc::default();
-    let seen = webhook_seen.clone();
-    let fleet = Trusting {
-        pods: pods.clone(),
-        accounts: trusted,
-        webhook: Arc::new(move || seen.lock().unwrap_or_else(PoisonError::into_inner).clone()),
-    };
-    tokio::spawn(run_ca(ca.clone(), client.clone(), fleet, namespaces, leads.clone(), first.clone()));
-    let keeper = Keeper {
-        followers: followers.clone(),
-        server: server.clone(),
-        peers: Peers::new(Some(reach(flags, &client, &ca))),
-        writer: Writer::new(client.clone()),
-        exceptions: exceptions.clone(),
-        leads: leads.clone(),
-    };
-    tokio::spawn(keeper.run(reported));
-    tokio::spawn(bundle::keep(
-        client.clone(),
-        flags.validation_webhook.clone(),
-        roots(&ca),
-        leads.clone(),
-        webhook_seen,
-    ));
-    tokio::spawn(election.run(shutdown.clone()));
-
-    metrics::register(&metrics, &overview, &exceptions);
-    let views = Views {
-        server: server.clone(),
-        followers: followers.clone(),
-        overview,
-        exceptions,
-        ca: ca.clone(),
-        asks,
-        pod: flags.pod_name.as_str().into(),
-        revision: flags.revision.as_str().into(),
-        leader,
-    };
+    let plane = Plane::new(flags, logs).await?;
+    let (known, reported) = plane.read_cluster(flags)?;
+    let leader = plane.lead(flags, &known, reported, &shutdown);
+    let grpc = plane.serve_proxies(ports.grpc, &known, &shutdown)?;
+    plane.serve_webhook(flags, ports.webhook, &known)?;
+    metrics::register(&plane.metrics, &known.overview, &known.exceptions);
+    let views = plane.views(flags, &known, leader);
+    let limits = http::Limits::default();
     tokio::spawn(http::serve(ports.admin, pages::routes("culvertd", logs, &shutdown), pages::limits()));
-    tokio::spawn(http::serve(
-        ports.metrics,
-        views.routes(pages::metrics_routes(&metrics)),
-        http::Limits::default(),
-    ));
-    tokio::spawn(http::serve(ports.readiness, readiness.routes(&shutdown), http::Limits::default()));
-    serve_webhook(flags, ports.webhook, &ca, &metrics, followers, server.clone())?;
-    let grpc = tonic::transport::Server::builder()
-        .http2_keepalive_interval(Some(KEEPALIVE))
-        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-        .max_concurrent_streams(MOST_STREAMS)
-        .add_service(server.service())
-        .add_service(ca.service(client, Arc::new(pods)));
-    let incoming = connections(ports.grpc, ca.server_config(&[b"h2"])?);
-    let ending = shutdown.clone();
-    let grpc = tokio::spawn(grpc.serve_with_incoming_shutdown(incoming, async move {
-        ending.draining().await;
-        tokio::time::sleep(LAST_WORDS).await;
-    }));
+    tokio::spawn(http::serve(ports.metrics, views.routes(pages::metrics_routes(&plane.metrics)), limits));
+    tokio::spawn(http::serve(ports.readiness, readiness.routes(&shutdown), limits));
+    tokio::spawn(become_ready(known.first.clone(), plane.ca.clone(), configured, certified));
 
-    tokio::spawn(become_ready(first, ca, configured, certified));
     shutdown.draining().await;
     let end = async {
         tokio::time::sleep(LAST_WORDS).await;
         // Streams have no end of their own: their proxies go to another control plane, and are told nothing twice there.
-        server.disconnect(|_| true);
+        plane.server.disconnect(|_| true);
         if tokio::time::timeout(settings.grace, grpc).await.is_err() {
             tracing::warn!("the grace period is over; cutting what is left");
         }
@@ -244,6 +159,171 @@ async fn serve(flags: &Flags, settings: &process::settings::Settings, logs: &Log
     }
     tracing::info!("stopped");
     Ok(())
+}
+
+/// What all parts share.
+struct Plane {
+    client: Client,
+    trusted: Vec<Account>,
+    metrics: Metrics,
+    ca: Ca,
+    server: Server,
+}
+
+/// What is known of the cluster, as views that stay up to date.
+struct Known {
+    pods: PodTable,
+    namespaces: Namespaces,
+    overview: Arc<Mutex<Overview>>,
+    exceptions: Exceptions,
+    followers: Followers,
+    asks: mpsc::Sender<Ask>,
+    /// Whether proxies are told.
+    first: watch::Receiver<bool>,
+}
+
+impl Plane {
+    async fn new(flags: &Flags, logs: &Logs) -> anyhow::Result<Self> {
+        let client = client(flags).await?;
+        let trusted = trusted(flags)?;
+        let metrics = Metrics::new();
+        register_process(&metrics);
+        build_info(&metrics, "culvertd", env!("CARGO_PKG_VERSION"));
+        logs.register(&metrics);
+        let ca = ca(flags, &trusted, &metrics);
+        let authenticator = Authenticator::new(KubeReviewer::new(client.clone()), Clock::system());
+        let proxies = NodeProxies::new(Arc::new(authenticator), flags.cluster_id.clone(), trusted.clone());
+        let xds = XdsConfig { types: TYPES.to_vec(), ..XdsConfig::default() };
+        let server = Server::new(xds, Arc::new(proxies), Streams::new(&metrics));
+        Ok(Self { client, trusted, metrics, ca, server })
+    }
+
+    /// Starts to read the cluster, to compile it, and to tell proxies.
+    fn read_cluster(&self, flags: &Flags) -> anyhow::Result<(Known, mpsc::UnboundedReceiver<Reports>)> {
+        let map = (flags.namespace.clone(), flags.mesh_config_map.clone());
+        let (source, feed) = Source::new(self.client.clone(), map.clone(), Watches::new(&self.metrics));
+        source.start_first();
+        let settings =
+            registry::Settings { options: options(flags), settings: map, revision: flags.revision.clone() };
+        let others = on_this_runtime(move || source.start_others());
+        let registry = Registry::new(settings, feed.relist.clone(), Box::new(others));
+        let (reports, reported) = mpsc::unbounded_channel();
+        let (asks, asked) = mpsc::channel(4);
+        let (given_out, first) = watch::channel(false);
+        let known = Known {
+            pods: registry.pods(),
+            namespaces: registry.namespaces(),
+            overview: registry.overview(),
+            exceptions: Exceptions::default(),
+            followers: Followers::default(),
+            asks,
+            first,
+        };
+        let delay = self.metrics.latencies::<()>(
+            "culvertd_commit_delay_seconds",
+            "From an event of the API server until what follows is given to proxies' streams",
+        );
+        let mut out = Out {
+            push: Push::new(self.server.clone(), known.exceptions.clone()),
+            server: self.server.clone(),
+            ca: self.ca.clone(),
+            reports,
+            given_out,
+            delay: delay.with(&()),
+        };
+        registry::spawn(registry, feed, asked, move |committed| out.take(committed))
+            .context("the registry's thread")?;
+        Ok((known, reported))
+    }
+
+    /// Starts what the leader does, and the election; a view of who leads.
+    fn lead(
+        &self,
+        flags: &Flags,
+        known: &Known,
+        reported: mpsc::UnboundedReceiver<Reports>,
+        shutdown: &Shutdown,
+    ) -> watch::Receiver<Option<String>> {
+        let identity = format!("{}_{:08x}", flags.pod_name, std::process::id());
+        let (election, leads, leader) =
+            Election::new(self.client.clone(), &flags.namespace, &flags.revision, identity);
+        let webhook: Arc<Mutex<Option<Proxy>>> = Arc::default();
+        let seen = webhook.clone();
+        let fleet = Trusting {
+            pods: known.pods.clone(),
+            accounts: self.trusted.clone(),
+            webhook: Arc::new(move || seen.lock().unwrap_or_else(PoisonError::into_inner).clone()),
+        };
+        let (ca, client) = (self.ca.clone(), self.client.clone());
+        let (namespaces, first) = (known.namespaces.clone(), known.first.clone());
+        tokio::spawn(run_ca(ca, client, fleet, namespaces, leads.clone(), first));
+        let keeper = Keeper {
+            followers: known.followers.clone(),
+            server: self.server.clone(),
+            peers: Peers::new(Some(reach(flags, &self.client, &self.ca))),
+            writer: Writer::new(self.client.clone()),
+            exceptions: known.exceptions.clone(),
+            leads: leads.clone(),
+        };
+        tokio::spawn(keeper.run(reported));
+        let name = flags.validation_webhook.clone();
+        tokio::spawn(bundle::keep(self.client.clone(), name, roots(&self.ca), leads, webhook));
+        tokio::spawn(election.run(shutdown.clone()));
+        leader
+    }
+
+    /// Serves xDS and the CA.
+    fn serve_proxies(
+        &self,
+        listener: TcpListener,
+        known: &Known,
+        shutdown: &Shutdown,
+    ) -> anyhow::Result<tokio::task::JoinHandle<Result<(), tonic::transport::Error>>> {
+        let grpc = tonic::transport::Server::builder()
+            .http2_keepalive_interval(Some(KEEPALIVE))
+            .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+            .max_concurrent_streams(MOST_STREAMS)
+            .add_service(self.server.service())
+            .add_service(self.ca.service(self.client.clone(), Arc::new(known.pods.clone())));
+        let incoming = connections(listener, self.ca.server_config(&[b"h2"])?);
+        let ending = shutdown.clone();
+        Ok(tokio::spawn(grpc.serve_with_incoming_shutdown(incoming, async move {
+            ending.draining().await;
+            tokio::time::sleep(LAST_WORDS).await;
+        })))
+    }
+
+    /// Serves the webhook, and what other control planes ask.
+    fn serve_webhook(&self, flags: &Flags, listener: TcpListener, known: &Known) -> anyhow::Result<()> {
+        let webhook = Arc::new(Webhook::new(options(flags), &self.metrics));
+        let (followers, server) = (known.followers.clone(), self.server.clone());
+        let routes = webhook.routes(Routes::new("culvertd"));
+        let routes = routes.get(peers::PATH, "what the proxies of this control plane enforce", move |_| {
+            let answer = http::Response::json(&followers.local(&server));
+            async { answer }
+        });
+        let acceptor = TlsAcceptor::from(self.ca.server_config(&[b"http/1.1"])?);
+        let secure = move |stream| {
+            let acceptor = acceptor.clone();
+            async move { acceptor.accept(stream).await }
+        };
+        tokio::spawn(http::serve_secured(listener, secure, routes, webhook::limits()));
+        Ok(())
+    }
+
+    fn views(&self, flags: &Flags, known: &Known, leader: watch::Receiver<Option<String>>) -> Views {
+        Views {
+            server: self.server.clone(),
+            followers: known.followers.clone(),
+            overview: known.overview.clone(),
+            exceptions: known.exceptions.clone(),
+            ca: self.ca.clone(),
+            asks: known.asks.clone(),
+            pod: flags.pod_name.as_str().into(),
+            revision: flags.revision.as_str().into(),
+            leader,
+        }
+    }
 }
 
 fn options(flags: &Flags) -> compile::Options {
@@ -275,29 +355,33 @@ fn on_this_runtime(call: impl FnOnce() + Send + 'static) -> impl FnOnce() + Send
     }
 }
 
-/// What is done with a commit.
-fn out(
-    mut push: Push<Server>,
+/// What is done with commits.
+struct Out {
+    push: Push<Server>,
     server: Server,
     ca: Ca,
     reports: mpsc::UnboundedSender<Reports>,
     given_out: watch::Sender<bool>,
-) -> impl FnMut(Committed) + Send + 'static {
-    move |committed| {
+    delay: Handle<(), Histogram>,
+}
+
+impl Out {
+    fn take(&mut self, committed: Committed) {
         for change in &committed.changes {
             if let model::Change::SetSettings(settings) = change {
-                ca.current().set_domains(settings.trust_domains.clone());
+                self.ca.current().set_domains(settings.trust_domains.clone());
             }
         }
-        let generation = push.push(&committed.changes);
+        let generation = self.push.push(&committed.changes);
+        self.delay.observe(committed.since.elapsed().as_secs_f64());
         if committed.first {
-            server.ready();
-            given_out.send_replace(true);
+            self.server.ready();
+            self.given_out.send_replace(true);
             tracing::info!(resources = committed.changes.len(), "the mesh is served");
         }
         if !committed.policies.is_empty() {
-            // Its end goes when the process does.
-            let _ = reports.send((committed.policies, generation));
+            // Who follows policies goes when the process does.
+            let _ = self.reports.send((committed.policies, generation));
         }
     }
 }
@@ -362,28 +446,4 @@ fn reach(flags: &Flags, client: &Client, ca: &Ca) -> Reach {
             Some(Arc::new(config))
         }),
     }
-}
-
-/// Serves the webhook, and what other control planes ask.
-fn serve_webhook(
-    flags: &Flags,
-    listener: TcpListener,
-    ca: &Ca,
-    metrics: &Metrics,
-    followers: Followers,
-    server: Server,
-) -> anyhow::Result<()> {
-    let webhook = Arc::new(Webhook::new(options(flags), metrics));
-    let routes = webhook.routes(Routes::new("culvertd"));
-    let routes = routes.get(peers::PATH, "what the proxies of this control plane enforce", move |_| {
-        let answer = http::Response::json(&followers.local(&server));
-        async { answer }
-    });
-    let acceptor = TlsAcceptor::from(ca.server_config(&[b"http/1.1"])?);
-    let secure = move |stream| {
-        let acceptor = acceptor.clone();
-        async move { acceptor.accept(stream).await }
-    };
-    tokio::spawn(http::serve_secured(listener, secure, routes, webhook::limits()));
-    Ok(())
 }

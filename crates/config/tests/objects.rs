@@ -97,8 +97,8 @@ fn pod(name: &str, redirection: &str, version: &str) -> Value {
     })
 }
 
-#[test]
-fn what_is_pruned_changes_nothing_of_what_is_read() {
+/// One object of each kind of Kubernetes, and a policy, with what nobody reads.
+fn objects() -> Vec<(Kind, Value)> {
     let service = json!({
         "apiVersion": "v1", "kind": "Service",
         "metadata": { "name": "web", "namespace": "shop", "resourceVersion": "5", "managedFields": [] },
@@ -143,14 +143,19 @@ fn what_is_pruned_changes_nothing_of_what_is_read() {
         },
         "status": { "conditions": [{ "type": "Enforced" }] },
     });
-    let objects = [
+    vec![
         (Kind::Namespace, namespace),
         (Kind::Node, node),
         (Kind::Service, service),
         (Kind::EndpointSlice, slice),
         (Kind::AuthorizationPolicy, policy),
         (Kind::Pod, pod("web-1", "enabled", "7")),
-    ];
+    ]
+}
+
+#[test]
+fn what_is_pruned_changes_nothing_of_what_is_read() {
+    let objects = objects();
     let (mut pruned, mut whole) = (Server::new(), Repository::new(options(Origin::Cluster)));
     for (kind, object) in &objects {
         let (_, unknown) = decode(*kind, object);
