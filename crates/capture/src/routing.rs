@@ -59,7 +59,20 @@ pub enum Ipv6 {
 }
 
 /// Adds rules and routes that aren't there. Whether anything was added, and the state of IPv6.
+///
+/// The loopback device of a new pod may still be down: runtimes raise it at the same time as they add the pod to its
+/// network. Routes of IPv6 want it up.
 pub(crate) fn install(netns: &Netns) -> Result<(bool, Ipv6), Error> {
+    match add(netns) {
+        Err(Error::Netlink { source, .. }) if source.raw_os_error() == Some(libc::ENETDOWN) => {
+            loopback_up(netns)?;
+            add(netns)
+        }
+        outcome => outcome,
+    }
+}
+
+fn add(netns: &Netns) -> Result<(bool, Ipv6), Error> {
     let mut netlink = open(netns)?;
     let fail = |action| move |source| Error::Netlink { action, netns: netns.to_string(), source };
     let rule =

@@ -170,3 +170,13 @@ fn a_connection_whose_listener_is_closed_is_still_incoming() {
         assert_eq!(direction(client), [Direction::Outbound]);
     });
 }
+
+#[test]
+fn a_new_namespace_is_captured_before_anybody_raised_its_loopback_device() {
+    each_case("a_new_namespace_is_captured_before_anybody_raised_its_loopback_device", async |case| {
+        let netns = net::Netns::new_empty().unwrap();
+        let (capture, rules) = (case.capture(), Rules::default());
+        capture.install(&netns, &rules).unwrap();
+        assert!(capture.verify(&netns, &rules).unwrap().is_none());
+    });
+}
