@@ -288,124 +288,174 @@ fn roots_in(text: &str) -> Vec<RootId> {
     roots.iter().filter_map(RootId::of_certificate).collect()
 }
 
+/// Two replicas on an API server with a few pods, and a node of which the files are.
+struct Lab {
+    api: Arc<ApiServer>,
+    ca: Ca,
+    other: Ca,
+    address: SocketAddr,
+    dir: TempDir,
+    first_root: RootId,
+    _leads: [watch::Sender<bool>; 2],
+    _namespaces: watch::Sender<Arc<BTreeSet<String>>>,
+}
+
+impl Lab {
+    async fn start(api: Arc<ApiServer>) -> Self {
+        for namespace in [NAMESPACE, "shop"] {
+            api.kubectl(&["create", "namespace", namespace]);
+        }
+        for (namespace, account) in
+            [(NAMESPACE, "ztunnel"), (NAMESPACE, "culvertd"), ("shop", "cart"), ("shop", "far")]
+        {
+            api.kubectl(&["create", "serviceaccount", account, "-n", namespace]);
+        }
+        api.apply_permissions();
+        api.pod(NAMESPACE, "ztunnel-1", "ztunnel", "node-1");
+        api.pod(NAMESPACE, "ztunnel-2", "ztunnel", "node-1");
+        api.pod("shop", "cart-1", "cart", "node-1");
+        api.pod("shop", "far-1", "far", "node-2");
+        let pods = Arc::new(Listed::default());
+        pods.read(&api);
+        let own = api.kubectl(&["create", "token", "culvertd", "-n", NAMESPACE]);
+        let client = api.client(own.trim());
+
+        // Both think at first that they lead; they have one root.
+        let leads = [watch::channel(true).0, watch::channel(true).0];
+        let names = BTreeSet::from(["shop".to_owned(), NAMESPACE.to_owned()]);
+        let (namespaces, _) = watch::channel(Arc::new(names));
+        let ca = replica(&api, &client, &leads[0], &namespaces);
+        let other = replica(&api, &client, &leads[1], &namespaces);
+        for ca in [&ca, &other] {
+            tokio::time::timeout(Duration::from_secs(30), ca.wait_ready()).await.expect("ready");
+        }
+        let roots = |ca: &Ca| ca.current().get().unwrap().record.root_ids();
+        assert_eq!(roots(&ca), roots(&other));
+        leads[1].send_replace(false);
+        let address = serve(&ca, client.clone(), pods).await;
+        let first_root = signing_root(&ca);
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        Self { api, ca, other, address, dir, first_root, _leads: leads, _namespaces: namespaces }
+    }
+
+    /// The roots in the ConfigMap.
+    fn held(&self) -> String {
+        let map = self.api.object(&["configmap", "-n", "shop", "istio-ca-root-cert"]);
+        map.and_then(|map| Some(map["data"]["root-cert.pem"].as_str()?.to_owned())).unwrap_or_default()
+    }
+
+    /// The roots in the ClusterTrustBundle.
+    fn bundle(&self) -> Vec<RootId> {
+        let bundle = self.api.object(&["clustertrustbundle", "istio.io:istiod-ca:root-cert"]);
+        let text = bundle.and_then(|bundle| Some(bundle["spec"]["trustBundle"].as_str()?.to_owned()));
+        roots_in(&text.unwrap_or_default())
+    }
+
+    /// What the node's proxy has said to trust.
+    fn said(&self) -> Vec<RootId> {
+        let pod = self.api.object(&["pod", "-n", NAMESPACE, "ztunnel-1"]).unwrap();
+        let annotations = pod["metadata"]["annotations"].clone();
+        trusted_roots(&serde_json::from_value(annotations).unwrap_or_default())
+    }
+
+    fn status(&self) -> String {
+        let secret = self.api.object(&["secret", "-n", NAMESPACE, "culvert-ca-secret"]).unwrap();
+        secret["metadata"]["annotations"]["culvert.dev/rotation"].as_str().unwrap_or_default().to_owned()
+    }
+
+    fn write_token(&self, token: &str) {
+        std::fs::write(self.dir.path().join("token"), token).unwrap();
+    }
+
+    /// As the kubelet does from the ConfigMap.
+    fn write_roots(&self) {
+        std::fs::write(self.dir.path().join("roots"), self.held()).unwrap();
+    }
+
+    fn node(&self) -> CaClient {
+        let address = format!("localhost:{}", self.address.port()).parse().unwrap();
+        let token = self.dir.path().join("token");
+        let settings = CaClientSettings {
+            report_spread: Duration::ZERO,
+            ..CaClientSettings::new(vec![address], token, "Kubernetes".into())
+        };
+        let domains = TrustDomains::only(TrustDomain::cluster_local());
+        CaClient::start(settings, &self.dir.path().join("roots"), None, domains, Clock::system()).unwrap()
+    }
+
+    async fn tells_and_repairs(&self) {
+        let a = self.first_root;
+        until("the ConfigMap", || roots_in(&self.held()) == [a]).await;
+        until("the ClusterTrustBundle", || self.bundle() == [a]).await;
+        let map = ["configmap", "-n", "shop", "istio-ca-root-cert"];
+        let edit = ["-p", r#"{"data":{"root-cert.pem":"x"}}"#];
+        self.api.kubectl(&[&["patch"], &map[..], &edit].concat());
+        until("the repair", || roots_in(&self.held()) == [a]).await;
+        self.api.kubectl(&[&["delete"], &map[..]].concat());
+        until("the ConfigMap, again,", || roots_in(&self.held()) == [a]).await;
+    }
+
+    async fn gives_a_node_its_pods_certificates(&self) {
+        self.write_roots();
+        self.write_token(&self.api.token(NAMESPACE, "ztunnel", "ztunnel-1", "istio-ca"));
+        let node = self.node();
+        node.issue(&spiffe("cart")).await.unwrap();
+        let denied = node.issue(&spiffe("far")).await.unwrap_err().to_string();
+        assert!(denied.contains("on node node-1") && denied.contains("no pod runs"), "{denied}");
+        until("the report", || self.said() == [self.first_root]).await;
+    }
+
+    async fn refuses_other_tokens(&self) {
+        let refused = async |token: &str| {
+            self.write_token(token);
+            self.node().issue(&spiffe("cart")).await.unwrap_err().to_string()
+        };
+        let text = refused(&self.api.token(NAMESPACE, "ztunnel", "ztunnel-1", "other")).await;
+        assert!(text.contains("audience"), "{text}");
+        let text = refused(&self.api.token("shop", "far", "far-1", "istio-ca")).await;
+        assert!(text.contains("no trusted node account"), "{text}");
+        let gone = self.api.token(NAMESPACE, "ztunnel", "ztunnel-2", "istio-ca");
+        self.api.kubectl(&["delete", "pod", "-n", NAMESPACE, "ztunnel-2", "--grace-period=0", "--force"]);
+        let text = refused(&gone).await;
+        assert!(text.contains("does not accept the token"), "{text}");
+    }
+
+    async fn exchanges_its_root(&self) {
+        let a = self.first_root;
+        self.write_token(&self.api.token(NAMESPACE, "ztunnel", "ztunnel-1", "istio-ca"));
+        let node = self.node();
+        let secret = ["secret", "-n", NAMESPACE, "culvert-ca-secret"];
+        self.api.kubectl(&[&["annotate"], &secret[..], &["culvert.dev/rotate-root=1"]].concat());
+        until("both roots", || roots_in(&self.held()).len() == 2).await;
+        let b = roots_in(&self.held())[1];
+        until("both roots in the bundle", || self.bundle() == [a, b]).await;
+        until("the status", || self.status().contains("culvert-system/ztunnel-1")).await;
+        assert_eq!(signing_root(&self.ca), a);
+        self.write_roots();
+        until("the new report", || self.said() == [a, b]).await;
+        until("the new signer", || signing_root(&self.ca) == b).await;
+        until("the other replica's", || signing_root(&self.other) == b).await;
+        assert!(self.status().contains("the new root signs"), "{}", self.status());
+        node.issue(&spiffe("cart")).await.unwrap();
+        self.node().issue(&spiffe("cart")).await.unwrap();
+    }
+}
+
+fn signing_root(ca: &Ca) -> RootId {
+    ca.current().get().unwrap().authority.root()
+}
+
+fn spiffe(account: &str) -> model::SpiffeId {
+    format!("spiffe://cluster.local/ns/shop/sa/{account}").parse().unwrap()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_real_api_server_reviews_keeps_and_tells_with_the_permissions_of_the_chart() {
     let Some(api) = ApiServer::start() else { return };
-    let api = Arc::new(api);
-    for namespace in [NAMESPACE, "shop"] {
-        api.kubectl(&["create", "namespace", namespace]);
-    }
-    for (namespace, account) in
-        [(NAMESPACE, "ztunnel"), (NAMESPACE, "culvertd"), ("shop", "cart"), ("shop", "far")]
-    {
-        api.kubectl(&["create", "serviceaccount", account, "-n", namespace]);
-    }
-    api.apply_permissions();
-    api.pod(NAMESPACE, "ztunnel-1", "ztunnel", "node-1");
-    api.pod(NAMESPACE, "ztunnel-2", "ztunnel", "node-1");
-    api.pod("shop", "cart-1", "cart", "node-1");
-    api.pod("shop", "far-1", "far", "node-2");
-    let pods = Arc::new(Listed::default());
-    pods.read(&api);
-    let own = api.kubectl(&["create", "token", "culvertd", "-n", NAMESPACE]);
-    let client = api.client(own.trim());
-
-    // Two replicas that both think they lead have one root.
-    let ((leads, _), (other_leads, _)) = (watch::channel(true), watch::channel(true));
-    let (namespaces, _) = watch::channel(Arc::new(BTreeSet::from(["shop".to_owned(), NAMESPACE.to_owned()])));
-    let ca = replica(&api, &client, &leads, &namespaces);
-    let other = replica(&api, &client, &other_leads, &namespaces);
-    tokio::time::timeout(Duration::from_secs(30), ca.wait_ready()).await.expect("ready");
-    tokio::time::timeout(Duration::from_secs(30), other.wait_ready()).await.expect("ready");
-    let roots = |ca: &Ca| ca.current().get().unwrap().record.root_ids();
-    assert_eq!(roots(&ca), roots(&other));
-    other_leads.send_replace(false);
-    let a = ca.current().get().unwrap().authority.root();
-
-    let held = |namespace: &str| {
-        let map = api.object(&["configmap", "-n", namespace, "istio-ca-root-cert"]);
-        map.and_then(|map| Some(map["data"]["root-cert.pem"].as_str()?.to_owned())).unwrap_or_default()
-    };
-    let bundle = || {
-        let bundle = api.object(&["clustertrustbundle", "istio.io:istiod-ca:root-cert"]);
-        bundle.and_then(|bundle| Some(bundle["spec"]["trustBundle"].as_str()?.to_owned())).unwrap_or_default()
-    };
-    until("the ConfigMap", || roots_in(&held("shop")) == [a]).await;
-    until("the ClusterTrustBundle", || roots_in(&bundle()) == [a]).await;
-    api.kubectl(&[
-        "patch",
-        "configmap",
-        "-n",
-        "shop",
-        "istio-ca-root-cert",
-        "-p",
-        r#"{"data":{"root-cert.pem":"x"}}"#,
-    ]);
-    until("the repair", || roots_in(&held("shop")) == [a]).await;
-    api.kubectl(&["delete", "configmap", "-n", "shop", "istio-ca-root-cert"]);
-    until("the ConfigMap, again,", || roots_in(&held("shop")) == [a]).await;
-
-    // A node with a real token.
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-    let path = |name: &str| dir.path().join(name);
-    std::fs::write(path("roots"), held("shop")).unwrap();
-    std::fs::write(path("token"), api.token(NAMESPACE, "ztunnel", "ztunnel-1", "istio-ca")).unwrap();
-    let address = serve(&ca, client.clone(), pods.clone()).await;
-    let node = || {
-        let settings = CaClientSettings {
-            report_spread: Duration::ZERO,
-            ..CaClientSettings::new(
-                vec![format!("localhost:{}", address.port()).parse().unwrap()],
-                path("token"),
-                "Kubernetes".into(),
-            )
-        };
-        let domains = TrustDomains::only(TrustDomain::cluster_local());
-        CaClient::start(settings, &path("roots"), None, domains, Clock::system()).unwrap()
-    };
-    let cart = "spiffe://cluster.local/ns/shop/sa/cart".parse().unwrap();
-    let far = "spiffe://cluster.local/ns/shop/sa/far".parse().unwrap();
-    let ztunnel = node();
-    ztunnel.issue(&cart).await.unwrap();
-    let denied = ztunnel.issue(&far).await.unwrap_err().to_string();
-    assert!(denied.contains("on node node-1") && denied.contains("no pod runs"), "{denied}");
-    let said = || {
-        let pod = api.object(&["pod", "-n", NAMESPACE, "ztunnel-1"]).unwrap();
-        trusted_roots(&serde_json::from_value(pod["metadata"]["annotations"].clone()).unwrap_or_default())
-    };
-    until("the report", || said() == [a]).await;
-
-    // Tokens that are not what they should be.
-    let refused = async |token: &str| {
-        std::fs::write(path("token"), token).unwrap();
-        node().issue(&cart).await.unwrap_err().to_string()
-    };
-    let text = refused(&api.token(NAMESPACE, "ztunnel", "ztunnel-1", "other")).await;
-    assert!(text.contains("audience"), "{text}");
-    let text = refused(&api.token("shop", "far", "far-1", "istio-ca")).await;
-    assert!(text.contains("no trusted node account"), "{text}");
-    let gone = api.token(NAMESPACE, "ztunnel", "ztunnel-2", "istio-ca");
-    api.kubectl(&["delete", "pod", "-n", NAMESPACE, "ztunnel-2", "--grace-period=0", "--force"]);
-    let text = refused(&gone).await;
-    assert!(text.contains("does not accept the token"), "{text}");
-    std::fs::write(path("token"), api.token(NAMESPACE, "ztunnel", "ztunnel-1", "istio-ca")).unwrap();
-
-    // A rotation, through the API server all the way.
-    api.kubectl(&["annotate", "secret", "-n", NAMESPACE, "culvert-ca-secret", "culvert.dev/rotate-root=1"]);
-    until("both roots", || roots_in(&held("shop")).len() == 2).await;
-    let b = roots_in(&held("shop"))[1];
-    until("both roots in the bundle", || roots_in(&bundle()) == [a, b]).await;
-    let status = || {
-        let secret = api.object(&["secret", "-n", NAMESPACE, "culvert-ca-secret"]).unwrap();
-        secret["metadata"]["annotations"]["culvert.dev/rotation"].as_str().unwrap_or_default().to_owned()
-    };
-    until("the status", || status().contains("culvert-system/ztunnel-1")).await;
-    assert_eq!(ca.current().get().unwrap().authority.root(), a);
-    std::fs::write(path("roots"), held("shop")).unwrap();
-    until("the new report", || said() == [a, b]).await;
-    until("the new signer", || ca.current().get().unwrap().authority.root() == b).await;
-    until("the other replica's", || other.current().get().unwrap().authority.root() == b).await;
-    assert!(status().contains("the new root signs"), "{}", status());
-    node().issue(&cart).await.unwrap();
-    assert_eq!(ca.current().status().error, None);
+    let lab = Lab::start(Arc::new(api)).await;
+    lab.tells_and_repairs().await;
+    lab.gives_a_node_its_pods_certificates().await;
+    lab.refuses_other_tokens().await;
+    lab.exchanges_its_root().await;
+    assert_eq!(lab.ca.current().status().error, None);
 }

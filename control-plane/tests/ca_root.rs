@@ -168,20 +168,16 @@ async fn replicas_that_start_at_once_have_one_root_that_the_leader_made() {
     assert_eq!((again.root(), api.writes().len()), (one.root(), writes));
 }
 
-#[tokio::test]
-async fn a_broken_secret_leaves_the_last_good_authority_in_force_and_says_what_is_wrong() {
-    let api = FakeApi::default();
-    let replica = Replica::new(&api, true);
-    replica.keeper.round().await;
-    let (good, root_id) = (api.get(OWN).unwrap(), replica.root());
+/// What, the changed keys, the key at fault, what the error says.
+type Case = (&'static str, Vec<(&'static str, Option<String>)>, &'static str, &'static str);
+
+fn broken_secrets() -> Vec<Case> {
     let other = root();
     let short = Validity { lifetime: Duration::from_secs(1), backdate: Duration::from_secs(10) };
     let late = UnixTime::since_unix_epoch(Duration::from_secs(UnixTime::now().as_secs() - 100));
     let expired = CertificateAuthority::make_root(&TrustDomain::cluster_local(), short, late).unwrap();
     let pem = |made: &MadeCa| certificates_to_pem(&made.chain);
-    /// What, the changed keys, the key at fault, what the error says.
-    type Case = (&'static str, Vec<(&'static str, Option<String>)>, &'static str, &'static str);
-    let table: Vec<Case> = vec![
+    vec![
         ("no key", vec![("ca-key.pem", None)], "ca-key.pem", "missing"),
         ("an empty key", vec![("ca-key.pem", Some(String::new()))], "ca-key.pem", "empty"),
         (
@@ -213,8 +209,16 @@ async fn a_broken_secret_leaves_the_last_good_authority_in_force_and_says_what_i
             "ca-cert.pem",
             "expired at",
         ),
-    ];
-    for (what, changes, key, says) in table {
+    ]
+}
+
+#[tokio::test]
+async fn a_broken_secret_leaves_the_last_good_authority_in_force_and_says_what_is_wrong() {
+    let api = FakeApi::default();
+    let replica = Replica::new(&api, true);
+    replica.keeper.round().await;
+    let (good, root_id) = (api.get(OWN).unwrap(), replica.root());
+    for (what, changes, key, says) in broken_secrets() {
         let mut broken = good.clone();
         for (at, value) in changes {
             broken["data"][at] = value.map_or(Value::Null, |text| json!(STANDARD.encode(text)));

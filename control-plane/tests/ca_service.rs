@@ -278,116 +278,94 @@ async fn a_node_gets_the_certificates_of_its_pods_and_openssl_verifies_them() {
     assert!(cluster.metric("citadel_server_cert_chain_expiry_seconds") > 3000 * 24 * 3600);
 }
 
+/// A request for an identity with this CSR.
+fn request(csr: &str, id: &str) -> IstioCertificateRequest {
+    let metadata = metadata(&[("ImpersonatedIdentity", string(id))]);
+    IstioCertificateRequest { csr: csr.to_owned(), validity_duration: 3600, metadata }
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_asked_wrongly_is_refused_with_code_and_reason() {
+async fn who_is_not_known_is_refused_with_the_reason() {
+    let cluster = Cluster::start().await;
+    let csr = openssl_csr(cluster.dir.path());
+    let token = format!("Bearer {}", cluster.token("culvert-system:ztunnel", Some("ztunnel-1")));
+    let user = json!({"username": "system:serviceaccount:culvert-system:ztunnel"});
+    let status = json!({"authenticated": true, "audiences": ["api"], "user": user});
+    cluster.api.accept("other.audience.x", status);
+    cluster.api.accept("ex.pi.red", json!({"error": "service account token has expired"}));
+    for (what, authorization, cluster_id, says) in [
+        ("no token", "", "", "no header authorization"),
+        ("no bearer", "Basic eA==", "", "no bearer token"),
+        ("a forged token", "Bearer a.b.c", "", "unknown token"),
+        ("an expired token", "Bearer ex.pi.red", "", "has expired"),
+        ("another audience", "Bearer other.audience.x", "", "istio-ca"),
+        ("another cluster", &token, "west", "cluster \"west\""),
+    ] {
+        let headers = [("authorization", authorization), ("clusterid", cluster_id)];
+        let headers: Vec<_> = headers.into_iter().filter(|(_, value)| !value.is_empty()).collect();
+        let status = cluster.ask(request(&csr, CART), &headers).await.expect_err(what);
+        assert_eq!(status.code(), Code::Unauthenticated, "{what}: {status}");
+        assert!(status.message().contains(says), "{what}: {status}");
+    }
+    assert_eq!(cluster.metric("citadel_server_authentication_failure_count"), 6);
+    assert_eq!(cluster.metric("citadel_server_success_cert_issuance_count"), 0);
+    let headers = [("authorization", token.as_str()), ("clusterid", "Kubernetes")];
+    cluster.ask(request(&csr, CART), &headers).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_asks_for_what_is_not_his_is_refused_with_the_reason() {
     let cluster = Cluster::start().await;
     let csr = openssl_csr(cluster.dir.path());
     let token = format!("Bearer {}", cluster.token("culvert-system:ztunnel", Some("ztunnel-1")));
     let workload = format!("Bearer {}", cluster.token("shop:cart", Some("cart-1")));
     let deleted = format!("Bearer {}", cluster.token("culvert-system:ztunnel", Some("ztunnel-9")));
-    cluster.api.accept(
-        "other.audience.x",
-        json!({"authenticated": true, "audiences": ["api"],
-        "user": {"username": "system:serviceaccount:culvert-system:ztunnel"}}),
-    );
-    cluster.api.accept("ex.pi.red", json!({"error": "service account token has expired"}));
-    let request = |id: &str| IstioCertificateRequest {
-        csr: csr.clone(),
-        validity_duration: 3600,
-        metadata: metadata(&[("ImpersonatedIdentity", string(id))]),
-    };
-    let with = |csr: &str| IstioCertificateRequest { csr: csr.to_owned(), ..request(CART) };
-    let wrong =
-        |name: &str, kind| IstioCertificateRequest { metadata: metadata(&[(name, kind)]), ..request(CART) };
-    let number = prost_types::value::Kind::NumberValue(1.0);
-    let roots = prost_types::value::Kind::ListValue(prost_types::ListValue {
-        values: vec![prost_types::Value { kind: Some(string("abc")) }],
-    });
-    let huge = "A".repeat(100_000);
-    let table: Vec<(&str, IstioCertificateRequest, &str, &str, Code, &str)> = vec![
-        ("no token", request(CART), "", "", Code::Unauthenticated, "no header authorization"),
-        ("no bearer", request(CART), "Basic eA==", "", Code::Unauthenticated, "no bearer token"),
-        ("a forged token", request(CART), "Bearer a.b.c", "", Code::Unauthenticated, "unknown token"),
-        ("an expired token", request(CART), "Bearer ex.pi.red", "", Code::Unauthenticated, "has expired"),
-        ("another audience", request(CART), "Bearer other.audience.x", "", Code::Unauthenticated, "istio-ca"),
-        ("another cluster", request(CART), &token, "west", Code::Unauthenticated, "cluster \"west\""),
-        ("a proxy that is gone", request(CART), &deleted, "", Code::PermissionDenied, "is not there"),
-        (
-            "a workload for another",
-            request("spiffe://cluster.local/ns/shop/sa/x"),
-            &workload,
-            "",
-            Code::PermissionDenied,
-            "no trusted node account",
-        ),
-        (
-            "another node's pod",
-            request("spiffe://cluster.local/ns/shop/sa/x"),
-            &token,
-            "",
-            Code::PermissionDenied,
-            "no pod runs on that node",
-        ),
-        (
-            "another mesh",
-            request("spiffe://evil/ns/shop/sa/cart"),
-            &token,
-            "",
-            Code::PermissionDenied,
-            "trust domain",
-        ),
-        (
-            "no namespace",
-            request("spiffe://cluster.local/ns/none/sa/x"),
-            &token,
-            "",
-            Code::PermissionDenied,
-            "namespace is not there",
-        ),
-        ("no identity", request("cart"), &token, "", Code::PermissionDenied, "not a SPIFFE ID"),
-        ("garbage", with("hello"), &token, "", Code::InvalidArgument, "PEM"),
-        ("nothing", with(""), &token, "", Code::InvalidArgument, "PEM"),
-        ("too much", with(&huge), &token, "", Code::InvalidArgument, "at most"),
-        ("another signer", wrong("CertSigner", string("x")), &token, "", Code::InvalidArgument, "CertSigner"),
-        (
-            "an identity of another type",
-            wrong("ImpersonatedIdentity", number),
-            &token,
-            "",
-            Code::InvalidArgument,
-            "no text",
-        ),
-        (
-            "roots that are none",
-            wrong("TrustedRoots", roots),
-            &token,
-            "",
-            Code::InvalidArgument,
-            "ids of roots",
-        ),
-    ];
-    for (what, request, authorization, cluster_id, code, says) in table {
-        let mut headers = Vec::new();
-        if !authorization.is_empty() {
-            headers.push(("authorization", authorization));
-        }
-        if !cluster_id.is_empty() {
-            headers.push(("clusterid", cluster_id));
-        }
-        let status = cluster.ask(request, &headers).await.expect_err(what);
-        assert_eq!(status.code(), code, "{what}: {status}");
+    for (what, id, token, says) in [
+        ("a proxy that is gone", CART, &deleted, "is not there"),
+        ("for another", "spiffe://cluster.local/ns/shop/sa/x", &workload, "no trusted node account"),
+        ("for another node's", "spiffe://cluster.local/ns/shop/sa/x", &token, "no pod runs on that node"),
+        ("another mesh", "spiffe://evil/ns/shop/sa/cart", &token, "trust domain"),
+        ("no namespace", "spiffe://cluster.local/ns/none/sa/x", &token, "namespace is not there"),
+        ("no identity", "cart", &token, "not a SPIFFE ID"),
+    ] {
+        let status = cluster.ask(request(&csr, id), &[("authorization", token)]).await.expect_err(what);
+        assert_eq!(status.code(), Code::PermissionDenied, "{what}: {status}");
         assert!(status.message().contains(says), "{what}: {status}");
         assert!(!status.message().contains("signature"), "{what}: a token is told: {status}");
     }
-    assert_eq!(cluster.metric("citadel_server_authentication_failure_count"), 6);
+    assert_eq!(cluster.metric("citadel_server_id_extraction_err_count"), 6);
+    cluster.ask(request(&csr, CART), &[("authorization", &workload)]).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_can_not_be_signed_is_refused_with_the_reason() {
+    let cluster = Cluster::start().await;
+    let csr = openssl_csr(cluster.dir.path());
+    let token = format!("Bearer {}", cluster.token("culvert-system:ztunnel", Some("ztunnel-1")));
+    let wrong = |name: &str, kind| IstioCertificateRequest {
+        metadata: metadata(&[(name, kind)]),
+        ..request(&csr, CART)
+    };
+    let number = prost_types::value::Kind::NumberValue(1.0);
+    let values = vec![prost_types::Value { kind: Some(string("abc")) }];
+    let roots = prost_types::value::Kind::ListValue(prost_types::ListValue { values });
+    for (what, request, says) in [
+        ("garbage", request("hello", CART), "PEM"),
+        ("nothing", request("", CART), "PEM"),
+        ("too much", request(&"A".repeat(100_000), CART), "at most"),
+        ("another signer", wrong("CertSigner", string("x")), "CertSigner"),
+        ("an identity of another type", wrong("ImpersonatedIdentity", number), "no text"),
+        ("roots that are none", wrong("TrustedRoots", roots), "ids of roots"),
+    ] {
+        let status = cluster.ask(request, &[("authorization", &token)]).await.expect_err(what);
+        assert_eq!(status.code(), Code::InvalidArgument, "{what}: {status}");
+        assert!(status.message().contains(says), "{what}: {status}");
+    }
     assert_eq!(cluster.metric("citadel_server_csr_parsing_err_count"), 6);
-    assert_eq!(cluster.metric("citadel_server_success_cert_issuance_count"), 0);
-    let beyond = "A".repeat(200_000);
-    let status = cluster.ask(with(&beyond), &[("authorization", &token)]).await.unwrap_err();
+    let beyond = request(&"A".repeat(200_000), CART);
+    let status = cluster.ask(beyond, &[("authorization", &token)]).await.unwrap_err();
     assert_eq!(status.code(), Code::OutOfRange, "{status}");
-    // What is right still is.
-    cluster.ask(request(CART), &[("authorization", &token), ("clusterid", "Kubernetes")]).await.unwrap();
-    cluster.ask(request(CART), &[("authorization", &workload)]).await.unwrap();
+    cluster.ask(request(&csr, CART), &[("authorization", &token)]).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -59,73 +59,67 @@ fn caller(text: &str) -> Caller {
     Caller { namespace: account.namespace, service_account: account.name, pod }
 }
 
+const Z1: &str = "culvert-system/ztunnel@ztunnel-1/z1/node-1";
+const CART: &str = "spiffe://cluster.local/ns/shop/sa/cart";
+const LEDGER: &str = "spiffe://cluster.local/ns/bank/sa/ledger";
+const OWN_Z: &str = "spiffe://cluster.local/ns/culvert-system/sa/ztunnel";
+
+/// What, who asks, for whom, who he gets or why he gets nobody.
+type Case = (&'static str, &'static str, Option<&'static str>, Result<&'static str, &'static str>);
+
+const CASES: &[Case] = &[
+    ("a node's proxy, for a pod of its node", Z1, Some(CART), Ok(CART)),
+    ("the same, a token without the node", "culvert-system/ztunnel@ztunnel-1/z1", Some(CART), Ok(CART)),
+    ("the same, for itself", Z1, None, Ok(OWN_Z)),
+    ("the same, for itself by name", Z1, Some(OWN_Z), Ok(OWN_Z)),
+    ("for a pod of another node", Z1, Some(LEDGER), Err("not_on_node")),
+    ("the other node's proxy", "culvert-system/ztunnel@ztunnel-2/z2/node-2", Some(LEDGER), Ok(LEDGER)),
+    ("for a pod that is over", Z1, Some("spiffe://cluster.local/ns/shop/sa/job"), Err("not_on_node")),
+    (
+        "for an account that nobody runs as",
+        Z1,
+        Some("spiffe://cluster.local/ns/empty/sa/x"),
+        Err("not_on_node"),
+    ),
+    (
+        "for a namespace that is not there",
+        Z1,
+        Some("spiffe://cluster.local/ns/nowhere/sa/x"),
+        Err("unknown_namespace"),
+    ),
+    (
+        "for another trust domain",
+        Z1,
+        Some("spiffe://evil.example/ns/shop/sa/cart"),
+        Err("foreign_trust_domain"),
+    ),
+    ("for no identity", Z1, Some("shop/cart"), Err("no_identity")),
+    ("for an identity with a way out", Z1, Some("spiffe://cluster.local/ns/../sa/x"), Err("no_identity")),
+    (
+        "its token says another node",
+        "culvert-system/ztunnel@ztunnel-1/z1/node-2",
+        Some(LEDGER),
+        Err("node_mismatch"),
+    ),
+    ("its pod is gone", "culvert-system/ztunnel@ztunnel-9/z9/node-1", Some(CART), Err("no_such_pod")),
+    ("its pod was replaced", "culvert-system/ztunnel@ztunnel-1/z0/node-1", Some(CART), Err("no_such_pod")),
+    ("its pod is over", "culvert-system/ztunnel@ztunnel-old/z0/node-1", Some(CART), Err("no_such_pod")),
+    ("its pod is on no node", "culvert-system/ztunnel@ztunnel-new/z3", Some(CART), Err("no_such_pod")),
+    ("its pod is of another account", "culvert-system/ztunnel@other/o1", Some(CART), Err("no_such_pod")),
+    ("its token is of no pod", "culvert-system/ztunnel", Some(CART), Err("unbound_token")),
+    ("a workload, for itself", "shop/cart@cart-1/c1/node-1", None, Ok(CART)),
+    ("a workload, for itself by name", "shop/cart@cart-1/c1/node-1", Some(CART), Ok(CART)),
+    ("a workload, for its neighbour", "shop/cart@cart-1/c1/node-1", Some(OWN_Z), Err("not_trusted")),
+    ("a workload, its pod gone", "shop/cart@cart-7/c7", None, Err("no_such_pod")),
+    ("a machine outside, for itself", "shop/cart", None, Ok(CART)),
+    ("a machine outside, for another", "shop/cart", Some(LEDGER), Err("not_trusted")),
+    ("an account of the name elsewhere", "shop/ztunnel", Some(CART), Err("not_trusted")),
+    ("another account of the namespace", "culvert-system/culvertd@other/o1", Some(CART), Err("not_trusted")),
+];
+
 #[test]
 fn who_gets_which_identity() {
-    const Z1: &str = "culvert-system/ztunnel@ztunnel-1/z1/node-1";
-    const CART: &str = "spiffe://cluster.local/ns/shop/sa/cart";
-    const LEDGER: &str = "spiffe://cluster.local/ns/bank/sa/ledger";
-    const OWN_Z: &str = "spiffe://cluster.local/ns/culvert-system/sa/ztunnel";
-    type Case = (&'static str, &'static str, Option<&'static str>, Result<&'static str, &'static str>);
-    let table: &[Case] = &[
-        ("a node's proxy, for a pod of its node", Z1, Some(CART), Ok(CART)),
-        ("the same, a token without the node", "culvert-system/ztunnel@ztunnel-1/z1", Some(CART), Ok(CART)),
-        ("the same, for itself", Z1, None, Ok(OWN_Z)),
-        ("the same, for itself by name", Z1, Some(OWN_Z), Ok(OWN_Z)),
-        ("for a pod of another node", Z1, Some(LEDGER), Err("not_on_node")),
-        ("the other node's proxy", "culvert-system/ztunnel@ztunnel-2/z2/node-2", Some(LEDGER), Ok(LEDGER)),
-        ("for a pod that is over", Z1, Some("spiffe://cluster.local/ns/shop/sa/job"), Err("not_on_node")),
-        (
-            "for an account that nobody runs as",
-            Z1,
-            Some("spiffe://cluster.local/ns/empty/sa/x"),
-            Err("not_on_node"),
-        ),
-        (
-            "for a namespace that is not there",
-            Z1,
-            Some("spiffe://cluster.local/ns/nowhere/sa/x"),
-            Err("unknown_namespace"),
-        ),
-        (
-            "for another trust domain",
-            Z1,
-            Some("spiffe://evil.example/ns/shop/sa/cart"),
-            Err("foreign_trust_domain"),
-        ),
-        ("for no identity", Z1, Some("shop/cart"), Err("no_identity")),
-        ("for an identity with a way out", Z1, Some("spiffe://cluster.local/ns/../sa/x"), Err("no_identity")),
-        (
-            "its token says another node",
-            "culvert-system/ztunnel@ztunnel-1/z1/node-2",
-            Some(LEDGER),
-            Err("node_mismatch"),
-        ),
-        ("its pod is gone", "culvert-system/ztunnel@ztunnel-9/z9/node-1", Some(CART), Err("no_such_pod")),
-        (
-            "its pod was replaced",
-            "culvert-system/ztunnel@ztunnel-1/z0/node-1",
-            Some(CART),
-            Err("no_such_pod"),
-        ),
-        ("its pod is over", "culvert-system/ztunnel@ztunnel-old/z0/node-1", Some(CART), Err("no_such_pod")),
-        ("its pod is on no node", "culvert-system/ztunnel@ztunnel-new/z3", Some(CART), Err("no_such_pod")),
-        ("its pod is of another account", "culvert-system/ztunnel@other/o1", Some(CART), Err("no_such_pod")),
-        ("its token is of no pod", "culvert-system/ztunnel", Some(CART), Err("unbound_token")),
-        ("a workload, for itself", "shop/cart@cart-1/c1/node-1", None, Ok(CART)),
-        ("a workload, for itself by name", "shop/cart@cart-1/c1/node-1", Some(CART), Ok(CART)),
-        ("a workload, for its neighbour", "shop/cart@cart-1/c1/node-1", Some(OWN_Z), Err("not_trusted")),
-        ("a workload, its pod gone", "shop/cart@cart-7/c7", None, Err("no_such_pod")),
-        ("a machine outside, for itself", "shop/cart", None, Ok(CART)),
-        ("a machine outside, for another", "shop/cart", Some(LEDGER), Err("not_trusted")),
-        ("an account of the name elsewhere", "shop/ztunnel", Some(CART), Err("not_trusted")),
-        (
-            "another account of the namespace",
-            "culvert-system/culvertd@other/o1",
-            Some(CART),
-            Err("not_trusted"),
-        ),
-    ];
-    for (what, who, asked, expected) in table {
+    for (what, who, asked, expected) in CASES {
         let decided = decide(&caller(who), *asked, &rules(), &Table);
         match (decided, expected) {
             (Ok(id), Ok(expected)) => assert_eq!(id.to_string(), *expected, "{what}"),
