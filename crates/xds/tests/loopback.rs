@@ -381,6 +381,30 @@ async fn a_newer_stream_of_a_node_ends_its_older_one() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_start_in_turn_and_others_do_not_keep_ours_waiting() {
+    let answer_timeout = Duration::from_secs(2);
+    let site = Site::new(Config { starting: 1, starting_others: 1, answer_timeout, ..config() }).await;
+    site.server.apply([set(ADDRESS, "a", "1")]);
+    site.server.ready();
+    let mut first = subscribe(ADDRESS, &[]);
+    first.node = Some(proto::wire::core::Node { id: "slow".into(), ..Default::default() });
+    // Neither answers: one is there, the other waits for its turn.
+    let _slow = silent(&site, vec![first.clone()]).await;
+    let _slower = silent(&site, vec![first]).await;
+    let proxies = [Proxy::start(settings(&[http(&site)])), {
+        let mut other = settings(&[http(&site)]);
+        other.node.id = "another".into();
+        Proxy::start(other)
+    }];
+    for proxy in &proxies {
+        proxy.until_has(ADDRESS, "a", "1").await;
+    }
+    assert_eq!(site.server.clients().len(), 3);
+    site.until(|s| s.clients().len() == 3 && s.clients().iter().all(|c| c.node.id != "slow" || c.id.0 > 2))
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn places_are_limited_and_come_free() {
     let site = Site::new(Config { clients: 1, ..config() }).await;
     site.server.ready();

@@ -53,9 +53,11 @@ pub struct Config {
     pub tombstones: usize,
     /// How many clients there may be.
     pub clients: usize,
-    /// How many clients may be between their first request and the answer to their first state. A client of another
-    /// make then costs its whole state, some 35 MB of 100,000 resources, and one that comes back what it holds.
+    /// How many clients may be between their first request and the answer to their first state. One that comes back
+    /// says what it holds, some 12 MB for 100,000 resources.
     pub starting: usize,
+    /// The same, of clients of another make: their first state is one message, some 35 MB of 100,000 resources.
+    pub starting_others: usize,
     /// How many clients may be in authentication.
     pub authenticating: usize,
     /// How long authentication may take, and how long the first request.
@@ -77,7 +79,8 @@ impl Default for Config {
             limits: Limits::default(),
             tombstones: 100_000,
             clients: 10_000,
-            starting: 16,
+            starting: 32,
+            starting_others: 8,
             authenticating: 64,
             start_timeout: Duration::from_secs(10),
             answer_timeout: Duration::from_secs(60),
@@ -183,6 +186,7 @@ struct Shared {
     ready: watch::Sender<bool>,
     places: Arc<Semaphore>,
     starting: Arc<Semaphore>,
+    starting_others: Arc<Semaphore>,
     authenticating: Semaphore,
     began: Instant,
 }
@@ -289,6 +293,7 @@ impl Server {
             store: RwLock::new(Store::new(&config.types, config.tombstones)),
             places: Arc::new(Semaphore::new(config.clients)),
             starting: Arc::new(Semaphore::new(config.starting)),
+            starting_others: Arc::new(Semaphore::new(config.starting_others)),
             authenticating: Semaphore::new(config.authenticating),
             config,
             authorizer,

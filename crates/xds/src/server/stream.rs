@@ -10,7 +10,7 @@ use prost::Message;
 use proto::Extensions;
 use proto::wire::core::Node;
 use proto::wire::discovery::DeltaDiscoveryRequest;
-use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_stream::Stream;
 use tonic::{Request, Status, Streaming};
@@ -112,6 +112,20 @@ struct ClientStream {
     sender: mpsc::Sender<Result<Response, Status>>,
 }
 
+/// A client that may have a state.
+struct Begun {
+    session: Session,
+    node: Arc<Node>,
+    first: DeltaDiscoveryRequest,
+    /// Held until it has one.
+    starting: OwnedSemaphorePermit,
+}
+
+async fn turn(semaphore: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, Status> {
+    let permit = Arc::clone(semaphore).acquire_owned().await;
+    permit.map_err(|_| Status::unavailable("the server ends"))
+}
+
 /// Why a stream ended.
 enum End {
     /// The client ended it.
@@ -136,18 +150,13 @@ impl From<Violation> for End {
 impl ClientStream {
     async fn run(mut self, caller: Caller, peer: Option<SocketAddr>) {
         let sender = self.sender.clone();
-        let first = tokio::select! {
-            first = self.first_request() => first,
+        let begun = tokio::select! {
+            begun = self.begin(&caller) => begun,
             () = sender.closed() => return,
         };
         drop(sender);
-        let (first, starting) = match first {
-            Ok((first, starting)) => (Ok(first), Some(starting)),
-            Err(status) => (Err(status), None),
-        };
-        let admitted = first.and_then(|first| self.admit(&caller, first));
-        let (session, node, first) = match admitted {
-            Ok(admitted) => admitted,
+        let Begun { session, node, first, starting } = match begun {
+            Ok(begun) => begun,
             Err(status) => {
                 self.shared.observer.observe(Event::Refused(&status));
                 self.finish(status);
@@ -182,25 +191,17 @@ impl ClientStream {
         let _ = self.sender.try_send(Err(status));
     }
 
-    /// The first request, when it is this client's turn to be given a state, and there is one.
-    async fn first_request(&mut self) -> Result<(DeltaDiscoveryRequest, OwnedSemaphorePermit), Status> {
+    /// Hears the first request, when it is this client's turn to be given a state, and there is one.
+    async fn begin(&mut self, caller: &Caller) -> Result<Begun, Status> {
         let mut ready = self.shared.ready.subscribe();
         ready.wait_for(|ready| *ready).await.map_err(|_| Status::unavailable("the server ends"))?;
-        let starting = Arc::clone(&self.shared.starting).acquire_owned().await;
-        let starting = starting.map_err(|_| Status::unavailable("the server ends"))?;
-        match timeout(self.shared.config.start_timeout, self.requests.message()).await {
-            Ok(Ok(Some(request))) => Ok((request, starting)),
-            Ok(Ok(None)) => Err(Status::cancelled("ended before the first request")),
-            Ok(Err(status)) => Err(status),
-            Err(_) => Err(Status::deadline_exceeded("no request came in time")),
-        }
-    }
-
-    fn admit(
-        &self,
-        caller: &Caller,
-        mut first: DeltaDiscoveryRequest,
-    ) -> Result<(Session, Arc<Node>, DeltaDiscoveryRequest), Status> {
+        let mut starting = turn(&self.shared.starting).await?;
+        let mut first = match timeout(self.shared.config.start_timeout, self.requests.message()).await {
+            Ok(Ok(Some(request))) => request,
+            Ok(Ok(None)) => return Err(Status::cancelled("ended before the first request")),
+            Ok(Err(status)) => return Err(status),
+            Err(_) => return Err(Status::deadline_exceeded("no request came in time")),
+        };
         let node = first.node.take().filter(|n| !n.id.is_empty());
         let node =
             node.ok_or_else(|| Status::invalid_argument("the first request has no node with an id"))?;
@@ -208,20 +209,26 @@ impl ClientStream {
             return Err(Status::invalid_argument(format!("the node has more than {NODE_BYTES} bytes")));
         }
         let admission = self.shared.authorizer.admit(caller, &node)?;
-        let session = Session::new(audience(&node), admission.interest, self.shared.config.limits);
-        Ok((session, Arc::new(node), first))
+        let audience = audience(&node);
+        if audience == Extensions::None {
+            // Not while it keeps one of ours from starting.
+            drop(starting);
+            starting = turn(&self.shared.starting_others).await?;
+        }
+        let session = Session::new(audience, admission.interest, self.shared.config.limits);
+        Ok(Begun { session, node: Arc::new(node), first, starting })
     }
 
     async fn serve(
         &mut self,
         client: &Client,
         first: DeltaDiscoveryRequest,
-        starting: Option<OwnedSemaphorePermit>,
+        starting: OwnedSemaphorePermit,
     ) -> End {
         let mut published = self.shared.published.subscribe();
         let mut end = client.end.subscribe();
         let mut acked = self.shared.read().published();
-        let mut starting = starting;
+        let mut starting = Some(starting);
         let mut next = Some(first);
         loop {
             let sent = match self.hear(client, next.take()).await {
