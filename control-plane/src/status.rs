@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use config::diagnostic::Diagnostic;
 use config::resource::Kind;
 use proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, Extensions};
 use tokio::sync::{mpsc, watch};
@@ -20,7 +21,7 @@ use xds::server::{ClientStatus, Generation, Server};
 
 use crate::push::Exceptions;
 use crate::registry::{PolicyName, PolicyReport, PolicyState};
-use conditions::{Condition, Proxy, Standing};
+use conditions::{Condition, Tally};
 use peers::Peers;
 pub use writer::Writer;
 
@@ -34,13 +35,22 @@ const WRITES: usize = 10;
 /// Reports on policies, with the generation in which proxies are told.
 pub type Reports = (Vec<PolicyReport>, Generation);
 
+/// What was written last of a policy, of what, and when.
+#[derive(Debug)]
+struct Written {
+    tally: Tally,
+    exception: Option<String>,
+    findings: Vec<Diagnostic>,
+    conditions: Vec<Condition>,
+    at: Instant,
+}
+
 /// A policy as it is followed.
 #[derive(Debug)]
 struct Followed {
     state: PolicyState,
     generation: Generation,
-    /// What was written last, and when.
-    written: Option<(Vec<Condition>, Instant)>,
+    written: Option<Written>,
     /// Not before this is it tried again.
     not_before: Option<Instant>,
 }
@@ -87,12 +97,12 @@ impl Followers {
     /// What the proxies of `server` hold of each policy.
     #[must_use]
     pub fn local(&self, server: &Server) -> Local {
-        let clients = clients(server);
+        let clients = Clients::of(server);
         let answer = |(policy, followed): (&PolicyName, &Followed)| {
             let answer = peers::PolicyAnswer {
                 uid: followed.state.uid.to_string(),
                 generation: followed.state.generation,
-                proxies: proxies(&clients, policy, followed.generation),
+                tally: clients.tally(policy, followed.generation),
             };
             (label(policy), answer)
         };
@@ -106,11 +116,9 @@ pub fn label(policy: &PolicyName) -> String {
     format!("{}/{}/{}", policy.kind.name(), policy.namespace, policy.name)
 }
 
-/// A client, as far as policies are concerned.
+/// A client that says what it enforces.
 struct Client {
     name: Arc<str>,
-    /// Whether it says what it enforces.
-    ours: bool,
     /// Up to where it has answered for policies and workloads, which list the policies that select them.
     acked: Option<Generation>,
     rejected: Vec<(Arc<str>, Arc<str>)>,
@@ -118,49 +126,67 @@ struct Client {
     blurred: Option<Generation>,
 }
 
-fn clients(server: &Server) -> Vec<Client> {
-    let summary = |client: ClientStatus| {
-        let of = |type_url: &str| client.types.iter().find(|t| &*t.type_url == type_url && t.wildcard);
-        let types = (of(AUTHORIZATION_TYPE_URL), of(ADDRESS_TYPE_URL));
-        let rejected = types.0.map_or(&[][..], |t| &t.rejected).iter();
-        Client {
-            name: proxy_name(&client).into(),
-            ours: client.audience == Extensions::Culvert,
-            acked: types.0.zip(types.1).map(|(policies, workloads)| policies.acked.min(workloads.acked)),
-            rejected: rejected.map(|r| (r.name.clone(), r.reason.clone())).collect(),
-            blurred: types.0.and_then(|t| t.blurred),
-        }
-    };
-    server.clients().into_iter().map(summary).collect()
+/// All clients, and what is the same for every policy.
+struct Clients {
+    ours: Vec<Client>,
+    others: usize,
+    /// Up to where all of ours have answered.
+    least: Option<Generation>,
+    /// Whether none of ours refuses anything.
+    clean: bool,
 }
 
-/// What each of the clients holds of a policy of this generation.
-fn proxies(clients: &[Client], policy: &PolicyName, generation: Generation) -> Vec<Proxy> {
-    let name = match policy.kind {
-        Kind::PeerAuthentication => {
-            format!("{}/{}{}", policy.namespace, config::policy::mode::CONVERTED, policy.name)
+impl Clients {
+    fn of(server: &Server) -> Self {
+        let (mut ours, mut others) = (Vec::new(), 0);
+        for client in server.clients() {
+            if client.audience != Extensions::Culvert {
+                others += 1;
+                continue;
+            }
+            let of = |type_url: &str| client.types.iter().find(|t| &*t.type_url == type_url && t.wildcard);
+            let (policies, workloads) = (of(AUTHORIZATION_TYPE_URL), of(ADDRESS_TYPE_URL));
+            let rejected = policies.map_or(&[][..], |t| &t.rejected).iter();
+            ours.push(Client {
+                name: proxy_name(&client).into(),
+                acked: policies.zip(workloads).map(|(p, w)| p.acked.min(w.acked)),
+                rejected: rejected.map(|r| (r.name.clone(), r.reason.clone())).collect(),
+                blurred: policies.and_then(|t| t.blurred),
+            });
         }
-        _ => format!("{}/{}", policy.namespace, policy.name),
-    };
-    let proxy =
-        |client: &Client| Proxy { name: client.name.clone(), standing: standing(client, &name, generation) };
-    clients.iter().map(proxy).collect()
-}
+        let least = ours.iter().map(|client| client.acked).min().flatten();
+        let clean = ours.iter().all(|client| client.rejected.is_empty() && client.blurred.is_none());
+        Self { ours, others, least, clean }
+    }
 
-fn standing(client: &Client, name: &str, generation: Generation) -> Standing {
-    if !client.ours {
-        return Standing::OtherMake;
+    /// How they stand with a policy of this generation.
+    fn tally(&self, policy: &PolicyName, generation: Generation) -> Tally {
+        let mut tally = Tally { others: self.others, ..Tally::default() };
+        // Nearly always: then a policy costs the same for any number of proxies.
+        if self.clean && self.least.is_some_and(|least| least >= generation) {
+            tally.enforcing = self.ours.len();
+            return tally;
+        }
+        let name = match policy.kind {
+            Kind::PeerAuthentication => {
+                format!("{}/{}{}", policy.namespace, config::policy::mode::CONVERTED, policy.name)
+            }
+            _ => format!("{}/{}", policy.namespace, policy.name),
+        };
+        for client in &self.ours {
+            if let Some((_, reason)) = client.rejected.iter().find(|(rejected, _)| **rejected == *name) {
+                tally.refuse(&client.name, reason);
+            } else if client.acked.is_none_or(|acked| acked < generation) {
+                tally.wait_for(&client.name);
+            } else if client.blurred.is_some_and(|until| generation <= until) {
+                let reason = "it refused more than is remembered, and this may be among it";
+                tally.refuse(&client.name, &reason.into());
+            } else {
+                tally.enforcing += 1;
+            }
+        }
+        tally
     }
-    if let Some((_, reason)) = client.rejected.iter().find(|(rejected, _)| &**rejected == name) {
-        return Standing::Rejected(reason.to_string());
-    }
-    if client.acked.is_none_or(|acked| acked < generation) {
-        return Standing::Pending;
-    }
-    if client.blurred.is_some_and(|until| generation <= until) {
-        return Standing::Rejected("it refused more than is remembered, and this may be among it".to_owned());
-    }
-    Standing::Enforces
 }
 
 /// The pod and node of a proxy.
@@ -171,8 +197,8 @@ pub fn proxy_name(client: &ClientStatus) -> String {
     id.split('~').nth(2).filter(|name| !name.is_empty()).unwrap_or(id).chars().take(128).collect()
 }
 
-/// A policy, and the conditions that it should have.
-type Due = (PolicyName, PolicyState, Vec<Condition>);
+/// A policy, and what is to be written of it.
+type Due = (PolicyName, PolicyState, Written);
 
 /// Writes the status of policies while this control plane leads.
 pub struct Keeper {
@@ -233,11 +259,11 @@ impl Keeper {
         let (due, unsettled) = self.due(&peers);
         let more = due.len() > WRITES;
         for (policy, state, wanted) in due.into_iter().take(WRITES) {
-            let outcome = self.writer.write(&policy, &state, &wanted).await;
+            let outcome = self.writer.write(&policy, &state, &wanted.conditions).await;
             let mut all = self.followers.lock();
             let Some(followed) = all.get_mut(&policy).filter(|f| f.state == state) else { continue };
             match outcome {
-                Ok(()) => followed.written = Some((wanted, Instant::now())),
+                Ok(()) => followed.written = Some(wanted),
                 Err(reason) => {
                     tracing::warn!(
                         policy = label(&policy),
@@ -251,58 +277,59 @@ impl Keeper {
         more || unsettled
     }
 
-    fn all_proxies(
-        &self,
-        clients: &[Client],
-        policy: &PolicyName,
-        followed: &Followed,
-        peers: &peers::Answers,
-    ) -> conditions::Proxies {
-        let mut all = conditions::Proxies {
-            proxies: proxies(clients, policy, followed.generation),
-            unasked: peers.unasked,
-        };
+    /// How the proxies of all control planes stand with a policy.
+    fn tally(clients: &Clients, policy: &PolicyName, followed: &Followed, peers: &peers::Answers) -> Tally {
+        let mut tally = clients.tally(policy, followed.generation);
+        tally.unasked = peers.unasked;
+        if peers.answers.is_empty() {
+            return tally;
+        }
+        let (label, state) = (label(policy), &followed.state);
         for peer in &peers.answers {
-            match peer.get(&label(policy)) {
-                Some(answer)
-                    if answer.uid == *followed.state.uid
-                        && answer.generation == followed.state.generation =>
-                {
-                    all.proxies.extend(answer.proxies.iter().cloned());
-                }
+            let same = |a: &&peers::PolicyAnswer| *a.uid == *state.uid && a.generation == state.generation;
+            match peer.get(&label).filter(same) {
+                Some(answer) => tally.add(&answer.tally),
                 // It does not know this version yet.
-                _ => all.unasked += 1,
+                None => tally.unasked += 1,
             }
         }
-        all.proxies.sort();
-        all
+        tally
     }
 
     /// The policies whose status has to be written, with what is to be written; and whether that of any will change
     /// soon.
     fn due(&self, peers: &peers::Answers) -> (Vec<Due>, bool) {
-        let clients = clients(&self.server);
+        let (clients, exceptions) = (Clients::of(&self.server), self.exceptions.list());
         let now = Instant::now();
         let mut unsettled = false;
         let mut due = Vec::new();
         for (policy, followed) in &*self.followers.lock() {
-            let proxies = self.all_proxies(&clients, policy, followed, peers);
-            let settled = proxies.unasked == 0
-                && proxies.proxies.iter().all(|proxy| proxy.standing != Standing::Pending);
+            let tally = Self::tally(&clients, policy, followed, peers);
+            let settled = tally.is_settled();
             unsettled |= !settled;
             if followed.not_before.is_some_and(|at| at > now) {
                 continue;
             }
-            let name = format!("{}/{}", policy.namespace, policy.name);
-            let exception = self.exceptions.of(&name).filter(|_| policy.kind == Kind::AuthorizationPolicy);
-            let wanted = conditions::of(&followed.state, &proxies, exception.as_deref());
+            let exception = (!exceptions.is_empty() && policy.kind == Kind::AuthorizationPolicy)
+                .then(|| exceptions.get(&*format!("{}/{}", policy.namespace, policy.name)).cloned())
+                .flatten();
+            let findings = &followed.state.findings;
             let written = followed.written.as_ref();
-            let same = written.is_some_and(|(written, _)| *written == wanted);
+            if written
+                .is_some_and(|w| w.tally == tally && w.exception == exception && w.findings == *findings)
+            {
+                continue;
+            }
+            let conditions = conditions::of(&followed.state, &tally, exception.as_deref());
             // Only the counts differ, as when a node comes or goes.
-            let leisure = written.is_some_and(|(written, at)| {
-                settled && at.elapsed() < LEISURE && conditions::same_but_for_messages(written, &wanted)
+            let leisure = written.is_some_and(|written| {
+                settled
+                    && written.at.elapsed() < LEISURE
+                    && conditions::same_but_for_messages(&written.conditions, &conditions)
             });
-            if !same && !leisure {
+            if !leisure {
+                let findings = findings.clone();
+                let wanted = Written { tally, exception, findings, conditions, at: now };
                 due.push((policy.clone(), followed.state.clone(), wanted));
             }
         }

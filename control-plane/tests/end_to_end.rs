@@ -15,7 +15,8 @@ use control_plane::push::{Exceptions, Push, TYPES};
 use control_plane::registry::Registry;
 use control_plane::serve::{NodeProxies, connections};
 use control_plane::status::Followers;
-use control_plane::status::conditions::Standing;
+use control_plane::status::conditions::Tally;
+use control_plane::status::peers::{self, ask_one};
 use futures_util::future::BoxFuture;
 use identity::Clock;
 use mesh::{Root, first_lists, other_lists, pod, policy, registry, service, set};
@@ -125,20 +126,23 @@ impl Plane {
         Client::new(settings, Arc::new(())).unwrap()
     }
 
-    fn standing(&self) -> Vec<Standing> {
-        let local = self.followers.local(&self.server);
-        local["AuthorizationPolicy/shop/only-shop"].proxies.iter().map(|p| p.standing.clone()).collect()
+    fn tally(&self) -> Tally {
+        self.followers.local(&self.server)["AuthorizationPolicy/shop/only-shop"].tally.clone()
     }
 
-    /// Waits for a standing of the one proxy.
-    async fn until(&self, wanted: &Standing) {
+    /// Waits until the one proxy stands so.
+    async fn until(&self, what: &str, holds: impl Fn(&Tally) -> bool) {
         for _ in 0..200 {
-            if self.standing() == [wanted.clone()] {
+            if holds(&self.tally()) {
                 return;
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        panic!("the proxy is {:?}, and not {wanted:?}", self.standing());
+        panic!("{what}: {:?}", self.tally());
+    }
+
+    async fn until_enforced(&self) {
+        self.until("enforced", |tally| *tally == Tally { enforcing: 1, ..Tally::default() }).await;
     }
 }
 
@@ -173,7 +177,7 @@ async fn a_proxy_gets_everything_once_and_then_only_what_changes() {
         first[ADDRESS_TYPE_URL],
         ["Kubernetes//Pod/shop/a", "Kubernetes//Pod/shop/b", "shop/web.shop.svc.cluster.local"]
     );
-    plane.until(&Standing::Enforces).await;
+    plane.until_enforced().await;
 
     // A pod's change sends that pod, encoded once.
     let encoded = plane.push.encoded();
@@ -208,7 +212,7 @@ async fn a_policy_is_enforced_when_the_proxy_has_said_so() {
     for _ in 0..3 {
         next(&mut updates).await.ack();
     }
-    plane.until(&Standing::Enforces).await;
+    plane.until_enforced().await;
     let deny = json!({ "selector": { "matchLabels": { "app": "web" } }, "action": "DENY", "rules": [{}] });
     plane.registry.take(set(Kind::AuthorizationPolicy, &policy("shop", "only-shop", &deny, 2)));
     plane.commit();
@@ -216,9 +220,9 @@ async fn a_policy_is_enforced_when_the_proxy_has_said_so() {
     assert_eq!(update.type_url, AUTHORIZATION_TYPE_URL);
     // It has it, and has not said so.
     tokio::time::sleep(Duration::from_millis(100)).await;
-    assert_eq!(plane.standing(), [Standing::Pending]);
+    assert_eq!((plane.tally().pending, &*plane.tally().waiting_for[0]), (1, "ztunnel-a.culvert-system"));
     update.ack();
-    plane.until(&Standing::Enforces).await;
+    plane.until_enforced().await;
     // One that the proxy refuses is named with the reason.
     plane
         .registry
@@ -239,7 +243,38 @@ async fn a_policy_is_enforced_when_the_proxy_has_said_so() {
     while let Ok(Some(update)) = tokio::time::timeout(Duration::from_millis(500), updates.next()).await {
         update.ack();
     }
-    plane.until(&Standing::Rejected("no room".to_owned())).await;
+    let refused = |tally: &Tally| tally.refusal.as_ref().is_some_and(|(_, reason)| &**reason == "no room");
+    plane.until("refused", refused).await;
+}
+
+#[tokio::test]
+async fn another_control_plane_can_be_asked_how_its_proxies_stand() {
+    let mut plane = Plane::new().await;
+    plane.fill();
+    let (client, mut updates) = plane.client("of-ztunnel", "ztunnel-a");
+    tokio::spawn(client.run());
+    next(&mut updates).await.ack();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (followers, server) = (plane.followers.clone(), plane.server.clone());
+    let routes = process::http::Routes::new("test").get(peers::PATH, "", move |_| {
+        let answer = process::http::Response::json(&followers.local(&server));
+        async { answer }
+    });
+    let acceptor = tokio_rustls::TlsAcceptor::from(plane.root.server_config(&[b"http/1.1"]));
+    let secure = move |stream| {
+        let acceptor = acceptor.clone();
+        async move { acceptor.accept(stream).await }
+    };
+    tokio::spawn(process::http::serve_secured(listener, secure, routes, process::http::Limits::default()));
+    let name = rustls::pki_types::ServerName::try_from("localhost").unwrap();
+    let answer = ask_one(address, Some(plane.root.client_config()), name.clone()).await.unwrap();
+    let policy = &answer["AuthorizationPolicy/shop/only-shop"];
+    assert_eq!((&*policy.uid, policy.generation, policy.tally.pending), ("uid-only-shop", 1, 1));
+    // One that proves another root, or none that is known, is not asked.
+    let other = Root::new();
+    assert!(ask_one(address, Some(other.client_config()), name.clone()).await.is_err());
+    assert!(ask_one(address, None, name).await.is_err());
 }
 
 #[tokio::test]
@@ -286,5 +321,4 @@ async fn proxies_of_another_make_never_get_what_they_would_enforce_wrongly() {
     plane.registry.take(mesh::gone(Kind::AuthorizationPolicy, "shop", "domains"));
     plane.commit();
     assert!(!plane.push.exceptions().list().contains_key("shop/domains"));
-    let _ = plane.root.client_config();
 }

@@ -26,35 +26,68 @@ pub const ACCEPTED: &str = "ZtunnelAccepted";
 /// Whether all proxies enforce it.
 pub const ENFORCED: &str = "Enforced";
 
-/// A proxy and a policy.
-#[derive(Clone, PartialEq, Eq, Debug, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Proxy {
-    /// The proxy's pod and namespace.
-    pub name: Arc<str>,
-    /// How it stands with the policy.
-    pub standing: Standing,
-}
-
-/// How a proxy stands with a policy.
-#[derive(Clone, PartialEq, Eq, Debug, PartialOrd, Ord, Serialize, Deserialize)]
-pub enum Standing {
-    /// It said that it enforces it.
-    Enforces,
-    /// It has not said so yet.
-    Pending,
-    /// It refused it, with this reason.
-    Rejected(String),
-    /// It is of another make: it may have taken it, and does not say what it enforces.
-    OtherMake,
-}
-
-/// All proxies.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Proxies {
-    /// They.
-    pub proxies: Vec<Proxy>,
-    /// How many control planes could not be asked for theirs.
+/// How proxies stand with a policy: all that a condition says of them, whatever their number.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Tally {
+    /// Proxies that said that they enforce it.
+    pub enforcing: usize,
+    /// Proxies that have not said so yet.
+    pub pending: usize,
+    /// The first of these, by name.
+    pub waiting_for: Vec<Arc<str>>,
+    /// Proxies that refused it.
+    pub rejected: usize,
+    /// The first of these, by name, and its reason.
+    pub refusal: Option<(Arc<str>, Arc<str>)>,
+    /// Proxies of another make: they may have taken it, and don't say what they enforce.
+    pub others: usize,
+    /// Control planes that can't tell how their proxies stand.
     pub unasked: usize,
+}
+
+impl Tally {
+    /// Adds a proxy that has not said yet that it enforces the policy.
+    pub fn wait_for(&mut self, name: &Arc<str>) {
+        self.pending += 1;
+        self.name(name);
+    }
+
+    /// Adds a proxy that refused it.
+    pub fn refuse(&mut self, name: &Arc<str>, reason: &Arc<str>) {
+        self.rejected += 1;
+        if self.refusal.as_ref().is_none_or(|(first, _)| name < first) {
+            self.refusal = Some((name.clone(), reason.clone()));
+        }
+    }
+
+    /// Adds the proxies of another control plane.
+    pub fn add(&mut self, other: &Self) {
+        self.enforcing += other.enforcing;
+        self.pending += other.pending;
+        other.waiting_for.iter().for_each(|name| self.name(name));
+        self.rejected += other.rejected;
+        if let Some((name, reason)) = &other.refusal
+            && self.refusal.as_ref().is_none_or(|(first, _)| name < first)
+        {
+            self.refusal = Some((name.clone(), reason.clone()));
+        }
+        self.others += other.others;
+        self.unasked += other.unasked;
+    }
+
+    /// Whether it stays as it is until somebody comes, goes or changes something.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        self.pending == 0 && self.unasked == 0
+    }
+
+    fn name(&mut self, name: &Arc<str>) {
+        let at = self.waiting_for.partition_point(|known| known <= name);
+        if at < MOST_NAMES {
+            self.waiting_for.insert(at, name.clone());
+            self.waiting_for.truncate(MOST_NAMES);
+        }
+    }
 }
 
 /// How many names a message has.
@@ -64,8 +97,8 @@ const MOST_CHARACTERS: usize = 4096;
 
 /// The conditions of a policy. `exception` is what proxies of another make are told otherwise.
 #[must_use]
-pub fn of(state: &PolicyState, proxies: &Proxies, exception: Option<&str>) -> Vec<Condition> {
-    vec![accepted(&state.findings, exception), enforced(&state.findings, proxies)]
+pub fn of(state: &PolicyState, tally: &Tally, exception: Option<&str>) -> Vec<Condition> {
+    vec![accepted(&state.findings, exception), enforced(&state.findings, tally)]
 }
 
 fn accepted(findings: &[Diagnostic], exception: Option<&str>) -> Condition {
@@ -100,45 +133,33 @@ fn join(first: &str, second: &str) -> String {
     if second.is_empty() { first.to_owned() } else { format!("{first}; {second}") }
 }
 
-fn enforced(findings: &[Diagnostic], proxies: &Proxies) -> Condition {
-    let of = |wanted: fn(&Standing) -> bool| {
-        let names = proxies.proxies.iter().filter(move |p| wanted(&p.standing)).map(|p| &*p.name);
-        names.collect::<Vec<_>>()
-    };
-    let enforcing = of(|s| *s == Standing::Enforces);
-    let pending = of(|s| *s == Standing::Pending);
-    let others = of(|s| *s == Standing::OtherMake);
-    let rejected: Vec<(&str, &str)> = proxies
-        .proxies
-        .iter()
-        .filter_map(|p| match &p.standing {
-            Standing::Rejected(reason) => Some((&*p.name, reason.as_str())),
-            _ => None,
-        })
-        .collect();
-    let all = enforcing.len() + pending.len() + rejected.len();
-    let mut message = format!("{}/{all} proxies enforce it", enforcing.len());
-    if !pending.is_empty() {
-        message = format!("{message}; waiting for {}", names(&pending));
+fn enforced(findings: &[Diagnostic], tally: &Tally) -> Condition {
+    let all = tally.enforcing + tally.pending + tally.rejected;
+    let mut message = format!("{}/{all} proxies enforce it", tally.enforcing);
+    if tally.pending > 0 {
+        let shown = tally.waiting_for.join(", ");
+        let left = tally.pending.saturating_sub(tally.waiting_for.len());
+        let left = if left > 0 { format!(" and {left} more") } else { String::new() };
+        message = format!("{message}; waiting for {shown}{left}");
     }
-    if let Some((name, reason)) = rejected.first() {
-        message = format!("{message}; {} refused it, {name}: {reason}", rejected.len());
+    if let Some((name, reason)) = &tally.refusal {
+        message = format!("{message}; {} refused it, {name}: {reason}", tally.rejected);
     }
-    if !others.is_empty() {
-        message = format!("{message}; {} proxies of another make don't say what they enforce", others.len());
+    if tally.others > 0 {
+        message = format!("{message}; {} proxies of another make don't say what they enforce", tally.others);
     }
-    if proxies.unasked > 0 {
-        message = format!("{message}; {} control planes can't tell yet", proxies.unasked);
+    if tally.unasked > 0 {
+        message = format!("{message}; {} control planes can't tell yet", tally.unasked);
     }
     let (holds, reason) = if findings.iter().any(|d| d.code == Code::FailsClosed) {
         (Some(false), "FailsClosed")
     } else if findings.iter().any(|d| d.severity == Severity::Error) {
         (Some(false), "Invalid")
-    } else if !rejected.is_empty() {
+    } else if tally.rejected > 0 {
         (Some(false), "Rejected")
-    } else if !pending.is_empty() {
+    } else if tally.pending > 0 {
         (Some(false), "Pending")
-    } else if proxies.unasked > 0 {
+    } else if tally.unasked > 0 {
         (None, "ControlPlanesUnreachable")
     } else if all == 0 {
         (None, "NoProxies")
@@ -146,12 +167,6 @@ fn enforced(findings: &[Diagnostic], proxies: &Proxies) -> Condition {
         (Some(true), "AllProxies")
     };
     Condition { kind: ENFORCED, holds, reason, message: message.chars().take(MOST_CHARACTERS).collect() }
-}
-
-fn names(list: &[&str]) -> String {
-    let shown = list.iter().take(MOST_NAMES).copied().collect::<Vec<_>>().join(", ");
-    let left = list.len().saturating_sub(MOST_NAMES);
-    if left > 0 { format!("{shown} and {left} more") } else { shown }
 }
 
 /// Whether two lists say the same, in other words perhaps.
@@ -169,50 +184,59 @@ mod tests {
         PolicyState { uid: "u".into(), generation: 3, findings }
     }
 
-    fn proxies(standings: &[Standing]) -> Proxies {
-        let name = |(index, standing): (usize, &Standing)| Proxy {
-            name: format!("ztunnel-{index}.culvert-system").into(),
-            standing: standing.clone(),
-        };
-        Proxies { proxies: standings.iter().enumerate().map(name).collect(), unasked: 0 }
+    fn tally(enforcing: usize, pending: usize) -> Tally {
+        let mut tally = Tally { enforcing, ..Tally::default() };
+        (0..pending).for_each(|index| tally.wait_for(&format!("ztunnel-{index}.culvert-system").into()));
+        tally
     }
 
-    fn enforced_of(standings: &[Standing]) -> (Option<bool>, &'static str, String) {
-        let found = of(&state(Vec::new()), &proxies(standings), None);
+    fn enforced_of(tally: &Tally) -> (Option<bool>, &'static str, String) {
+        let found = of(&state(Vec::new()), tally, None);
         (found[1].holds, found[1].reason, found[1].message.clone())
     }
 
     #[test]
     fn it_is_enforced_when_every_proxy_says_so() {
-        let (holds, reason, message) = enforced_of(&[Standing::Enforces, Standing::Enforces]);
+        let (holds, reason, message) = enforced_of(&tally(2, 0));
         assert_eq!((holds, reason, &*message), (Some(true), "AllProxies", "2/2 proxies enforce it"));
-        let (holds, reason, message) = enforced_of(&[Standing::Enforces, Standing::Pending]);
+        let (holds, reason, message) = enforced_of(&tally(1, 1));
         assert_eq!((holds, reason), (Some(false), "Pending"));
-        assert_eq!(message, "1/2 proxies enforce it; waiting for ztunnel-1.culvert-system");
-        let (holds, reason, _) = enforced_of(&[]);
+        assert_eq!(message, "1/2 proxies enforce it; waiting for ztunnel-0.culvert-system");
+        let (holds, reason, _) = enforced_of(&tally(0, 0));
         assert_eq!((holds, reason), (None, "NoProxies"));
     }
 
     #[test]
     fn a_proxy_of_another_make_does_not_count() {
-        let (holds, reason, message) = enforced_of(&[Standing::OtherMake]);
+        let (holds, reason, message) = enforced_of(&Tally { others: 1, ..tally(0, 0) });
         assert_eq!((holds, reason), (None, "NoProxies"));
         assert!(message.contains("1 proxies of another make"), "{message}");
-        assert_eq!(enforced_of(&[Standing::OtherMake, Standing::Enforces]).0, Some(true));
+        assert_eq!(enforced_of(&Tally { others: 1, ..tally(1, 0) }).0, Some(true));
     }
 
     #[test]
     fn a_refusal_is_named_with_its_reason() {
-        let (holds, reason, message) = enforced_of(&[Standing::Rejected("no such scope".into())]);
+        let mut all = tally(3, 0);
+        all.refuse(&"z".into(), &"no room".into());
+        all.refuse(&"a".into(), &"no such scope".into());
+        let (holds, reason, message) = enforced_of(&all);
         assert_eq!((holds, reason), (Some(false), "Rejected"));
-        assert!(message.contains("no such scope"), "{message}");
+        assert!(message.contains("2 refused it, a: no such scope"), "{message}");
     }
 
     #[test]
-    fn a_control_plane_that_cannot_be_asked_leaves_it_open() {
-        let mut all = proxies(&[Standing::Enforces]);
-        all.unasked = 1;
-        assert_eq!(of(&state(Vec::new()), &all, None)[1].holds, None);
+    fn the_proxies_of_all_control_planes_count() {
+        let mut all = tally(3, 1);
+        let mut other = Tally { enforcing: 4, ..Tally::default() };
+        other.wait_for(&"another".into());
+        all.add(&other);
+        let (holds, _, message) = enforced_of(&all);
+        assert_eq!(holds, Some(false));
+        assert_eq!(message, "7/9 proxies enforce it; waiting for another, ztunnel-0.culvert-system");
+        let mut all = tally(3, 0);
+        all.add(&Tally { unasked: 1, ..Tally::default() });
+        assert_eq!(enforced_of(&all).0, None, "one that cannot be asked leaves it open");
+        assert!(!all.is_settled());
     }
 
     #[test]
@@ -222,7 +246,7 @@ mod tests {
         };
         let bad = of(
             &state(vec![finding(Code::UnknownField, "there is no field spec.acton", "did you mean action?")]),
-            &proxies(&[Standing::Enforces]),
+            &tally(1, 0),
             None,
         );
         assert_eq!((bad[0].holds, bad[0].reason), (Some(false), "Invalid"));
@@ -230,7 +254,7 @@ mod tests {
         assert_eq!((bad[1].holds, bad[1].reason), (Some(false), "Invalid"));
         let warned = of(
             &state(vec![finding(Code::NeedsWaypoint, "needs a waypoint", "")]),
-            &proxies(&[Standing::Enforces]),
+            &tally(1, 0),
             Some("everything is refused"),
         );
         assert_eq!((warned[0].holds, warned[0].reason), (Some(true), "UnsupportedValue"));
@@ -240,8 +264,7 @@ mod tests {
 
     #[test]
     fn long_lists_of_names_are_cut() {
-        let many = vec![Standing::Pending; 2000];
-        let (_, _, message) = enforced_of(&many);
+        let (_, _, message) = enforced_of(&tally(0, 2000));
         assert!(message.ends_with("and 1990 more") && message.len() < 600, "{message}");
     }
 }

@@ -23,7 +23,7 @@ use tokio::time::Instant;
 use tokio_rustls::TlsConnector;
 
 use super::Local;
-use super::conditions::Proxy;
+use super::conditions::Tally;
 use crate::source::chain;
 
 /// The page that answers.
@@ -32,12 +32,12 @@ pub const PATH: &str = "/debug/enforcement";
 const LOOK_UP: Duration = Duration::from_secs(10);
 /// How long one is waited for.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// The size of an answer: a hundred bytes for each policy and proxy.
+/// The size of an answer: some hundred bytes for each policy.
 const MOST_BYTES: usize = 64 << 20;
 /// Other control planes at most.
 const MOST_PEERS: usize = 16;
 
-/// What the proxies of one control plane hold of a policy.
+/// How the proxies of one control plane stand with a policy.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct PolicyAnswer {
     /// The policy's uid.
@@ -45,7 +45,7 @@ pub struct PolicyAnswer {
     /// Its version.
     pub generation: i64,
     /// The proxies.
-    pub proxies: Vec<Proxy>,
+    pub tally: Tally,
 }
 
 /// The answers of all other control planes.
@@ -102,7 +102,7 @@ impl Peers {
         for address in addresses {
             let (tls, name) = ((reach.tls)(), reach.server_name.clone());
             asked.spawn(async move {
-                let answer = tokio::time::timeout(PATIENCE, one(address, tls, name)).await;
+                let answer = tokio::time::timeout(PATIENCE, ask_one(address, tls, name)).await;
                 (address, answer.unwrap_or_else(|_| Err("no answer in time".to_owned())))
             });
         }
@@ -149,7 +149,10 @@ impl Peers {
 }
 
 /// Asks one.
-async fn one(
+///
+/// # Errors
+/// It does not answer as one of ours would.
+pub async fn ask_one(
     address: SocketAddr,
     tls: Option<Arc<ClientConfig>>,
     name: ServerName<'static>,
