@@ -433,10 +433,16 @@ fn rules(plan: &Plan, v6: bool, table: &str, chain: &str) -> Vec<String> {
         ("mangle", "CULVERT_PRERT") => {
             vec![format!("-i lo {} -j CONNMARK --set-xmark {REPLY_MARK:#x}/{MARK_MASK:#x}", marked(""))]
         }
-        // Gives a packet the mark of the socket that it is for, which the guard looks at next.
+        // Gives a packet the mark of the socket that it is for, which the guard looks at next. A connection of before that
+        // lingers (TIME_WAIT), or one that is being made, has none to restore and keeps ours: the kernel knows what to do
+        // with a SYN for it; refused, its client could not use a port again for a minute.
         ("mangle", "CULVERT_INPUT") => {
-            let mark = |port| format!("{SYN} --dport {port} -m socket --nowildcard --restore-skmark");
-            plan.targets.iter().map(mark).collect()
+            let mark = |port| {
+                let socket = format!("{SYN} --dport {port} -m socket --nowildcard");
+                let ours = format!("{socket} -j MARK --set-xmark {ZTUNNEL_MARK:#x}/{MARK_MASK:#x}");
+                [ours, format!("{socket} --restore-skmark")]
+            };
+            plan.targets.iter().flat_map(mark).collect()
         }
         // Should the policy route be gone, an application's replies to ztunnel would leave for the client.
         ("mangle", "CULVERT_POSTRT") => {

@@ -197,7 +197,12 @@ fn base_chains(text: &mut String, plan: &Plan, by_socket: bool) {
         // Any process of the pod may bind these ports while no ztunnel has them.
         let targets = set(plan.targets.iter().map(u16::to_string));
         let ours = format!("socket mark & {MARK_MASK:#010x} == {ZTUNNEL_MARK:#010x}");
+        let others = format!("socket mark & {MARK_MASK:#010x} != {ZTUNNEL_MARK:#010x}");
         guard_in.push(format!("tcp dport {targets} {SYN} {ours} accept"));
+        guard_in.push(format!("tcp dport {targets} {SYN} {others} reject with tcp reset"));
+        // A connection of before that lingers (TIME_WAIT), or one that is being made, is no socket that has a mark. The
+        // kernel knows what to do with a SYN for it; refused, its client could not use a port again for a minute.
+        guard_in.push(format!("tcp dport {targets} {SYN} socket transparent {{ 0, 1 }} accept"));
         guard_in.push(format!("tcp dport {targets} {SYN} reject with tcp reset"));
     }
     if plan.dns {

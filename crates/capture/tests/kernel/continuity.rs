@@ -1,8 +1,15 @@
 //! Connections that are alive when capture comes and goes.
 
-use capture::Rules;
+use std::time::Duration;
 
-use crate::fixture::{Case, FakeZtunnel, dial, each_case, echo, greeting, start_app, two_nodes};
+use capture::{Ports, Rules};
+use net::ConnectOptions;
+use tokio::io::AsyncReadExt;
+
+use crate::fixture::{
+    Case, FakeZtunnel, dial, each_case, echo, greeting, in_time, plain, start_app, two_nodes,
+    ztunnel_listener,
+};
 
 #[test]
 fn connections_alive_at_enrolment_go_on() {
@@ -105,5 +112,34 @@ fn captured_connections_go_on_while_their_pod_leaves() {
         let mut captured = dial(&client.netns, case.addr(server, 8080)).await.unwrap();
         greeting(&mut captured).await;
         assert!(ztunnel.took().await.inbound);
+    });
+}
+
+/// ztunnel often closes first: the connection then lingers on its side for a minute, while the client's port is free.
+#[test]
+fn a_port_is_used_again_while_its_last_connection_lingers() {
+    each_case("a_port_is_used_again_while_its_last_connection_lingers", async |case: Case| {
+        let lab = two_nodes();
+        let (server, client) = (lab.pod("server"), lab.pod("client"));
+        let ztunnel = ztunnel_listener(&server.netns, Ports::default().inbound_plaintext);
+        case.capture().install(&server.netns, &Rules::default()).unwrap();
+        let options = ConnectOptions { source: Some(case.addr(client, 40_000)), ..plain() };
+        let to = case.addr(server, 8080);
+        for attempt in 1..=3 {
+            let dialled = net::connect(&client.netns, &options, to, Duration::from_secs(3)).await;
+            let mut dialled = dialled.unwrap_or_else(|error| panic!("attempt {attempt}: {error}"));
+            let (accepted, peer) = in_time(ztunnel.accept()).await.unwrap();
+            assert_eq!(peer.port(), 40_000);
+            drop(accepted);
+            assert_eq!(in_time(dialled.read(&mut [0])).await.unwrap(), 0);
+            drop(dialled);
+            let lingering = || server.shell("ss -Htan state time-wait").unwrap();
+            in_time(async {
+                while lingering().is_empty() {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            })
+            .await;
+        }
     });
 }
