@@ -100,8 +100,8 @@ fn authority(made: &MadeCa, root: &MadeCa) -> CertificateAuthority {
 }
 
 fn intermediate(root: &MadeCa) -> MadeCa {
-    let month = Validity { lifetime: Duration::from_secs(30 * 24 * 3600), backdate: Duration::ZERO };
-    authority(root, root).make_intermediate(&TrustDomain::cluster_local(), month, UnixTime::now()).unwrap()
+    let months = Validity { lifetime: Duration::from_secs(90 * 24 * 3600), backdate: Duration::ZERO };
+    authority(root, root).make_intermediate(&TrustDomain::cluster_local(), months, UnixTime::now()).unwrap()
 }
 
 fn id(root: &MadeCa) -> RootId {
@@ -435,6 +435,41 @@ async fn a_given_authority_is_taken_over_and_exchanged_in_stages() {
     leader.advance(Duration::from_secs(24 * 3600 + 601));
     leader.keeper.round().await;
     assert_eq!((leader.root(), leader.roots()), (id(&third), vec![id(&third)]));
+}
+
+#[tokio::test]
+async fn a_given_authority_waits_for_the_rotation_before_and_is_warned_of_before_it_expires() {
+    let api = FakeApi::default();
+    let (first, second, third) = (root(), root(), root());
+    api.put(GIVEN, given(&first, &first));
+    let leader = Replica::new(&api, true);
+    leader.keeper.round().await;
+    api.put(GIVEN, given(&second, &second));
+    leader.keeper.round().await;
+    leader.keeper.round().await;
+    assert_eq!(leader.root(), id(&second), "nobody is live who would have to trust it");
+    api.put(GIVEN, given(&third, &third));
+    let failures = leader.current.failures();
+    for _ in 0..3 {
+        leader.keeper.round().await;
+        assert_eq!(leader.root(), id(&second));
+        assert!(leader.error().contains("cacerts waits"), "{}", leader.error());
+    }
+    assert_eq!(leader.current.failures(), failures + 1, "it is told once");
+    let day = Duration::from_secs(24 * 3600);
+    leader.advance(day + Duration::from_secs(601));
+    for _ in 0..3 {
+        leader.keeper.round().await;
+    }
+    assert_eq!((leader.root(), leader.error()), (id(&third), String::new()));
+    leader.advance(2 * day);
+    api.put(GIVEN, given(&intermediate(&third), &third));
+    leader.keeper.round().await;
+    leader.keeper.round().await;
+    assert_eq!(leader.error(), "");
+    leader.advance(60 * day);
+    leader.keeper.round().await;
+    assert!(leader.error().contains("put a new one there"), "{}", leader.error());
 }
 
 #[tokio::test]

@@ -47,6 +47,8 @@ pub const ABANDON: &str = "culvert.dev/abandon-rotation";
 /// How far a rotation is.
 pub const STATUS: &str = "culvert.dev/rotation";
 
+/// A given authority that has less left is warned of.
+const ENDS_SOON: Duration = Duration::from_secs(30 * 24 * 3600);
 /// So long a replica may go on signing by what it read last; five minutes more for clocks that differ.
 const STALE: Duration = Duration::from_secs(MAX_STALE.as_secs() + 300);
 
@@ -270,22 +272,17 @@ impl Keeper {
         let mut next = record.clone();
         next.state.longest_lifetime_s =
             next.state.longest_lifetime_s.max(self.settings.max_lifetime.as_secs());
-        let given = match self.given_target().await {
-            Ok(given) => {
-                self.current.note_given(None);
-                given
-            }
-            Err(RoundError::Secret(error)) => {
-                self.current.note_given(Some(error.to_string()));
-                None
-            }
+        let (given, broken) = match self.given_target().await {
+            Ok(given) => (given, None),
+            Err(RoundError::Secret(error)) => (None, Some(error.to_string())),
             Err(error) => return Err(error),
         };
         if annotations.remove(ABANDON).is_some() {
             next = rotation::abandon(&next);
         }
-        next = self.follow_target(next, &in_force, given, &mut annotations)?;
-        let waiting;
+        let (waits, waiting);
+        (next, waits) = self.follow_target(next, &in_force, given, &mut annotations)?;
+        self.current.note_given(broken.or(waits).or_else(|| self.ends_soon(&next, &in_force)));
         (next, waiting) = self.advance(next, &in_force, &mut annotations);
         let text = waiting.as_ref().map(rotation::describe);
         self.current.note_rotation(text.clone());
@@ -296,14 +293,29 @@ impl Keeper {
         self.write(secret, &record, next, annotations).await
     }
 
-    /// Begins the rotation that is due: to what is given, or to a root that is made.
+    /// What to say of a given authority that is about to expire, which nobody but its giver can renew.
+    fn ends_soon(&self, record: &Record, in_force: &InForce) -> Option<String> {
+        let end = in_force.authority.not_after();
+        let left = end.as_secs().saturating_sub(self.current.clock().now().as_secs());
+        let soon = record.state.given && record.state.rotation.is_none() && left < ENDS_SOON.as_secs();
+        soon.then(|| {
+            format!(
+                "Secret {}/{GIVEN_SECRET}: the signing certificate, or one above it, expires at {}: put a new one there",
+                self.given.namespace,
+                identity::Timestamp(end)
+            )
+        })
+    }
+
+    /// Begins the rotation that is due: to what is given, or to a root that is made. The second is why what is given
+    /// waits.
     fn follow_target(
         &self,
         record: Record,
         in_force: &InForce,
         given: Option<Target>,
         annotations: &mut BTreeMap<String, String>,
-    ) -> Result<Record, RoundError> {
+    ) -> Result<(Record, Option<String>), RoundError> {
         let now = self.current.clock().now();
         let stage = record.state.rotation.as_ref().map_or(Stage::Settled, |rotation| rotation.stage);
         let target = match given {
@@ -315,7 +327,7 @@ impl Keeper {
                     );
                 }
                 if !differs(&record, &given) {
-                    return Ok(record);
+                    return Ok((record, None));
                 }
                 given
             }
@@ -324,7 +336,7 @@ impl Keeper {
                 let expires = !record.state.given && left < self.settings.renew_before.as_secs();
                 let asked = annotations.contains_key(ROTATE);
                 if stage != Stage::Settled || !(asked || expires) {
-                    return Ok(record);
+                    return Ok((record, None));
                 }
                 annotations.remove(ROTATE);
                 self.made_target()?
@@ -334,11 +346,9 @@ impl Keeper {
             Stage::Settled => record,
             Stage::BothTrusted => rotation::abandon(&record),
             Stage::NewSigns => {
-                self.current.note_given(Some(format!(
-                    "Secret {}/{GIVEN_SECRET} waits: another rotation is under way",
-                    self.given.namespace
-                )));
-                return Ok(record);
+                let name = &self.given.namespace;
+                let waits = format!("Secret {name}/{GIVEN_SECRET} waits: another rotation is under way");
+                return Ok((record, Some(waits)));
             }
         };
         tracing::warn!(
@@ -347,7 +357,7 @@ impl Keeper {
             given = target.given,
             "the certificate authority is exchanged"
         );
-        Ok(rotation::begin(&record, in_force.authority.root(), &target, STALE, now))
+        Ok((rotation::begin(&record, in_force.authority.root(), &target, STALE, now), None))
     }
 
     /// Takes the next stage if its gate is open.
