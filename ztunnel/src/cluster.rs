@@ -12,7 +12,7 @@ use proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, Elided, MESH_SETTINGS_TYPE
 use serde_json::{Value, json};
 
 use crate::settings::{ClusterMode, Flags};
-use crate::source::{Xds, XdsStatus};
+use crate::source::{Place, Xds, XdsStatus};
 use crate::state::State;
 use crate::tls::Tls;
 use crate::zds::ZdsStatus;
@@ -36,9 +36,15 @@ pub fn source(
     state: &Arc<State>,
     registry: &Registry,
 ) -> anyhow::Result<Xds> {
-    std::fs::create_dir_all(&flags.state_dir).with_context(|| {
+    let place = Place::take(&flags.state_dir).with_context(|| {
         format!("state directory {} (--state-dir names another)", flags.state_dir.display())
     })?;
+    if place.is_none() {
+        tracing::warn!(
+            directory = %flags.state_dir.display(),
+            "other processes have all places of the state directory: the configuration is not kept"
+        );
+    }
     let info = NodeInfo {
         ip: cluster.instance_ip,
         name: cluster.pod_name.clone(),
@@ -55,7 +61,7 @@ pub fn source(
         node: info.node(),
         // Settings first, and policies before the workloads that list them.
         types: vec![MESH_SETTINGS_TYPE_URL, AUTHORIZATION_TYPE_URL, ADDRESS_TYPE_URL],
-        state_dir: Some(flags.state_dir.clone()),
+        state_dir: place.as_ref().map(|place| place.path().to_owned()),
         ..Settings::default()
     };
     let (client, updates) = Client::new(settings, Arc::new(XdsMetrics::new(registry)))
@@ -63,7 +69,7 @@ pub fn source(
     let link = client.link();
     tokio::spawn(client.run());
     let elided = Elided { trust_domain: cluster.trust_domain.clone(), cluster: cluster.here.cluster.clone() };
-    Ok(Xds::new(updates, link, state.clone(), defaults(cluster), elided))
+    Ok(Xds::new(updates, place, link, state.clone(), defaults(cluster), elided))
 }
 
 /// The mesh's settings where the control plane does not tell them.

@@ -1,12 +1,14 @@
 //! Where the configuration comes from: in file mode a directory of manifests, in a cluster a control plane.
 
 mod files;
+mod place;
 mod xds;
 
 use model::Change;
 use serde_json::Value;
 
 pub use self::files::Files;
+pub use self::place::Place;
 pub use self::xds::{Xds, XdsStatus};
 use crate::node::EnrolmentChange;
 

@@ -28,7 +28,7 @@ use proto::{
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use super::Update;
+use super::{Place, Update};
 use crate::state::State;
 
 /// Reasons for refusals that are kept for the admin page; more are counted.
@@ -94,6 +94,8 @@ impl XdsStatus {
 /// A control plane that is followed.
 pub struct Xds {
     updates: Updates,
+    /// Where it is kept; nobody else may have it meanwhile.
+    _place: Option<Place>,
     state: Arc<State>,
     status: Arc<XdsStatus>,
     decoder: Decoder,
@@ -114,9 +116,10 @@ struct Whole {
 }
 
 impl Xds {
-    /// Follows `updates`. `state` is the snapshot that they are put into; `defaults` hold until settings arrive.
+    /// Follows `updates`, which are kept in `place`. `state` is the snapshot that they are put into; `defaults` hold until settings arrive.
     pub fn new(
         updates: Updates,
+        place: Option<Place>,
         link: watch::Receiver<Link>,
         state: Arc<State>,
         defaults: Settings,
@@ -132,6 +135,7 @@ impl Xds {
         };
         Self {
             updates,
+            _place: place,
             state,
             status: Arc::new(status),
             decoder: Decoder::new(elided),

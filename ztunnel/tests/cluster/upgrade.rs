@@ -65,7 +65,7 @@ async fn no_connection_is_refused_while_one_ztunnel_takes_over_from_another() {
     let to = SocketAddr::new(web.ipv4.into(), PORT);
     for node in ["b", "a"] {
         let mut open = [talk(&client, to).await.unwrap(), talk(&old, to).await.unwrap()];
-        let loads = [Load::start(8, &client, to), Load::start(2, &old, to)];
+        let loads = [Load::start(8, &client, to), Load::start(1, &old, to)];
         loads[0].more(50).await;
         let ports = ["--admin-address", "--metrics-address", "--readiness-address"];
         let options = ports
