@@ -103,8 +103,6 @@ pub struct PodName {
     pub node: String,
     /// Its version, as its label says.
     pub version: String,
-    /// Its revision, as its label says.
-    pub revision: String,
     /// Whether it is ready.
     pub ready: bool,
 }
@@ -318,7 +316,6 @@ fn pod_name(pod: &Value) -> PodName {
         name: text("/metadata/name"),
         node: text("/spec/nodeName"),
         version: text("/metadata/labels/app.kubernetes.io~1version"),
-        revision: text("/metadata/labels/istio.io~1rev"),
         ready: ready.next().is_some() && !deleted,
     }
 }

@@ -13,10 +13,11 @@ use serde::Serialize;
 use serde_json::Value;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use crate::cluster::{Cluster, ClusterArgs};
+use crate::cluster::{Cluster, ClusterArgs, Objects};
 use crate::health::{self, Check, State};
 use crate::status::{MODE, REDIRECTION};
 use crate::table::{Output, Table, print, printable};
+use crate::tag;
 
 /// Certificates are checked by both ends' clocks; this much apart is no trouble.
 const SKEW: Duration = Duration::from_secs(60);
@@ -74,6 +75,7 @@ pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
     let pods = cluster.list("/api/v1/pods")?;
     found.extend(capture(&cluster, &namespaces, &pods)?);
     found.extend(policies(&cluster, &namespaces)?);
+    found.extend(orphans(&cluster)?);
     found.extend(others(&cluster, &namespaces)?);
     if let Some(document) = args.output.document(&found)? {
         print(&document)?;
@@ -300,6 +302,32 @@ fn policies(cluster: &Cluster, namespaces: &[Value]) -> Result<Vec<Finding>> {
             format!("{} policies, none in the way", all.len()),
             "",
         ));
+    }
+    Ok(found)
+}
+
+/// Objects for a revision that no control plane is, which nobody enforces.
+fn orphans(cluster: &Cluster) -> Result<Vec<Finding>> {
+    let revisions = tag::revisions(cluster)?;
+    let known =
+        |revision: &str| revisions.iter().any(|(name, tags)| name == revision || tags.contains(revision));
+    let mut found = Vec::new();
+    if revisions.is_empty() {
+        return Ok(found);
+    }
+    for object in Objects::labelled(cluster, tag::REVISION)? {
+        if !known(&object.label) {
+            let names: Vec<_> = revisions.keys().map(String::as_str).collect();
+            found.push(Finding::new(
+                "revisions",
+                Grade::Problem,
+                format!(
+                    "{} is for revision {}, which no control plane is: it has no effect",
+                    object.origin, object.label
+                ),
+                format!("remove its label {}, or name one of: {}", tag::REVISION, names.join(", ")),
+            ));
+        }
     }
     Ok(found)
 }

@@ -301,7 +301,9 @@ pub fn uninstall(args: &UninstallArgs) -> Result<ExitCode> {
             cluster.system
         );
     }
-    leave(&cluster, args)?;
+    if carries_traffic(&cluster, &args.release.release)? {
+        leave(&cluster, args)?;
+    }
     helm.uninstall(&args.release.release, args.release.waiting.timeout)?;
     print(&format!("removed release {}\n", args.release.release))?;
     if args.delete_crds {
@@ -315,6 +317,16 @@ pub fn uninstall(args: &UninstallArgs) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Whether a release has the nodes' parts, without which captured pods are cut off; a second control plane has not.
+fn carries_traffic(cluster: &Cluster, release: &str) -> Result<bool> {
+    let instance = "app.kubernetes.io%2Finstance";
+    let path = format!(
+        "/apis/apps/v1/namespaces/{}/daemonsets?labelSelector={instance}%3D{release}",
+        cluster.system
+    );
+    Ok(!cluster.list(&path)?.is_empty())
 }
 
 /// Makes sure that no pod is in the mesh: its rules would refuse its traffic for good.

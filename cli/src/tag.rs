@@ -1,7 +1,10 @@
-//! `culvert tag`: names for revisions, such as `stable`, that namespaces can follow while the revision behind the name
-//! changes. A tag is a Service with the labels `istio.io/tag` and `istio.io/rev`, as with Istio, in front of the
-//! revision's control planes.
+//! `culvert tag`: names for revisions, such as `stable`, that objects can carry in `istio.io/rev` while the revision behind
+//! the name changes.
+//!
+//! The tags of a revision are in the ConfigMap of its settings, which a control plane reads before all that can have one: a
+//! tag is known, or nothing is given out yet. A tag that moves is for a moment two revisions', never none's.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
@@ -11,10 +14,10 @@ use serde_json::{Value, json};
 use crate::cluster::{Cluster, ClusterArgs};
 use crate::table::{Output, Table, print};
 
-/// The label that makes a Service a tag.
-const TAG: &str = "istio.io/tag";
+/// The ConfigMap's key, with commas between tags.
+const KEY: &str = "revisionTags";
 /// The label that says which revision something is of.
-const REVISION: &str = "istio.io/rev";
+pub const REVISION: &str = "istio.io/rev";
 
 /// Names for revisions of the control plane, which can be moved from one to the next
 #[derive(Args, Debug)]
@@ -44,7 +47,7 @@ enum What {
         #[arg(long)]
         overwrite: bool,
     },
-    /// Removes a tag
+    /// Removes a tag: objects that carry it are then no control plane's
     Remove {
         /// The tag
         tag: String,
@@ -62,93 +65,92 @@ pub fn run(args: &TagArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn label<'v>(object: &'v Value, key: &str) -> &'v str {
-    let labels = object.pointer("/metadata/labels");
-    labels.and_then(|l| l.get(key)).and_then(Value::as_str).unwrap_or_default()
+/// The revisions that are installed, each with its tags.
+///
+/// # Errors
+/// The API server can't be asked.
+pub fn revisions(cluster: &Cluster) -> Result<BTreeMap<String, BTreeSet<String>>> {
+    let path = format!("/api/v1/namespaces/{}/configmaps?labelSelector=app%3Dculvertd", cluster.system);
+    let mut found = BTreeMap::new();
+    for map in cluster.list(&path)? {
+        let labels = map.pointer("/metadata/labels");
+        let Some(revision) = labels.and_then(|l| l.get(REVISION)).and_then(Value::as_str) else { continue };
+        let tags = map.pointer("/data").and_then(|d| d.get(KEY)).and_then(Value::as_str).unwrap_or_default();
+        let tags = tags.split(',').map(str::trim).filter(|tag| !tag.is_empty()).map(str::to_owned).collect();
+        found.insert(revision.to_owned(), tags);
+    }
+    Ok(found)
 }
 
-fn tags(cluster: &Cluster) -> Result<Vec<Value>> {
-    cluster.list(&format!("/api/v1/namespaces/{}/services?labelSelector=istio.io%2Ftag", cluster.system))
-}
-
-/// Namespaces that follow a name.
-fn followers(cluster: &Cluster, tag: &str) -> Result<Vec<String>> {
-    let namespaces = cluster.list(&format!("/api/v1/namespaces?labelSelector=istio.io%2Frev%3D{tag}"))?;
-    let name = |n: &Value| n.pointer("/metadata/name").and_then(Value::as_str).map(str::to_owned);
-    Ok(namespaces.iter().filter_map(name).collect())
+fn write(cluster: &Cluster, revision: &str, tags: &BTreeSet<String>) -> Result<()> {
+    let name = if revision == "default" { "culvert".to_owned() } else { format!("culvert-{revision}") };
+    let path = format!("/api/v1/namespaces/{}/configmaps/{name}", cluster.system);
+    let tags = tags.iter().map(String::as_str).collect::<Vec<_>>().join(",");
+    cluster.merge(&path, &json!({"data": {KEY: tags}}))
 }
 
 fn list(cluster: &Cluster, output: Output) -> Result<()> {
-    let mut found = Vec::new();
-    for service in tags(cluster)? {
-        let (tag, revision) = (label(&service, TAG).to_owned(), label(&service, REVISION).to_owned());
-        let namespaces = followers(cluster, &tag)?;
-        found.push(json!({"tag": tag, "revision": revision, "namespaces": namespaces}));
-    }
+    let all = revisions(cluster)?;
+    let of_revision = |(revision, tags): (&String, &BTreeSet<String>)| {
+        tags.iter().map(|tag| json!({"tag": tag, "revision": revision})).collect::<Vec<_>>()
+    };
+    let found: Vec<Value> = all.iter().flat_map(of_revision).collect();
     if let Some(document) = output.document(&found)? {
         print(&document)?;
         return Ok(());
     }
-    let mut table = Table::new(&["TAG", "REVISION", "NAMESPACES"]);
-    for tag in &found {
-        let text = |key: &str| tag.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
-        let namespaces = tag.get("namespaces").and_then(Value::as_array).into_iter().flatten();
-        let namespaces: Vec<_> = namespaces.filter_map(Value::as_str).collect();
-        table.row([text("tag"), text("revision"), namespaces.join(",")]);
+    let mut table = Table::new(&["TAG", "REVISION"]);
+    for (revision, tags) in &all {
+        for tag in tags {
+            table.row([tag.clone(), revision.clone()]);
+        }
     }
     print(&if table.is_empty() { "no tags\n".to_owned() } else { table.to_string() })?;
     Ok(())
 }
 
-fn service(tag: &str) -> String {
-    format!("culvertd-revision-tag-{tag}")
-}
-
 fn set(cluster: &Cluster, tag: &str, revision: &str, overwrite: bool) -> Result<()> {
-    if !config::metadata::is_label(tag) || tag.len() > 40 {
-        bail!("{tag:?} is no name for a tag: at most 40 of a-z, 0-9 and '-'");
+    let mut all = revisions(cluster)?;
+    if !config::metadata::is_label(tag) || all.contains_key(tag) {
+        bail!("{tag:?} is no name for a tag: a-z, 0-9 and '-', and not the name of a revision");
     }
-    let replicas = cluster.pods("culvertd")?;
-    let of_revision: Vec<_> = replicas.iter().filter(|p| p.revision == revision).collect();
-    if of_revision.is_empty() {
-        let mut known: Vec<_> = replicas.iter().map(|p| p.revision.as_str()).collect();
-        known.sort_unstable();
-        known.dedup();
-        bail!(
-            "no culvertd of revision {revision:?} is in namespace {}; there are: {}",
-            cluster.system,
-            known.join(", ")
-        );
-    }
-    let there = tags(cluster)?.into_iter().find(|s| label(s, TAG) == tag);
-    if let Some(other) =
-        there.as_ref().map(|s| label(s, REVISION)).filter(|other| *other != revision && !overwrite)
-    {
+    let others: Vec<String> = all
+        .iter()
+        .filter(|(name, tags)| *name != revision && tags.contains(tag))
+        .map(|(name, _)| name.clone())
+        .collect();
+    if let (Some(other), false) = (others.first(), overwrite) {
         bail!("tag {tag} points at revision {other}; --overwrite moves it");
     }
-    let ports: Vec<_> = [("grpc-xds", 15012, 15012), ("https-webhook", 443, 15017)]
-        .map(|(name, port, target)| json!({"name": name, "port": port, "targetPort": target, "protocol": "TCP"}))
-        .into();
-    let object = json!({
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": {"name": service(tag), "labels": {TAG: tag, REVISION: revision, "app": "culvertd"}},
-        "spec": {"selector": {"app": "culvertd", REVISION: revision}, "ports": ports},
-    });
-    cluster.apply(&format!("/api/v1/namespaces/{}/services/{}", cluster.system, service(tag)), &object)?;
-    print(&format!("tag {tag} points at revision {revision}; {REVISION}={tag} on a namespace follows it\n"))?;
+    let known = all.keys().cloned().collect::<Vec<_>>().join(", ");
+    let Some(tags) = all.get_mut(revision) else {
+        bail!("revision {revision:?} is not installed in namespace {}; there are: {known}", cluster.system);
+    };
+    if tags.insert(tag.to_owned()) {
+        write(cluster, revision, tags)?;
+    }
+    for other in &others {
+        if let Some(tags) = all.get_mut(other)
+            && tags.remove(tag)
+        {
+            write(cluster, other, tags)?;
+        }
+    }
+    print(&format!(
+        "tag {tag} points at revision {revision}: it reads what has the label {REVISION}={tag}\n"
+    ))?;
     Ok(())
 }
 
 fn remove(cluster: &Cluster, tag: &str) -> Result<()> {
-    let following = followers(cluster, tag)?;
-    if !following.is_empty() {
-        bail!(
-            "these namespaces follow tag {tag}: {}. Give them another {REVISION} first",
-            following.join(", ")
-        );
+    let mut found = false;
+    for (revision, mut tags) in revisions(cluster)? {
+        if tags.remove(tag) {
+            write(cluster, &revision, &tags)?;
+            found = true;
+        }
     }
-    if !cluster.delete(&format!("/api/v1/namespaces/{}/services/{}", cluster.system, service(tag)))? {
+    if !found {
         bail!("there is no tag {tag}; `culvert tag list` lists those that are there");
     }
     print(&format!("removed tag {tag}\n"))?;

@@ -364,17 +364,41 @@ fn waiting_until_it_works(server: &Server) {
 }
 
 fn tags(server: &Server) {
-    server.expect(2, &["no culvertd of revision"], &["tag", "set", "stable", "--revision", "default"]);
+    server.expect(2, &["is not installed", "default"], &["tag", "set", "stable", "--revision", "next"]);
+    server.expect(2, &["is no name for a tag"], &["tag", "set", "default", "--revision", "default"]);
+    server.expect(0, &["points at revision default"], &["tag", "set", "stable", "--revision", "default"]);
+    server.expect(0, &["points at"], &["tag", "set", "prod", "--revision", "default"]);
+    // A second revision beside the first, without anything of nodes.
+    let next = ["--set", "revision=next,node.enabled=false,ztunnel.enabled=false,webhook.enabled=false"];
+    let mut arguments = vec!["install", "--release", "next", "--timeout", "1s"];
+    arguments.extend(next);
+    server.expect(1, &["applied release next"], &arguments);
+    server.expect(
+        2,
+        &["points at revision default", "--overwrite"],
+        &["tag", "set", "stable", "--revision", "next"],
+    );
+    server.expect(0, &[], &["tag", "set", "stable", "--revision", "next", "--overwrite"]);
+    server.expect(0, &["prod     default\n", "stable   next\n"], &["tag", "list"]);
+    // An upgrade of the release keeps them.
+    server.expect(1, &["applied release"], &["upgrade", "--timeout", "1s"]);
+    server.expect(0, &["prod     default\n"], &["tag", "list"]);
+    let labelled = |revision: &str| {
+        let mut policy = policy("orphan", &json!({}));
+        policy["metadata"]["labels"] = json!({"istio.io/rev": revision});
+        server.apply(&policy).unwrap();
+    };
+    labelled("prod");
+    let text = server.culvert(&["doctor"]).1;
+    assert!(!text.contains("shop/orphan"), "{text}");
+    labelled("old");
+    server.expect(1, &["AuthorizationPolicy shop/orphan", "old"], &["doctor"]);
+    server.expect(0, &["removed"], &["tag", "remove", "stable"]);
+    server.expect(2, &["there is no tag"], &["tag", "remove", "stable"]);
+    server.expect(0, &["removed release next"], &["uninstall", "--release", "next"]);
     let labels = json!({"app": "culvertd", "istio.io/rev": "default", "app.kubernetes.io/version": "9.9"});
     server.apply(&pod("culvert-system", "culvertd-1", &labels, &json!({}))).unwrap();
     server.expect(0, &["control plane: 1 of 9.9"], &["version"]);
-    server.expect(0, &["points at revision default"], &["tag", "set", "stable", "--revision", "default"]);
-    assert!(server.kubectl(&["label", "namespace", "shop", "istio.io/rev=stable"]).status.success());
-    server.expect(0, &["stable   default    shop"], &["tag", "list"]);
-    server.expect(2, &["follow tag stable: shop"], &["tag", "remove", "stable"]);
-    assert!(server.kubectl(&["label", "namespace", "shop", "istio.io/rev-"]).status.success());
-    server.expect(0, &["removed"], &["tag", "remove", "stable"]);
-    server.expect(2, &["there is no tag"], &["tag", "remove", "stable"]);
 }
 
 fn removing(server: &Server) {

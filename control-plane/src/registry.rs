@@ -4,7 +4,8 @@
 //! * Events are taken together until there are none for a moment, and at most for [`LONGEST`]: one commit each.
 //! * Nothing is given out before the first complete lists of all kinds, and before the mesh's settings could be read:
 //!   what a proxy is told is all that there is.
-//! * Of the kinds of istio.io an object labelled `istio.io/rev` is read by the control plane of that revision only.
+//! * Of the kinds of istio.io an object labelled `istio.io/rev` is read by the control plane of that revision only,
+//!   or of the one that has the name as a tag.
 //! * Where the settings have `discoverySelectors`, objects of other namespaces are as if they were not there. When a
 //!   namespace becomes selected, the kinds are listed again: what is not read is not kept either.
 
@@ -128,6 +129,9 @@ struct Known {
     policy: Option<(Arc<str>, i64)>,
 }
 
+/// The key of the settings' ConfigMap that lists the tags of this revision, with commas; `culvert tag` writes it.
+const TAGS: &str = "revisionTags";
+
 /// The objects of a kind.
 #[derive(Default)]
 struct OfKind {
@@ -148,6 +152,8 @@ pub struct Registry {
     names: HashSet<Arc<str>>,
     /// Which origins are policies.
     policies: HashMap<Arc<str>, PolicyName>,
+    /// Names of revisions that mean this one at present (`istio.io/rev` of objects may say them).
+    tags: BTreeSet<String>,
     relist: watch::Sender<u64>,
     /// Tells that namespaces and settings are known, so that the others may be watched.
     others: Option<Box<dyn FnOnce() + Send>>,
@@ -181,6 +187,7 @@ impl Registry {
             namespaces: HashMap::new(),
             names: HashSet::new(),
             policies: HashMap::new(),
+            tags: BTreeSet::new(),
             relist,
             others: Some(others),
             overview: Arc::default(),
@@ -493,7 +500,7 @@ impl Registry {
         }
         let of_istio = kind.spec().is_some_and(|spec| spec.group.ends_with("istio.io"));
         let revision = decoded.label("istio.io/rev").filter(|_| of_istio);
-        if revision.is_some_and(|revision| revision != self.settings.revision) {
+        if revision.is_some_and(|r| r != self.settings.revision && !self.tags.contains(r)) {
             return false;
         }
         let namespaced = kind.spec().is_some_and(|spec| spec.namespaced);
@@ -572,6 +579,15 @@ impl Registry {
         let origin = self.settings_origin();
         let data = decoded.node.get("data");
         let text = |key| data.and_then(|d| d.get(key)).and_then(Node::as_str);
+        let tags = text(TAGS).unwrap_or_default().split(',').map(str::trim).filter(|tag| !tag.is_empty());
+        let tags: BTreeSet<String> = tags.map(str::to_owned).collect();
+        if tags != self.tags {
+            self.tags = tags;
+            // The settings come before all that can have a tag; later, what is read may be other objects.
+            if self.others.is_none() {
+                self.relist.send_modify(|count| *count += 1);
+            }
+        }
         let version = &decoded.bookkeeping.resource_version;
         let mesh = text("mesh").unwrap_or_default();
         let name = &self.settings.settings.1;

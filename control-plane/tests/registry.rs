@@ -114,6 +114,30 @@ fn objects_of_another_revision_are_not_read() {
 }
 
 #[test]
+fn objects_with_a_tag_are_read_by_the_revision_that_has_it() {
+    let (mut registry, relists) = registry();
+    first_lists(&mut registry, &[], None);
+    let tagged = |tags: &str, version: &str| {
+        let mut settings = settings("{}", version);
+        settings["data"]["revisionTags"] = json!(tags);
+        set(Kind::ConfigMap, &settings)
+    };
+    registry.take(tagged("prod, stable", "2"));
+    let mut policy = policy("shop", "tagged", &json!({ "action": "DENY", "rules": [{}] }), 1);
+    policy["metadata"]["labels"] = json!({ "istio.io/rev": "stable" });
+    other_lists(&mut registry, vec![set(Kind::AuthorizationPolicy, &policy)]);
+    assert!(steps(&registry.commit(Instant::now()).unwrap()).contains(&"policy shop/tagged".to_owned()));
+    // The tag goes to another revision: all is listed again, and read by the new rule.
+    let before = *relists.borrow();
+    registry.take(tagged("prod", "3"));
+    assert_eq!(*relists.borrow(), before + 1);
+    registry.take(set(Kind::AuthorizationPolicy, &policy));
+    assert_eq!(steps(&registry.commit(Instant::now()).unwrap()), ["no policy shop/tagged"]);
+    registry.take(tagged("prod", "4"));
+    assert_eq!(*relists.borrow(), before + 1);
+}
+
+#[test]
 fn only_selected_namespaces_are_read_and_selecting_one_asks_for_its_objects() {
     let (mut registry, relists) = registry();
     let selectors = "discoverySelectors: [{matchLabels: {mesh: 'on'}}]";

@@ -39,6 +39,15 @@ pub fn origin(kind: &str, object: &Value) -> String {
     format!("{kind} {namespace}{slash}{name}")
 }
 
+/// An object, and the value of one of its labels.
+#[derive(Debug)]
+pub struct Labelled {
+    /// What it is called: `KIND NAMESPACE/NAME`.
+    pub origin: String,
+    /// The label's value.
+    pub label: String,
+}
+
 /// What there is in a cluster.
 #[derive(Debug, Default)]
 pub struct Objects {
@@ -84,6 +93,25 @@ impl Objects {
         }
         self.all.push(Object { spec, origin, value: settings });
         Ok(())
+    }
+
+    /// The objects of istio.io that have a label, each with the label's value.
+    ///
+    /// # Errors
+    /// One of the lists can't be had.
+    pub fn labelled(cluster: &Cluster, label: &str) -> Result<Vec<Labelled>> {
+        let mut found = Vec::new();
+        for spec in KINDS.iter().filter(|spec| spec.group.ends_with(".istio.io") && spec.namespaced) {
+            let items =
+                cluster.list(&format!("{}?labelSelector={}", path(spec)?, label.replace('/', "%2F")))?;
+            for item in &items {
+                let value =
+                    item.pointer("/metadata/labels").and_then(|l| l.get(label)).and_then(Value::as_str);
+                let label = value.unwrap_or_default().to_owned();
+                found.push(Labelled { origin: origin(spec.name, item), label });
+            }
+        }
+        Ok(found)
     }
 
     /// How many there are.
