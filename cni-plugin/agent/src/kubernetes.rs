@@ -319,7 +319,7 @@ mod tests {
     fn only_what_was_there_is_gone() {
         let there = |deleted: bool| PartialObjectMeta::<DaemonSet> {
             metadata: ObjectMeta {
-                deletion_timestamp: deleted.then(|| Time(Timestamp::UNIX_EPOCH)),
+                deletion_timestamp: deleted.then_some(Time(Timestamp::UNIX_EPOCH)),
                 ..ObjectMeta::default()
             },
             ..PartialObjectMeta::default()

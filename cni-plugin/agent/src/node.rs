@@ -143,6 +143,11 @@ impl Node {
         self.slots().get(uid).cloned()
     }
 
+    /// Whether this is what is known of its pod, and has not been let go of.
+    fn is_current(&self, slot: &Arc<Slot>) -> bool {
+        self.slots().get(&slot.uid).is_some_and(|current| Arc::ptr_eq(current, slot))
+    }
+
     /// How many pods are enrolled; closed or waiting, that is, should be in the mesh and are not; and leaving.
     #[must_use]
     pub fn counts(&self) -> Counts {

@@ -69,81 +69,83 @@ struct Attachment {
 
 /// The requests.
 pub fn routes(node: &Arc<Node>, readiness: &Readiness, metrics: &Metrics) -> Routes {
-    let (added, checked, deleted, collected) = (node.clone(), node.clone(), node.clone(), node.clone());
-    let (on_add, on_check, on_del, on_gc, on_status) =
-        (metrics.clone(), metrics.clone(), metrics.clone(), metrics.clone(), metrics.clone());
-    let (readiness, stuck) = (readiness.clone(), node.clone());
+    let agent = Agent { node: node.clone(), readiness: readiness.clone(), metrics: metrics.clone() };
+    let (add, check, del, gc, status) =
+        (agent.clone(), agent.clone(), agent.clone(), agent.clone(), agent.clone());
     Routes::new("culvert-node, for the CNI plugin")
-        .post("/cmdadd", "a pod starts", move |request| {
-            let (node, metrics) = (added.clone(), on_add.clone());
-            async move {
-                let outcome = match read(&request) {
-                    Ok(request) => node.add(request).await,
-                    Err(refusal) => Err(refusal),
-                };
-                answer(
-                    &metrics,
-                    "ADD",
-                    outcome.map(|answer| match answer {
-                        Answer::Enrolled => json!({ "enrolled": true }),
-                        Answer::Outside(why) => json!({ "enrolled": false, "because": why }),
-                    }),
-                )
-            }
-        })
-        .post("/cmdcheck", "whether a pod is captured", move |request| {
-            let (node, metrics) = (checked.clone(), on_check.clone());
-            async move {
-                let outcome = match read(&request) {
-                    Ok(request) => node.check(&request).await,
-                    Err(refusal) => Err(refusal),
-                };
-                answer(&metrics, "CHECK", outcome.map(|()| json!({})))
-            }
-        })
+        .post("/cmdadd", "a pod starts", move |request| add.clone().add(request))
+        .post("/cmdcheck", "whether a pod is captured", move |request| check.clone().check(request))
         .post("/cmddel", "a pod ends", move |request| {
-            let (node, metrics) = (deleted.clone(), on_del.clone());
-            async move {
-                answer(
-                    &metrics,
-                    "DEL",
-                    read(&request).map(|request: AddRequest| {
-                        node.del(&request);
-                        json!({})
-                    }),
-                )
-            }
-        })
-        .post("/cmdgc", "which pods are left", move |request| {
-            let (node, metrics) = (collected.clone(), on_gc.clone());
-            async move {
-                answer(
-                    &metrics,
-                    "GC",
-                    read(&request).map(|request: GcRequest| {
-                        let valid: HashSet<String> = request
-                            .valid_attachments
-                            .into_iter()
-                            .map(|attachment| attachment.container)
-                            .collect();
-                        json!({ "released": node.gc(&valid) })
-                    }),
-                )
-            }
-        })
-        .post("/status", "whether pods can be added", move |_| {
-            let unmet = readiness.unmet();
-            let code = if stuck.counts().not_captured > 0 { NOT_AVAILABLE_LIMITED } else { NOT_AVAILABLE };
-            let outcome = if unmet.is_empty() {
-                Ok(json!({}))
-            } else {
-                let reasons: Vec<String> = unmet.iter().map(|(name, why)| format!("{name}: {why}")).collect();
-                let message = format!("the Culvert node agent is not ready: {}", reasons.join("; "));
-                Err(Refusal { code, message })
-            };
-            let response = answer(&on_status, "STATUS", outcome);
+            let done = read(&request).map(|request: AddRequest| del.node.del(&request));
+            let response = del.answer("DEL", done.map(|()| json!({})));
             async { response }
         })
+        .post("/cmdgc", "which pods are left", move |request| {
+            let done = read(&request).map(|GcRequest { valid_attachments }| {
+                let valid: HashSet<String> = valid_attachments.into_iter().map(|a| a.container).collect();
+                json!({ "released": gc.node.gc(&valid) })
+            });
+            let response = gc.answer("GC", done);
+            async { response }
+        })
+        .post("/status", "whether pods can be added", move |_| {
+            let response = status.answer("STATUS", status.status());
+            async { response }
+        })
+}
+
+/// What requests are answered from.
+#[derive(Clone)]
+struct Agent {
+    node: Arc<Node>,
+    readiness: Readiness,
+    metrics: Metrics,
+}
+
+impl Agent {
+    async fn add(self, request: Request) -> Response {
+        let outcome = match read(&request) {
+            Ok(request) => self.node.add(request).await,
+            Err(refusal) => Err(refusal),
+        };
+        let said = |answer| match answer {
+            Answer::Enrolled => json!({ "enrolled": true }),
+            Answer::Outside(why) => json!({ "enrolled": false, "because": why }),
+        };
+        self.answer("ADD", outcome.map(said))
+    }
+
+    async fn check(self, request: Request) -> Response {
+        let outcome = match read(&request) {
+            Ok(request) => self.node.check(&request).await,
+            Err(refusal) => Err(refusal),
+        };
+        self.answer("CHECK", outcome.map(|()| json!({})))
+    }
+
+    /// Whether pods can be added. That a ztunnel is there is not asked: it starts in a pod of its own, which a node that is
+    /// not ready does not start.
+    fn status(&self) -> Result<serde_json::Value, Refusal> {
+        let unmet = self.readiness.unmet();
+        if unmet.is_empty() {
+            return Ok(json!({}));
+        }
+        let code = if self.node.counts().closed > 0 { NOT_AVAILABLE_LIMITED } else { NOT_AVAILABLE };
+        let reasons: Vec<String> = unmet.iter().map(|(name, why)| format!("{name}: {why}")).collect();
+        let message = format!("the Culvert node agent is not ready: {}", reasons.join("; "));
+        Err(Refusal { code, message })
+    }
+
+    fn answer(&self, command: &'static str, outcome: Result<serde_json::Value, Refusal>) -> Response {
+        self.metrics.request(command, if outcome.is_ok() { "ok" } else { "refused" });
+        match outcome {
+            Ok(value) => Response::json(&value),
+            Err(Refusal { code, message }) => {
+                let body = json!({ "code": code, "msg": message }).to_string();
+                Response::new(StatusCode::SERVICE_UNAVAILABLE, "application/json", body)
+            }
+        }
+    }
 }
 
 fn read<T: for<'de> Deserialize<'de>>(request: &Request) -> Result<T, Refusal> {
@@ -153,15 +155,4 @@ fn read<T: for<'de> Deserialize<'de>>(request: &Request) -> Result<T, Refusal> {
             "the plugin's request can't be read: {error}; plugin and agent are of different versions"
         ),
     })
-}
-
-fn answer(metrics: &Metrics, command: &'static str, outcome: Result<serde_json::Value, Refusal>) -> Response {
-    metrics.request(command, if outcome.is_ok() { "ok" } else { "refused" });
-    match outcome {
-        Ok(value) => Response::json(&value),
-        Err(Refusal { code, message }) => {
-            let body = json!({ "code": code, "msg": message }).to_string();
-            Response::new(StatusCode::SERVICE_UNAVAILABLE, "application/json", body)
-        }
-    }
 }

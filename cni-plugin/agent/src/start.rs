@@ -169,7 +169,7 @@ async fn taint(kubernetes: &Kubernetes, node: &str, add: &[&str], remove: &[&str
             }
             Ok(false) => return,
             Err(error) => {
-                tracing::warn!(node, ?add, ?remove, %error, "the node's taints can't be changed; trying again")
+                tracing::warn!(node, ?add, ?remove, %error, "the node's taints can't be changed; trying again");
             }
         }
         tokio::time::sleep(TAINT_PAUSE).await;

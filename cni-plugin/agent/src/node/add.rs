@@ -179,7 +179,13 @@ impl Node {
             let message = format!("whether namespace {namespace} is in the mesh can't be found out: {error}");
             Refusal::later(message)
         })?;
-        mode.ok_or_else(|| Refusal::later(format!("namespace {namespace} is not known to the API server")))
+        let mode = mode.ok_or_else(|| {
+            Refusal::later(format!("namespace {namespace} is not known to the API server (any more)"))
+        })?;
+        self.parts.cluster.update(|view| {
+            view.namespaces.entry(namespace.to_owned()).or_insert_with(|| mode.clone());
+        });
+        Ok(mode)
     }
 
     /// The slot of a pod; a new one is not among the others yet.

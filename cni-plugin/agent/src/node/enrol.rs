@@ -165,6 +165,12 @@ impl Node {
             Ok(Err(error)) => Err(error.into()),
             Err(error) => Err(error.into()),
         };
+        if !self.is_current(slot) {
+            // The pod ended while it was worked on.
+            self.parts.ztunnels.withdraw(&slot.uid);
+            self.parts.record.remove(&slot.uid);
+            return;
+        }
         match outcome {
             Ok(()) => {
                 if let State::Closed { reason, .. } = slot.state() {

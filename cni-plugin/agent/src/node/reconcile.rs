@@ -64,7 +64,7 @@ impl Node {
     async fn follow(self: &Arc<Self>, view: &View, now: Instant) {
         let mut to_adopt = Vec::new();
         for pod in view.pods.values() {
-            let wanted = is_in_mesh(pod, view, self);
+            let Some(wanted) = self.wanted(pod, view) else { continue };
             let slot = self.slot(&pod.identity.uid);
             match (wanted, slot) {
                 (true, None) if !pod.addresses.is_empty() => {
@@ -122,7 +122,18 @@ impl Node {
     /// Whether the pod should be in the mesh, by what is known now.
     pub(super) fn is_wanted(&self, uid: &str) -> bool {
         let view = self.parts.cluster.view();
-        view.pods.get(uid).is_some_and(|pod| is_in_mesh(pod, &view, self))
+        view.pods.get(uid).and_then(|pod| self.wanted(pod, &view)).unwrap_or(false)
+    }
+
+    /// Whether the pod should be in the mesh. `None` while that is not known: the watch of namespaces may be behind that of
+    /// pods, and what is captured must not be let go of for that.
+    fn wanted(&self, pod: &Pod, view: &View) -> Option<bool> {
+        let namespace = &pod.identity.namespace;
+        if !view.namespaces.contains_key(namespace) && !pod.finished {
+            return None;
+        }
+        let standing = pod.standing(view.mode(namespace), &self.parts.places);
+        Some(!pod.finished && standing == Standing::InMesh)
     }
 
     /// Brings what is known of a captured pod, and its rules, in step with its object.
@@ -248,6 +259,9 @@ impl Node {
         writings.retain(|uid, _| view.pods.contains_key(uid));
         for pod in view.pods.values() {
             let uid = &pod.identity.uid;
+            if self.wanted(pod, view).is_none() {
+                continue;
+            }
             let wanted = match self.slot(uid).map(|slot| slot.state()) {
                 Some(State::Enrolled { .. }) => Some("enabled"),
                 Some(State::Closed { .. }) => Some("pending"),
@@ -309,11 +323,6 @@ impl Node {
         );
         self.parts.api.notify(&identity, Notice { reason, note, warning }).await;
     }
-}
-
-fn is_in_mesh(pod: &Pod, view: &View, node: &Node) -> bool {
-    let mode = view.mode(&pod.identity.namespace);
-    !pod.finished && pod.standing(mode, &node.parts.places) == Standing::InMesh
 }
 
 /// Installs the rules again if they are not as they should be; what was different.

@@ -21,14 +21,11 @@ impl Node {
             (!request.netns.is_empty()).then(|| Netns::open(Path::new(&request.netns)).ok()).flatten();
         let is_meant = |slot: &&Arc<Slot>| {
             let inner = slot.inner();
-            match &inner.container {
+            match (&inner.container, &inner.netns, &netns) {
                 // The pod may have another sandbox by now.
-                Some(container) => *container == request.container_id,
-                None if request.pod_uid.is_empty() => match (&inner.netns, &netns) {
-                    (Some(ours), Some(its)) => ours.same(its),
-                    _ => false,
-                },
-                None => slot.uid == request.pod_uid,
+                (Some(container), ..) => *container == request.container_id,
+                (None, Some(ours), Some(its)) => ours.same(its),
+                (None, ..) => slot.uid == request.pod_uid,
             }
         };
         if let Some(slot) = self.all_slots().iter().find(is_meant) {
@@ -51,8 +48,7 @@ impl Node {
 
     /// Has no ztunnel serve the pod any more, and forgets it. What stands of its rules refuses.
     pub(super) fn forget(&self, slot: &Arc<Slot>, why: &str) {
-        let is_current = self.slots().get(&slot.uid).is_some_and(|current| Arc::ptr_eq(current, slot));
-        if !is_current {
+        if !self.is_current(slot) {
             return;
         }
         self.slots().remove(&slot.uid);

@@ -13,7 +13,7 @@ use process::metrics::Registry;
 use process::readiness::Readiness;
 use serde_json::{Value, json};
 
-use super::lab::{FakeZtunnel, World};
+use super::lab::{Agent, FakeZtunnel, World};
 
 /// Where a program of the workspace, or one that is built here, is.
 fn target() -> PathBuf {
@@ -124,33 +124,60 @@ impl Drop for Named {
     }
 }
 
-async fn with_version(version: &str) {
-    let world = World::new();
-    world.server.namespaces.lock().unwrap().insert("shop".to_owned(), Some("ambient".to_owned()));
-    // The sandbox is a new one, whose address the primary chooses.
-    world.server.pods.lock().unwrap().get_mut("web").unwrap().addresses.clear();
-    let (conf, socket) = (world.directory.path().join("conf"), world.directory.path().join("plugin.sock"));
+/// A primary plugin of this version and ours behind it. Where our agent is to listen.
+fn configured(world: &World, version: &str) -> PathBuf {
+    let directory = world.directory.path();
+    let (conf, socket) = (directory.join("conf"), directory.join("plugin.sock"));
     std::fs::create_dir(&conf).unwrap();
     let primary = json!({
         "cniVersion": version, "name": "pods",
         "plugins": [{
             "type": if version == "1.1.0" { "newer-bridge" } else { "bridge" }, "bridge": "test0", "isGateway": true,
-            "ipam": { "type": "host-local", "subnet": "10.99.0.0/24", "dataDir": world.directory.path().join("ipam") },
+            "ipam": { "type": "host-local", "subnet": "10.99.0.0/24", "dataDir": directory.join("ipam") },
         }],
     });
     std::fs::write(conf.join("10-pods.conflist"), primary.to_string()).unwrap();
-    let newer = world.directory.path().join("newer-bridge");
+    let newer = directory.join("newer-bridge");
     std::fs::write(&newer, NEWER_BRIDGE).unwrap();
     std::fs::set_permissions(&newer, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     Chain::new(&conf, &socket, &["kube-system".to_owned()]).sync().unwrap();
+    socket
+}
+
+/// What came with 1.1.0.
+fn collects(libcni: &Libcni<'_>, agent: &Agent, readiness: &Readiness) {
+    libcni.call("status").unwrap();
+    let unmet = readiness.condition("something");
+    assert!(libcni.call("status").unwrap_err().contains("something: not yet"));
+    unmet.holds();
+    let uid = libcni.world.uid("web");
+    let sandbox = agent.node.dump()["pods"][0]["container"].as_str().unwrap().to_owned();
+    libcni.gc(&[&sandbox, "another"]).unwrap();
+    assert!(agent.state(&uid).is_some());
+    // What libcni remembers it would remove by DEL: it forgets, as after a restart of the node.
+    std::fs::remove_dir_all(libcni.world.directory.path().join("cache")).unwrap();
+    libcni.gc(&["another"]).unwrap();
+    assert_eq!(agent.state(&uid), None, "it is not among those that are left");
+    let error = libcni.call("gc").unwrap_err();
+    assert!(error.contains("valid-attachments"), "without a list nothing is released: {error}");
+}
+
+async fn with_version(version: &str) {
+    let world = World::new();
+    world.server.namespaces.lock().unwrap().insert("shop".to_owned(), Some("ambient".to_owned()));
+    // The sandbox is a new one, whose address the primary chooses.
+    world.server.pods.lock().unwrap().get_mut("web").unwrap().addresses.clear();
+    let socket = configured(&world, version);
     let name = format!("{}-sandbox", world.host("web").namespace);
     assert!(Command::new("ip").args(["netns", "add", &name]).status().unwrap().success());
     let named = Named(name);
     let netns = PathBuf::from("/run/netns").join(&named.0);
-    let rules = || {
-        let output = Command::new("ip").args(["netns", "exec", &named.0, "nft", "list", "ruleset"]).output();
-        String::from_utf8(output.unwrap().stdout).unwrap()
+    let nft = |what: &[&str]| {
+        let output = Command::new("ip").args(["netns", "exec", &named.0, "nft"]).args(what).output().unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stdout).unwrap()
     };
+    let rules = || nft(&["list", "ruleset"]);
 
     let agent = world.agent().await;
     let readiness = Readiness::default();
@@ -178,30 +205,12 @@ async fn with_version(version: &str) {
     // CHECK came with 0.4.0.
     if version != "0.3.1" {
         call("check").unwrap();
-        assert!(
-            Command::new("ip")
-                .args(["netns", "exec", &named.0, "nft", "flush", "ruleset"])
-                .status()
-                .unwrap()
-                .success()
-        );
+        nft(&["flush", "ruleset"]);
         let error = call("check").unwrap_err();
         assert!(error.contains("not as they were"), "{version}: {error}");
     }
     if version == "1.1.0" {
-        call("status").unwrap();
-        let unmet = readiness.condition("something");
-        assert!(call("status").unwrap_err().contains("something: not yet"));
-        unmet.holds();
-        let sandbox = agent.node.dump()["pods"][0]["container"].as_str().unwrap().to_owned();
-        tokio::task::block_in_place(|| libcni.gc(&[&sandbox, "another"])).unwrap();
-        assert!(agent.state(&world.uid("web")).is_some());
-        // What libcni remembers it would remove by DEL: it forgets, as after a restart of the node.
-        std::fs::remove_dir_all(world.directory.path().join("cache")).unwrap();
-        tokio::task::block_in_place(|| libcni.gc(&["another"])).unwrap();
-        assert_eq!(agent.state(&world.uid("web")), None, "it is not among those that are left");
-        let error = call("gc").unwrap_err();
-        assert!(error.contains("valid-attachments"), "without a list nothing is released: {error}");
+        tokio::task::block_in_place(|| collects(&libcni, &agent, &readiness));
     }
     call("del").unwrap();
     call("del").unwrap();

@@ -163,3 +163,25 @@ async fn pods_that_end_are_let_go_of() {
     assert_eq!(agent.state(&uid), None);
     assert_ne!(world.rules_in("other"), "", "closed to the end");
 }
+
+#[tokio::test]
+async fn a_namespace_that_is_not_known_yet_lets_nobody_go() {
+    if !root_or_skip("a namespace that is not known yet lets nobody go") {
+        return;
+    }
+    let world = World::new();
+    let mut agent = world.agent().await;
+    let _ztunnel = FakeZtunnel::start(&world.socket()).await;
+    world.server.namespaces.lock().unwrap().insert("shop".to_owned(), Some("ambient".to_owned()));
+    agent.add(world.request("web")).await.unwrap();
+    // The watch of namespaces is behind that of pods.
+    world.server.namespaces.lock().unwrap().clear();
+    world.server.publish();
+    agent.run();
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    assert_eq!(agent.state(&world.uid("web")).as_deref(), Some("enrolled"));
+    assert_ne!(world.rules_in("web"), "");
+    world.server.label("shop", Some("none"));
+    agent.until("it leaves", || agent.state(&world.uid("web")).is_none()).await;
+    assert_eq!(world.rules_in("web"), "");
+}
