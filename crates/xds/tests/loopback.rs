@@ -405,6 +405,50 @@ async fn clients_start_in_turn_and_others_do_not_keep_ours_waiting() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_floods_costs_others_nothing_and_is_ended_at_the_limit() {
+    let limits = Limits { names: 1000, ..Limits::default() };
+    let site = Site::new(Config { limits, ..config() }).await;
+    site.server.apply([set(ADDRESS, "a", "1")]);
+    site.server.ready();
+    let proxy = Proxy::start(settings(&[http(&site)]));
+    proxy.until_has(ADDRESS, "a", "1").await;
+    let (sender, receiver) = tokio::sync::mpsc::channel(64);
+    let mut request = Request::new(ReceiverStream::new(receiver));
+    request.metadata_mut().insert("authorization", "Bearer good".parse().unwrap());
+    let mut client = AggregatedDiscoveryServiceClient::connect(http(&site)).await.unwrap();
+    let stream = client.delta_aggregated_resources(request).await.unwrap().into_inner();
+    let flood = tokio::spawn(async move {
+        let node = Some(proto::wire::core::Node { id: "flood".into(), ..Default::default() });
+        // The same again and again, and then ever more names.
+        for n in 0..20_000 {
+            let name = format!("name-{}", if n < 15_000 { n % 100 } else { n });
+            let request = subscribe(ADDRESS, &["*", "a", &name]);
+            let node = node.clone().filter(|_| n == 0);
+            let request =
+                proto::wire::discovery::DeltaDiscoveryRequest { node, response_nonce: "?".into(), ..request };
+            if sender.send(request).await.is_err() {
+                return n;
+            }
+        }
+        20_000
+    });
+    for n in 2..7 {
+        site.server.apply([set(ADDRESS, "a", &n.to_string())]);
+        let began = tokio::time::Instant::now();
+        proxy.until_has(ADDRESS, "a", &n.to_string()).await;
+        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+    }
+    let status = end(stream).await;
+    assert_eq!(status.code(), Code::ResourceExhausted);
+    assert!(status.message().contains("more than 1000 names"), "{status:?}");
+    assert!(flood.await.unwrap() > 15_000);
+    assert!(
+        site.counts.pushed.load(Ordering::Relaxed) < 20,
+        "it was sent one response, which it did not answer"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn places_are_limited_and_come_free() {
     let site = Site::new(Config { clients: 1, ..config() }).await;
     site.server.ready();

@@ -1,0 +1,239 @@
+//! Our client at a server of another make, which does what is written here and nothing else.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use prost::Message;
+use proto::wire::discovery::aggregated_discovery_service_server::{
+    AggregatedDiscoveryService, AggregatedDiscoveryServiceServer,
+};
+use proto::wire::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
+use proto::wire::rpc;
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tonic::{Request, Response, Status, Streaming};
+use xds::client::{Client, Link, Rejection, Settings, Update, Updates};
+
+const A: &str = "type.googleapis.com/test.A";
+const B: &str = "type.googleapis.com/test.B";
+const SOON: Duration = Duration::from_secs(10);
+
+type Responses = mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>;
+
+/// A stream as the server sees it.
+struct Stream {
+    requests: Streaming<DeltaDiscoveryRequest>,
+    responses: Responses,
+    cluster: String,
+}
+
+impl Stream {
+    async fn request(&mut self) -> DeltaDiscoveryRequest {
+        timeout(SOON, self.requests.message()).await.unwrap().unwrap().expect("the client goes on")
+    }
+
+    async fn send(&self, response: DeltaDiscoveryResponse) {
+        self.responses.send(Ok(response)).await.unwrap();
+    }
+}
+
+struct Service(mpsc::Sender<Stream>);
+
+#[tonic::async_trait]
+impl AggregatedDiscoveryService for Service {
+    type DeltaAggregatedResourcesStream = ReceiverStream<Result<DeltaDiscoveryResponse, Status>>;
+
+    async fn delta_aggregated_resources(
+        &self,
+        request: Request<Streaming<DeltaDiscoveryRequest>>,
+    ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
+        let cluster = request.metadata().get("clusterid").unwrap().to_str().unwrap().to_owned();
+        let (responses, receiver) = mpsc::channel(4);
+        let stream = Stream { requests: request.into_inner(), responses, cluster };
+        self.0.send(stream).await.map_err(|_| Status::unavailable("the test is over"))?;
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+}
+
+/// The server's streams, the client's updates, and its link.
+async fn start(
+    change: impl FnOnce(&mut Settings),
+) -> (mpsc::Receiver<Stream>, Updates, tokio::sync::watch::Receiver<Link>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (sender, streams) = mpsc::channel(4);
+    let service = AggregatedDiscoveryServiceServer::new(Service(sender));
+    let router = tonic::transport::Server::builder().add_service(service);
+    tokio::spawn(router.serve_with_incoming(TcpListenerStream::new(listener)));
+    let mut settings = Settings {
+        addresses: vec![format!("http://{address}")],
+        node: proto::wire::core::Node { id: "z".into(), ..Default::default() },
+        types: vec![A, B],
+        backoff: Duration::from_millis(20),
+        ..Settings::default()
+    };
+    change(&mut settings);
+    let (client, updates) = Client::new(settings, Arc::new(())).unwrap();
+    let link = client.link();
+    tokio::spawn(client.run());
+    (streams, updates, link)
+}
+
+fn resource(name: &str, type_url: &str, body: &[u8]) -> Resource {
+    let content = prost_types::Any { type_url: type_url.into(), value: body.to_vec() };
+    Resource { version: format!("v-{name}"), name: name.into(), resource: Some(content), aliases: vec![] }
+}
+
+fn response(nonce: &str, resources: Vec<Resource>, removed: &[&str]) -> DeltaDiscoveryResponse {
+    DeltaDiscoveryResponse {
+        // As an istiod writes it.
+        system_version_info: "2026-11-21T10:00:00Z/7".into(),
+        resources,
+        type_url: A.into(),
+        nonce: nonce.into(),
+        removed_resources: removed.iter().map(|n| (*n).to_owned()).collect(),
+    }
+}
+
+async fn next(updates: &mut Updates) -> Update {
+    timeout(SOON, updates.next()).await.unwrap().unwrap()
+}
+
+fn violations(request: &DeltaDiscoveryRequest) -> Vec<(String, String)> {
+    let details = &request.error_detail.as_ref().unwrap().details;
+    assert_eq!(details[0].type_url, "type.googleapis.com/google.rpc.BadRequest");
+    let bad = rpc::BadRequest::decode(details[0].value.as_slice()).unwrap();
+    bad.field_violations.into_iter().map(|v| (v.field, v.description)).collect()
+}
+
+#[tokio::test]
+async fn it_subscribes_acknowledges_and_comes_back_with_what_it_holds() {
+    let (mut streams, mut updates, link) = start(|_| {}).await;
+    let mut stream = streams.recv().await.unwrap();
+    assert_eq!(stream.cluster, "Kubernetes");
+    let (first, second) = (stream.request().await, stream.request().await);
+    assert_eq!((first.type_url.as_str(), second.type_url.as_str()), (A, B));
+    assert_eq!(first.node.as_ref().unwrap().id, "z");
+    for request in [&first, &second] {
+        assert!(request.resource_names_subscribe.is_empty() && request.initial_resource_versions.is_empty());
+        assert!(request.response_nonce.is_empty() && request.error_detail.is_none());
+    }
+    assert_eq!(*link.borrow(), Link::Starting);
+
+    stream.send(response("n-1", vec![resource("one", A, b"1"), resource("two", A, b"1")], &[])).await;
+    let update = next(&mut updates).await;
+    assert!(matches!(*link.borrow(), Link::Connected { .. }));
+    assert!(update.complete, "what others send is whole");
+    assert_eq!((update.resources.len(), &update.resources[0].body[..]), (2, &b"1"[..]));
+    // Nothing is acknowledged until it is in force.
+    assert!(timeout(Duration::from_millis(200), stream.requests.message()).await.is_err());
+    update.ack();
+    let ack = stream.request().await;
+    assert_eq!((ack.type_url.as_str(), ack.response_nonce.as_str()), (A, "n-1"));
+    assert!(ack.error_detail.is_none() && ack.node.is_none() && ack.resource_names_subscribe.is_empty());
+
+    stream.send(response("n-2", vec![resource("three", A, b"1")], &["one", "never"])).await;
+    let update = next(&mut updates).await;
+    assert_eq!(update.removed, ["one", "never"]);
+    update.ack();
+    assert_eq!(stream.request().await.response_nonce, "n-2");
+
+    // The server ends the stream.
+    drop(stream);
+    let mut stream = streams.recv().await.unwrap();
+    let first = stream.request().await;
+    let held: Vec<_> =
+        first.initial_resource_versions.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
+    assert_eq!(held, [("three", "v-three"), ("two", "v-two")]);
+    assert!(stream.request().await.initial_resource_versions.is_empty(), "the other type has nothing");
+}
+
+#[tokio::test]
+async fn what_is_refused_is_named_and_not_held() {
+    let (mut streams, mut updates, _) = start(|_| {}).await;
+    let mut stream = streams.recv().await.unwrap();
+    stream.request().await;
+    stream.request().await;
+    let nameless = resource("", A, b"");
+    let empty = Resource { resource: None, ..resource("empty", A, b"") };
+    let twice = [resource("twice", A, b"first"), resource("twice", A, b"second")];
+    let resources =
+        [vec![resource("good", A, b"1"), resource("bad", A, b"1"), resource("other", B, b"1")], twice.into()];
+    let resources = [resources.concat(), vec![nameless, empty]].concat();
+    stream.send(response("n-1", resources, &[])).await;
+    let update = next(&mut updates).await;
+    // What is malformed is not seen; the others are.
+    let seen: Vec<_> = update.resources.iter().map(|r| (r.name.as_str(), &r.body[..])).collect();
+    assert_eq!(seen, [("good", &b"1"[..]), ("bad", b"1"), ("twice", b"first")]);
+    update.nack(vec![Rejection { name: "bad".into(), reason: "it makes no sense".into() }]);
+    let nack = stream.request().await;
+    assert_eq!(nack.response_nonce, "n-1");
+    let status = nack.error_detail.as_ref().unwrap();
+    assert_eq!(status.code, 3);
+    assert!(status.message.starts_with("5 refused; other: "), "{}", status.message);
+    assert!(status.message.contains("bad: it makes no sense"), "{}", status.message);
+    let named: Vec<_> = violations(&nack).into_iter().map(|(name, _)| name).collect();
+    assert_eq!(named, ["", "bad", "empty", "other", "twice"]);
+
+    // A type that nobody asked for is refused, and harms nothing.
+    stream.send(DeltaDiscoveryResponse { type_url: "x".into(), ..response("n-2", vec![], &[]) }).await;
+    let nack = stream.request().await;
+    assert_eq!((nack.type_url.as_str(), nack.response_nonce.as_str()), ("x", "n-2"));
+    assert!(nack.error_detail.unwrap().message.contains("not asked for"));
+
+    // An update that is dropped is refused whole.
+    stream.send(response("n-3", vec![resource("dropped", A, b"1")], &[])).await;
+    drop(next(&mut updates).await);
+    assert_eq!(
+        violations(&stream.request().await),
+        [("dropped".to_owned(), "it was not applied".to_owned())]
+    );
+
+    drop(stream);
+    let mut stream = streams.recv().await.unwrap();
+    let held: Vec<_> = stream.request().await.initial_resource_versions.into_keys().collect();
+    assert_eq!(held, ["good"]);
+}
+
+#[tokio::test]
+async fn thousands_of_refusals_are_cut() {
+    let (mut streams, mut updates, _) = start(|_| {}).await;
+    let mut stream = streams.recv().await.unwrap();
+    stream.request().await;
+    stream.request().await;
+    let resources = (0..5000).map(|n| resource(&format!("name-{n}"), A, b"1")).collect();
+    stream.send(response("n-1", resources, &[])).await;
+    let update = next(&mut updates).await;
+    let rejection = |r: &xds::client::Resource| Rejection { name: r.name.clone(), reason: "no".into() };
+    let rejections = update.resources.iter().map(rejection).collect();
+    update.nack(rejections);
+    let nack = stream.request().await;
+    assert!(nack.encoded_len() < 20_000, "{} bytes", nack.encoded_len());
+    let named = violations(&nack);
+    assert_eq!(named.last().unwrap(), &(String::new(), "and 4500 more".to_owned()));
+}
+
+#[tokio::test]
+async fn a_server_that_does_not_answer_is_left() {
+    let (mut streams, mut updates, mut link) = start(|s| s.answer_timeout = Duration::from_millis(300)).await;
+    let silent = streams.recv().await.unwrap();
+    let left = |l: &Link| matches!(l, Link::Away { error, .. } if error.contains("did not answer"));
+    timeout(SOON, link.wait_for(left)).await.unwrap().unwrap();
+    let stream = streams.recv().await.unwrap();
+    stream.send(response("n-1", vec![], &[])).await;
+    let update = next(&mut updates).await;
+    assert!(update.complete && update.resources.is_empty());
+    drop(silent);
+}
+
+#[tokio::test]
+async fn a_message_that_is_too_long_is_an_error_that_says_so() {
+    let (mut streams, _updates, mut link) = start(|s| s.message_bytes = 1000).await;
+    let stream = streams.recv().await.unwrap();
+    stream.send(response("n-1", vec![resource("long", A, &[7; 2000])], &[])).await;
+    let too_long = |l: &Link| matches!(l, Link::Away { error, .. } if error.contains("too large"));
+    timeout(SOON, link.wait_for(too_long)).await.unwrap().unwrap();
+}
