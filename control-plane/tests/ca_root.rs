@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use control_plane::ca::record::{Record, SecretName};
 use control_plane::ca::{
     ABANDON, ACCEPT, Ca, CaSettings, Current, Fleet, Keeper, KeeperSettings, Proxy, ROTATE, STATUS,
 };
@@ -251,6 +252,44 @@ async fn a_broken_secret_leaves_the_last_good_authority_in_force_and_says_what_i
         (replica.root(), text(&api.get(OWN).unwrap(), "ca-cert.pem")),
         (root_id, text(&good, "ca-cert.pem"))
     );
+}
+
+/// Whatever a key of the Secret holds, it is read or refused.
+#[tokio::test]
+async fn a_secret_with_spoiled_bytes_is_refused_or_still_signs() {
+    let api = FakeApi::default();
+    Replica::new(&api, true).keeper.round().await;
+    let name = SecretName { namespace: "n".into(), name: "s".into(), remedy: "" };
+    let domains = TrustDomains::only(TrustDomain::cluster_local());
+    let object: k8s_openapi::api::core::v1::Secret = serde_json::from_value(api.get(OWN).unwrap()).unwrap();
+    let good = object.data.unwrap();
+    let mut refused = 0;
+    for key in good.keys() {
+        let length = good[key].0.len();
+        for step in 0..200 {
+            let (mut data, at) = (good.clone(), step * length / 200);
+            let bytes = &mut data.get_mut(key).unwrap().0;
+            match step % 4 {
+                0 => bytes.truncate(at),
+                1 => bytes[at] ^= 1 << (step % 8),
+                2 => bytes[at] = 0xff,
+                _ => drop(bytes.splice(at..at, b"-----BEGIN CERTIFICATE-----\n".iter().copied())),
+            }
+            let read = Record::read(&name, &data)
+                .and_then(|record| record.authority(&name, &domains, UnixTime::now()));
+            match read {
+                Ok(authority) => {
+                    let id = "spiffe://cluster.local/ns/a/sa/b".parse().unwrap();
+                    authority.issue(&id, Validity::of_workloads(), UnixTime::now()).unwrap();
+                }
+                Err(error) => {
+                    refused += 1;
+                    assert_eq!(error.secret, "n/s");
+                }
+            }
+        }
+    }
+    assert!(refused > 400, "{refused}");
 }
 
 #[tokio::test(start_paused = true)]
