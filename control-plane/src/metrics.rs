@@ -1,8 +1,10 @@
 //! What the control plane counts, by the names that dashboards for istiod know (`pilot_*`), and some of its own.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use process::metrics::{Counter, Description, Family, Gauge, Handle, Histogram, Kind, Registry};
+use tokio::time::Instant;
 use xds::server::{Event, Observer};
 
 use crate::push::Exceptions;
@@ -19,7 +21,12 @@ pub struct Streams {
     bytes: Arc<ByType>,
     rejects: Arc<ByType>,
     convergence: Handle<(), Histogram>,
+    /// When a refusal was logged last.
+    said: Mutex<Option<Instant>>,
 }
+
+/// Refusals are logged at most so often.
+const PAUSE: Duration = Duration::from_secs(1);
 
 impl Streams {
     /// Registers the metrics.
@@ -36,6 +43,7 @@ impl Streams {
             bytes: registry.counters("culvertd_xds_bytes", "Bytes of resources that went to proxies"),
             rejects: registry.counters("pilot_total_xds_rejects", "Responses that proxies refused"),
             convergence: latency.with(&()),
+            said: Mutex::default(),
         })
     }
 }
@@ -53,17 +61,16 @@ fn short(type_url: &str) -> &'static str {
 impl Observer for Streams {
     fn observe(&self, event: Event<'_>) {
         match event {
-            Event::Connected(node) => {
-                self.connected.inc();
-                tracing::info!(proxy = node.id, "connected");
-            }
-            Event::Disconnected(node, reason) => {
-                self.connected.dec();
-                tracing::info!(proxy = node.id, reason, "disconnected");
-            }
+            Event::Connected(_) => self.connected.inc(),
+            Event::Disconnected(..) => self.connected.dec(),
             Event::Refused(status) => {
                 self.refused.inc();
-                tracing::warn!(code = ?status.code(), reason = status.message(), "a stream was refused");
+                // Whoever is refused comes back, perhaps with many others.
+                let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+                if said.is_none_or(|at| at.elapsed() >= PAUSE) {
+                    *said = Some(Instant::now());
+                    tracing::warn!(code = ?status.code(), reason = status.message(), "a stream was refused");
+                }
             }
             Event::Pushed { type_url, resources, removed, bytes } => {
                 let labels = [("type", short(type_url))];
@@ -71,10 +78,7 @@ impl Observer for Streams {
                 self.resources.with(&labels).add((resources + removed) as u64);
                 self.bytes.with(&labels).add(bytes as u64);
             }
-            Event::Rejected { node, type_url, message } => {
-                self.rejects.with(&[("type", short(type_url))]).inc();
-                tracing::warn!(proxy = node.id, type_url, message, "a proxy refused what it was sent");
-            }
+            Event::Rejected { type_url, .. } => self.rejects.with(&[("type", short(type_url))]).inc(),
             Event::Converged(time) => self.convergence.observe(time.as_secs_f64()),
         }
     }

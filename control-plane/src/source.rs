@@ -15,6 +15,7 @@ use config::resource::Kind;
 use futures_util::{StreamExt, pin_mut};
 use kube::Client;
 use kube::api::{Api, ApiResource, GroupVersionKind};
+use kube::error::DiscoveryError;
 use kube::runtime::watcher::{self, Config, Error, watcher};
 use process::metrics::{Counter, Family};
 use tokio::sync::{mpsc, watch};
@@ -215,6 +216,10 @@ impl Follower {
                     return Ok(resource);
                 }
                 Ok(None) => {
+                    if !said && let Err(error) = confirm_absent(&self.client, spec).await {
+                        self.failed::<W>(chain(&error)).await;
+                        continue;
+                    }
                     if !std::mem::replace(&mut said, true) {
                         self.works(W::KIND);
                         tracing::info!(
@@ -346,6 +351,20 @@ pub(crate) async fn find(
         }
     }
     Ok(None)
+}
+
+/// Makes sure that a kind is not there. The list of groups of a server that is starting may lack what the server has;
+/// asked for the group itself, it says that it can't tell yet (503). Policies must not be taken for none in between.
+async fn confirm_absent(client: &Client, spec: &config::resource::KindSpec) -> Result<(), kube::Error> {
+    for version in spec.versions {
+        match client.list_api_group_resources(&format!("{}/{version}", spec.group)).await {
+            Ok(listed) if !listed.resources.iter().any(|r| r.kind == spec.name) => {}
+            Ok(_) => return Err(kube::Error::Discovery(DiscoveryError::MissingKind(spec.name.to_owned()))),
+            Err(kube::Error::Api(status)) if status.code == 404 => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// An error and what caused it.
