@@ -372,9 +372,14 @@ impl Server {
 
     /// Ends the streams of those for which `whom` holds. They come back.
     pub fn disconnect(&self, whom: impl Fn(&ClientStatus) -> bool) {
-        let store = self.0.read();
         let clients: Vec<_> = locked(&self.0.clients).values().cloned().collect();
-        clients.iter().filter(|c| whom(&c.status(&store))).for_each(|c| c.end());
+        for client in clients {
+            // The caller's function may ask this server for more.
+            let status = client.status(&self.0.read());
+            if whom(&status) {
+                client.end();
+            }
+        }
     }
 }
 

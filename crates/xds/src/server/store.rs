@@ -136,7 +136,8 @@ pub(crate) enum View<'a> {
     Never,
 }
 
-/// Decides by the scope of a resource whether a client gets it.
+/// Decides by the scope of a resource whether a client gets it. Called while the store is locked: it must be quick,
+/// and ask nothing of the server.
 pub type Interest = Arc<dyn Fn(&str) -> bool + Send + Sync>;
 
 impl Entry {
