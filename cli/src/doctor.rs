@@ -332,20 +332,27 @@ fn orphans(cluster: &Cluster) -> Result<Vec<Finding>> {
     Ok(found)
 }
 
-/// Other meshes that capture the same pods.
-fn others(cluster: &Cluster, namespaces: &[Value]) -> Result<Vec<Finding>> {
+/// The node agents of other meshes that capture the same pods.
+///
+/// # Errors
+/// The API server can't be asked.
+pub fn rivals(cluster: &Cluster) -> Result<Vec<String>> {
     let mut found = Vec::new();
     for set in cluster.list("/apis/apps/v1/daemonsets")? {
         let (namespace, name) = (text(&set, "/metadata/namespace").to_owned(), name(&set));
         if namespace != cluster.system && ["istio-cni-node", "ztunnel"].contains(&name) {
-            found.push(Finding::new(
-                "other meshes",
-                Grade::Problem,
-                format!("there is a DaemonSet {name} in namespace {namespace}"),
-                "two node agents would both capture pods with the label istio.io/dataplane-mode: remove one",
-            ));
+            found.push(format!("DaemonSet {name} in namespace {namespace}"));
         }
     }
+    Ok(found)
+}
+
+/// Other meshes that capture the same pods.
+fn others(cluster: &Cluster, namespaces: &[Value]) -> Result<Vec<Finding>> {
+    let remedy = "two node agents would both capture pods with the label istio.io/dataplane-mode: remove one";
+    let finding =
+        |rival: String| Finding::new("other meshes", Grade::Problem, format!("there is a {rival}"), remedy);
+    let mut found: Vec<_> = rivals(cluster)?.into_iter().map(finding).collect();
     for namespace in namespaces {
         let label = |key: &str| {
             namespace.pointer("/metadata/labels").and_then(|l| l.get(key)).and_then(Value::as_str)

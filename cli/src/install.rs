@@ -20,6 +20,7 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use crate::cluster::{Cluster, ClusterArgs};
+use crate::doctor;
 use crate::health::{self, Check, State};
 use crate::status::{self, MODE};
 use crate::table::print;
@@ -139,6 +140,9 @@ pub fn install(args: &InstallArgs) -> Result<ExitCode> {
         );
     }
     refuse_old_server(&cluster)?;
+    for rival in doctor::rivals(&cluster)? {
+        print(&format!("note: there is a {rival}: pods must not be captured twice, see `culvert doctor`\n"))?;
+    }
     change(&cluster, &helm, &args.change, &[])
 }
 

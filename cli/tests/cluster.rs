@@ -181,6 +181,7 @@ fn the_commands_work_on_a_real_api_server() {
     let Some(server) = Server::start() else { return };
     before_an_installation(&server);
     installing(&server);
+    pods_in_trouble(&server);
     the_node_agent_is_held_to_its_node(&server);
     definitions(&server);
     looking_at_the_cluster(&server);
@@ -202,11 +203,23 @@ fn before_an_installation(server: &Server) {
 }
 
 fn installing(server: &Server) {
+    let labels = json!({"app": "ztunnel"});
+    let rival = json!({"apiVersion": "apps/v1", "kind": "DaemonSet",
+                       "metadata": {"name": "ztunnel", "namespace": "kube-system"},
+                       "spec": {"selector": {"matchLabels": labels}, "template": {"metadata": {"labels": labels},
+                                "spec": {"containers": [{"name": "main", "image": "main"}]}}}});
+    server.apply(&rival).unwrap();
     let dry = server.expect(0, &["would apply sidecars", "kind: DaemonSet"], &["install", "--dry-run"]);
     assert!(!dry.contains("applied"), "{dry}");
     // Nobody answers the webhook here.
     let arguments = ["install", "--set", "webhook.enabled=false,clusterId=here", "--timeout", "3s"];
-    let words = ["applied 15 custom resource definitions", "waiting", "the mesh is not ready", "--timeout"];
+    let words = [
+        "DaemonSet ztunnel in namespace kube-system",
+        "applied 15 custom resource definitions",
+        "waiting",
+        "the mesh is not ready",
+        "--timeout",
+    ];
     server.expect(1, &words, &arguments);
     server.expect(2, &["culvert upgrade"], &["install"]);
     let upgraded =
@@ -215,6 +228,26 @@ fn installing(server: &Server) {
     let output = server.kubectl(&["-n", "culvert-system", "get", "deployment", "culvertd", "-o", "json"]);
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.contains("--cluster-id=here") && text.contains("debug"), "values were forgotten: {text}");
+}
+
+/// Pods that don't start say why, and what to do.
+fn pods_in_trouble(server: &Server) {
+    server.apply(&pod("culvert-system", "trouble", &json!({"app": "culvertd"}), &json!({}))).unwrap();
+    let of = |reason: &str| {
+        json!({"phase": "Pending", "conditions": [{"type": "Ready", "status": "False"}],
+               "containerStatuses": [{"name": "main", "image": "", "imageID": "", "ready": false, "restartCount": 1,
+                                      "state": {"waiting": {"reason": reason, "message": "because"}}}]})
+    };
+    server.status("pod/trouble", &of("ImagePullBackOff"));
+    server.expect(1, &["pod trouble", "ImagePullBackOff: because", "image.pullSecrets"], &["status"]);
+    server.status("pod/trouble", &of("CrashLoopBackOff"));
+    server.expect(1, &["kubectl logs -n culvert-system trouble --previous"], &["status"]);
+    let unscheduled =
+        json!({"conditions": [{"type": "PodScheduled", "status": "False", "message": "no room"}]});
+    server.status("pod/trouble", &unscheduled);
+    server.expect(1, &["no room", "nodeSelector"], &["verify-install", "--timeout", "0s"]);
+    let delete = ["-n", "culvert-system", "delete", "pod", "trouble", "--force", "--grace-period=0"];
+    assert!(server.kubectl(&delete).status.success());
 }
 
 /// What the agent's account may do of what its role can't tell apart.
