@@ -22,7 +22,12 @@ fn field(message: &str, f: &FieldDescriptorProto) -> String {
 fn of_message(path: &str, m: &DescriptorProto, out: &mut Vec<String>) {
     let path = format!("{path}.{}", m.name());
     out.extend(m.field.iter().filter(|f| f.number() < OWN).map(|f| field(&path, f)));
-    m.nested_type.iter().for_each(|n| of_message(&path, n, out));
+    // A map of our own has a message of its own for the entries.
+    let own = |n: &DescriptorProto| {
+        let entry = format!(".{path}.{}", n.name());
+        m.field.iter().any(|f| f.number() >= OWN && f.type_name() == entry)
+    };
+    m.nested_type.iter().filter(|n| !own(n)).for_each(|n| of_message(&path, n, out));
     m.enum_type.iter().for_each(|e| of_enum(&path, e, out));
 }
 
@@ -31,10 +36,10 @@ fn of_enum(path: &str, e: &EnumDescriptorProto, out: &mut Vec<String>) {
 }
 
 /// `root` and `files` are those of `build.rs`; the same function wrote the facts, of Istio's own files.
-fn described(root: &str, files: &[&str]) -> Vec<String> {
+fn described(root: &str, files: &[&str], package: &str) -> Vec<String> {
     let set = protox::compile(files, [root]).unwrap();
     let mut out = Vec::new();
-    for file in set.file.iter().filter(|f| f.package().starts_with("istio")) {
+    for file in set.file.iter().filter(|f| f.package().starts_with(package)) {
         file.message_type.iter().for_each(|m| of_message(file.package(), m, &mut out));
         file.enum_type.iter().for_each(|e| of_enum(file.package(), e, &mut out));
     }
@@ -47,11 +52,23 @@ fn the_messages_have_the_fields_of_istio() {
     let ours = described(
         concat!(env!("CARGO_MANIFEST_DIR"), "/proto"),
         &["istio/workload.proto", "istio/authorization.proto", "istio/zds.proto", "istio/ca.proto"],
+        "istio",
     );
     let facts: Vec<&str> = include_str!("data/fields.txt").lines().collect();
     let missing: Vec<_> = facts.iter().filter(|f| !ours.iter().any(|o| o == *f)).collect();
     let invented: Vec<_> = ours.iter().filter(|o| !facts.contains(&o.as_str())).collect();
     assert!(missing.is_empty() && invented.is_empty(), "missing: {missing:#?}\ninvented: {invented:#?}");
+}
+
+/// Of Envoy's messages only some fields are here. These are they, taken down from `api/envoy/service/discovery/v3` and
+/// `api/envoy/config/core/v3` of Envoy and from `google/rpc`.
+#[test]
+fn the_messages_of_discovery_have_numbers_and_types_of_envoy() {
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/proto");
+    let files = ["envoy/service/discovery/v3/discovery.proto", "google/rpc/status.proto"];
+    let ours = [described(root, &files, "envoy"), described(root, &files, "google.rpc")].concat();
+    let facts: Vec<&str> = include_str!("data/discovery.txt").lines().collect();
+    assert_eq!(ours, facts);
 }
 
 /// Writes the facts anew: `UPSTREAM=<root>:<file>,<file> cargo test -p proto --test fields -- --ignored --nocapture`.
@@ -60,7 +77,7 @@ fn the_messages_have_the_fields_of_istio() {
 fn print_facts() {
     let upstream = std::env::var("UPSTREAM").unwrap();
     let (root, files) = upstream.split_once(':').unwrap();
-    for line in described(root, &files.split(',').collect::<Vec<_>>()) {
+    for line in described(root, &files.split(',').collect::<Vec<_>>(), "istio") {
         println!("{line}");
     }
 }
