@@ -31,6 +31,8 @@ use tokio::sync::watch;
 use super::{Place, Update};
 use crate::state::State;
 
+/// Changes that are worth a look for what is no longer shared.
+const SWEEP_LEAST: usize = 1000;
 /// Reasons for refusals that are kept for the admin page; more are counted.
 const SHOWN: usize = 100;
 
@@ -99,6 +101,8 @@ pub struct Xds {
     state: Arc<State>,
     status: Arc<XdsStatus>,
     decoder: Decoder,
+    /// Resources that were read or removed since what the decoder shares was last looked through.
+    unswept: usize,
     /// What holds where the control plane says nothing of the mesh's settings.
     defaults: Settings,
     whole: Whole,
@@ -139,6 +143,7 @@ impl Xds {
             state,
             status: Arc::new(status),
             decoder: Decoder::new(elided),
+            unswept: 0,
             defaults,
             whole: Whole::default(),
             open: None,
@@ -182,8 +187,13 @@ impl Xds {
 
     /// The last update is in force: says so to the control plane, or what of it is not.
     pub fn applied(&mut self) {
-        self.decoder.sweep();
         let Some((batch, rejections)) = self.open.take() else { return };
+        self.unswept += batch.resources.len() + batch.removed.len();
+        // It looks through all that is shared: as often as a good part of it may have gone.
+        if self.unswept > SWEEP_LEAST.max(self.state.mesh().workload_count() / 4) {
+            self.decoder.sweep();
+            self.unswept = 0;
+        }
         self.status.updates.fetch_add(1, Ordering::Relaxed);
         let is_complete = self.whole.policies && self.whole.addresses;
         let began = is_complete && !self.status.is_complete.swap(is_complete, Ordering::Relaxed);

@@ -84,3 +84,46 @@ async fn a_successor_works_by_what_was_kept_until_the_control_plane_is_back() {
     // The policy went while the control plane was away.
     eventually("what is gone is no longer enforced", async || ask(&old, to).await.is_ok()).await;
 }
+
+#[tokio::test]
+#[ignore = "takes long: what 100,000 workloads take of a ztunnel"]
+async fn a_hundred_thousand_workloads() {
+    if !root_or_skip("100,000 workloads") {
+        return;
+    }
+    let mut cluster = Cluster::build(&[("a", &["client", "web"])]);
+    cluster.tell_all();
+    let one = cluster.workload("web");
+    for index in 0..100_000_u32 {
+        let [_, b, c, d] = index.to_be_bytes();
+        let name = format!("app-{}-{index}", index / 20);
+        let workload = model::Workload {
+            uid: format!("Kubernetes//Pod/ns-{}/{name}", index / 500).into(),
+            name: name.as_str().into(),
+            namespace: format!("ns-{}", index / 500).into(),
+            service_account: format!("app-{}", index / 20).into(),
+            addresses: [std::net::IpAddr::from([11, b, c, d])].into(),
+            node: format!("node-{}", index % 2000).into(),
+            canonical_name: format!("app-{}", index / 20).into(),
+            workload_name: format!("app-{}", index / 20).into(),
+            ..one.clone()
+        };
+        cluster.control_plane.workload(&workload);
+    }
+    cluster.control_plane.server.ready();
+    let started = tokio::time::Instant::now();
+    cluster.run("a").await;
+    let resident = cluster.ztunnel("a").resident_kb();
+    println!("ready after {:?}, {resident} kB", started.elapsed());
+    assert!(resident < 160_000, "{resident} kB");
+    let started = tokio::time::Instant::now();
+    cluster.control_plane.workload(&model::Workload { canonical_name: "other".into(), ..one });
+    cluster.in_force().await;
+    println!("one change after {:?}", started.elapsed());
+    cluster.ztunnel_mut("a").signal(Signal::SIGKILL);
+    cluster.ztunnel_mut("a").ended().await;
+    cluster.kill_control_plane();
+    let started = tokio::time::Instant::now();
+    cluster.run("a").await;
+    println!("from kept state after {:?}, {} kB", started.elapsed(), cluster.ztunnel("a").resident_kb());
+}
