@@ -293,7 +293,8 @@ async fn follow<K: Send + 'static>(
     while let Some(event) = watch.next().await {
         match event {
             Ok(event) => {
-                if std::mem::take(&mut fails) {
+                // The watch begins anew before anybody has answered.
+                if !matches!(event, Event::Init) && std::mem::take(&mut fails) {
                     tracing::info!(what, "the API server answers again");
                 }
                 take(event);
