@@ -436,7 +436,7 @@ async fn one_that_floods_costs_others_nothing_and_is_ended_at_the_limit() {
         site.server.apply([set(ADDRESS, "a", &n.to_string())]);
         let began = tokio::time::Instant::now();
         proxy.until_has(ADDRESS, "a", &n.to_string()).await;
-        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+        assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
     }
     let status = end(stream).await;
     assert_eq!(status.code(), Code::ResourceExhausted);
@@ -494,23 +494,25 @@ async fn a_hundred_thousand_resources_arrive_in_parts_and_whole() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_burst_is_coalesced_and_a_lone_change_is_not_held_up() {
-    let site = Site::new(Config { coalesce: Duration::from_millis(200), ..config() }).await;
+    let coalesce = Duration::from_secs(1);
+    let site = Site::new(Config { coalesce, ..config() }).await;
     site.server.ready();
     let proxy = Proxy::start(settings(&[http(&site)]));
     let state = proxy.until(|s| s.complete.len() == 2).await;
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    tokio::time::sleep(coalesce * 12 / 10).await;
     let began = tokio::time::Instant::now();
     site.server.apply([set(ADDRESS, "alone", "1")]);
     proxy.until_has(ADDRESS, "alone", "1").await;
     let alone = began.elapsed();
-    assert!(alone < Duration::from_millis(150), "{alone:?}");
-    for n in 0..200 {
+    assert!(alone < coalesce * 8 / 10, "{alone:?}");
+    let began = tokio::time::Instant::now();
+    for n in 0..300 {
         site.server.apply([set(ADDRESS, &format!("name-{n}"), "1")]);
-        tokio::time::sleep(Duration::from_millis(2)).await;
+        tokio::time::sleep(Duration::from_millis(4)).await;
     }
-    let end = proxy.until_has(ADDRESS, "name-199", "1").await;
-    let updates = end.updates - state.updates - 1;
-    assert!((2..=8).contains(&updates), "{updates} updates for a burst of half a second");
+    let end = proxy.until_has(ADDRESS, "name-299", "1").await;
+    let (updates, seconds) = (end.updates - state.updates - 1, began.elapsed().as_secs_f64());
+    assert!(updates >= 2 && updates as f64 <= seconds + 2.0, "{updates} updates in {seconds} s");
 }
 
 fn state_settings(site: &Site, directory: &tempfile::TempDir) -> Settings {
