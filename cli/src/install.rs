@@ -181,9 +181,19 @@ fn change(cluster: &Cluster, helm: &Helm, args: &ChangeArgs, more: &[&str]) -> R
         print(&helm.upgrade(&args.release.release, directory.path(), &arguments)?)?;
         return Ok(ExitCode::SUCCESS);
     }
+    prepare_namespace(cluster)?;
     helm.upgrade(&args.release.release, directory.path(), &arguments)?;
     print(&format!("applied release {} in namespace {}\n", args.release.release, cluster.system))?;
     wait(cluster, args.release.waiting.timeout)
+}
+
+/// Makes the namespace, and lets it have pods that reach into their node, where pod security admission would refuse them.
+fn prepare_namespace(cluster: &Cluster) -> Result<()> {
+    let name = &cluster.system;
+    let labels = json!({"pod-security.kubernetes.io/enforce": "privileged"});
+    let namespace =
+        json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}});
+    cluster.apply(&format!("/api/v1/namespaces/{name}"), &namespace)
 }
 
 /// The oldest server that has what the chart uses.

@@ -221,6 +221,9 @@ fn installing(server: &Server) {
         "--timeout",
     ];
     server.expect(1, &words, &arguments);
+    let label = "jsonpath={.metadata.labels.pod-security\\.kubernetes\\.io/enforce}";
+    let output = server.kubectl(&["get", "namespace", "culvert-system", "-o", label]);
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "privileged");
     server.expect(2, &["culvert upgrade"], &["install"]);
     let upgraded =
         server.expect(1, &["applied release"], &["upgrade", "--timeout", "1s", "--set", "log.filter=debug"]);
