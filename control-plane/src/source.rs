@@ -324,7 +324,10 @@ impl Drop for Follower {
 fn is_stuck(error: &Error) -> bool {
     match error {
         Error::InitialListFailed(kube::Error::Api(status)) => status.code == 404,
-        Error::WatchStartFailed(kube::Error::Api(status)) => matches!(status.code, 404 | 410),
+        // The answer to a watch is read as its first event.
+        Error::WatchStartFailed(kube::Error::Api(status)) | Error::WatchFailed(kube::Error::Api(status)) => {
+            matches!(status.code, 404 | 410)
+        }
         _ => false,
     }
 }
@@ -421,6 +424,7 @@ mod tests {
             kube::Error::Api(Box::new(status))
         };
         assert!(is_stuck(&Error::WatchStartFailed(status(410))));
+        assert!(is_stuck(&Error::WatchFailed(status(410))));
         assert!(is_stuck(&Error::InitialListFailed(status(404))));
         assert!(!is_stuck(&Error::InitialListFailed(status(429))));
         assert!(!is_stuck(&Error::WatchStartFailed(status(503))));

@@ -8,13 +8,14 @@
     reason = "says that it was skipped; waits for other processes"
 )]
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
 use control_plane::push::TYPES;
 use proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
 use serde_json::{Value, json};
@@ -171,10 +172,11 @@ impl Cluster {
     }
 }
 
-/// The control plane.
+/// A control plane.
 struct Plane {
     _process: Process,
     grpc: SocketAddr,
+    webhook: SocketAddr,
     readiness: SocketAddr,
 }
 
@@ -188,15 +190,15 @@ impl Plane {
         for (flag, port) in flags.iter().zip(&ports) {
             culvertd.arg(format!("--{flag}-address={port}"));
         }
-        culvertd.args(["--pod-name", pod, "--log", "info"]);
+        // The Service's name is in the certificate: the API server calls the webhook by it.
+        culvertd.args(["--pod-name", pod, "--service", "localhost", "--log", "info"]);
         let process = Process::start(&mut culvertd, &cluster.at("culvertd.log"));
-        let plane = Self { _process: process, grpc: ports[0], readiness: ports[4] };
+        let plane = Self { _process: process, grpc: ports[0], webhook: ports[1], readiness: ports[4] };
         cluster.until("the control plane", || plane.is_ready());
         plane
     }
 
     fn is_ready(&self) -> bool {
-        use std::io::Read;
         let Ok(mut stream) = std::net::TcpStream::connect(self.readiness) else { return false };
         stream
             .write_all(b"GET /healthz/ready HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
@@ -233,7 +235,7 @@ impl Plane {
         let settings = Settings {
             addresses: vec![format!("https://{}", self.grpc)],
             root_file: Some(cluster.at("root.pem")),
-            server_name: Some("culvertd.culvert-system.svc".to_owned()),
+            server_name: Some("localhost".to_owned()),
             token_file: Some(cluster.at("token")),
             node: node.node(),
             types: TYPES.to_vec(),
@@ -315,11 +317,7 @@ async fn from_kubectl_to_a_proxy_to_the_policys_status_and_through_the_api_serve
     cluster.until("the root in every namespace", root);
     let mut updates = plane.proxy(&cluster, "ztunnel-a");
     until_named(&mut updates, ADDRESS_TYPE_URL, "Kubernetes//Pod/shop/a").await.ack();
-    let crds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/charts/culvert/crds");
-    for crd in ["authorizationpolicies", "peerauthentications"] {
-        let file = crds.join(format!("{crd}.security.istio.io.yaml"));
-        cluster.kubectl(&["apply", "--server-side", "-f", file.to_str().unwrap()], "").unwrap();
-    }
+    apply_crds(&cluster);
     let manifest = policy("ALLOW").to_string();
     cluster.until("the CRD", || cluster.kubectl(&["apply", "-f", "-"], &manifest).is_ok());
     until_named(&mut updates, AUTHORIZATION_TYPE_URL, "shop/p").await.ack();
@@ -351,4 +349,88 @@ async fn from_kubectl_to_a_proxy_to_the_policys_status_and_through_the_api_serve
     assert_eq!((update.type_url, names), (ADDRESS_TYPE_URL, vec!["Kubernetes//Pod/shop/b"]));
     assert!(update.removed.is_empty());
     update.ack();
+}
+
+/// Has the API server ask a control plane about policies.
+fn configure_webhook(cluster: &Cluster, plane: &Plane) {
+    let root =
+        ["get", "configmap", "-n", "shop", "istio-ca-root-cert", "-o", "jsonpath={.data.root-cert\\.pem}"];
+    let root = cluster.kubectl(&root, "").unwrap();
+    let bundle = base64::engine::general_purpose::STANDARD.encode(root);
+    cluster.apply(&json!({
+        "apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingWebhookConfiguration",
+        "metadata": { "name": "culvert-validator" },
+        "webhooks": [{
+            "name": "validation.culvert.dev", "sideEffects": "None", "admissionReviewVersions": ["v1"],
+            "failurePolicy": "Fail", "timeoutSeconds": 5,
+            "clientConfig": {
+                "url": format!("https://localhost:{}/validate", plane.webhook.port()), "caBundle": bundle,
+            },
+            "rules": [{
+                "apiGroups": ["security.istio.io"], "apiVersions": ["*"], "operations": ["CREATE", "UPDATE"],
+                "resources": ["*"],
+            }],
+        }],
+    }));
+}
+
+fn apply_crds(cluster: &Cluster) {
+    let crds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/charts/culvert/crds");
+    for crd in ["authorizationpolicies", "peerauthentications"] {
+        let file = crds.join(format!("{crd}.security.istio.io.yaml"));
+        cluster.kubectl(&["apply", "--server-side", "-f", file.to_str().unwrap()], "").unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_of_two_leads_and_the_webhook_fails_closed_when_it_is_gone() {
+    let Some(cluster) = Cluster::start() else { return };
+    fill(&cluster);
+    apply_crds(&cluster);
+    let first = Plane::start(&cluster, "culvertd-a");
+    let root = || cluster.kubectl(&["get", "configmap", "-n", "shop", "istio-ca-root-cert"], "").is_ok();
+    cluster.until("the root in every namespace", root);
+    let second = Plane::start(&cluster, "culvertd-b");
+    let leader = || {
+        let lease = [
+            "get",
+            "lease",
+            "-n",
+            "culvert-system",
+            "culvertd-leader",
+            "-o",
+            "jsonpath={.spec.holderIdentity}",
+        ];
+        cluster.kubectl(&lease, "").unwrap_or_default()
+    };
+    assert!(leader().starts_with("culvertd-a_"), "{}", leader());
+
+    configure_webhook(&cluster, &first);
+    let mut bad = policy("DENY");
+    bad["spec"]["rules"] = json!([{ "from": [{ "source": { "ipBlocks": ["10.0.0.0/99"] } }] }]);
+    let refused = || cluster.kubectl(&["apply", "-f", "-"], &bad.to_string()).unwrap_err();
+    // The configuration takes a moment to be in force.
+    cluster.until("a refusal", || {
+        let admitted = cluster.kubectl(&["apply", "-f", "-"], &bad.to_string()).is_ok();
+        if admitted {
+            cluster.kubectl(&["delete", "authorizationpolicy", "-n", "shop", "p"], "").unwrap();
+        }
+        !admitted
+    });
+    assert!(refused().contains("is neither an IP address nor a range"), "{}", refused());
+    cluster.apply(&policy("ALLOW"));
+
+    // The one that leads dies. What it reviewed can't be changed; the other takes over, and writes.
+    drop(first);
+    let gone = cluster.kubectl(&["apply", "-f", "-"], &policy("DENY").to_string()).unwrap_err();
+    assert!(gone.contains("failed calling webhook"), "{gone}");
+    cluster.until("another leader", || leader().starts_with("culvertd-b_"));
+    configure_webhook(&cluster, &second);
+    let manifest = policy("DENY").to_string();
+    cluster.until("the other's review", || cluster.kubectl(&["apply", "-f", "-"], &manifest).is_ok());
+    let mut updates = second.proxy(&cluster, "ztunnel-a");
+    until_named(&mut updates, AUTHORIZATION_TYPE_URL, "shop/p").await.ack();
+    until_named(&mut updates, ADDRESS_TYPE_URL, "Kubernetes//Pod/shop/a").await.ack();
+    let enforced = || cluster.condition("p", "Enforced").is_some_and(|(status, ..)| status == "True");
+    cluster.until("Enforced", enforced);
 }
