@@ -40,7 +40,8 @@ pub fn start(lab: &Lab, node: &Node) -> Result<()> {
 pub fn power_off(lab: &Lab, node: &Node) -> Result<()> {
     // The death of `unshare` kills process 1, and with it all of the process namespace.
     Recorded::named(lab, node.name).end()?;
-    disconnect(node)
+    disconnect(node)?;
+    remove_cgroups(node)
 }
 
 /// Off and on again.
@@ -166,19 +167,22 @@ fn mount_points(lab: &Lab) -> Result<()> {
 /// # Errors
 /// A cgroup still has processes.
 pub fn sweep(lab: &Lab) -> Result<()> {
-    for node in &NODES {
-        for tree in cgroup_trees() {
-            let group = tree.join(node.cgroup());
-            // The kernel takes a moment to see that the last process is gone.
-            wait_for(&format!("the end of {}", group.display()), Duration::from_secs(10), || {
-                Ok(remove_groups(&group).map_err(|e| e.to_string()))
-            })?;
-        }
-    }
+    NODES.iter().try_for_each(remove_cgroups)?;
     let made = fs::read_to_string(lab.run(MADE)).unwrap_or_default();
     for path in made.lines().rev() {
         // Somebody else may have put something into it: then it is theirs.
         let _ = fs::remove_dir(path);
+    }
+    Ok(())
+}
+
+fn remove_cgroups(node: &Node) -> Result<()> {
+    for tree in cgroup_trees() {
+        let group = tree.join(node.cgroup());
+        // The kernel takes a moment to see that the last process is gone.
+        wait_for(&format!("the end of {}", group.display()), Duration::from_secs(10), || {
+            Ok(remove_groups(&group).map_err(|e| e.to_string()))
+        })?;
     }
     Ok(())
 }
