@@ -26,7 +26,7 @@ mod release;
 mod restore;
 mod slot;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -108,6 +108,8 @@ pub struct Node {
     slots: Mutex<HashMap<String, Arc<Slot>>>,
     /// When annotations are written again, by uid.
     annotations: Mutex<HashMap<String, reconcile::Writing>>,
+    /// Excluded namespaces with labels, which users were told of.
+    said_excluded: Mutex<HashSet<String>>,
     at_once: Arc<Semaphore>,
     wake: Notify,
 }
@@ -126,6 +128,7 @@ impl Node {
             parts,
             slots: Mutex::default(),
             annotations: Mutex::default(),
+            said_excluded: Mutex::default(),
             at_once: Arc::new(Semaphore::new(AT_ONCE)),
             wake: Notify::new(),
         }

@@ -13,6 +13,8 @@ pub const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
 /// What tells the control plane that a pod speaks HBONE.
 pub const REDIRECTION: &str = "ambient.istio.io/redirection";
 const SIDECAR: &str = "sidecar.istio.io/status";
+/// Of a static pod's mirror: the uid by which the kubelet, the runtime and the control groups know the pod.
+const MIRROR: &str = "kubernetes.io/config.mirror";
 
 /// Annotations that say what of a pod's traffic is captured, beside those with [`CAPTURE_PREFIX`].
 const CAPTURE: [&str; 3] = [
@@ -30,6 +32,8 @@ const PROBE_PORTS: usize = 64;
 pub struct Pod {
     /// Who it is.
     pub identity: PodIdentity,
+    /// The uid that the node knows it by, where that is another: of a static pod.
+    pub static_uid: Option<String>,
     /// Its own [`DATAPLANE_MODE`].
     pub mode: Option<String>,
     /// Whether it is in the node's network namespace.
@@ -90,6 +94,7 @@ impl Pod {
                 name: text(&metadata.name),
                 service_account: account.unwrap_or_else(|| "default".to_owned()),
             },
+            static_uid: annotations.get(MIRROR).cloned(),
             mode: label(DATAPLANE_MODE),
             host_network: spec.and_then(|spec| spec.host_network).unwrap_or(false),
             sidecar: annotations.contains_key(SIDECAR),
@@ -126,6 +131,12 @@ impl Pod {
         } else {
             Standing::InMesh
         }
+    }
+
+    /// The uid that the kubelet and the container runtime know it by.
+    #[must_use]
+    pub fn node_uid(&self) -> &str {
+        self.static_uid.as_deref().unwrap_or(&self.identity.uid)
     }
 
     /// `namespace/name`.

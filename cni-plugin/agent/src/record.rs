@@ -30,6 +30,9 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 pub struct Entry {
     /// Its uid.
     pub uid: String,
+    /// The uid that the node knows it by, where that is another.
+    #[serde(default)]
+    pub static_uid: Option<String>,
     /// Its namespace.
     pub namespace: String,
     /// Its name.
@@ -250,6 +253,7 @@ mod tests {
     fn entry(uid: &str) -> Entry {
         Entry {
             uid: uid.to_owned(),
+            static_uid: None,
             namespace: "shop".to_owned(),
             name: "web".to_owned(),
             service_account: "default".to_owned(),

@@ -156,7 +156,7 @@ impl Node {
             ))
         })?;
         match found {
-            Some(pod) if request.pod_uid.is_empty() || pod.identity.uid == request.pod_uid => {
+            Some(pod) if request.pod_uid.is_empty() || pod.node_uid() == request.pod_uid => {
                 // The watch will say the same, or something newer.
                 self.parts.cluster.update(|view| {
                     view.pods.entry(pod.identity.uid.clone()).or_insert_with(|| pod.clone());

@@ -123,6 +123,7 @@ impl Node {
         let identity = pod.identity.clone();
         Entry {
             uid: identity.uid,
+            static_uid: pod.static_uid.clone(),
             namespace: identity.namespace,
             name: identity.name,
             service_account: identity.service_account,
@@ -151,7 +152,7 @@ impl Node {
     /// Finds a pod that runs already, and puts it into the mesh. The caller holds the slot's work.
     pub(super) async fn adopt(&self, slot: &Arc<Slot>, pod: Pod, processes: Arc<netns::Processes>) {
         let known = slot.inner().netns.clone();
-        let (uid, addresses) = (slot.uid.clone(), pod.addresses.clone());
+        let (uid, addresses) = (pod.node_uid().to_owned(), pod.addresses.clone());
         let found = tokio::task::spawn_blocking(move || match known {
             Some(netns) if netns::check(&netns, &addresses).is_ok() => Ok(netns),
             _ => processes.netns_of(&uid, &addresses),

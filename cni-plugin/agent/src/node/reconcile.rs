@@ -90,7 +90,8 @@ impl Node {
                     }
                     State::Leaving { .. } => {}
                 },
-                (_, None) => {}
+                (false, None) => self.say_excluded(pod, view),
+                (true, None) => {}
             }
         }
         if to_adopt.is_empty() {
@@ -102,6 +103,24 @@ impl Node {
         for (slot, pod) in to_adopt {
             let processes = processes.clone();
             self.work(&slot, |node, slot| async move { node.adopt(&slot, pod, processes).await });
+        }
+    }
+
+    /// A label in an excluded namespace does nothing, which is said once for each namespace.
+    fn say_excluded(self: &Arc<Self>, pod: &Pod, view: &View) {
+        let namespace = &pod.identity.namespace;
+        let is_labelled = pod.mode.as_deref() == Some("ambient") || view.mode(namespace) == Some("ambient");
+        if !is_labelled || pod.host_network || !self.parts.places.excluded.contains(namespace) {
+            return;
+        }
+        let mut said = self.said_excluded.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if said.insert(namespace.clone()) {
+            let note = "labelled istio.io/dataplane-mode=ambient, and not in the mesh: its namespace is excluded \
+                        (--exclude-namespaces of culvert-node)";
+            tracing::warn!(pod = pod.full_name(), note);
+            let notice = Notice { reason: "NamespaceExcluded", note: note.to_owned(), warning: true };
+            let (node, identity) = (self.clone(), pod.identity.clone());
+            tokio::spawn(async move { node.parts.api.notify(&identity, notice).await });
         }
     }
 

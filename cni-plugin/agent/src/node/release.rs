@@ -25,7 +25,7 @@ impl Node {
                 // The pod may have another sandbox by now.
                 (Some(container), ..) => *container == request.container_id,
                 (None, Some(ours), Some(its)) => ours.same(its),
-                (None, ..) => slot.uid == request.pod_uid,
+                (None, ..) => inner.pod.node_uid() == request.pod_uid,
             }
         };
         if let Some(slot) = self.all_slots().iter().find(is_meant) {

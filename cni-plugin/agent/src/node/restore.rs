@@ -84,6 +84,7 @@ impl Node {
         self.parts.metrics.event("restore");
         let pod = Pod {
             identity,
+            static_uid: entry.static_uid.clone(),
             mode: None,
             host_network: false,
             sidecar: false,
@@ -112,7 +113,8 @@ pub(super) fn find(entry: &Entry, processes: &Processes) -> Result<Netns, Found>
         Err(error) => return Err(Found::Unknown(error.to_string())),
     };
     let by_process = || {
-        let netns = processes.netns_of(&entry.uid, &entry.addresses).ok()?;
+        let netns =
+            processes.netns_of(entry.static_uid.as_ref().unwrap_or(&entry.uid), &entry.addresses).ok()?;
         (netns.id().inode() == entry.inode).then_some(netns)
     };
     let netns = by_path.or_else(by_process).ok_or(Found::Gone)?;

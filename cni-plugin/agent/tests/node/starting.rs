@@ -192,3 +192,32 @@ async fn sandboxes_that_are_gone_are_let_go_of() {
     let refusal = agent.node.check(&world.request("other")).await.unwrap_err();
     assert!(refusal.message.contains("not captured"), "{refusal:?}");
 }
+
+#[tokio::test]
+async fn static_pods_are_known_by_the_kubelets_uid_and_labels_of_excluded_namespaces_are_reported() {
+    if !root_or_skip(
+        "static pods are known by the kubelet's uid and labels of excluded namespaces are reported",
+    ) {
+        return;
+    }
+    let (world, mut agent) = world(Some("ambient")).await;
+    let ztunnel = FakeZtunnel::start(&world.socket()).await;
+    let hash = "0123456789abcdef0123456789abcdef";
+    world.server.change("web", |pod| pod.static_uid = Some(hash.to_owned()));
+    let mut request = world.request("web");
+    request.pod_uid = hash.to_owned();
+    assert_eq!(agent.add(request.clone()).await, Ok(Answer::Enrolled));
+    assert!(ztunnel.was_told(&format!("add {}", world.uid("web"))), "ztunnel is told the object's uid");
+    agent.node.check(&request).await.unwrap();
+
+    world.server.change("other", |pod| pod.identity.namespace = "kube-system".to_owned());
+    world.server.label("kube-system", Some("ambient"));
+    agent.run();
+    let told =
+        || world.server.notices.lock().unwrap().iter().filter(|n| n.reason == "NamespaceExcluded").count();
+    agent.until("told", || told() == 1).await;
+    tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+    assert_eq!(told(), 1, "once");
+    agent.node.del(&request);
+    assert_eq!(agent.state(&world.uid("web")), None);
+}
