@@ -45,6 +45,7 @@ pub const ALL: &[Scenario] = &[
     mesh("real", "nginx, Redis and curl, which know nothing of a mesh", workloads::real),
     mesh("rollout", "a rolling update under load loses no request", upgrade::rollout),
     mesh("away", "the control plane is away while pods come and go", faults::control_plane_away),
+    mesh("chain", "the primary CNI's configuration is rewritten without the plugin", faults::chain),
     mesh(
         "kills",
         "agent, ztunnel, containerd and kubelet killed at random, and never plaintext",

@@ -10,7 +10,7 @@ use super::{App, Stage};
 use crate::lab::{NODES, Node};
 use crate::mesh::{self, NAMESPACE};
 use crate::node;
-use crate::report::Clock;
+use crate::report::{Clock, wait_for};
 
 /// See [`super::ALL`].
 pub fn control_plane_away(stage: &Stage) -> Result<()> {
@@ -192,6 +192,34 @@ pub fn reboot(stage: &Stage) -> Result<()> {
         stage.talking("client").map(drop)
     })?;
     recovered(stage, &["client"])
+}
+
+/// See [`super::ALL`].
+pub fn chain(stage: &Stage) -> Result<()> {
+    const DIRECTORY: &str = "/etc/cni/net.d";
+    let [near, far] = NODES;
+    let lab = &stage.cluster.lab;
+    stage.label_in()?;
+    stage.serve(&[App::server("server").on(&far)])?;
+    // As an operator of the primary CNI does: writes its own file anew, and takes out what it does not know.
+    let rewrite = format!("cd {DIRECTORY} && sed -i s/1500/1450/ 10-bridge.conflist && rm -f *culvert*");
+    node::run(lab, &near, &["sh", "-c", &rewrite])?;
+    let clock = Clock::start();
+    wait_for("the plugin to be in the chain again", PATIENCE, || {
+        let ours = format!("cd {DIRECTORY} && grep -l 1450 *culvert*");
+        Ok(node::run(lab, &near, &["sh", "-c", &ours]).map_err(|e| e.to_string()))
+    })?;
+    stage.ok(&format!("the plugin is in the new configuration's chain, {}", clock.seconds()));
+    stage.nothing_in_plaintext(&far, || {
+        stage.start(&[App::client("client", &["-dial", "10@server:9000"]).on(&near)])?;
+        stage.talking("client").map(drop)
+    })?;
+    stage.enrolled(true)?;
+    let mtu = stage.exec("client", &["cat", "/sys/class/net/eth0/mtu"])?;
+    ensure!(mtu == "1450", "the pod has the old configuration's MTU: {mtu}");
+    stage.ok("a pod that is made then has the new configuration and is in the mesh from its start");
+    let back = format!("sed -i s/1450/1500/ {DIRECTORY}/10-bridge.conflist");
+    node::run(lab, &near, &["sh", "-c", &back]).map(drop)
 }
 
 /// What changes when a pod's containers are started anew.
