@@ -25,13 +25,23 @@ fn built(what: &mut Command) -> bool {
     what.output().is_ok_and(|output| output.status.success())
 }
 
+/// Whether a program is newer than its sources: a test run of the whole workspace has built it.
+fn is_newer(program: &Path, sources: &Path) -> bool {
+    let modified = |path: &Path| path.metadata().and_then(|there| there.modified()).ok();
+    let newest =
+        std::fs::read_dir(sources).unwrap().map(|entry| modified(&entry.unwrap().path())).max().flatten();
+    modified(program).is_some_and(|built| newest.is_some_and(|changed| built > changed))
+}
+
 /// The directory with the plugin, and cnitool; `None` where there is no Go, no way to its modules, or no primary plugin.
 fn programs() -> Option<&'static (PathBuf, PathBuf)> {
     static PROGRAMS: OnceLock<Option<(PathBuf, PathBuf)>> = OnceLock::new();
     let find = || {
         let plugin = target().join("culvert-cni");
         let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-        if !built(Command::new(env!("CARGO")).args(["build", "-p", "cni-plugin"]).current_dir(workspace)) {
+        if !is_newer(&plugin, &workspace.join("cni-plugin/plugin/src"))
+            && !built(Command::new(env!("CARGO")).args(["build", "-p", "cni-plugin"]).current_dir(workspace))
+        {
             return None;
         }
         let tool = target().join("cnitool");
