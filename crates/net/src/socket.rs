@@ -89,7 +89,8 @@ impl Default for ListenOptions {
 pub struct ConnectOptions {
     /// The address to come from. It need not be the namespace's own (`IP_TRANSPARENT`; needs
     /// `CAP_NET_ADMIN`). With port 0 the kernel picks the port at `connect`, when it knows the whole tuple,
-    /// so that ports don't run out (`IP_BIND_ADDRESS_NO_PORT`).
+    /// so that ports don't run out (`IP_BIND_ADDRESS_NO_PORT`). Another port may be shared by connections to several
+    /// destinations.
     pub source: Option<SocketAddr>,
     /// The mark of what is sent (`SO_MARK`; needs `CAP_NET_ADMIN`).
     pub mark: Option<u32>,
@@ -296,6 +297,9 @@ fn outgoing(netns: &Netns, options: &ConnectOptions, target: SocketAddr) -> Resu
         if source.port() == 0 {
             setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)
                 .at(Step::Option("IP_BIND_ADDRESS_NO_PORT"))?;
+        } else {
+            // Others may have the port towards other destinations; `connect` fails where the whole tuple is taken.
+            socket.set_reuse_address(true).at(Step::Option("SO_REUSEADDR"))?;
         }
         socket.bind(&source.into()).at(Step::Bind)?;
     }

@@ -7,9 +7,13 @@ use std::time::Duration;
 
 use harness::netns::{Host, root_or_skip};
 use nix::sys::signal::Signal;
+use tokio::time::Instant;
 
 use crate::lab::traffic::{PORT, ask, serve, talk};
 use crate::lab::{Cluster, Options};
+
+/// A connection that takes longer lost packets again and again.
+const SLOW: Duration = Duration::from_secs(8);
 
 /// New connections, one after the other, from several tasks, until told to end.
 struct Load {
@@ -26,7 +30,12 @@ impl Load {
             tokio::spawn(async move {
                 let mut failures = Vec::new();
                 while !end.load(Ordering::Relaxed) {
-                    match ask(&from, to).await {
+                    let started = Instant::now();
+                    let asked = ask(&from, to).await;
+                    if started.elapsed() > SLOW {
+                        failures.push(format!("it took {:?}", started.elapsed()));
+                    }
+                    match asked {
                         Ok(_) => drop(done.fetch_add(1, Ordering::Relaxed)),
                         Err(error) => failures.push(error.to_string()),
                     }
@@ -111,4 +120,19 @@ async fn no_connection_is_refused_while_one_ztunnel_takes_over_from_another() {
         // For the second turn of this test.
         cluster.run(node).await;
     }
+}
+
+/// Those that are delivered have the client's address too: with the port of one of its own they would be taken for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn plaintext_connections_of_one_client_don_t_disturb_each_other() {
+    if !root_or_skip("many plaintext connections") {
+        return;
+    }
+    let cluster = Cluster::start(&[("a", &["outside"]), ("b", &["web"])]).await;
+    let [web, old] = ["web", "outside"].map(|n| cluster.pod(n).clone());
+    let _server = serve(&web, PORT);
+    let load = Load::start(8, &old, SocketAddr::new(web.ipv4.into(), PORT));
+    load.more(4000).await;
+    let failures = load.failures().await;
+    assert!(failures.is_empty(), "{} failed, as {}", failures.len(), failures[0]);
 }
