@@ -18,6 +18,7 @@ use process::settings::Settings;
 use process::shutdown::Shutdown;
 use process::{admin as pages, http};
 use tokio::net::TcpListener;
+use tokio::task::JoinSet;
 
 use crate::chain::Chain;
 use crate::cluster::Cluster;
@@ -99,10 +100,12 @@ async fn serve(flags: &Flags, settings: &Settings, logs: &Logs) -> anyhow::Resul
     tokio::spawn(ztunnels.listen(&flags.zds_socket).context("--zds-socket")?);
     make_room(&flags.plugin_socket)?;
     let requests = plugin::routes(&node, &readiness, &counters);
-    tokio::spawn(plugin::listen(&flags.plugin_socket, requests).context("--plugin-socket")?);
-    tokio::spawn(installation(flags, counters)?.keep(in_place));
+    // What changes the node: it ends before that is cleaned up, or it would put everything back.
+    let mut work = JoinSet::new();
+    work.spawn(plugin::listen(&flags.plugin_socket, requests).context("--plugin-socket")?);
+    work.spawn(installation(flags, counters)?.keep(in_place));
     follow(flags, &kubernetes, &cluster, &readiness, &ztunnels);
-    tokio::spawn(node.clone().run(move |_| {
+    work.spawn(node.clone().run(move |_| {
         if cluster.view().is_complete() {
             watched.holds();
         }
@@ -116,6 +119,7 @@ async fn serve(flags: &Flags, settings: &Settings, logs: &Logs) -> anyhow::Resul
         tracing::info!("the DaemonSet is deleted: this is the last agent of this node");
     }
     if flags.cleanup || last {
+        work.shutdown().await;
         clean_up(flags).await?;
     }
     tracing::info!("stopped; the pods stay as they are");
