@@ -248,6 +248,15 @@ mod tests {
         assert_eq!(pod_of(&nested).as_deref(), Some(UID));
     }
 
+    proptest::proptest! {
+        #[test]
+        fn nothing_but_a_uid_is_found(text in "(0::|12:cpu:|:){0,2}[/:a-f0-9_.\\-pods\n]{0,120}") {
+            if let Some(uid) = pod_of(&text) {
+                assert!(is_uid(&uid) && text.replace('_', "-").contains(&uid), "{uid}");
+            }
+        }
+    }
+
     #[test]
     fn start_times_are_found_behind_strange_names() {
         let stat = "42 (a) b (c) S 1 42 42 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 987654 1 1";

@@ -199,4 +199,36 @@ mod tests {
             assert!(addresses(&mut json!({ "ips": [{ "address": bad }] })).is_err(), "{bad}");
         }
     }
+
+    /// JSON of the kind that plugins answer, right and wrong.
+    fn results() -> impl proptest::strategy::Strategy<Value = Value> {
+        use proptest::prelude::*;
+        let text = proptest::sample::select(vec!["10.0.0.2/24", "fd00::2/64", "x", "1.1.0", "0.3.1", "/"]);
+        let leaf =
+            prop_oneof![Just(Value::Null), any::<i64>().prop_map(Value::from), text.prop_map(Value::from)];
+        let names =
+            proptest::sample::select(vec!["ips", "address", "version", "cniVersion", "routes", "mtu"]);
+        leaf.prop_recursive(4, 32, 4, move |inner| {
+            let object = proptest::collection::vec((names.clone(), inner.clone()), 0..5);
+            let object =
+                object.prop_map(|fields| fields.into_iter().map(|(k, v)| (k.to_owned(), v)).collect());
+            prop_oneof![
+                proptest::collection::vec(inner, 0..4).prop_map(Value::Array),
+                object.prop_map(Value::Object)
+            ]
+        })
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_result_is_converted_or_refused(result in results()) {
+            for version in crate::network::VERSIONS {
+                if let Ok(mut converted) = in_version(result.clone(), version) {
+                    assert_eq!(converted["cniVersion"], version);
+                    assert_eq!(in_version(converted.clone(), version).unwrap(), converted);
+                    let _ = addresses(&mut converted);
+                }
+            }
+        }
+    }
 }

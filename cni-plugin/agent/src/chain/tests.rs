@@ -1,3 +1,5 @@
+use proptest::prelude::*;
+
 use super::*;
 
 const CALICO: &str = r#"{
@@ -202,4 +204,32 @@ fn removal_leaves_the_primary_alone() {
     directory.chain().remove().unwrap();
     assert_eq!(directory.names(), ["10-calico.conflist"]);
     directory.chain().remove().unwrap();
+}
+
+/// A good configuration with some bytes changed: some are still JSON.
+fn damaged() -> impl Strategy<Value = Vec<u8>> {
+    let changes = proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 0..4);
+    (proptest::sample::select(vec![CALICO, SINGLE]), changes).prop_map(|(text, changes)| {
+        let mut bytes = text.as_bytes().to_vec();
+        for (at, byte) in changes {
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+        }
+        bytes
+    })
+}
+
+proptest! {
+    #[test]
+    fn what_is_composed_ends_with_our_plugin_once_and_stays_as_it_is(content in damaged(), is_list: bool) {
+        let plugin = json!({ "type": PLUGIN, "agentSocket": "/x" });
+        if let Ok(composed) = compose(&content, is_list, &plugin) {
+            let list: Value = serde_json::from_slice(&composed).unwrap();
+            let plugins = list["plugins"].as_array().unwrap();
+            prop_assert!(plugins.len() > 1 && VERSIONS.contains(&list["cniVersion"].as_str().unwrap()));
+            prop_assert_eq!(plugins.iter().filter(|p| p["type"] == PLUGIN).count(), 1);
+            prop_assert_eq!(plugins.last(), Some(&plugin));
+            prop_assert_eq!(compose(&composed, true, &plugin), Ok(composed));
+        }
+    }
 }
