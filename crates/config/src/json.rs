@@ -23,6 +23,14 @@ use crate::tree::{Entry, Node, Position, Value};
 /// Nothing of JSON has a place that would mean something to people.
 const NOWHERE: Position = Position { line: 0, column: 0 };
 
+/// Values that nest deeper are not built: no field of any kind is that deep, and the reader of JSON gives up at 128,
+/// which would be the end of the whole list that the object is in. What stands for them is text ([`TOO_DEEP`]), which
+/// where a field is known is of the wrong type, and elsewhere is of no consequence: the field is an error by its name.
+const DEPTH: usize = 64;
+
+/// What stands for a value that nests too deep.
+const TOO_DEEP: &str = "(values that nest too deep)";
+
 /// What is told of a field that the schema of this name does not have.
 pub type Unknown<'u> = &'u dyn Fn(&'static str, &str);
 
@@ -78,7 +86,8 @@ impl<'de> DeserializeSeed<'de> for ObjectSeed<'_> {
         let spec = self.kind.spec().ok_or_else(|| D::Error::custom("a kind without a table of fields"))?;
         let checked = !spec.group.ends_with("istio.io");
         let notes = RefCell::default();
-        let seed = NodeSeed { schema: Some(spec.schema), checked, unknown: self.unknown, notes: &notes };
+        let seed =
+            NodeSeed { schema: Some(spec.schema), checked, depth: 0, unknown: self.unknown, notes: &notes };
         let mut node = seed.deserialize(deserializer)?;
         fill_in(&mut node, spec);
         Ok(Decoded { node, bookkeeping: notes.into_inner() })
@@ -105,6 +114,8 @@ struct NodeSeed<'u> {
     schema: Option<&'static Schema>,
     /// Whether the server has checked the fields, so that those that the schema lacks are left out.
     checked: bool,
+    /// How many values this one is in.
+    depth: usize,
     unknown: Unknown<'u>,
     notes: &'u RefCell<Bookkeeping>,
 }
@@ -195,6 +206,11 @@ impl<'de> DeserializeSeed<'de> for NodeSeed<'_> {
     type Value = Node<'static>;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        if self.depth >= DEPTH {
+            // Without recursion, however deep it is.
+            IgnoredAny::deserialize(deserializer)?;
+            return node(Value::String(TOO_DEEP.into()));
+        }
         deserializer.deserialize_any(self)
     }
 }
@@ -241,7 +257,8 @@ impl<'de> Visitor<'de> for NodeSeed<'_> {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
         let mut items = Vec::new();
-        while let Some(item) = seq.next_element_seed(self)? {
+        let inner = Self { depth: self.depth + 1, ..self };
+        while let Some(item) = seq.next_element_seed(inner)? {
             items.push(item);
         }
         node(Value::Sequence(items))
@@ -256,7 +273,7 @@ impl<'de> Visitor<'de> for NodeSeed<'_> {
                 }
                 Fate::Note(note) => note(&mut self.notes.borrow_mut(), map.next_value()?),
                 Fate::Keep { key, schema, checked } => {
-                    let value = map.next_value_seed(NodeSeed { schema, checked, ..self })?;
+                    let value = map.next_value_seed(NodeSeed { schema, checked, depth: self.depth + 1, ..self })?;
                     entries.push(Entry { key, position: NOWHERE, value });
                 }
             }

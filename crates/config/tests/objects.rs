@@ -338,3 +338,21 @@ fn namespaces_are_selected_by_their_labels() {
     let outcome = files.apply(&"mesh.json".into(), Content::Bytes(&text));
     assert_eq!(outcome.diagnostics[0].code, Code::FieldNotApplicable);
 }
+
+#[test]
+fn an_object_that_nests_without_end_is_one_bad_object_and_not_a_list_that_cannot_be_read() {
+    let deep = format!("{}{}", "[".repeat(1000), "]".repeat(1000));
+    let text = format!(
+        r#"{{"metadata": {{"name": "deep", "namespace": "shop", "resourceVersion": "1", "labels": {{"a": {deep}}}}},
+            "spec": {{"nobody": {deep}}}, "status": {deep}}}"#
+    );
+    let seed = ObjectSeed { kind: Kind::AuthorizationPolicy, unknown: &|_, _| () };
+    let decoded = seed.deserialize(&mut serde_json::Deserializer::from_str(&text)).unwrap();
+    let mut server = Server::new();
+    let origin: Arc<str> = "AuthorizationPolicy shop/deep".into();
+    let content = ObjectContent::Node { node: &decoded.node, version: "1", text: "" };
+    server.0.stage_object(&origin, content);
+    let outcome = server.0.commit();
+    assert!(server.codes(&origin).contains(&Code::UnknownField), "{:?}", outcome.diagnostics);
+    assert!(server.codes(&origin).contains(&Code::FailsClosed), "{:?}", outcome.diagnostics);
+}
