@@ -46,7 +46,8 @@ async fn a_hundred_thousand_pods_fit() {
         let objects: Box<dyn Iterator<Item = serde_json::Value>> = match kind {
             Kind::Pod => Box::new((0..PODS).map(|index| {
                 let address = format!("10.{}.{}.{}", index >> 16, (index >> 8) & 255, index & 255);
-                let mut pod = pod("shop", &format!("web-{index}-5f6d8c9b7-x2x4z"), &address, &format!("{index}"));
+                let mut pod =
+                    pod("shop", &format!("web-{index}-5f6d8c9b7-x2x4z"), &address, &format!("{index}"));
                 pod["metadata"]["labels"] = json!({ "app": format!("web-{}", index / 20), "version": "v1" });
                 pod["metadata"]["uid"] = json!(format!("b0a6a0a8-1111-4222-8333-{index:012}"));
                 pod["metadata"]["managedFields"] = json!([{ "manager": "kubelet", "x": "y".repeat(2000) }]);

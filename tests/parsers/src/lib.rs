@@ -7,6 +7,7 @@
 #![allow(clippy::panic, clippy::expect_used, clippy::unwrap_used, clippy::indexing_slicing)]
 
 mod config_files;
+mod config_objects;
 mod discovery;
 mod dns;
 mod identities;
@@ -30,11 +31,17 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 14] = [
+pub const TARGETS: [Target; 15] = [
     Target {
         name: "config_manifest",
         run: config_files::manifest,
         seeds: config_files::manifests,
+        cases: 6000,
+    },
+    Target {
+        name: "config_object",
+        run: config_objects::object,
+        seeds: config_objects::objects,
         cases: 6000,
     },
     Target { name: "spiffe_id", run: identities::spiffe_id, seeds: identities::spiffe_ids, cases: 20_000 },

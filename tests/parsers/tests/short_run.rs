@@ -40,6 +40,6 @@ macro_rules! short_runs {
 }
 
 short_runs! {
-    config_manifest spiffe_id ca_pem certificate signing_request tls_server tls_client
+    config_manifest config_object spiffe_id ca_pem certificate signing_request tls_server tls_client
     hbone_authority hbone_headers hbone_server hbone_client wds xds_requests dns_message
 }
