@@ -25,6 +25,13 @@ struct Pod {
     roots: Option<Arc<str>>,
 }
 
+impl Pod {
+    /// Whether its node may have the identity of its account.
+    fn is_counted(&self) -> bool {
+        !self.finished && !self.node.is_empty() && !self.account.is_empty()
+    }
+}
+
 #[derive(Default)]
 struct Table {
     ready: bool,
@@ -76,10 +83,9 @@ impl PodTable {
             let found = decoded.node.get(section).and_then(|s| s.get(field));
             found.and_then(Node::as_str).unwrap_or_default()
         };
-        let account = match text("spec", "serviceAccountName") {
-            "" => "default",
-            account => account,
-        };
+        // The server fills it in, but for the mirrors of a kubelet's own pods, which a kubelet may make in any namespace:
+        // they have no account, and must not give their node that of the namespace.
+        let account = text("spec", "serviceAccountName");
         let finished = matches!(text("status", "phase"), "Succeeded" | "Failed");
         let mut table = self.write();
         let pod = Pod {
@@ -140,14 +146,14 @@ impl Table {
     }
 
     fn enter(&mut self, namespace: &Arc<str>, pod: &Pod) {
-        if !pod.finished && !pod.node.is_empty() {
+        if pod.is_counted() {
             let key = (pod.node.clone(), namespace.clone(), pod.account.clone());
             *self.running.entry(key).or_default() += 1;
         }
     }
 
     fn leave(&mut self, namespace: &Arc<str>, pod: &Pod) {
-        if pod.finished || pod.node.is_empty() {
+        if !pod.is_counted() {
             return;
         }
         let key = (pod.node.clone(), namespace.clone(), pod.account.clone());
@@ -246,7 +252,17 @@ mod tests {
         assert_eq!(table.pod("shop", "b"), None);
         table.set(&ns, &b, &pod("3", "", "", "Pending"));
         let facts = table.pod("shop", "b").unwrap();
-        assert_eq!((facts.node, &*facts.service_account), (None, "default"));
+        assert_eq!((facts.node, &*facts.service_account), (None, ""));
+        assert!(table.read().running.is_empty());
+    }
+
+    #[test]
+    fn a_mirror_pod_gives_its_node_no_identity() {
+        let table = PodTable::default();
+        let (ns, a): (Arc<str>, Arc<str>) = ("shop".into(), "a-n1".into());
+        table.set(&ns, &a, &pod("1", "n1", "", "Running"));
+        assert!(!table.runs_on("n1", "shop", "default") && !table.runs_on("n1", "shop", ""));
+        table.remove(&ns, &a);
         assert!(table.read().running.is_empty());
     }
 }
