@@ -265,7 +265,10 @@ impl Follower {
                 }
                 Some(Ok(event)) => event,
             };
-            self.works(W::KIND);
+            // That a list is to begin is said before the server is asked for it.
+            if !matches!(event, watcher::Event::Init) {
+                self.works(W::KIND);
+            }
             let change = match event {
                 watcher::Event::Init => Change::Listing,
                 watcher::Event::InitDone => Change::Listed,
