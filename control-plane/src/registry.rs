@@ -473,7 +473,14 @@ impl Registry {
             _ => {}
         }
         if kind == Kind::ConfigMap {
-            self.repository.stage_object(&self.settings_origin(), ObjectContent::Gone);
+            // The defaults could be weaker than what was asked for, and of another trust domain.
+            let (namespace, name) = &self.settings.settings;
+            let reason = format!(
+                "the ConfigMap {namespace}/{name} is gone; the settings that it last had stay in force as long as this \
+                 control plane runs: make it anew"
+            );
+            let refused = ObjectContent::Refused(Code::FileUnreadable, &reason);
+            self.repository.stage_object(&self.settings_origin(), refused);
             return;
         }
         self.gone.extend(self.policies.remove(&known.origin));
@@ -589,7 +596,11 @@ impl Registry {
             }
         }
         let version = &decoded.bookkeeping.resource_version;
-        let mesh = text("mesh").unwrap_or_default();
+        let Some(mesh) = text("mesh") else {
+            let reason = "the ConfigMap has no key mesh: an empty one is the defaults, none at all a mistake";
+            self.repository.stage_object(&origin, ObjectContent::Refused(Code::MissingField, reason));
+            return;
+        };
         let name = &self.settings.settings.1;
         match settings_object(mesh, text("clusterDomain"), name) {
             Ok(node) => {

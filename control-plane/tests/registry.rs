@@ -114,6 +114,32 @@ fn objects_of_another_revision_are_not_read() {
 }
 
 #[test]
+fn settings_that_go_away_stay_in_force() {
+    let (mut registry, _) = registry();
+    first_lists(
+        &mut registry,
+        &[],
+        Some("outboundTrafficPolicy: {mode: REGISTRY_ONLY}\ntrustDomain: shop.example"),
+    );
+    other_lists(&mut registry, Vec::new());
+    registry.commit(Instant::now()).unwrap();
+    let held = registry.repository().settings().clone();
+    assert_eq!(held.trust_domains.own.to_string(), "shop.example");
+    let mut without = settings("", "2");
+    without["data"] = json!({ "mehs": "outboundTrafficPolicy: {mode: REGISTRY_ONLY}" });
+    for change in [set(Kind::ConfigMap, &without), gone(Kind::ConfigMap, "culvert-system", "culvert")] {
+        registry.take(change);
+        registry.commit(Instant::now()).unwrap();
+        assert_eq!(*registry.repository().settings(), held);
+        let said = registry.repository().about("ConfigMap culvert-system/culvert, key mesh");
+        assert!(said.iter().any(|d| d.severity == config::diagnostic::Severity::Error), "{said:?}");
+    }
+    registry.take(set(Kind::ConfigMap, &settings("trustDomain: other.example", "3")));
+    registry.commit(Instant::now()).unwrap();
+    assert_eq!(registry.repository().settings().trust_domains.own.to_string(), "other.example");
+}
+
+#[test]
 fn objects_with_a_tag_are_read_by_the_revision_that_has_it() {
     let (mut registry, relists) = registry();
     first_lists(&mut registry, &[], None);
