@@ -128,6 +128,7 @@ struct Client {
 
 /// All clients, and what is the same for every policy.
 struct Clients {
+    server: Server,
     ours: Vec<Client>,
     others: usize,
     /// Up to where all of ours have answered.
@@ -156,23 +157,26 @@ impl Clients {
         }
         let least = ours.iter().map(|client| client.acked).min().flatten();
         let clean = ours.iter().all(|client| client.rejected.is_empty() && client.blurred.is_none());
-        Self { ours, others, least, clean }
+        Self { server: server.clone(), ours, others, least, clean }
     }
 
     /// How they stand with a policy of this generation.
     fn tally(&self, policy: &PolicyName, generation: Generation) -> Tally {
         let mut tally = Tally { others: self.others, ..Tally::default() };
-        // Nearly always: then a policy costs the same for any number of proxies.
-        if self.clean && self.least.is_some_and(|least| least >= generation) {
-            tally.enforcing = self.ours.len();
-            return tally;
-        }
         let name = match policy.kind {
             Kind::PeerAuthentication => {
                 format!("{}/{}{}", policy.namespace, config::policy::mode::CONVERTED, policy.name)
             }
             _ => format!("{}/{}", policy.namespace, policy.name),
         };
+        // The same version may have come to mean something else since, by other objects or the mesh's settings.
+        let changed = self.server.changed_at(AUTHORIZATION_TYPE_URL, &name, Extensions::Culvert);
+        let generation = changed.map_or(generation, |changed| changed.max(generation));
+        // Nearly always: then a policy costs the same for any number of proxies.
+        if self.clean && self.least.is_some_and(|least| least >= generation) {
+            tally.enforcing = self.ours.len();
+            return tally;
+        }
         for client in &self.ours {
             if let Some((_, reason)) = client.rejected.iter().find(|(rejected, _)| **rejected == *name) {
                 tally.refuse(&client.name, reason);

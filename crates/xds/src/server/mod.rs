@@ -350,6 +350,14 @@ impl Server {
         self.0.read().generation()
     }
 
+    /// When a resource became what it is now for an audience; `None` for one that there never was.
+    #[must_use]
+    pub fn changed_at(&self, type_url: &str, name: &str, audience: proto::Extensions) -> Option<Generation> {
+        let store = self.0.read();
+        let (_, topic) = store.topic(type_url)?;
+        topic.log(audience).get(name).map(|(position, _)| Generation(position))
+    }
+
     /// How many resources of a type an audience sees.
     #[must_use]
     pub fn len(&self, type_url: &str, audience: proto::Extensions) -> usize {
