@@ -5,10 +5,10 @@ RELEASE := target/release
 # Namespaces need root; building does not.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: help demo build images test test-node e2e lint bench clean-demo
+.PHONY: help demo build images test test-node e2e lint bench bench-control-plane clean-demo
 
 help: ## What there is to make
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## The optimised programs, in target/release
 	@$(SUDO) .ci/packages build
@@ -47,3 +47,8 @@ bench: ## Measures the tunnel beside the direct path and writes bench/results (h
 	@$(SUDO) .ci/packages demo
 	$(CARGO) build --profile dist --locked -p cli -p ztunnel
 	@$(SUDO) target/dist/culvert bench --out bench/results $(ARGS)
+
+bench-control-plane: ## Measures the control plane at up to 100,000 pods and 2,000 proxies and writes bench/results (half an hour)
+	@$(SUDO) .ci/packages build
+	$(CARGO) build --profile dist --locked -p control-plane -p control-plane-bench -p ztunnel
+	target/dist/control-plane-bench --out bench/results $(ARGS)
