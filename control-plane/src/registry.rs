@@ -545,8 +545,10 @@ impl Registry {
     }
 
     fn tell_namespaces(&self) {
+        // Where sidecars are, the root's ConfigMap is of the mesh that they are of.
+        let ours = |name: &&Arc<str>| self.is_selected(name) && !self.has_sidecars(name);
         let selected: BTreeSet<String> =
-            self.namespaces.keys().filter(|n| self.is_selected(n)).map(ToString::to_string).collect();
+            self.namespaces.keys().filter(ours).map(ToString::to_string).collect();
         self.selected.send_if_modified(|old| {
             let changed = **old != selected;
             if changed {
@@ -554,6 +556,14 @@ impl Registry {
             }
             changed
         });
+    }
+
+    /// Whether a namespace is set up for sidecars, of which this mesh has none.
+    fn has_sidecars(&self, namespace: &str) -> bool {
+        let other = |revision: &str| revision != self.settings.revision && !self.tags.contains(revision);
+        self.namespaces.get(namespace).into_iter().flatten().any(|(key, value)| {
+            key == "istio-injection" && value == "enabled" || key == "istio.io/rev" && other(value)
+        })
     }
 
     /// Follows new selectors.

@@ -199,6 +199,25 @@ fn only_selected_namespaces_are_read_and_selecting_one_asks_for_its_objects() {
 }
 
 #[test]
+fn the_root_is_not_written_where_another_meshs_sidecars_are() {
+    let (mut registry, _) = registry();
+    let namespaces = [
+        ("injected", json!({ "istio-injection": "enabled" })),
+        ("left", json!({ "istio-injection": "disabled" })),
+        ("ours", json!({ "istio.io/rev": "default" })),
+        ("theirs", json!({ "istio.io/rev": "1-30" })),
+    ];
+    first_lists(&mut registry, &namespaces, None);
+    other_lists(&mut registry, Vec::new());
+    registry.commit(Instant::now()).unwrap();
+    let told = registry.namespaces();
+    assert_eq!(told.borrow().iter().collect::<Vec<_>>(), ["left", "ours"]);
+    registry.take(set(Kind::Namespace, &mesh::namespace("injected", &json!({}), "2")));
+    registry.commit(Instant::now()).unwrap();
+    assert_eq!(told.borrow().iter().collect::<Vec<_>>(), ["injected", "left", "ours"]);
+}
+
+#[test]
 fn policies_are_reported_with_their_version_and_what_is_said_of_them() {
     let (mut registry, _) = registry();
     first_lists(&mut registry, &[], None);
