@@ -15,9 +15,13 @@ use std::time::Duration;
 use config::compile::Options;
 use process::http::{Limits, Request, Response, Routes, StatusCode};
 use process::metrics::{Counter, Family, Registry};
+use tokio::sync::Semaphore;
 
 /// Where objects are reviewed.
 pub const PATH: &str = "/validate";
+
+/// Reviews at a time. Whoever reaches the port can ask, and what is read of a request takes many times its size.
+const MOST_REVIEWS: usize = 4;
 
 type ByKind = Family<[(&'static str, Arc<str>); 1], Counter>;
 
@@ -27,6 +31,7 @@ pub struct Webhook {
     passed: Arc<ByKind>,
     failed: Arc<ByKind>,
     errors: process::metrics::Handle<(), Counter>,
+    reviews: Semaphore,
 }
 
 impl Webhook {
@@ -38,6 +43,7 @@ impl Webhook {
             passed: metrics.counters("galley_validation_passed", "Objects that were admitted"),
             failed: metrics.counters("galley_validation_failed", "Objects that were refused"),
             errors: metrics.counter("galley_validation_http_error", "Requests to the webhook that are none"),
+            reviews: Semaphore::new(MOST_REVIEWS),
         }
     }
 
@@ -51,6 +57,8 @@ impl Webhook {
     }
 
     async fn answer(self: Arc<Self>, request: Request) -> Response {
+        // Others wait, until the time for a request is over.
+        let _turn = self.reviews.acquire().await;
         let webhook = self.clone();
         // A large object takes some milliseconds.
         let answer = tokio::task::spawn_blocking(move || review::answer(request.body(), &webhook.options));
@@ -72,12 +80,12 @@ impl Webhook {
     }
 }
 
-/// What a client of the webhook's port may take up: an object has at most some megabytes, and the API server waits for
-/// ten seconds.
+/// What clients of the webhook's port may take up: an object, and what it was, have at most some megabytes, and the API
+/// server waits for ten seconds. All of them together stay well below the memory that the chart allows.
 #[must_use]
 pub fn limits() -> Limits {
     Limits {
-        connections: 256,
+        connections: 64,
         body_bytes: 8 << 20,
         handler_time: Duration::from_secs(10),
         ..Limits::default()
