@@ -14,6 +14,8 @@ use capture::{NodeProbes, ProbeSources, Prober};
 use net::Netns;
 use tokio::time::{Duration, Instant};
 
+use crate::netns::pod_of;
+
 /// Between looks at rules that should be as they were.
 const VERIFY: Duration = Duration::from_secs(30);
 
@@ -44,11 +46,21 @@ impl Finder {
     /// The control group of the process `kubelet`, if it has one of its own below the root.
     fn kubelets_group(&self) -> Option<String> {
         let processes = fs::read_dir(&self.proc).ok()?.flatten();
-        let is_kubelet =
-            |path: &Path| fs::read_to_string(path.join("comm")).is_ok_and(|c| c.trim() == "kubelet");
-        let kubelet = processes.map(|entry| entry.path()).find(|path| is_kubelet(path))?;
-        group_of(&fs::read_to_string(kubelet.join("cgroup")).ok()?)
+        // Any process may call itself so. A pod's is not the kubelet, and neither is one of another user.
+        let kubelets_group = |path: &Path| {
+            let read = |file| fs::read_to_string(path.join(file)).ok();
+            (read("comm")?.trim() == "kubelet" && is_roots(&read("status")?)).then_some(())?;
+            read("cgroup").filter(|cgroup| pod_of(cgroup).is_none())
+        };
+        let group = processes.map(|entry| entry.path()).find_map(|path| kubelets_group(&path))?;
+        group_of(&group)
     }
+}
+
+/// Whether a process with this `/proc/PID/status` is root's, in all of its user ids.
+fn is_roots(status: &str) -> bool {
+    let users = status.lines().find_map(|line| line.strip_prefix("Uid:"));
+    users.is_some_and(|users| users.split_whitespace().all(|user| user == "0"))
 }
 
 /// The path of the v2 line; `None` for the root. Seen from within a group it starts with as many `..` as that is deep.
@@ -130,7 +142,13 @@ impl KubeletProbes {
 
     fn sync_now(&self, targets: Vec<SocketAddr>) -> Result<(), String> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let (prober, group) = self.finder.find();
+        let (prober, group) = match (self.finder.find(), &*state) {
+            // The kubelet starts anew, as a rule. Others don't get its exemption meanwhile.
+            ((Prober::User(_), _), Some(Installed { prober: known @ Prober::Cgroup(_), group, .. })) => {
+                (known.clone(), *group)
+            }
+            (found, _) => found,
+        };
         let now = Instant::now();
         if let Some(installed) = state.as_mut()
             && (&installed.prober, installed.group, &installed.targets) == (&prober, group, &targets)
@@ -195,12 +213,37 @@ mod tests {
     }
 
     #[test]
+    fn who_only_calls_itself_kubelet_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let (proc, cgroups) = (dir.path().join("proc"), dir.path().join("cgroup"));
+        let pods = "kubepods/burstable/pod0a1b2c3d-1111-2222-3333-444455556666/c";
+        fs::create_dir_all(cgroups.join("system.slice/kubelet.service")).unwrap();
+        fs::create_dir_all(cgroups.join("user.slice")).unwrap();
+        fs::create_dir_all(cgroups.join(pods)).unwrap();
+        fs::write(cgroups.join("cgroup.controllers"), "").unwrap();
+        let process = |pid: u32, user: u32, group: &str| {
+            let path = proc.join(pid.to_string());
+            fs::create_dir_all(&path).unwrap();
+            fs::write(path.join("comm"), "kubelet\n").unwrap();
+            fs::write(path.join("status"), format!("Uid:\t{user}\t{user}\t{user}\t{user}\n")).unwrap();
+            fs::write(path.join("cgroup"), format!("0::/{group}\n")).unwrap();
+        };
+        process(3, 0, pods);
+        process(4, 1000, "user.slice");
+        let finder = Finder { proc: proc.clone(), cgroups: cgroups.clone(), given: None };
+        assert_eq!(finder.find().0, Prober::User(0));
+        process(5, 0, "system.slice/kubelet.service");
+        assert_eq!(finder.find().0, Prober::Cgroup("system.slice/kubelet.service".to_owned()));
+    }
+
+    #[test]
     fn without_a_group_of_its_own_it_is_the_user() {
         let dir = tempfile::tempdir().unwrap();
         let (proc, cgroups) = (dir.path().join("proc"), dir.path().join("cgroup"));
         fs::create_dir_all(proc.join("7")).unwrap();
         fs::create_dir_all(cgroups.join("system.slice/kubelet.service")).unwrap();
         fs::write(proc.join("7/comm"), "kubelet\n").unwrap();
+        fs::write(proc.join("7/status"), "Name:\tkubelet\nUid:\t0\t0\t0\t0\n").unwrap();
         fs::write(proc.join("7/cgroup"), "0::/system.slice/kubelet.service\n").unwrap();
         let finder = Finder { proc: proc.clone(), cgroups: cgroups.clone(), given: None };
         assert_eq!(finder.find().0, Prober::User(0), "these are no v2 groups");
