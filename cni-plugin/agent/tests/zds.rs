@@ -179,6 +179,51 @@ async fn what_is_refused_is_sent_again_and_another_namespace_is_another_pod() {
 }
 
 #[tokio::test]
+async fn what_was_refused_is_taken_back_when_its_pod_goes() {
+    if !harness::netns::root_or_skip("what was refused is taken back") {
+        return;
+    }
+    let server = Server::start();
+    let ztunnel = Ztunnel::ready(&server.path).await;
+    server.ztunnels.serve(pod("a"), Some(Netns::new_empty().unwrap()));
+    ztunnel.expect(&add("a")).await;
+    ztunnel.answer(&refusal("not done in time; it goes on")).await;
+    server.until("it is refused", |z| matches!(z.served("a"), Err(NotServed::Refused(_)))).await;
+    server.ztunnels.withdraw("a");
+    ztunnel.expect(&del("a")).await;
+    ztunnel.answer(ACK).await;
+    ztunnel.nothing_comes().await;
+}
+
+#[tokio::test]
+async fn annotations_may_take_what_culverts_ztunnel_takes() {
+    if !harness::netns::root_or_skip("annotations in packets") {
+        return;
+    }
+    use proto::wire::zds::{Version, WorkloadRequest, ZdsHello, workload_request::Payload};
+    let server = Server::start();
+    let ztunnel = Seqpacket::connect(&server.path).unwrap();
+    let hello = ZdsHello { version: Version::V1.into(), culvert_capture: true };
+    ztunnel.send(&prost::Message::encode_to_vec(&hello), None).await.unwrap();
+    for (uid, bytes) in [("a", 3000), ("b", 5000)] {
+        let key = "traffic.sidecar.istio.io/excludeOutboundIPRanges".to_owned();
+        let annotations = std::collections::BTreeMap::from([(key, "x".repeat(bytes))]);
+        server.ztunnels.serve_as(pod(uid), Some(Netns::new_empty().unwrap()), annotations);
+    }
+    let mut told = Vec::new();
+    while told.len() < 2 {
+        let packet = tokio::time::timeout(LIMIT, ztunnel.receive(4096)).await.unwrap().unwrap().unwrap();
+        let request: WorkloadRequest = prost::Message::decode(&*packet.bytes).unwrap();
+        if let Some(Payload::Add(add)) = request.payload {
+            told.push((add.uid, add.culvert_capture.values().map(String::len).sum::<usize>()));
+        }
+        ztunnel.send(ACK, None).await.unwrap();
+    }
+    told.sort();
+    assert_eq!(told, [("a".to_owned(), 3000), ("b".to_owned(), 0)], "too many are left out");
+}
+
+#[tokio::test]
 async fn of_two_ztunnels_the_newest_is_added_to_and_all_are_taken_from() {
     let server = Server::start();
     let here = Some(Netns::current().unwrap());

@@ -16,10 +16,12 @@ use tokio::time::Instant;
 
 use super::{Peer, PodIdentity, Served, Ztunnels};
 
-/// The largest packet, either way.
+/// The largest packet, either way; but see [`CAPTURE_LIMIT`].
 const PACKET_LIMIT: usize = 1024;
-/// The largest message with annotations, which go to Culvert's ztunnel only. It takes 4096 bytes a packet.
-const CAPTURE_LIMIT: usize = 4000;
+/// The largest packet with annotations, which go to Culvert's ztunnel only.
+const CAPTURE_LIMIT: usize = 4096;
+/// What a request takes around its content.
+const ENVELOPE: usize = 16;
 /// For a hello and for an acknowledgement.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// Until what was refused is sent again; doubled each time.
@@ -55,6 +57,8 @@ pub(super) struct Connection {
     wants_capture: bool,
     /// When what was refused is tried again, and how often it was.
     retries: HashMap<String, (Instant, u32)>,
+    /// What was refused: its ztunnel knows of it all the same.
+    tried: HashSet<String>,
 }
 
 impl Drop for Connection {
@@ -67,7 +71,7 @@ impl Drop for Connection {
 impl Connection {
     pub(super) fn new(ztunnels: Ztunnels, socket: Seqpacket) -> Self {
         // It is none of the peers before it has said hello.
-        Self { ztunnels, socket, id: 0, wants_capture: false, retries: HashMap::new() }
+        Self { ztunnels, socket, id: 0, wants_capture: false, retries: HashMap::new(), tried: HashSet::new() }
     }
 
     pub(super) async fn run(mut self) {
@@ -152,6 +156,10 @@ impl Connection {
         if let Some((uid, _)) = has.iter().find(|entry| !is_wanted(entry)) {
             return Step::Remove(uid.clone());
         }
+        // A ztunnel keeps what it refused, and tries again by itself.
+        if let Some(uid) = self.tried.iter().find(|uid| !state.pods.contains_key(*uid)) {
+            return Step::Remove(uid.clone());
+        }
         if !is_newest {
             return Step::Wait(None);
         }
@@ -180,7 +188,7 @@ impl Connection {
                 let mut add = AddWorkload { uid: uid.clone(), workload_info, ..AddWorkload::default() };
                 if self.wants_capture {
                     add.culvert_capture = served.capture.clone();
-                    if add.encoded_len() > CAPTURE_LIMIT {
+                    if add.encoded_len() > CAPTURE_LIMIT - ENVELOPE {
                         add.culvert_capture.clear();
                     }
                 }
@@ -192,12 +200,14 @@ impl Connection {
         match &refused {
             None => {
                 self.retries.remove(&uid);
+                self.tried.remove(&uid);
                 tracing::debug!(%pod, uid, "ztunnel serves the pod");
             }
             Some(error) => {
                 let failures = self.retries.get(&uid).map_or(0, |(_, failures)| *failures);
                 let wait = (RETRY * 2_u32.pow(failures.min(5))).min(LONGEST_RETRY);
                 self.retries.insert(uid.clone(), (Instant::now() + wait, failures + 1));
+                self.tried.insert(uid.clone());
                 tracing::warn!(%pod, uid, error, "ztunnel refuses the pod; trying again");
             }
         }
@@ -222,6 +232,7 @@ impl Connection {
             tracing::warn!(uid, error, "ztunnel has not let go of the pod");
         }
         self.retries.remove(uid);
+        self.tried.remove(uid);
         let id = self.id;
         self.ztunnels.change(|state| {
             if let Some(peer) = state.peer(id) {
@@ -239,7 +250,7 @@ impl Connection {
         descriptor: Option<std::os::fd::BorrowedFd<'_>>,
     ) -> Result<Option<String>, Ended> {
         let bytes = WorkloadRequest { payload: Some(payload) }.encode_to_vec();
-        if bytes.len() > PACKET_LIMIT {
+        if bytes.len() > if self.wants_capture { CAPTURE_LIMIT } else { PACKET_LIMIT } {
             return Ok(Some(format!("{} bytes do not fit in a packet", bytes.len())));
         }
         let sending = self.socket.send(&bytes, descriptor);
