@@ -46,7 +46,7 @@ use crate::record::Record;
 use crate::zds::Ztunnels;
 
 /// Pods that are worked on at once: programs run for each.
-const AT_ONCE: usize = 8;
+const AT_ONCE: u32 = 8;
 
 /// Times, which tests shorten.
 #[derive(Clone, Copy, Debug)]
@@ -129,8 +129,16 @@ impl Node {
             slots: Mutex::default(),
             annotations: Mutex::default(),
             said_excluded: Mutex::default(),
-            at_once: Arc::new(Semaphore::new(AT_ONCE)),
+            at_once: Arc::new(Semaphore::new(AT_ONCE as usize)),
             wake: Notify::new(),
+        }
+    }
+
+    /// Ends the work on pods' rules, for good: what is being written is written first. What clears them away comes after.
+    pub async fn stop(&self) {
+        // Whoever writes needs one of these.
+        if let Ok(all) = self.at_once.acquire_many(AT_ONCE).await {
+            all.forget();
         }
     }
 

@@ -120,6 +120,8 @@ async fn serve(flags: &Flags, settings: &Settings, logs: &Logs) -> anyhow::Resul
     }
     if flags.cleanup || last {
         work.shutdown().await;
+        // What was begun for single pods, too: else it would write again what is taken away.
+        node.stop().await;
         clean_up(flags).await?;
     }
     tracing::info!("stopped; the pods stay as they are");

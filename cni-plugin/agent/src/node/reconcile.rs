@@ -278,10 +278,12 @@ impl Node {
         writings.retain(|uid, _| view.pods.contains_key(uid));
         for pod in view.pods.values() {
             let uid = &pod.identity.uid;
-            if self.wanted(pod, view).is_none() {
-                continue;
-            }
-            let wanted = match self.slot(uid).map(|slot| slot.state()) {
+            let Some(is_wanted) = self.wanted(pod, view) else { continue };
+            let state = self.slot(uid).map(|slot| slot.state());
+            // Who is to leave is no longer announced, though it is captured for a moment yet.
+            let wanted = match state.filter(|_| is_wanted) {
+                // Being looked for: it may be captured since an earlier agent, and others must not hear that it isn't.
+                Some(State::Waiting { failures: 0, .. }) => continue,
                 Some(State::Enrolled { .. }) => Some("enabled"),
                 Some(State::Closed { .. }) => Some("pending"),
                 Some(State::Waiting { .. } | State::Leaving { .. }) | None => None,

@@ -25,7 +25,9 @@ impl Node {
                 // The pod may have another sandbox by now.
                 (Some(container), ..) => *container == request.container_id,
                 (None, Some(ours), Some(its)) => ours.same(its),
-                (None, ..) => inner.pod.node_uid() == request.pod_uid,
+                // Without a namespace it may be of an earlier sandbox of the pod. If not, the API server says when the pod ends.
+                (None, Some(_), None) => false,
+                (None, None, _) => inner.pod.node_uid() == request.pod_uid,
             }
         };
         if let Some(slot) = self.all_slots().iter().find(is_meant) {

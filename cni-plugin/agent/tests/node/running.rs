@@ -27,6 +27,11 @@ async fn a_label_puts_running_pods_into_the_mesh_and_takes_them_out() {
     world.server.change("web", |pod| pod.mode = Some("ambient".to_owned()));
     agent.until("enrolled", || agent.state(&uid).as_deref() == Some("enrolled")).await;
     agent.until("annotated", || world.server.redirection("web").as_deref() == Some("enabled")).await;
+    // DEL of an earlier sandbox, whose namespace is gone, is not of this one.
+    let (mut earlier, netns) = (world.request("web"), String::new());
+    (earlier.container_id, earlier.netns) = ("earlier".to_owned(), netns);
+    agent.node.del(&earlier);
+    assert_eq!(agent.state(&uid).as_deref(), Some("enrolled"));
     echo(&mut inbound, "goes on").await;
     echo(&mut outbound, "goes on").await;
     for v6 in [false, true] {
