@@ -18,8 +18,6 @@ use crate::node::{AddRequest, Answer, Node, Refusal};
 
 /// CNI: no pods can be added now.
 const NOT_AVAILABLE: u32 = 50;
-/// CNI: and those that are there may be cut off.
-const NOT_AVAILABLE_LIMITED: u32 = 51;
 const DECODE: u32 = 6;
 
 /// For a request; the plugin waits a little longer.
@@ -123,17 +121,18 @@ impl Agent {
         self.answer("CHECK", outcome.map(|()| json!({})))
     }
 
-    /// Whether pods can be added. That a ztunnel is there is not asked: it starts in a pod of its own, which a node that is
-    /// not ready does not start.
+    /// Whether pods can be added. A no makes the whole node unready, and takes the pods that run there out of their
+    /// services: so it is said on a node alone that has no pod of the mesh yet. ADD waits, and refuses, by itself. That a
+    /// ztunnel is there is not asked: it starts in a pod of its own, which a node that is not ready does not start.
     fn status(&self) -> Result<serde_json::Value, Refusal> {
         let unmet = self.readiness.unmet();
-        if unmet.is_empty() {
+        let counts = self.node.counts();
+        if unmet.is_empty() || counts.enrolled + counts.closed > 0 {
             return Ok(json!({}));
         }
-        let code = if self.node.counts().closed > 0 { NOT_AVAILABLE_LIMITED } else { NOT_AVAILABLE };
         let reasons: Vec<String> = unmet.iter().map(|(name, why)| format!("{name}: {why}")).collect();
         let message = format!("the Culvert node agent is not ready: {}", reasons.join("; "));
-        Err(Refusal { code, message })
+        Err(Refusal { code: NOT_AVAILABLE, message })
     }
 
     fn answer(&self, command: &'static str, outcome: Result<serde_json::Value, Refusal>) -> Response {

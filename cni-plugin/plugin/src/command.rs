@@ -1,5 +1,6 @@
 //! The commands.
 
+use std::path::Path;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -102,12 +103,16 @@ fn gc(network: Network) -> Result<String, CniError> {
     }
 }
 
+/// Whether pods can be added. A runtime makes the whole node unready of a no, and takes the pods that run there out of
+/// their services: so an agent that is only away for a while, whose socket is still there, is no reason. ADD waits for
+/// it. After the node's start there is no socket until there is an agent.
 fn status(network: &Network) -> Result<String, CniError> {
     match agent::ask(&network.socket, "/status", &json!({}), CHECK) {
         Ok(_) => Ok(String::new()),
         Err(Failure::Refused(error)) => Err(error),
+        Err(Failure::Away(_)) if Path::new(&network.socket).exists() => Ok(String::new()),
         Err(Failure::Away(why)) => {
-            let message = format!("the Culvert node agent is away: {why}");
+            let message = format!("there is no Culvert node agent yet: {why}");
             Err(CniError::new(Code::NotAvailable, message)
                 .details("look at the culvert-node pod of this node"))
         }

@@ -244,7 +244,7 @@ fn check_del_gc_and_status_say_nothing_when_all_is_well() {
 }
 
 #[test]
-fn without_an_agent_del_and_gc_succeed_and_status_says_so() {
+fn without_an_agent_del_and_gc_succeed_and_status_says_so_until_there_was_one() {
     let world = World::new();
     let mut network = world.network("1.1.0");
     network["cni.dev/valid-attachments"] = json!([]);
@@ -259,7 +259,8 @@ fn without_an_agent_del_and_gc_succeed_and_status_says_so() {
     // A stale socket: nobody listens there any more.
     drop(UnixListener::bind(world.socket()).unwrap());
     assert!(call("DEL", &text(&network)).succeeded);
-    assert_eq!(call("STATUS", &text(&network)).error().0, 50);
+    // The agent is away for a while: that makes no node unready.
+    assert!(call("STATUS", &text(&network)).succeeded);
 }
 
 #[test]
@@ -317,10 +318,8 @@ fn an_agent_that_answers_nonsense_or_nothing_ends_the_wait() {
     for nonsense in ["", "SSH-2.0-x\r\n\r\n", "HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{}"] {
         let world = World::new();
         let _asked = world.agent(move |_| nonsense.to_owned());
-        let mut network = world.network("1.1.0");
-        network["cni.dev/valid-attachments"] = json!([]);
-        let (code, _) = call("STATUS", &text(&network)).error();
-        assert_eq!(code, 50, "{nonsense:?}");
+        let (code, _) = call("CHECK", &text(&world.network("1.1.0"))).error();
+        assert_eq!(code, 11, "{nonsense:?}");
     }
     // One that takes connections and never answers; one that does not even take them.
     let world = World::new();

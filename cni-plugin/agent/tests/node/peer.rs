@@ -154,11 +154,19 @@ fn configured(world: &World, version: &str) -> PathBuf {
     socket
 }
 
-/// What came with 1.1.0.
-fn collects(libcni: &Libcni<'_>, agent: &Agent, readiness: &Readiness) {
+/// STATUS came with 1.1.0: a node without pods of the mesh is ready when the agent is.
+fn waits(libcni: &Libcni<'_>, readiness: &Readiness) {
     libcni.call("status").unwrap();
     let unmet = readiness.condition("something");
     assert!(libcni.call("status").unwrap_err().contains("something: not yet"));
+    unmet.holds();
+}
+
+/// What came with 1.1.0, too.
+fn collects(libcni: &Libcni<'_>, agent: &Agent, readiness: &Readiness) {
+    // Where pods run, an agent in trouble does not take them out of their services.
+    let unmet = readiness.condition("something else");
+    libcni.call("status").unwrap();
     unmet.holds();
     let uid = libcni.world.uid("web");
     let sandbox = agent.node.dump()["pods"][0]["container"].as_str().unwrap().to_owned();
@@ -196,6 +204,9 @@ async fn with_version(version: &str) {
     let libcni = Libcni { world: &world, pod: "web", netns: netns.clone() };
     let call = |command: &'static str| tokio::task::block_in_place(|| libcni.call(command));
 
+    if version == "1.1.0" {
+        tokio::task::block_in_place(|| waits(&libcni, &readiness));
+    }
     let error = call("add").unwrap_err();
     assert!(error.contains("no ztunnel is connected"), "{version}: {error}");
     call("del").unwrap();
