@@ -273,7 +273,8 @@ impl<'de> Visitor<'de> for NodeSeed<'_> {
                 }
                 Fate::Note(note) => note(&mut self.notes.borrow_mut(), map.next_value()?),
                 Fate::Keep { key, schema, checked } => {
-                    let value = map.next_value_seed(NodeSeed { schema, checked, depth: self.depth + 1, ..self })?;
+                    let value =
+                        map.next_value_seed(NodeSeed { schema, checked, depth: self.depth + 1, ..self })?;
                     entries.push(Entry { key, position: NOWHERE, value });
                 }
             }
