@@ -7,7 +7,8 @@
 //! * Of the kinds of istio.io an object labelled `istio.io/rev` is read by the control plane of that revision only,
 //!   or of the one that has the name as a tag.
 //! * Where the settings have `discoverySelectors`, objects of other namespaces are as if they were not there. When a
-//!   namespace becomes selected, the kinds are listed again: what is not read is not kept either.
+//!   namespace becomes selected, the kinds are listed again: what is not read is not kept either. Nothing is given out
+//!   until the policies are listed.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -139,7 +140,14 @@ struct OfKind {
     /// Counts the lists.
     lists: u64,
     complete: bool,
+    /// The server has the kind.
+    served: bool,
+    /// A list must begin before one can complete what was asked for anew.
+    asked: bool,
 }
+
+/// Kinds that restrict: of what is read anew, nothing is given out before these.
+const RESTRICTING: [Kind; 2] = [Kind::AuthorizationPolicy, Kind::PeerAuthentication];
 
 /// See the module's documentation.
 pub struct Registry {
@@ -275,12 +283,14 @@ impl Registry {
             Change::Listing => {
                 if let Some(of_kind) = self.kinds.get_mut(&kind) {
                     of_kind.lists += 1;
+                    of_kind.served = true;
+                    of_kind.asked = false;
                 }
             }
             Change::Listed => self.listed(kind),
             Change::NotServed => {
                 if let Some(of_kind) = self.kinds.get_mut(&kind) {
-                    of_kind.complete = true;
+                    (of_kind.complete, of_kind.served, of_kind.asked) = (true, false, false);
                 }
             }
         }
@@ -379,7 +389,7 @@ impl Registry {
 
     fn may_commit(&mut self) -> bool {
         if self.given_out {
-            return true;
+            return self.kinds.values().all(|k| k.complete);
         }
         let complete = |kind: &Kind| self.kinds.get(kind).is_some_and(|k| k.complete);
         if self.others.is_some() && complete(&Kind::Namespace) && complete(&Kind::ConfigMap) {
@@ -490,7 +500,7 @@ impl Registry {
     /// Removes what the complete list of a kind did not have.
     fn listed(&mut self, kind: Kind) {
         let Some(of_kind) = self.kinds.get_mut(&kind) else { return };
-        of_kind.complete = true;
+        of_kind.complete = !of_kind.asked;
         let lists = of_kind.lists;
         let stale = of_kind.known.iter().filter(|(_, known)| known.listed != lists);
         let stale: Vec<_> = stale.map(|(key, _)| key.clone()).collect();
@@ -540,7 +550,7 @@ impl Registry {
         }
         // At first sight too: its objects may have come before it.
         if is && (!was || !known) && !self.repository.discovery().is_empty() && self.others.is_none() {
-            self.relist.send_modify(|count| *count += 1);
+            self.list_anew();
         }
     }
 
@@ -566,6 +576,17 @@ impl Registry {
         })
     }
 
+    /// Has all listed again. Until the restricting kinds are, nothing is given out: the pods of a namespace that was just
+    /// selected must not come before its policies.
+    fn list_anew(&mut self) {
+        for kind in RESTRICTING {
+            if let Some(of_kind) = self.kinds.get_mut(&kind).filter(|k| k.served) {
+                (of_kind.complete, of_kind.asked) = (false, true);
+            }
+        }
+        self.relist.send_modify(|count| *count += 1);
+    }
+
     /// Follows new selectors.
     fn select_anew(&mut self) {
         self.selectors = self.repository.discovery().to_vec();
@@ -574,7 +595,7 @@ impl Registry {
         let out: HashSet<Arc<str>> = all.filter(|n| !n.is_empty() && !self.is_selected(n)).cloned().collect();
         self.leave_out(|namespace| out.contains(namespace));
         if self.others.is_none() {
-            self.relist.send_modify(|count| *count += 1);
+            self.list_anew();
         }
     }
 
@@ -602,7 +623,7 @@ impl Registry {
             self.tags = tags;
             // The settings come before all that can have a tag; later, what is read may be other objects.
             if self.others.is_none() {
-                self.relist.send_modify(|count| *count += 1);
+                self.list_anew();
             }
         }
         let version = &decoded.bookkeeping.resource_version;

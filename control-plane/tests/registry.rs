@@ -157,7 +157,12 @@ fn objects_with_a_tag_are_read_by_the_revision_that_has_it() {
     let before = *relists.borrow();
     registry.take(tagged("prod", "3"));
     assert_eq!(*relists.borrow(), before + 1);
+    registry.take(event(Kind::AuthorizationPolicy, Change::Listing));
     registry.take(set(Kind::AuthorizationPolicy, &policy));
+    assert!(registry.commit(Instant::now()).is_none(), "half a list of policies");
+    registry.take(event(Kind::AuthorizationPolicy, Change::Listed));
+    registry.take(event(Kind::PeerAuthentication, Change::Listing));
+    registry.take(event(Kind::PeerAuthentication, Change::Listed));
     assert_eq!(steps(&registry.commit(Instant::now()).unwrap()), ["no policy shop/tagged"]);
     registry.take(tagged("prod", "4"));
     assert_eq!(*relists.borrow(), before + 1);
@@ -184,7 +189,11 @@ fn only_selected_namespaces_are_read_and_selecting_one_asks_for_its_objects() {
     let before = *relists.borrow();
     registry.take(set(Kind::Namespace, &mesh::namespace("other", &on, "2")));
     assert!(*relists.borrow() > before);
-    registry.commit(Instant::now());
+    // A list that began before does not count, nor do pods alone.
+    registry.take(event(Kind::AuthorizationPolicy, Change::Listed));
+    registry.take(event(Kind::PeerAuthentication, Change::Listed));
+    pods().into_iter().for_each(|event| registry.take(event));
+    assert!(registry.commit(Instant::now()).is_none(), "pods before their policies");
     other_lists(&mut registry, pods());
     assert_eq!(steps(&registry.commit(Instant::now()).unwrap()), ["workload other/b"]);
     registry.take(set(Kind::Namespace, &mesh::namespace("shop", &json!({}), "2")));
