@@ -13,6 +13,7 @@
 //!   [`Config::answer_timeout`] ends the stream; the client's place is free when the transport has let go of it.
 //! * Few streams start at once, so that thousands that come together don't each hold a whole state in memory.
 
+mod body;
 mod response;
 mod service;
 pub mod session;

@@ -1,5 +1,5 @@
-//! The gRPC service. Hand-written, since responses are of a type of our own ([`Response`]), which the generated
-//! one could not send without encoding each resource for each client.
+//! The gRPC service. Hand-written, since responses are of a type of our own ([`super::Response`]), whose resources are
+//! encoded once for all clients, and go out in pieces ([`Frames`]).
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -9,13 +9,14 @@ use std::task::{Context, Poll};
 
 use proto::wire::discovery::DeltaDiscoveryRequest;
 use tonic::body::Body;
-use tonic::codegen::{BoxFuture, Service, StdError, http};
-use tonic::server::{Grpc, NamedService, StreamingService};
+use tonic::codec::Codec;
+use tonic::codegen::{Service, StdError, http};
+use tonic::server::NamedService;
 use tonic::{Request, Status, Streaming};
 use tonic_prost::ProstCodec;
 
-use super::response::Response;
-use super::stream::{self, Outgoing};
+use super::body::Frames;
+use super::stream;
 use super::{Event, Shared};
 
 const METHOD: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
@@ -41,24 +42,6 @@ impl NamedService for AdsService {
     const NAME: &'static str = "envoy.service.discovery.v3.AggregatedDiscoveryService";
 }
 
-struct Method(Arc<Shared>);
-
-impl StreamingService<DeltaDiscoveryRequest> for Method {
-    type Response = Response;
-    type ResponseStream = Outgoing;
-    type Future = BoxFuture<tonic::Response<Outgoing>, Status>;
-
-    fn call(&mut self, request: Request<Streaming<DeltaDiscoveryRequest>>) -> Self::Future {
-        let shared = Arc::clone(&self.0);
-        Box::pin(async move {
-            let opened = stream::open(&shared, request).await;
-            opened
-                .inspect_err(|status| shared.observer.observe(Event::Refused(status)))
-                .map(tonic::Response::new)
-        })
-    }
-}
-
 impl<B> Service<http::Request<B>> for AdsService
 where
     B: tonic::codegen::Body + Send + 'static,
@@ -79,9 +62,21 @@ where
                 let status = Status::unimplemented("only DeltaAggregatedResources is served here");
                 return Ok(status.into_http());
             }
-            let codec = ProstCodec::<Response, DeltaDiscoveryRequest>::default();
-            let mut grpc = Grpc::new(codec).max_decoding_message_size(shared.config.request_bytes);
-            Ok(grpc.streaming(Method(shared), request).await)
+            let mut codec = ProstCodec::<(), DeltaDiscoveryRequest>::default();
+            let limit = Some(shared.config.request_bytes);
+            let request = request.map(|body| Streaming::new_request(codec.decoder(), body, None, limit));
+            match stream::open(&shared, Request::from_http(request)).await {
+                Ok(outgoing) => {
+                    let mut response = http::Response::new(Body::new(Frames::new(outgoing)));
+                    let grpc = http::HeaderValue::from_static("application/grpc");
+                    response.headers_mut().insert(http::header::CONTENT_TYPE, grpc);
+                    Ok(response)
+                }
+                Err(status) => {
+                    shared.observer.observe(Event::Refused(&status));
+                    Ok(status.into_http())
+                }
+            }
         })
     }
 }
