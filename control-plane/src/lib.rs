@@ -14,6 +14,7 @@
 //! * every replica serves proxies, reviews objects and signs; the one that leads ([`leader`]) writes.
 #![forbid(unsafe_code)]
 
+pub mod alive;
 pub mod ca;
 pub mod debug;
 pub mod leader;

@@ -5,7 +5,9 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use config::json::Decoded;
 use config::tree::Node;
+use tokio::time::Instant;
 
+use crate::alive::{Life, Ztunnel};
 use crate::ca::{Account, Fleet, PodFacts, Pods, Proxy, TRUSTED_ROOTS, trusted_roots};
 
 type Name = (Arc<str>, Arc<str>);
@@ -21,8 +23,13 @@ struct Pod {
     node: Arc<str>,
     account: Arc<str>,
     finished: bool,
+    /// None of its containers has run yet.
+    starting: bool,
     /// What its proxy says of the roots that it trusts, as the annotation has it.
     roots: Option<Arc<str>>,
+    revision: Option<Arc<str>>,
+    /// When it was first heard of.
+    since: Instant,
 }
 
 impl Pod {
@@ -40,6 +47,9 @@ struct Table {
     /// How many pods that are not over run on a node under an account, by node, namespace and account.
     running: HashMap<Place, u32>,
     names: HashSet<Arc<str>>,
+    /// The accounts of the proxies of nodes, and their pods.
+    accounts: Vec<Account>,
+    proxies: HashSet<Name>,
 }
 
 /// All pods. Cloning shares it. The registry fills it as events come, before they are compiled: a pod's certificate is
@@ -86,16 +96,27 @@ impl PodTable {
         // The server fills it in, but for the mirrors of a kubelet's own pods, which a kubelet may make in any namespace:
         // they have no account, and must not give their node that of the namespace.
         let account = text("spec", "serviceAccountName");
-        let finished = matches!(text("status", "phase"), "Succeeded" | "Failed");
+        let phase = text("status", "phase");
         let mut table = self.write();
-        let pod = Pod {
+        let mut pod = Pod {
             uid: decoded.bookkeeping.uid.as_str().into(),
             node: table.name(text("spec", "nodeName")),
             account: table.name(account),
-            finished,
+            finished: matches!(phase, "Succeeded" | "Failed"),
+            starting: matches!(phase, "Pending" | ""),
             roots: annotation(decoded, TRUSTED_ROOTS).map(Arc::from),
+            revision: None,
+            since: Instant::now(),
         };
-        let old = table.pods.insert((namespace.clone(), name.clone()), pod.clone());
+        let key = (namespace.clone(), name.clone());
+        if table.is_proxy(namespace, account) {
+            pod.revision = decoded.label("istio.io/rev").map(Arc::from);
+            table.proxies.insert(key.clone());
+        } else {
+            table.proxies.remove(&key);
+        }
+        pod.since = table.pods.get(&key).filter(|old| old.uid == pod.uid).map_or(pod.since, |old| old.since);
+        let old = table.pods.insert(key, pod.clone());
         if let Some(old) = old {
             table.leave(namespace, &old);
         }
@@ -106,9 +127,42 @@ impl PodTable {
     /// A pod is gone.
     pub fn remove(&self, namespace: &Arc<str>, name: &Arc<str>) {
         let mut table = self.write();
-        if let Some(old) = table.pods.remove(&(namespace.clone(), name.clone())) {
+        let key = (namespace.clone(), name.clone());
+        table.proxies.remove(&key);
+        if let Some(old) = table.pods.remove(&key) {
             table.leave(namespace, &old);
         }
+    }
+
+    /// Tells which accounts' pods are the proxies of nodes.
+    pub fn follow(&self, accounts: Vec<Account>) {
+        let mut table = self.write();
+        table.accounts = accounts;
+        let of = |(key, pod): (&Name, &Pod)| table.is_proxy(&key.0, &pod.account).then(|| key.clone());
+        table.proxies = table.pods.iter().filter_map(of).collect();
+    }
+
+    /// The proxies of nodes, as far as their pods tell, and when each was first heard of; `None` while they are not
+    /// known. Costs nothing for other pods.
+    #[must_use]
+    pub fn proxies(&self) -> Option<Vec<(Ztunnel, Instant)>> {
+        let table = self.read();
+        if !table.ready {
+            return None;
+        }
+        let proxy = |key: &Name| {
+            let pod = table.pods.get(key).filter(|pod| !pod.finished && !pod.node.is_empty())?;
+            let ztunnel = Ztunnel {
+                namespace: key.0.clone(),
+                pod: key.1.clone(),
+                node: pod.node.clone(),
+                revision: pod.revision.clone(),
+                roots: pod.roots.clone(),
+                life: if pod.starting { Life::Starting } else { Life::Running },
+            };
+            Some((ztunnel, pod.since))
+        };
+        Some(table.proxies.iter().filter_map(proxy).collect())
     }
 
     /// How many pods there are.
@@ -129,6 +183,10 @@ fn annotation<'d>(decoded: &'d Decoded, key: &str) -> Option<&'d str> {
 }
 
 impl Table {
+    fn is_proxy(&self, namespace: &str, account: &str) -> bool {
+        self.accounts.iter().any(|a| a.namespace == namespace && a.name == account)
+    }
+
     fn name(&mut self, text: &str) -> Arc<str> {
         if let Some(known) = self.names.get(text) {
             return known.clone();

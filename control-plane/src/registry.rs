@@ -26,6 +26,7 @@ use config::tree::{self, Entry, Limits, Node, Position, Value};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, timeout_at};
 
+use crate::alive::Nodes;
 use crate::pods::PodTable;
 use crate::source::{Change, Event, Feed};
 
@@ -167,6 +168,7 @@ pub struct Registry {
     others: Option<Box<dyn FnOnce() + Send>>,
     overview: Arc<std::sync::Mutex<Overview>>,
     pods: PodTable,
+    nodes: Nodes,
     /// The namespaces that are read, and whether they may have changed.
     selected: watch::Sender<Arc<BTreeSet<String>>>,
     reselect: bool,
@@ -200,6 +202,7 @@ impl Registry {
             others: Some(others),
             overview: Arc::default(),
             pods: PodTable::default(),
+            nodes: Nodes::default(),
             selected: watch::Sender::new(Arc::default()),
             reselect: false,
             selectors: Vec::new(),
@@ -222,6 +225,12 @@ impl Registry {
     #[must_use]
     pub fn pods(&self) -> PodTable {
         self.pods.clone()
+    }
+
+    /// The nodes, as a view that stays up to date.
+    #[must_use]
+    pub fn nodes(&self) -> Nodes {
+        self.nodes.clone()
     }
 
     /// The namespaces that are read, as a view that stays up to date.
@@ -444,6 +453,7 @@ impl Registry {
         match kind {
             Kind::Namespace => self.set_namespace(&name, decoded),
             Kind::Pod => self.pods.set(&namespace, &name, decoded),
+            Kind::Node => self.nodes.set(&name, decoded),
             _ => {}
         }
         let policy = is_policy(kind)
@@ -480,6 +490,7 @@ impl Registry {
         match kind {
             Kind::Namespace => self.pods.set_namespace(&key.1, false),
             Kind::Pod => self.pods.remove(&key.0, &key.1),
+            Kind::Node => self.nodes.remove(name),
             _ => {}
         }
         if kind == Kind::ConfigMap {

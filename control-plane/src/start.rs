@@ -22,6 +22,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_rustls::TlsAcceptor;
 use xds::server::{Config as XdsConfig, Server};
 
+use crate::alive::Ztunnels;
 use crate::ca::{Account, Authenticator, Ca, CaSettings, KubeReviewer, Namespaces, Proxy, service_names};
 use crate::debug::Views;
 use crate::leader::Election;
@@ -173,6 +174,7 @@ struct Plane {
 /// What is known of the cluster, as views that stay up to date.
 struct Known {
     pods: PodTable,
+    ztunnels: Ztunnels,
     namespaces: Namespaces,
     overview: Arc<Mutex<Overview>>,
     exceptions: Exceptions,
@@ -210,8 +212,10 @@ impl Plane {
         let (reports, reported) = mpsc::unbounded_channel();
         let (asks, asked) = mpsc::channel(4);
         let (given_out, first) = watch::channel(false);
+        registry.pods().follow(self.trusted.clone());
         let known = Known {
             pods: registry.pods(),
+            ztunnels: Ztunnels::new(registry.pods(), registry.nodes(), Some(self.client.clone())),
             namespaces: registry.namespaces(),
             overview: registry.overview(),
             exceptions: Exceptions::default(),
@@ -263,6 +267,7 @@ impl Plane {
             peers: Peers::new(Some(reach(flags, &self.client, &self.ca))),
             writer: Writer::new(self.client.clone()),
             exceptions: known.exceptions.clone(),
+            ztunnels: known.ztunnels.clone(),
             leads: leads.clone(),
         };
         tokio::spawn(keeper.run(reported));

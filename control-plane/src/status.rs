@@ -19,6 +19,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use xds::server::{ClientStatus, Generation, Server};
 
+use crate::alive::Ztunnels;
 use crate::push::Exceptions;
 use crate::registry::{PolicyName, PolicyReport, PolicyState};
 use conditions::{Condition, Tally};
@@ -216,6 +217,8 @@ pub struct Keeper {
     pub writer: Writer,
     /// What proxies of another make are told otherwise.
     pub exceptions: Exceptions,
+    /// Which proxies are alive.
+    pub ztunnels: Ztunnels,
     /// Whether this control plane leads.
     pub leads: watch::Receiver<bool>,
 }

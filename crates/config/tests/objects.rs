@@ -126,7 +126,11 @@ fn objects() -> Vec<(Kind, Value)> {
     let node = json!({
         "apiVersion": "v1", "kind": "Node",
         "metadata": { "name": "node1", "labels": { "topology.kubernetes.io/zone": "z1" } },
-        "spec": { "podCIDR": "10.0.0.0/24" }, "status": { "capacity": { "cpu": "4" } },
+        "spec": { "podCIDR": "10.0.0.0/24" },
+        "status": {
+            "capacity": { "cpu": "4" },
+            "conditions": [{ "type": "Ready", "status": "True", "lastHeartbeatTime": "2026-11-21T10:00:00Z" }],
+        },
     });
     let namespace = json!({
         "apiVersion": "v1", "kind": "Namespace",
