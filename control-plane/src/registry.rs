@@ -60,22 +60,22 @@ pub struct Committed {
     pub since: Instant,
     /// Whether these are the first: from now on proxies may be told.
     pub first: bool,
-    /// Policies that may have to be reported on anew.
-    pub policies: Vec<PolicyReport>,
+    /// Objects of istio.io whose status may have to say something else.
+    pub reports: Vec<Report>,
 }
 
-/// What there is to report of a policy.
+/// What there is to report of an object of istio.io.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PolicyReport {
+pub struct Report {
     /// Which.
-    pub policy: PolicyName,
-    /// The policy as it stands; `None` when it is gone.
-    pub state: Option<PolicyState>,
+    pub name: ObjectName,
+    /// The object as it stands; `None` when it is gone.
+    pub state: Option<ObjectState>,
 }
 
-/// A policy's name.
+/// An object's name.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct PolicyName {
+pub struct ObjectName {
     /// Its kind.
     pub kind: Kind,
     /// Its namespace.
@@ -84,15 +84,32 @@ pub struct PolicyName {
     pub name: Arc<str>,
 }
 
-/// A policy as it stands.
+impl std::fmt::Display for ObjectName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}/{}", self.kind.name(), self.namespace, self.name)
+    }
+}
+
+/// An object as it stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PolicyState {
+pub struct ObjectState {
+    /// Which version of it.
+    pub version: ObjectVersion,
+    /// What is said of it.
+    pub findings: Vec<Diagnostic>,
+}
+
+/// A version of an object, and what decides who reports on it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ObjectVersion {
     /// Which object of this name.
     pub uid: Arc<str>,
     /// Which version of it.
     pub generation: i64,
-    /// What is said of it.
-    pub findings: Vec<Diagnostic>,
+    /// Its label gives it to this revision: the control planes of others do not read it.
+    pub labelled: bool,
+    /// It has a selector: proxies know from their workloads whether it is for them.
+    pub selects: bool,
 }
 
 /// What the registry tells the rest of the process, beside what it commits.
@@ -128,7 +145,7 @@ struct Known {
     origin: Arc<str>,
     /// The list that last had it.
     listed: u64,
-    policy: Option<(Arc<str>, i64)>,
+    version: Option<ObjectVersion>,
 }
 
 /// The key of the settings' ConfigMap that lists the tags of this revision, with commas; `culvert tag` writes it.
@@ -159,8 +176,8 @@ pub struct Registry {
     namespaces: HashMap<Arc<str>, Vec<(String, String)>>,
     /// Names that many objects have.
     names: HashSet<Arc<str>>,
-    /// Which origins are policies.
-    policies: HashMap<Arc<str>, PolicyName>,
+    /// Which origins are of objects that are reported on.
+    reported: HashMap<Arc<str>, ObjectName>,
     /// Names of revisions that mean this one at present (`istio.io/rev` of objects may say them).
     tags: BTreeSet<String>,
     relist: watch::Sender<u64>,
@@ -175,7 +192,7 @@ pub struct Registry {
     /// Which namespaces were read until the last commit.
     selectors: Vec<NamespaceSelector>,
     rejected: u64,
-    gone: Vec<PolicyName>,
+    gone: Vec<ObjectName>,
     /// What followed from the settings, before anything else was known.
     early: Vec<model::Change>,
     given_out: bool,
@@ -196,7 +213,7 @@ impl Registry {
             kinds,
             namespaces: HashMap::new(),
             names: HashSet::new(),
-            policies: HashMap::new(),
+            reported: HashMap::new(),
             tags: BTreeSet::new(),
             relist,
             others: Some(others),
@@ -321,9 +338,8 @@ impl Registry {
         if self.names.len() > 2 * self.namespaces.len() + 4096 {
             self.names.retain(|name| Arc::strong_count(name) > 1);
         }
-        let mut policies: Vec<PolicyReport> =
-            self.gone.drain(..).map(|policy| PolicyReport { policy, state: None }).collect();
-        policies.extend(outcome.touched.iter().filter_map(|origin| self.report(origin)));
+        let mut reports: Vec<Report> = self.gone.drain(..).map(|name| Report { name, state: None }).collect();
+        reports.extend(outcome.touched.iter().filter_map(|origin| self.report(origin)));
         let first = !std::mem::replace(&mut self.given_out, true);
         if first {
             self.pods.set_ready();
@@ -332,7 +348,7 @@ impl Registry {
         self.note();
         let mut changes = std::mem::take(&mut self.early);
         changes.extend(outcome.changes);
-        Some(Committed { changes, since, first, policies })
+        Some(Committed { changes, since, first, reports })
     }
 
     fn compile(&mut self) -> Outcome {
@@ -350,19 +366,12 @@ impl Registry {
         outcome
     }
 
-    /// Reports on all policies anew, for who begins to write their status.
-    #[must_use]
-    pub fn policies(&self) -> Vec<PolicyReport> {
-        self.policies.keys().filter_map(|origin| self.report(origin)).collect()
-    }
-
-    fn report(&self, origin: &Arc<str>) -> Option<PolicyReport> {
-        let policy = self.policies.get(origin)?;
-        let known = self.kinds.get(&policy.kind)?;
-        let known = known.known.get(&(policy.namespace.clone(), policy.name.clone()))?;
-        let (uid, generation) = known.policy.clone()?;
-        let findings = self.repository.about(origin);
-        Some(PolicyReport { policy: policy.clone(), state: Some(PolicyState { uid, generation, findings }) })
+    fn report(&self, origin: &Arc<str>) -> Option<Report> {
+        let name = self.reported.get(origin)?;
+        let known = self.kinds.get(&name.kind)?;
+        let known = known.known.get(&(name.namespace.clone(), name.name.clone()))?;
+        let (version, findings) = (known.version.clone()?, self.repository.about(origin));
+        Some(Report { name: name.clone(), state: Some(ObjectState { version, findings }) })
     }
 
     /// Why nothing is given out yet.
@@ -456,21 +465,20 @@ impl Registry {
             Kind::Node => self.nodes.set(&name, decoded),
             _ => {}
         }
-        let policy = is_policy(kind)
-            .then(|| (decoded.bookkeeping.uid.as_str().into(), decoded.bookkeeping.generation));
+        let version = is_reported(kind).then(|| version(decoded));
         let Some(of_kind) = self.kinds.get_mut(&kind) else { return };
         let listed = of_kind.lists;
         let known = of_kind.known.entry((namespace.clone(), name.clone())).or_insert_with(|| Known {
             origin: origin(kind, &namespace, &name),
             listed,
-            policy: None,
+            version: None,
         });
         known.listed = listed;
-        known.policy.clone_from(&policy);
+        known.version.clone_from(&version);
         let origin = known.origin.clone();
-        if policy.is_some() {
-            let policy = PolicyName { kind, namespace, name };
-            self.policies.entry(origin.clone()).or_insert(policy);
+        if version.is_some() {
+            let name = ObjectName { kind, namespace, name };
+            self.reported.entry(origin.clone()).or_insert(name);
         }
         if kind == Kind::ConfigMap {
             self.stage_settings(decoded);
@@ -504,7 +512,7 @@ impl Registry {
             self.repository.stage_object(&self.settings_origin(), refused);
             return;
         }
-        self.gone.extend(self.policies.remove(&known.origin));
+        self.gone.extend(self.reported.remove(&known.origin));
         self.repository.stage_object(&known.origin, ObjectContent::Gone);
     }
 
@@ -659,8 +667,18 @@ impl Registry {
 /// A question to the registry, answered between two commits.
 pub type Ask = Box<dyn FnOnce(&Registry) + Send>;
 
-fn is_policy(kind: Kind) -> bool {
-    matches!(kind, Kind::AuthorizationPolicy | Kind::PeerAuthentication)
+/// Whether the status of a kind's objects is written.
+fn is_reported(kind: Kind) -> bool {
+    kind.spec().is_some_and(|spec| spec.group.ends_with("istio.io"))
+}
+
+fn version(decoded: &Decoded) -> ObjectVersion {
+    ObjectVersion {
+        uid: decoded.bookkeeping.uid.as_str().into(),
+        generation: decoded.bookkeeping.generation,
+        labelled: decoded.label("istio.io/rev").is_some(),
+        selects: decoded.node.get("spec").is_some_and(|spec| spec.get("selector").is_some()),
+    }
 }
 
 /// What an object is called in diagnostics.

@@ -384,9 +384,9 @@ impl Out {
             self.given_out.send_replace(true);
             tracing::info!(resources = committed.changes.len(), "the mesh is served");
         }
-        if !committed.policies.is_empty() {
+        if !committed.reports.is_empty() {
             // Who follows policies goes when the process does.
-            let _ = self.reports.send((committed.policies, generation));
+            let _ = self.reports.send((committed.reports, generation));
         }
     }
 }

@@ -21,7 +21,7 @@ use xds::server::{ClientStatus, Generation, Server};
 
 use crate::alive::Ztunnels;
 use crate::push::Exceptions;
-use crate::registry::{PolicyName, PolicyReport, PolicyState};
+use crate::registry::{ObjectName, ObjectState, Report};
 use conditions::{Condition, Tally};
 use peers::Peers;
 pub use writer::Writer;
@@ -34,7 +34,7 @@ const LEISURE: Duration = Duration::from_secs(30);
 const WRITES: usize = 10;
 
 /// Reports on policies, with the generation in which proxies are told.
-pub type Reports = (Vec<PolicyReport>, Generation);
+pub type Reports = (Vec<Report>, Generation);
 
 /// What was written last of a policy, of what, and when.
 #[derive(Debug)]
@@ -49,7 +49,7 @@ struct Written {
 /// A policy as it is followed.
 #[derive(Debug)]
 struct Followed {
-    state: PolicyState,
+    state: ObjectState,
     generation: Generation,
     written: Option<Written>,
     /// Not before this is it tried again.
@@ -58,7 +58,7 @@ struct Followed {
 
 /// The policies that are followed, for those who look.
 #[derive(Clone, Default)]
-pub struct Followers(Arc<Mutex<HashMap<PolicyName, Followed>>>);
+pub struct Followers(Arc<Mutex<HashMap<ObjectName, Followed>>>);
 
 impl std::fmt::Debug for Followers {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -70,14 +70,16 @@ impl std::fmt::Debug for Followers {
 pub type Local = BTreeMap<String, peers::PolicyAnswer>;
 
 impl Followers {
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<PolicyName, Followed>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<ObjectName, Followed>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes reports.
     pub fn take(&self, (reports, generation): Reports) {
         let mut all = self.lock();
-        for PolicyReport { policy, state } in reports {
+        let followed =
+            |r: &Report| matches!(r.name.kind, Kind::AuthorizationPolicy | Kind::PeerAuthentication);
+        for Report { name: policy, state } in reports.into_iter().filter(followed) {
             match state {
                 None => {
                     all.remove(&policy);
@@ -85,8 +87,10 @@ impl Followers {
                 Some(state) => {
                     let old = all.remove(&policy);
                     // The same version, of which only what is said is new: proxies have it since then.
-                    let same = old
-                        .filter(|old| old.state.uid == state.uid && old.state.generation == state.generation);
+                    let same = old.filter(|old| {
+                        old.state.version.uid == state.version.uid
+                            && old.state.version.generation == state.version.generation
+                    });
                     let (generation, written) =
                         same.map_or((generation, None), |old| (old.generation, old.written));
                     all.insert(policy, Followed { state, generation, written, not_before: None });
@@ -99,10 +103,10 @@ impl Followers {
     #[must_use]
     pub fn local(&self, server: &Server) -> Local {
         let clients = Clients::of(server);
-        let answer = |(policy, followed): (&PolicyName, &Followed)| {
+        let answer = |(policy, followed): (&ObjectName, &Followed)| {
             let answer = peers::PolicyAnswer {
-                uid: followed.state.uid.to_string(),
-                generation: followed.state.generation,
+                uid: followed.state.version.uid.to_string(),
+                generation: followed.state.version.generation,
                 tally: clients.tally(policy, followed.generation),
             };
             (label(policy), answer)
@@ -113,7 +117,7 @@ impl Followers {
 
 /// A policy's name as text.
 #[must_use]
-pub fn label(policy: &PolicyName) -> String {
+pub fn label(policy: &ObjectName) -> String {
     format!("{}/{}/{}", policy.kind.name(), policy.namespace, policy.name)
 }
 
@@ -162,7 +166,7 @@ impl Clients {
     }
 
     /// How they stand with a policy of this generation.
-    fn tally(&self, policy: &PolicyName, generation: Generation) -> Tally {
+    fn tally(&self, policy: &ObjectName, generation: Generation) -> Tally {
         let mut tally = Tally { others: self.others, ..Tally::default() };
         let name = match policy.kind {
             Kind::PeerAuthentication => {
@@ -203,7 +207,7 @@ pub fn proxy_name(client: &ClientStatus) -> String {
 }
 
 /// A policy, and what is to be written of it.
-type Due = (PolicyName, PolicyState, Written);
+type Due = (ObjectName, ObjectState, Written);
 
 /// Writes the status of policies while this control plane leads.
 pub struct Keeper {
@@ -285,7 +289,7 @@ impl Keeper {
     }
 
     /// How the proxies of all control planes stand with a policy.
-    fn tally(clients: &Clients, policy: &PolicyName, followed: &Followed, peers: &peers::Answers) -> Tally {
+    fn tally(clients: &Clients, policy: &ObjectName, followed: &Followed, peers: &peers::Answers) -> Tally {
         let mut tally = clients.tally(policy, followed.generation);
         tally.unasked = peers.unasked;
         if peers.answers.is_empty() {
@@ -293,7 +297,9 @@ impl Keeper {
         }
         let (label, state) = (label(policy), &followed.state);
         for peer in &peers.answers {
-            let same = |a: &&peers::PolicyAnswer| *a.uid == *state.uid && a.generation == state.generation;
+            let same = |a: &&peers::PolicyAnswer| {
+                *a.uid == *state.version.uid && a.generation == state.version.generation
+            };
             match peer.get(&label).filter(same) {
                 Some(answer) => tally.add(&answer.tally),
                 // It does not know this version yet.

@@ -101,7 +101,7 @@ impl Plane {
     fn commit(&mut self) {
         let committed = self.registry.commit(Instant::now()).unwrap();
         let generation = self.push.push(&committed.changes);
-        self.followers.take((committed.policies, generation));
+        self.followers.take((committed.reports, generation));
     }
 
     fn client(&self, token: &str, pod: &str) -> (Client, Updates) {

@@ -239,11 +239,11 @@ fn policies_are_reported_with_their_version_and_what_is_said_of_them() {
         ],
     );
     let committed = registry.commit(Instant::now()).unwrap();
-    assert_eq!(committed.policies.len(), 1);
-    let state = committed.policies[0].state.as_ref().unwrap();
-    assert_eq!((&*state.uid, state.generation), ("uid-p", 4));
+    assert_eq!(committed.reports.len(), 1);
+    let state = committed.reports[0].state.as_ref().unwrap();
+    assert_eq!((&*state.version.uid, state.version.generation), ("uid-p", 4));
     assert_eq!(state.findings[0].code, config::diagnostic::Code::NeedsWaypoint);
     registry.take(gone(Kind::AuthorizationPolicy, "shop", "p"));
     let committed = registry.commit(Instant::now()).unwrap();
-    assert!(committed.policies[0].state.is_none());
+    assert!(committed.reports[0].state.is_none());
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use config::diagnostic::{Code, Diagnostic, Severity};
 use serde::{Deserialize, Serialize};
 
-use crate::registry::PolicyState;
+use crate::registry::ObjectState;
 
 /// A condition, but for its time.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -97,7 +97,7 @@ const MOST_CHARACTERS: usize = 4096;
 
 /// The conditions of a policy. `exception` is what proxies of another make are told otherwise.
 #[must_use]
-pub fn of(state: &PolicyState, tally: &Tally, exception: Option<&str>) -> Vec<Condition> {
+pub fn of(state: &ObjectState, tally: &Tally, exception: Option<&str>) -> Vec<Condition> {
     vec![accepted(&state.findings, exception), enforced(&state.findings, tally)]
 }
 
@@ -179,9 +179,11 @@ pub fn same_but_for_messages(a: &[Condition], b: &[Condition]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::registry::ObjectVersion;
 
-    fn state(findings: Vec<Diagnostic>) -> PolicyState {
-        PolicyState { uid: "u".into(), generation: 3, findings }
+    fn state(findings: Vec<Diagnostic>) -> ObjectState {
+        let version = ObjectVersion { uid: "u".into(), generation: 3, labelled: false, selects: false };
+        ObjectState { version, findings }
     }
 
     fn tally(enforcing: usize, pending: usize) -> Tally {

@@ -9,7 +9,7 @@ use kube::api::{Api, ApiResource, DynamicObject, Patch, PatchParams};
 use serde_json::{Value, json};
 
 use super::conditions::{ACCEPTED, Condition, ENFORCED};
-use crate::registry::{PolicyName, PolicyState};
+use crate::registry::{ObjectName, ObjectState};
 use crate::source::{chain, find};
 
 /// How often a write is tried whose object somebody else changes at the same time.
@@ -35,8 +35,8 @@ impl Writer {
     /// The API server refuses it, or does not answer.
     pub async fn write(
         &self,
-        policy: &PolicyName,
-        state: &PolicyState,
+        policy: &ObjectName,
+        state: &ObjectState,
         wanted: &[Condition],
     ) -> Result<(), String> {
         let resource = self.resource(policy.kind).await?;
@@ -52,10 +52,11 @@ impl Writer {
                 }
                 Err(error) => return Err(chain(&error)),
             };
-            let same = object.metadata.uid.as_deref() == Some(&state.uid)
-                && object.metadata.generation.unwrap_or(0) == state.generation;
+            let same = object.metadata.uid.as_deref() == Some(&state.version.uid)
+                && object.metadata.generation.unwrap_or(0) == state.version.generation;
             let now = k8s_openapi::jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
-            let Some(status) = merged(&object.data, wanted, state.generation, &now).filter(|_| same) else {
+            let Some(status) = merged(&object.data, wanted, state.version.generation, &now).filter(|_| same)
+            else {
                 return Ok(());
             };
             let version = object.metadata.resource_version.unwrap_or_default();
