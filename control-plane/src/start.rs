@@ -30,7 +30,7 @@ use crate::metrics::{self, Streams};
 use crate::pods::{PodTable, Trusting};
 use crate::push::{Exceptions, Push, TYPES};
 use crate::registry::{self, Ask, Committed, Overview, Registry};
-use crate::serve::{NodeProxies, connections};
+use crate::serve::{self, NodeProxies, Port, Proving, connections};
 use crate::settings::Flags;
 use crate::source::{Source, Watches};
 use crate::status::peers::{self, Peers, Reach};
@@ -284,13 +284,18 @@ impl Plane {
         known: &Known,
         shutdown: &Shutdown,
     ) -> anyhow::Result<tokio::task::JoinHandle<Result<(), tonic::transport::Error>>> {
+        let port = Port::new(serve::Limits::default(), &self.metrics);
+        let gone =
+            serve::end_streams_of_pods_that_are_gone(self.server.clone(), Arc::new(known.pods.clone()));
+        tokio::spawn(gone);
         let grpc = tonic::transport::Server::builder()
             .http2_keepalive_interval(Some(KEEPALIVE))
             .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
             .max_concurrent_streams(MOST_STREAMS)
+            .layer(Proving(port.clone()))
             .add_service(self.server.service())
             .add_service(self.ca.service(self.client.clone(), Arc::new(known.pods.clone())));
-        let incoming = connections(listener, self.ca.server_config(&[b"h2"])?);
+        let incoming = connections(listener, self.ca.server_config(&[b"h2"])?, port);
         let ending = shutdown.clone();
         Ok(tokio::spawn(grpc.serve_with_incoming_shutdown(incoming, async move {
             ending.draining().await;

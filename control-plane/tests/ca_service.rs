@@ -17,6 +17,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use control_plane::ca::{
     Ca, CaSettings, Fleet, KubeReviewer, PodFacts, Pods, Proxy, ROTATE, TRUSTED_ROOTS, trusted_roots,
 };
+use control_plane::serve::{Limits, Port, Proving, connections};
 use fake_api::FakeApi;
 use identity::{
     CaClient, CaClientSettings, CertificateSettings, Certificates, Clock, Issuer, RootId, SigningRequest,
@@ -34,6 +35,8 @@ use tonic::{Code, Request, Status};
 
 const CART: &str = "spiffe://cluster.local/ns/shop/sa/cart";
 const OWN: &str = "/api/v1/namespaces/culvert-system/secrets/culvert-ca-secret";
+/// After so long, the port closes what nobody known uses.
+const UNPROVEN: Duration = Duration::from_secs(2);
 const ZTUNNEL: &str = "/api/v1/namespaces/culvert-system/pods/ztunnel-1";
 
 /// One node; its proxy, and pods of the shop.
@@ -110,7 +113,8 @@ impl Cluster {
         tokio::spawn(ca.clone().run(api.client(), Arc::new(FromPods(api.clone())), receiver, leader));
         ca.wait_ready().await;
         let store = Arc::new(Store::default());
-        let address = serve(&ca, &api, store.clone()).await;
+        let port = Port::new(Limits { unproven: UNPROVEN, ..Limits::default() }, &registry);
+        let address = serve(&ca, &api, store.clone(), port).await;
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
         let cluster = Self { api, ca, store, registry, address, dir, _senders: (leads, namespaces) };
         cluster.write_roots();
@@ -186,21 +190,12 @@ impl Cluster {
     }
 }
 
-async fn serve(ca: &Ca, api: &FakeApi, pods: Arc<Store>) -> SocketAddr {
+async fn serve(ca: &Ca, api: &FakeApi, pods: Arc<Store>, port: Port) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let acceptor = tokio_rustls::TlsAcceptor::from(ca.server_config(&[b"h2"]).unwrap());
-    let (sender, receiver) = tokio::sync::mpsc::channel(8);
-    tokio::spawn(async move {
-        while let Ok((tcp, _)) = listener.accept().await {
-            if let Ok(tls) = acceptor.accept(tcp).await {
-                let _ = sender.send(Ok::<_, std::io::Error>(tls)).await;
-            }
-        }
-    });
-    let service = ca.service(api.client(), pods);
-    let incoming = tokio_stream::wrappers::ReceiverStream::new(receiver);
-    tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming));
+    let incoming = connections(listener, ca.server_config(&[b"h2"]).unwrap(), port.clone());
+    let mut server = tonic::transport::Server::builder().layer(Proving(port));
+    tokio::spawn(server.add_service(ca.service(api.client(), pods)).serve_with_incoming(incoming));
     address
 }
 
@@ -415,6 +410,23 @@ async fn a_pod_that_the_control_plane_hears_of_a_moment_later_is_waited_for() {
         store.late.store(true, Ordering::SeqCst);
     });
     client.issue(&spiffe("spiffe://cluster.local/ns/shop/sa/late")).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_asks_after_a_pause_connects_anew() {
+    let cluster = Cluster::start().await;
+    let client = cluster.client(&[cluster.address]);
+    for _ in 0..2 {
+        client.issue(&spiffe(CART)).await.unwrap();
+        until(|| cluster.metric("culvertd_connections") == 0).await;
+    }
+    // One that goes on asking is not cut off in between.
+    let end = tokio::time::Instant::now() + 2 * UNPROVEN;
+    while tokio::time::Instant::now() < end {
+        client.issue(&spiffe(CART)).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    assert_eq!(cluster.metric("culvertd_connections"), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
