@@ -18,6 +18,9 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+#[path = "cluster/definitions.rs"]
+mod definitions;
+
 /// An API server with nothing behind it.
 struct Server {
     directory: TempDir,
@@ -183,7 +186,8 @@ fn the_commands_work_on_a_real_api_server() {
     installing(&server);
     pods_in_trouble(&server);
     the_node_agent_is_held_to_its_node(&server);
-    definitions(&server);
+    definitions::are_held_to_their_rules(&server);
+    definitions::of_other_versions_are_left_alone(&server);
     looking_at_the_cluster(&server);
     waiting_until_it_works(&server);
     tags(&server);
@@ -312,41 +316,6 @@ fn the_node_agent_is_held_to_its_node(server: &Server) {
         let (fine, said) = patch(object, change.clone());
         assert!(!fine && said.contains(words), "{object} {change}: {said}");
     }
-}
-
-fn definitions(server: &Server) {
-    server
-        .apply(&json!({"apiVersion": "v1", "kind": "Namespace",
-                         "metadata": {"name": "shop", "labels": {"istio.io/dataplane-mode": "ambient"}}}))
-        .unwrap();
-    // A field that nobody knows is kept, so that it can be refused by name.
-    let typo = json!({"rules": [{"from": [{"source": {"principal": ["a"]}}]}]});
-    server.apply(&policy("typo", &typo)).unwrap();
-    let stored = server.kubectl(&["-n", "shop", "get", "ap", "typo", "-o", "jsonpath={.spec}"]);
-    assert!(String::from_utf8_lossy(&stored.stdout).contains("principal"), "the field was pruned");
-    // What the types and rules of the definitions refuse.
-    for (spec, words) in [
-        (json!({"action": "MAYBE"}), "Unsupported value"),
-        (json!({"selector": {}, "targetRefs": [{"kind": "Service", "name": "a"}]}), "set only one of"),
-    ] {
-        let error = server.apply(&policy("refused", &spec)).unwrap_err();
-        assert!(error.contains(words), "{error}");
-    }
-    // One that is newer stays.
-    let newer =
-        ["annotate", "--overwrite", "crd", "sidecars.networking.istio.io", "culvert.dev/crd-version=99"];
-    assert!(server.kubectl(&newer).status.success());
-    let older =
-        ["annotate", "--overwrite", "crd", "gateways.networking.istio.io", "culvert.dev/crd-version=0"];
-    assert!(server.kubectl(&older).status.success());
-    let foreign = ["annotate", "crd", "telemetries.telemetry.istio.io", "culvert.dev/crd-version-"];
-    assert!(server.kubectl(&foreign).status.success());
-    let words = [
-        "left sidecars.networking.istio.io as it is: newer",
-        "left telemetries.telemetry.istio.io",
-        "applied 1 custom",
-    ];
-    server.expect(1, &words, &["upgrade", "--timeout", "1s"]);
 }
 
 fn looking_at_the_cluster(server: &Server) {
