@@ -9,7 +9,7 @@
 //! Invariants:
 //! * nothing is acknowledged before it is in force: an acknowledgement means that this node enforces it;
 //! * the snapshot may be worked by only once policies and workloads have come whole (from the kept state, or from the
-//!   control plane); settings of the mesh come before them where the control plane has any;
+//!   control plane); settings of the mesh come before the workloads where the control plane has any;
 //! * a policy that can't be read and has no last good version refuses, for as many workloads as it could concern: to
 //!   leave it out could let in what it denies.
 

@@ -50,7 +50,8 @@ pub struct Settings {
     pub cluster_id: String,
     /// Who this is; see [`NodeInfo`].
     pub node: Node,
-    /// The types to follow, in the order in which they are asked for. Each is followed whole.
+    /// The types to follow, in the order in which they are asked for. Each is followed whole. Those of our own
+    /// ([`crate::OWN_TYPES`]) are asked for only where the server knows them, after the first of the others.
     pub types: Vec<&'static str>,
     /// How long a message may be. Servers of another make send a whole state in one.
     pub message_bytes: usize,
@@ -62,8 +63,11 @@ pub struct Settings {
     pub connect_timeout: Duration,
     /// How long the first answer may take, before another server is tried.
     pub answer_timeout: Duration,
-    /// How often an idle connection is probed, and how long the probe may take.
+    /// How often the connection is probed. istiod ends the connections of clients that do so more often than every 15 s (half
+    /// of its `--keepaliveInterval`).
     pub keepalive: Duration,
+    /// How long a probe may take.
+    pub keepalive_timeout: Duration,
     /// The longest wait before the first attempt to connect again.
     pub backoff: Duration,
     /// The longest wait.
@@ -85,7 +89,8 @@ impl Default for Settings {
             state_bytes: 512 << 20,
             connect_timeout: Duration::from_secs(10),
             answer_timeout: Duration::from_secs(60),
-            keepalive: Duration::from_secs(10),
+            keepalive: Duration::from_secs(30),
+            keepalive_timeout: Duration::from_secs(10),
             backoff: Duration::from_millis(500),
             backoff_max: Duration::from_secs(15),
         }

@@ -151,18 +151,23 @@ impl Client {
         let failed = |e: connect::ConnectError| Ended::new(Termination::ConnectionError, e.to_string());
         let token = connect::token(&self.settings, address).map_err(failed)?;
         let channel = connect::connect(&self.settings, address).await.map_err(failed)?;
-        let (sender, receiver) = mpsc::channel(self.settings.types.len() + 1);
-        for (place, type_url) in self.settings.types.iter().enumerate() {
+        // The first that every server knows. A server of another make may send no headers before it is asked.
+        let types = &self.settings.types;
+        let is_own = |type_url: &&str| type_url.starts_with(crate::OWN_TYPES);
+        let first = types.iter().position(|t| !is_own(t)).unwrap_or_default();
+        let (sender, receiver) = mpsc::channel(types.len() + 1);
+        let ask = |place: usize, type_url: &&str| {
             let versions = self.held.get(type_url).map(HeldType::versions);
             let request = DeltaDiscoveryRequest {
-                node: (place == 0).then(|| self.settings.node.clone()),
+                node: (place == first).then(|| self.settings.node.clone()),
                 type_url: (*type_url).to_owned(),
                 initial_resource_versions: versions.unwrap_or_default(),
                 ..DeltaDiscoveryRequest::default()
             };
             // There is room for all.
             let _ = sender.try_send(request);
-        }
+        };
+        types.get(first).into_iter().for_each(|type_url| ask(first, type_url));
         let mut request = Request::new(ReceiverStream::new(receiver));
         if let Some(token) = token {
             request.metadata_mut().insert("authorization", token);
@@ -173,8 +178,12 @@ impl Client {
         let limit = self.settings.message_bytes;
         let mut client = AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(limit);
         let opened = timeout(self.settings.answer_timeout, client.delta_aggregated_resources(request)).await;
-        let opened = opened.map_err(|_| self.silent())?;
-        Ok((opened.map_err(|status| Ended::of(&status))?.into_inner(), sender))
+        let opened = opened.map_err(|_| self.silent())?.map_err(|status| Ended::of(&status))?;
+        let known = opened.metadata().get(crate::EXTENSIONS_HEADER);
+        let is_ours = known.is_some_and(|version| version == crate::EXTENSIONS_VERSION);
+        let others = types.iter().enumerate().filter(|(place, t)| *place != first && (is_ours || !is_own(t)));
+        others.for_each(|(place, type_url)| ask(place, type_url));
+        Ok((opened.into_inner(), sender))
     }
 
     fn silent(&self) -> Ended {
