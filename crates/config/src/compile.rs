@@ -49,7 +49,7 @@ use crate::external::External;
 use crate::kinds::namespace::DATAPLANE_MODE;
 use crate::kinds::{Capture, EndpointSlice, Namespace};
 use crate::labels::{Labels, Pool};
-use crate::policy::{Binding, NamespaceSelector, Policies};
+use crate::policy::{Binding, MeshConfig, NamespaceSelector, Policies};
 use crate::resource::{Kind, ObjectKey, Resource};
 use index::{Addresses, Area, Id, Place};
 
@@ -269,6 +269,12 @@ impl Compiler {
     #[must_use]
     pub fn settings(&self) -> &Settings {
         self.policies.settings()
+    }
+
+    /// The settings in force as they are written; `None` where there are none.
+    #[must_use]
+    pub fn mesh_config(&self) -> Option<&MeshConfig> {
+        self.policies.config()
     }
 
     /// Which namespaces are read (`discoverySelectors`), one of which must match; all of them where there are none.

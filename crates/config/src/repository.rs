@@ -10,7 +10,7 @@ use crate::compile::{Batch, Compiler, EnrolmentChange, Options};
 use crate::diagnostic::{Code, Diagnostic, Severity};
 use crate::kinds::Capture;
 use crate::labels::Pool;
-use crate::policy::NamespaceSelector;
+use crate::policy::{MeshConfig, NamespaceSelector};
 use crate::resource::ObjectKey;
 use crate::store::Store;
 
@@ -111,6 +111,12 @@ impl Repository {
         let mut found = findings(&self.compiler, key);
         found.extend(self.compiler.review(key).into_iter().map(|f| (f.code, f.message, f.remedy)));
         found
+    }
+
+    /// The settings in force as they are written; `None` where there are none.
+    #[must_use]
+    pub fn mesh_config(&self) -> Option<&MeshConfig> {
+        self.compiler.mesh_config()
     }
 
     /// Which namespaces are read: those that one of the selectors matches; all where there are none. It is for the
