@@ -12,11 +12,13 @@
 //!   `system_version_info` of all but the last ends in ` more`; a client of another make gets one long message.
 //! * A client that refuses some resources of a response applies the others, and says which it refused: its
 //!   `error_detail` has a `google.rpc.BadRequest` with a violation for each, the resource's name in `field`.
+//! * A client that comes back says what it holds by hashes ([`inventory`]).
 //!
 //! Resources are opaque here: names, versions and bytes.
 #![forbid(unsafe_code)]
 
 pub mod client;
+mod inventory;
 pub mod server;
 
 /// The key in a node's metadata by which it says which extensions it knows.

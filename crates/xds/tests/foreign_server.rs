@@ -203,7 +203,7 @@ async fn what_is_refused_is_named_and_not_held() {
     stream.send(response("n-1", resources, &[])).await;
     let update = next(&mut updates).await;
     // What is malformed is not seen; the others are.
-    let seen: Vec<_> = update.resources.iter().map(|r| (r.name.as_str(), &r.body[..])).collect();
+    let seen: Vec<_> = update.resources.iter().map(|r| (&*r.name, &r.body[..])).collect();
     assert_eq!(seen, [("good", &b"1"[..]), ("bad", b"1"), ("twice", b"first")]);
     update.nack(vec![Rejection { name: "bad".into(), reason: "it makes no sense".into() }]);
     let nack = stream.request().await;

@@ -151,6 +151,27 @@ fn who_comes_back_is_sent_what_it_lacks() {
 }
 
 #[test]
+fn one_of_ours_says_by_hashes_what_it_has() {
+    let mut world = World::new();
+    let id = world.follower();
+    world.apply(["same", "other", "gone", "goes-later"].map(|name| set(ADDRESS, name, "1")));
+    world.settle(id);
+    world.apply([set(ADDRESS, "other", "2"), remove(ADDRESS, "gone"), set(ADDRESS, "new", "1")]);
+    world.reconnect(id, vec![subscribe(POLICY, &[]), subscribe(ADDRESS, &[])]);
+    // Between its coming and its first answer.
+    world.apply([remove(ADDRESS, "goes-later")]);
+    let responses = world.settle(id);
+    let sent: Vec<_> = responses.iter().flat_map(|r| names(r)).collect();
+    assert_eq!(sent, ["other", "new"]);
+    assert_eq!(world.bodies(id, ADDRESS), bodies([("new", "1"), ("other", "2"), ("same", "1")]));
+
+    let other = world.connect(Extensions::Culvert, None);
+    let mut request = subscribe(ADDRESS, &[]);
+    request.culvert_held = vec![7; 25];
+    assert!(matches!(world.request(other, request), Err(Violation::Inventory(_))));
+}
+
+#[test]
 fn who_comes_back_to_another_replica_is_sent_nothing_that_it_has() {
     let mut world = World::new();
     world.apply((0..50).map(|n| set(ADDRESS, &format!("name-{n}"), "1")));

@@ -24,8 +24,9 @@ impl Decoder {
             return Err(Fault::new("uid", Problem::Missing));
         }
         Ok(Workload {
-            uid: self.text(&w.uid),
-            name: self.text(&w.name),
+            // These two are in no other workload.
+            uid: w.uid.as_str().into(),
+            name: w.name.as_str().into(),
             namespace: self.text(&w.namespace),
             service_account: self.text(if w.service_account.is_empty() {
                 "default"

@@ -8,7 +8,8 @@
 //! * An update is one response. The next is read only when the user has answered it: what the server is told is in
 //!   force is in force.
 //! * A user that refuses some resources applies the others: those are held from then on, and of what was refused
-//!   the last good version stays held. The server is told which were refused, and why.
+//!   the last good version stays held. The server is told which were refused, and why. On disk are both: whoever
+//!   starts from there refuses the same again, and puts the same in its place.
 //! * What is held is named, with its versions, at each connect, so that nothing is sent twice; and it is on disk
 //!   ([`journal`]), so that a restarted proxy has a state while no server is there.
 //! * The stream ends, and another server is tried after a while, when the transport fails, when the server ends it,
@@ -20,6 +21,7 @@ mod held;
 mod journal;
 mod stream;
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -34,6 +36,8 @@ use tonic::transport::Uri;
 use backoff::Backoff;
 use held::Held;
 use journal::Journal;
+
+use crate::inventory::Version;
 
 /// How the client behaves.
 #[derive(Clone, Debug)]
@@ -142,8 +146,8 @@ impl NodeInfo {
 /// A resource, as it arrived.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Resource {
-    /// Its primary name; not empty, and once in an update.
-    pub name: String,
+    /// Its primary name; not empty, and once in an update. What is held shares it.
+    pub name: Arc<str>,
     /// Its version.
     pub version: String,
     /// Its other names.
@@ -185,6 +189,12 @@ impl Update {
         self.reply.ack();
     }
 
+    /// What was answered to it is on disk, and not only on its way there, before the server is told: a node that
+    /// crashes the moment after comes back with this or what is newer. Costs a write to the disk.
+    pub fn must_last(&mut self) {
+        self.reply.lasts = true;
+    }
+
     /// It is in force but for these, of which the last good version still is. None is an [`ack`](Self::ack).
     pub fn nack(self, rejections: Vec<Rejection>) {
         self.reply.nack(rejections);
@@ -193,7 +203,17 @@ impl Update {
 
 /// The answer to an update.
 #[derive(Debug)]
-pub struct Reply(oneshot::Sender<Vec<Rejection>>);
+pub struct Reply {
+    sender: oneshot::Sender<Answer>,
+    lasts: bool,
+}
+
+/// What the user said of an update.
+#[derive(Debug)]
+struct Answer {
+    rejections: Vec<Rejection>,
+    lasts: bool,
+}
 
 impl Reply {
     /// See [`Update::ack`].
@@ -203,7 +223,7 @@ impl Reply {
 
     /// See [`Update::nack`].
     pub fn nack(self, rejections: Vec<Rejection>) {
-        let _ = self.0.send(rejections);
+        let _ = self.sender.send(Answer { rejections, lasts: self.lasts });
     }
 }
 
@@ -211,7 +231,7 @@ impl Reply {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Rejection {
     /// Its primary name.
-    pub name: String,
+    pub name: Arc<str>,
     /// Why not.
     pub reason: String,
 }
@@ -322,6 +342,14 @@ pub enum InvalidSettings {
     /// How to trust the server is not said.
     #[error("{0} needs a file of root certificates")]
     NoRoot(String),
+}
+
+/// What [`Client`] says that it holds to a server of ours, in `culvert_held`, for those who speak to it by themselves:
+/// versions by name. `None`: a version is not of ours.
+#[must_use]
+pub fn inventory(held: &BTreeMap<String, String>) -> Option<Vec<u8>> {
+    let versions = held.iter().map(|(name, text)| Some((name.as_str(), Version::parse(text)?)));
+    Some(crate::inventory::write(versions.collect::<Option<Vec<_>>>()?.into_iter()))
 }
 
 /// The client. [`run`](Self::run) has to run for anything to happen.

@@ -18,8 +18,9 @@ use proto::wire::{discovery::DeltaDiscoveryRequest, rpc};
 
 use super::response::{Response, version_info};
 use super::store::{Generation, Interest, Store, Topic};
-use super::subscription::{Behind, Context, Refusal, Subscription, TypeStatus};
+use super::subscription::{Behind, Context, Held, Refusal, Subscription, TypeStatus};
 use crate::BAD_REQUEST_TYPE_URL;
+use crate::inventory::Inventory;
 
 /// What a client may use.
 #[derive(Clone, Copy, Debug)]
@@ -48,6 +49,9 @@ pub enum Violation {
     /// A request without a type.
     #[error("a request has no type_url")]
     NoType,
+    /// What it says to hold can't be read.
+    #[error("culvert_held of {0} is no inventory")]
+    Inventory(Arc<str>),
     /// Too many types.
     #[error("asks for more than {0} types")]
     Types(usize),
@@ -169,7 +173,13 @@ impl Session {
             _ => {}
         }
         if first {
-            subscription.resume(&context, request.initial_resource_versions);
+            let held = match request.culvert_held.as_slice() {
+                [] => Held::Named(request.initial_resource_versions),
+                hashes => {
+                    Held::Hashed(Inventory::parse(hashes).ok_or(Violation::Inventory(type_url.clone()))?)
+                }
+            };
+            subscription.resume(&context, held);
         }
         let count = subscription.count();
         self.subscriptions.insert(place, subscription);

@@ -21,6 +21,8 @@ use prost::Message;
 use proto::Extensions;
 use proto::wire::discovery;
 
+use crate::inventory::{NameKey, Version};
+
 /// A point in the history of a [`Store`], over all types: the number of changes until then.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct Generation(pub u64);
@@ -68,35 +70,17 @@ pub enum Change {
 
 /// A hash of what a client sees of a resource, the same in every process: a client that comes back to another
 /// replica, or to this one after a restart, is sent nothing again.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Version([u8; 10]);
-
-impl Version {
-    fn of(aliases: &[Arc<str>], body: &[u8]) -> Self {
-        let mut context = digest::Context::new(&digest::SHA256);
-        for alias in aliases {
-            context.update(&(alias.len() as u64).to_le_bytes());
-            context.update(alias.as_bytes());
-        }
-        context.update(&u64::MAX.to_le_bytes());
-        context.update(body);
-        let mut version = [0; 10];
-        version.iter_mut().zip(context.finish().as_ref()).for_each(|(v, d)| *v = *d);
-        Self(version)
+fn version(aliases: &[Arc<str>], body: &[u8]) -> Version {
+    let mut context = digest::Context::new(&digest::SHA256);
+    for alias in aliases {
+        context.update(&(alias.len() as u64).to_le_bytes());
+        context.update(alias.as_bytes());
     }
-
-    /// Whether this is the version that is written so. Asked for each resource of each client that comes back.
-    pub(crate) fn is(self, text: &str) -> bool {
-        let digit = |half: u8| char::from_digit(u32::from(half), 16);
-        let digits = self.0.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 0xf)]);
-        digits.eq(text.chars().map(Some))
-    }
-}
-
-impl fmt::Display for Version {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
+    context.update(&u64::MAX.to_le_bytes());
+    context.update(body);
+    let mut version = [0; 10];
+    version.iter_mut().zip(context.finish().as_ref()).for_each(|(v, d)| *v = *d);
+    Version(version)
 }
 
 /// What a resource is at present.
@@ -119,6 +103,7 @@ impl Live {
 #[derive(Debug)]
 pub(crate) struct Entry {
     pub(crate) name: Arc<str>,
+    pub(crate) key: NameKey,
     scope: Option<Arc<str>>,
     /// It had another scope once: a client that is not interested now may hold it.
     moved: bool,
@@ -159,7 +144,7 @@ impl Entry {
 #[derive(Debug, Default)]
 pub(crate) struct Log {
     entries: BTreeMap<u64, Entry>,
-    positions: HashMap<Arc<str>, u64>,
+    positions: HashMap<NameKey, u64>,
     /// The positions of what was removed.
     gone: BTreeSet<u64>,
     /// Removals up to here are forgotten.
@@ -190,13 +175,18 @@ impl Log {
 
     /// A name's last change and where it stands.
     pub(crate) fn get(&self, name: &str) -> Option<(u64, &Entry)> {
-        let position = *self.positions.get(name)?;
+        self.find(NameKey::of(name))
+    }
+
+    /// The same, by the name's hash.
+    pub(crate) fn find(&self, name: NameKey) -> Option<(u64, &Entry)> {
+        let position = *self.positions.get(&name)?;
         Some((position, self.entries.get(&position)?))
     }
 
     /// Whether putting this would change anything.
-    fn differs(&self, name: &str, live: Option<Version>, scope: Option<&Arc<str>>) -> bool {
-        match self.get(name) {
+    fn differs(&self, name: NameKey, live: Option<Version>, scope: Option<&Arc<str>>) -> bool {
+        match self.find(name) {
             None => live.is_some(),
             Some((_, entry)) => {
                 let held = entry.live.as_ref().map(|l| l.version);
@@ -208,12 +198,12 @@ impl Log {
     fn put(
         &mut self,
         position: u64,
-        name: &Arc<str>,
+        (name, key): (&Arc<str>, NameKey),
         live: Option<Live>,
         scope: Option<Arc<str>>,
         keep: usize,
     ) {
-        let old = self.positions.insert(Arc::clone(name), position);
+        let old = self.positions.insert(key, position);
         let old = old.and_then(|p| {
             self.gone.remove(&p);
             self.entries.remove(&p)
@@ -228,7 +218,7 @@ impl Log {
             }
             None => (scope, false),
         };
-        self.entries.insert(position, Entry { name: Arc::clone(name), scope, moved, live });
+        self.entries.insert(position, Entry { name: Arc::clone(name), key, scope, moved, live });
         self.head = position;
         if removed {
             self.gone.insert(position);
@@ -237,13 +227,13 @@ impl Log {
             let Some(oldest) = self.gone.pop_first() else { break };
             self.horizon = oldest;
             if let Some(entry) = self.entries.remove(&oldest) {
-                self.positions.remove(&entry.name);
+                self.positions.remove(&entry.key);
             }
         }
     }
 
-    fn aliases(&self, name: &str) -> Option<Arc<[Arc<str>]>> {
-        self.get(name).and_then(|(_, e)| e.live.as_ref()).map(|l| Arc::clone(&l.aliases))
+    fn aliases(&self, name: NameKey) -> Option<Arc<[Arc<str>]>> {
+        self.find(name).and_then(|(_, e)| e.live.as_ref()).map(|l| Arc::clone(&l.aliases))
     }
 
     fn len(&self) -> usize {
@@ -289,17 +279,18 @@ impl Topic {
 
     /// Puts one name's content into both logs. `None` when nothing changes; else who follows it by which name.
     fn put(&mut self, position: u64, resource: &Resource, keep: usize) -> Option<Vec<(ClientId, Arc<str>)>> {
-        let versions = [&resource.plain, &resource.culvert]
-            .map(|b| b.as_ref().map(|b| Version::of(&resource.aliases, b)));
+        let versions =
+            [&resource.plain, &resource.culvert].map(|b| b.as_ref().map(|b| version(&resource.aliases, b)));
         let [plain, culvert] = versions;
         let name = &resource.name;
+        let key = NameKey::of(name);
         let scope = resource.scope.as_ref();
-        let plain_differs = self.plain.differs(name, plain, scope);
-        let culvert_differs = self.culvert.differs(name, culvert, scope);
+        let plain_differs = self.plain.differs(key, plain, scope);
+        let culvert_differs = self.culvert.differs(key, culvert, scope);
         if !plain_differs && !culvert_differs {
             return None;
         }
-        let old = self.plain.aliases(name).or_else(|| self.culvert.aliases(name)).unwrap_or_default();
+        let old = self.plain.aliases(key).or_else(|| self.culvert.aliases(key)).unwrap_or_default();
         let there = plain.is_some() || culvert.is_some();
         let new: Arc<[Arc<str>]> = if there { resource.aliases.as_slice().into() } else { Arc::default() };
         let encoded = |version: Option<Version>, body: &Option<Bytes>| {
@@ -309,10 +300,10 @@ impl Topic {
         let first = encoded(plain, &resource.plain);
         let second = if plain == culvert { first.clone() } else { encoded(culvert, &resource.culvert) };
         if plain_differs {
-            self.plain.put(position, name, first, resource.scope.clone(), keep);
+            self.plain.put(position, (name, key), first, resource.scope.clone(), keep);
         }
         if culvert_differs {
-            self.culvert.put(position, name, second, resource.scope.clone(), keep);
+            self.culvert.put(position, (name, key), second, resource.scope.clone(), keep);
         }
         if old != new {
             self.index(name, &old, &new);

@@ -140,7 +140,7 @@ impl From<Violation> for End {
     fn from(violation: Violation) -> Self {
         let text = violation.to_string();
         Self::Server(match violation {
-            Violation::NoType => Status::invalid_argument(text),
+            Violation::NoType | Violation::Inventory(_) => Status::invalid_argument(text),
             Violation::Types(_) | Violation::Names { .. } => Status::resource_exhausted(text),
             Violation::Behind => Status::aborted(text),
         })
