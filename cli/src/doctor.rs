@@ -206,15 +206,15 @@ fn version(kernel: &str) -> Option<(u32, u32)> {
 
 /// When the roots that proxies trust end.
 fn certificates(cluster: &Cluster, now: SystemTime) -> Result<Vec<Finding>> {
-    let path = format!("/api/v1/namespaces/{}/configmaps/istio-ca-root-cert", cluster.system);
+    let path = format!("/api/v1/namespaces/{}/configmaps/culvert-ca-root-cert", cluster.system);
     let Some(map) = cluster.find(&path)? else { return Ok(Vec::new()) };
     let mut found = Vec::new();
     let pem = text(&map, "/data/root-cert.pem");
     let blocks = x509_parser::pem::Pem::iter_from_buffer(pem.as_bytes());
     for block in blocks {
-        let block = block.context("ConfigMap istio-ca-root-cert: root-cert.pem is not PEM")?;
+        let block = block.context("ConfigMap culvert-ca-root-cert: root-cert.pem is not PEM")?;
         let (_, root) = X509Certificate::from_der(&block.contents)
-            .context("ConfigMap istio-ca-root-cert: root-cert.pem holds no certificate")?;
+            .context("ConfigMap culvert-ca-root-cert: root-cert.pem holds no certificate")?;
         let end = u64::try_from(root.validity().not_after.timestamp()).unwrap_or_default();
         let left =
             (SystemTime::UNIX_EPOCH + Duration::from_secs(end)).duration_since(now).unwrap_or_default();

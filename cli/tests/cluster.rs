@@ -353,7 +353,7 @@ fn waiting_until_it_works(server: &Server) {
         server.status(set, &json!({"observedGeneration": 99, "currentNumberScheduled": 1, "numberMisscheduled": 0,
                                    "desiredNumberScheduled": 1, "numberReady": 1, "updatedNumberScheduled": 1}));
     }
-    server.expect(1, &["no ConfigMap istio-ca-root-cert yet"], &["verify-install", "--timeout", "1s"]);
+    server.expect(1, &["no ConfigMap culvert-ca-root-cert yet"], &["verify-install", "--timeout", "1s"]);
     let key = rcgen::KeyPair::generate().unwrap();
     let mut parameters = rcgen::CertificateParams::new(Vec::new()).unwrap();
     parameters.not_after = rcgen::date_time_ymd(2000, 1, 1);
@@ -361,7 +361,7 @@ fn waiting_until_it_works(server: &Server) {
     let root = parameters.self_signed(&key).unwrap().pem();
     server
         .apply(&json!({"apiVersion": "v1", "kind": "ConfigMap",
-                         "metadata": {"name": "istio-ca-root-cert", "namespace": "culvert-system"},
+                         "metadata": {"name": "culvert-ca-root-cert", "namespace": "culvert-system"},
                          "data": {"root-cert.pem": root}}))
         .unwrap();
     server.expect(0, &["the mesh is ready"], &["verify-install", "--timeout", "10s"]);

@@ -28,4 +28,5 @@ pub mod settings;
 pub mod source;
 pub mod start;
 pub mod status;
+pub mod trusted;
 pub mod webhook;

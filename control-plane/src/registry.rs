@@ -138,6 +138,8 @@ pub struct Settings {
     pub settings: (String, String),
     /// The revision that this control plane is.
     pub revision: String,
+    /// Namespaces that are read whatever the settings select: of the mesh's own pods.
+    pub own_namespaces: BTreeSet<String>,
 }
 
 /// An object that is read.
@@ -548,7 +550,7 @@ impl Registry {
         let selectors = self.repository.discovery();
         if selectors.is_empty()
             || namespace == &*self.repository.settings().root_namespace
-            || namespace == self.settings.settings.0
+            || self.settings.own_namespaces.contains(namespace)
         {
             return true;
         }

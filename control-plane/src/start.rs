@@ -35,6 +35,7 @@ use crate::settings::Flags;
 use crate::source::{Source, Watches};
 use crate::status::peers::{self, Peers, Reach};
 use crate::status::{Followers, Keeper, Reports, Writer};
+use crate::trusted;
 use crate::webhook::{self, Webhook, bundle};
 
 /// HTTP/2 pings: they end the connections of proxies that are gone.
@@ -88,16 +89,6 @@ pub async fn client(flags: &Flags) -> anyhow::Result<Client> {
             .context("no API server: this is no pod; outside a cluster say --kubeconfig FILE")?,
     };
     Ok(Client::try_from(config)?)
-}
-
-fn trusted(flags: &Flags) -> anyhow::Result<Vec<Account>> {
-    if flags.trusted_node_accounts.is_empty() {
-        return Ok(CaSettings::new(&flags.namespace, &flags.cluster_id).trusted);
-    }
-    let accounts = flags.trusted_node_accounts.iter().map(|text| {
-        text.trim().parse::<Account>().map_err(|error| anyhow::anyhow!("--trusted-node-accounts: {error}"))
-    });
-    accounts.collect()
 }
 
 /// The ports, bound before anything else: a second process must not get as far as leading.
@@ -187,7 +178,8 @@ struct Known {
 impl Plane {
     async fn new(flags: &Flags, logs: &Logs) -> anyhow::Result<Self> {
         let client = client(flags).await?;
-        let trusted = trusted(flags)?;
+        let trusted = trusted::accounts(flags)?;
+        trusted::may_serve(&client, flags, &trusted).await?;
         let metrics = Metrics::new();
         register_process(&metrics);
         build_info(&metrics, "culvertd", env!("CARGO_PKG_VERSION"));
@@ -205,8 +197,12 @@ impl Plane {
         let map = (flags.namespace.clone(), flags.mesh_config_map.clone());
         let (source, feed) = Source::new(self.client.clone(), map.clone(), Watches::new(&self.metrics));
         source.start_first();
-        let settings =
-            registry::Settings { options: options(flags), settings: map, revision: flags.revision.clone() };
+        let settings = registry::Settings {
+            options: options(flags),
+            settings: map,
+            revision: flags.revision.clone(),
+            own_namespaces: trusted::namespaces(flags, &self.trusted),
+        };
         let others = on_this_runtime(move || source.start_others());
         let registry = Registry::new(settings, feed.relist.clone(), Box::new(others));
         let (reports, reported) = mpsc::unbounded_channel();
@@ -349,6 +345,7 @@ fn options(flags: &Flags) -> compile::Options {
 fn ca(flags: &Flags, trusted: &[Account], metrics: &Metrics) -> Ca {
     let settings = CaSettings {
         trusted: trusted.to_vec(),
+        own_namespaces: trusted::namespaces(flags, trusted),
         serving_names: service_names(&flags.service, &flags.namespace, "cluster.local"),
         ..CaSettings::new(&flags.namespace, &flags.cluster_id)
     };

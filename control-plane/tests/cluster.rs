@@ -255,7 +255,7 @@ async fn next(updates: &mut Updates) -> Update {
 async fn until_named(updates: &mut Updates, type_url: &str, name: &str) -> Update {
     loop {
         let update = next(updates).await;
-        if update.type_url == type_url && update.resources.iter().any(|r| r.name == name) {
+        if update.type_url == type_url && update.resources.iter().any(|r| *r.name == *name) {
             return update;
         }
         update.ack();
@@ -345,7 +345,7 @@ async fn from_kubectl_to_a_proxy_to_the_policys_status_and_through_the_api_serve
     cluster.apply(&pod("shop", "b", "web"));
     set_address(&cluster, "b", "10.1.0.2");
     let update = next(&mut updates).await;
-    let names: Vec<&str> = update.resources.iter().map(|r| r.name.as_str()).collect();
+    let names: Vec<&str> = update.resources.iter().map(|r| &*r.name).collect();
     assert_eq!((update.type_url, names), (ADDRESS_TYPE_URL, vec!["Kubernetes//Pod/shop/b"]));
     assert!(update.removed.is_empty());
     update.ack();

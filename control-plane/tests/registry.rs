@@ -179,12 +179,13 @@ fn only_selected_namespaces_are_read_and_selecting_one_asks_for_its_objects() {
             set(Kind::Pod, &pod("shop", "a", "10.0.0.1", "1")),
             set(Kind::Pod, &pod("other", "b", "10.0.0.2", "1")),
             set(Kind::Pod, &pod("culvert-system", "c", "10.0.0.3", "1")),
+            set(Kind::Pod, &pod("proxies", "d", "10.0.0.4", "1")),
         ]
     };
     other_lists(&mut registry, pods());
     let committed = registry.commit(Instant::now()).unwrap();
     let workloads = steps(&committed).into_iter().filter(|s| s.starts_with("workload")).collect::<Vec<_>>();
-    assert_eq!(workloads, ["workload culvert-system/c", "workload shop/a"]);
+    assert_eq!(workloads, ["workload culvert-system/c", "workload proxies/d", "workload shop/a"]);
     assert_eq!(registry.namespaces().borrow().iter().collect::<Vec<_>>(), ["shop"]);
     let before = *relists.borrow();
     registry.take(set(Kind::Namespace, &mesh::namespace("other", &on, "2")));

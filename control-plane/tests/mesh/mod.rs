@@ -73,6 +73,7 @@ pub fn registry() -> (Registry, watch::Receiver<u64>) {
         },
         settings: ("culvert-system".to_owned(), "culvert".to_owned()),
         revision: "default".to_owned(),
+        own_namespaces: ["culvert-system", "proxies"].map(str::to_owned).into(),
     };
     let (relist, relists) = watch::channel(0);
     (Registry::new(settings, relist, Box::new(|| ())), relists)

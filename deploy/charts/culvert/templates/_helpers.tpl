@@ -8,6 +8,12 @@
 {{- .Values.ztunnel.xdsAddress | default (printf "https://%s.%s.svc:15012" (include "culvert.controlPlane" .) .Release.Namespace) -}}
 {{- end }}
 
+{{/* Where ztunnel finds the root of who it asks: of our own control plane, unless another is named. */}}
+{{- define "culvert.rootConfigMap" -}}
+{{- $of := .Values.ztunnel -}}
+{{- $of.rootConfigMap | default (ternary "istio-ca-root-cert" "culvert-ca-root-cert" (or $of.xdsAddress $of.caAddress | empty | not)) -}}
+{{- end }}
+
 {{/* An image: call with (list . "culvertd"). */}}
 {{- define "culvert.image" -}}
 {{- $root := index . 0 -}}
