@@ -235,7 +235,7 @@ fn images(lab: &Lab, arguments: &Images) -> Result<()> {
 }
 
 fn install(cluster: &Cluster, profile: &str, prebuilt: bool, settings: &[String]) -> Result<()> {
-    let archives = mesh::build_images(cluster, profile, prebuilt)?;
+    let archives = mesh::build(cluster, profile, prebuilt)?;
     cluster.import(&archives)?;
     mesh::install(cluster, &borrowed(settings))
 }

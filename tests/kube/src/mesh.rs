@@ -1,24 +1,49 @@
 //! The product in the cluster: its images on the nodes, its chart installed.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 
 use crate::cluster::Cluster;
 use crate::image::{Build, Definition, Platform};
-use crate::process::finish;
+use crate::process::{finish, output};
 use crate::report::{Clock, say};
 
 /// The namespace of the product.
 pub const NAMESPACE: &str = "culvert-system";
 
-/// Makes the product's images, of what cargo builds with `profile`, or of what it has built already; returns the archives.
+/// How the chart is set on this cluster: one machine's two cores carry it all, and nothing is pulled.
+pub const SETTINGS: [&str; 4] = [
+    "controlPlane.resources.requests.cpu=10m",
+    "ztunnel.resources.requests.cpu=10m",
+    "node.resources.requests.cpu=10m",
+    "image.pullPolicy=Never",
+];
+
+/// Makes the product's images, and puts its command line beside Helm, of what cargo builds with `profile`, or of what it
+/// has built already; returns the archives.
 ///
 /// # Errors
 /// A program does not compile.
-pub fn build_images(cluster: &Cluster, profile: &str, prebuilt: bool) -> Result<Vec<PathBuf>> {
+pub fn build(cluster: &Cluster, profile: &str, prebuilt: bool) -> Result<Vec<PathBuf>> {
+    if !prebuilt {
+        let mut cargo = Command::new("cargo");
+        cargo.current_dir(&cluster.lab.workspace).args([
+            "build",
+            "--locked",
+            "--profile",
+            profile,
+            "-p",
+            "cli",
+        ]);
+        finish(&mut cargo)?;
+    }
+    let built = Path::new("target").join(if profile == "dev" { "debug" } else { profile }).join("culvert");
+    let (from, to) = (cluster.lab.workspace.join(built), cluster.lab.bin("culvert"));
+    output("cp", &["--remove-destination", &from.display().to_string(), &to.display().to_string()])?;
     let build = Build {
         workspace: cluster.lab.workspace.clone(),
         platform: Platform::here()?,
@@ -51,14 +76,7 @@ pub fn release(cluster: &Cluster, name: &str, settings: &[&str]) -> Result<()> {
     let chart = cluster.lab.workspace.join("deploy/charts/culvert").display().to_string();
     let mut arguments =
         vec!["upgrade", "--install", name, &chart, "--namespace", NAMESPACE, "--create-namespace"];
-    let ours = [
-        // One machine's two cores carry it all.
-        "controlPlane.resources.requests.cpu=10m",
-        "ztunnel.resources.requests.cpu=10m",
-        "node.resources.requests.cpu=10m",
-        "image.pullPolicy=Never",
-    ];
-    for setting in ours.iter().chain(settings) {
+    for setting in SETTINGS.iter().chain(settings) {
         arguments.extend(["--set", setting]);
     }
     finish(&mut cluster.kubectl.helm(&arguments)).map(drop).context("installing the chart")
