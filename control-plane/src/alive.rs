@@ -159,14 +159,18 @@ impl Ztunnels {
         Some(list)
     }
 
-    /// Looks at the Leases of nodes whose proxies do not say what they should: to be called every few seconds for as long
-    /// as there are any. A Lease that can't be read is taken to hold.
+    /// Looks at the Leases of nodes whose proxies do not say what they should, and of those that are over: to be called
+    /// every few seconds. A Lease that can't be read is taken to hold.
     pub async fn look(&self, doubted: HashSet<Arc<str>>) {
         let Some(client) = &self.client else { return };
         let asked: Vec<Arc<str>> = {
             let mut leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
-            leases.retain(|node, _| doubted.contains(node));
-            let mut due: Vec<_> = doubted
+            leases.retain(|node, _| self.nodes.is_ready(node).is_some());
+            let over = leases.iter().filter(|(_, looked)| looked.unchanged >= HOLDS);
+            let asked: HashSet<Arc<str>> = doubted.into_iter().chain(over.map(|(n, _)| n.clone())).collect();
+            // Somebody else may doubt others.
+            leases.retain(|node, looked| asked.contains(node) || looked.at.elapsed() < HOLDS);
+            let mut due: Vec<_> = asked
                 .into_iter()
                 .map(|node| (leases.get(&node).map(|looked| looked.at), node))
                 .filter(|(at, _)| at.is_none_or(|at| at.elapsed() >= LOOK))

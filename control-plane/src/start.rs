@@ -16,7 +16,6 @@ use process::readiness::Readiness;
 use process::shutdown::Shutdown;
 use process::{admin as pages, runtimes};
 use rustls::RootCertStore;
-use rustls::pki_types::ServerName;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio_rustls::TlsAcceptor;
@@ -33,8 +32,9 @@ use crate::registry::{self, Ask, Committed, Overview, Registry};
 use crate::serve::{self, NodeProxies, Port, Proving, connections};
 use crate::settings::Flags;
 use crate::source::{Source, Watches};
-use crate::status::peers::{self, Peers, Reach};
-use crate::status::{Followers, Keeper, Reports, Writer};
+use crate::status::exchange::{Exchange, Keys};
+use crate::status::peers::{Peers, Reach};
+use crate::status::{Followers, Keeper, Writer};
 use crate::trusted;
 use crate::webhook::{self, Webhook, bundle};
 
@@ -124,8 +124,8 @@ async fn serve(flags: &Flags, settings: &process::settings::Settings, logs: &Log
     let certified = readiness.condition("the certificate authority");
     let ports = Ports::bind(flags, settings).await?;
     let plane = Plane::new(flags, logs).await?;
-    let (known, reported) = plane.read_cluster(flags)?;
-    let leader = plane.lead(flags, &known, reported, &shutdown);
+    let known = plane.read_cluster(flags)?;
+    let leader = plane.lead(flags, &known, &shutdown);
     let grpc = plane.serve_proxies(ports.grpc, &known, &shutdown)?;
     plane.serve_webhook(flags, ports.webhook, &known)?;
     metrics::register(&plane.metrics, &known.overview, &known.exceptions);
@@ -193,7 +193,7 @@ impl Plane {
     }
 
     /// Starts to read the cluster, to compile it, and to tell proxies.
-    fn read_cluster(&self, flags: &Flags) -> anyhow::Result<(Known, mpsc::UnboundedReceiver<Reports>)> {
+    fn read_cluster(&self, flags: &Flags) -> anyhow::Result<Known> {
         let map = (flags.namespace.clone(), flags.mesh_config_map.clone());
         let (source, feed) = Source::new(self.client.clone(), map.clone(), Watches::new(&self.metrics));
         source.start_first();
@@ -205,7 +205,6 @@ impl Plane {
         };
         let others = on_this_runtime(move || source.start_others());
         let registry = Registry::new(settings, feed.relist.clone(), Box::new(others));
-        let (reports, reported) = mpsc::unbounded_channel();
         let (asks, asked) = mpsc::channel(4);
         let (given_out, first) = watch::channel(false);
         registry.pods().follow(self.trusted.clone());
@@ -227,13 +226,13 @@ impl Plane {
             push: Push::new(self.server.clone(), known.exceptions.clone()),
             server: self.server.clone(),
             ca: self.ca.clone(),
-            reports,
+            followers: known.followers.clone(),
             given_out,
             delay: delay.with(&()),
         };
         registry::spawn(registry, feed, asked, move |committed| out.take(committed))
             .context("the registry's thread")?;
-        Ok((known, reported))
+        Ok(known)
     }
 
     /// Starts what the leader does, and the election; a view of who leads.
@@ -241,7 +240,6 @@ impl Plane {
         &self,
         flags: &Flags,
         known: &Known,
-        reported: mpsc::UnboundedReceiver<Reports>,
         shutdown: &Shutdown,
     ) -> watch::Receiver<Option<String>> {
         let identity = format!("{}_{:08x}", flags.pod_name, std::process::id());
@@ -264,9 +262,10 @@ impl Plane {
             writer: Writer::new(self.client.clone()),
             exceptions: known.exceptions.clone(),
             ztunnels: known.ztunnels.clone(),
+            revision: flags.revision.clone(),
             leads: leads.clone(),
         };
-        tokio::spawn(keeper.run(reported));
+        tokio::spawn(keeper.run(self.metrics.clone()));
         let name = flags.validation_webhook.clone();
         tokio::spawn(bundle::keep(self.client.clone(), name, roots(&self.ca), leads, webhook));
         tokio::spawn(election.run(shutdown.clone()));
@@ -302,12 +301,9 @@ impl Plane {
     /// Serves the webhook, and what other control planes ask.
     fn serve_webhook(&self, flags: &Flags, listener: TcpListener, known: &Known) -> anyhow::Result<()> {
         let webhook = Arc::new(Webhook::new(options(flags), &self.metrics));
-        let (followers, server) = (known.followers.clone(), self.server.clone());
-        let routes = webhook.routes(Routes::new("culvertd"));
-        let routes = routes.get(peers::PATH, "what the proxies of this control plane enforce", move |_| {
-            let answer = http::Response::json(&followers.local(&server));
-            async { answer }
-        });
+        let (followers, revision) = (known.followers.clone(), flags.revision.clone());
+        let exchange = Exchange::new(followers, self.server.clone(), revision, keys(&self.ca));
+        let routes = exchange.routes(webhook.routes(Routes::new("culvertd")));
         let acceptor = TlsAcceptor::from(self.ca.server_config(&[b"http/1.1"])?);
         let secure = move |stream| {
             let acceptor = acceptor.clone();
@@ -367,7 +363,7 @@ struct Out {
     push: Push<Server>,
     server: Server,
     ca: Ca,
-    reports: mpsc::UnboundedSender<Reports>,
+    followers: Followers,
     given_out: watch::Sender<bool>,
     delay: Handle<(), Histogram>,
 }
@@ -386,10 +382,7 @@ impl Out {
             self.given_out.send_replace(true);
             tracing::info!(resources = committed.changes.len(), "the mesh is served");
         }
-        if !committed.reports.is_empty() {
-            // Who follows policies goes when the process does.
-            let _ = self.reports.send((committed.reports, generation));
-        }
+        self.followers.take(committed.reports, &committed.changes, generation);
     }
 }
 
@@ -434,17 +427,13 @@ fn roots(ca: &Ca) -> bundle::Roots {
 
 /// How the other control planes are asked.
 fn reach(flags: &Flags, client: &Client, ca: &Ca) -> Reach {
-    let ca = ca.clone();
-    let name = format!("{}.{}.svc", flags.service, flags.namespace);
+    let (keys, ca) = (keys(ca), ca.clone());
     Reach {
         client: client.clone(),
         namespace: flags.namespace.clone(),
-        service: flags.service.clone(),
         own_pod: flags.pod_name.clone(),
-        port: flags.webhook_address.port(),
-        server_name: ServerName::try_from(name).unwrap_or_else(|_| {
-            ServerName::IpAddress(std::net::IpAddr::from(std::net::Ipv4Addr::UNSPECIFIED).into())
-        }),
+        own_revision: flags.revision.clone(),
+        keys,
         tls: Arc::new(move || {
             let in_force = ca.current().get()?;
             let mut roots = RootCertStore::empty();
@@ -453,4 +442,15 @@ fn reach(flags: &Flags, client: &Client, ca: &Ca) -> Reach {
             Some(Arc::new(config))
         }),
     }
+}
+
+/// What control planes have in common: the keys of who signs, and, while the root is exchanged, of who will.
+fn keys(ca: &Ca) -> Keys {
+    let ca = ca.clone();
+    let secrets = move |take: &mut dyn FnMut(&[u8])| {
+        let Some(in_force) = ca.current().get() else { return };
+        let record = &in_force.record;
+        std::iter::once(&record.signer).chain(&record.next).for_each(|s| take(s.key.secret_der()));
+    };
+    Keys::new(Arc::new(secrets), Clock::system())
 }
