@@ -321,6 +321,7 @@ impl Registry {
                     (of_kind.complete, of_kind.served, of_kind.asked) = (true, false, false);
                 }
             }
+            Change::KindDeleted => self.delete_kind(kind),
         }
     }
 
@@ -526,6 +527,14 @@ impl Registry {
         let stale = of_kind.known.iter().filter(|(_, known)| known.listed != lists);
         let stale: Vec<_> = stale.map(|(key, _)| key.clone()).collect();
         for (namespace, name) in stale {
+            self.remove(kind, &namespace, &name);
+        }
+    }
+
+    /// Removes all objects of a kind.
+    fn delete_kind(&mut self, kind: Kind) {
+        let known = self.kinds.get(&kind).into_iter().flat_map(|k| k.known.keys());
+        for (namespace, name) in known.cloned().collect::<Vec<_>>() {
             self.remove(kind, &namespace, &name);
         }
     }

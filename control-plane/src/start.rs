@@ -45,6 +45,9 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 const MOST_STREAMS: u32 = 128;
 /// After it is told to end, for others to learn that it does: new streams still come until then.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How long the API server may take to take a connection, and then to say something; watches are looked after beside.
+const CONNECT: Duration = Duration::from_secs(10);
+const SILENCE: Duration = Duration::from_secs(150);
 
 /// Runs until a signal, or the admin port, ends the process in good order.
 ///
@@ -79,7 +82,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
 /// # Errors
 /// The kubeconfig can't be read, or this is no pod.
 pub async fn client(flags: &Flags) -> anyhow::Result<Client> {
-    let config = match &flags.kubeconfig {
+    let mut config = match &flags.kubeconfig {
         Some(path) => {
             let file =
                 Kubeconfig::read_from(path).with_context(|| format!("{} (--kubeconfig)", path.display()))?;
@@ -88,6 +91,8 @@ pub async fn client(flags: &Flags) -> anyhow::Result<Client> {
         None => kube::Config::incluster()
             .context("no API server: this is no pod; outside a cluster say --kubeconfig FILE")?,
     };
+    // A server that takes connections and says nothing is not waited for for ever.
+    (config.connect_timeout, config.read_timeout) = (Some(CONNECT), Some(SILENCE));
     Ok(Client::try_from(config)?)
 }
 

@@ -248,3 +248,17 @@ fn policies_are_reported_with_their_version_and_what_is_said_of_them() {
     let committed = registry.commit(Instant::now()).unwrap();
     assert!(committed.reports[0].state.is_none());
 }
+
+#[test]
+fn a_kind_that_was_deleted_takes_its_objects_along_and_one_that_is_not_served_does_not() {
+    let (mut registry, _) = registry();
+    first_lists(&mut registry, &[("shop", json!({}))], Some(""));
+    let deny = json!({ "action": "DENY", "rules": [{}] });
+    let policies = || ["p", "q"].map(|name| set(Kind::AuthorizationPolicy, &policy("shop", name, &deny, 1)));
+    other_lists(&mut registry, policies().into());
+    registry.commit(Instant::now()).unwrap();
+    registry.take(event(Kind::AuthorizationPolicy, Change::NotServed));
+    assert_eq!(steps(&registry.commit(Instant::now()).unwrap()), Vec::<String>::new());
+    registry.take(event(Kind::AuthorizationPolicy, Change::KindDeleted));
+    assert_eq!(steps(&registry.commit(Instant::now()).unwrap()), ["no policy shop/p", "no policy shop/q"]);
+}

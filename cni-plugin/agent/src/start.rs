@@ -206,7 +206,25 @@ async fn clean_up(flags: &Flags) -> anyhow::Result<()> {
         left == 0,
         "the redirection of {left} pods could not be removed: their traffic is refused"
     );
+    record.erase().context("the record of pods")?;
+    for directory in &flags.ztunnel_dirs {
+        empty(directory).with_context(|| format!("--ztunnel-dirs: {}", directory.display()))?;
+    }
     tracing::info!("nothing is left on this node");
+    Ok(())
+}
+
+/// Deletes what is in a directory, which may be a mount of its own.
+fn empty(directory: &Path) -> std::io::Result<()> {
+    let entries = match std::fs::read_dir(directory) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        let path = entry.path();
+        if entry.file_type()?.is_dir() { std::fs::remove_dir_all(path)? } else { std::fs::remove_file(path)? }
+    }
     Ok(())
 }
 
