@@ -116,6 +116,12 @@ impl Flags {
         }
     }
 
+    /// Where the admin pages are that change something.
+    #[must_use]
+    pub fn admin_socket(&self) -> PathBuf {
+        self.plugin_socket.with_file_name("admin.sock")
+    }
+
     /// Whose pods are never in the mesh.
     #[must_use]
     pub fn places(&self) -> Places {
