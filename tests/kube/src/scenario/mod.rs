@@ -27,6 +27,7 @@ pub use apps::{App, Job};
 pub use stage::Stage;
 
 use crate::cluster::Cluster;
+use crate::mesh;
 use crate::report::{Clock, say};
 
 /// One of them.
@@ -86,6 +87,9 @@ pub fn run(cluster: &Cluster, scenarios: &[Scenario]) -> Result<Vec<&'static str
         }
         anyhow::Ok(())
     })?;
+    if scenarios.iter().any(|s| !s.alone) {
+        mesh::usage().iter().for_each(|line| say(line));
+    }
     for scenario in alone {
         failed.extend(play(cluster, scenario)?);
     }

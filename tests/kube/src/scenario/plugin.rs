@@ -53,12 +53,18 @@ fn stuck(stage: &Stage, names: &[&str]) -> Result<()> {
     let near = &NODES[0];
     let app = |name: &&str| App::client(name, &["-dial", "10@server:9000"]).on(near).pod();
     stage.apply(&names.iter().map(app).collect::<Vec<_>>())?;
+    let mut killed: Vec<String> = Vec::new();
     for round in ["first", "second"] {
-        let killed = wait_for("the plugin to wait inside ADD", PATIENCE, || {
-            let killed = signal(stage, near, PLUGIN, "-KILL")?;
-            Ok(if killed > 0 { Ok(killed) } else { Err(format!("no {PLUGIN} runs")) })
+        let found = wait_for("the plugin to wait inside ADD", PATIENCE, || {
+            let mut found = processes(stage, near, PLUGIN)?;
+            // The dead are listed until the runtime has buried them.
+            found.retain(|pid| !killed.contains(pid));
+            Ok(if found.is_empty() { Err(format!("no {PLUGIN} runs")) } else { Ok(found) })
         })?;
-        stage.ok(&format!("killed {killed} plugins inside ADD, for the {round} time"));
+        let kill = [&["kill", "-KILL"], &found.iter().map(String::as_str).collect::<Vec<_>>()[..]].concat();
+        node::run(&stage.cluster.lab, near, &kill)?;
+        stage.ok(&format!("killed {} plugins inside ADD, for the {round} time", found.len()));
+        killed.extend(found);
     }
     for name in names {
         let started = "jsonpath={.status.containerStatuses[0].state.running.startedAt}";
