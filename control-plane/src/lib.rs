@@ -29,4 +29,5 @@ pub mod source;
 pub mod start;
 pub mod status;
 pub mod trusted;
+pub mod trusting;
 pub mod webhook;

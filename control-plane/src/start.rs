@@ -21,12 +21,12 @@ use tokio::sync::{mpsc, watch};
 use tokio_rustls::TlsAcceptor;
 use xds::server::{Config as XdsConfig, Server};
 
-use crate::alive::Ztunnels;
+use crate::alive::{Nodes, Ztunnels};
 use crate::ca::{Account, Authenticator, Ca, CaSettings, KubeReviewer, Namespaces, Proxy, service_names};
 use crate::debug::Views;
 use crate::leader::Election;
 use crate::metrics::{self, Streams};
-use crate::pods::{PodTable, Trusting};
+use crate::pods::PodTable;
 use crate::push::{Exceptions, Push, TYPES};
 use crate::registry::{self, Ask, Committed, Overview, Registry};
 use crate::serve::{self, NodeProxies, Port, Proving, connections};
@@ -36,6 +36,7 @@ use crate::status::exchange::{Exchange, Keys};
 use crate::status::peers::{Peers, Reach};
 use crate::status::{Followers, Keeper, Writer};
 use crate::trusted;
+use crate::trusting::{Bundles, Trusting};
 use crate::webhook::{self, Webhook, bundle};
 
 /// HTTP/2 pings: they end the connections of proxies that are gone.
@@ -170,6 +171,7 @@ struct Plane {
 /// What is known of the cluster, as views that stay up to date.
 struct Known {
     pods: PodTable,
+    nodes: Nodes,
     ztunnels: Ztunnels,
     namespaces: Namespaces,
     overview: Arc<Mutex<Overview>>,
@@ -215,6 +217,7 @@ impl Plane {
         registry.pods().follow(self.trusted.clone());
         let known = Known {
             pods: registry.pods(),
+            nodes: registry.nodes(),
             ztunnels: Ztunnels::new(registry.pods(), registry.nodes(), Some(self.client.clone())),
             namespaces: registry.namespaces(),
             overview: registry.overview(),
@@ -252,9 +255,18 @@ impl Plane {
             Election::new(self.client.clone(), &flags.namespace, &flags.revision, identity);
         let webhook: Arc<Mutex<Option<Proxy>>> = Arc::default();
         let seen = webhook.clone();
+        let (others, own) = (Bundles::default(), flags.validation_webhook.clone());
+        let bundles =
+            others.clone().follow(self.client.clone(), flags.namespace.clone(), own, leads.clone());
+        tokio::spawn(bundles);
+        let (pods, nodes) = (known.pods.clone(), known.nodes.clone());
         let fleet = Trusting {
-            pods: known.pods.clone(),
-            accounts: self.trusted.clone(),
+            // Apart from the status keeper's, which has other doubts.
+            ztunnels: Ztunnels::new(pods.clone(), nodes.clone(), Some(self.client.clone())),
+            pods,
+            nodes,
+            namespaces: trusted::namespaces(flags, &self.trusted),
+            others,
             webhook: Arc::new(move || seen.lock().unwrap_or_else(PoisonError::into_inner).clone()),
         };
         let (ca, client) = (self.ca.clone(), self.client.clone());
@@ -347,6 +359,7 @@ fn ca(flags: &Flags, trusted: &[Account], metrics: &Metrics) -> Ca {
     let settings = CaSettings {
         trusted: trusted.to_vec(),
         own_namespaces: trusted::namespaces(flags, trusted),
+        pod: flags.pod_name.clone(),
         serving_names: service_names(&flags.service, &flags.namespace, "cluster.local"),
         ..CaSettings::new(&flags.namespace, &flags.cluster_id)
     };

@@ -44,12 +44,22 @@ pub fn namespaces(flags: &Flags, accounts: &[Account]) -> BTreeSet<String> {
 /// Something is not permitted. That it could not be asked is told only.
 pub async fn may_serve(client: &Client, flags: &Flags, accounts: &[Account]) -> anyhow::Result<()> {
     for namespace in namespaces(flags, accounts).into_iter().filter(|n| *n != flags.namespace) {
-        for (resource, name) in [("pods", None), ("configmaps", Some(OWN_CONFIG_MAP))] {
-            match tokio::time::timeout(REVIEW, may_patch(client, &namespace, resource, name)).await {
+        let status = ResourceAttributes {
+            resource: Some("pods".to_owned()),
+            subresource: Some("status".to_owned()),
+            ..ResourceAttributes::default()
+        };
+        let map = ResourceAttributes {
+            resource: Some("configmaps".to_owned()),
+            name: Some(OWN_CONFIG_MAP.to_owned()),
+            ..ResourceAttributes::default()
+        };
+        for (what, attributes) in [("pods/status", status), ("its ConfigMap of roots", map)] {
+            match tokio::time::timeout(REVIEW, may_patch(client, &namespace, attributes)).await {
                 Ok(Ok(true)) => {}
                 Ok(Ok(false)) => anyhow::bail!(
                     "--trusted-node-accounts names accounts of the namespace {namespace}, where this control plane may \
-                     not patch {resource}: node proxies there could not say which roots they trust, or not get the \
+                     not patch {what}: node proxies there could not say which roots they trust, or not get the \
                      root. The chart's value controlPlane.trustedNodeAccounts names them and gives the permission"
                 ),
                 // It may be starting; what is missing is then told when it is needed.
@@ -61,19 +71,9 @@ pub async fn may_serve(client: &Client, flags: &Flags, accounts: &[Account]) -> 
     Ok(())
 }
 
-async fn may_patch(
-    client: &Client,
-    namespace: &str,
-    resource: &str,
-    name: Option<&str>,
-) -> Result<bool, kube::Error> {
-    let attributes = ResourceAttributes {
-        namespace: Some(namespace.to_owned()),
-        verb: Some("patch".to_owned()),
-        resource: Some(resource.to_owned()),
-        name: name.map(str::to_owned),
-        ..ResourceAttributes::default()
-    };
+async fn may_patch(client: &Client, namespace: &str, what: ResourceAttributes) -> Result<bool, kube::Error> {
+    let attributes =
+        ResourceAttributes { namespace: Some(namespace.to_owned()), verb: Some("patch".to_owned()), ..what };
     let spec = SelfSubjectAccessReviewSpec {
         resource_attributes: Some(attributes),
         ..SelfSubjectAccessReviewSpec::default()

@@ -44,6 +44,10 @@ impl Fleet for Proxies {
     fn proxies(&self) -> Option<Vec<Proxy>> {
         self.0.lock().unwrap().clone()
     }
+
+    fn dead(&self) -> Vec<String> {
+        vec!["n/gone (its node is not ready: n9)".to_owned()]
+    }
 }
 
 struct Replica {
@@ -345,7 +349,8 @@ async fn a_rotation_waits_for_those_who_do_not_trust_the_new_root_and_for_the_la
     leader.keeper.round().await;
     assert_eq!(leader.root(), a);
     let status = annotation(&api, STATUS).unwrap();
-    assert!(status.contains("1 of 2") && status.ends_with("shop/waypoint"), "{status}");
+    assert!(status.contains("1 of 2") && status.contains("new one: shop/waypoint;"), "{status}");
+    assert!(status.ends_with("not counted: n/gone (its node is not ready: n9)"), "{status}");
     let writes = api.writes().len();
     leader.keeper.round().await;
     assert_eq!(api.writes().len(), writes, "nothing new, nothing written");

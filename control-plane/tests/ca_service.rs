@@ -64,6 +64,10 @@ impl Pods for Store {
         ["shop", "culvert-system"].contains(&namespace)
     }
 
+    fn is_waypoint(&self, namespace: &str, name: &str) -> bool {
+        (namespace, name) == ("shop", "waypoint-1")
+    }
+
     fn runs_on(&self, node: &str, namespace: &str, account: &str) -> bool {
         let late = account == "late" && self.late.load(Ordering::SeqCst);
         (node, namespace) == ("node-1", "shop") && (account.starts_with("cart") || late)
@@ -410,6 +414,69 @@ async fn a_pod_that_the_control_plane_hears_of_a_moment_later_is_waited_for() {
         store.late.store(true, Ordering::SeqCst);
     });
     client.issue(&spiffe("spiffe://cluster.local/ns/shop/sa/late")).await.unwrap();
+}
+
+/// A clock that is ahead by so many seconds.
+#[derive(Debug)]
+struct Ahead(i64);
+
+impl rustls::time_provider::TimeProvider for Ahead {
+    fn current_time(&self) -> Option<rustls_pki_types::UnixTime> {
+        let now = Clock::system().now().as_secs().saturating_add_signed(self.0);
+        Some(rustls_pki_types::UnixTime::since_unix_epoch(Duration::from_secs(now)))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_whose_clock_is_a_little_late_is_served_and_one_that_is_far_off_is_told_so() {
+    let cluster = Cluster::start().await;
+    let ask = async |ahead: i64| {
+        let clock = Clock::new(Arc::new(Ahead(ahead)));
+        let domains = TrustDomains::only(TrustDomain::cluster_local());
+        let settings = cluster.client_settings(&[cluster.address]);
+        let client = CaClient::start(settings, &cluster.path("root-cert.pem"), None, domains, clock.clone());
+        let client = Arc::new(client.unwrap());
+        let bundle = client.bundle().clone();
+        let certificates = Certificates::new(client, bundle, CertificateSettings::default(), None, clock);
+        certificates.get(&spiffe(CART)).await.map(drop).map_err(|error| error.to_string())
+    };
+    // Certificates are valid from two minutes before.
+    for ahead in [-90, 0, 3600] {
+        ask(ahead).await.unwrap();
+    }
+    for ahead in [-600, 25 * 3600] {
+        let error = ask(ahead).await.unwrap_err();
+        assert!(error.contains("compare the clocks"), "{ahead}: {error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_waypoint_can_say_which_roots_it_trusts_and_a_workload_can_not() {
+    let cluster = Cluster::start().await;
+    let path = |pod: &str| format!("/api/v1/namespaces/shop/pods/{pod}");
+    let start = |pod: &str| {
+        let metadata = json!({"name": pod, "namespace": "shop", "uid": format!("uid-{pod}")});
+        cluster.api.put(&path(pod), json!({"apiVersion": "v1", "kind": "Pod", "metadata": metadata}));
+        std::fs::write(cluster.path("token"), cluster.token("shop:cart", Some(pod))).unwrap();
+        cluster.client(&[cluster.address])
+    };
+    let root = cluster.ca.current().get().unwrap().authority.root();
+    for (pod, said) in [("cart-1", false), ("waypoint-1", true)] {
+        let client = start(pod);
+        // It goes on to say it until it is heard.
+        let mut reported = client.reported();
+        let heard =
+            tokio::time::timeout(Duration::from_secs(60), reported.wait_for(|ids| *ids == [root])).await;
+        drop(heard.expect("the report").unwrap());
+        client.issue(&spiffe(CART)).await.unwrap();
+        let annotation =
+            cluster.api.get(&path(pod)).unwrap()["metadata"]["annotations"][TRUSTED_ROOTS].clone();
+        assert_eq!(
+            annotation.as_str().is_some_and(|text| text == root.to_string()),
+            said,
+            "{pod}: {annotation}"
+        );
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -72,6 +72,8 @@ pub struct CaSettings {
     pub default_lifetime: Duration,
     /// The longest that is given.
     pub max_lifetime: Duration,
+    /// This control plane's own pod.
+    pub pod: String,
     /// The namespaces of the mesh's own pods, which get [`OWN_CONFIG_MAP`].
     pub own_namespaces: BTreeSet<String>,
     /// The names in the control plane's own certificate ([`service_names`]).
@@ -89,6 +91,7 @@ impl CaSettings {
             trusted: vec![Account { namespace: namespace.to_owned(), name: "ztunnel".to_owned() }],
             default_lifetime: day,
             max_lifetime: day,
+            pod: "culvertd".to_owned(),
             own_namespaces: BTreeSet::from([namespace.to_owned()]),
             serving_names: service_names("culvertd", namespace, "cluster.local"),
         }
@@ -192,8 +195,10 @@ impl Ca {
             names,
             Validity::of_workloads(),
         );
+        let (namespace, pod) = (self.settings.namespace.clone(), self.settings.pod.clone());
+        let trusts = reports::report_own(client.clone(), self.current.clone(), namespace, pod);
         let own = self.settings.own_namespaces.clone();
         let told = distribute::distribute(client, self.current, own, namespaces, leads);
-        tokio::join!(keeper.run(), serving, told);
+        tokio::join!(keeper.run(), serving, trusts, told);
     }
 }
