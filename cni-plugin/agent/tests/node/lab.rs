@@ -138,6 +138,17 @@ impl Api for TheApi {
     }
 }
 
+/// A pod that runs.
+pub fn pod(name: &str, uid: &str, addresses: &[IpAddr]) -> Pod {
+    let addresses: Vec<_> = addresses.iter().map(|ip| json!({ "ip": ip })).collect();
+    let object = json!({
+        "metadata": { "uid": uid, "name": name, "namespace": "shop" },
+        "spec": { "containers": [] },
+        "status": { "phase": "Running", "podIPs": addresses },
+    });
+    Pod::of(&serde_json::from_value(object).unwrap()).unwrap()
+}
+
 /// A node with the pods `web`, `client` and `other`, and all that belongs to it.
 pub struct World {
     pub lab: Lab,
@@ -154,14 +165,7 @@ impl World {
         let lab = Lab::builder().node("a", &["web", "client", "other"]).build().unwrap();
         let server = Arc::new(Server::default());
         for name in ["web", "client", "other"] {
-            let host = lab.pod(name);
-            let object = json!({
-                "metadata": { "uid": new_uid(), "name": name, "namespace": "shop" },
-                "spec": { "containers": [] },
-                "status": { "phase": "Running", "podIPs": [{ "ip": host.ipv4 }, { "ip": host.ipv6 }] },
-            });
-            let pod = Pod::of(&serde_json::from_value(object).unwrap()).unwrap();
-            server.pods.lock().unwrap().insert(name.to_owned(), pod);
+            server.pods.lock().unwrap().insert(name.to_owned(), pod(name, &new_uid(), &ip(lab.pod(name))));
         }
         server.namespaces.lock().unwrap().insert("shop".to_owned(), None);
         let capture = capture::probe(Backend::Nftables, &Tools::default()).unwrap();
@@ -207,31 +211,43 @@ impl World {
     }
 
     pub async fn agent(&self) -> Agent {
-        let ztunnels = Ztunnels::default();
-        let node = Arc::new(Node::new(Parts {
-            capture: self.capture.clone(),
-            ztunnels: ztunnels.clone(),
-            record: Record::open(&self.directory.path().join("state")).unwrap(),
-            cluster: self.server.cluster.clone(),
-            api: Arc::new(TheApi(self.server.clone())),
-            places: Places { system: "culvert-system".to_owned(), excluded: vec!["kube-system".to_owned()] },
-            probes: self.probes.clone(),
-            metrics: Metrics::new(&Registry::new()),
-            proc: "/proc".into(),
-            times: Times {
-                served: Duration::from_millis(800),
-                add: Duration::from_secs(5),
-                tick: Duration::from_millis(50),
-                verify: Duration::from_millis(300),
-                leave: Duration::from_millis(100),
-                absent: Duration::from_millis(500),
-                ..self.times
-            },
-        }));
-        node.restore().await;
-        let tasks = vec![tokio::spawn(ztunnels.listen(&self.socket()).unwrap())];
-        Agent { node, ztunnels, tasks }
+        let (server, capture) = (self.server.clone(), self.capture.clone());
+        start(server, self.directory.path(), capture, self.probes.clone(), self.times).await
     }
+}
+
+/// An agent in front of this server, whose files are in this directory.
+pub async fn start(
+    server: Arc<Server>,
+    directory: &Path,
+    capture: Arc<dyn Capture>,
+    probes: Option<KubeletProbes>,
+    times: Times,
+) -> Agent {
+    let ztunnels = Ztunnels::default();
+    let node = Arc::new(Node::new(Parts {
+        capture,
+        ztunnels: ztunnels.clone(),
+        record: Record::open(&directory.join("state")).unwrap(),
+        cluster: server.cluster.clone(),
+        api: Arc::new(TheApi(server)),
+        places: Places { system: "culvert-system".to_owned(), excluded: vec!["kube-system".to_owned()] },
+        probes,
+        metrics: Metrics::new(&Registry::new()),
+        proc: "/proc".into(),
+        times: Times {
+            served: Duration::from_millis(800),
+            add: Duration::from_secs(5),
+            tick: Duration::from_millis(50),
+            verify: Duration::from_millis(300),
+            leave: Duration::from_millis(100),
+            absent: Duration::from_millis(500),
+            ..times
+        },
+    }));
+    node.restore().await;
+    let tasks = vec![tokio::spawn(ztunnels.listen(&directory.join("ztunnel.sock")).unwrap())];
+    Agent { node, ztunnels, tasks }
 }
 
 pub struct Agent {
