@@ -146,6 +146,7 @@ fn what_is_rendered_keeps_its_promises() {
             "ClusterRole",
             "ClusterRoleBinding",
             "ValidatingWebhookConfiguration",
+            "MutatingWebhookConfiguration",
             "ValidatingAdmissionPolicy",
             "ValidatingAdmissionPolicyBinding",
         ];
@@ -204,7 +205,10 @@ fn node_proxies_of_another_namespace_get_what_they_need_there() {
     let accounts = "--set=controlPlane.trustedNodeAccounts={some-system/ztunnel,proxies/ztunnel}";
     let objects = rendered(&helm, &[accounts]);
     let there: Vec<_> = objects.iter().filter(|o| o["metadata"]["namespace"] == "proxies").collect();
-    assert_eq!(there.iter().map(|o| o["kind"].as_str().unwrap()).collect::<Vec<_>>(), ["Role", "RoleBinding"]);
+    assert_eq!(
+        there.iter().map(|o| o["kind"].as_str().unwrap()).collect::<Vec<_>>(),
+        ["Role", "RoleBinding"]
+    );
     assert!(there[0]["rules"].to_string().contains("pods"), "{}", there[0]);
     assert_eq!(there[1]["subjects"][0]["namespace"], "some-system");
     let text = serde_json::to_string(&objects).unwrap();

@@ -27,6 +27,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, timeout_at};
 
 use crate::alive::Nodes;
+use crate::in_force::InForce;
 use crate::pods::PodTable;
 use crate::source::{Change, Event, Feed};
 
@@ -140,6 +141,8 @@ pub struct Settings {
     pub revision: String,
     /// Namespaces that are read whatever the settings select: of the mesh's own pods.
     pub own_namespaces: BTreeSet<String>,
+    /// Whether the defaults hold where the ConfigMap is missing at the start; nothing is given out otherwise.
+    pub settings_optional: bool,
 }
 
 /// An object that is read.
@@ -188,6 +191,7 @@ pub struct Registry {
     overview: Arc<std::sync::Mutex<Overview>>,
     pods: PodTable,
     nodes: Nodes,
+    in_force: watch::Sender<InForce>,
     /// The namespaces that are read, and whether they may have changed.
     selected: watch::Sender<Arc<BTreeSet<String>>>,
     reselect: bool,
@@ -222,6 +226,7 @@ impl Registry {
             overview: Arc::default(),
             pods: PodTable::default(),
             nodes: Nodes::default(),
+            in_force: watch::Sender::default(),
             selected: watch::Sender::new(Arc::default()),
             reselect: false,
             selectors: Vec::new(),
@@ -256,6 +261,12 @@ impl Registry {
     #[must_use]
     pub fn namespaces(&self) -> watch::Receiver<Arc<BTreeSet<String>>> {
         self.selected.subscribe()
+    }
+
+    /// The settings in force, as a view that stays up to date.
+    #[must_use]
+    pub fn in_force(&self) -> watch::Receiver<InForce> {
+        self.in_force.subscribe()
     }
 
     /// What was read.
@@ -356,6 +367,8 @@ impl Registry {
 
     fn compile(&mut self) -> Outcome {
         let outcome = self.repository.commit();
+        let settings = self.repository.mesh_config();
+        self.in_force.send_if_modified(|in_force| in_force.update(settings, &self.tags));
         for diagnostic in &outcome.diagnostics {
             match diagnostic.severity {
                 Severity::Error => {
@@ -529,6 +542,9 @@ impl Registry {
         for (namespace, name) in stale {
             self.remove(kind, &namespace, &name);
         }
+        if kind == Kind::ConfigMap && !self.given_out && !self.settings.settings_optional {
+            self.want_settings();
+        }
     }
 
     /// Removes all objects of a kind.
@@ -639,6 +655,19 @@ impl Registry {
         let keys: Vec<_> = keys.collect();
         for (kind, (namespace, name)) in keys {
             self.remove(kind, &namespace, &name);
+        }
+    }
+
+    /// Settings that are not there at the start may have been deleted while nobody looked: the defaults could be weaker.
+    fn want_settings(&mut self) {
+        let (namespace, name) = &self.settings.settings;
+        if self.kinds.get(&Kind::ConfigMap).is_some_and(|maps| maps.known.is_empty()) {
+            let reason = format!(
+                "there is no ConfigMap {namespace}/{name} with the mesh's settings: make it (an empty key mesh is the \
+                 defaults), or start with --mesh-config-optional"
+            );
+            let refused = ObjectContent::Refused(Code::FileUnreadable, &reason);
+            self.repository.stage_object(&self.settings_origin(), refused);
         }
     }
 

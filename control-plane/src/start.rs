@@ -24,6 +24,7 @@ use xds::server::{Config as XdsConfig, Server};
 use crate::alive::{Nodes, Ztunnels};
 use crate::ca::{Account, Authenticator, Ca, CaSettings, KubeReviewer, Namespaces, Proxy, service_names};
 use crate::debug::Views;
+use crate::in_force::InForce;
 use crate::leader::Election;
 use crate::metrics::{self, Streams};
 use crate::pods::PodTable;
@@ -174,6 +175,7 @@ struct Known {
     nodes: Nodes,
     ztunnels: Ztunnels,
     namespaces: Namespaces,
+    in_force: watch::Receiver<InForce>,
     overview: Arc<Mutex<Overview>>,
     exceptions: Exceptions,
     followers: Followers,
@@ -209,6 +211,7 @@ impl Plane {
             settings: map,
             revision: flags.revision.clone(),
             own_namespaces: trusted::namespaces(flags, &self.trusted),
+            settings_optional: flags.mesh_config_optional,
         };
         let others = on_this_runtime(move || source.start_others());
         let registry = Registry::new(settings, feed.relist.clone(), Box::new(others));
@@ -220,6 +223,7 @@ impl Plane {
             nodes: registry.nodes(),
             ztunnels: Ztunnels::new(registry.pods(), registry.nodes(), Some(self.client.clone())),
             namespaces: registry.namespaces(),
+            in_force: registry.in_force(),
             overview: registry.overview(),
             exceptions: Exceptions::default(),
             followers: Followers::default(),
@@ -283,8 +287,14 @@ impl Plane {
             leads: leads.clone(),
         };
         tokio::spawn(keeper.run(self.metrics.clone()));
-        let name = flags.validation_webhook.clone();
-        tokio::spawn(bundle::keep(self.client.clone(), name, roots(&self.ca), leads, webhook));
+        let kept = bundle::Kept {
+            name: flags.webhooks.clone(),
+            revision: flags.revision.clone(),
+            roots: roots(&self.ca),
+            in_force: known.in_force.clone(),
+            seen: webhook,
+        };
+        tokio::spawn(kept.run(self.client.clone(), leads));
         tokio::spawn(election.run(shutdown.clone()));
         leader
     }
@@ -317,7 +327,7 @@ impl Plane {
 
     /// Serves the webhook, and what other control planes ask.
     fn serve_webhook(&self, flags: &Flags, listener: TcpListener, known: &Known) -> anyhow::Result<()> {
-        let webhook = Arc::new(Webhook::new(options(flags), &self.metrics));
+        let webhook = Arc::new(Webhook::new(options(flags), known.in_force.clone(), &self.metrics));
         let (followers, revision) = (known.followers.clone(), flags.revision.clone());
         let exchange = Exchange::new(followers, self.server.clone(), revision, keys(&self.ca));
         let routes = exchange.routes(webhook.routes(Routes::new("culvertd")));

@@ -250,6 +250,22 @@ fn policies_are_reported_with_their_version_and_what_is_said_of_them() {
 }
 
 #[test]
+fn settings_that_are_missing_at_the_start_are_waited_for() {
+    let (mut registry, _) = mesh::registry_that(|settings| settings.settings_optional = false);
+    let in_force = registry.in_force();
+    first_lists(&mut registry, &[("shop", json!({}))], None);
+    other_lists(&mut registry, vec![set(Kind::Pod, &pod("shop", "a", "10.0.0.1", "1"))]);
+    assert!(registry.commit(Instant::now()).is_none());
+    let waiting = registry.overview().lock().unwrap().waiting.clone();
+    assert!(waiting.contains("there is no ConfigMap culvert-system/culvert"), "{waiting}");
+    assert!(in_force.borrow().settings.is_none());
+    registry.take(set(Kind::ConfigMap, &settings("trustDomain: found.example", "2")));
+    let committed = registry.commit(Instant::now()).unwrap();
+    assert_eq!(steps(&committed), ["settings found.example culvert-system", "workload shop/a"]);
+    assert!(in_force.borrow().settings.is_some());
+}
+
+#[test]
 fn a_kind_that_was_deleted_takes_its_objects_along_and_one_that_is_not_served_does_not() {
     let (mut registry, _) = registry();
     first_lists(&mut registry, &[("shop", json!({}))], Some(""));

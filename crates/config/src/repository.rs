@@ -11,7 +11,7 @@ use crate::diagnostic::{Code, Diagnostic, Severity};
 use crate::kinds::Capture;
 use crate::labels::Pool;
 use crate::policy::{MeshConfig, NamespaceSelector};
-use crate::resource::ObjectKey;
+use crate::resource::{Kind, ObjectKey, Resource};
 use crate::store::Store;
 
 pub use crate::store::{Content, ObjectContent};
@@ -59,6 +59,13 @@ impl Repository {
         self.store.set_object(origin, content, &mut self.pool, &mut |key, resource, pool| {
             compiler.stage(key, resource, pool);
         });
+    }
+
+    /// Takes settings that were read elsewhere, as a part of a batch that [`Repository::commit`] ends.
+    pub fn stage_settings(&mut self, settings: &MeshConfig) {
+        let key = ObjectKey { kind: Kind::MeshConfig, namespace: "".into(), name: "mesh".into() };
+        let settings = Resource::MeshConfig(Box::new(settings.clone()));
+        self.compiler.stage(&key, Some(settings), &mut self.pool);
     }
 
     /// Compiles what the staged files changed.
