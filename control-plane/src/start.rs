@@ -248,20 +248,14 @@ impl Plane {
     }
 
     /// Starts what the leader does, and the election; a view of who leads.
-    fn lead(
-        &self,
-        flags: &Flags,
-        known: &Known,
-        shutdown: &Shutdown,
-    ) -> watch::Receiver<Option<String>> {
+    fn lead(&self, flags: &Flags, known: &Known, shutdown: &Shutdown) -> watch::Receiver<Option<String>> {
         let identity = format!("{}_{:08x}", flags.pod_name, std::process::id());
         let (election, leads, leader) =
             Election::new(self.client.clone(), &flags.namespace, &flags.revision, identity);
         let webhook: Arc<Mutex<Option<Proxy>>> = Arc::default();
         let seen = webhook.clone();
-        let (others, own) = (Bundles::default(), flags.validation_webhook.clone());
-        let bundles =
-            others.clone().follow(self.client.clone(), flags.namespace.clone(), own, leads.clone());
+        let (others, own) = (Bundles::default(), flags.webhooks.clone());
+        let bundles = others.clone().follow(self.client.clone(), flags.namespace.clone(), own, leads.clone());
         tokio::spawn(bundles);
         let (pods, nodes) = (known.pods.clone(), known.nodes.clone());
         let fleet = Trusting {
