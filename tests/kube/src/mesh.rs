@@ -17,12 +17,14 @@ use crate::report::{Clock, say};
 /// The namespace of the product.
 pub const NAMESPACE: &str = "culvert-system";
 
-/// How the chart is set on this cluster: one machine's two cores carry it all, and nothing is pulled.
-pub const SETTINGS: [&str; 4] = [
+/// How the chart is set on this cluster: one machine's two cores carry it all, nothing is pulled, and nobody waits long
+/// for connections that a scenario holds until its end.
+pub const SETTINGS: [&str; 5] = [
     "controlPlane.resources.requests.cpu=10m",
     "ztunnel.resources.requests.cpu=10m",
     "node.resources.requests.cpu=10m",
     "image.pullPolicy=Never",
+    "ztunnel.terminationGracePeriodSeconds=12",
 ];
 
 /// Makes the product's images, and puts its command line beside Helm, of what cargo builds with `profile`, or of what it

@@ -30,6 +30,8 @@ pub const ALL: &[Scenario] = &[
         "a label enrols running pods, and no connection, request or download is lost",
         enrolment::enrol,
     ),
+    // What others send and are answered goes on under it.
+    beside("root", "the root is exchanged under load, until the old one is gone", upgrade::root),
     beside("dual-stack", "IPv6 beside IPv4, for pods and services, policies too", dual_stack::run),
     beside("commands", "the command line on a mesh at work: what it says is so", commands::commands),
     beside("leave", "the label's removal lets go of them, and nothing is lost", enrolment::leave),
@@ -62,7 +64,11 @@ pub const ALL: &[Scenario] = &[
         "the CNI plugin is killed inside ADD, and no pod starts outside the mesh",
         plugin::killed,
     ),
-    alone("away", "the control plane is away while pods come and go", faults::control_plane_away),
+    alone(
+        "away",
+        "two minutes without a control plane: pods come and go, a ztunnel is killed, admission is closed",
+        faults::control_plane_away,
+    ),
     alone("chain", "the primary CNI's configuration is rewritten without the plugin", faults::chain),
     alone(
         "kills",
@@ -71,8 +77,11 @@ pub const ALL: &[Scenario] = &[
     ),
     alone("reboot", "a node loses power and comes back, and nothing of it is plaintext", faults::reboot),
     alone("ztunnel-upgrade", "ztunnel is replaced under load, and no request fails", upgrade::ztunnel),
-    alone("root", "the root is exchanged under load, in stages", upgrade::root),
-    alone("revision", "a second revision's control plane beside the first", upgrade::revision),
+    alone(
+        "revision",
+        "a second revision's control plane gets the proxies under load, and gives them back",
+        upgrade::revision,
+    ),
     alone(
         "release",
         "uninstalled under pods of the mesh, installed, upgraded and uninstalled by the command line",

@@ -48,8 +48,9 @@ pub fn control_plane_away(stage: &Stage) -> Result<()> {
     Ok(())
 }
 
-/// The pods that come while the control plane is away.
-const COMERS: [&str; 3] = ["comer-0", "comer-1", "comer-2"];
+/// The pods that come while the control plane is away; the last has an account that is new to its node, and gets no
+/// certificate until it is back.
+const COMERS: [&str; 3] = ["comer-0", "comer-1", "newcomer"];
 
 fn refuse_stranger(stage: &Stage, account: &str) -> Value {
     let principal = format!("cluster.local/ns/{}/sa/{account}", stage.namespace);
@@ -74,8 +75,10 @@ fn without_control_plane(stage: &Stage, before: &[Job]) -> Result<()> {
     stage.apply(&[json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "other"}})])?;
     stage.ok("admission is closed for the mesh's kinds, and for nothing else");
     for (round, comer) in COMERS.iter().enumerate() {
-        // It starts, or it waits: it never talks in plaintext.
-        stage.apply(&[App::client(comer, &["-load", "5@http://server:8080/"]).on(near).pod()])?;
+        let app = App::client(comer, &["-load", "5@http://server:8080/"]).on(near);
+        let app = if *comer == "newcomer" { app.account(comer) } else { app };
+        stage.accounts(std::slice::from_ref(&app))?;
+        stage.apply(&[app.pod()])?;
         stage.cannot_reach("stranger", "http://server:8080/")?;
         if round == 1 {
             stage.undisturbed("client", before)?;
@@ -92,9 +95,17 @@ fn without_control_plane(stage: &Stage, before: &[Job]) -> Result<()> {
         }
         stage.pass(Duration::from_secs(5));
     }
-    let ready = stage.kubectl().run(&["get", "pods", "-n", &stage.namespace, "-o", "wide"])?;
-    let rows: Vec<&str> = ready.lines().filter(|l| COMERS.iter().any(|c| l.starts_with(c))).collect();
-    stage.ok(&format!("of the pods that came: {}", rows.join("; ")));
+    for comer in ["comer-0", "comer-1"] {
+        stage.pod_ready(comer)?;
+        stage.talking(comer)?;
+    }
+    stage.ok("pods that come start, and talk by the certificate that their node has for their account");
+    if let Ok(jobs) = stage.jobs("newcomer") {
+        ensure!(
+            jobs.iter().all(|j| j.good == 0),
+            "without a certificate, the newcomer was answered: {jobs:?}"
+        );
+    }
     let calm = stage.jobs("client")?;
     stage.pass(LONG.saturating_sub(clock.elapsed()));
     stage.undisturbed("client", &calm)?;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::stage::PATIENCE;
+use super::stage::{MODE, PATIENCE, REDIRECTION};
 use super::{App, Stage};
 use crate::lab::{NODES, Node};
 use crate::mesh::{self, NAMESPACE};
@@ -95,7 +95,6 @@ fn taken_away(stage: &Stage) -> Result<()> {
     let far = &NODES[1];
     mesh::remove(&stage.cluster, "culvert")?;
     nothing_left(stage)?;
-    stage.enrolled(false)?;
     stage.reaches("idle", "http://server:8080/")?;
     stage.start(&[App::idle("comer").on(&NODES[0])])?;
     stage.reaches("comer", "http://server:8080/")?;
@@ -125,11 +124,19 @@ fn taken_away(stage: &Stage) -> Result<()> {
 
 /// The command line puts it back.
 fn installed(stage: &Stage) -> Result<()> {
+    // The agents lost their right to write with the release.
+    stage.label("pod", "idle", &format!("{MODE}=none"))?;
     let settings = settings();
     let words: Vec<&str> =
         ["install", "--timeout", "3m"].into_iter().chain(settings.iter().map(String::as_str)).collect();
     let said = stage.culvert(&words)?.code(0)?;
     ensure!(said.output.ends_with("the mesh is ready\n"), "{said:?}");
+    stage.kubectl().until(&["pod", "-n", &stage.namespace, "idle"], PATIENCE, |pod| {
+        let annotation = &pod["metadata"]["annotations"][REDIRECTION];
+        if annotation.is_null() { Ok(()) } else { Err(annotation.to_string()) }
+    })?;
+    stage.ok("what the mesh of before said of a pod that is to be left out now is taken back");
+    stage.label("pod", "idle", &format!("{MODE}-"))?;
     stage.enrolled(true)?;
     stage.ok("culvert install: ready, and what is labelled is in the mesh again");
     stage.nothing_in_plaintext(&NODES[1], || {

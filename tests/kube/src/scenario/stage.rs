@@ -21,9 +21,9 @@ use crate::report::{Clock, say, wait_for};
 /// How long a pod may take to be what it should.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 /// What enrols.
-const MODE: &str = "istio.io/dataplane-mode";
+pub const MODE: &str = "istio.io/dataplane-mode";
 /// What says that a pod is enrolled.
-const REDIRECTION: &str = "ambient.istio.io/redirection";
+pub const REDIRECTION: &str = "ambient.istio.io/redirection";
 
 /// Where a scenario plays; its namespace is deleted when it is dropped.
 pub struct Stage {

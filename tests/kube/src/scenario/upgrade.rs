@@ -179,6 +179,7 @@ pub fn revision(stage: &Stage) -> Result<()> {
     let settings = ["revision=canary", "node.enabled=false", "ztunnel.enabled=false"];
     let outcome = mesh::release(&stage.cluster, CANARY, &settings).and_then(|()| {
         stage.kubectl().rolled_out(NAMESPACE, "deployment/culvertd-canary", PATIENCE)?;
+        stage.culvert(&["verify-install", "--timeout", "60s"])?.code(0)?;
         stage.ok("a second control plane is ready beside the first");
         moved(stage, &outside)
     });
