@@ -23,6 +23,8 @@ pub mod server;
 
 /// The key in a node's metadata by which it says which extensions it knows.
 pub const EXTENSIONS_METADATA: &str = "CULVERT_EXTENSIONS";
+/// The key in a node's metadata by which it says which fields it knows: [`proto::Features::text`].
+pub const FEATURES_METADATA: &str = "CULVERT_FEATURES";
 /// The extensions of this version.
 pub const EXTENSIONS_VERSION: &str = "1";
 /// The header by which a server says which extensions it knows.

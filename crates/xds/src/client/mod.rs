@@ -131,6 +131,7 @@ impl NodeInfo {
             ("CLUSTER_ID", cluster_id.as_str()),
             ("CULVERT_VERSION", version.as_str()),
             (crate::EXTENSIONS_METADATA, crate::EXTENSIONS_VERSION),
+            (crate::FEATURES_METADATA, &proto::Features::ALL.text()),
         ];
         let text = |t: &str| Value { kind: Some(Kind::StringValue(t.to_owned())) };
         Node {

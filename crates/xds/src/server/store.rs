@@ -18,8 +18,8 @@ use std::sync::Arc;
 use aws_lc_rs::digest;
 use bytes::Bytes;
 use prost::Message;
-use proto::Extensions;
 use proto::wire::discovery;
+use proto::{Extensions, Features};
 
 use crate::inventory::{NameKey, Version};
 
@@ -52,6 +52,8 @@ pub struct Resource {
     pub plain: Option<Bytes>,
     /// The encoded message for our own proxies; `None` withholds it from them.
     pub culvert: Option<Bytes>,
+    /// What one of ours must know to get that. One that does not gets `plain`.
+    pub needs: Features,
 }
 
 /// One change.
@@ -90,9 +92,33 @@ pub(crate) struct Live {
     /// The whole `Resource` message.
     pub(crate) encoded: Bytes,
     aliases: Arc<[Arc<str>]>,
+    /// For those who don't know all that this needs.
+    lesser: Option<Arc<Lesser>>,
+}
+
+/// What those get who are too old for a resource.
+#[derive(Debug)]
+struct Lesser {
+    needs: Features,
+    /// `None` withholds it.
+    live: Option<Live>,
 }
 
 impl Live {
+    /// What one gets who knows these features.
+    fn known_by(&self, features: Features) -> Option<&Self> {
+        match &self.lesser {
+            Some(lesser) if !lesser.needs.lacking(features).is_empty() => lesser.live.as_ref(),
+            _ => Some(self),
+        }
+    }
+
+    /// What tells it from another of the same name.
+    fn identity(&self) -> (Version, Option<(Features, Option<Version>)>) {
+        let lesser = self.lesser.as_ref().map(|l| (l.needs, l.live.as_ref().map(|live| live.version)));
+        (self.version, lesser)
+    }
+
     /// The other names by which it may be asked for.
     pub(crate) fn aliases(&self) -> impl Iterator<Item = &Arc<str>> {
         self.aliases.iter()
@@ -126,13 +152,13 @@ pub(crate) enum View<'a> {
 pub type Interest = Arc<dyn Fn(&str) -> bool + Send + Sync>;
 
 impl Entry {
-    pub(crate) fn view(&self, interest: Option<&Interest>) -> View<'_> {
+    pub(crate) fn view(&self, interest: Option<&Interest>, features: Features) -> View<'_> {
         let wanted = match (&self.scope, interest) {
             (Some(scope), Some(interest)) => interest(scope),
             _ => true,
         };
         match &self.live {
-            Some(live) if wanted => View::There(live),
+            Some(live) if wanted => live.known_by(features).map_or(View::Gone, View::There),
             None if wanted => View::Gone,
             _ if self.moved => View::Gone,
             _ => View::Never,
@@ -185,12 +211,12 @@ impl Log {
     }
 
     /// Whether putting this would change anything.
-    fn differs(&self, name: NameKey, live: Option<Version>, scope: Option<&Arc<str>>) -> bool {
+    fn differs(&self, name: NameKey, live: Option<&Live>, scope: Option<&Arc<str>>) -> bool {
         match self.find(name) {
             None => live.is_some(),
             Some((_, entry)) => {
-                let held = entry.live.as_ref().map(|l| l.version);
-                held != live || (live.is_some() && entry.scope.as_ref() != scope)
+                let held = entry.live.as_ref().map(Live::identity);
+                held != live.map(Live::identity) || (live.is_some() && entry.scope.as_ref() != scope)
             }
         }
     }
@@ -249,6 +275,8 @@ pub(crate) struct Topic {
     culvert: Log,
     /// From an alias to the primary names.
     aliases: HashMap<Arc<str>, BTreeSet<Arc<str>>>,
+    /// What resources need that not all of our proxies know.
+    needs: BTreeMap<Arc<str>, Features>,
     /// From a name, of any kind, to those who follow just it.
     watchers: HashMap<Arc<str>, BTreeSet<ClientId>>,
 }
@@ -260,6 +288,7 @@ impl Topic {
             plain: Log::default(),
             culvert: Log::default(),
             aliases: HashMap::new(),
+            needs: BTreeMap::new(),
             watchers: HashMap::new(),
         }
     }
@@ -271,6 +300,12 @@ impl Topic {
         }
     }
 
+    /// The resources that one who knows these features is too old for, and what it lacks.
+    pub(crate) fn too_new_for(&self, features: Features) -> impl Iterator<Item = (&Arc<str>, Features)> {
+        let lacking = self.needs.iter().map(move |(name, needs)| (name, needs.lacking(features)));
+        lacking.filter(|(_, lacking)| !lacking.is_empty())
+    }
+
     /// The primary names that a name stands for, whether they are there or not.
     pub(crate) fn resolve<'a>(&'a self, asked: &'a Arc<str>) -> impl Iterator<Item = &'a Arc<str>> {
         std::iter::once(asked)
@@ -279,14 +314,21 @@ impl Topic {
 
     /// Puts one name's content into both logs. `None` when nothing changes; else who follows it by which name.
     fn put(&mut self, position: u64, resource: &Resource, keep: usize) -> Option<Vec<(ClientId, Arc<str>)>> {
-        let versions =
+        let [plain, culvert] =
             [&resource.plain, &resource.culvert].map(|b| b.as_ref().map(|b| version(&resource.aliases, b)));
-        let [plain, culvert] = versions;
         let name = &resource.name;
         let key = NameKey::of(name);
         let scope = resource.scope.as_ref();
-        let plain_differs = self.plain.differs(key, plain, scope);
-        let culvert_differs = self.culvert.differs(key, culvert, scope);
+        let lesser = culvert.filter(|_| !resource.needs.is_empty());
+        let bare =
+            |version: Version| Live { version, encoded: Bytes::new(), aliases: Arc::default(), lesser: None };
+        let with_lesser = |live: Live, plain: Option<Live>| match lesser {
+            Some(_) => Live { lesser: Some(Arc::new(Lesser { needs: resource.needs, live: plain })), ..live },
+            None => live,
+        };
+        let seen = culvert.map(|version| with_lesser(bare(version), plain.map(bare)));
+        let plain_differs = self.plain.differs(key, plain.map(bare).as_ref(), scope);
+        let culvert_differs = self.culvert.differs(key, seen.as_ref(), scope);
         if !plain_differs && !culvert_differs {
             return None;
         }
@@ -295,10 +337,17 @@ impl Topic {
         let new: Arc<[Arc<str>]> = if there { resource.aliases.as_slice().into() } else { Arc::default() };
         let encoded = |version: Option<Version>, body: &Option<Bytes>| {
             let (version, body) = (version?, body.as_ref()?);
-            Some(Live { version, encoded: encode(resource, version, body), aliases: Arc::clone(&new) })
+            let encoded = encode(resource, version, body);
+            Some(Live { version, encoded, aliases: Arc::clone(&new), lesser: None })
         };
         let first = encoded(plain, &resource.plain);
         let second = if plain == culvert { first.clone() } else { encoded(culvert, &resource.culvert) };
+        let second = second.map(|live| with_lesser(live, first.clone()));
+        if lesser.is_some() {
+            self.needs.insert(Arc::clone(name), resource.needs);
+        } else {
+            self.needs.remove(name);
+        }
         if plain_differs {
             self.plain.put(position, (name, key), first, resource.scope.clone(), keep);
         }
@@ -403,8 +452,15 @@ impl Store {
             Change::Set(resource) => resource,
             Change::Remove { type_url, name } => {
                 let name = Arc::clone(name);
-                gone =
-                    Resource { type_url, name, aliases: Vec::new(), scope: None, plain: None, culvert: None };
+                gone = Resource {
+                    type_url,
+                    name,
+                    aliases: Vec::new(),
+                    scope: None,
+                    plain: None,
+                    culvert: None,
+                    needs: Features::NONE,
+                };
                 &gone
             }
         };

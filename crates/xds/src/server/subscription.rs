@@ -16,7 +16,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use proto::Extensions;
+use proto::{Extensions, Features};
 
 use super::response::Parts;
 use super::store::{Entry, Generation, Interest, Live, Log, Topic, View};
@@ -90,6 +90,8 @@ pub(super) struct Context<'a> {
     pub(super) topic: &'a Topic,
     pub(super) audience: Extensions,
     pub(super) interest: Option<&'a Interest>,
+    /// What the client knows, if it is one of ours.
+    pub(super) features: Features,
     /// The end of the store.
     pub(super) generation: u64,
     /// Changes up to here are to be sent.
@@ -108,7 +110,7 @@ impl<'a> Context<'a> {
     }
 
     fn view(&self, entry: &'a Entry) -> View<'a> {
-        entry.view(self.interest)
+        entry.view(self.interest, self.features)
     }
 
     fn there(&self, name: &str) -> Option<(u64, &'a Entry, &'a Live)> {
@@ -559,14 +561,31 @@ impl Subscription {
     pub(super) fn status(&self, context: &Context<'_>) -> TypeStatus {
         let position = self.cursor.min(self.removals);
         let acked = self.acked(context);
+        let mut rejected: Vec<_> = self.rejected.values().cloned().collect();
+        let mut blurred = self.blurred;
+        if context.audience == Extensions::Culvert {
+            // It says that it enforces what it was sent, and that was not this.
+            for (name, lacking) in context.topic.too_new_for(context.features) {
+                if rejected.len() >= context.remembered {
+                    blurred = Some(Generation(context.generation));
+                    break;
+                }
+                let at = context.log().get(name).map_or(0, |(position, _)| position);
+                let reason =
+                    format!("it is too old for this ({lacking}), and has what it can enforce instead");
+                let of =
+                    Rejected { name: Arc::clone(name), generation: Generation(at), reason: reason.into() };
+                rejected.push(of);
+            }
+        }
         TypeStatus {
             type_url: Arc::clone(&self.type_url),
             wildcard: self.wildcard,
             names: self.names.len(),
             sent: Generation(if self.wildcard { position.max(acked) } else { acked }),
             acked: Generation(acked),
-            rejected: self.rejected.values().cloned().collect(),
-            blurred: self.blurred,
+            rejected,
+            blurred,
             last_nack: self.last_nack.clone(),
         }
     }
@@ -585,7 +604,7 @@ pub struct TypeStatus {
     pub sent: Generation,
     /// What it answered for. Apart from `rejected`, all that was made until then is in its hands.
     pub acked: Generation,
-    /// What it refused and still refuses, at most [`Limits::rejections`](super::session::Limits::rejections).
+    /// What it refused and still refuses, and what it is too old for, at most [`Limits::rejections`](super::session::Limits::rejections).
     pub rejected: Vec<Rejected>,
     /// It refused more than is kept in `rejected`, of what was made until then: nothing is known of that.
     pub blurred: Option<Generation>,

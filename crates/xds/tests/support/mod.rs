@@ -27,6 +27,7 @@ pub fn resource(type_url: &'static str, name: &str, body: &str) -> Resource {
         scope: None,
         plain: Some(body.clone()),
         culvert: Some(body),
+        needs: proto::Features::NONE,
     }
 }
 
