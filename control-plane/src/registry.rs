@@ -126,6 +126,8 @@ pub struct Overview {
     pub rejected: u64,
     /// Commits so far.
     pub commits: u64,
+    /// Of these, how many had changes of a type: `endpoint`, `service`, `config` or `global`.
+    pub triggers: BTreeMap<&'static str, u64>,
     /// Objects, instances and services looked at so far.
     pub steps: u64,
 }
@@ -205,6 +207,7 @@ pub struct Registry {
     /// The error in the settings that was said last.
     said: Option<String>,
     commits: u64,
+    triggers: BTreeMap<&'static str, u64>,
 }
 
 impl Registry {
@@ -236,6 +239,7 @@ impl Registry {
             given_out: false,
             said: None,
             commits: 0,
+            triggers: BTreeMap::new(),
         }
     }
 
@@ -359,9 +363,12 @@ impl Registry {
             self.pods.set_ready();
         }
         self.commits += 1;
-        self.note();
         let mut changes = std::mem::take(&mut self.early);
         changes.extend(outcome.changes);
+        for trigger in changes.iter().map(trigger).collect::<BTreeSet<_>>() {
+            *self.triggers.entry(trigger).or_default() += 1;
+        }
+        self.note();
         Some(Committed { changes, since, first, reports })
     }
 
@@ -455,6 +462,7 @@ impl Registry {
         overview.rejected = self.rejected;
         overview.waiting = waiting;
         overview.commits = self.commits;
+        overview.triggers.clone_from(&self.triggers);
         overview.steps = self.repository.steps();
     }
 
@@ -701,6 +709,16 @@ impl Registry {
                 self.repository.stage_object(&origin, ObjectContent::Refused(code, &reason));
             }
         }
+    }
+}
+
+/// What a change is, in istiod's words.
+fn trigger(change: &model::Change) -> &'static str {
+    match change {
+        model::Change::SetWorkload(_) | model::Change::RemoveWorkload(_) => "endpoint",
+        model::Change::SetService(_) | model::Change::RemoveService(_) => "service",
+        model::Change::SetPolicy(_) | model::Change::RemovePolicy(_) => "config",
+        model::Change::SetSettings(_) => "global",
     }
 }
 

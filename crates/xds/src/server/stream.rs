@@ -229,11 +229,12 @@ impl ClientStream {
         let mut published = self.shared.published.subscribe();
         let mut end = client.end.subscribe();
         let mut acked = self.shared.read().published();
+        let mut sent = acked;
         let mut starting = Some(starting);
         let mut next = Some(first);
         loop {
             let sent = match self.hear(client, next.take()).await {
-                Ok(()) => self.send(client),
+                Ok(()) => self.send(client, &mut sent),
                 Err(end) => return end,
             };
             let waiting = match sent {
@@ -325,14 +326,18 @@ impl ClientStream {
         }
     }
 
-    /// Sends what may be sent, and says until when what is under way must be answered.
-    fn send(&self, client: &Client) -> Result<Option<Instant>, End> {
+    /// Sends what may be sent, remembers until which publication, and says until when what is under way must be answered.
+    fn send(&self, client: &Client, sent: &mut Generation) -> Result<Option<Instant>, End> {
         let mut responses = Vec::new();
         let since = {
             let store = self.shared.read();
             let mut session = locked(&client.session);
             while let Some(response) = session.poll(&store, self.shared.now())? {
                 responses.push(response);
+            }
+            if !responses.is_empty() {
+                self.shared.queued(*sent);
+                *sent = store.published();
             }
             session.waiting_since()
         };
