@@ -36,6 +36,8 @@ use crate::zds::Ztunnels;
 pub const TAINT: &str = "culvert.dev/agent-not-ready";
 /// Between attempts to change the node's taints.
 const TAINT_PAUSE: Duration = Duration::from_secs(2);
+/// For a ztunnel to connect, before a node that is ready otherwise loses its taint.
+const TAINT_WAIT: Duration = Duration::from_secs(20);
 
 /// Runs until a signal, or the admin port, ends the process in good order; or cleans up.
 ///
@@ -153,8 +155,18 @@ fn follow(
         if first && !is_ready() {
             taint(&kubernetes, &name, &[TAINT], &[]).await;
         }
-        while !is_ready() {
-            tokio::time::sleep(TAINT_PAUSE / 4).await;
+        let until = async |done: &(dyn Fn() -> bool + Sync)| {
+            while !done() {
+                tokio::time::sleep(TAINT_PAUSE / 4).await;
+            }
+        };
+        until(&|| readiness.is_ready()).await;
+        // Pods of the mesh wait for a ztunnel anyhow. The cluster's DNS must not: without it ztunnel may not find the control
+        // plane, and until it has, it serves nobody.
+        if tokio::time::timeout(TAINT_WAIT, until(&is_ready)).await.is_err() {
+            tracing::warn!(
+                "no ztunnel is connected yet; the node's taint goes all the same, and pods wait for it"
+            );
         }
         let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
         taint(&kubernetes, &name, &[], &keys).await;
