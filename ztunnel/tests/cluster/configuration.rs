@@ -82,7 +82,7 @@ async fn no_pod_is_taken_before_the_policies_are_there() {
     // Workloads alone are not enough: what denies may be missing.
     cluster.tell_all();
     let early = tokio::time::timeout(MOMENT, cluster.agents["a"].accept()).await;
-    assert!(early.is_err(), "it asks for pods, and answers their names and connections by what it doesn't know");
+    assert!(early.is_err(), "it takes pods, and decides by what it doesn't know");
     assert!(cluster.ztunnel("a").get(15021, "/healthz/ready").await.is_err());
 
     cluster.control_plane.policy(&strict());
