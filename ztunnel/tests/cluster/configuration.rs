@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use harness::netns::root_or_skip;
 use model::{Action, Clause, Match, Policy, PolicyKey, Rule, Scope, Settings, StringMatch};
+use nix::sys::signal::Signal;
 use proto::AUTHORIZATION_TYPE_URL;
 
 use crate::lab::traffic::{PORT, ask, serve, talk};
@@ -160,6 +161,30 @@ async fn what_cannot_be_read_is_refused_by_name_and_field_and_its_last_good_vers
     cluster.control_plane.unset(AUTHORIZATION_TYPE_URL, "shop/bad");
     cluster.enforce(&policy("good", Scope::Namespace, Action::Deny, principal("client"))).await;
     ask(client, to).await.unwrap_err();
+}
+
+#[tokio::test]
+async fn what_could_not_be_read_refuses_in_a_successor_without_a_control_plane_too() {
+    if !root_or_skip("an unreadable policy and a restart") {
+        return;
+    }
+    let mut cluster = Cluster::start(&[("a", &["client", "web"])]).await;
+    let (client, web) = (cluster.pod("client").clone(), cluster.pod("web").clone());
+    let _server = serve(&web, PORT);
+    let to = SocketAddr::new(web.ipv4.into(), PORT);
+    ask(&client, to).await.unwrap();
+    let m = [0x2a, 0x05, 0x0a, 0x03, 10, 0, 0]; // an address of three bytes
+    cluster.control_plane.set(AUTHORIZATION_TYPE_URL, "shop/never", hand::policy("never", 1, 1, &m));
+    cluster.in_force().await;
+    ask(&client, to).await.unwrap_err();
+
+    // At once: it was kept before it was answered.
+    cluster.kill_control_plane();
+    cluster.ztunnel_mut("a").signal(Signal::SIGKILL);
+    cluster.ztunnel_mut("a").ended().await;
+    cluster.run("a").await;
+    assert_eq!(cluster.ztunnel("a").metric("culvert_xds_kept_state").await, 1.0);
+    ask(&client, to).await.unwrap_err();
 }
 
 #[tokio::test]
