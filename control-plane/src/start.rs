@@ -45,6 +45,9 @@ const KEEPALIVE: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Streams of one connection: the mesh's configuration, and certificates of a node's pods.
 const MOST_STREAMS: u32 = 128;
+/// What lies in memory of a request that waits for its turn: thousands of proxies come back at once, and each has a few MB
+/// to say.
+const WINDOW: u32 = 64 << 10;
 /// After it is told to end, for others to learn that it does: new streams still come until then.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How long the API server may take to take a connection.
@@ -318,6 +321,8 @@ impl Plane {
             .http2_keepalive_interval(Some(KEEPALIVE))
             .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
             .max_concurrent_streams(MOST_STREAMS)
+            .initial_stream_window_size(WINDOW)
+            .initial_connection_window_size(2 * WINDOW)
             .layer(Proving(port.clone()))
             .add_service(self.server.service())
             .add_service(self.ca.service(self.client.clone(), Arc::new(known.pods.clone())));
