@@ -90,17 +90,10 @@ async fn serve(flags: &Flags, settings: &Settings, logs: &Logs) -> anyhow::Resul
     build_info(&registry, "culvert-node", env!("CARGO_PKG_VERSION"));
     logs.register(&registry);
     metrics::register(&registry, &node, &ztunnels);
-    let with_pods = |routes: http::Routes| {
-        let dumped = node.clone();
-        routes.get("/pods", "the pods of this node", move |_| {
-            let response = http::Response::json(&dumped.dump());
-            async { response }
-        })
-    };
     // The port is the node's, and any process's there: what changes something is behind a socket of root's.
-    let shown = with_pods(pages::shown("culvert-node", logs));
+    let shown = with_pods(pages::shown("culvert-node", logs), &node);
     ports.serve(shown, pages::metrics_routes(&registry), readiness.routes(&shutdown));
-    let admin = with_pods(pages::routes("culvert-node", logs, &shutdown));
+    let admin = with_pods(pages::routes("culvert-node", logs, &shutdown), &node);
     make_room(&flags.plugin_socket)?;
     let socket = plugin::bind(&flags.admin_socket()).context("admin socket, beside --plugin-socket")?;
     tokio::spawn(http::serve_unix(socket, admin, http::Limits::default()));
@@ -134,6 +127,14 @@ async fn serve(flags: &Flags, settings: &Settings, logs: &Logs) -> anyhow::Resul
     }
     tracing::info!("stopped; the pods stay as they are");
     Ok(())
+}
+
+fn with_pods(routes: http::Routes, node: &Arc<Node>) -> http::Routes {
+    let node = node.clone();
+    routes.get("/pods", "the pods of this node", move |_| {
+        let response = http::Response::json(&node.dump());
+        async { response }
+    })
 }
 
 /// Follows the cluster, and says when this node is ready for pods.
