@@ -14,6 +14,7 @@
 //! * Few streams start at once, so that thousands that come together don't each hold a whole state in memory.
 
 mod body;
+mod requests;
 mod response;
 mod service;
 pub mod session;

@@ -13,8 +13,9 @@ use proto::wire::discovery::DeltaDiscoveryRequest;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_stream::Stream;
-use tonic::{Request, Status, Streaming};
+use tonic::{Request, Status};
 
+use super::requests::Requests;
 use super::response::Response;
 use super::session::{Answer, Session, Violation, audience, features};
 use super::status::ClientStatus;
@@ -82,7 +83,7 @@ impl Stream for Outgoing {
 /// Authenticates a client, and begins to serve it.
 pub(super) async fn open(
     shared: &Arc<Shared>,
-    request: Request<Streaming<DeltaDiscoveryRequest>>,
+    request: Request<Requests>,
 ) -> Result<Outgoing, Status> {
     let limit = shared.config.start_timeout;
     let peer = request.remote_addr();
@@ -108,7 +109,7 @@ pub(super) async fn open(
 
 struct ClientStream {
     shared: Arc<Shared>,
-    requests: Streaming<DeltaDiscoveryRequest>,
+    requests: Requests,
     sender: mpsc::Sender<Result<Response, Status>>,
 }
 
