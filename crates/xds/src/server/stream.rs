@@ -81,10 +81,7 @@ impl Stream for Outgoing {
 }
 
 /// Authenticates a client, and begins to serve it.
-pub(super) async fn open(
-    shared: &Arc<Shared>,
-    request: Request<Requests>,
-) -> Result<Outgoing, Status> {
+pub(super) async fn open(shared: &Arc<Shared>, request: Request<Requests>) -> Result<Outgoing, Status> {
     let limit = shared.config.start_timeout;
     let peer = request.remote_addr();
     let (metadata, extensions, requests) = request.into_parts();
