@@ -263,5 +263,8 @@ async fn control_planes_of_all_revisions_are_found_and_asked() {
         keys: keys(),
     }));
     peers.ask().await;
-    assert_eq!(peers.all().iter().map(|p| p.has_said()).collect::<Vec<_>>(), [false]);
+    assert_eq!(
+        peers.all().iter().map(control_plane::status::peers::Peer::has_said).collect::<Vec<_>>(),
+        [false]
+    );
 }
