@@ -213,8 +213,9 @@ fn trouble(stage: &Stage) -> Result<()> {
     };
     let found = doctor()?.json()?;
     for topic in ["clock", "node", "installation", "certificates", "capture"] {
-        let of = found.as_array().into_iter().flatten().find(|f| f["topic"] == topic);
-        ensure!(of.is_some_and(|f| f["grade"] == "ok"), "doctor has of {topic}: {of:?}");
+        // What it notes of other scenarios' namespaces stands beside it.
+        let mut of = found.as_array().into_iter().flatten().filter(|f| f["topic"] == topic);
+        ensure!(of.any(|f| f["grade"] == "ok"), "doctor finds nothing in order of {topic}: {found}");
     }
     ensure!(mine(&found).is_empty(), "doctor finds {:?}", mine(&found));
     // Selects nobody, so that no engine would do anything about it.
