@@ -178,7 +178,7 @@ impl Session {
         for name in request.resource_names_unsubscribe {
             match name.as_str() {
                 "*" => wildcard = false,
-                _ if subscription.leave(&name) => heard.unwatch.push(name.into()),
+                _ if subscription.leave(&context, &name) => heard.unwatch.push(name.into()),
                 _ => {}
             }
         }

@@ -238,10 +238,16 @@ impl Subscription {
         new
     }
 
-    /// Leave a name. Returns whether it was followed.
-    pub(super) fn leave(&mut self, name: &str) -> bool {
+    /// Leave a name. Returns whether it was followed. What was refused of it is no longer asked for, and forgotten.
+    pub(super) fn leave(&mut self, context: &Context<'_>, name: &str) -> bool {
         self.due.remove(name);
-        self.names.remove(name).is_some()
+        let Some(asked) = self.names.remove(name) else { return false };
+        for primary in asked.sent.keys() {
+            if !self.still_wanted(context, primary) {
+                self.rejected.remove(primary);
+            }
+        }
+        true
     }
 
     pub(super) fn names(&self) -> impl Iterator<Item = &Arc<str>> {
@@ -338,6 +344,10 @@ impl Subscription {
                 .collect()
         };
         for (name, position, reason) in named {
+            // It left the name before it answered.
+            if !self.wildcard && !self.still_wanted(context, &name) {
+                continue;
+            }
             if self.rejected.len() >= context.remembered && !self.rejected.contains_key(&name) {
                 self.blurred = Some(Generation(context.generation));
                 break;
@@ -487,7 +497,7 @@ impl Subscription {
         true
     }
 
-    /// Whether a resource that a name does not stand for any more is there, and followed by another.
+    /// Whether a resource is there, and followed by any of its names.
     fn still_wanted(&self, context: &Context<'_>, primary: &str) -> bool {
         let Some((_, entry, live)) = context.there(primary) else { return false };
         let mut names = std::iter::once(&entry.name).chain(live.aliases());
