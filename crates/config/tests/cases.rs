@@ -89,6 +89,10 @@ fn change(c: &Change) -> String {
         Change::RemoveService(key) => format!("remove service {key}"),
         Change::SetPolicy(p) => format!("set policy {}", p.key),
         Change::RemovePolicy(key) => format!("remove policy {key}"),
+        Change::SetHttpService(s) => format!("set HTTP service {}", s.service),
+        Change::RemoveHttpService(key) => format!("remove HTTP service {key}"),
+        Change::SetTraffic(t) => format!("set traffic {}", t.service),
+        Change::RemoveTraffic(key) => format!("remove traffic {key}"),
         Change::SetSettings(_) => "set settings".to_owned(),
     }
 }
