@@ -28,6 +28,7 @@ mod attach;
 mod convert;
 mod displace;
 mod enrolment;
+mod http;
 mod index;
 mod instance;
 mod join;
@@ -36,6 +37,7 @@ mod review;
 use std::sync::Arc;
 
 use hashbrown::{HashMap, HashSet};
+use model::http::HttpService;
 use model::{
     Change, Locality, Service, ServiceKey, ServiceMembership, Settings, Str, TrustDomain, Vip, Workload,
 };
@@ -51,6 +53,7 @@ use crate::kinds::{Capture, EndpointSlice, Namespace};
 use crate::labels::{Labels, Pool};
 use crate::policy::{Binding, NamespaceSelector, Policies};
 use crate::resource::{Kind, ObjectKey, Resource};
+use crate::routes::{Grants, Routes};
 use index::{Addresses, Area, Id, Place};
 
 /// Where the resources come from, which decides what some of them mean.
@@ -183,6 +186,9 @@ pub struct Compiler {
     /// without such are not listed.
     unguarded: HashMap<ServiceKey, u32>,
     by_vip: HashMap<Vip, Vec<ServiceKey>>,
+    routes: Routes,
+    grants: Grants,
+    http_services: HashMap<ServiceKey, Arc<HttpService>>,
     slices: HashMap<ObjectKey, EndpointSlice>,
     slices_of: HashMap<ServiceKey, HashSet<ObjectKey>>,
     made_instances: HashMap<ObjectKey, Vec<Id>>,
@@ -250,6 +256,9 @@ impl Compiler {
             services: HashMap::new(),
             unguarded: HashMap::new(),
             by_vip: HashMap::new(),
+            routes: Routes::default(),
+            grants: Grants::default(),
+            http_services: HashMap::new(),
             slices: HashMap::new(),
             slices_of: HashMap::new(),
             made_instances: HashMap::new(),
@@ -339,6 +348,7 @@ impl Compiler {
                 };
                 self.take(effects, pool);
             }
+            (Kind::HttpRoute | Kind::ReferenceGrant, resource) => self.set_route(key, resource),
             (
                 Kind::AuthorizationPolicy | Kind::PeerAuthentication | Kind::ConfigMap | Kind::MeshConfig,
                 resource,
@@ -360,8 +370,11 @@ impl Compiler {
             workloads.extend(self.compile_instance(id, pool));
         }
         // After their endpoints: whether a service is closed depends on these.
-        for key in std::mem::take(&mut self.dirty_services) {
-            self.compile_service(&key);
+        // Twice at most: routes to a service that changed are looked at again, and that changes no service.
+        while !self.dirty_services.is_empty() {
+            for key in std::mem::take(&mut self.dirty_services) {
+                self.compile_service(&key);
+            }
         }
         if !std::mem::replace(&mut self.announced, true) {
             self.changes.push(Change::SetSettings(self.policies.settings().clone()));

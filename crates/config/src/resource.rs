@@ -18,6 +18,7 @@ use crate::metadata::{self, Metadata};
 use crate::policy::authorization::{self, PolicyScope};
 use crate::policy::{AuthorizationPolicy, MeshConfig, PeerAuthentication};
 use crate::policy::{mesh_config, peer_authentication};
+use crate::routes::{HttpRoute, ReferenceGrant, http_route, reference_grant};
 use crate::tree;
 
 /// A kind that is read.
@@ -49,6 +50,10 @@ pub enum Kind {
     WorkloadEntry,
     /// `networking.istio.io WorkloadGroup`.
     WorkloadGroup,
+    /// `gateway.networking.k8s.io HTTPRoute`.
+    HttpRoute,
+    /// `gateway.networking.k8s.io ReferenceGrant`.
+    ReferenceGrant,
 }
 
 /// An object of any kind.
@@ -80,6 +85,10 @@ pub enum Resource {
     WorkloadEntry(Box<WorkloadEntry>),
     /// A template for machines.
     WorkloadGroup,
+    /// Routes of HTTP requests.
+    HttpRoute(Box<HttpRoute>),
+    /// Who of other namespaces may refer to objects of this one.
+    ReferenceGrant(Box<ReferenceGrant>),
 }
 
 impl Resource {
@@ -142,6 +151,8 @@ pub static KINDS: &[&KindSpec] = &[
     &workload_group::KIND,
     &mesh_config::CONFIG_MAP_KIND,
     &mesh_config::KIND,
+    &http_route::KIND,
+    &reference_grant::KIND,
 ];
 
 impl Kind {

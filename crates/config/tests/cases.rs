@@ -12,6 +12,7 @@ use config::compile::{EnrolmentChange, Options};
 use config::diagnostic::Diagnostic;
 use config::repository::{Content, Repository};
 use config::tree::{self, Limits, Node, Value};
+use model::http::{BackendRef, HttpService, Route, RouteAction, RouteMatch};
 use model::{Change, Mesh, Service, TargetPort, Workload};
 use serde_json::{Map, Value as Json, json};
 
@@ -81,6 +82,35 @@ fn service(s: &Service) -> Json {
     })
 }
 
+/// What a waypoint does for a service: each port's protocol and routes, in order of precedence.
+fn http_service(s: &HttpService) -> Json {
+    let backend = |b: &model::http::Backend| match &b.to {
+        BackendRef::Service { service, port, subset } => {
+            let subset = subset.as_ref().map(|s| format!("/{s}")).unwrap_or_default();
+            format!("{}%{service}:{port}{subset}", b.weight)
+        }
+        BackendRef::Original => format!("{}%original", b.weight),
+        BackendRef::Unresolved { reason } => format!("{}%500 {reason}", b.weight),
+    };
+    let route = |(when, route): &(RouteMatch, std::sync::Arc<Route>)| {
+        let to = match &route.action {
+            RouteAction::Forward(f) => f.backends().iter().map(backend).collect::<Vec<_>>().join(" "),
+            RouteAction::Redirect(r) => format!("redirect {r:?}"),
+            RouteAction::Respond(r) => format!("respond {}", r.status),
+        };
+        format!("{when} -> {to} ({})", route.id)
+    };
+    let ports: Map<String, Json> = s
+        .ports
+        .iter()
+        .map(|p| {
+            let routes: Vec<String> = p.routes.entries().iter().map(route).collect();
+            (format!("{} {:?}", p.number, p.protocol), json!(routes))
+        })
+        .collect();
+    json!({ "waypoint": s.waypoint.to_string(), "ports": ports })
+}
+
 fn change(c: &Change) -> String {
     match c {
         Change::SetWorkload(w) => format!("set workload {}", w.uid),
@@ -112,6 +142,7 @@ fn dump(mesh: &Mesh, enrolments: &BTreeMap<String, Json>, repository: &Repositor
         "count": { "workloads": workloads.len(), "services": services.len(), "enrolments": enrolments.len() },
         "workloads": workloads,
         "services": services,
+        "http": mesh.http_services().map(|s| (s.service.to_string(), http_service(s))).collect::<Map<_, _>>(),
         "policies": policies,
         "enrolments": enrolments,
         "diagnostics": found,

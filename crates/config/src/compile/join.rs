@@ -485,8 +485,11 @@ impl Compiler {
                 self.removed.push(Change::RemoveService(key.clone()));
             }
             self.services.remove(key);
+            self.follow_http(key, None);
+            self.touch_leading_to(key);
             return;
         };
+        let http = self.http_service(owner, definition);
         let mut service = definition.service.clone();
         let area = self.areas.get(&key.namespace);
         service.waypoint = self.closed(owner, definition);
@@ -521,7 +524,9 @@ impl Compiler {
             let service = Arc::new(service);
             entry.emitted = Some(service.clone());
             self.changes.push(Change::SetService(service));
+            self.touch_leading_to(key);
         }
+        self.follow_http(key, http);
     }
 }
 

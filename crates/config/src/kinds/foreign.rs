@@ -19,12 +19,10 @@ static UNSUPPORTED: &[(&str, &[&str])] = &[
         &[
             "Gateway",
             "GatewayClass",
-            "HTTPRoute",
             "GRPCRoute",
             "TCPRoute",
             "TLSRoute",
             "UDPRoute",
-            "ReferenceGrant",
             "BackendTLSPolicy",
             "ListenerSet",
         ],

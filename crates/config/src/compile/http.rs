@@ -1,0 +1,148 @@
+//! What waypoints do for services: the routes of each service that is bound to one.
+
+use std::sync::Arc;
+
+use model::http::{BackendRef, HttpPort, HttpService, Protocol, WaypointKey};
+use model::{Change, ServiceKey, Str};
+
+use super::instance::Definition;
+use super::{Compiler, convert};
+use crate::policy::Binding;
+use crate::resource::{Kind, ObjectKey, Resource};
+use crate::routes::{BackendDraft, Parent, ParentKind, Reference};
+
+impl Compiler {
+    pub(super) fn set_route(&mut self, key: &ObjectKey, resource: Option<Resource>) {
+        match (key.kind, resource) {
+            (Kind::ReferenceGrant, resource) => {
+                let grant = match resource {
+                    Some(Resource::ReferenceGrant(grant)) => Some(*grant),
+                    _ => None,
+                };
+                self.grants.set(key, grant);
+                // Few, and seldom changed: what leads into the namespace is looked at again.
+                for parent in self.routes.leading_into(&key.namespace) {
+                    self.touch(&parent);
+                }
+            }
+            (_, resource) => {
+                let route = match resource {
+                    Some(Resource::HttpRoute(route)) => Some(*route),
+                    _ => None,
+                };
+                for parent in self.routes.set(key, route) {
+                    self.touch(&parent);
+                }
+            }
+        }
+    }
+
+    /// Has the services that an object defines compiled by the next commit.
+    fn touch(&mut self, parent: &Parent) {
+        let key = |kind| ObjectKey { kind, namespace: parent.namespace.clone(), name: parent.name.clone() };
+        let owner = match parent.kind {
+            ParentKind::Service => key(Kind::Service),
+            ParentKind::ServiceEntry => key(Kind::ServiceEntry),
+            ParentKind::Gateway => return,
+        };
+        let services = self.made_services.get(&owner).cloned().unwrap_or_default();
+        self.dirty_services.extend(services);
+    }
+
+    /// Has the services compiled whose routes lead to the service `key`, which came, went, or changed its ports.
+    pub(super) fn touch_leading_to(&mut self, key: &ServiceKey) {
+        let domain = format!(".{}.svc.{}", key.namespace, self.options.cluster_domain);
+        let mut parents = self.routes.leading_to(&Reference::Host(key.hostname.clone()));
+        if let Some(name) = key.hostname.strip_suffix(&domain) {
+            let (namespace, name) = (key.namespace.clone(), name.into());
+            parents.extend(self.routes.leading_to(&Reference::Service { namespace, name }));
+        }
+        parents.iter().for_each(|parent| self.touch(parent));
+    }
+
+    /// What a waypoint does for a service, if it is bound to one.
+    pub(super) fn http_service(&self, owner: &ObjectKey, definition: &Definition) -> Option<HttpService> {
+        let inherited = self.areas.get(&owner.namespace).map_or(&Binding::Inherited, |a| &a.waypoint);
+        let waypoint = definition.waypoint.or(inherited)?;
+        let parent = Parent::owner(owner)?;
+        let service = definition.service.key();
+        let resolve = |draft: &BackendDraft, route: &ObjectKey| self.resolve(draft, route);
+        let ports = definition.service.ports.iter().map(|port| HttpPort {
+            number: port.port,
+            protocol: protocol(&port.app_protocol),
+            routes: Arc::new(self.routes.table(&parent, port, &resolve).unwrap_or_default()),
+        });
+        Some(HttpService {
+            ports: ports.collect(),
+            service,
+            waypoint: WaypointKey { namespace: waypoint.namespace.clone(), name: waypoint.name.clone() },
+            policies: Box::default(),
+        })
+    }
+
+    /// What a back end's reference comes to.
+    fn resolve(&self, draft: &BackendDraft, route: &ObjectKey) -> Result<BackendRef, Str> {
+        let key = match &draft.to {
+            Reference::Unknown(reason) => return Err(reason.clone()),
+            Reference::Service { namespace, name } => {
+                let kind = if route.kind == Kind::HttpRoute { "HTTPRoute" } else { "GRPCRoute" };
+                if !self.grants.allow(kind, &route.namespace, namespace, name) {
+                    let text = format!("no ReferenceGrant lets {} refer to the Service {namespace}/{name}", route.namespace);
+                    return Err(text.as_str().into());
+                }
+                let service =
+                    ObjectKey { kind: Kind::Service, namespace: namespace.clone(), name: name.clone() };
+                convert::service_key(&self.options, &service)
+            }
+            Reference::Host(host) => {
+                // The route's own namespace first, as for those who dial it.
+                let here = ServiceKey { namespace: route.namespace.clone(), hostname: host.clone() };
+                if self.services.contains_key(&here) {
+                    here
+                } else {
+                    let mut all = self.services.keys().filter(|k| k.hostname == *host);
+                    all.next().cloned().ok_or_else(|| Str::from(format!("there is no host {host}").as_str()))?
+                }
+            }
+        };
+        let definition = self.services.get(&key).and_then(|e| e.definitions.first());
+        let Some((_, definition)) = definition else {
+            return Err(format!("there is no service {key}").as_str().into());
+        };
+        match draft.port.filter(|port| definition.service.ports.iter().any(|p| p.port == *port)) {
+            Some(port) => Ok(BackendRef::Service { service: key, port, subset: None }),
+            None => {
+                let port = draft.port.unwrap_or_default();
+                Err(format!("the service {key} has no port {port}").as_str().into())
+            }
+        }
+    }
+
+    /// Follows a change of what a waypoint does for a service.
+    pub(super) fn follow_http(&mut self, key: &ServiceKey, new: Option<HttpService>) {
+        match new {
+            Some(new) if self.http_services.get(key).is_some_and(|old| **old == new) => {}
+            Some(new) => {
+                let new = Arc::new(new);
+                self.http_services.insert(key.clone(), new.clone());
+                self.changes.push(Change::SetHttpService(new));
+            }
+            None => {
+                if self.http_services.remove(key).is_some() {
+                    self.removed.push(Change::RemoveHttpService(key.clone()));
+                }
+            }
+        }
+    }
+}
+
+/// What is spoken at a port of this application protocol (`appProtocol`, or the prefix of the port's name).
+fn protocol(app: &str) -> Protocol {
+    match app.to_ascii_lowercase().as_str() {
+        "" => Protocol::Detect,
+        "http" | "kubernetes.io/ws" => Protocol::Http,
+        "http2" | "grpc" | "grpc-web" | "kubernetes.io/h2c" => Protocol::Http2,
+        "https" | "tls" => Protocol::Tls,
+        _ => Protocol::Tcp,
+    }
+}

@@ -1,0 +1,17 @@
+//! Routes for requests: HTTPRoute of the Gateway API, on services (GAMMA), and what becomes of them.
+//!
+//! A route's parents are services; all routes of one service are one table, in the Gateway API's order of precedence.
+//! [`state`] keeps what the resources say and makes the tables again that a change touches.
+
+mod filters;
+pub mod http_route;
+mod precedence;
+mod reference;
+pub mod reference_grant;
+mod state;
+mod value;
+
+pub use http_route::HttpRoute;
+pub use reference::{BackendDraft, ParentKind, ParentRef, Reference};
+pub use reference_grant::{Grants, ReferenceGrant};
+pub use state::{Parent, Routes};
