@@ -37,7 +37,7 @@ mod review;
 use std::sync::Arc;
 
 use hashbrown::{HashMap, HashSet};
-use model::http::HttpService;
+use model::http::{HttpService, ServiceTraffic};
 use model::{
     Change, Locality, Service, ServiceKey, ServiceMembership, Settings, Str, TrustDomain, Vip, Workload,
 };
@@ -53,7 +53,7 @@ use crate::kinds::{Capture, EndpointSlice, Namespace};
 use crate::labels::{Labels, Pool};
 use crate::policy::{Binding, NamespaceSelector, Policies};
 use crate::resource::{Kind, ObjectKey, Resource};
-use crate::routes::{Grants, Routes};
+use crate::routes::{DestinationRules, Grants, Routes};
 use index::{Addresses, Area, Id, Place};
 
 /// Where the resources come from, which decides what some of them mean.
@@ -188,6 +188,8 @@ pub struct Compiler {
     by_vip: HashMap<Vip, Vec<ServiceKey>>,
     routes: Routes,
     grants: Grants,
+    destinations: DestinationRules,
+    traffic: HashMap<ServiceKey, Arc<ServiceTraffic>>,
     http_services: HashMap<ServiceKey, Arc<HttpService>>,
     slices: HashMap<ObjectKey, EndpointSlice>,
     slices_of: HashMap<ServiceKey, HashSet<ObjectKey>>,
@@ -258,6 +260,8 @@ impl Compiler {
             by_vip: HashMap::new(),
             routes: Routes::default(),
             grants: Grants::default(),
+            destinations: DestinationRules::default(),
+            traffic: HashMap::new(),
             http_services: HashMap::new(),
             slices: HashMap::new(),
             slices_of: HashMap::new(),
@@ -348,7 +352,9 @@ impl Compiler {
                 };
                 self.take(effects, pool);
             }
-            (Kind::HttpRoute | Kind::ReferenceGrant, resource) => self.set_route(key, resource),
+            (Kind::HttpRoute | Kind::ReferenceGrant | Kind::DestinationRule, resource) => {
+                self.set_route(key, resource);
+            }
             (
                 Kind::AuthorizationPolicy | Kind::PeerAuthentication | Kind::ConfigMap | Kind::MeshConfig,
                 resource,

@@ -18,7 +18,9 @@ use crate::metadata::{self, Metadata};
 use crate::policy::authorization::{self, PolicyScope};
 use crate::policy::{AuthorizationPolicy, MeshConfig, PeerAuthentication};
 use crate::policy::{mesh_config, peer_authentication};
-use crate::routes::{HttpRoute, ReferenceGrant, http_route, reference_grant};
+use crate::routes::{
+    DestinationRule, HttpRoute, ReferenceGrant, destination_rule, http_route, reference_grant,
+};
 use crate::tree;
 
 /// A kind that is read.
@@ -54,6 +56,8 @@ pub enum Kind {
     HttpRoute,
     /// `gateway.networking.k8s.io ReferenceGrant`.
     ReferenceGrant,
+    /// `networking.istio.io DestinationRule`.
+    DestinationRule,
 }
 
 /// An object of any kind.
@@ -89,6 +93,8 @@ pub enum Resource {
     HttpRoute(Box<HttpRoute>),
     /// Who of other namespaces may refer to objects of this one.
     ReferenceGrant(Box<ReferenceGrant>),
+    /// How a host is spoken to.
+    DestinationRule(Box<DestinationRule>),
 }
 
 impl Resource {
@@ -153,6 +159,7 @@ pub static KINDS: &[&KindSpec] = &[
     &mesh_config::KIND,
     &http_route::KIND,
     &reference_grant::KIND,
+    &destination_rule::KIND,
 ];
 
 impl Kind {

@@ -1,8 +1,11 @@
-//! Routes for requests: HTTPRoute of the Gateway API, on services (GAMMA), and what becomes of them.
+//! Routes for requests, and how their destinations are spoken to: HTTPRoute of the Gateway API, on services (GAMMA),
+//! DestinationRule, and what becomes of them.
 //!
 //! A route's parents are services; all routes of one service are one table, in the Gateway API's order of precedence.
 //! [`state`] keeps what the resources say and makes the tables again that a change touches.
 
+pub mod destination_rule;
+mod destinations;
 mod filters;
 pub mod http_route;
 mod precedence;
@@ -11,6 +14,8 @@ pub mod reference_grant;
 mod state;
 mod value;
 
+pub use destination_rule::DestinationRule;
+pub use destinations::{Concerned, DestinationRules};
 pub use http_route::HttpRoute;
 pub use reference::{BackendDraft, ParentKind, ParentRef, Reference};
 pub use reference_grant::{Grants, ReferenceGrant};

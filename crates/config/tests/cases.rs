@@ -111,6 +111,33 @@ fn http_service(s: &HttpService) -> Json {
     json!({ "waypoint": s.waypoint.to_string(), "ports": ports })
 }
 
+/// How a service is spoken to: the balancer and the most connections, for each port and subset.
+fn traffic(t: &model::http::ServiceTraffic) -> Json {
+    let policy = |p: &model::http::TrafficPolicy| {
+        let mut text = format!("{:?}", p.load_balancer);
+        if let Some(most) = p.pool.max_connections {
+            text += &format!(", {most} connections");
+        }
+        if p.tls.is_some() {
+            text += ", TLS";
+        }
+        text
+    };
+    let mut all: Map<String, Json> = Map::new();
+    let mut put = |name: &str, default: &_, ports: &[(u16, _)]| {
+        all.insert(name.to_owned(), json!(policy(default)));
+        for (port, p) in ports {
+            all.insert(format!("{name}:{port}"), json!(policy(p)));
+        }
+    };
+    put("default", &t.default, &t.ports);
+    for subset in &t.subsets {
+        let labels: Vec<String> = subset.labels.iter().map(|(k, v)| format!("{k}={v}")).collect();
+        put(&format!("{} {}", subset.name, labels.join(",")), &subset.default, &subset.ports);
+    }
+    Json::Object(all)
+}
+
 fn change(c: &Change) -> String {
     match c {
         Change::SetWorkload(w) => format!("set workload {}", w.uid),
@@ -143,10 +170,16 @@ fn dump(mesh: &Mesh, enrolments: &BTreeMap<String, Json>, repository: &Repositor
         "workloads": workloads,
         "services": services,
         "http": mesh.http_services().map(|s| (s.service.to_string(), http_service(s))).collect::<Map<_, _>>(),
+        "traffic": all_traffic(mesh),
         "policies": policies,
         "enrolments": enrolments,
         "diagnostics": found,
     })
+}
+
+fn all_traffic(mesh: &Mesh) -> Map<String, Json> {
+    let of = |s: &std::sync::Arc<Service>| Some((s.key().to_string(), traffic(mesh.traffic(&s.key())?)));
+    mesh.services().filter_map(of).collect()
 }
 
 /// Where `actual` is not as `expected`.

@@ -25,6 +25,17 @@ impl Compiler {
                     self.touch(&parent);
                 }
             }
+            (Kind::DestinationRule, resource) => {
+                let rule = match resource {
+                    Some(Resource::DestinationRule(rule)) => Some(*rule),
+                    _ => None,
+                };
+                let concerned = self.destinations.set(key, rule, &self.options.cluster_domain);
+                let root = &self.policies.settings().root_namespace;
+                let keys = self.services.keys();
+                let keys = keys.filter(|key| concerned.iter().any(|c| c.has(key, root)));
+                self.dirty_services.extend(keys.cloned());
+            }
             (_, resource) => {
                 let route = match resource {
                     Some(Resource::HttpRoute(route)) => Some(*route),
@@ -114,6 +125,25 @@ impl Compiler {
             None => {
                 let port = draft.port.unwrap_or_default();
                 Err(format!("the service {key} has no port {port}").as_str().into())
+            }
+        }
+    }
+
+    /// Follows a change of how a service is spoken to.
+    pub(super) fn follow_traffic(&mut self, key: &ServiceKey, is_there: bool) {
+        let root = &self.policies.settings().root_namespace;
+        let new = is_there.then(|| self.destinations.traffic(key, root)).flatten();
+        match new {
+            Some(new) if self.traffic.get(key).is_some_and(|old| **old == new) => {}
+            Some(new) => {
+                let new = Arc::new(new);
+                self.traffic.insert(key.clone(), new.clone());
+                self.changes.push(Change::SetTraffic(new));
+            }
+            None => {
+                if self.traffic.remove(key).is_some() {
+                    self.removed.push(Change::RemoveTraffic(key.clone()));
+                }
             }
         }
     }

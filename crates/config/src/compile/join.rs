@@ -486,6 +486,7 @@ impl Compiler {
             }
             self.services.remove(key);
             self.follow_http(key, None);
+            self.follow_traffic(key, false);
             self.touch_leading_to(key);
             return;
         };
@@ -527,6 +528,7 @@ impl Compiler {
             self.touch_leading_to(key);
         }
         self.follow_http(key, http);
+        self.follow_traffic(key, true);
     }
 }
 

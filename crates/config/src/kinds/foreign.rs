@@ -9,7 +9,7 @@ use crate::tree::Node;
 static UNSUPPORTED: &[(&str, &[&str])] = &[
     (
         "networking.istio.io",
-        &["VirtualService", "DestinationRule", "Gateway", "Sidecar", "EnvoyFilter", "ProxyConfig"],
+        &["VirtualService", "Gateway", "Sidecar", "EnvoyFilter", "ProxyConfig"],
     ),
     ("security.istio.io", &["RequestAuthentication"]),
     ("telemetry.istio.io", &["Telemetry"]),

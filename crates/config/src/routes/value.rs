@@ -41,6 +41,56 @@ pub(super) fn parse_duration(text: &str) -> Option<Duration> {
     (1..=4).contains(&parts).then_some(total)
 }
 
+/// A duration as Go and protobuf write it: numbers, with fractions, and `h`, `m`, `s`, `ms`, `us` or `ns`.
+pub(super) fn go_duration(mut cursor: Cursor<'_, '_>) -> Option<Duration> {
+    let node = cursor.node();
+    let Some(text) = node.as_str() else {
+        cursor.string();
+        return None;
+    };
+    let read = parse_go_duration(text);
+    if read.is_none() {
+        cursor.invalid(format_args!("{text:?} is no duration"), "write one such as 10s, 0.5s or 1m30s");
+    }
+    read
+}
+
+fn parse_go_duration(text: &str) -> Option<Duration> {
+    const UNITS: [(&str, f64); 6] =
+        [("ns", 1e-9), ("us", 1e-6), ("ms", 1e-3), ("h", 3600.0), ("m", 60.0), ("s", 1.0)];
+    let mut rest = text;
+    let mut seconds = 0.0;
+    if text == "0" {
+        return Some(Duration::ZERO);
+    }
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.').filter(|n| (1..=12).contains(n))?;
+        let (number, after) = rest.split_at(digits);
+        let number: f64 = number.parse().ok()?;
+        let (unit, after) = UNITS.iter().find_map(|(name, unit)| Some((*unit, after.strip_prefix(name)?)))?;
+        seconds += number * unit;
+        rest = after;
+    }
+    // Ten years are as good as for ever, and fit in what is added to them.
+    (!text.is_empty()).then(|| Duration::try_from_secs_f64(seconds.min(315_360_000.0)).ok()).flatten()
+}
+
+/// A number from `least` to `most`.
+pub(super) fn number(mut cursor: Cursor<'_, '_>, least: f64, most: f64) -> Option<f64> {
+    let node = cursor.node();
+    #[expect(clippy::cast_precision_loss, reason = "what is out of range is refused")]
+    let value = match node.value {
+        crate::tree::Value::Int(n) => n as f64,
+        crate::tree::Value::Float(n) => n,
+        _ => f64::NAN,
+    };
+    let valid = (least..=most).contains(&value);
+    if !valid {
+        cursor.invalid(format_args!("is no number from {least} to {most}"), "");
+    }
+    valid.then_some(value)
+}
+
 /// A header field's name, in lower case.
 pub(super) fn header_name(mut cursor: Cursor<'_, '_>) -> Option<HeaderName> {
     let node = cursor.node();
@@ -137,6 +187,16 @@ pub(super) fn path(mut cursor: Cursor<'_, '_>) -> Option<Str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn durations_are_those_of_go() {
+        for (text, millis) in [("10s", 10_000), ("0.5s", 500), ("1m30.25s", 90_250), ("100ms", 100), ("0", 0)] {
+            assert_eq!(parse_go_duration(text), Some(Duration::from_millis(millis)), "{text}");
+        }
+        for text in ["", "10", "s", "1..5s", "-1s", "1d", " 1s"] {
+            assert_eq!(parse_go_duration(text), None, "{text}");
+        }
+    }
 
     #[test]
     fn durations_are_those_of_the_gateway_api() {
