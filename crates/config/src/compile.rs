@@ -53,7 +53,7 @@ use crate::kinds::{Capture, EndpointSlice, Namespace};
 use crate::labels::{Labels, Pool};
 use crate::policy::{Binding, NamespaceSelector, Policies};
 use crate::resource::{Kind, ObjectKey, Resource};
-use crate::routes::{DestinationRules, Grants, Routes};
+use crate::routes::{DestinationRules, Grants, Routes, VirtualServices};
 use index::{Addresses, Area, Id, Place};
 
 /// Where the resources come from, which decides what some of them mean.
@@ -188,6 +188,7 @@ pub struct Compiler {
     by_vip: HashMap<Vip, Vec<ServiceKey>>,
     routes: Routes,
     grants: Grants,
+    virtual_services: VirtualServices,
     destinations: DestinationRules,
     traffic: HashMap<ServiceKey, Arc<ServiceTraffic>>,
     http_services: HashMap<ServiceKey, Arc<HttpService>>,
@@ -260,6 +261,7 @@ impl Compiler {
             by_vip: HashMap::new(),
             routes: Routes::default(),
             grants: Grants::default(),
+            virtual_services: VirtualServices::default(),
             destinations: DestinationRules::default(),
             traffic: HashMap::new(),
             http_services: HashMap::new(),
@@ -352,7 +354,10 @@ impl Compiler {
                 };
                 self.take(effects, pool);
             }
-            (Kind::HttpRoute | Kind::ReferenceGrant | Kind::DestinationRule, resource) => {
+            (
+                Kind::HttpRoute | Kind::ReferenceGrant | Kind::DestinationRule | Kind::VirtualService,
+                resource,
+            ) => {
                 self.set_route(key, resource);
             }
             (

@@ -19,7 +19,8 @@ use crate::policy::authorization::{self, PolicyScope};
 use crate::policy::{AuthorizationPolicy, MeshConfig, PeerAuthentication};
 use crate::policy::{mesh_config, peer_authentication};
 use crate::routes::{
-    DestinationRule, HttpRoute, ReferenceGrant, destination_rule, http_route, reference_grant,
+    DestinationRule, HttpRoute, ReferenceGrant, VirtualService, destination_rule, http_route,
+    reference_grant, virtual_service,
 };
 use crate::tree;
 
@@ -58,6 +59,8 @@ pub enum Kind {
     ReferenceGrant,
     /// `networking.istio.io DestinationRule`.
     DestinationRule,
+    /// `networking.istio.io VirtualService`.
+    VirtualService,
 }
 
 /// An object of any kind.
@@ -95,6 +98,8 @@ pub enum Resource {
     ReferenceGrant(Box<ReferenceGrant>),
     /// How a host is spoken to.
     DestinationRule(Box<DestinationRule>),
+    /// Routes of a host's requests and connections.
+    VirtualService(Box<VirtualService>),
 }
 
 impl Resource {
@@ -160,6 +165,7 @@ pub static KINDS: &[&KindSpec] = &[
     &http_route::KIND,
     &reference_grant::KIND,
     &destination_rule::KIND,
+    &virtual_service::KIND,
 ];
 
 impl Kind {

@@ -7,16 +7,22 @@
 pub mod destination_rule;
 mod destinations;
 mod filters;
+mod hosts;
 pub mod http_route;
 mod precedence;
 mod reference;
 pub mod reference_grant;
 mod state;
 mod value;
+pub mod virtual_service;
+mod virtual_services;
 
 pub use destination_rule::DestinationRule;
-pub use destinations::{Concerned, DestinationRules};
+pub use destinations::DestinationRules;
+pub use hosts::Concerned;
 pub use http_route::HttpRoute;
 pub use reference::{BackendDraft, ParentKind, ParentRef, Reference};
 pub use reference_grant::{Grants, ReferenceGrant};
 pub use state::{Parent, Routes};
+pub use virtual_service::VirtualService;
+pub use virtual_services::VirtualServices;

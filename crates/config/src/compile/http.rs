@@ -9,7 +9,7 @@ use super::instance::Definition;
 use super::{Compiler, convert};
 use crate::policy::Binding;
 use crate::resource::{Kind, ObjectKey, Resource};
-use crate::routes::{BackendDraft, Parent, ParentKind, Reference};
+use crate::routes::{BackendDraft, Concerned, Parent, ParentKind, Reference};
 
 impl Compiler {
     pub(super) fn set_route(&mut self, key: &ObjectKey, resource: Option<Resource>) {
@@ -31,10 +31,15 @@ impl Compiler {
                     _ => None,
                 };
                 let concerned = self.destinations.set(key, rule, &self.options.cluster_domain);
-                let root = &self.policies.settings().root_namespace;
-                let keys = self.services.keys();
-                let keys = keys.filter(|key| concerned.iter().any(|c| c.has(key, root)));
-                self.dirty_services.extend(keys.cloned());
+                self.touch_hosts(&concerned);
+            }
+            (Kind::VirtualService, resource) => {
+                let service = match resource {
+                    Some(Resource::VirtualService(service)) => Some(*service),
+                    _ => None,
+                };
+                let concerned = self.virtual_services.set(key, service, &self.options.cluster_domain);
+                self.touch_hosts(&concerned);
             }
             (_, resource) => {
                 let route = match resource {
@@ -45,6 +50,13 @@ impl Compiler {
                     self.touch(&parent);
                 }
             }
+        }
+    }
+
+    /// Has the services of these hosts compiled by the next commit.
+    fn touch_hosts(&mut self, concerned: &[Concerned]) {
+        for key in self.services.keys().filter(|key| concerned.iter().any(|c| c.has(key))) {
+            self.dirty_services.insert(key.clone());
         }
     }
 
@@ -63,12 +75,19 @@ impl Compiler {
     /// Has the services compiled whose routes lead to the service `key`, which came, went, or changed its ports.
     pub(super) fn touch_leading_to(&mut self, key: &ServiceKey) {
         let domain = format!(".{}.svc.{}", key.namespace, self.options.cluster_domain);
-        let mut parents = self.routes.leading_to(&Reference::Host(key.hostname.clone()));
+        let mut references = vec![Reference::Host(key.hostname.clone())];
         if let Some(name) = key.hostname.strip_suffix(&domain) {
-            let (namespace, name) = (key.namespace.clone(), name.into());
-            parents.extend(self.routes.leading_to(&Reference::Service { namespace, name }));
+            references.push(Reference::Service { namespace: key.namespace.clone(), name: name.into() });
         }
-        parents.iter().for_each(|parent| self.touch(parent));
+        for reference in &references {
+            for parent in self.routes.leading_to(reference) {
+                self.touch(&parent);
+            }
+            let hosts = self.virtual_services.leading_to(reference, &self.options.cluster_domain);
+            if !hosts.is_empty() {
+                self.touch_hosts(&hosts);
+            }
+        }
     }
 
     /// What a waypoint does for a service, if it is bound to one.
@@ -77,11 +96,17 @@ impl Compiler {
         let waypoint = definition.waypoint.or(inherited)?;
         let parent = Parent::owner(owner)?;
         let service = definition.service.key();
-        let resolve = |draft: &BackendDraft, route: &ObjectKey| self.resolve(draft, route);
+        let resolve = |draft: &BackendDraft, route: &ObjectKey, port: u16| self.resolve(draft, route, port);
         let ports = definition.service.ports.iter().map(|port| HttpPort {
             number: port.port,
             protocol: protocol(&port.app_protocol),
-            routes: Arc::new(self.routes.table(&parent, port, &resolve).unwrap_or_default()),
+            // A route of the Gateway API goes before a VirtualService: its parent is named, the other's host is looked up.
+            routes: Arc::new(
+                self.routes
+                    .table(&parent, port, &resolve)
+                    .or_else(|| self.virtual_services.table(&service, port, &resolve))
+                    .unwrap_or_default(),
+            ),
         });
         Some(HttpService {
             ports: ports.collect(),
@@ -92,13 +117,15 @@ impl Compiler {
     }
 
     /// What a back end's reference comes to.
-    fn resolve(&self, draft: &BackendDraft, route: &ObjectKey) -> Result<BackendRef, Str> {
+    fn resolve(&self, draft: &BackendDraft, route: &ObjectKey, port: u16) -> Result<BackendRef, Str> {
         let key = match &draft.to {
             Reference::Unknown(reason) => return Err(reason.clone()),
             Reference::Service { namespace, name } => {
-                let kind = if route.kind == Kind::HttpRoute { "HTTPRoute" } else { "GRPCRoute" };
-                if !self.grants.allow(kind, &route.namespace, namespace, name) {
-                    let text = format!("no ReferenceGrant lets {} refer to the Service {namespace}/{name}", route.namespace);
+                if !self.grants.allow("HTTPRoute", &route.namespace, namespace, name) {
+                    let text = format!(
+                        "no ReferenceGrant lets {} refer to the Service {namespace}/{name}",
+                        route.namespace
+                    );
                     return Err(text.as_str().into());
                 }
                 let service =
@@ -112,7 +139,9 @@ impl Compiler {
                     here
                 } else {
                     let mut all = self.services.keys().filter(|k| k.hostname == *host);
-                    all.next().cloned().ok_or_else(|| Str::from(format!("there is no host {host}").as_str()))?
+                    all.next()
+                        .cloned()
+                        .ok_or_else(|| Str::from(format!("there is no host {host}").as_str()))?
                 }
             }
         };
@@ -120,13 +149,14 @@ impl Compiler {
         let Some((_, definition)) = definition else {
             return Err(format!("there is no service {key}").as_str().into());
         };
-        match draft.port.filter(|port| definition.service.ports.iter().any(|p| p.port == *port)) {
-            Some(port) => Ok(BackendRef::Service { service: key, port, subset: None }),
-            None => {
-                let port = draft.port.unwrap_or_default();
-                Err(format!("the service {key} has no port {port}").as_str().into())
-            }
+        // Where no port is named, it is the only one, or the one that the request came to (VirtualService).
+        let ports = &definition.service.ports;
+        let only = || ports.first().filter(|_| ports.len() == 1).map_or(port, |p| p.port);
+        let port = draft.port.unwrap_or_else(only);
+        if !ports.iter().any(|p| p.port == port) {
+            return Err(format!("the service {key} has no port {port}").as_str().into());
         }
+        Ok(BackendRef::Service { service: key, port, subset: draft.subset.clone() })
     }
 
     /// Follows a change of how a service is spoken to.

@@ -7,10 +7,7 @@ use crate::tree::Node;
 
 /// Kinds of groups of the mesh that this version does not act on.
 static UNSUPPORTED: &[(&str, &[&str])] = &[
-    (
-        "networking.istio.io",
-        &["VirtualService", "Gateway", "Sidecar", "EnvoyFilter", "ProxyConfig"],
-    ),
+    ("networking.istio.io", &["Gateway", "Sidecar", "EnvoyFilter", "ProxyConfig"]),
     ("security.istio.io", &["RequestAuthentication"]),
     ("telemetry.istio.io", &["Telemetry"]),
     ("extensions.istio.io", &["WasmPlugin", "TrafficExtension"]),

@@ -283,7 +283,8 @@ impl DestinationRule {
     /// What it comes to for a service.
     #[must_use]
     pub fn traffic(&self, service: ServiceKey) -> ServiceTraffic {
-        let ports = |list: &[(u16, Parts)]| list.iter().map(|(port, parts)| (*port, parts.policy())).collect();
+        let ports =
+            |list: &[(u16, Parts)]| list.iter().map(|(port, parts)| (*port, parts.policy())).collect();
         let subset = |subset: &SubsetDraft| {
             let mut at: Vec<(u16, Parts)> = self.policy.ports.to_vec();
             at.retain(|(port, _)| !subset.policy.ports.iter().any(|(p, _)| p == port));
@@ -388,7 +389,8 @@ fn read_balancer(fields: &mut Fields<'_, '_>) -> Balancer {
     let seconds = fields.take("warmupDurationSecs").and_then(go_duration);
     let warmup = fields.object("warmup").and_then(|mut warmup| {
         let duration = warmup.required("duration").and_then(go_duration);
-        let minimum_percent = warmup.take("minimumPercent").and_then(|c| number(c, 0.0, 100.0)).unwrap_or(10.0);
+        let minimum_percent =
+            warmup.take("minimumPercent").and_then(|c| number(c, 0.0, 100.0)).unwrap_or(10.0);
         let aggression = warmup.take("aggression").and_then(|c| number(c, 1.0, 1000.0)).unwrap_or(1.0);
         Some(Warmup { duration: duration?, minimum_percent, aggression })
     });
@@ -466,7 +468,11 @@ fn read_hash(fields: &mut Fields<'_, '_>) -> Option<LoadBalancer> {
     }
     if keys.len() != 1 {
         let message = format!("a consistent hash is of one thing, and {} are named", keys.len());
-        fields.report(Code::InvalidValue, message, "name a header, a cookie, a query parameter or useSourceIp");
+        fields.report(
+            Code::InvalidValue,
+            message,
+            "name a header, a cookie, a query parameter or useSourceIp",
+        );
     }
     let table = match maglev {
         Some(size) => HashTable::Maglev(size),
@@ -537,7 +543,8 @@ fn read_pool(fields: &mut Fields<'_, '_>) -> ConnectionPool {
         pool.keepalive = tcp.object("tcpKeepalive").map(|mut keepalive| {
             let probes = limit(&mut keepalive, "probes").unwrap_or(9);
             let time = keepalive.take("time").and_then(go_duration).unwrap_or(Duration::from_hours(2));
-            let interval = keepalive.take("interval").and_then(go_duration).unwrap_or(Duration::from_secs(75));
+            let interval =
+                keepalive.take("interval").and_then(go_duration).unwrap_or(Duration::from_secs(75));
             (time, interval, probes)
         });
     }

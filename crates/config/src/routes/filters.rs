@@ -233,8 +233,11 @@ fn modified_path(cursor: Cursor<'_, '_>) -> Option<PathRewrite> {
     let full = fields
         .required("type")
         .and_then(|c| word(c, &[("ReplaceFullPath", true), ("ReplacePrefixMatch", false)]))?;
-    let (wanted, other) =
-        if full { ("replaceFullPath", "replacePrefixMatch") } else { ("replacePrefixMatch", "replaceFullPath") };
+    let (wanted, other) = if full {
+        ("replaceFullPath", "replacePrefixMatch")
+    } else {
+        ("replacePrefixMatch", "replaceFullPath")
+    };
     if let Some(mut cursor) = fields.take(other) {
         cursor.invalid(format_args!("does not go with this type"), format!("set {wanted}"));
     }

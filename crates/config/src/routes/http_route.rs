@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use model::Str;
 use model::http::{
-    HeaderMatch, PathMatch, Pattern, Percent, QueryMatch, Retry, RetryOn, Route, RouteAction, RouteId, RouteKind,
-    RouteMatch, Timeouts,
+    HeaderMatch, PathMatch, Pattern, Percent, QueryMatch, Retry, RetryOn, Route, RouteAction, RouteId,
+    RouteKind, RouteMatch, Timeouts,
 };
 
 use super::filters::{self, FILTER};
@@ -66,7 +66,12 @@ static RULE: Schema = Schema {
 };
 static MATCH: Schema = Schema {
     name: "HTTPRoute.spec.rules[].matches[]",
-    fields: &[nested("path", &PATH), nested("headers", &NAMED), nested("queryParams", &NAMED), enforced("method")],
+    fields: &[
+        nested("path", &PATH),
+        nested("headers", &NAMED),
+        nested("queryParams", &NAMED),
+        enforced("method"),
+    ],
 };
 static PATH: Schema = Schema { name: "HTTPPathMatch", fields: &[enforced("type"), enforced("value")] };
 static NAMED: Schema =
@@ -85,8 +90,10 @@ static BACKEND: Schema = Schema {
 };
 static TIMEOUTS: Schema =
     Schema { name: "HTTPRouteTimeouts", fields: &[enforced("request"), enforced("backendRequest")] };
-static RETRY: Schema =
-    Schema { name: "HTTPRouteRetry", fields: &[enforced("codes"), enforced("attempts"), enforced("backoff")] };
+static RETRY: Schema = Schema {
+    name: "HTTPRouteRetry",
+    fields: &[enforced("codes"), enforced("attempts"), enforced("backoff")],
+};
 
 /// An HTTPRoute.
 #[derive(Clone, PartialEq, Debug)]
@@ -183,8 +190,11 @@ fn read_rule(rule: &mut Fields<'_, '_>, id: RouteId, namespace: &Str) -> RuleDra
         rule.report(Code::InvalidValue, "a rule that redirects has no back ends", "remove one of both");
     }
     let prefixes = matches.iter().all(|m| matches!(m.path, Some(PathMatch::Segments(_))));
-    let by_prefix = |p: &Option<model::http::PathRewrite>| matches!(p, Some(model::http::PathRewrite::Segments(_)));
-    if !prefixes && (by_prefix(&filters.path) || filters.redirect.as_ref().is_some_and(|r| by_prefix(&r.path))) {
+    let by_prefix =
+        |p: &Option<model::http::PathRewrite>| matches!(p, Some(model::http::PathRewrite::Segments(_)));
+    if !prefixes
+        && (by_prefix(&filters.path) || filters.redirect.as_ref().is_some_and(|r| by_prefix(&r.path)))
+    {
         let message = "ReplacePrefixMatch needs matches of the type PathPrefix";
         rule.report(Code::InvalidValue, message, "use ReplaceFullPath, or match by prefix");
     }

@@ -107,6 +107,8 @@ pub struct BackendDraft {
     pub to: Reference,
     /// The service's port.
     pub port: Option<u16>,
+    /// The subset of it that is meant.
+    pub subset: Option<Str>,
     /// Its weight.
     pub weight: u32,
     /// Changes of requests to it.
@@ -118,13 +120,7 @@ pub struct BackendDraft {
 /// Fields of `backendRefs[]`, and of the `backendRef` of a mirror, which has no weight and no filters.
 pub(super) static MIRRORED: Schema = Schema {
     name: "BackendObjectReference",
-    fields: &[
-        enforced("group"),
-        enforced("kind"),
-        enforced("name"),
-        enforced("namespace"),
-        enforced("port"),
-    ],
+    fields: &[enforced("group"), enforced("kind"), enforced("name"), enforced("namespace"), enforced("port")],
 };
 
 /// Reads a reference to a back end.
@@ -150,6 +146,7 @@ pub(super) fn read_backend(fields: &mut Fields<'_, '_>, namespace: &Str) -> Opti
     Some(BackendDraft {
         to,
         port,
+        subset: None,
         weight: 1,
         request_headers: HeaderEdits::default(),
         response_headers: HeaderEdits::default(),

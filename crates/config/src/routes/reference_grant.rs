@@ -21,12 +21,7 @@ pub static KIND: KindSpec = KindSpec {
 
 static SCHEMA: Schema = Schema {
     name: "ReferenceGrant",
-    fields: &[
-        enforced("apiVersion"),
-        enforced("kind"),
-        nested("metadata", &METADATA),
-        nested("spec", &SPEC),
-    ],
+    fields: &[enforced("apiVersion"), enforced("kind"), nested("metadata", &METADATA), nested("spec", &SPEC)],
 };
 static SPEC: Schema =
     Schema { name: "ReferenceGrant.spec", fields: &[nested("from", &FROM), nested("to", &TO)] };

@@ -43,7 +43,8 @@ impl Parent {
 }
 
 /// What a back end's reference comes to in the light of what there is; `Err` says what is wrong with it.
-pub type Resolve<'r> = &'r dyn Fn(&BackendDraft, &ObjectKey) -> Result<BackendRef, Str>;
+/// The port is the one that the request came to.
+pub type Resolve<'r> = &'r dyn Fn(&BackendDraft, &ObjectKey, u16) -> Result<BackendRef, Str>;
 
 /// The routes that there are.
 #[derive(Debug, Default)]
@@ -87,9 +88,9 @@ impl Routes {
 
     /// What routes hang on that lead to Services of `namespace`.
     pub fn leading_into(&self, namespace: &str) -> HashSet<Parent> {
-        let into = self.by_target.iter().filter(|(target, _)| {
-            matches!(target, Reference::Service { namespace: n, .. } if **n == *namespace)
-        });
+        let into = self.by_target.iter().filter(
+            |(target, _)| matches!(target, Reference::Service { namespace: n, .. } if **n == *namespace),
+        );
         let routes = into.flat_map(|(_, keys)| keys).filter_map(|key| self.http.get(key));
         routes.flat_map(|route| route.parents.iter().map(Parent::of)).collect()
     }
@@ -117,11 +118,15 @@ impl Routes {
             let consumer = (key.namespace != parent.namespace).then(|| key.namespace.clone());
             consumers.extend(consumer.clone());
             for (place, rule) in route.rules.iter().enumerate() {
-                let made = Arc::new(made(rule, key, resolve));
+                let made = Arc::new(made(rule, key, port.port, resolve));
                 for (entry, when) in rule.matches.iter().enumerate() {
                     let place =
                         Precedence::of(when, &route.created, &key.namespace, &key.name, (place, entry));
-                    entries.push(((consumer.is_none(), place), narrowed(when, consumer.as_ref()), made.clone()));
+                    entries.push((
+                        (consumer.is_none(), place),
+                        narrowed(when, consumer.as_ref()),
+                        made.clone(),
+                    ));
                 }
             }
         }
@@ -151,7 +156,7 @@ impl Routes {
                 namespace: parent.namespace.clone(),
                 name: parent.name.clone(),
             };
-            let route = Route::new(RouteAction::Forward(forward(&[itself], &owner, resolve)));
+            let route = Route::new(RouteAction::Forward(forward(&[itself], &owner, port.port, resolve)));
             table.push((RouteMatch::default(), Arc::new(route)));
         }
         Some(RouteTable::new(table))
@@ -168,6 +173,7 @@ impl BackendDraft {
                 ParentKind::ServiceEntry | ParentKind::Gateway => Reference::Host(name),
             },
             port: Some(port),
+            subset: None,
             weight: 1,
             request_headers: model::http::HeaderEdits::default(),
             response_headers: model::http::HeaderEdits::default(),
@@ -205,22 +211,22 @@ fn narrowed(when: &RouteMatch, consumer: Option<&Str>) -> RouteMatch {
 }
 
 /// The route of a rule, with its back ends looked up.
-fn made(rule: &RuleDraft, key: &ObjectKey, resolve: Resolve<'_>) -> Route {
+pub(super) fn made(rule: &RuleDraft, key: &ObjectKey, port: u16, resolve: Resolve<'_>) -> Route {
     let mut route = rule.route.clone();
     if let RouteAction::Forward(_) = route.action {
-        route.action = RouteAction::Forward(forward(&rule.backends, key, resolve));
+        route.action = RouteAction::Forward(forward(&rule.backends, key, port, resolve));
     }
     route.mirrors = rule
         .mirrors
         .iter()
-        .filter_map(|(mirror, share)| Some(Mirror { to: resolve(mirror, key).ok()?, share: *share }))
+        .filter_map(|(mirror, share)| Some(Mirror { to: resolve(mirror, key, port).ok()?, share: *share }))
         .collect();
     route
 }
 
-fn forward(backends: &[BackendDraft], key: &ObjectKey, resolve: Resolve<'_>) -> Forward {
+fn forward(backends: &[BackendDraft], key: &ObjectKey, port: u16, resolve: Resolve<'_>) -> Forward {
     let backend = |draft: &BackendDraft| Backend {
-        to: resolve(draft, key).unwrap_or_else(|reason| BackendRef::Unresolved { reason }),
+        to: resolve(draft, key, port).unwrap_or_else(|reason| BackendRef::Unresolved { reason }),
         weight: draft.weight,
         request_headers: draft.request_headers.clone(),
         response_headers: draft.response_headers.clone(),

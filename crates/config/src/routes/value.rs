@@ -149,7 +149,13 @@ struct Words<'w, T>(&'w [(&'w str, T)]);
 impl<T> fmt::Display for Words<'_, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (i, (word, _)) in self.0.iter().enumerate() {
-            let before = if i == 0 { "" } else if i + 1 == self.0.len() { " or " } else { ", " };
+            let before = if i == 0 {
+                ""
+            } else if i + 1 == self.0.len() {
+                " or "
+            } else {
+                ", "
+            };
             write!(f, "{before}{word}")?;
         }
         Ok(())
@@ -190,7 +196,8 @@ mod tests {
 
     #[test]
     fn durations_are_those_of_go() {
-        for (text, millis) in [("10s", 10_000), ("0.5s", 500), ("1m30.25s", 90_250), ("100ms", 100), ("0", 0)] {
+        for (text, millis) in [("10s", 10_000), ("0.5s", 500), ("1m30.25s", 90_250), ("100ms", 100), ("0", 0)]
+        {
             assert_eq!(parse_go_duration(text), Some(Duration::from_millis(millis)), "{text}");
         }
         for text in ["", "10", "s", "1..5s", "-1s", "1d", " 1s"] {

@@ -255,7 +255,10 @@ impl Substitution {
                         out.push('}');
                     }
                     _ => {
-                        return Err(invalid(replacement, "a backslash stands before what is no digit".into()));
+                        return Err(invalid(
+                            replacement,
+                            "a backslash stands before what is no digit".into(),
+                        ));
                     }
                 },
                 other => out.push(other),
