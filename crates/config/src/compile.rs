@@ -25,6 +25,7 @@
 //! WorkloadGroup's entries, virtual addresses that collide): then `made` lists these too.
 
 mod attach;
+mod binding;
 mod convert;
 mod displace;
 mod enrolment;
@@ -39,7 +40,8 @@ use std::sync::Arc;
 use hashbrown::{HashMap, HashSet};
 use model::http::{HttpService, ServiceTraffic};
 use model::{
-    Change, Locality, Service, ServiceKey, ServiceMembership, Settings, Str, TrustDomain, Vip, Workload,
+    Change, Locality, PolicyKey, Service, ServiceKey, ServiceMembership, Settings, Str, TrustDomain, Vip,
+    Workload,
 };
 
 pub use enrolment::{Enrolment, EnrolmentChange};
@@ -51,8 +53,9 @@ use crate::external::External;
 use crate::kinds::namespace::DATAPLANE_MODE;
 use crate::kinds::{Capture, EndpointSlice, Namespace};
 use crate::labels::{Labels, Pool};
-use crate::policy::{Binding, NamespaceSelector, Policies};
+use crate::policy::{Binding, NamespaceSelector, Policies, Waypoint};
 use crate::resource::{Kind, ObjectKey, Resource};
+use crate::routes::gateway::WaypointSpec;
 use crate::routes::{DestinationRules, Grants, Routes, VirtualServices};
 use index::{Addresses, Area, Id, Place};
 
@@ -186,6 +189,10 @@ pub struct Compiler {
     /// without such are not listed.
     unguarded: HashMap<ServiceKey, u32>,
     by_vip: HashMap<Vip, Vec<ServiceKey>>,
+    /// The Gateways that are waypoints.
+    waypoints: HashMap<Waypoint, WaypointSpec>,
+    /// How many workloads of the model list each policy that lets in only a waypoint.
+    bindings: HashMap<PolicyKey, u32>,
     routes: Routes,
     grants: Grants,
     virtual_services: VirtualServices,
@@ -259,6 +266,8 @@ impl Compiler {
             services: HashMap::new(),
             unguarded: HashMap::new(),
             by_vip: HashMap::new(),
+            waypoints: HashMap::new(),
+            bindings: HashMap::new(),
             routes: Routes::default(),
             grants: Grants::default(),
             virtual_services: VirtualServices::default(),
@@ -316,6 +325,7 @@ impl Compiler {
                 self.set_namespace(&key.name, Some(&namespace));
             }
             (Kind::Namespace, _) => self.set_namespace(&key.name, None),
+            (Kind::Gateway, resource) => self.set_gateway(key, resource),
             (Kind::Node, Some(Resource::Node(node))) => self.set_node(&key.name, Some(node.locality)),
             (Kind::Node, _) => self.set_node(&key.name, None),
             (Kind::Pod, Some(Resource::Pod(pod))) => {
@@ -421,7 +431,9 @@ impl Compiler {
         let (was_ambient, was_distribution) = (area.ambient, area.distribution);
         (area.ambient, area.distribution) = (ambient, distribution);
         let was_bound = std::mem::replace(&mut area.waypoint, waypoint);
-        let rebound = was_bound != area.waypoint;
+        let labels = namespace.map(|n| n.labels.clone()).unwrap_or_default();
+        let relabelled = std::mem::replace(&mut area.labels, labels) != area.labels;
+        let rebound = was_bound != area.waypoint || (relabelled && area.waypoint != Binding::Inherited);
         if was_ambient != ambient || rebound {
             let instances: Vec<Id> = area.instances.iter().copied().collect();
             instances.into_iter().for_each(|id| self.mark(id));

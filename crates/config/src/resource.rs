@@ -19,8 +19,8 @@ use crate::policy::authorization::{self, PolicyScope};
 use crate::policy::{AuthorizationPolicy, MeshConfig, PeerAuthentication};
 use crate::policy::{mesh_config, peer_authentication};
 use crate::routes::{
-    DestinationRule, HttpRoute, ReferenceGrant, VirtualService, destination_rule, http_route,
-    reference_grant, virtual_service,
+    DestinationRule, Gateway, HttpRoute, ReferenceGrant, VirtualService, destination_rule, gateway,
+    http_route, reference_grant, virtual_service,
 };
 use crate::tree;
 
@@ -61,6 +61,8 @@ pub enum Kind {
     DestinationRule,
     /// `networking.istio.io VirtualService`.
     VirtualService,
+    /// `gateway.networking.k8s.io Gateway`.
+    Gateway,
 }
 
 /// An object of any kind.
@@ -100,6 +102,8 @@ pub enum Resource {
     DestinationRule(Box<DestinationRule>),
     /// Routes of a host's requests and connections.
     VirtualService(Box<VirtualService>),
+    /// A waypoint, or a gateway of another class.
+    Gateway(Box<Gateway>),
 }
 
 impl Resource {
@@ -166,6 +170,7 @@ pub static KINDS: &[&KindSpec] = &[
     &reference_grant::KIND,
     &destination_rule::KIND,
     &virtual_service::KIND,
+    &gateway::KIND,
 ];
 
 impl Kind {

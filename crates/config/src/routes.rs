@@ -7,6 +7,7 @@
 pub mod destination_rule;
 mod destinations;
 mod filters;
+pub mod gateway;
 mod hosts;
 pub mod http_route;
 mod precedence;
@@ -19,6 +20,7 @@ mod virtual_services;
 
 pub use destination_rule::DestinationRule;
 pub use destinations::DestinationRules;
+pub use gateway::Gateway;
 pub use hosts::Concerned;
 pub use http_route::HttpRoute;
 pub use reference::{BackendDraft, ParentKind, ParentRef, Reference};

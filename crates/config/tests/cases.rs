@@ -13,7 +13,7 @@ use config::diagnostic::Diagnostic;
 use config::repository::{Content, Repository};
 use config::tree::{self, Limits, Node, Value};
 use model::http::{BackendRef, HttpService, Route, RouteAction, RouteMatch};
-use model::{Change, Mesh, Service, TargetPort, Workload};
+use model::{Change, GatewayAddress, GatewayTarget, Mesh, Service, TargetPort, Workload};
 use serde_json::{Map, Value as Json, json};
 
 fn to_json(node: &Node<'_>) -> Json {
@@ -58,7 +58,15 @@ fn workload(w: &Workload) -> Json {
         "services": services,
         "policies": w.policies.iter().map(ToString::to_string).collect::<Vec<_>>(),
         "capacity": w.capacity,
+        "waypoint": w.waypoint.as_ref().map(|w| gateway(w)),
     })
+}
+
+fn gateway(g: &GatewayAddress) -> String {
+    match &g.target {
+        GatewayTarget::Service(key) => format!("{key}:{}", g.hbone_mtls_port),
+        GatewayTarget::Address(address) => format!("{address:?}:{}", g.hbone_mtls_port),
+    }
 }
 
 fn service(s: &Service) -> Json {
@@ -78,6 +86,7 @@ fn service(s: &Service) -> Json {
         "families": format!("{:?}", s.ip_families),
         "affinity_s": s.session_affinity.map(|d| d.as_secs()),
         "source": format!("{:?}", s.source),
+        "waypoint": s.waypoint.as_ref().map(gateway),
         "canonical": s.canonical,
     })
 }

@@ -7,7 +7,6 @@ use model::{Change, ServiceKey, Str};
 
 use super::instance::Definition;
 use super::{Compiler, convert};
-use crate::policy::Binding;
 use crate::resource::{Kind, ObjectKey, Resource};
 use crate::routes::{BackendDraft, Concerned, Parent, ParentKind, Reference};
 
@@ -92,8 +91,8 @@ impl Compiler {
 
     /// What a waypoint does for a service, if it is bound to one.
     pub(super) fn http_service(&self, owner: &ObjectKey, definition: &Definition) -> Option<HttpService> {
-        let inherited = self.areas.get(&owner.namespace).map_or(&Binding::Inherited, |a| &a.waypoint);
-        let waypoint = definition.waypoint.or(inherited)?;
+        let (waypoint, spec) = self.waypoint_of(owner, definition)?;
+        spec.ok()?;
         let parent = Parent::owner(owner)?;
         let service = definition.service.key();
         let resolve = |draft: &BackendDraft, route: &ObjectKey, port: u16| self.resolve(draft, route, port);

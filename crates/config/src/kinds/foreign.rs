@@ -13,16 +13,7 @@ static UNSUPPORTED: &[(&str, &[&str])] = &[
     ("extensions.istio.io", &["WasmPlugin", "TrafficExtension"]),
     (
         "gateway.networking.k8s.io",
-        &[
-            "Gateway",
-            "GatewayClass",
-            "GRPCRoute",
-            "TCPRoute",
-            "TLSRoute",
-            "UDPRoute",
-            "BackendTLSPolicy",
-            "ListenerSet",
-        ],
+        &["GatewayClass", "GRPCRoute", "TCPRoute", "TLSRoute", "UDPRoute", "BackendTLSPolicy", "ListenerSet"],
     ),
     // An older form of EndpointSlice; a cluster mirrors it into one.
     ("", &["Endpoints"]),
