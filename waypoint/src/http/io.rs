@@ -128,6 +128,11 @@ impl Buffers {
         kept.unwrap_or_else(|| BytesMut::with_capacity(BUFFER))
     }
 
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
     /// Takes a buffer back. One that others still look into, or that has grown, is let go of.
     pub(crate) fn put(&self, mut buffer: BytesMut) {
         buffer.clear();

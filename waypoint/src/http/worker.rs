@@ -147,6 +147,12 @@ impl Worker {
         Arc::new(Self { decide, settings, pool, stats, drain, buffers, heads: Heads::default(), random })
     }
 
+    /// Buffers that are kept and not in use.
+    #[must_use]
+    pub fn free_buffers(&self) -> usize {
+        self.buffers.len()
+    }
+
     /// A number for pauses, shares and request IDs: well spread, no secret (SplitMix64).
     pub(crate) fn random(&self) -> u64 {
         const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
