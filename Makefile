@@ -5,7 +5,7 @@ RELEASE := target/release
 # Namespaces need root; building does not.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: help demo build images test test-node e2e lint bench bench-control-plane clean-demo
+.PHONY: help demo build images test test-node interop e2e lint bench bench-control-plane clean-demo
 
 help: ## What there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,12 @@ test: ## All tests; those of namespaces and capture need root, without it they a
 test-node: ## Two nodes with real traffic and faults, by the real ztunnel (root, a minute)
 	@.ci/packages test
 	$(CARGO) test --locked -p ztunnel --test node
+
+interop: ## Between Istio's own programs, built from Go modules: istiod, its node agent and plugin, its clients (root, Go)
+	@.ci/packages test
+	$(CARGO) run --locked -q -p kube-tests -- cluster build
+	@.ci/istio
+	CULVERT_REQUIRE_ISTIO=1 $(CARGO) test --locked -p ztunnel --test istio
 
 images: ## The container images with their bills of materials, in target/images; ARGS="--arch arm64 --sysroot DIR"
 	@$(SUDO) .ci/packages demo

@@ -77,6 +77,7 @@ pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
     found.extend(policies(&cluster, &namespaces)?);
     found.extend(orphans(&cluster)?);
     found.extend(others(&cluster, &namespaces)?);
+    found.extend(primary_plugin(&cluster)?);
     if let Some(document) = args.output.document(&found)? {
         print(&document)?;
     } else {
@@ -206,15 +207,15 @@ fn version(kernel: &str) -> Option<(u32, u32)> {
 
 /// When the roots that proxies trust end.
 fn certificates(cluster: &Cluster, now: SystemTime) -> Result<Vec<Finding>> {
-    let path = format!("/api/v1/namespaces/{}/configmaps/istio-ca-root-cert", cluster.system);
+    let path = format!("/api/v1/namespaces/{}/configmaps/culvert-ca-root-cert", cluster.system);
     let Some(map) = cluster.find(&path)? else { return Ok(Vec::new()) };
     let mut found = Vec::new();
     let pem = text(&map, "/data/root-cert.pem");
     let blocks = x509_parser::pem::Pem::iter_from_buffer(pem.as_bytes());
     for block in blocks {
-        let block = block.context("ConfigMap istio-ca-root-cert: root-cert.pem is not PEM")?;
+        let block = block.context("ConfigMap culvert-ca-root-cert: root-cert.pem is not PEM")?;
         let (_, root) = X509Certificate::from_der(&block.contents)
-            .context("ConfigMap istio-ca-root-cert: root-cert.pem holds no certificate")?;
+            .context("ConfigMap culvert-ca-root-cert: root-cert.pem holds no certificate")?;
         let end = u64::try_from(root.validity().not_after.timestamp()).unwrap_or_default();
         let left =
             (SystemTime::UNIX_EPOCH + Duration::from_secs(end)).duration_since(now).unwrap_or_default();
@@ -369,6 +370,26 @@ fn others(cluster: &Cluster, namespaces: &[Value]) -> Result<Vec<Finding>> {
     Ok(found)
 }
 
+/// Primary CNI plugins whose settings drive the mesh's plugin out of the nodes' chains.
+fn primary_plugin(cluster: &Cluster) -> Result<Vec<Finding>> {
+    let path = "/api/v1/namespaces/kube-system/configmaps/cilium-config";
+    Ok(cluster.find(path)?.as_ref().and_then(cilium).into_iter().collect())
+}
+
+/// Cilium removes other CNI configurations unless it is told not to: also where it says nothing of it, which older ones
+/// don't.
+fn cilium(config: &Value) -> Option<Finding> {
+    let exclusive = text(config, "/data/cni-exclusive");
+    (exclusive != "false").then(|| {
+        Finding::new(
+            "cni chain",
+            Grade::Problem,
+            "Cilium moves the CNI configurations of others away (cni-exclusive in ConfigMap kube-system/cilium-config)",
+            "set cni.exclusive=false in Cilium's Helm values: pods would start without the mesh's plugin",
+        )
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -383,6 +404,14 @@ mod tests {
         let node = |kernel: &str| json!({"metadata": {"name": "a"}, "status": {"nodeInfo": {"kernelVersion": kernel}}});
         let grade = |kernel: &str| nodes(&[node(kernel)])[0].grade;
         assert_eq!((grade("5.4.0"), grade("5.10.1"), grade("10.0")), (Grade::Problem, Grade::Ok, Grade::Ok));
+    }
+
+    #[test]
+    fn a_cilium_that_wants_the_chain_for_itself_is_named() {
+        let grade = |data: Value| cilium(&json!({ "data": data })).map(|f| f.grade);
+        assert_eq!(grade(json!({ "cni-exclusive": "true" })), Some(Grade::Problem));
+        assert_eq!(grade(json!({})), Some(Grade::Problem), "that is its default");
+        assert_eq!(grade(json!({ "cni-exclusive": "false" })), None);
     }
 
     #[test]

@@ -206,12 +206,12 @@ fn remedy_of(reason: &str, namespace: &str, name: &str) -> Option<String> {
 /// The root that pods of the mesh's own need before they can start.
 fn root(cluster: &Cluster) -> Result<Check> {
     let what = "root of trust";
-    let path = format!("/api/v1/namespaces/{}/configmaps/istio-ca-root-cert", cluster.system);
+    let path = format!("/api/v1/namespaces/{}/configmaps/culvert-ca-root-cert", cluster.system);
     let there = cluster.find(&path)?.is_some_and(|map| !text(&map, "/data/root-cert.pem").is_empty());
     Ok(if there {
-        Check::new(what, State::Ready, "ConfigMap istio-ca-root-cert")
+        Check::new(what, State::Ready, "ConfigMap culvert-ca-root-cert")
     } else {
-        Check::new(what, State::Waiting, "no ConfigMap istio-ca-root-cert yet")
+        Check::new(what, State::Waiting, "no ConfigMap culvert-ca-root-cert yet")
             .remedy("the control plane makes it: its log says what is in the way")
     })
 }

@@ -1,5 +1,7 @@
-//! `culvert proxy-status`: what each node's proxy was sent, and what it has acknowledged.
+//! `culvert proxy-status`: what each node's proxy was sent, and what it has acknowledged. A proxy that no control plane knows
+//! is told apart from that of a node that is not there: the status of policies does not count that one either.
 
+use std::collections::BTreeSet;
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
@@ -17,7 +19,7 @@ const WORKLOAD: &str = "type.googleapis.com/istio.workload.Workload";
 const AUTHORIZATION: &str = "type.googleapis.com/istio.security.Authorization";
 
 /// What each proxy was sent by the control plane, and what it has acknowledged; the exit code is 1 where one has
-/// refused something, or is not connected
+/// refused something, or is not connected and its node is there
 #[derive(Args, Debug)]
 pub struct ProxyStatusArgs {
     /// Only the proxy of this node
@@ -51,6 +53,9 @@ struct Proxy {
     control_plane: String,
     #[serde(default)]
     connected: bool,
+    /// Its node is gone or not ready.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    node_away: bool,
     #[serde(flatten)]
     more: serde_json::Map<String, Value>,
 }
@@ -67,6 +72,13 @@ pub fn run(args: &ProxyStatusArgs) -> Result<ExitCode> {
             proxies.push(Proxy { id, node: pod.node, ..Proxy::default() });
         }
     }
+    // Who may not see nodes is told of the proxy all the same.
+    if proxies.iter().any(|p| !p.connected)
+        && let Ok(nodes) = cluster.list("/api/v1/nodes")
+    {
+        let ready = ready_nodes(&nodes);
+        proxies.iter_mut().filter(|p| !p.connected).for_each(|p| p.node_away = !ready.contains(&p.node));
+    }
     proxies.retain(|p| wanted(&p.node));
     if proxies.is_empty() {
         bail!("no proxy is connected, and no ztunnel is there: `culvert status` says what is installed");
@@ -76,7 +88,7 @@ pub fn run(args: &ProxyStatusArgs) -> Result<ExitCode> {
         Some(document) => print(&document)?,
         None => print(&table(&proxies, args.output == Output::Wide).to_string())?,
     }
-    let fine = |p: &Proxy| p.connected && p.types.values().all(|t| state(t) != "NACKED");
+    let fine = |p: &Proxy| p.node_away || p.connected && p.types.values().all(|t| state(t) != "NACKED");
     Ok(if proxies.iter().all(fine) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
@@ -108,6 +120,17 @@ fn is_pod(proxy: &Proxy, pod: &PodName) -> bool {
     proxy.id.split('~').nth(2) == Some(&format!("{}.{}", pod.name, pod.namespace))
 }
 
+/// The names of the nodes that are ready.
+fn ready_nodes(nodes: &[Value]) -> BTreeSet<String> {
+    let is = |c: &Value, key: &str, value: &str| c.get(key).and_then(Value::as_str) == Some(value);
+    let ready = |node: &&Value| {
+        let conditions = node.pointer("/status/conditions").and_then(Value::as_array);
+        conditions.into_iter().flatten().any(|c| is(c, "type", "Ready") && is(c, "status", "True"))
+    };
+    let name = |node: &Value| node.pointer("/metadata/name").and_then(Value::as_str).map(str::to_owned);
+    nodes.iter().filter(ready).filter_map(name).collect()
+}
+
 /// How a type is doing, in a word.
 fn state(of: &Value) -> &'static str {
     let known = |key: &str| of.get(key).filter(|v| !v.is_null() && v.as_str() != Some(""));
@@ -128,7 +151,11 @@ fn table(proxies: &[Proxy], wide: bool) -> Table {
     for p in proxies {
         let shown = |names: &[&str]| {
             let found = names.iter().find_map(|name| p.types.get(*name));
-            let word = if p.connected { found.map_or("NOT SENT", state) } else { "NOT CONNECTED" };
+            let word = match (p.connected, p.node_away) {
+                (true, _) => found.map_or("NOT SENT", state),
+                (false, true) => "NODE NOT READY",
+                (false, false) => "NOT CONNECTED",
+            };
             match found.and_then(|of| of.get("sent")).filter(|_| wide) {
                 Some(Value::String(version)) => format!("{word} {version}"),
                 Some(version) => format!("{word} {version}"),
@@ -191,6 +218,7 @@ mod tests {
             node: "node2".into(),
             ..Proxy::default()
         });
+        proxies.push(Proxy { id: "ztunnel-c.culvert-system".into(), node_away: true, ..Proxy::default() });
         let text = table(&proxies, true).to_string();
         let lines: Vec<_> = text.lines().collect();
         assert!(
@@ -198,6 +226,18 @@ mod tests {
             "{text}"
         );
         assert!(lines[2].contains("NOT CONNECTED"), "{text}");
+        assert!(lines[3].contains("NODE NOT READY"), "{text}");
         assert_eq!(serde_json::to_value(&proxies[0]).unwrap()["future"], 1);
+    }
+
+    #[test]
+    fn a_node_is_ready_that_says_so() {
+        let node = |name: &str, ready: &str| {
+            let conditions =
+                json!([{"type": "DiskPressure", "status": "True"}, {"type": "Ready", "status": ready}]);
+            json!({"metadata": {"name": name}, "status": {"conditions": conditions}})
+        };
+        let nodes = [node("a", "True"), node("b", "Unknown"), json!({"metadata": {"name": "c"}})];
+        assert_eq!(ready_nodes(&nodes), BTreeSet::from(["a".to_owned()]));
     }
 }

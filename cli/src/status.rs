@@ -1,4 +1,5 @@
-//! `culvert status`: what is installed, and how it is; and which namespaces and pods are in the mesh.
+//! `culvert status`: what is installed, and how it is; which namespaces and pods are in the mesh; which policies are not
+//! enforced by all proxies, as their status says.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -39,12 +40,30 @@ struct Membership {
     sidecars: usize,
 }
 
+/// What the status of the mesh's policies says.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+struct Policies {
+    /// How many all proxies enforce.
+    enforced: usize,
+    /// The others, and what is said of them.
+    others: BTreeMap<String, String>,
+}
+
 #[derive(Debug, Serialize)]
 struct Status {
     ready: bool,
     checks: Vec<Check>,
     namespaces: BTreeMap<String, Membership>,
+    policies: Policies,
 }
+
+/// The kinds of policies, and where the API server has them.
+const POLICIES: [(&str, &str); 2] = [
+    ("AuthorizationPolicy", "/apis/security.istio.io/v1/authorizationpolicies"),
+    ("PeerAuthentication", "/apis/security.istio.io/v1/peerauthentications"),
+];
+/// How many policies are shown that are not enforced.
+const MOST_POLICIES: usize = 20;
 
 /// Runs the command.
 pub fn run(args: &StatusArgs) -> Result<ExitCode> {
@@ -52,7 +71,11 @@ pub fn run(args: &StatusArgs) -> Result<ExitCode> {
     let checks = health::look(&cluster)?;
     let namespaces = memberships(&cluster.list("/api/v1/namespaces")?, &cluster.list("/api/v1/pods")?);
     let ready = checks.iter().all(|c| c.state == State::Ready);
-    let status = Status { ready, checks, namespaces };
+    let mut policies = Policies::default();
+    for (kind, path) in POLICIES {
+        cluster.list(path)?.iter().for_each(|policy| policies.add(kind, policy));
+    }
+    let status = Status { ready, checks, namespaces, policies };
     match args.output.document(&status)? {
         Some(document) => print(&document)?,
         None => print(&text(&status)?)?,
@@ -74,7 +97,36 @@ fn text(status: &Status) -> Result<String> {
         table.row([name.clone(), of.wanted.to_string(), of.captured.to_string(), of.sidecars.to_string()]);
     }
     write!(text, "\n{table}")?;
+    let Policies { enforced, others } = &status.policies;
+    if enforced + others.len() > 0 {
+        writeln!(text, "\n{enforced} of {} policies are enforced by all proxies", enforced + others.len())?;
+    }
+    for (name, said) in others.iter().take(MOST_POLICIES) {
+        writeln!(text, "{}: {}", printable(name), printable(said))?;
+    }
+    if others.len() > MOST_POLICIES {
+        writeln!(text, "and {} more: -o json has all", others.len() - MOST_POLICIES)?;
+    }
     Ok(text)
+}
+
+impl Policies {
+    fn add(&mut self, kind: &str, policy: &Value) {
+        let text = |v: &Value, key: &str| v.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+        let conditions = policy.pointer("/status/conditions").and_then(Value::as_array);
+        let enforced = conditions.into_iter().flatten().find(|c| text(c, "type") == "Enforced");
+        // What was said of an older version says nothing of this one.
+        let generation = policy.pointer("/metadata/generation");
+        let enforced = enforced.filter(|c| c.get("observedGeneration") == generation);
+        if enforced.is_some_and(|c| text(c, "status") == "True") {
+            self.enforced += 1;
+            return;
+        }
+        let metadata = policy.get("metadata").unwrap_or(&Value::Null);
+        let name = format!("{kind} {}/{}", text(metadata, "namespace"), text(metadata, "name"));
+        let nothing = || "nothing is said of this version yet".to_owned();
+        self.others.insert(name, enforced.map_or_else(nothing, |c| text(c, "message")));
+    }
 }
 
 /// The checks as people read them, each with what to do.
@@ -133,6 +185,37 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn policies_are_enforced_whose_status_says_so_of_this_version() {
+        let policy = |name: &str, status: &str, observed: i64| {
+            json!({
+                "metadata": {"namespace": "shop", "name": name, "generation": 2},
+                "status": {"conditions": [
+                    {"type": "ZtunnelAccepted", "status": "True", "observedGeneration": 2},
+                    {"type": "Enforced", "status": status, "observedGeneration": observed, "message": "1/2 proxies"},
+                ]},
+            })
+        };
+        let mut policies = Policies::default();
+        for (name, status, observed) in
+            [("a", "True", 2), ("b", "False", 2), ("c", "True", 1), ("d", "Unknown", 2)]
+        {
+            policies.add("AuthorizationPolicy", &policy(name, status, observed));
+        }
+        let said: Vec<_> =
+            policies.others.iter().map(|(name, said)| (name.as_str(), said.as_str())).collect();
+        let old = "nothing is said of this version yet";
+        assert_eq!(policies.enforced, 1);
+        assert_eq!(
+            said,
+            [
+                ("AuthorizationPolicy shop/b", "1/2 proxies"),
+                ("AuthorizationPolicy shop/c", old),
+                ("AuthorizationPolicy shop/d", "1/2 proxies"),
+            ]
+        );
+    }
 
     #[test]
     fn pods_are_counted_by_what_they_and_their_namespace_ask_for() {

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
@@ -14,6 +15,8 @@ use serde_json::{Value, json};
 use crate::cluster::{Cluster, ClusterArgs};
 use crate::table::{Output, Table, print};
 
+/// How many times the admission is looked at after a change, five times a second.
+const PATIENCE: u32 = 50;
 /// The ConfigMap's key, with commas between tags.
 const KEY: &str = "revisionTags";
 /// The label that says which revision something is of.
@@ -136,10 +139,45 @@ fn set(cluster: &Cluster, tag: &str, revision: &str, overwrite: bool) -> Result<
             write(cluster, other, tags)?;
         }
     }
+    await_admission(cluster, revision, tag)?;
     print(&format!(
         "tag {tag} points at revision {revision}: it reads what has the label {REVISION}={tag}\n"
     ))?;
     Ok(())
+}
+
+/// Waits until objects with the tag are reviewed: the control plane keeps the tags in its webhooks' configuration.
+fn await_admission(cluster: &Cluster, revision: &str, tag: &str) -> Result<()> {
+    let part = if revision == "default" { "culvertd".to_owned() } else { format!("culvertd-{revision}") };
+    let group = "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations";
+    let path = format!("{group}/{part}-{}", cluster.system);
+    for _ in 0..PATIENCE {
+        let Some(found) = cluster.find(&path)? else { return Ok(()) };
+        if is_reviewed(&found, tag) {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    print(&format!(
+        "note: objects with the label {REVISION}={tag} are not reviewed when they are written, until a control plane of \
+         revision {revision} runs\n"
+    ))?;
+    Ok(())
+}
+
+/// Whether the webhooks of a configuration that ask about revisions ask about this one.
+fn is_reviewed(configuration: &Value, revision: &str) -> bool {
+    let webhooks = configuration.get("webhooks").and_then(Value::as_array).into_iter().flatten();
+    let expressions = webhooks.flat_map(|webhook| {
+        let expressions = webhook.pointer("/objectSelector/matchExpressions").and_then(Value::as_array);
+        expressions.into_iter().flatten()
+    });
+    let named = |expression: &&Value| {
+        expression.get("key").is_some_and(|key| key == REVISION)
+            && expression.get("operator").is_some_and(|o| o == "In")
+    };
+    let mut lists = expressions.filter(named).filter_map(|e| e.get("values")?.as_array());
+    lists.all(|values| values.iter().any(|value| value == revision))
 }
 
 fn remove(cluster: &Cluster, tag: &str) -> Result<()> {
@@ -155,4 +193,19 @@ fn remove(cluster: &Cluster, tag: &str) -> Result<()> {
     }
     print(&format!("removed tag {tag}\n"))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tag_is_reviewed_when_all_that_ask_about_revisions_ask_about_it() {
+        let webhook = |operator: &str, values: Value| json!({"objectSelector": {"matchExpressions": [{"key": REVISION, "operator": operator, "values": values}]}});
+        let of = |webhooks: Value| json!({"webhooks": webhooks});
+        let (with, without) = (webhook("In", json!(["a", "b"])), webhook("In", json!(["a"])));
+        let unlabelled = webhook("DoesNotExist", Value::Null);
+        assert!(is_reviewed(&of(json!([with, unlabelled, {}])), "b"));
+        assert!(!is_reviewed(&of(json!([with, without])), "b"));
+    }
 }

@@ -146,6 +146,7 @@ fn what_is_rendered_keeps_its_promises() {
             "ClusterRole",
             "ClusterRoleBinding",
             "ValidatingWebhookConfiguration",
+            "MutatingWebhookConfiguration",
             "ValidatingAdmissionPolicy",
             "ValidatingAdmissionPolicyBinding",
         ];
@@ -154,7 +155,11 @@ fn what_is_rendered_keeps_its_promises() {
         } else {
             "some-system".into()
         };
-        assert_eq!(object["metadata"]["namespace"], wanted, "{}", id(object));
+        // Nodes' Leases are where they are.
+        let is_right = object["kind"].as_str().unwrap().starts_with("Role");
+        if !is_right || object["metadata"]["namespace"] != "kube-node-lease" {
+            assert_eq!(object["metadata"]["namespace"], wanted, "{}", id(object));
+        }
         pod_is_confined(object);
         rights_are_named(object);
     }
@@ -191,6 +196,39 @@ fn rights_are_named(object: &Value) {
     for rule in object["rules"].as_array().into_iter().flatten() {
         let text = rule.to_string();
         assert!(!text.contains('*'), "{}: {text}", id(object));
+    }
+}
+
+#[test]
+fn node_proxies_of_another_namespace_get_what_they_need_there() {
+    let Some(helm) = helm() else { return };
+    let accounts = "--set=controlPlane.trustedNodeAccounts={some-system/ztunnel,proxies/ztunnel}";
+    let objects = rendered(&helm, &[accounts]);
+    let there: Vec<_> = objects.iter().filter(|o| o["metadata"]["namespace"] == "proxies").collect();
+    assert_eq!(
+        there.iter().map(|o| o["kind"].as_str().unwrap()).collect::<Vec<_>>(),
+        ["Role", "RoleBinding"]
+    );
+    assert!(there[0]["rules"].to_string().contains("pods"), "{}", there[0]);
+    assert_eq!(there[1]["subjects"][0]["namespace"], "some-system");
+    let text = serde_json::to_string(&objects).unwrap();
+    assert!(text.contains("--trusted-node-accounts=some-system/ztunnel,proxies/ztunnel"), "{text}");
+}
+
+#[test]
+fn ztunnel_reads_the_root_of_who_it_asks() {
+    let Some(helm) = helm() else { return };
+    for (set, map) in [
+        ("ztunnel.enabled=true", "culvert-ca-root-cert"),
+        ("ztunnel.caAddress=https://istiod:15012", "istio-ca-root-cert"),
+        ("ztunnel.xdsAddress=https://istiod:15012", "istio-ca-root-cert"),
+        ("ztunnel.caAddress=https://ca:15012,ztunnel.rootConfigMap=other", "other"),
+    ] {
+        let objects = rendered(&helm, &[&format!("--set={set}")]);
+        let ztunnel = objects.iter().find(|o| id(o) == "DaemonSet/ztunnel").unwrap();
+        let volumes = ztunnel["spec"]["template"]["spec"]["volumes"].as_array().unwrap();
+        let root = volumes.iter().find(|v| v["name"] == "root").unwrap();
+        assert_eq!(root["configMap"]["name"], map, "{set}");
     }
 }
 

@@ -18,6 +18,9 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+#[path = "cluster/definitions.rs"]
+mod definitions;
+
 /// An API server with nothing behind it.
 struct Server {
     directory: TempDir,
@@ -183,7 +186,8 @@ fn the_commands_work_on_a_real_api_server() {
     installing(&server);
     pods_in_trouble(&server);
     the_node_agent_is_held_to_its_node(&server);
-    definitions(&server);
+    definitions::are_held_to_their_rules(&server);
+    definitions::of_other_versions_are_left_alone(&server);
     looking_at_the_cluster(&server);
     waiting_until_it_works(&server);
     tags(&server);
@@ -314,41 +318,6 @@ fn the_node_agent_is_held_to_its_node(server: &Server) {
     }
 }
 
-fn definitions(server: &Server) {
-    server
-        .apply(&json!({"apiVersion": "v1", "kind": "Namespace",
-                         "metadata": {"name": "shop", "labels": {"istio.io/dataplane-mode": "ambient"}}}))
-        .unwrap();
-    // A field that nobody knows is kept, so that it can be refused by name.
-    let typo = json!({"rules": [{"from": [{"source": {"principal": ["a"]}}]}]});
-    server.apply(&policy("typo", &typo)).unwrap();
-    let stored = server.kubectl(&["-n", "shop", "get", "ap", "typo", "-o", "jsonpath={.spec}"]);
-    assert!(String::from_utf8_lossy(&stored.stdout).contains("principal"), "the field was pruned");
-    // What the types and rules of the definitions refuse.
-    for (spec, words) in [
-        (json!({"action": "MAYBE"}), "Unsupported value"),
-        (json!({"selector": {}, "targetRefs": [{"kind": "Service", "name": "a"}]}), "set only one of"),
-    ] {
-        let error = server.apply(&policy("refused", &spec)).unwrap_err();
-        assert!(error.contains(words), "{error}");
-    }
-    // One that is newer stays.
-    let newer =
-        ["annotate", "--overwrite", "crd", "sidecars.networking.istio.io", "culvert.dev/crd-version=99"];
-    assert!(server.kubectl(&newer).status.success());
-    let older =
-        ["annotate", "--overwrite", "crd", "gateways.networking.istio.io", "culvert.dev/crd-version=0"];
-    assert!(server.kubectl(&older).status.success());
-    let foreign = ["annotate", "crd", "telemetries.telemetry.istio.io", "culvert.dev/crd-version-"];
-    assert!(server.kubectl(&foreign).status.success());
-    let words = [
-        "left sidecars.networking.istio.io as it is: newer",
-        "left telemetries.telemetry.istio.io",
-        "applied 1 custom",
-    ];
-    server.expect(1, &words, &["upgrade", "--timeout", "1s"]);
-}
-
 fn looking_at_the_cluster(server: &Server) {
     let words = ["unknown-field", "did you mean principals?", "AuthorizationPolicy shop/typo"];
     server.expect(1, &words, &["analyze"]);
@@ -384,7 +353,7 @@ fn waiting_until_it_works(server: &Server) {
         server.status(set, &json!({"observedGeneration": 99, "currentNumberScheduled": 1, "numberMisscheduled": 0,
                                    "desiredNumberScheduled": 1, "numberReady": 1, "updatedNumberScheduled": 1}));
     }
-    server.expect(1, &["no ConfigMap istio-ca-root-cert yet"], &["verify-install", "--timeout", "1s"]);
+    server.expect(1, &["no ConfigMap culvert-ca-root-cert yet"], &["verify-install", "--timeout", "1s"]);
     let key = rcgen::KeyPair::generate().unwrap();
     let mut parameters = rcgen::CertificateParams::new(Vec::new()).unwrap();
     parameters.not_after = rcgen::date_time_ymd(2000, 1, 1);
@@ -392,7 +361,7 @@ fn waiting_until_it_works(server: &Server) {
     let root = parameters.self_signed(&key).unwrap().pem();
     server
         .apply(&json!({"apiVersion": "v1", "kind": "ConfigMap",
-                         "metadata": {"name": "istio-ca-root-cert", "namespace": "culvert-system"},
+                         "metadata": {"name": "culvert-ca-root-cert", "namespace": "culvert-system"},
                          "data": {"root-cert.pem": root}}))
         .unwrap();
     server.expect(0, &["the mesh is ready"], &["verify-install", "--timeout", "10s"]);

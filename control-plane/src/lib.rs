@@ -14,8 +14,10 @@
 //! * every replica serves proxies, reviews objects and signs; the one that leads ([`leader`]) writes.
 #![forbid(unsafe_code)]
 
+pub mod alive;
 pub mod ca;
 pub mod debug;
+pub mod in_force;
 pub mod leader;
 pub mod metrics;
 pub mod objects;
@@ -27,4 +29,6 @@ pub mod settings;
 pub mod source;
 pub mod start;
 pub mod status;
+pub mod trusted;
+pub mod trusting;
 pub mod webhook;

@@ -1,17 +1,36 @@
 //! The cluster's pods as the CA has to know them: what runs where, under which account.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use config::json::Decoded;
 use config::tree::Node;
+use tokio::time::Instant;
 
-use crate::ca::{Account, Fleet, PodFacts, Pods, Proxy, TRUSTED_ROOTS, trusted_roots};
+use crate::alive::{Life, Ztunnel};
+use crate::ca::{Account, PodFacts, Pods, TRUSTED_ROOTS};
 
 type Name = (Arc<str>, Arc<str>);
 
 /// Node, namespace and service account.
 type Place = (Arc<str>, Arc<str>, Arc<str>);
+
+/// The label of pods of Gateways, and its value for waypoints (facts 4.9).
+const MANAGED: &str = "gateway.istio.io/managed";
+const WAYPOINTS: &str = "istio.io-mesh-controller";
+
+/// A pod that says which roots it trusts.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Reporter {
+    /// Its namespace.
+    pub namespace: Arc<str>,
+    /// Its name.
+    pub pod: Arc<str>,
+    /// Its node.
+    pub node: Arc<str>,
+    /// What it says, as the annotation has it.
+    pub roots: Arc<str>,
+}
 
 /// A pod.
 #[derive(Clone, PartialEq, Eq)]
@@ -21,8 +40,15 @@ struct Pod {
     node: Arc<str>,
     account: Arc<str>,
     finished: bool,
+    /// None of its containers has run yet.
+    starting: bool,
     /// What its proxy says of the roots that it trusts, as the annotation has it.
     roots: Option<Arc<str>>,
+    /// It is labelled as a waypoint.
+    waypoint: bool,
+    revision: Option<Arc<str>>,
+    /// When it was first heard of.
+    since: Instant,
 }
 
 impl Pod {
@@ -40,6 +66,11 @@ struct Table {
     /// How many pods that are not over run on a node under an account, by node, namespace and account.
     running: HashMap<Place, u32>,
     names: HashSet<Arc<str>>,
+    /// How many names were left when they were swept last.
+    kept_names: usize,
+    /// The accounts of the proxies of nodes, and their pods.
+    accounts: Vec<Account>,
+    proxies: HashSet<Name>,
 }
 
 /// All pods. Cloning shares it. The registry fills it as events come, before they are compiled: a pod's certificate is
@@ -86,16 +117,28 @@ impl PodTable {
         // The server fills it in, but for the mirrors of a kubelet's own pods, which a kubelet may make in any namespace:
         // they have no account, and must not give their node that of the namespace.
         let account = text("spec", "serviceAccountName");
-        let finished = matches!(text("status", "phase"), "Succeeded" | "Failed");
+        let phase = text("status", "phase");
         let mut table = self.write();
-        let pod = Pod {
+        let mut pod = Pod {
             uid: decoded.bookkeeping.uid.as_str().into(),
             node: table.name(text("spec", "nodeName")),
             account: table.name(account),
-            finished,
+            finished: matches!(phase, "Succeeded" | "Failed"),
+            starting: matches!(phase, "Pending" | ""),
             roots: annotation(decoded, TRUSTED_ROOTS).map(Arc::from),
+            waypoint: decoded.label(MANAGED) == Some(WAYPOINTS),
+            revision: None,
+            since: Instant::now(),
         };
-        let old = table.pods.insert((namespace.clone(), name.clone()), pod.clone());
+        let key = (namespace.clone(), name.clone());
+        if table.is_proxy(namespace, account) {
+            pod.revision = decoded.label("istio.io/rev").map(Arc::from);
+            table.proxies.insert(key.clone());
+        } else {
+            table.proxies.remove(&key);
+        }
+        pod.since = table.pods.get(&key).filter(|old| old.uid == pod.uid).map_or(pod.since, |old| old.since);
+        let old = table.pods.insert(key, pod.clone());
         if let Some(old) = old {
             table.leave(namespace, &old);
         }
@@ -106,9 +149,59 @@ impl PodTable {
     /// A pod is gone.
     pub fn remove(&self, namespace: &Arc<str>, name: &Arc<str>) {
         let mut table = self.write();
-        if let Some(old) = table.pods.remove(&(namespace.clone(), name.clone())) {
+        let key = (namespace.clone(), name.clone());
+        table.proxies.remove(&key);
+        if let Some(old) = table.pods.remove(&key) {
             table.leave(namespace, &old);
         }
+    }
+
+    /// Tells which accounts' pods are the proxies of nodes.
+    pub fn follow(&self, accounts: Vec<Account>) {
+        let mut table = self.write();
+        table.accounts = accounts;
+        let of = |(key, pod): (&Name, &Pod)| table.is_proxy(&key.0, &pod.account).then(|| key.clone());
+        table.proxies = table.pods.iter().filter_map(of).collect();
+    }
+
+    /// The proxies of nodes, as far as their pods tell, and when each was first heard of; `None` while they are not
+    /// known. Costs nothing for other pods.
+    #[must_use]
+    pub fn proxies(&self) -> Option<Vec<(Ztunnel, Instant)>> {
+        let table = self.read();
+        if !table.ready {
+            return None;
+        }
+        let proxy = |key: &Name| {
+            let pod = table.pods.get(key).filter(|pod| !pod.finished && !pod.node.is_empty())?;
+            let ztunnel = Ztunnel {
+                namespace: key.0.clone(),
+                pod: key.1.clone(),
+                node: pod.node.clone(),
+                revision: pod.revision.clone(),
+                roots: pod.roots.clone(),
+                life: if pod.starting { Life::Starting } else { Life::Running },
+            };
+            Some((ztunnel, pod.since))
+        };
+        Some(table.proxies.iter().filter_map(proxy).collect())
+    }
+
+    /// Pods that are no node proxies, are not over, and say which roots they trust: those of these namespaces, and
+    /// waypoints. Looks at all pods.
+    #[must_use]
+    pub fn reporters(&self, namespaces: &BTreeSet<String>) -> Vec<Reporter> {
+        let table = self.read();
+        let reporter = |(key, pod): (&Name, &Pod)| {
+            let roots = pod.roots.clone()?;
+            let counts = pod.waypoint || namespaces.contains(&*key.0);
+            (counts && !pod.finished && !pod.node.is_empty() && !table.proxies.contains(key)).then(|| {
+                Reporter { namespace: key.0.clone(), pod: key.1.clone(), node: pod.node.clone(), roots }
+            })
+        };
+        let mut found: Vec<Reporter> = table.pods.iter().filter_map(reporter).collect();
+        found.sort_by(|a, b| (&a.namespace, &a.pod).cmp(&(&b.namespace, &b.pod)));
+        found
     }
 
     /// How many pods there are.
@@ -129,6 +222,10 @@ fn annotation<'d>(decoded: &'d Decoded, key: &str) -> Option<&'d str> {
 }
 
 impl Table {
+    fn is_proxy(&self, namespace: &str, account: &str) -> bool {
+        self.accounts.iter().any(|a| a.namespace == namespace && a.name == account)
+    }
+
     fn name(&mut self, text: &str) -> Arc<str> {
         if let Some(known) = self.names.get(text) {
             return known.clone();
@@ -140,8 +237,10 @@ impl Table {
 
     /// Forgets names that nothing has any more, now and then.
     fn sweep(&mut self) {
-        if self.names.len() > 4096 + 2 * self.running.len() {
+        // Also pods that are over have names: what is left must double before it is worth another look.
+        if self.names.len() > 4096 + 2 * self.kept_names {
             self.names.retain(|name| Arc::strong_count(name) > 1);
+            self.kept_names = self.names.len();
         }
     }
 
@@ -186,37 +285,13 @@ impl Pods for PodTable {
         self.read().namespaces.contains(namespace)
     }
 
+    fn is_waypoint(&self, namespace: &str, name: &str) -> bool {
+        self.read().pods.get(&(namespace.into(), name.into())).is_some_and(|pod| pod.waypoint)
+    }
+
     fn runs_on(&self, node: &str, namespace: &str, service_account: &str) -> bool {
         let key = (node.into(), namespace.into(), service_account.into());
         self.read().running.contains_key(&key)
-    }
-}
-
-/// Who must know of a new root before it signs: the proxies of nodes, by their pods, and the webhook's configuration.
-pub struct Trusting {
-    /// The pods.
-    pub pods: PodTable,
-    /// The accounts of the proxies of nodes.
-    pub accounts: Vec<Account>,
-    /// The webhook's configuration, with the roots that it was last seen with; `None` where there is none.
-    pub webhook: Arc<dyn Fn() -> Option<Proxy> + Send + Sync>,
-}
-
-impl Fleet for Trusting {
-    fn proxies(&self) -> Option<Vec<Proxy>> {
-        let table = self.pods.read();
-        if !table.ready {
-            return None;
-        }
-        let trusted = |((namespace, _), pod): &(&Name, &Pod)| {
-            let of = |a: &Account| *a.namespace == **namespace && *a.name == *pod.account;
-            !pod.finished && !pod.node.is_empty() && self.accounts.iter().any(of)
-        };
-        let proxies = table.pods.iter().filter(trusted).map(|((namespace, name), pod)| {
-            let said = pod.roots.iter().map(|roots| (TRUSTED_ROOTS.to_owned(), roots.to_string())).collect();
-            Proxy { name: format!("{namespace}/{name}"), trusts: trusted_roots(&said) }
-        });
-        Some(proxies.chain((self.webhook)()).collect())
     }
 }
 
@@ -254,6 +329,27 @@ mod tests {
         let facts = table.pod("shop", "b").unwrap();
         assert_eq!((facts.node, &*facts.service_account), (None, ""));
         assert!(table.read().running.is_empty());
+    }
+
+    #[test]
+    fn names_are_swept_when_it_is_worth_it() {
+        let table = PodTable::default();
+        let ns: Arc<str> = "jobs".into();
+        for index in 0..20_000 {
+            let name: Arc<str> = format!("p{index}").into();
+            table.set(&ns, &name, &pod("1", "n1", &format!("account-{index}"), "Succeeded"));
+        }
+        // Each is still known by a pod that is over: sweeping finds nothing, and is tried ever more seldom.
+        let kept = table.read().kept_names;
+        assert!((4096..=20_001).contains(&kept), "{kept}");
+        assert!(table.read().names.len() <= 4096 + 2 * kept);
+        for index in 0..20_000 {
+            table.remove(&ns, &format!("p{index}").into());
+        }
+        for index in 0..60_000 {
+            table.set(&ns, &"one".into(), &pod("1", "n1", &format!("other-{index}"), "Running"));
+        }
+        assert!(table.read().names.len() < 25_000, "{}", table.read().names.len());
     }
 
     #[test]

@@ -5,6 +5,9 @@
 //! replaced, for those proxies alone, by one that refuses everything in its scope: an unknown policy would be skipped
 //! there. A policy that is only tried (`istio.io/dry-run`) is not sent to them, because those before 1.29 enforce it. A
 //! service loses its session affinity towards them. All of that is said in [`Push::exceptions`].
+//!
+//! The same goes to a proxy of ours that is too old for a field ([`Features`]): it would skip the field, and enforce
+//! something else. The condition `Enforced` names it.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,7 +16,9 @@ use bytes::Bytes;
 use model::{Action, Change, Policy, PolicyKey, Rule, Service, Workload};
 use prost::Message;
 use proto::wire::workload::{Address, address};
-use proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, EncodeError, Extensions, MESH_SETTINGS_TYPE_URL};
+use proto::{
+    ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, EncodeError, Extensions, Features, MESH_SETTINGS_TYPE_URL,
+};
 use xds::server::{Change as Update, Generation, Resource, Server};
 
 /// The types that are served, in the order in which new ones are sent: settings before policies, policies before the
@@ -115,6 +120,7 @@ impl<S: Sink> Push<S> {
                     scope: None,
                     plain: None,
                     culvert: Some(body),
+                    needs: Features::NONE,
                 }))
             }
             Change::RemoveWorkload(uid) => {
@@ -156,6 +162,7 @@ impl<S: Sink> Push<S> {
             scope: Some(workload.namespace.clone()),
             plain: Some(body.clone()),
             culvert: Some(body),
+            needs: Features::NONE,
         }))
     }
 
@@ -182,6 +189,7 @@ impl<S: Sink> Push<S> {
             scope: Some(service.namespace.clone()),
             plain: plain.ok(),
             culvert: culvert.ok(),
+            needs: Features::of_service(service),
         }
     }
 
@@ -213,6 +221,7 @@ impl<S: Sink> Push<S> {
             scope: None,
             plain,
             culvert,
+            needs: Features::of_policy(policy),
         }
     }
 }

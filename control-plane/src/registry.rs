@@ -26,6 +26,8 @@ use config::tree::{self, Entry, Limits, Node, Position, Value};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, timeout_at};
 
+use crate::alive::Nodes;
+use crate::in_force::InForce;
 use crate::pods::PodTable;
 use crate::source::{Change, Event, Feed};
 
@@ -59,22 +61,22 @@ pub struct Committed {
     pub since: Instant,
     /// Whether these are the first: from now on proxies may be told.
     pub first: bool,
-    /// Policies that may have to be reported on anew.
-    pub policies: Vec<PolicyReport>,
+    /// Objects of istio.io whose status may have to say something else.
+    pub reports: Vec<Report>,
 }
 
-/// What there is to report of a policy.
+/// What there is to report of an object of istio.io.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PolicyReport {
+pub struct Report {
     /// Which.
-    pub policy: PolicyName,
-    /// The policy as it stands; `None` when it is gone.
-    pub state: Option<PolicyState>,
+    pub name: ObjectName,
+    /// The object as it stands; `None` when it is gone.
+    pub state: Option<ObjectState>,
 }
 
-/// A policy's name.
+/// An object's name.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct PolicyName {
+pub struct ObjectName {
     /// Its kind.
     pub kind: Kind,
     /// Its namespace.
@@ -83,15 +85,32 @@ pub struct PolicyName {
     pub name: Arc<str>,
 }
 
-/// A policy as it stands.
+impl std::fmt::Display for ObjectName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}/{}", self.kind.name(), self.namespace, self.name)
+    }
+}
+
+/// An object as it stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PolicyState {
+pub struct ObjectState {
+    /// Which version of it.
+    pub version: ObjectVersion,
+    /// What is said of it.
+    pub findings: Vec<Diagnostic>,
+}
+
+/// A version of an object, and what decides who reports on it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ObjectVersion {
     /// Which object of this name.
     pub uid: Arc<str>,
     /// Which version of it.
     pub generation: i64,
-    /// What is said of it.
-    pub findings: Vec<Diagnostic>,
+    /// Its label gives it to this revision: the control planes of others do not read it.
+    pub labelled: bool,
+    /// It has a selector: proxies know from their workloads whether it is for them.
+    pub selects: bool,
 }
 
 /// What the registry tells the rest of the process, beside what it commits.
@@ -120,6 +139,10 @@ pub struct Settings {
     pub settings: (String, String),
     /// The revision that this control plane is.
     pub revision: String,
+    /// Namespaces that are read whatever the settings select: of the mesh's own pods.
+    pub own_namespaces: BTreeSet<String>,
+    /// Whether the defaults hold where the ConfigMap is missing at the start; nothing is given out otherwise.
+    pub settings_optional: bool,
 }
 
 /// An object that is read.
@@ -127,7 +150,7 @@ struct Known {
     origin: Arc<str>,
     /// The list that last had it.
     listed: u64,
-    policy: Option<(Arc<str>, i64)>,
+    version: Option<ObjectVersion>,
 }
 
 /// The key of the settings' ConfigMap that lists the tags of this revision, with commas; `culvert tag` writes it.
@@ -158,8 +181,8 @@ pub struct Registry {
     namespaces: HashMap<Arc<str>, Vec<(String, String)>>,
     /// Names that many objects have.
     names: HashSet<Arc<str>>,
-    /// Which origins are policies.
-    policies: HashMap<Arc<str>, PolicyName>,
+    /// Which origins are of objects that are reported on.
+    reported: HashMap<Arc<str>, ObjectName>,
     /// Names of revisions that mean this one at present (`istio.io/rev` of objects may say them).
     tags: BTreeSet<String>,
     relist: watch::Sender<u64>,
@@ -167,13 +190,15 @@ pub struct Registry {
     others: Option<Box<dyn FnOnce() + Send>>,
     overview: Arc<std::sync::Mutex<Overview>>,
     pods: PodTable,
+    nodes: Nodes,
+    in_force: watch::Sender<InForce>,
     /// The namespaces that are read, and whether they may have changed.
     selected: watch::Sender<Arc<BTreeSet<String>>>,
     reselect: bool,
     /// Which namespaces were read until the last commit.
     selectors: Vec<NamespaceSelector>,
     rejected: u64,
-    gone: Vec<PolicyName>,
+    gone: Vec<ObjectName>,
     /// What followed from the settings, before anything else was known.
     early: Vec<model::Change>,
     given_out: bool,
@@ -194,12 +219,14 @@ impl Registry {
             kinds,
             namespaces: HashMap::new(),
             names: HashSet::new(),
-            policies: HashMap::new(),
+            reported: HashMap::new(),
             tags: BTreeSet::new(),
             relist,
             others: Some(others),
             overview: Arc::default(),
             pods: PodTable::default(),
+            nodes: Nodes::default(),
+            in_force: watch::Sender::default(),
             selected: watch::Sender::new(Arc::default()),
             reselect: false,
             selectors: Vec::new(),
@@ -224,10 +251,22 @@ impl Registry {
         self.pods.clone()
     }
 
+    /// The nodes, as a view that stays up to date.
+    #[must_use]
+    pub fn nodes(&self) -> Nodes {
+        self.nodes.clone()
+    }
+
     /// The namespaces that are read, as a view that stays up to date.
     #[must_use]
     pub fn namespaces(&self) -> watch::Receiver<Arc<BTreeSet<String>>> {
         self.selected.subscribe()
+    }
+
+    /// The settings in force, as a view that stays up to date.
+    #[must_use]
+    pub fn in_force(&self) -> watch::Receiver<InForce> {
+        self.in_force.subscribe()
     }
 
     /// What was read.
@@ -293,6 +332,7 @@ impl Registry {
                     (of_kind.complete, of_kind.served, of_kind.asked) = (true, false, false);
                 }
             }
+            Change::KindDeleted => self.delete_kind(kind),
         }
     }
 
@@ -312,9 +352,8 @@ impl Registry {
         if self.names.len() > 2 * self.namespaces.len() + 4096 {
             self.names.retain(|name| Arc::strong_count(name) > 1);
         }
-        let mut policies: Vec<PolicyReport> =
-            self.gone.drain(..).map(|policy| PolicyReport { policy, state: None }).collect();
-        policies.extend(outcome.touched.iter().filter_map(|origin| self.report(origin)));
+        let mut reports: Vec<Report> = self.gone.drain(..).map(|name| Report { name, state: None }).collect();
+        reports.extend(outcome.touched.iter().filter_map(|origin| self.report(origin)));
         let first = !std::mem::replace(&mut self.given_out, true);
         if first {
             self.pods.set_ready();
@@ -323,11 +362,13 @@ impl Registry {
         self.note();
         let mut changes = std::mem::take(&mut self.early);
         changes.extend(outcome.changes);
-        Some(Committed { changes, since, first, policies })
+        Some(Committed { changes, since, first, reports })
     }
 
     fn compile(&mut self) -> Outcome {
         let outcome = self.repository.commit();
+        let settings = self.repository.mesh_config();
+        self.in_force.send_if_modified(|in_force| in_force.update(settings, &self.tags));
         for diagnostic in &outcome.diagnostics {
             match diagnostic.severity {
                 Severity::Error => {
@@ -341,19 +382,12 @@ impl Registry {
         outcome
     }
 
-    /// Reports on all policies anew, for who begins to write their status.
-    #[must_use]
-    pub fn policies(&self) -> Vec<PolicyReport> {
-        self.policies.keys().filter_map(|origin| self.report(origin)).collect()
-    }
-
-    fn report(&self, origin: &Arc<str>) -> Option<PolicyReport> {
-        let policy = self.policies.get(origin)?;
-        let known = self.kinds.get(&policy.kind)?;
-        let known = known.known.get(&(policy.namespace.clone(), policy.name.clone()))?;
-        let (uid, generation) = known.policy.clone()?;
-        let findings = self.repository.about(origin);
-        Some(PolicyReport { policy: policy.clone(), state: Some(PolicyState { uid, generation, findings }) })
+    fn report(&self, origin: &Arc<str>) -> Option<Report> {
+        let name = self.reported.get(origin)?;
+        let known = self.kinds.get(&name.kind)?;
+        let known = known.known.get(&(name.namespace.clone(), name.name.clone()))?;
+        let (version, findings) = (known.version.clone()?, self.repository.about(origin));
+        Some(Report { name: name.clone(), state: Some(ObjectState { version, findings }) })
     }
 
     /// Why nothing is given out yet.
@@ -444,23 +478,23 @@ impl Registry {
         match kind {
             Kind::Namespace => self.set_namespace(&name, decoded),
             Kind::Pod => self.pods.set(&namespace, &name, decoded),
+            Kind::Node => self.nodes.set(&name, decoded),
             _ => {}
         }
-        let policy = is_policy(kind)
-            .then(|| (decoded.bookkeeping.uid.as_str().into(), decoded.bookkeeping.generation));
+        let version = is_reported(kind).then(|| version(decoded));
         let Some(of_kind) = self.kinds.get_mut(&kind) else { return };
         let listed = of_kind.lists;
         let known = of_kind.known.entry((namespace.clone(), name.clone())).or_insert_with(|| Known {
             origin: origin(kind, &namespace, &name),
             listed,
-            policy: None,
+            version: None,
         });
         known.listed = listed;
-        known.policy.clone_from(&policy);
+        known.version.clone_from(&version);
         let origin = known.origin.clone();
-        if policy.is_some() {
-            let policy = PolicyName { kind, namespace, name };
-            self.policies.entry(origin.clone()).or_insert(policy);
+        if version.is_some() {
+            let name = ObjectName { kind, namespace, name };
+            self.reported.entry(origin.clone()).or_insert(name);
         }
         if kind == Kind::ConfigMap {
             self.stage_settings(decoded);
@@ -480,6 +514,7 @@ impl Registry {
         match kind {
             Kind::Namespace => self.pods.set_namespace(&key.1, false),
             Kind::Pod => self.pods.remove(&key.0, &key.1),
+            Kind::Node => self.nodes.remove(name),
             _ => {}
         }
         if kind == Kind::ConfigMap {
@@ -493,7 +528,7 @@ impl Registry {
             self.repository.stage_object(&self.settings_origin(), refused);
             return;
         }
-        self.gone.extend(self.policies.remove(&known.origin));
+        self.gone.extend(self.reported.remove(&known.origin));
         self.repository.stage_object(&known.origin, ObjectContent::Gone);
     }
 
@@ -505,6 +540,17 @@ impl Registry {
         let stale = of_kind.known.iter().filter(|(_, known)| known.listed != lists);
         let stale: Vec<_> = stale.map(|(key, _)| key.clone()).collect();
         for (namespace, name) in stale {
+            self.remove(kind, &namespace, &name);
+        }
+        if kind == Kind::ConfigMap && !self.given_out && !self.settings.settings_optional {
+            self.want_settings();
+        }
+    }
+
+    /// Removes all objects of a kind.
+    fn delete_kind(&mut self, kind: Kind) {
+        let known = self.kinds.get(&kind).into_iter().flat_map(|k| k.known.keys());
+        for (namespace, name) in known.cloned().collect::<Vec<_>>() {
             self.remove(kind, &namespace, &name);
         }
     }
@@ -529,7 +575,7 @@ impl Registry {
         let selectors = self.repository.discovery();
         if selectors.is_empty()
             || namespace == &*self.repository.settings().root_namespace
-            || namespace == self.settings.settings.0
+            || self.settings.own_namespaces.contains(namespace)
         {
             return true;
         }
@@ -612,6 +658,19 @@ impl Registry {
         }
     }
 
+    /// Settings that are not there at the start may have been deleted while nobody looked: the defaults could be weaker.
+    fn want_settings(&mut self) {
+        let (namespace, name) = &self.settings.settings;
+        if self.kinds.get(&Kind::ConfigMap).is_some_and(|maps| maps.known.is_empty()) {
+            let reason = format!(
+                "there is no ConfigMap {namespace}/{name} with the mesh's settings: make it (an empty key mesh is the \
+                 defaults), or start with --mesh-config-optional"
+            );
+            let refused = ObjectContent::Refused(Code::FileUnreadable, &reason);
+            self.repository.stage_object(&self.settings_origin(), refused);
+        }
+    }
+
     /// Takes the ConfigMap's text as the settings of the mesh.
     fn stage_settings(&mut self, decoded: &Decoded) {
         let origin = self.settings_origin();
@@ -648,8 +707,18 @@ impl Registry {
 /// A question to the registry, answered between two commits.
 pub type Ask = Box<dyn FnOnce(&Registry) + Send>;
 
-fn is_policy(kind: Kind) -> bool {
-    matches!(kind, Kind::AuthorizationPolicy | Kind::PeerAuthentication)
+/// Whether the status of a kind's objects is written.
+fn is_reported(kind: Kind) -> bool {
+    kind.spec().is_some_and(|spec| spec.group.ends_with("istio.io"))
+}
+
+fn version(decoded: &Decoded) -> ObjectVersion {
+    ObjectVersion {
+        uid: decoded.bookkeeping.uid.as_str().into(),
+        generation: decoded.bookkeeping.generation,
+        labelled: decoded.label("istio.io/rev").is_some(),
+        selects: decoded.node.get("spec").is_some_and(|spec| spec.get("selector").is_some()),
+    }
 }
 
 /// What an object is called in diagnostics.

@@ -1,133 +1,30 @@
 //! The gRPC port: xDS and the CA on one server, over TLS with a certificate of the mesh's own root.
 //!
 //! Whoever connects proves by a token who he is, for every stream; certificates of clients are not asked for. The mesh's
-//! configuration goes to node proxies only, each as the pod that its token is bound to.
+//! configuration goes to node proxies only, each as the pod that its token is bound to, and as long as that pod is there.
+//! What those may take up who prove nothing is in [`connections`].
 
-use std::io;
-use std::net::SocketAddr;
-use std::pin::Pin;
+mod connections;
+mod proof;
+
 use std::sync::Arc;
-use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use futures_util::Stream;
+use proto::Extensions;
 use proto::wire::core::Node;
-use rustls::ServerConfig;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
-use tonic::transport::server::{Connected, TcpConnectInfo};
 use tonic::{Request, Status};
-use xds::server::{Admission, Authorizer, Caller};
+use xds::server::session::audience;
+use xds::server::{Admission, Authorizer, Caller, ClientStatus, Server};
 
-use crate::ca::{Account, AuthenticationError, Authenticator};
+pub use connections::{Connection, Limits, OfOneSource, Peer, Port, connections};
+pub use proof::Proving;
 
-/// Connections at most: one for each node, and some more.
-const MOST_CONNECTIONS: usize = 12_000;
-/// TLS handshakes at a time.
-const MOST_HANDSHAKES: usize = 256;
-const HANDSHAKE: Duration = Duration::from_secs(10);
+use crate::ca::{Account, AuthenticationError, Authenticator, BoundPod, Pods};
 
-/// A connection that is secured.
-pub struct Connection {
-    stream: TlsStream<TcpStream>,
-    peer: SocketAddr,
-    _place: OwnedSemaphorePermit,
-}
-
-impl Connected for Connection {
-    type ConnectInfo = TcpConnectInfo;
-
-    fn connect_info(&self) -> TcpConnectInfo {
-        TcpConnectInfo { local_addr: None, remote_addr: Some(self.peer) }
-    }
-}
-
-impl AsyncRead for Connection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for Connection {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
-
-/// The connections of a listener, once they are secured. Handshakes go on beside each other.
-pub fn connections(
-    listener: TcpListener,
-    tls: Arc<ServerConfig>,
-) -> impl Stream<Item = io::Result<Connection>> {
-    let (out, accepted) = mpsc::channel(16);
-    let acceptor = TlsAcceptor::from(tls);
-    tokio::spawn(async move {
-        let (places, handshakes) =
-            (Arc::new(Semaphore::new(MOST_CONNECTIONS)), Arc::new(Semaphore::new(MOST_HANDSHAKES)));
-        loop {
-            // Beyond the limit connections wait in the kernel's queue.
-            let (Ok(place), Ok(handshake)) =
-                (places.clone().acquire_owned().await, handshakes.clone().acquire_owned().await)
-            else {
-                return;
-            };
-            let (stream, peer) = tokio::select! {
-                accepted = listener.accept() => match accepted {
-                    Ok(accepted) => accepted,
-                    Err(error) => {
-                        tracing::warn!(error = &error as &dyn std::error::Error, "accept failed");
-                        tokio::time::sleep(Duration::from_millis(100)).await;
-                        continue;
-                    }
-                },
-                () = out.closed() => return,
-            };
-            let _ = stream.set_nodelay(true); // only a matter of speed
-            let (out, acceptor) = (out.clone(), acceptor.clone());
-            tokio::spawn(async move {
-                match tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await {
-                    Ok(Ok(stream)) => {
-                        drop(handshake);
-                        // Closed when the process ends.
-                        let _ = out.send(Ok(Connection { stream, peer, _place: place })).await;
-                    }
-                    Ok(Err(error)) => {
-                        tracing::debug!(%peer, error = &error as &dyn std::error::Error, "no handshake");
-                    }
-                    Err(_) => tracing::debug!(%peer, "no handshake in time"),
-                }
-            });
-        }
-    });
-    tokio_stream::wrappers::ReceiverStream::new(accepted)
-}
+/// How often it is looked whether the pods of streams are still there.
+const LOOK: Duration = Duration::from_secs(10);
+/// A stream may be there before its pod is heard of.
+const LATENESS: Duration = Duration::from_secs(30);
 
 /// Lets node proxies in, by their tokens.
 pub struct NodeProxies {
@@ -148,8 +45,10 @@ impl NodeProxies {
 impl Authorizer for NodeProxies {
     async fn authenticate(&self, request: &Request<()>) -> Result<Caller, Status> {
         let text = |key: &str| request.metadata().get(key).and_then(|value| value.to_str().ok());
-        if let Some(cluster) = text("clusterid").filter(|cluster| *cluster != self.cluster_id) {
-            return Err(Status::permission_denied(format!(
+        // As the CA has it: an empty one says nothing.
+        let cluster = text("clusterid").filter(|cluster| !cluster.is_empty());
+        if let Some(cluster) = cluster.filter(|cluster| *cluster != self.cluster_id) {
+            return Err(Status::unauthenticated(format!(
                 "this control plane is of the cluster {}, and not of {}",
                 self.cluster_id,
                 cluster.chars().take(100).collect::<String>()
@@ -167,28 +66,123 @@ impl Authorizer for NodeProxies {
                 "{caller} is no node proxy of this mesh: --trusted-node-accounts names those that are"
             )));
         }
-        Ok(Caller { name: name_of(&caller.namespace, caller.pod.as_ref().map(|p| p.name.as_str())).into() })
+        Ok(Caller { name: name_of(&caller.namespace, caller.pod.as_ref()).into() })
     }
 
     fn admit(&self, caller: &Caller, node: &Node) -> Result<Admission, Status> {
         // `ztunnel~IP~POD.NAMESPACE~DOMAIN`: what is counted as a proxy that enforces must be that proxy.
         let pod = node.id.split('~').nth(2).unwrap_or_default();
-        let own = caller.name.strip_prefix("pod ");
-        if own.is_some_and(|own| own != pod) {
-            return Err(Status::permission_denied(format!(
+        match pod_of(caller) {
+            Some((own, _)) if own != pod => Err(Status::permission_denied(format!(
                 "the token is of {}, and not of the pod {}",
                 caller.name,
                 pod.chars().take(300).collect::<String>()
-            )));
+            ))),
+            // Whoever has it could say to be any proxy. Our own have always one that is bound.
+            None if audience(node) == Extensions::Culvert => Err(Status::permission_denied(format!(
+                "the token, of {}, is not bound to a pod: use a projected service account token, as the chart does",
+                caller.name
+            ))),
+            _ => Ok(Admission::default()),
         }
-        Ok(Admission::default())
     }
 }
 
 /// The pod that a token is bound to, or the namespace of an account whose token is bound to none.
-fn name_of(namespace: &str, pod: Option<&str>) -> String {
+fn name_of(namespace: &str, pod: Option<&BoundPod>) -> String {
     match pod {
-        Some(pod) => format!("pod {pod}.{namespace}"),
+        Some(pod) => format!("pod {}.{namespace} {}", pod.name, pod.uid),
         None => format!("an account of {namespace}"),
+    }
+}
+
+/// Name and uid of the pod that a caller is, as [`name_of`] wrote them.
+fn pod_of(caller: &Caller) -> Option<(&str, &str)> {
+    caller.name.strip_prefix("pod ")?.split_once(' ')
+}
+
+/// Ends the streams of pods that are gone: a token is looked at when a stream begins, and never again. Runs until the
+/// process ends.
+pub async fn end_streams_of_pods_that_are_gone(server: Server, pods: Arc<dyn Pods>) {
+    loop {
+        tokio::time::sleep(LOOK).await;
+        if pods.is_ready() {
+            server.disconnect(|client| is_of_a_pod_that_is_gone(client, &*pods));
+        }
+    }
+}
+
+fn is_of_a_pod_that_is_gone(client: &ClientStatus, pods: &dyn Pods) -> bool {
+    let Some((name, uid)) = pod_of(&client.caller) else { return false };
+    let Some((pod, namespace)) = name.rsplit_once('.') else { return false };
+    // A clock that was set back makes it younger, and it is looked at again later.
+    let age = SystemTime::now().duration_since(client.connected).unwrap_or_default();
+    let there = pods.pod(namespace, pod).is_some_and(|pod| pod.uid == uid && !pod.finished);
+    if !there && age >= LATENESS {
+        tracing::warn!(
+            caller = &*client.caller.name,
+            "the stream of a pod that is not there any more is ended"
+        );
+        return true;
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ca::PodFacts;
+
+    /// One pod, with uid 1.
+    struct One {
+        finished: bool,
+    }
+
+    impl Pods for One {
+        fn is_ready(&self) -> bool {
+            true
+        }
+
+        fn pod(&self, namespace: &str, name: &str) -> Option<PodFacts> {
+            ((namespace, name) == ("mesh", "ztunnel.a")).then(|| PodFacts {
+                uid: "1".to_owned(),
+                node: None,
+                service_account: "ztunnel".to_owned(),
+                finished: self.finished,
+            })
+        }
+
+        fn has_namespace(&self, _: &str) -> bool {
+            true
+        }
+
+        fn runs_on(&self, _: &str, _: &str, _: &str) -> bool {
+            false
+        }
+    }
+
+    fn client(uid: &str, age: Duration) -> ClientStatus {
+        let pod = BoundPod { name: "ztunnel.a".to_owned(), uid: uid.to_owned(), node: None };
+        ClientStatus {
+            id: xds::server::ClientId(1),
+            node: Arc::default(),
+            caller: Caller { name: name_of("mesh", Some(&pod)).into() },
+            audience: Extensions::Culvert,
+            peer: None,
+            connected: SystemTime::now() - age,
+            types: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_stream_goes_with_its_pod() {
+        let gone = |uid, age, finished| is_of_a_pod_that_is_gone(&client(uid, age), &One { finished });
+        assert!(!gone("1", LATENESS, false));
+        assert!(gone("1", LATENESS, true));
+        assert!(gone("2", LATENESS, false), "another pod of the same name");
+        assert!(!gone("2", Duration::from_secs(1), false), "it may not have been heard of");
+        let unbound =
+            ClientStatus { caller: Caller { name: name_of("mesh", None).into() }, ..client("1", LATENESS) };
+        assert!(!is_of_a_pod_that_is_gone(&unbound, &One { finished: true }));
     }
 }

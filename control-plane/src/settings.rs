@@ -34,9 +34,13 @@ pub struct Flags {
     /// The ConfigMap of this namespace whose key mesh has the mesh's settings (MeshConfig)
     #[arg(long, env = "MESH_CONFIG_MAP", default_value = "culvert", value_name = "NAME")]
     pub mesh_config_map: String,
-    /// The ValidatingWebhookConfiguration whose CA bundle is kept
-    #[arg(long, env = "VALIDATION_WEBHOOK", default_value = "culvert-validator", value_name = "NAME")]
-    pub validation_webhook: String,
+    /// Serve by the defaults where this ConfigMap is missing at the start; without this the mesh waits for it
+    #[arg(long, env = "MESH_CONFIG_OPTIONAL")]
+    pub mesh_config_optional: bool,
+    /// The ValidatingWebhookConfiguration and MutatingWebhookConfiguration that are kept: their CA bundle, and the
+    /// revisions whose objects they are for
+    #[arg(long, env = "WEBHOOKS", default_value = "culvert", value_name = "NAME")]
+    pub webhooks: String,
     /// The accounts of node proxies: they may ask for their node's identities, and for the mesh's configuration. By
     /// default ztunnel of this namespace
     #[arg(long, env = "CA_TRUSTED_NODE_ACCOUNTS", value_name = "NAMESPACE/NAME", value_delimiter = ',')]

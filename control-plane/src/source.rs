@@ -4,24 +4,32 @@
 //! * Nothing is taken for gone but what is deleted, or missing from a complete list: while the server is slow, refuses or
 //!   is away, all stays as it is. Watches are resumed where they were; where the server has forgotten that (410), the
 //!   kind is listed again.
+//! * A server that takes requests and says nothing is no better than one that refuses: see [`answers`].
+//! * The objects of a kind whose definition was deleted are gone, too. That it is not served is not enough: a server that
+//!   is starting may not serve what it has.
 //! * The channel to the registry is short: objects wait in the server, not in this process.
+
+mod answers;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use config::json::Decoded;
-use config::resource::Kind;
+use config::resource::{Kind, KindSpec};
 use futures_util::{StreamExt, pin_mut};
 use kube::Client;
-use kube::api::{Api, ApiResource, GroupVersionKind};
+use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind};
 use kube::error::DiscoveryError;
 use kube::runtime::watcher::{self, Config, Error, watcher};
 use process::metrics::{Counter, Family};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
+use answers::attentive;
+
 use crate::objects::{self, Object, Watched};
+pub use answers::ClockSkew;
 
 /// What happened to the objects of a kind.
 #[derive(Debug)]
@@ -39,8 +47,10 @@ pub enum Change {
     Listing,
     /// The list is complete: what it did not have is gone.
     Listed,
-    /// The server does not have the kind.
+    /// The server does not have the kind. What is known of it stays.
     NotServed,
+    /// The kind was deleted, and all of its objects with it.
+    KindDeleted,
 }
 
 /// An event of a kind.
@@ -60,6 +70,10 @@ const QUEUE: usize = 1024;
 const PAGE: u32 = 500;
 /// How long a kind that is not served is left alone.
 const NOT_SERVED_PAUSE: Duration = Duration::from_secs(5);
+/// So long a kind that was served must be away before it is looked whether it was deleted.
+const AWAY: Duration = Duration::from_secs(60);
+/// A watch works again when it has been answered, and did not fail for so long.
+const STEADY: Duration = Duration::from_secs(5);
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
@@ -70,6 +84,9 @@ pub struct Watches {
     events: Arc<Family<[(&'static str, &'static str); 1], Counter>>,
     /// Watches that fail now.
     failing: AtomicU64,
+    /// Kinds that were served, and are not, whose objects stay in force.
+    away: AtomicU64,
+    skew: Arc<ClockSkew>,
 }
 
 impl Watches {
@@ -80,14 +97,33 @@ impl Watches {
             errors: metrics.counters("pilot_k8s_watch_errors", "Watches of the API server that failed"),
             events: metrics.counters("pilot_k8s_reg_events", "Events from the API server"),
             failing: AtomicU64::new(0),
+            away: AtomicU64::new(0),
+            skew: Arc::default(),
         });
-        let watches = new.clone();
-        let description = process::metrics::Description {
-            name: "culvertd_watches_failing",
-            help: "Kinds whose watch fails now: what they were last stays in force",
-            kind: process::metrics::Kind::Gauge,
-        };
-        metrics.collect(description, move |out| out.integer(&|_| {}, watches.failing()));
+        type Read = fn(&Watches) -> i64;
+        let gauges: [(&'static str, &'static str, Read); 3] = [
+            (
+                "culvertd_watches_failing",
+                "Kinds whose watch fails now: what they were last stays in force",
+                |watches| i64::try_from(watches.failing()).unwrap_or(i64::MAX),
+            ),
+            (
+                "culvertd_kinds_not_served",
+                "Kinds that the API server had and does not serve now, whose objects stay in force",
+                |watches| i64::try_from(watches.away.load(Ordering::Relaxed)).unwrap_or(i64::MAX),
+            ),
+            (
+                "culvertd_api_server_clock_ahead_seconds",
+                "How far the API server's clock is ahead of this control plane's",
+                |watches| watches.skew.seconds(),
+            ),
+        ];
+        for (name, help, read) in gauges {
+            let watches = new.clone();
+            let kind = process::metrics::Kind::Gauge;
+            let description = process::metrics::Description { name, help, kind };
+            metrics.collect(description, move |out| out.integer(&|_| {}, read(&watches)));
+        }
         new
     }
 
@@ -149,8 +185,10 @@ impl Source {
     }
 
     fn spawn<W: Watched>(&self, config: Config, namespace: Option<String>, relist: Relist) {
+        let (client, answers) = attentive(&self.client, &self.watches.skew);
         let follower = Follower {
-            client: self.client.clone(),
+            client,
+            answers,
             config: config.page_size(PAGE),
             namespace,
             out: self.out.clone(),
@@ -159,6 +197,8 @@ impl Source {
             watches: self.watches.clone(),
             pause: Pause::default(),
             failing: false,
+            listed: None,
+            away: None,
         };
         tokio::spawn(follower.run::<W>());
     }
@@ -173,6 +213,8 @@ enum Relist {
 /// Watches one kind.
 struct Follower {
     client: Client,
+    /// Counts the server's good answers.
+    answers: watch::Receiver<u64>,
     config: Config,
     namespace: Option<String>,
     out: mpsc::Sender<Event>,
@@ -181,6 +223,17 @@ struct Follower {
     watches: Arc<Watches>,
     pause: Pause,
     failing: bool,
+    /// The kind's plural, once there may be objects of it that the registry knows.
+    listed: Option<String>,
+    /// Since when it is not served, having been listed.
+    away: Option<Away>,
+}
+
+/// A kind that is not served any more.
+struct Away {
+    since: Instant,
+    /// What was said of it last.
+    said: &'static str,
 }
 
 /// The registry is gone: the process ends.
@@ -208,6 +261,7 @@ impl Follower {
             match find(&self.client, spec).await {
                 Ok(Some(resource)) => {
                     self.works(W::KIND);
+                    self.is_back();
                     tracing::debug!(
                         kind = spec.name,
                         version = resource.version,
@@ -230,11 +284,61 @@ impl Follower {
                         );
                         self.send::<W>(Change::NotServed).await?;
                     }
+                    self.is_away::<W>(spec).await?;
                     tokio::time::sleep(jittered(NOT_SERVED_PAUSE)).await;
                 }
                 Err(error) => self.failed::<W>(chain(&error)).await,
             }
         }
+    }
+
+    /// The kind is served.
+    fn is_back(&mut self) {
+        if self.away.take().is_some() {
+            self.watches.away.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    /// The kind is not served. If it was, its objects stay until it is certain that its definition was deleted.
+    async fn is_away<W: Watched>(&mut self, spec: &KindSpec) -> Result<(), Over> {
+        let Some(plural) = &self.listed else { return Ok(()) };
+        let name = format!("{plural}.{}", spec.group);
+        if self.away.is_none() {
+            self.watches.away.fetch_add(1, Ordering::Relaxed);
+        }
+        let since = self.away.get_or_insert_with(|| Away { since: Instant::now(), said: "" }).since;
+        if since.elapsed() < AWAY {
+            return Ok(());
+        }
+        let definitions = ApiResource::from_gvk_with_plural(
+            &GroupVersionKind::gvk("apiextensions.k8s.io", "v1", "CustomResourceDefinition"),
+            "customresourcedefinitions",
+        );
+        let api: Api<DynamicObject> = Api::all_with(self.client.clone(), &definitions);
+        let (outcome, error) = match api.get_metadata_opt(&name).await {
+            Ok(None) => {
+                tracing::warn!(
+                    kind = spec.name,
+                    "the definition {name} was deleted, and its objects with it: none is in force any more"
+                );
+                self.is_back();
+                self.listed = None;
+                return self.send::<W>(Change::KindDeleted).await;
+            }
+            Ok(Some(_)) => ("its definition is there, and serves no version that is read", String::new()),
+            Err(error) => ("whether its definition was deleted can't be looked at", chain(&error)),
+        };
+        if let Some(away) = &mut self.away
+            && std::mem::replace(&mut away.said, outcome) != outcome
+        {
+            tracing::error!(
+                kind = spec.name,
+                definition = name,
+                error,
+                "a kind is not served any more, and its objects stay in force as they were: {outcome}"
+            );
+        }
+        Ok(())
     }
 
     /// Watches until the kind is not served any more, or has to be found anew.
@@ -246,9 +350,21 @@ impl Follower {
         self.relist.mark_unchanged();
         let stream = watcher(api, self.config.clone());
         pin_mut!(stream);
+        let mut steady: Option<Instant> = None;
         loop {
+            let later = async { tokio::time::sleep_until(steady.unwrap_or_else(Instant::now)).await };
             let next = tokio::select! {
                 next = stream.next() => next,
+                // A watch without events works as well; one that breaks off after each answer does not.
+                Ok(()) = self.answers.changed(), if self.failing => {
+                    steady = Some(Instant::now() + STEADY);
+                    continue;
+                }
+                () = later, if steady.is_some() => {
+                    steady = None;
+                    self.works(W::KIND);
+                    continue;
+                }
                 changed = self.relist.changed(), if self.relists => {
                     return changed.map_err(|_| Over);
                 }
@@ -257,7 +373,9 @@ impl Follower {
                 None => return Ok(()),
                 Some(Err(error)) => {
                     let stuck = is_stuck(&error);
+                    steady = None;
                     self.failed::<W>(chain(&error)).await;
+                    self.answers.mark_unchanged();
                     if stuck {
                         return Ok(());
                     }
@@ -270,7 +388,10 @@ impl Follower {
                 self.works(W::KIND);
             }
             let change = match event {
-                watcher::Event::Init => Change::Listing,
+                watcher::Event::Init => {
+                    self.listed = Some(resource.plural.clone());
+                    Change::Listing
+                }
                 watcher::Event::InitDone => Change::Listed,
                 watcher::Event::Apply(object) | watcher::Event::InitApply(object) => {
                     Change::Set(Box::new(object.decoded))
@@ -319,6 +440,7 @@ impl Drop for Follower {
         if self.failing {
             self.watches.failing.fetch_sub(1, Ordering::Relaxed);
         }
+        self.is_back();
     }
 }
 

@@ -16,24 +16,28 @@ use process::readiness::Readiness;
 use process::shutdown::Shutdown;
 use process::{admin as pages, runtimes};
 use rustls::RootCertStore;
-use rustls::pki_types::ServerName;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio_rustls::TlsAcceptor;
 use xds::server::{Config as XdsConfig, Server};
 
+use crate::alive::{Nodes, Ztunnels};
 use crate::ca::{Account, Authenticator, Ca, CaSettings, KubeReviewer, Namespaces, Proxy, service_names};
 use crate::debug::Views;
+use crate::in_force::InForce;
 use crate::leader::Election;
 use crate::metrics::{self, Streams};
-use crate::pods::{PodTable, Trusting};
+use crate::pods::PodTable;
 use crate::push::{Exceptions, Push, TYPES};
 use crate::registry::{self, Ask, Committed, Overview, Registry};
-use crate::serve::{NodeProxies, connections};
+use crate::serve::{self, NodeProxies, Port, Proving, connections};
 use crate::settings::Flags;
 use crate::source::{Source, Watches};
-use crate::status::peers::{self, Peers, Reach};
-use crate::status::{Followers, Keeper, Reports, Writer};
+use crate::status::exchange::{Exchange, Keys};
+use crate::status::peers::{Peers, Reach};
+use crate::status::{Followers, Keeper, Writer};
+use crate::trusted;
+use crate::trusting::{Bundles, Trusting};
 use crate::webhook::{self, Webhook, bundle};
 
 /// HTTP/2 pings: they end the connections of proxies that are gone.
@@ -43,6 +47,9 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 const MOST_STREAMS: u32 = 128;
 /// After it is told to end, for others to learn that it does: new streams still come until then.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How long the API server may take to take a connection, and then to say something; watches are looked after beside.
+const CONNECT: Duration = Duration::from_secs(10);
+const SILENCE: Duration = Duration::from_secs(150);
 
 /// Runs until a signal, or the admin port, ends the process in good order.
 ///
@@ -77,7 +84,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
 /// # Errors
 /// The kubeconfig can't be read, or this is no pod.
 pub async fn client(flags: &Flags) -> anyhow::Result<Client> {
-    let config = match &flags.kubeconfig {
+    let mut config = match &flags.kubeconfig {
         Some(path) => {
             let file =
                 Kubeconfig::read_from(path).with_context(|| format!("{} (--kubeconfig)", path.display()))?;
@@ -86,17 +93,9 @@ pub async fn client(flags: &Flags) -> anyhow::Result<Client> {
         None => kube::Config::incluster()
             .context("no API server: this is no pod; outside a cluster say --kubeconfig FILE")?,
     };
+    // A server that takes connections and says nothing is not waited for for ever.
+    (config.connect_timeout, config.read_timeout) = (Some(CONNECT), Some(SILENCE));
     Ok(Client::try_from(config)?)
-}
-
-fn trusted(flags: &Flags) -> anyhow::Result<Vec<Account>> {
-    if flags.trusted_node_accounts.is_empty() {
-        return Ok(CaSettings::new(&flags.namespace, &flags.cluster_id).trusted);
-    }
-    let accounts = flags.trusted_node_accounts.iter().map(|text| {
-        text.trim().parse::<Account>().map_err(|error| anyhow::anyhow!("--trusted-node-accounts: {error}"))
-    });
-    accounts.collect()
 }
 
 /// The ports, bound before anything else: a second process must not get as far as leading.
@@ -132,8 +131,8 @@ async fn serve(flags: &Flags, settings: &process::settings::Settings, logs: &Log
     let certified = readiness.condition("the certificate authority");
     let ports = Ports::bind(flags, settings).await?;
     let plane = Plane::new(flags, logs).await?;
-    let (known, reported) = plane.read_cluster(flags)?;
-    let leader = plane.lead(flags, &known, reported, &shutdown);
+    let known = plane.read_cluster(flags)?;
+    let leader = plane.lead(flags, &known, &shutdown);
     let grpc = plane.serve_proxies(ports.grpc, &known, &shutdown)?;
     plane.serve_webhook(flags, ports.webhook, &known)?;
     metrics::register(&plane.metrics, &known.overview, &known.exceptions);
@@ -173,7 +172,10 @@ struct Plane {
 /// What is known of the cluster, as views that stay up to date.
 struct Known {
     pods: PodTable,
+    nodes: Nodes,
+    ztunnels: Ztunnels,
     namespaces: Namespaces,
+    in_force: watch::Receiver<InForce>,
     overview: Arc<Mutex<Overview>>,
     exceptions: Exceptions,
     followers: Followers,
@@ -185,7 +187,8 @@ struct Known {
 impl Plane {
     async fn new(flags: &Flags, logs: &Logs) -> anyhow::Result<Self> {
         let client = client(flags).await?;
-        let trusted = trusted(flags)?;
+        let trusted = trusted::accounts(flags)?;
+        trusted::may_serve(&client, flags, &trusted).await?;
         let metrics = Metrics::new();
         register_process(&metrics);
         build_info(&metrics, "culvertd", env!("CARGO_PKG_VERSION"));
@@ -199,20 +202,28 @@ impl Plane {
     }
 
     /// Starts to read the cluster, to compile it, and to tell proxies.
-    fn read_cluster(&self, flags: &Flags) -> anyhow::Result<(Known, mpsc::UnboundedReceiver<Reports>)> {
+    fn read_cluster(&self, flags: &Flags) -> anyhow::Result<Known> {
         let map = (flags.namespace.clone(), flags.mesh_config_map.clone());
         let (source, feed) = Source::new(self.client.clone(), map.clone(), Watches::new(&self.metrics));
         source.start_first();
-        let settings =
-            registry::Settings { options: options(flags), settings: map, revision: flags.revision.clone() };
+        let settings = registry::Settings {
+            options: options(flags),
+            settings: map,
+            revision: flags.revision.clone(),
+            own_namespaces: trusted::namespaces(flags, &self.trusted),
+            settings_optional: flags.mesh_config_optional,
+        };
         let others = on_this_runtime(move || source.start_others());
         let registry = Registry::new(settings, feed.relist.clone(), Box::new(others));
-        let (reports, reported) = mpsc::unbounded_channel();
         let (asks, asked) = mpsc::channel(4);
         let (given_out, first) = watch::channel(false);
+        registry.pods().follow(self.trusted.clone());
         let known = Known {
             pods: registry.pods(),
+            nodes: registry.nodes(),
+            ztunnels: Ztunnels::new(registry.pods(), registry.nodes(), Some(self.client.clone())),
             namespaces: registry.namespaces(),
+            in_force: registry.in_force(),
             overview: registry.overview(),
             exceptions: Exceptions::default(),
             followers: Followers::default(),
@@ -227,31 +238,33 @@ impl Plane {
             push: Push::new(self.server.clone(), known.exceptions.clone()),
             server: self.server.clone(),
             ca: self.ca.clone(),
-            reports,
+            followers: known.followers.clone(),
             given_out,
             delay: delay.with(&()),
         };
         registry::spawn(registry, feed, asked, move |committed| out.take(committed))
             .context("the registry's thread")?;
-        Ok((known, reported))
+        Ok(known)
     }
 
     /// Starts what the leader does, and the election; a view of who leads.
-    fn lead(
-        &self,
-        flags: &Flags,
-        known: &Known,
-        reported: mpsc::UnboundedReceiver<Reports>,
-        shutdown: &Shutdown,
-    ) -> watch::Receiver<Option<String>> {
+    fn lead(&self, flags: &Flags, known: &Known, shutdown: &Shutdown) -> watch::Receiver<Option<String>> {
         let identity = format!("{}_{:08x}", flags.pod_name, std::process::id());
         let (election, leads, leader) =
             Election::new(self.client.clone(), &flags.namespace, &flags.revision, identity);
         let webhook: Arc<Mutex<Option<Proxy>>> = Arc::default();
         let seen = webhook.clone();
+        let (others, own) = (Bundles::default(), flags.webhooks.clone());
+        let bundles = others.clone().follow(self.client.clone(), flags.namespace.clone(), own, leads.clone());
+        tokio::spawn(bundles);
+        let (pods, nodes) = (known.pods.clone(), known.nodes.clone());
         let fleet = Trusting {
-            pods: known.pods.clone(),
-            accounts: self.trusted.clone(),
+            // Apart from the status keeper's, which has other doubts.
+            ztunnels: Ztunnels::new(pods.clone(), nodes.clone(), Some(self.client.clone())),
+            pods,
+            nodes,
+            namespaces: trusted::namespaces(flags, &self.trusted),
+            others,
             webhook: Arc::new(move || seen.lock().unwrap_or_else(PoisonError::into_inner).clone()),
         };
         let (ca, client) = (self.ca.clone(), self.client.clone());
@@ -263,11 +276,19 @@ impl Plane {
             peers: Peers::new(Some(reach(flags, &self.client, &self.ca))),
             writer: Writer::new(self.client.clone()),
             exceptions: known.exceptions.clone(),
+            ztunnels: known.ztunnels.clone(),
+            revision: flags.revision.clone(),
             leads: leads.clone(),
         };
-        tokio::spawn(keeper.run(reported));
-        let name = flags.validation_webhook.clone();
-        tokio::spawn(bundle::keep(self.client.clone(), name, roots(&self.ca), leads, webhook));
+        tokio::spawn(keeper.run(self.metrics.clone()));
+        let kept = bundle::Kept {
+            name: flags.webhooks.clone(),
+            revision: flags.revision.clone(),
+            roots: roots(&self.ca),
+            in_force: known.in_force.clone(),
+            seen: webhook,
+        };
+        tokio::spawn(kept.run(self.client.clone(), leads));
         tokio::spawn(election.run(shutdown.clone()));
         leader
     }
@@ -279,13 +300,18 @@ impl Plane {
         known: &Known,
         shutdown: &Shutdown,
     ) -> anyhow::Result<tokio::task::JoinHandle<Result<(), tonic::transport::Error>>> {
+        let port = Port::new(serve::Limits::default(), &self.metrics);
+        let gone =
+            serve::end_streams_of_pods_that_are_gone(self.server.clone(), Arc::new(known.pods.clone()));
+        tokio::spawn(gone);
         let grpc = tonic::transport::Server::builder()
             .http2_keepalive_interval(Some(KEEPALIVE))
             .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
             .max_concurrent_streams(MOST_STREAMS)
+            .layer(Proving(port.clone()))
             .add_service(self.server.service())
             .add_service(self.ca.service(self.client.clone(), Arc::new(known.pods.clone())));
-        let incoming = connections(listener, self.ca.server_config(&[b"h2"])?);
+        let incoming = connections(listener, self.ca.server_config(&[b"h2"])?, port);
         let ending = shutdown.clone();
         Ok(tokio::spawn(grpc.serve_with_incoming_shutdown(incoming, async move {
             ending.draining().await;
@@ -295,13 +321,10 @@ impl Plane {
 
     /// Serves the webhook, and what other control planes ask.
     fn serve_webhook(&self, flags: &Flags, listener: TcpListener, known: &Known) -> anyhow::Result<()> {
-        let webhook = Arc::new(Webhook::new(options(flags), &self.metrics));
-        let (followers, server) = (known.followers.clone(), self.server.clone());
-        let routes = webhook.routes(Routes::new("culvertd"));
-        let routes = routes.get(peers::PATH, "what the proxies of this control plane enforce", move |_| {
-            let answer = http::Response::json(&followers.local(&server));
-            async { answer }
-        });
+        let webhook = Arc::new(Webhook::new(options(flags), known.in_force.clone(), &self.metrics));
+        let (followers, revision) = (known.followers.clone(), flags.revision.clone());
+        let exchange = Exchange::new(followers, self.server.clone(), revision, keys(&self.ca));
+        let routes = exchange.routes(webhook.routes(Routes::new("culvertd")));
         let acceptor = TlsAcceptor::from(self.ca.server_config(&[b"http/1.1"])?);
         let secure = move |stream| {
             let acceptor = acceptor.clone();
@@ -339,6 +362,8 @@ fn options(flags: &Flags) -> compile::Options {
 fn ca(flags: &Flags, trusted: &[Account], metrics: &Metrics) -> Ca {
     let settings = CaSettings {
         trusted: trusted.to_vec(),
+        own_namespaces: trusted::namespaces(flags, trusted),
+        pod: flags.pod_name.clone(),
         serving_names: service_names(&flags.service, &flags.namespace, "cluster.local"),
         ..CaSettings::new(&flags.namespace, &flags.cluster_id)
     };
@@ -360,7 +385,7 @@ struct Out {
     push: Push<Server>,
     server: Server,
     ca: Ca,
-    reports: mpsc::UnboundedSender<Reports>,
+    followers: Followers,
     given_out: watch::Sender<bool>,
     delay: Handle<(), Histogram>,
 }
@@ -379,10 +404,7 @@ impl Out {
             self.given_out.send_replace(true);
             tracing::info!(resources = committed.changes.len(), "the mesh is served");
         }
-        if !committed.policies.is_empty() {
-            // Who follows policies goes when the process does.
-            let _ = self.reports.send((committed.policies, generation));
-        }
+        self.followers.take(committed.reports, &committed.changes, generation);
     }
 }
 
@@ -427,17 +449,13 @@ fn roots(ca: &Ca) -> bundle::Roots {
 
 /// How the other control planes are asked.
 fn reach(flags: &Flags, client: &Client, ca: &Ca) -> Reach {
-    let ca = ca.clone();
-    let name = format!("{}.{}.svc", flags.service, flags.namespace);
+    let (keys, ca) = (keys(ca), ca.clone());
     Reach {
         client: client.clone(),
         namespace: flags.namespace.clone(),
-        service: flags.service.clone(),
         own_pod: flags.pod_name.clone(),
-        port: flags.webhook_address.port(),
-        server_name: ServerName::try_from(name).unwrap_or_else(|_| {
-            ServerName::IpAddress(std::net::IpAddr::from(std::net::Ipv4Addr::UNSPECIFIED).into())
-        }),
+        own_revision: flags.revision.clone(),
+        keys,
         tls: Arc::new(move || {
             let in_force = ca.current().get()?;
             let mut roots = RootCertStore::empty();
@@ -446,4 +464,15 @@ fn reach(flags: &Flags, client: &Client, ca: &Ca) -> Reach {
             Some(Arc::new(config))
         }),
     }
+}
+
+/// What control planes have in common: the keys of who signs, and, while the root is exchanged, of who will.
+fn keys(ca: &Ca) -> Keys {
+    let ca = ca.clone();
+    let secrets = move |take: &mut dyn FnMut(&[u8])| {
+        let Some(in_force) = ca.current().get() else { return };
+        let record = &in_force.record;
+        std::iter::once(&record.signer).chain(&record.next).for_each(|s| take(s.key.secret_der()));
+    };
+    Keys::new(Arc::new(secrets), Clock::system())
 }

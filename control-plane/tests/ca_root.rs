@@ -44,6 +44,10 @@ impl Fleet for Proxies {
     fn proxies(&self) -> Option<Vec<Proxy>> {
         self.0.lock().unwrap().clone()
     }
+
+    fn dead(&self) -> Vec<String> {
+        vec!["n/gone (its node is not ready: n9)".to_owned()]
+    }
 }
 
 struct Replica {
@@ -345,7 +349,8 @@ async fn a_rotation_waits_for_those_who_do_not_trust_the_new_root_and_for_the_la
     leader.keeper.round().await;
     assert_eq!(leader.root(), a);
     let status = annotation(&api, STATUS).unwrap();
-    assert!(status.contains("1 of 2") && status.ends_with("shop/waypoint"), "{status}");
+    assert!(status.contains("1 of 2") && status.contains("new one: shop/waypoint;"), "{status}");
+    assert!(status.ends_with("not counted: n/gone (its node is not ready: n9)"), "{status}");
     let writes = api.writes().len();
     leader.keeper.round().await;
     assert_eq!(api.writes().len(), writes, "nothing new, nothing written");
@@ -588,4 +593,58 @@ async fn until(mut condition: impl FnMut() -> bool) {
         }
     });
     patience.await.expect("it does not come");
+}
+
+#[tokio::test]
+async fn beside_an_istiod_our_own_pods_have_a_root_of_their_own_and_its_config_maps_are_left_alone() {
+    let api = FakeApi::default();
+    api.serve_trust_bundles();
+    let path = |namespace: &str, name: &str| {
+        format!("/api/v1/namespaces/{namespace}/configmaps/{name}-ca-root-cert")
+    };
+    let istiods = |what: &str, fields: Value| json!([{"manager": "pilot-discovery", "operation": what, "fieldsType": "FieldsV1", "fieldsV1": fields}]);
+    let fields = istiods("Update", json!({"f:data": {"f:root-cert.pem": {}}}));
+    let theirs = json!({"apiVersion": "v1", "kind": "ConfigMap", "data": {"root-cert.pem": "theirs"},
+        "metadata": {"name": "istio-ca-root-cert", "namespace": "culvert-system", "managedFields": fields}});
+    api.put(&path("culvert-system", "istio"), theirs);
+    let bundle = "/apis/certificates.k8s.io/v1beta1/clustertrustbundles/istio.io:istiod-ca:root-cert";
+    let fields = istiods("Update", json!({"f:spec": {"f:trustBundle": {}}}));
+    api.put(
+        bundle,
+        json!({"apiVersion": "certificates.k8s.io/v1beta1", "kind": "ClusterTrustBundle",
+            "metadata": {"name": "istio.io:istiod-ca:root-cert", "managedFields": fields},
+            "spec": {"trustBundle": "theirs"}}),
+    );
+    let domains = TrustDomains::only(TrustDomain::cluster_local());
+    let settings = CaSettings {
+        own_namespaces: ["culvert-system", "proxies"].map(str::to_owned).into(),
+        ..CaSettings::new("culvert-system", "Kubernetes")
+    };
+    let registry = process::metrics::Registry::new();
+    let ca = Ca::new(settings, domains, Clock::system(), &registry);
+    let names = BTreeSet::from(["shop".to_owned(), "culvert-system".to_owned()]);
+    let (_namespaces, receiver) = watch::channel(Arc::new(names));
+    let (_leads, leader) = watch::channel(true);
+    let fleet = Arc::new(Proxies(Mutex::new(Some(Vec::new()))));
+    tokio::spawn(ca.clone().run(api.client(), fleet, receiver, leader));
+    tokio::time::timeout(Duration::from_secs(10), ca.wait_ready()).await.unwrap();
+    let roots = ca.current().get().unwrap().roots_pem.clone();
+    let held = |namespace: &str, name: &str| {
+        Some(api.get(&path(namespace, name))?["data"]["root-cert.pem"].as_str()?.to_owned())
+    };
+    for (namespace, name) in [("culvert-system", "culvert"), ("proxies", "culvert"), ("shop", "istio")] {
+        until(|| held(namespace, name).as_ref() == Some(&roots)).await;
+    }
+    until(|| ca.current().status().of_others == BTreeMap::from([("pilot-discovery".to_owned(), 1)])).await;
+    let text = registry.encode(process::metrics::Format::Prometheus);
+    assert!(text.contains("culvert_ca_config_maps_of_others 1"), "{text}");
+    // Its own is put right, whoever writes it; what is another's is not written, however long it lasts.
+    api.delete(&path("culvert-system", "culvert"));
+    until(|| held("culvert-system", "culvert").as_ref() == Some(&roots)).await;
+    assert_eq!(held("culvert-system", "istio").as_deref(), Some("theirs"));
+    assert_eq!(api.get(bundle).unwrap()["spec"]["trustBundle"], "theirs");
+    // The istiod is gone, and somebody deletes what it left.
+    api.delete(&path("culvert-system", "istio"));
+    until(|| held("culvert-system", "istio").as_ref() == Some(&roots)).await;
+    until(|| ca.current().status().of_others.is_empty()).await;
 }

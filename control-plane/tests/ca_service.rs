@@ -17,6 +17,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use control_plane::ca::{
     Ca, CaSettings, Fleet, KubeReviewer, PodFacts, Pods, Proxy, ROTATE, TRUSTED_ROOTS, trusted_roots,
 };
+use control_plane::serve::{Limits, Port, Proving, connections};
 use fake_api::FakeApi;
 use identity::{
     CaClient, CaClientSettings, CertificateSettings, Certificates, Clock, Issuer, RootId, SigningRequest,
@@ -34,6 +35,8 @@ use tonic::{Code, Request, Status};
 
 const CART: &str = "spiffe://cluster.local/ns/shop/sa/cart";
 const OWN: &str = "/api/v1/namespaces/culvert-system/secrets/culvert-ca-secret";
+/// After so long, the port closes what nobody known uses.
+const UNPROVEN: Duration = Duration::from_secs(2);
 const ZTUNNEL: &str = "/api/v1/namespaces/culvert-system/pods/ztunnel-1";
 
 /// One node; its proxy, and pods of the shop.
@@ -59,6 +62,10 @@ impl Pods for Store {
 
     fn has_namespace(&self, namespace: &str) -> bool {
         ["shop", "culvert-system"].contains(&namespace)
+    }
+
+    fn is_waypoint(&self, namespace: &str, name: &str) -> bool {
+        (namespace, name) == ("shop", "waypoint-1")
     }
 
     fn runs_on(&self, node: &str, namespace: &str, account: &str) -> bool {
@@ -110,7 +117,8 @@ impl Cluster {
         tokio::spawn(ca.clone().run(api.client(), Arc::new(FromPods(api.clone())), receiver, leader));
         ca.wait_ready().await;
         let store = Arc::new(Store::default());
-        let address = serve(&ca, &api, store.clone()).await;
+        let port = Port::new(Limits { unproven: UNPROVEN, ..Limits::default() }, &registry);
+        let address = serve(&ca, &api, store.clone(), port).await;
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
         let cluster = Self { api, ca, store, registry, address, dir, _senders: (leads, namespaces) };
         cluster.write_roots();
@@ -186,21 +194,12 @@ impl Cluster {
     }
 }
 
-async fn serve(ca: &Ca, api: &FakeApi, pods: Arc<Store>) -> SocketAddr {
+async fn serve(ca: &Ca, api: &FakeApi, pods: Arc<Store>, port: Port) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let acceptor = tokio_rustls::TlsAcceptor::from(ca.server_config(&[b"h2"]).unwrap());
-    let (sender, receiver) = tokio::sync::mpsc::channel(8);
-    tokio::spawn(async move {
-        while let Ok((tcp, _)) = listener.accept().await {
-            if let Ok(tls) = acceptor.accept(tcp).await {
-                let _ = sender.send(Ok::<_, std::io::Error>(tls)).await;
-            }
-        }
-    });
-    let service = ca.service(api.client(), pods);
-    let incoming = tokio_stream::wrappers::ReceiverStream::new(receiver);
-    tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming));
+    let incoming = connections(listener, ca.server_config(&[b"h2"]).unwrap(), port.clone());
+    let mut server = tonic::transport::Server::builder().layer(Proving(port));
+    tokio::spawn(server.add_service(ca.service(api.client(), pods)).serve_with_incoming(incoming));
     address
 }
 
@@ -415,6 +414,86 @@ async fn a_pod_that_the_control_plane_hears_of_a_moment_later_is_waited_for() {
         store.late.store(true, Ordering::SeqCst);
     });
     client.issue(&spiffe("spiffe://cluster.local/ns/shop/sa/late")).await.unwrap();
+}
+
+/// A clock that is ahead by so many seconds.
+#[derive(Debug)]
+struct Ahead(i64);
+
+impl rustls::time_provider::TimeProvider for Ahead {
+    fn current_time(&self) -> Option<rustls_pki_types::UnixTime> {
+        let now = Clock::system().now().as_secs().saturating_add_signed(self.0);
+        Some(rustls_pki_types::UnixTime::since_unix_epoch(Duration::from_secs(now)))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_whose_clock_is_a_little_late_is_served_and_one_that_is_far_off_is_told_so() {
+    let cluster = Cluster::start().await;
+    let ask = async |ahead: i64| {
+        let clock = Clock::new(Arc::new(Ahead(ahead)));
+        let domains = TrustDomains::only(TrustDomain::cluster_local());
+        let settings = cluster.client_settings(&[cluster.address]);
+        let client = CaClient::start(settings, &cluster.path("root-cert.pem"), None, domains, clock.clone());
+        let client = Arc::new(client.unwrap());
+        let bundle = client.bundle().clone();
+        let certificates = Certificates::new(client, bundle, CertificateSettings::default(), None, clock);
+        certificates.get(&spiffe(CART)).await.map(drop).map_err(|error| error.to_string())
+    };
+    // Certificates are valid from two minutes before.
+    for ahead in [-90, 0, 3600] {
+        ask(ahead).await.unwrap();
+    }
+    for ahead in [-600, 25 * 3600] {
+        let error = ask(ahead).await.unwrap_err();
+        assert!(error.contains("compare the clocks"), "{ahead}: {error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_waypoint_can_say_which_roots_it_trusts_and_a_workload_can_not() {
+    let cluster = Cluster::start().await;
+    let path = |pod: &str| format!("/api/v1/namespaces/shop/pods/{pod}");
+    let start = |pod: &str| {
+        let metadata = json!({"name": pod, "namespace": "shop", "uid": format!("uid-{pod}")});
+        cluster.api.put(&path(pod), json!({"apiVersion": "v1", "kind": "Pod", "metadata": metadata}));
+        std::fs::write(cluster.path("token"), cluster.token("shop:cart", Some(pod))).unwrap();
+        cluster.client(&[cluster.address])
+    };
+    let root = cluster.ca.current().get().unwrap().authority.root();
+    for (pod, said) in [("cart-1", false), ("waypoint-1", true)] {
+        let client = start(pod);
+        // It goes on to say it until it is heard.
+        let mut reported = client.reported();
+        let heard =
+            tokio::time::timeout(Duration::from_secs(60), reported.wait_for(|ids| *ids == [root])).await;
+        drop(heard.expect("the report").unwrap());
+        client.issue(&spiffe(CART)).await.unwrap();
+        let annotation =
+            cluster.api.get(&path(pod)).unwrap()["metadata"]["annotations"][TRUSTED_ROOTS].clone();
+        assert_eq!(
+            annotation.as_str().is_some_and(|text| text == root.to_string()),
+            said,
+            "{pod}: {annotation}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_asks_after_a_pause_connects_anew() {
+    let cluster = Cluster::start().await;
+    let client = cluster.client(&[cluster.address]);
+    for _ in 0..2 {
+        client.issue(&spiffe(CART)).await.unwrap();
+        until(|| cluster.metric("culvertd_connections") == 0).await;
+    }
+    // One that goes on asking is not cut off in between.
+    let end = tokio::time::Instant::now() + 2 * UNPROVEN;
+    while tokio::time::Instant::now() < end {
+        client.issue(&spiffe(CART)).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    assert_eq!(cluster.metric("culvertd_connections"), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,311 +1,15 @@
 //! The program on a real API server: from `kubectl apply` to a proxy, to the policy's status, through the API server's
-//! death. Its programs are those that the scenarios' cluster builds (`target/kube/bin`); without them the test says so and
-//! passes, unless `CULVERT_REQUIRE_KUBE` is set.
+//! death.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
-#![allow(
-    clippy::print_stderr,
-    clippy::disallowed_types,
-    reason = "says that it was skipped; waits for other processes"
-)]
 
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+mod apiserver;
 
+use std::time::Duration;
+
+use apiserver::{Cluster, Plane, apply_crds, fill, next, pod, policy, set_address, until_named};
 use base64::Engine as _;
-use control_plane::push::TYPES;
 use proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
-use serde_json::{Value, json};
-use tempfile::TempDir;
-use xds::client::{Client, NodeInfo, Settings, Update, Updates};
-
-/// A process that ends with the test.
-struct Process(Child);
-
-impl Process {
-    fn start(command: &mut Command, log: &Path) -> Self {
-        let log = std::fs::File::options().create(true).append(true).open(log).unwrap();
-        let command = command.stdout(log.try_clone().unwrap()).stderr(log).stdin(Stdio::null());
-        Self(command.spawn().unwrap())
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
-/// etcd and an API server on loopback.
-struct Cluster {
-    programs: PathBuf,
-    files: TempDir,
-    port: u16,
-    etcd_port: u16,
-    api: Option<Process>,
-    _etcd: Process,
-}
-
-impl Cluster {
-    fn start() -> Option<Self> {
-        let programs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/kube/bin");
-        if !["etcd", "kube-apiserver", "kubectl"].iter().all(|program| programs.join(program).exists()) {
-            let missing =
-                format!("no Kubernetes in {} (cargo run -p kube-tests -- cluster build)", programs.display());
-            assert!(std::env::var_os("CULVERT_REQUIRE_KUBE").is_none(), "{missing}");
-            eprintln!("skipped: {missing}");
-            return None;
-        }
-        let files = TempDir::new().unwrap();
-        let at = |name: &str| files.path().join(name);
-        let (client, peer) = (free_port(), free_port());
-        let url = |port: u16| format!("http://127.0.0.1:{port}");
-        let mut etcd = Command::new(programs.join("etcd"));
-        etcd.arg("--data-dir").arg(at("etcd")).args(["--log-level", "error", "--name", "one"]);
-        etcd.args(["--listen-client-urls", &url(client), "--advertise-client-urls", &url(client)]);
-        etcd.args(["--listen-peer-urls", &url(peer), "--initial-advertise-peer-urls", &url(peer)]);
-        etcd.args(["--initial-cluster", &format!("one={}", url(peer))]);
-        let etcd = Process::start(&mut etcd, &at("etcd.log"));
-        let key = rcgen::KeyPair::generate().unwrap();
-        std::fs::write(at("sa.key"), key.serialize_pem()).unwrap();
-        std::fs::write(at("sa.pub"), key.public_key_pem()).unwrap();
-        std::fs::write(at("tokens.csv"), "admintoken,admin,1,system:masters\n").unwrap();
-        let mut cluster =
-            Self { programs, files, port: free_port(), etcd_port: client, api: None, _etcd: etcd };
-        cluster.start_api();
-        let config = json!({
-            "apiVersion": "v1", "kind": "Config", "current-context": "x",
-            "clusters": [{ "name": "c", "cluster": {
-                "server": format!("https://127.0.0.1:{}", cluster.port), "insecure-skip-tls-verify": true,
-            } }],
-            "users": [{ "name": "u", "user": { "token": "admintoken" } }],
-            "contexts": [{ "name": "x", "context": { "cluster": "c", "user": "u" } }],
-        });
-        std::fs::write(cluster.kubeconfig(), config.to_string()).unwrap();
-        cluster.until("the API server", || cluster.kubectl(&["get", "--raw", "/readyz"], "").is_ok());
-        Some(cluster)
-    }
-
-    fn at(&self, name: &str) -> PathBuf {
-        self.files.path().join(name)
-    }
-
-    fn kubeconfig(&self) -> PathBuf {
-        self.at("kubeconfig")
-    }
-
-    fn start_api(&mut self) {
-        let mut api = Command::new(self.programs.join("kube-apiserver"));
-        let file = |flag: &str, name: &str| format!("--{flag}={}", self.at(name).display());
-        api.args([
-            format!("--etcd-servers=http://127.0.0.1:{}", self.etcd_port),
-            format!("--secure-port={}", self.port),
-            file("cert-dir", "certs"),
-            file("service-account-key-file", "sa.pub"),
-            file("service-account-signing-key-file", "sa.key"),
-            file("token-auth-file", "tokens.csv"),
-        ]);
-        api.args([
-            "--bind-address=127.0.0.1",
-            "--advertise-address=127.0.0.1",
-            "--endpoint-reconciler-type=none",
-            "--service-account-issuer=https://kubernetes.default.svc",
-            "--api-audiences=https://kubernetes.default.svc,istio-ca",
-            "--service-cluster-ip-range=10.96.0.0/16",
-            "--authorization-mode=RBAC",
-            "--disable-admission-plugins=ServiceAccount",
-        ]);
-        self.api = Some(Process::start(&mut api, &self.at("apiserver.log")));
-    }
-
-    fn kubectl(&self, arguments: &[&str], input: &str) -> Result<String, String> {
-        let mut kubectl = Command::new(self.programs.join("kubectl"));
-        kubectl.arg("--kubeconfig").arg(self.kubeconfig()).args(arguments).arg("--request-timeout=20s");
-        kubectl.env("HOME", self.files.path());
-        let piped = kubectl.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = piped.spawn().unwrap();
-        child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
-        let output = child.wait_with_output().unwrap();
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
-    }
-
-    fn apply(&self, object: &Value) {
-        let applied = self.kubectl(&["apply", "-f", "-"], &object.to_string());
-        applied.unwrap_or_else(|error| panic!("{error}\n{object}"));
-    }
-
-    fn until(&self, what: &str, mut holds: impl FnMut() -> bool) {
-        let since = Instant::now();
-        while !holds() {
-            if since.elapsed() > Duration::from_secs(90) {
-                for log in ["apiserver.log", "culvertd.log"] {
-                    let text = std::fs::read_to_string(self.at(log)).unwrap_or_default();
-                    let lines: Vec<&str> = text.lines().rev().take(40).collect();
-                    eprintln!("== {log}\n{}", lines.into_iter().rev().collect::<Vec<_>>().join("\n"));
-                }
-                panic!("waited in vain for: {what}");
-            }
-            std::thread::sleep(Duration::from_millis(200));
-        }
-    }
-
-    /// Status, reason and message of a policy's condition, for its newest version.
-    fn condition(&self, policy: &str, kind: &str) -> Option<(String, String, String)> {
-        let text =
-            self.kubectl(&["get", "authorizationpolicy", "-n", "shop", policy, "-o", "json"], "").ok()?;
-        let object: Value = serde_json::from_str(&text).unwrap();
-        let conditions = object["status"]["conditions"].as_array()?;
-        let condition = conditions.iter().find(|c| c["type"] == kind)?;
-        let text = |field: &str| condition[field].as_str().unwrap_or_default().to_owned();
-        (condition["observedGeneration"] == object["metadata"]["generation"])
-            .then(|| (text("status"), text("reason"), text("message")))
-    }
-}
-
-/// A control plane.
-struct Plane {
-    _process: Process,
-    grpc: SocketAddr,
-    webhook: SocketAddr,
-    readiness: SocketAddr,
-}
-
-impl Plane {
-    fn start(cluster: &Cluster, pod: &str) -> Self {
-        let ports: Vec<SocketAddr> =
-            (0..5).map(|_| SocketAddr::from(([127, 0, 0, 1], free_port()))).collect();
-        let mut culvertd = Command::new(env!("CARGO_BIN_EXE_culvertd"));
-        culvertd.arg("--kubeconfig").arg(cluster.kubeconfig()).args(["--namespace", "culvert-system"]);
-        let flags = ["grpc", "webhook", "admin", "metrics", "readiness"];
-        for (flag, port) in flags.iter().zip(&ports) {
-            culvertd.arg(format!("--{flag}-address={port}"));
-        }
-        // The Service's name is in the certificate: the API server calls the webhook by it.
-        culvertd.args(["--pod-name", pod, "--service", "localhost", "--log", "info"]);
-        let process = Process::start(&mut culvertd, &cluster.at("culvertd.log"));
-        let plane = Self { _process: process, grpc: ports[0], webhook: ports[1], readiness: ports[4] };
-        cluster.until("the control plane", || plane.is_ready());
-        plane
-    }
-
-    fn is_ready(&self) -> bool {
-        let Ok(mut stream) = std::net::TcpStream::connect(self.readiness) else { return false };
-        stream
-            .write_all(b"GET /healthz/ready HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
-            .unwrap();
-        let mut text = String::new();
-        let _ = stream.read_to_string(&mut text);
-        text.starts_with("HTTP/1.1 200")
-    }
-
-    /// A proxy with a token that is bound to a pod.
-    fn proxy(&self, cluster: &Cluster, pod: &str) -> Updates {
-        let token = ["create", "token", "ztunnel", "-n", "culvert-system", "--audience", "istio-ca"];
-        let bound = ["--bound-object-kind", "Pod", "--bound-object-name", pod];
-        let token = cluster.kubectl(&[&token[..], &bound[..]].concat(), "").unwrap();
-        std::fs::write(cluster.at("token"), token.trim()).unwrap();
-        let root = [
-            "get",
-            "configmap",
-            "-n",
-            "shop",
-            "istio-ca-root-cert",
-            "-o",
-            "jsonpath={.data.root-cert\\.pem}",
-        ];
-        std::fs::write(cluster.at("root.pem"), cluster.kubectl(&root, "").unwrap()).unwrap();
-        let node = NodeInfo {
-            ip: "10.0.0.9".parse().unwrap(),
-            name: pod.to_owned(),
-            namespace: "culvert-system".to_owned(),
-            node_name: "node1".to_owned(),
-            cluster_id: "Kubernetes".to_owned(),
-            version: "0.1.0".to_owned(),
-        };
-        let settings = Settings {
-            addresses: vec![format!("https://{}", self.grpc)],
-            root_file: Some(cluster.at("root.pem")),
-            server_name: Some("localhost".to_owned()),
-            token_file: Some(cluster.at("token")),
-            node: node.node(),
-            types: TYPES.to_vec(),
-            ..Settings::default()
-        };
-        let (client, updates) = Client::new(settings, Arc::new(())).unwrap();
-        tokio::spawn(client.run());
-        updates
-    }
-}
-
-async fn next(updates: &mut Updates) -> Update {
-    tokio::time::timeout(Duration::from_secs(30), updates.next()).await.expect("no update").unwrap()
-}
-
-/// Answers all until one of this type names this.
-async fn until_named(updates: &mut Updates, type_url: &str, name: &str) -> Update {
-    loop {
-        let update = next(updates).await;
-        if update.type_url == type_url && update.resources.iter().any(|r| r.name == name) {
-            return update;
-        }
-        update.ack();
-    }
-}
-
-fn pod(namespace: &str, name: &str, account: &str) -> Value {
-    json!({
-        "apiVersion": "v1", "kind": "Pod",
-        "metadata": {
-            "name": name, "namespace": namespace, "labels": { "app": "web" },
-            "annotations": { "ambient.istio.io/redirection": "enabled" },
-        },
-        "spec": { "serviceAccountName": account, "nodeName": "node1", "containers": [{ "name": "a", "image": "a" }] },
-    })
-}
-
-fn policy(action: &str) -> Value {
-    json!({
-        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
-        "metadata": { "name": "p", "namespace": "shop" },
-        "spec": {
-            "selector": { "matchLabels": { "app": "web" } }, "action": action,
-            "rules": [{ "from": [{ "source": { "namespaces": ["shop"] } }] }],
-        },
-    })
-}
-
-fn set_address(cluster: &Cluster, pod: &str, ip: &str) {
-    let status = json!({ "status": {
-        "phase": "Running", "podIP": ip, "podIPs": [{ "ip": ip }],
-        "conditions": [{ "type": "Ready", "status": "True" }],
-    } });
-    let patch = ["patch", "pod", "-n", "shop", pod, "--subresource", "status", "-p", &status.to_string()];
-    cluster.kubectl(&patch, "").unwrap();
-}
-
-fn fill(cluster: &Cluster) {
-    for namespace in ["culvert-system", "shop"] {
-        cluster.apply(&json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": namespace } }));
-    }
-    for (namespace, name) in [("culvert-system", "ztunnel"), ("shop", "web")] {
-        cluster.apply(&json!({
-            "apiVersion": "v1", "kind": "ServiceAccount", "metadata": { "name": name, "namespace": namespace },
-        }));
-    }
-    cluster.apply(&pod("culvert-system", "ztunnel-a", "ztunnel"));
-    cluster.apply(&pod("shop", "a", "web"));
-    set_address(cluster, "a", "10.1.0.1");
-}
+use serde_json::json;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn from_kubectl_to_a_proxy_to_the_policys_status_and_through_the_api_servers_death() {
@@ -323,11 +27,11 @@ async fn from_kubectl_to_a_proxy_to_the_policys_status_and_through_the_api_serve
     until_named(&mut updates, AUTHORIZATION_TYPE_URL, "shop/p").await.ack();
     until_named(&mut updates, ADDRESS_TYPE_URL, "Kubernetes//Pod/shop/a").await.ack();
     let enforced = |status: &str, reason: &str, text: &str| {
-        let found = cluster.condition("p", "Enforced");
+        let found = cluster.condition("authorizationpolicy", "p", "Enforced");
         found.is_some_and(|(s, r, message)| s == status && r == reason && message.contains(text))
     };
     cluster.until("Enforced", || enforced("True", "AllProxies", "1/1"));
-    assert_eq!(cluster.condition("p", "ZtunnelAccepted").unwrap().1, "Accepted");
+    assert_eq!(cluster.condition("authorizationpolicy", "p", "ZtunnelAccepted").unwrap().1, "Accepted");
 
     // A proxy that has a new version and has not said that it is in force is named.
     cluster.apply(&policy("DENY"));
@@ -345,7 +49,7 @@ async fn from_kubectl_to_a_proxy_to_the_policys_status_and_through_the_api_serve
     cluster.apply(&pod("shop", "b", "web"));
     set_address(&cluster, "b", "10.1.0.2");
     let update = next(&mut updates).await;
-    let names: Vec<&str> = update.resources.iter().map(|r| r.name.as_str()).collect();
+    let names: Vec<&str> = update.resources.iter().map(|r| &*r.name).collect();
     assert_eq!((update.type_url, names), (ADDRESS_TYPE_URL, vec!["Kubernetes//Pod/shop/b"]));
     assert!(update.removed.is_empty());
     update.ack();
@@ -372,14 +76,6 @@ fn configure_webhook(cluster: &Cluster, plane: &Plane) {
             }],
         }],
     }));
-}
-
-fn apply_crds(cluster: &Cluster) {
-    let crds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/charts/culvert/crds");
-    for crd in ["authorizationpolicies", "peerauthentications"] {
-        let file = crds.join(format!("{crd}.security.istio.io.yaml"));
-        cluster.kubectl(&["apply", "--server-side", "-f", file.to_str().unwrap()], "").unwrap();
-    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -431,6 +127,8 @@ async fn one_of_two_leads_and_the_webhook_fails_closed_when_it_is_gone() {
     let mut updates = second.proxy(&cluster, "ztunnel-a");
     until_named(&mut updates, AUTHORIZATION_TYPE_URL, "shop/p").await.ack();
     until_named(&mut updates, ADDRESS_TYPE_URL, "Kubernetes//Pod/shop/a").await.ack();
-    let enforced = || cluster.condition("p", "Enforced").is_some_and(|(status, ..)| status == "True");
+    let enforced = || {
+        cluster.condition("authorizationpolicy", "p", "Enforced").is_some_and(|(status, ..)| status == "True")
+    };
     cluster.until("Enforced", enforced);
 }

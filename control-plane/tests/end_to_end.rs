@@ -12,11 +12,12 @@ use std::time::Duration;
 use config::resource::Kind;
 use control_plane::ca::{Account, AuthenticationError, Authenticator, BoundPod, Caller, Reviewer};
 use control_plane::push::{Exceptions, Push, TYPES};
-use control_plane::registry::Registry;
-use control_plane::serve::{NodeProxies, connections};
+use control_plane::registry::{ObjectVersion, Registry};
+use control_plane::serve::{Limits, NodeProxies, Port, Proving, connections};
 use control_plane::status::Followers;
 use control_plane::status::conditions::Tally;
-use control_plane::status::peers::{self, ask_one};
+use control_plane::status::exchange::{Exchange, Keys, Question};
+use control_plane::status::peers::{Peer, Place, Stand, ask_one};
 use futures_util::future::BoxFuture;
 use identity::Clock;
 use mesh::{Root, first_lists, other_lists, pod, policy, registry, service, set};
@@ -68,8 +69,9 @@ impl Plane {
         let root = Root::new();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let incoming = connections(listener, root.server_config(&[b"h2"]));
-        let served = tonic::transport::Server::builder().add_service(server.service());
+        let port = Port::new(Limits::default(), &process::metrics::Registry::new());
+        let incoming = connections(listener, root.server_config(&[b"h2"]), port.clone());
+        let served = tonic::transport::Server::builder().layer(Proving(port)).add_service(server.service());
         tokio::spawn(served.serve_with_incoming(incoming));
         let files = TempDir::new().unwrap();
         std::fs::write(files.path().join("root.pem"), &root.pem).unwrap();
@@ -101,7 +103,7 @@ impl Plane {
     fn commit(&mut self) {
         let committed = self.registry.commit(Instant::now()).unwrap();
         let generation = self.push.push(&committed.changes);
-        self.followers.take((committed.policies, generation));
+        self.followers.take(committed.reports, &committed.changes, generation);
     }
 
     fn client(&self, token: &str, pod: &str) -> (Client, Updates) {
@@ -151,7 +153,7 @@ async fn next(updates: &mut Updates) -> Update {
 }
 
 fn names(update: &Update) -> Vec<&str> {
-    let mut names: Vec<&str> = update.resources.iter().map(|r| r.name.as_str()).collect();
+    let mut names: Vec<&str> = update.resources.iter().map(|r| &*r.name).collect();
     names.sort_unstable();
     names
 }
@@ -170,7 +172,8 @@ async fn a_proxy_gets_everything_once_and_then_only_what_changes() {
         first.insert(update.type_url, names(&update).iter().map(ToString::to_string).collect::<Vec<_>>());
         update.ack();
     }
-    assert_eq!(order, [MESH_SETTINGS_TYPE_URL, AUTHORIZATION_TYPE_URL, ADDRESS_TYPE_URL]);
+    // A type of our own is asked for once it is known whose server it is: before the workloads at any rate.
+    assert_eq!(order, [AUTHORIZATION_TYPE_URL, MESH_SETTINGS_TYPE_URL, ADDRESS_TYPE_URL]);
     assert_eq!(first[MESH_SETTINGS_TYPE_URL], ["mesh"]);
     assert_eq!(first[AUTHORIZATION_TYPE_URL], ["shop/only-shop"]);
     assert_eq!(
@@ -232,7 +235,7 @@ async fn a_policy_is_enforced_when_the_proxy_has_said_so() {
         let update = next(&mut updates).await;
         if update.type_url == AUTHORIZATION_TYPE_URL {
             update.nack(vec![xds::client::Rejection {
-                name: "shop/only-shop".to_owned(),
+                name: "shop/only-shop".into(),
                 reason: "no room".to_owned(),
             }]);
             break;
@@ -247,8 +250,12 @@ async fn a_policy_is_enforced_when_the_proxy_has_said_so() {
     plane.until("refused", refused).await;
 }
 
+fn keys(secret: &'static [u8]) -> Keys {
+    Keys::new(Arc::new(move |take: &mut dyn FnMut(&[u8])| take(secret)), Clock::system())
+}
+
 #[tokio::test]
-async fn another_control_plane_can_be_asked_how_its_proxies_stand() {
+async fn another_control_plane_tells_how_its_proxies_stand_and_then_only_what_changes() {
     let mut plane = Plane::new().await;
     plane.fill();
     let (client, mut updates) = plane.client("of-ztunnel", "ztunnel-a");
@@ -256,25 +263,96 @@ async fn another_control_plane_can_be_asked_how_its_proxies_stand() {
     next(&mut updates).await.ack();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let (followers, server) = (plane.followers.clone(), plane.server.clone());
-    let routes = process::http::Routes::new("test").get(peers::PATH, "", move |_| {
-        let answer = process::http::Response::json(&followers.local(&server));
-        async { answer }
-    });
+    let exchange =
+        Exchange::new(plane.followers.clone(), plane.server.clone(), "next".to_owned(), keys(b"key"));
+    let routes = exchange.routes(process::http::Routes::new("test"));
     let acceptor = tokio_rustls::TlsAcceptor::from(plane.root.server_config(&[b"http/1.1"]));
     let secure = move |stream| {
         let acceptor = acceptor.clone();
         async move { acceptor.accept(stream).await }
     };
     tokio::spawn(process::http::serve_secured(listener, secure, routes, process::http::Limits::default()));
-    let name = rustls::pki_types::ServerName::try_from("localhost").unwrap();
-    let answer = ask_one(address, Some(plane.root.client_config()), name.clone()).await.unwrap();
-    let policy = &answer["AuthorizationPolicy/shop/only-shop"];
-    assert_eq!((&*policy.uid, policy.generation, policy.tally.pending), ("uid-only-shop", 1, 1));
-    // One that proves another root, or none that is known, is not asked.
+    let place = Place { address, server_name: "localhost".to_owned(), revision: "default".into() };
+    let config = plane.root.client_config();
+    let tls = || Some(config.clone());
+    let ask = async |question: &Question| ask_one(&place, tls(), &keys(b"key"), question).await.unwrap();
+
+    let mut peer = Peer::new(place.clone());
+    let first = ask(&Question::default()).await;
+    assert!(first.whole && first.versions.len() == 1 && first.ours == 1);
+    let mut question = Question { epoch: first.epoch, number: first.number, names: first.names_id };
+    assert_eq!(peer.take(first), ["AuthorizationPolicy/shop/only-shop"; 2].map(str::to_owned));
+    assert_eq!((peer.names(), &*peer.place.revision), (&["ztunnel-a.culvert-system".into()][..], "next"));
+    let version = |generation| ObjectVersion {
+        uid: "uid-only-shop".into(),
+        generation,
+        labelled: false,
+        selects: true,
+    };
+    let label = "AuthorizationPolicy/shop/only-shop";
+    let Stand::Proxies(tally) = peer.stand(label, &version(1)) else { panic!("it knows the version") };
+    assert_eq!((tally.enforcing, tally.pending), (0, 1));
+    assert_eq!(peer.stand(label, &version(2)), Stand::Other { knows: true });
+
+    for _ in 0..2 {
+        next(&mut updates).await.ack();
+    }
+    plane.until_enforced().await;
+    tokio::time::sleep(Duration::from_millis(300)).await; // answers are kept for a moment
+    let settled = ask(&question).await;
+    assert!(!settled.whole && settled.exceptions.is_empty() && settled.names.is_none());
+    assert!(settled.versions.is_empty(), "no policy changed: {settled:?}");
+    question.number = settled.number;
+    assert_eq!(peer.take(settled), [label]);
+    let all = Tally { enforcing: 1, ..Tally::default() };
+    assert_eq!(peer.stand(label, &version(1)), Stand::Proxies(all));
+
+    plane.registry.take(mesh::gone(Kind::AuthorizationPolicy, "shop", "only-shop"));
+    plane.commit();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let gone = ask(&question).await;
+    assert_eq!((gone.versions.len(), &*gone.versions[0].uid), (1, ""));
+    peer.take(gone);
+    assert_eq!(peer.stand(label, &version(1)), Stand::Other { knows: false });
+
+    // One that proves another root, or none that is known, is not asked; who has another key is not answered.
     let other = Root::new();
-    assert!(ask_one(address, Some(other.client_config()), name.clone()).await.is_err());
-    assert!(ask_one(address, None, name).await.is_err());
+    let refused = ask_one(&place, tls(), &keys(b"other"), &question).await.unwrap_err();
+    assert!(refused.contains("403"), "{refused}");
+    assert!(ask_one(&place, Some(other.client_config()), &keys(b"key"), &question).await.is_err());
+    assert!(ask_one(&place, None, &keys(b"key"), &question).await.is_err());
+}
+
+#[tokio::test]
+async fn a_proxy_that_refused_a_workload_does_not_enforce_what_is_for_it() {
+    let mut plane = Plane::new().await;
+    plane.fill();
+    let wide = json!({ "action": "DENY", "rules": [{ "from": [{ "source": { "namespaces": ["bad"] } }] }] });
+    let own = json!({ "selector": { "matchLabels": { "app": "web" } }, "rules": [] });
+    plane.registry.take(set(Kind::AuthorizationPolicy, &policy("shop", "wide", &wide, 1)));
+    plane.registry.take(set(Kind::AuthorizationPolicy, &policy("other", "own", &own, 1)));
+    plane.registry.take(set(Kind::AuthorizationPolicy, &policy("culvert-system", "root", &own, 1)));
+    plane.commit();
+    let (client, mut updates) = plane.client("of-ztunnel", "ztunnel-a");
+    tokio::spawn(client.run());
+    loop {
+        let update = next(&mut updates).await;
+        if update.type_url == ADDRESS_TYPE_URL {
+            let reason = "no room".to_owned();
+            update.nack(vec![xds::client::Rejection { name: "Kubernetes//Pod/shop/a".into(), reason }]);
+            break;
+        }
+        update.ack();
+    }
+    let answered = |tally: &Tally| tally.pending == 0 && tally.rejected + tally.enforcing == 1;
+    plane.until("answered", answered).await;
+    let local = plane.followers.local(&plane.server);
+    let refusal = |policy: &str| local[policy].tally.refusal.as_ref().map(|(_, reason)| reason.to_string());
+    let reason = "it refused the workload Kubernetes//Pod/shop/a: no room";
+    assert_eq!(refusal("AuthorizationPolicy/shop/only-shop").as_deref(), Some(reason));
+    assert_eq!(refusal("AuthorizationPolicy/culvert-system/root").as_deref(), Some(reason));
+    assert_eq!(refusal("AuthorizationPolicy/shop/wide"), None, "no workload has to name it");
+    assert_eq!(refusal("AuthorizationPolicy/other/own"), None, "its workloads are others");
 }
 
 #[tokio::test]

@@ -179,12 +179,13 @@ fn only_selected_namespaces_are_read_and_selecting_one_asks_for_its_objects() {
             set(Kind::Pod, &pod("shop", "a", "10.0.0.1", "1")),
             set(Kind::Pod, &pod("other", "b", "10.0.0.2", "1")),
             set(Kind::Pod, &pod("culvert-system", "c", "10.0.0.3", "1")),
+            set(Kind::Pod, &pod("proxies", "d", "10.0.0.4", "1")),
         ]
     };
     other_lists(&mut registry, pods());
     let committed = registry.commit(Instant::now()).unwrap();
     let workloads = steps(&committed).into_iter().filter(|s| s.starts_with("workload")).collect::<Vec<_>>();
-    assert_eq!(workloads, ["workload culvert-system/c", "workload shop/a"]);
+    assert_eq!(workloads, ["workload culvert-system/c", "workload proxies/d", "workload shop/a"]);
     assert_eq!(registry.namespaces().borrow().iter().collect::<Vec<_>>(), ["shop"]);
     let before = *relists.borrow();
     registry.take(set(Kind::Namespace, &mesh::namespace("other", &on, "2")));
@@ -239,11 +240,41 @@ fn policies_are_reported_with_their_version_and_what_is_said_of_them() {
         ],
     );
     let committed = registry.commit(Instant::now()).unwrap();
-    assert_eq!(committed.policies.len(), 1);
-    let state = committed.policies[0].state.as_ref().unwrap();
-    assert_eq!((&*state.uid, state.generation), ("uid-p", 4));
+    assert_eq!(committed.reports.len(), 1);
+    let state = committed.reports[0].state.as_ref().unwrap();
+    assert_eq!((&*state.version.uid, state.version.generation), ("uid-p", 4));
     assert_eq!(state.findings[0].code, config::diagnostic::Code::NeedsWaypoint);
     registry.take(gone(Kind::AuthorizationPolicy, "shop", "p"));
     let committed = registry.commit(Instant::now()).unwrap();
-    assert!(committed.policies[0].state.is_none());
+    assert!(committed.reports[0].state.is_none());
+}
+
+#[test]
+fn settings_that_are_missing_at_the_start_are_waited_for() {
+    let (mut registry, _) = mesh::registry_that(|settings| settings.settings_optional = false);
+    let in_force = registry.in_force();
+    first_lists(&mut registry, &[("shop", json!({}))], None);
+    other_lists(&mut registry, vec![set(Kind::Pod, &pod("shop", "a", "10.0.0.1", "1"))]);
+    assert!(registry.commit(Instant::now()).is_none());
+    let waiting = registry.overview().lock().unwrap().waiting.clone();
+    assert!(waiting.contains("there is no ConfigMap culvert-system/culvert"), "{waiting}");
+    assert!(in_force.borrow().settings.is_none());
+    registry.take(set(Kind::ConfigMap, &settings("trustDomain: found.example", "2")));
+    let committed = registry.commit(Instant::now()).unwrap();
+    assert_eq!(steps(&committed), ["settings found.example culvert-system", "workload shop/a"]);
+    assert!(in_force.borrow().settings.is_some());
+}
+
+#[test]
+fn a_kind_that_was_deleted_takes_its_objects_along_and_one_that_is_not_served_does_not() {
+    let (mut registry, _) = registry();
+    first_lists(&mut registry, &[("shop", json!({}))], Some(""));
+    let deny = json!({ "action": "DENY", "rules": [{}] });
+    let policies = || ["p", "q"].map(|name| set(Kind::AuthorizationPolicy, &policy("shop", name, &deny, 1)));
+    other_lists(&mut registry, policies().into());
+    registry.commit(Instant::now()).unwrap();
+    registry.take(event(Kind::AuthorizationPolicy, Change::NotServed));
+    assert_eq!(steps(&registry.commit(Instant::now()).unwrap()), Vec::<String>::new());
+    registry.take(event(Kind::AuthorizationPolicy, Change::KindDeleted));
+    assert_eq!(steps(&registry.commit(Instant::now()).unwrap()), ["no policy shop/p", "no policy shop/q"]);
 }

@@ -1,5 +1,5 @@
-//! Watches of an API server that refuses (429), forgets (410), breaks off and comes back. A real one does so seldom, so
-//! here a script answers; on a real one it all goes well in `cluster.rs`.
+//! Watches of an API server that refuses (429), forgets (410), breaks off, is slow, says nothing, loses a kind, and comes
+//! back. A real one does so seldom, so here a script answers; `api_server.rs` has what can be tried on a real one.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
 
 use std::collections::VecDeque;
@@ -30,6 +30,10 @@ enum Script {
     Status(u16),
     /// A watch that says this, and then ends or goes on.
     Watch(Vec<Value>, bool),
+    /// Nothing, ever.
+    Silence,
+    /// The next one, after so many seconds.
+    After(u64),
 }
 
 fn pod(name: &str, version: u32) -> Value {
@@ -40,7 +44,8 @@ fn pod(name: &str, version: u32) -> Value {
 fn status(code: u16) -> Value {
     json!({
         "apiVersion": "v1", "kind": "Status", "metadata": {}, "status": "Failure", "code": code,
-        "reason": if code == 410 { "Expired" } else { "TooManyRequests" }, "message": "as the script says",
+        "reason": match code { 404 => "NotFound", 410 => "Expired", _ => "TooManyRequests" },
+        "message": "as the script says",
     })
 }
 
@@ -97,8 +102,25 @@ fn source(
     let asked: Arc<Mutex<Vec<String>>> = Arc::default();
     let (script, log) = (Arc::new(Mutex::new(VecDeque::from(script))), asked.clone());
     let service = tower::service_fn(move |request: Request<Body>| {
-        let response = answer(&request, &script, &log);
-        async move { Ok::<_, Infallible>(response) }
+        let (script, log) = (script.clone(), log.clone());
+        async move {
+            if request.uri().path() == "/api/v1/pods" {
+                let first = script.lock().unwrap().front().cloned();
+                match first {
+                    Some(Script::Silence) => {
+                        script.lock().unwrap().pop_front();
+                        log.lock().unwrap().push("silence".to_owned());
+                        std::future::pending::<()>().await;
+                    }
+                    Some(Script::After(seconds)) => {
+                        script.lock().unwrap().pop_front();
+                        tokio::time::sleep(Duration::from_secs(seconds)).await;
+                    }
+                    _ => {}
+                }
+            }
+            Ok::<_, Infallible>(answer(&request, &script, &log))
+        }
     });
     let watches = Watches::new(&process::metrics::Registry::new());
     let settings = ("culvert-system".to_owned(), "culvert".to_owned());
@@ -106,8 +128,8 @@ fn source(
     (source, feed, watches, asked)
 }
 
-/// The events of pods, as text, until there are so many.
-async fn pods(feed: &mut control_plane::source::Feed, count: usize) -> Vec<String> {
+/// The next event of a kind, as text.
+async fn next_change(feed: &mut control_plane::source::Feed, kind: Kind) -> String {
     let text = |event: Event| match event.change {
         Change::Set(decoded) => {
             format!("{} {}", decoded.metadata("name"), decoded.bookkeeping.resource_version)
@@ -116,16 +138,37 @@ async fn pods(feed: &mut control_plane::source::Feed, count: usize) -> Vec<Strin
         Change::Listing => "listing".to_owned(),
         Change::Listed => "listed".to_owned(),
         Change::NotServed => "not served".to_owned(),
+        Change::KindDeleted => "kind deleted".to_owned(),
     };
-    let mut found = Vec::new();
-    while found.len() < count {
-        let event = tokio::time::timeout(Duration::from_secs(60), feed.events.recv()).await;
-        let event = event.unwrap_or_else(|_| panic!("no more than {found:?}")).unwrap();
-        if event.kind == Kind::Pod {
-            found.push(text(event));
+    loop {
+        let event = feed.events.recv().await.unwrap();
+        if event.kind == kind {
+            return text(event);
         }
     }
+}
+
+/// So many events of a kind.
+async fn changes(
+    feed: &mut control_plane::source::Feed,
+    kind: Kind,
+    count: usize,
+    limit: Duration,
+) -> Vec<String> {
+    let mut found = Vec::new();
+    while found.len() < count {
+        let next = tokio::time::timeout(limit, next_change(feed, kind)).await;
+        found.push(next.unwrap_or_else(|_| panic!("no more than {found:?}")));
+    }
     found
+}
+
+async fn pods_within(feed: &mut control_plane::source::Feed, count: usize, limit: Duration) -> Vec<String> {
+    changes(feed, Kind::Pod, count, limit).await
+}
+
+async fn pods(feed: &mut control_plane::source::Feed, count: usize) -> Vec<String> {
+    pods_within(feed, count, Duration::from_secs(60)).await
 }
 
 fn changed(kind: &str, object: &Value) -> Value {
@@ -172,4 +215,172 @@ async fn listing_again_is_asked_for_by_the_registry() {
     tokio::time::sleep(Duration::from_millis(200)).await;
     feed.relist.send_modify(|count| *count += 1);
     assert_eq!(pods(&mut feed, 4).await, ["listing", "a 20", "b 20", "listed"]);
+}
+
+/// Waits until so many watches fail.
+async fn until_failing(watches: &Watches, count: u64) {
+    let wait = async {
+        while watches.failing() != count {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(600), wait).await.expect("it does not come to that");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_watch_that_is_answered_again_is_not_said_to_fail_although_nothing_happens() {
+    let (source, mut feed, watches, _) = source(vec![
+        Script::List(&["a"], 10),
+        Script::Watch(vec![changed("ERROR", &status(500))], true),
+        Script::Status(503),
+        Script::Status(503),
+        // From here on there is nothing to be told.
+        Script::Watch(Vec::new(), true),
+    ]);
+    source.start_others();
+    assert_eq!(pods(&mut feed, 3).await, ["listing", "a 10", "listed"]);
+    until_failing(&watches, 1).await;
+    until_failing(&watches, 0).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_says_nothing_is_asked_again() {
+    let (source, mut feed, watches, asked) = source(vec![
+        Script::Silence,
+        Script::List(&["a"], 10),
+        // It answers, and is never heard of again: no event, no bookmark, no end.
+        Script::Watch(Vec::new(), true),
+        Script::Silence,
+        Script::Watch(vec![changed("MODIFIED", &pod("a", 11))], true),
+    ]);
+    source.start_others();
+    tokio::time::sleep(Duration::from_secs(130)).await;
+    assert!(asked.lock().unwrap().starts_with(&["silence".to_owned()]));
+    let found = pods_within(&mut feed, 5, Duration::from_secs(600)).await;
+    assert_eq!(found, ["listing", "listing", "a 10", "listed", "a 11"], "resumed where it was");
+    assert_eq!(*asked.lock().unwrap(), ["silence", "list", "watch", "silence", "watch"]);
+    until_failing(&watches, 0).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_server_is_waited_for() {
+    let (source, mut feed, watches, asked) = source(vec![
+        Script::After(30),
+        Script::List(&["a", "b"], 10),
+        Script::After(60),
+        Script::Watch(vec![changed("MODIFIED", &pod("a", 11))], false),
+        Script::After(90),
+        Script::Watch(vec![changed("DELETED", &pod("b", 12))], true),
+    ]);
+    source.start_others();
+    let found = pods_within(&mut feed, 6, Duration::from_secs(600)).await;
+    assert_eq!(found, ["listing", "a 10", "b 10", "listed", "a 11", "no b"]);
+    assert_eq!((watches.failing(), asked.lock().unwrap().join(" ")), (0, "list watch watch".to_owned()));
+}
+
+/// What becomes of the kind AuthorizationPolicy and its definition.
+#[derive(Clone, Copy, PartialEq)]
+enum Crd {
+    Served,
+    /// Not served; asked for the definition itself, the server answers with this status.
+    Away(u16),
+}
+
+fn answer_kind(request: &Request<Body>, crd: &tokio::sync::watch::Receiver<Crd>) -> Answer {
+    const GROUP: &str = "security.istio.io";
+    let group =
+        json!({ "name": GROUP, "versions": [{ "groupVersion": "security.istio.io/v1", "version": "v1" }] });
+    let resources = json!([{ "name": "authorizationpolicies", "singularName": "", "namespaced": true,
+        "kind": "AuthorizationPolicy", "verbs": ["list"] }]);
+    let state = *crd.borrow();
+    let served = state == Crd::Served;
+    let watches = request.uri().query().is_some_and(|query| query.contains("watch=true"));
+    match (request.uri().path(), state) {
+        ("/apis", _) => {
+            let groups = if served { json!([group]) } else { json!([]) };
+            whole(200, &json!({ "kind": "APIGroupList", "groups": groups }))
+        }
+        ("/apis/security.istio.io/v1", Crd::Served) => whole(
+            200,
+            &json!({ "kind": "APIResourceList", "groupVersion": "security.istio.io/v1", "resources": resources }),
+        ),
+        ("/apis/security.istio.io/v1/authorizationpolicies", Crd::Served) if watches => {
+            // It ends when the kind goes.
+            let mut gone = crd.clone();
+            let end = stream::once(async move {
+                let _ = gone.wait_for(|crd| *crd != Crd::Served).await;
+            });
+            let frames = end.filter_map(|()| async { None::<Result<Frame<Bytes>, Infallible>> });
+            Response::new(StreamBody::new(frames).boxed_unsync())
+        }
+        ("/apis/security.istio.io/v1/authorizationpolicies", Crd::Served) => {
+            let metadata = json!({ "name": "p", "namespace": "shop", "resourceVersion": "1" });
+            let policy = json!({ "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+                "metadata": metadata, "spec": {} });
+            list(&[policy], 1)
+        }
+        (path, Crd::Away(200)) if path.contains("customresourcedefinitions") => whole(
+            200,
+            &json!({ "kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": { "name": "x" } }),
+        ),
+        (path, Crd::Away(code)) if path.contains("customresourcedefinitions") => {
+            assert!(path.ends_with("/authorizationpolicies.security.istio.io"), "{path}");
+            whole(code, &status(code))
+        }
+        (path, _) if path.starts_with("/apis/security") || path.starts_with("/apis/networking") => {
+            whole(404, &status(404))
+        }
+        _ if watches => watch(Vec::new(), true),
+        _ => list(&[], 1),
+    }
+}
+
+/// A source on a server with the kind, listed; and what became of it.
+async fn with_kind()
+-> (tokio::sync::watch::Sender<Crd>, control_plane::source::Feed, process::metrics::Registry) {
+    let (crd, state) = tokio::sync::watch::channel(Crd::Served);
+    let service = tower::service_fn(move |request: Request<Body>| {
+        let answer = answer_kind(&request, &state);
+        async move { Ok::<_, Infallible>(answer) }
+    });
+    let metrics = process::metrics::Registry::new();
+    let settings = ("culvert-system".to_owned(), "culvert".to_owned());
+    let (source, mut feed) = Source::new(Client::new(service, "default"), settings, Watches::new(&metrics));
+    source.start_others();
+    let listed = changes(&mut feed, Kind::AuthorizationPolicy, 3, Duration::from_secs(60)).await;
+    assert_eq!(listed, ["listing", "p 1", "listed"]);
+    (crd, feed, metrics)
+}
+
+fn kinds_away(metrics: &process::metrics::Registry) -> bool {
+    metrics.encode(process::metrics::Format::Prometheus).contains("culvertd_kinds_not_served 1")
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_objects_of_a_kind_that_was_deleted_go_and_those_of_one_that_is_away_stay() {
+    let policies = Kind::AuthorizationPolicy;
+    // The definition is there; or nobody may look. They stay however long it lasts.
+    for code in [200, 403, 503] {
+        let (crd, mut feed, metrics) = with_kind().await;
+        crd.send_replace(Crd::Away(code));
+        assert_eq!(changes(&mut feed, policies, 1, Duration::from_secs(60)).await, ["not served"], "{code}");
+        let more = tokio::time::timeout(Duration::from_secs(3600), next_change(&mut feed, policies)).await;
+        assert!(more.is_err(), "{code}: {more:?}");
+        assert!(kinds_away(&metrics), "{code}");
+        // It comes back, and what the new list lacks is gone.
+        crd.send_replace(Crd::Served);
+        let back = changes(&mut feed, policies, 3, Duration::from_secs(60)).await;
+        assert_eq!(back, ["listing", "p 1", "listed"], "{code}");
+        assert!(!kinds_away(&metrics), "{code}");
+    }
+    let (crd, mut feed, metrics) = with_kind().await;
+    crd.send_replace(Crd::Away(404));
+    assert_eq!(changes(&mut feed, policies, 1, Duration::from_secs(60)).await, ["not served"]);
+    let soon = tokio::time::timeout(Duration::from_secs(50), next_change(&mut feed, policies)).await;
+    assert!(soon.is_err(), "not at once: {soon:?}");
+    assert_eq!(changes(&mut feed, policies, 1, Duration::from_secs(60)).await, ["kind deleted"]);
+    assert!(!kinds_away(&metrics));
+    crd.send_replace(Crd::Served);
+    let back = changes(&mut feed, policies, 3, Duration::from_secs(60)).await;
+    assert_eq!(back, ["listing", "p 1", "listed"]);
 }

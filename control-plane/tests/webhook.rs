@@ -5,9 +5,12 @@ mod mesh;
 
 use std::sync::Arc;
 
+use base64::Engine as _;
 use bytes::Bytes;
 use config::compile::Options;
-use control_plane::webhook::{PATH, Webhook, limits, review};
+use config::policy::MeshConfig;
+use control_plane::in_force::InForce;
+use control_plane::webhook::{MUTATION_PATH, PATH, Webhook, limits, mutate, review};
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::TokioIo;
 use mesh::Root;
@@ -16,6 +19,7 @@ use process::metrics::Registry as Metrics;
 use rustls::pki_types::ServerName;
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 fn ask(operation: &str, group: &str, kind: &str, object: &Value, old: &Value) -> Vec<u8> {
@@ -40,7 +44,7 @@ fn policy(spec: &Value) -> Value {
 
 fn review(operation: &str, object: &Value, old: &Value) -> Value {
     let body = ask(operation, "security.istio.io", "AuthorizationPolicy", object, old);
-    let reviewed = review::answer(&body, &Options::default()).unwrap();
+    let reviewed = review::answer(&body, &Options::default(), None).unwrap();
     let answer: Value = serde_json::from_slice(&reviewed.body).unwrap();
     assert_eq!(answer["kind"], "AdmissionReview");
     assert_eq!(answer["response"]["uid"], "42");
@@ -104,7 +108,7 @@ fn what_was_bad_before_may_be_labelled_and_deleted() {
 #[test]
 fn kinds_that_are_not_acted_on_are_admitted_and_told() {
     let body = ask("CREATE", "networking.istio.io", "EnvoyFilter", &json!({}), &Value::Null);
-    let reviewed = review::answer(&body, &Options::default()).unwrap();
+    let reviewed = review::answer(&body, &Options::default(), None).unwrap();
     assert!(reviewed.allowed);
     assert!(String::from_utf8(reviewed.body).unwrap().contains("EnvoyFilter is not acted on"));
 }
@@ -119,7 +123,7 @@ fn what_is_no_review_is_answered_as_such() {
         b"\xff",
         br#"{"apiVersion": "admission.k8s.io/v1", "request": {"uid": 3}}"#,
     ] {
-        assert!(review::answer(body, &Options::default()).is_err());
+        assert!(review::answer(body, &Options::default(), None).is_err());
     }
     // An object of a strange form is refused, not an error of ours.
     for object in
@@ -129,10 +133,98 @@ fn what_is_no_review_is_answered_as_such() {
     }
 }
 
+/// What an object is after the changes, and what was said of them.
+fn mutated(operation: &str, group: &str, kind: &str, object: &Value) -> (Value, Value) {
+    let answer = mutate::answer(&ask(operation, group, kind, object, &Value::Null)).unwrap();
+    let review: Value = serde_json::from_slice(&answer.body).unwrap();
+    let response = &review["response"];
+    assert_eq!((&response["uid"], &response["allowed"]), (&json!("42"), &json!(true)));
+    let mut object = object.clone();
+    assert_eq!(answer.changed.is_some(), response.get("patch").is_some());
+    if let Some(patch) = response["patch"].as_str() {
+        assert_eq!(response["patchType"], "JSONPatch");
+        let patch = base64::engine::general_purpose::STANDARD.decode(patch).unwrap();
+        for step in serde_json::from_slice::<Value>(&patch).unwrap().as_array().unwrap() {
+            let (above, name) = step["path"].as_str().unwrap().rsplit_once('/').unwrap();
+            let above = object.pointer_mut(above).unwrap().as_object_mut().unwrap();
+            let name = name.replace("~1", "/").replace("~0", "~");
+            match step["op"].as_str().unwrap() {
+                "add" => assert_eq!(above.insert(name, step["value"].clone()), None),
+                "remove" => assert!(above.remove(&name).is_some()),
+                other => panic!("{other}"),
+            }
+        }
+    }
+    (object, response["warnings"].clone())
+}
+
+#[test]
+fn a_pod_that_is_made_of_another_is_not_taken_for_captured() {
+    let annotation = "ambient.istio.io/redirection";
+    let restored = json!({ "metadata": { "annotations": { annotation: "enabled", "kept": "a" } } });
+    let (pod, said) = mutated("CREATE", "", "Pod", &restored);
+    assert_eq!(pod, json!({ "metadata": { "annotations": { "kept": "a" } } }));
+    assert!(said[0].as_str().unwrap().contains("agent"), "{said}");
+    // The agent's own writing stays, and pods without it are as they are.
+    assert_eq!(mutated("UPDATE", "", "Pod", &restored).0, restored);
+    for plain in [json!({}), json!({ "metadata": { "annotations": { "kept": "a" } } })] {
+        assert_eq!(mutated("CREATE", "", "Pod", &plain), (plain.clone(), Value::Null));
+    }
+}
+
+#[test]
+fn defaults_are_written_in_where_nothing_is_set_and_nowhere_else() {
+    let policies = ("security.istio.io", "AuthorizationPolicy");
+    for operation in ["CREATE", "UPDATE"] {
+        let (object, said) = mutated(operation, policies.0, policies.1, &policy(&json!({ "rules": [{}] })));
+        assert_eq!(object["spec"], json!({ "rules": [{}], "action": "ALLOW" }));
+        assert_eq!(said, Value::Null);
+    }
+    let entry = json!({ "spec": { "hosts": ["a.example"], "resolution": "DNS" } });
+    let (entry, _) = mutated("CREATE", "networking.istio.io", "ServiceEntry", &entry);
+    let whole = json!({ "hosts": ["a.example"], "resolution": "DNS", "location": "MESH_EXTERNAL" });
+    assert_eq!(entry["spec"], whole);
+    // What is set stays, also if it is wrong; half an object is not filled; others are left alone.
+    for (group, kind, object) in [
+        (policies.0, policies.1, policy(&json!({ "action": "MAYBE" }))),
+        (policies.0, policies.1, policy(&json!({ "action": null }))),
+        (policies.0, policies.1, json!({ "metadata": {} })),
+        (policies.0, policies.1, json!({ "spec": [] })),
+        (policies.0, "PeerAuthentication", json!({ "spec": {} })),
+        ("other.example", "AuthorizationPolicy", json!({ "spec": {} })),
+    ] {
+        assert_eq!(mutated("CREATE", group, kind, &object).0, object, "{group} {kind}");
+    }
+    // What is put right means the same: the review finds the same in it.
+    let bare = policy(&json!({ "rules": [{ "to": [{ "operation": { "methods": ["GET"] } }] }] }));
+    let (filled, _) = mutated("CREATE", policies.0, policies.1, &bare);
+    assert_eq!(review("CREATE", &filled, &Value::Null), review("CREATE", &bare, &Value::Null));
+}
+
+#[test]
+fn objects_are_reviewed_by_the_settings_in_force() {
+    let custom = policy(&json!({ "action": "CUSTOM", "provider": { "name": "opa" }, "rules": [{}] }));
+    let warnings = |settings: Option<&MeshConfig>| {
+        let body = ask("CREATE", "security.istio.io", "AuthorizationPolicy", &custom, &Value::Null);
+        let reviewed = review::answer(&body, &Options::default(), settings).unwrap();
+        assert!(reviewed.allowed);
+        let answer: Value = serde_json::from_slice(&reviewed.body).unwrap();
+        answer["response"]["warnings"].to_string()
+    };
+    assert!(warnings(None).contains("no provider opa"), "{}", warnings(None));
+    let text = "extensionProviders: [{name: opa, envoyExtAuthzGrpc: {service: opa.a.svc.cluster.local, port: 9191}}]";
+    let (mut registry, _) = mesh::registry();
+    mesh::first_lists(&mut registry, &[], Some(text));
+    let in_force = registry.in_force().borrow().clone();
+    let said = warnings(in_force.settings.as_deref());
+    assert!(said.contains("waypoint") && !said.contains("no provider"), "{said}");
+}
+
 #[tokio::test]
 async fn the_port_answers_over_tls_under_the_meshs_root() {
     let (root, metrics) = (Root::new(), Metrics::new());
-    let routes = Arc::new(Webhook::new(Options::default(), &metrics)).routes(Routes::new("test"));
+    let routes = Arc::new(Webhook::new(Options::default(), watch::channel(InForce::default()).1, &metrics))
+        .routes(Routes::new("test"));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let acceptor = TlsAcceptor::from(root.server_config(&[b"http/1.1"]));
@@ -141,19 +233,20 @@ async fn the_port_answers_over_tls_under_the_meshs_root() {
         async move { acceptor.accept(stream).await }
     };
     tokio::spawn(serve_secured(listener, secure, routes, limits()));
-    let post = async |body: Vec<u8>| {
+    let post_to = async |path: &str, body: Vec<u8>| {
         let stream = TcpStream::connect(address).await.unwrap();
         let name = ServerName::try_from("localhost").unwrap();
         let stream = TlsConnector::from(root.client_config()).connect(name, stream).await.unwrap();
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
         tokio::spawn(connection);
-        let request = http::Request::post(format!("{PATH}?timeout=10s")).header("host", "x");
+        let request = http::Request::post(format!("{path}?timeout=10s")).header("host", "x");
         let response =
             sender.send_request(request.body(Full::new(Bytes::from(body))).unwrap()).await.unwrap();
         let status = response.status().as_u16();
         (status, response.into_body().collect().await.unwrap().to_bytes())
     };
+    let post = async |body| post_to(PATH, body).await;
     let bad = policy(&json!({ "acton": "DENY" }));
     let body = ask("CREATE", "security.istio.io", "AuthorizationPolicy", &bad, &Value::Null);
     let (status, answer) = post(body).await;
@@ -161,6 +254,11 @@ async fn the_port_answers_over_tls_under_the_meshs_root() {
     assert_eq!(serde_json::from_slice::<Value>(&answer).unwrap()["response"]["allowed"], false);
     assert_eq!(post(b"nonsense".to_vec()).await.0, 400);
     assert_eq!(post(vec![b' '; 9 << 20]).await.0, 413);
+    let bare = ask("CREATE", "security.istio.io", "AuthorizationPolicy", &policy(&json!({})), &Value::Null);
+    let (status, answer) = post_to(MUTATION_PATH, bare).await;
+    assert_eq!(status, 200);
+    assert_eq!(serde_json::from_slice::<Value>(&answer).unwrap()["response"]["patchType"], "JSONPatch");
+    assert_eq!(post_to(MUTATION_PATH, b"nonsense".to_vec()).await.0, 400);
     let text = metrics.encode(process::metrics::Format::negotiate(None));
     assert!(text.contains(r#"galley_validation_failed_total{resource="AuthorizationPolicy"} 1"#), "{text}");
     // In plaintext there is no answer.

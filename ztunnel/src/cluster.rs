@@ -59,7 +59,7 @@ pub fn source(
         token_file: Some(cluster.token_file.clone()),
         cluster_id: cluster.here.cluster.to_string(),
         node: info.node(),
-        // Settings first, and policies before the workloads that list them.
+        // Settings, and policies, before the workloads: by these alone nothing is decided.
         types: vec![MESH_SETTINGS_TYPE_URL, AUTHORIZATION_TYPE_URL, ADDRESS_TYPE_URL],
         state_dir: place.as_ref().map(|place| place.path().to_owned()),
         ..Settings::default()

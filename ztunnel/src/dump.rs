@@ -56,6 +56,7 @@ impl<T, F: Fn(&T) -> Value> Serialize for Each<'_, T, F> {
 fn settings(mesh: &Mesh) -> Value {
     let settings = mesh.settings();
     json!({
+        "meshId": settings.mesh_id(),
         "trustDomain": settings.trust_domains.own.as_str(),
         "trustDomainAliases": settings.trust_domains.aliases.iter().map(model::TrustDomain::as_str).collect::<Vec<_>>(),
         "rootNamespace": &*settings.root_namespace,

@@ -24,6 +24,19 @@ pub fn register(registry: &Registry, proxy: &Arc<Proxy>, node: &Arc<Node>) {
     inbound(&gauge, &counter);
     hosts(&gauge, &counter);
     certificates(&gauge, &counter);
+    let state = proxy.state.clone();
+    let help = "The mesh that this proxy is of";
+    registry.collect(Description { name: "culvert_mesh_info", help, kind: Kind::Gauge }, move |out| {
+        let mesh = state.mesh();
+        let settings = mesh.settings();
+        out.integer(
+            &|labels| {
+                labels.pair("mesh_id", settings.mesh_id());
+                labels.pair("trust_domain", settings.trust_domains.own.as_str());
+            },
+            1,
+        );
+    });
     let node = node.clone();
     registry.collect(
         Description { name: "culvert_pods", help: "Pods of this node by capture state", kind: Kind::Gauge },

@@ -21,7 +21,7 @@ use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 use tonic::metadata::MetadataValue;
 use tonic::transport::{Certificate, ClientTlsConfig, Endpoint};
 use tonic::{Request, Status};
-use xds::client::NodeInfo;
+use xds::client::{NodeInfo, inventory};
 use xds::server::Response;
 
 use crate::api;
@@ -198,10 +198,8 @@ impl Clients {
     /// From now on, clients that connect say that they hold what the scribe does now: all got the same.
     pub fn remember(&self) {
         let book = locked(&self.0.book);
-        let requests = TYPES.map(|type_url| {
-            let versions = book.held.get(type_url).cloned().unwrap_or_default();
-            request(type_url, versions.into_iter().collect())
-        });
+        let requests =
+            TYPES.map(|type_url| request(type_url, book.held.get(type_url).unwrap_or(&BTreeMap::new())));
         drop(book);
         *locked(&self.0.held) = Some(requests.map(|request| request.encode_to_vec().into()));
         self.0.counters.settled.store(0, Ordering::Relaxed);
@@ -234,10 +232,10 @@ impl Clients {
     }
 }
 
-fn request(type_url: &str, versions: BTreeMap<String, String>) -> DeltaDiscoveryRequest {
+fn request(type_url: &str, held: &BTreeMap<String, String>) -> DeltaDiscoveryRequest {
     DeltaDiscoveryRequest {
         type_url: type_url.to_owned(),
-        initial_resource_versions: versions,
+        culvert_held: inventory(held).unwrap_or_default(),
         ..DeltaDiscoveryRequest::default()
     }
 }
@@ -282,7 +280,7 @@ impl Proxy {
         };
         let held = locked(&self.shared.held).clone();
         let mut requests =
-            held.unwrap_or_else(|| TYPES.map(|t| request(t, BTreeMap::new()).encode_to_vec().into()));
+            held.unwrap_or_else(|| TYPES.map(|t| request(t, &BTreeMap::new()).encode_to_vec().into()));
         // On the wire, messages after each other are one with the fields of both.
         let node = DeltaDiscoveryRequest { node: Some(node.node()), ..DeltaDiscoveryRequest::default() };
         let mut first = node.encode_to_vec();

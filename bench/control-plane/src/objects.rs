@@ -156,6 +156,13 @@ pub fn namespace(name: &str, version: u64) -> String {
     )
 }
 
+/// The mesh's settings: the defaults.
+pub fn settings(namespace: &str) -> String {
+    format!(
+        r#"{{"apiVersion":"v1","kind":"ConfigMap","metadata":{{"name":"culvert","namespace":"{namespace}","resourceVersion":"1"}},"data":{{"mesh":""}}}}"#
+    )
+}
+
 /// A service.
 pub fn service(service: u32, version: u64) -> String {
     let namespace = namespace_of(service);

@@ -145,6 +145,7 @@ impl Store {
             write("/api/v1/nodes", "", objects::node_name(node), objects::node(node, 1))?;
         }
         write("/api/v1/namespaces", "", root_namespace.to_owned(), objects::namespace(root_namespace, 1))?;
+        write("/api/v1/configmaps", root_namespace, "culvert".to_owned(), objects::settings(root_namespace))?;
         for number in 0..size.namespaces() {
             let name = format!("team-{number}");
             write("/api/v1/namespaces", "", name.clone(), objects::namespace(&name, 1))?;

@@ -1,9 +1,9 @@
 //! The plugin's place in the node's CNI configuration: a file of our own that names the primary plugin's plugins and then
 //! ours, and sorts before the primary's, so that the container runtime takes it. The primary's file is never touched.
 //!
-//! A primary that can't be read leaves the last good file of ours in force: with it pods start, and start protected.
+//! A primary that can't be read leaves the last good file of ours in force: with it pods start, and start protected. Where
+//! there is none, ours goes behind the first that can be read: runtimes that pass over a broken file take that one.
 
-use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -23,6 +23,10 @@ const NAMES: [&str; 4] =
 const VERSIONS: [&str; 4] = ["0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 /// The size of a configuration, bytes.
 const SIZE_LIMIT: u64 = 1 << 20;
+/// In our plugin's configuration: the file whose plugins come before it.
+const PRIMARY: &str = "primary";
+/// What Cilium moves other files away with, unless it is told not to (`cni.exclusive`).
+const MOVED_AWAY: &str = "-culvert.conflist.cilium_bak";
 
 /// Why our plugin is not chained.
 #[derive(Debug, thiserror::Error)]
@@ -39,13 +43,11 @@ pub enum ChainError {
     /// No primary plugin is configured.
     #[error("{0} has no configuration of a primary CNI plugin (.conflist, .conf or .json) yet")]
     NoPrimary(PathBuf),
-    /// The primary's configuration can't be taken.
-    #[error("{path}: {problem}; {kept}")]
+    /// No configuration of a primary can be taken, or that which ours is of can't any more.
+    #[error("{problems}; {kept}")]
     Malformed {
-        /// Which.
-        path: PathBuf,
-        /// What is wrong.
-        problem: String,
+        /// Which, and what is wrong with each.
+        problems: String,
         /// What is in force.
         kept: &'static str,
     },
@@ -71,6 +73,8 @@ pub struct Synced {
     pub ours: PathBuf,
     /// Whether it had to be written.
     pub changed: bool,
+    /// What somebody has to look at all the same.
+    pub warnings: Vec<String>,
 }
 
 impl Chain {
@@ -94,18 +98,12 @@ impl Chain {
         let names = self.configurations()?;
         let (ours, others): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| name.ends_with(SUFFIX));
         let first = others.first().ok_or_else(|| ChainError::NoPrimary(self.directory.clone()))?;
-        let primary = self.directory.join(first);
-        let kept = if ours.is_empty() {
-            "pods start without the mesh's plugin until it is corrected"
-        } else {
-            "the last good one stays in force, with the mesh's plugin"
-        };
-        let malformed = |problem| ChainError::Malformed { path: primary.clone(), problem, kept };
-        let content = read(&primary).map_err(|source| ChainError::Io { path: primary.clone(), source })?;
-        let is_list = primary.extension() == Some(OsStr::new("conflist"));
-        let wanted = compose(&content, is_list, &self.plugin).map_err(malformed)?;
+        let (name, wanted, mut warnings) = self.primary(&ours, &others)?;
+        let primary = self.directory.join(name);
+        // Before all of them: the runtime takes the first file.
         let name = NAMES.into_iter().find(|name| *name < first.as_str());
-        let path = self.directory.join(name.ok_or_else(|| ChainError::SortsFirst(primary.clone()))?);
+        let first = || self.directory.join(first);
+        let path = self.directory.join(name.ok_or_else(|| ChainError::SortsFirst(first()))?);
         let changed = !read(&path).is_ok_and(|there| there == wanted);
         if changed {
             // It may hold what the primary's file keeps secret.
@@ -114,7 +112,49 @@ impl Chain {
         for other in ours.iter().map(|name| self.directory.join(name)).filter(|other| *other != path) {
             remove(&other)?;
         }
-        Ok(Synced { primary, ours: path, changed })
+        if self.was_moved_away() {
+            warnings.push(format!(
+                "Cilium moves other CNI configurations in {} away: set its cni.exclusive to false",
+                self.directory.display()
+            ));
+        }
+        Ok(Synced { primary, ours: path, changed, warnings })
+    }
+
+    /// The primary whose plugins come before ours: its name, our configuration with it, and what is wrong with those that
+    /// sort before it.
+    fn primary<'n>(
+        &self,
+        ours: &[String],
+        others: &'n [String],
+    ) -> Result<(&'n str, Vec<u8>, Vec<String>), ChainError> {
+        let in_force = ours.first().and_then(|name| primary_of(&read(&self.directory.join(name)).ok()?));
+        let mut broken = Vec::new();
+        for name in others {
+            let path = self.directory.join(name);
+            let problem = match read(&path) {
+                Ok(content) => match compose(&content, name.ends_with(".conflist"), &self.plugin, name) {
+                    Ok(wanted) => return Ok((name, wanted, broken)),
+                    Err(problem) => problem,
+                },
+                Err(error) => error.to_string(),
+            };
+            broken.push(format!("{}: {problem}", path.display()));
+            // Another primary makes other networks: pods that have started are in this one's.
+            if in_force.as_ref() == Some(name) {
+                break;
+            }
+        }
+        let kept = match in_force {
+            Some(_) => "the last good one stays in force, with the mesh's plugin",
+            None => "pods start without the mesh's plugin until it is corrected",
+        };
+        Err(ChainError::Malformed { problems: broken.join("; "), kept })
+    }
+
+    fn was_moved_away(&self) -> bool {
+        let entries = fs::read_dir(&self.directory).into_iter().flatten().flatten();
+        entries.into_iter().any(|entry| entry.file_name().to_string_lossy().ends_with(MOVED_AWAY))
     }
 
     /// Takes our plugin out of the node's configuration.
@@ -164,9 +204,17 @@ fn remove(path: &Path) -> Result<(), ChainError> {
     }
 }
 
-/// The primary's configuration as a list, with our plugin at its end. The network keeps its name: addresses are
-/// managed by it.
-fn compose(primary: &[u8], is_list: bool, plugin: &Value) -> Result<Vec<u8>, String> {
+/// The primary that a file of ours is of, if it is one that works.
+fn primary_of(ours: &[u8]) -> Option<String> {
+    let list: Value = serde_json::from_slice(ours).ok()?;
+    let plugin = list.get("plugins")?.as_array()?.last()?;
+    (plugin.get("type")?.as_str()? == PLUGIN).then_some(())?;
+    Some(plugin.get(PRIMARY)?.as_str()?.to_owned())
+}
+
+/// The configuration of the primary of this `name` as a list, with our plugin at its end. The network keeps its name:
+/// addresses are managed by it.
+fn compose(primary: &[u8], is_list: bool, plugin: &Value, name: &str) -> Result<Vec<u8>, String> {
     let value: Value = serde_json::from_slice(primary).map_err(|error| format!("it is not JSON: {error}"))?;
     let Value::Object(mut list) = value else { return Err("it is no JSON object".to_owned()) };
     if !is_list && !list.contains_key("plugins") {
@@ -187,7 +235,11 @@ fn compose(primary: &[u8], is_list: bool, plugin: &Value) -> Result<Vec<u8>, Str
     if plugins.is_empty() {
         return Err("it has no plugins but ours".to_owned());
     }
-    plugins.push(plugin.clone());
+    let mut plugin = plugin.clone();
+    if let Some(plugin) = plugin.as_object_mut() {
+        plugin.insert(PRIMARY.to_owned(), name.into());
+    }
+    plugins.push(plugin);
     list.insert("cniVersion".to_owned(), version.into());
     match versions {
         Some(versions) => drop(list.insert("cniVersions".to_owned(), versions.into())),

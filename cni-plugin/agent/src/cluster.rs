@@ -6,6 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use futures_util::future::BoxFuture;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use crate::pod::Pod;
 use crate::zds::PodIdentity;
@@ -17,6 +18,8 @@ pub type Mode = Option<String>;
 #[derive(Debug, Default)]
 pub struct Cluster {
     view: Mutex<View>,
+    /// Since when the view names each pod.
+    seen: Mutex<HashMap<String, Instant>>,
     changed: Notify,
 }
 
@@ -31,6 +34,10 @@ pub struct View {
     pub all_pods: bool,
     /// Whether the namespaces are all.
     pub all_namespaces: bool,
+    /// Since when the watch of namespaces is broken.
+    pub namespaces_broken: Option<Instant>,
+    /// How often the watch of pods took some away: what was asked for before that may be one of them.
+    pub removals: u64,
 }
 
 impl View {
@@ -65,8 +72,55 @@ impl Cluster {
 
     /// Changes what is known.
     pub fn update(&self, change: impl FnOnce(&mut View)) {
-        change(&mut self.view_mut());
+        {
+            let mut view = self.view_mut();
+            change(&mut view);
+            let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+            seen.retain(|uid, _| view.pods.contains_key(uid));
+            for uid in view.pods.keys().filter(|uid| !seen.contains_key(*uid)).cloned().collect::<Vec<_>>() {
+                seen.insert(uid, Instant::now());
+            }
+        }
         self.changed.notify_one();
+    }
+
+    /// Notes what the API server said when it was asked for a pod, unless the watch has taken pods away since
+    /// [`View::removals`] was `removals`, which may be newer. Whether it did.
+    pub fn note_pod(&self, removals: u64, pod: &Pod) -> bool {
+        let mut is_noted = false;
+        self.update(|view| {
+            is_noted = view.removals == removals;
+            if is_noted {
+                view.pods.entry(pod.identity.uid.clone()).or_insert_with(|| pod.clone());
+            }
+        });
+        is_noted
+    }
+
+    /// Notes what the API server said when it was asked for a namespace of which `known` was known, unless the watch has
+    /// said something else meanwhile, which may be newer. What is known now.
+    pub fn note_namespace(&self, name: &str, known: Option<&Mode>, asked: Mode) -> Mode {
+        let mut now = asked.clone();
+        self.update(|view| match view.namespaces.get(name) {
+            Some(newer) if Some(newer) != known => now.clone_from(newer),
+            _ => drop(view.namespaces.insert(name.to_owned(), asked)),
+        });
+        now
+    }
+
+    /// Whether the view of namespaces may be behind the object of a pod: one that came after `trust` before the watch was
+    /// heard last.
+    #[must_use]
+    pub fn may_be_behind(&self, uid: &str, trust: std::time::Duration) -> bool {
+        let heard = self.view_mut().namespaces_broken.unwrap_or_else(Instant::now);
+        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner).get(uid).copied();
+        seen.is_none_or(|seen| seen + trust > heard)
+    }
+
+    /// How often pods were taken away.
+    #[must_use]
+    pub fn removals(&self) -> u64 {
+        self.view_mut().removals
     }
 
     /// The pod of this uid.

@@ -62,6 +62,8 @@ pub struct Installation {
     chain: Chain,
     directory: PathBuf,
     metrics: Metrics,
+    /// What was said last of what is in place and not as it should be.
+    warnings: Vec<String>,
 }
 
 /// Why the plugin is not in place.
@@ -92,7 +94,7 @@ impl Installation {
         metrics: Metrics,
     ) -> Self {
         let binary = Binary { source: source.to_owned(), target: binaries.join(PLUGIN), same: None };
-        Self { binary, chain, directory: configurations.to_owned(), metrics }
+        Self { binary, chain, directory: configurations.to_owned(), metrics, warnings: Vec::new() }
     }
 
     /// Sees to it that the plugin is in place: first the binary, then what names it.
@@ -105,6 +107,13 @@ impl Installation {
             InstallError::Binary { to: self.binary.target.clone(), source }
         })?;
         let synced = self.chain.sync().inspect_err(|_| self.metrics.install("CREATE_CNI_CONFIG_FAILURE"))?;
+        self.metrics.cni_warnings(synced.warnings.len());
+        if synced.warnings != self.warnings {
+            for warning in &synced.warnings {
+                tracing::error!(warning, behind = %synced.primary.display(), "the CNI plugin is in place, but");
+            }
+            self.warnings = synced.warnings;
+        }
         if copied || synced.changed {
             self.metrics.install("SUCCESS");
             tracing::info!(

@@ -19,6 +19,7 @@ use kube::runtime::events::{Event as KubeEvent, EventType, Recorder, Reporter};
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Client, Config, Resource};
 use serde_json::json;
+use tokio::time::Instant;
 
 use crate::cluster::{Api, ApiError, Cluster, Mode, Notice};
 use crate::pod::{DATAPLANE_MODE, Pod, REDIRECTION};
@@ -78,27 +79,36 @@ impl Kubernetes {
         let api: kube::Api<KubePod> = kube::Api::all(self.client);
         let config = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
         let mut all = Vec::new();
-        follow("pods", watcher(api, config), |event| match event {
-            Event::Init => all.clear(),
-            Event::InitApply(pod) => all.extend(Pod::of(&pod)),
-            Event::InitDone => {
-                let all = std::mem::take(&mut all);
-                cluster.update(|view| {
-                    view.pods = all.into_iter().map(|pod| (pod.identity.uid.clone(), pod)).collect();
-                    view.all_pods = true;
-                });
-            }
-            Event::Apply(pod) => {
-                if let Some(pod) = Pod::of(&pod) {
-                    cluster.update(|view| drop(view.pods.insert(pod.identity.uid.clone(), pod)));
+        follow(
+            "pods",
+            watcher(api, config),
+            |_| (),
+            |event| match event {
+                Event::Init => all.clear(),
+                Event::InitApply(pod) => all.extend(Pod::of(&pod)),
+                Event::InitDone => {
+                    let all = std::mem::take(&mut all);
+                    cluster.update(|view| {
+                        view.pods = all.into_iter().map(|pod| (pod.identity.uid.clone(), pod)).collect();
+                        view.all_pods = true;
+                        view.removals += 1;
+                    });
                 }
-            }
-            Event::Delete(pod) => {
-                if let Some(uid) = &pod.metadata.uid {
-                    cluster.update(|view| drop(view.pods.remove(uid)));
+                Event::Apply(pod) => {
+                    if let Some(pod) = Pod::of(&pod) {
+                        cluster.update(|view| drop(view.pods.insert(pod.identity.uid.clone(), pod)));
+                    }
                 }
-            }
-        })
+                Event::Delete(pod) => {
+                    if let Some(uid) = &pod.metadata.uid {
+                        cluster.update(|view| {
+                            view.pods.remove(uid);
+                            view.removals += 1;
+                        });
+                    }
+                }
+            },
+        )
         .await;
     }
 
@@ -109,7 +119,11 @@ impl Kubernetes {
         let named = |namespace: &PartialObjectMeta<Namespace>| {
             Some((namespace.metadata.name.clone()?, mode_of(namespace.metadata.labels.as_ref())))
         };
-        follow("namespaces", watcher(api, watcher::Config::default()), |event| match event {
+        let is_broken = |broken: bool| {
+            let since = broken.then(Instant::now);
+            cluster.update(|view| view.namespaces_broken = since);
+        };
+        follow("namespaces", watcher(api, watcher::Config::default()), is_broken, |event| match event {
             Event::Init => all.clear(),
             Event::InitApply(namespace) => all.extend(named(&namespace)),
             Event::InitDone => {
@@ -139,11 +153,16 @@ impl Kubernetes {
         let api: kube::Api<PartialObjectMeta<DaemonSet>> = kube::Api::namespaced(self.client, &namespace);
         let only = watcher::Config::default().fields(&format!("metadata.name={name}"));
         let mut own = Own::default();
-        follow("own DaemonSet", watcher(api, only), |event| {
-            if let Some(is_gone) = own.is_gone(&event) {
-                gone.store(is_gone, Ordering::Relaxed);
-            }
-        })
+        follow(
+            "own DaemonSet",
+            watcher(api, only),
+            |_| (),
+            |event| {
+                if let Some(is_gone) = own.is_gone(&event) {
+                    gone.store(is_gone, Ordering::Relaxed);
+                }
+            },
+        )
         .await;
     }
 
@@ -282,14 +301,16 @@ impl Own {
     }
 }
 
-/// Follows a watch, through its errors: it is taken up where it broke off, or begun anew, with growing pauses.
+/// Follows a watch, through its errors: it is taken up where it broke off, or begun anew, with growing pauses. `broken` is
+/// told when it breaks and when it no longer is.
 async fn follow<K: Send + 'static>(
     what: &'static str,
     watch: impl futures_util::Stream<Item = watcher::Result<Event<K>>> + Send,
+    mut broken: impl FnMut(bool),
     mut take: impl FnMut(Event<K>),
 ) {
     let mut watch = pin!(watch.default_backoff());
-    let mut fails = false;
+    let (mut fails, mut is_behind) = (false, false);
     while let Some(event) = watch.next().await {
         match event {
             Ok(event) => {
@@ -297,10 +318,18 @@ async fn follow<K: Send + 'static>(
                 if !matches!(event, Event::Init) && std::mem::take(&mut fails) {
                     tracing::info!(what, "the API server answers again");
                 }
+                // Until the list is whole, what was known last is what is known.
+                let is_whole = !matches!(event, Event::Init | Event::InitApply(_));
                 take(event);
+                if is_whole && std::mem::take(&mut is_behind) {
+                    broken(false);
+                }
             }
             Err(error) if !fails => {
                 fails = true;
+                if !std::mem::replace(&mut is_behind, true) {
+                    broken(true);
+                }
                 tracing::warn!(what, %error, "the watch broke; what was known last stays, trying again");
             }
             Err(error) => tracing::debug!(what, %error, "the watch is still broken"),

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use process::metrics::{Counter, Description, Family, Kind, LabelWriter, Labels, Registry};
+use process::metrics::{Counter, Description, Family, Gauge, Kind, LabelWriter, Labels, Registry};
 
 use crate::node::Node;
 use crate::zds::Ztunnels;
@@ -51,6 +51,7 @@ pub struct Metrics {
     events: Arc<Family<Event, Counter>>,
     installs: Arc<Family<Outcome, Counter>>,
     requests: Arc<Family<PluginRequest, Counter>>,
+    warnings: Arc<Family<(), Gauge>>,
 }
 
 impl std::fmt::Debug for Metrics {
@@ -68,6 +69,10 @@ impl Metrics {
                 .counters("nodeagent_reconcile_events", "Pods added, changed, repaired and let go"),
             installs: registry.counters("istio_cni_installs", "Times that the CNI plugin was put in place"),
             requests: registry.counters("istio_cni_plugin_requests", "Requests of the CNI plugin"),
+            warnings: registry.gauges(
+                "culvert_cni_configuration_warnings",
+                "What is wrong with the node's CNI configuration though the plugin is in place: see the log",
+            ),
         }
     }
 
@@ -79,6 +84,11 @@ impl Metrics {
     /// The plugin or its configuration was written: `SUCCESS` or what failed.
     pub fn install(&self, result: &'static str) {
         self.installs.with(&Outcome { result }).inc();
+    }
+
+    /// What is wrong with the node's CNI configuration though the plugin is in place.
+    pub fn cni_warnings(&self, number: usize) {
+        self.warnings.with(&()).set(i64::try_from(number).unwrap_or(i64::MAX));
     }
 
     /// The plugin asked for something.

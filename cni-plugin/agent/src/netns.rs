@@ -42,6 +42,9 @@ pub enum NetnsError {
         /// The pod's addresses.
         addresses: String,
     },
+    /// No address of the pod is known.
+    #[error("none of the pod's addresses is known, so that it can't be told whether {0} is the pod's")]
+    NoAddress(String),
     /// It is the node's.
     #[error("{0} is the node's own network namespace: to capture its traffic would be to cut the node off")]
     Nodes(String),
@@ -69,7 +72,18 @@ pub fn open(path: &Path) -> Result<Netns, OpenError> {
     }
 }
 
-/// Checks that `netns` is that of a pod with these addresses, of which there may be none that is known.
+/// Whether an address tells one namespace from another: all have a loopback, and what is local to a link may be the same
+/// on each.
+#[must_use]
+pub fn tells(address: &IpAddr) -> bool {
+    let is_of_link = match address {
+        IpAddr::V4(address) => address.is_link_local(),
+        IpAddr::V6(address) => address.is_unicast_link_local(),
+    };
+    !(is_of_link || address.is_loopback() || address.is_unspecified())
+}
+
+/// Checks that `netns` is that of a pod with these addresses: it has one of them.
 ///
 /// # Errors
 /// It isn't, or can't be looked at.
@@ -78,8 +92,8 @@ pub fn check(netns: &Netns, addresses: &[IpAddr]) -> Result<(), NetnsError> {
     if own.iter().flatten().any(|own| own.same(netns)) {
         return Err(NetnsError::Nodes(netns.to_string()));
     }
-    if addresses.is_empty() {
-        return Ok(());
+    if !addresses.iter().any(tells) {
+        return Err(NetnsError::NoAddress(netns.to_string()));
     }
     let there = addresses_in(netns)?;
     if addresses.iter().any(|address| there.contains(address)) {
@@ -88,8 +102,11 @@ pub fn check(netns: &Netns, addresses: &[IpAddr]) -> Result<(), NetnsError> {
     Err(NetnsError::NotThePods { netns: netns.to_string(), addresses: list(addresses) })
 }
 
-/// The addresses of the devices in `netns`.
-fn addresses_in(netns: &Netns) -> Result<Vec<IpAddr>, NetnsError> {
+/// The addresses of the devices in `netns` that tell it from another.
+///
+/// # Errors
+/// It can't be entered.
+pub fn addresses_in(netns: &Netns) -> Result<Vec<IpAddr>, NetnsError> {
     let failed = |source| NetnsError::Enter { netns: netns.to_string(), source };
     let found = netns.run(|| getifaddrs().map(Iterator::collect::<Vec<_>>)).map_err(failed)?;
     let found = found.map_err(|error| failed(error.into()))?;
@@ -97,7 +114,7 @@ fn addresses_in(netns: &Netns) -> Result<Vec<IpAddr>, NetnsError> {
         let v4 = storage.as_sockaddr_in().map(|address| IpAddr::from(address.ip()));
         v4.or_else(|| storage.as_sockaddr_in6().map(|address| IpAddr::from(address.ip())))
     };
-    Ok(found.into_iter().filter_map(|device| device.address.and_then(ip)).collect())
+    Ok(found.into_iter().filter_map(|device| device.address.and_then(ip)).filter(tells).collect())
 }
 
 fn list(addresses: &[IpAddr]) -> String {

@@ -28,7 +28,8 @@ mod slot;
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use capture::Capture;
@@ -63,6 +64,11 @@ pub struct Times {
     pub leave: Duration,
     /// A pod that the API server does not name is gone after this.
     pub absent: Duration,
+    /// GC does not end what is younger: the runtime's list may be older.
+    pub fresh: Duration,
+    /// A pod that is known for as long is not of a namespace that was labelled before it: the watch of namespaces, which
+    /// the API server ends every few minutes, has said so.
+    pub trust: Duration,
 }
 
 impl Default for Times {
@@ -74,6 +80,8 @@ impl Default for Times {
             verify: Duration::from_secs(30),
             leave: Duration::from_secs(2),
             absent: Duration::from_secs(15),
+            fresh: Duration::from_secs(60),
+            trust: Duration::from_secs(300),
         }
     }
 }
@@ -106,6 +114,10 @@ pub struct Parts {
 pub struct Node {
     parts: Parts,
     slots: Mutex<HashMap<String, Arc<Slot>>>,
+    /// Those of pods that are being added, by uid.
+    starting: Mutex<HashMap<String, Weak<Slot>>>,
+    /// The sandboxes that are being added, by id, and whether they have ended meanwhile.
+    adding: Mutex<HashMap<String, Arc<AtomicBool>>>,
     /// When annotations are written again, by uid.
     annotations: Mutex<HashMap<String, reconcile::Writing>>,
     /// Excluded namespaces with labels, which users were told of.
@@ -127,6 +139,8 @@ impl Node {
         Self {
             parts,
             slots: Mutex::default(),
+            starting: Mutex::default(),
+            adding: Mutex::default(),
             annotations: Mutex::default(),
             said_excluded: Mutex::default(),
             at_once: Arc::new(Semaphore::new(AT_ONCE as usize)),
@@ -144,6 +158,10 @@ impl Node {
 
     fn slots(&self) -> MutexGuard<'_, HashMap<String, Arc<Slot>>> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn adding(&self) -> MutexGuard<'_, HashMap<String, Arc<AtomicBool>>> {
+        self.adding.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn all_slots(&self) -> Vec<Arc<Slot>> {

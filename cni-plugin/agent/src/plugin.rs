@@ -11,7 +11,7 @@ use process::http::{Limits, Request, Response, Routes, StatusCode};
 use process::readiness::Readiness;
 use serde::Deserialize;
 use serde_json::json;
-use tokio::net::UnixListener;
+use tokio::net::{UnixListener, UnixSocket};
 
 use crate::metrics::Metrics;
 use crate::node::{AddRequest, Answer, Node, Refusal};
@@ -19,9 +19,12 @@ use crate::node::{AddRequest, Answer, Node, Refusal};
 /// CNI: no pods can be added now.
 const NOT_AVAILABLE: u32 = 50;
 const DECODE: u32 = 6;
+const TRY_AGAIN_LATER: u32 = 11;
 
 /// For a request; the plugin waits a little longer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(28);
+/// Connections that wait to be accepted.
+const BACKLOG: u32 = 512;
 
 fn limits() -> Limits {
     Limits {
@@ -39,6 +42,15 @@ fn limits() -> Limits {
 /// # Errors
 /// The socket can't be made.
 pub fn listen(path: &Path, routes: Routes) -> io::Result<impl Future<Output = ()> + use<>> {
+    Ok(process::http::serve_unix(bind(path)?, routes, limits()))
+}
+
+/// A listener at `path`, in the place of a socket that is there, which nobody but root can connect to at any time. Must be
+/// called in a tokio runtime.
+///
+/// # Errors
+/// The socket can't be made.
+pub fn bind(path: &Path) -> io::Result<UnixListener> {
     use std::os::unix::fs::PermissionsExt;
     // Bound beside it and moved: a plugin finds the old one or the new one.
     let beside = path.with_extension("next");
@@ -46,10 +58,13 @@ pub fn listen(path: &Path, routes: Routes) -> io::Result<impl Future<Output = ()
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    let listener = UnixListener::bind(&beside)?;
+    let socket = UnixSocket::new_stream()?;
+    socket.bind(&beside)?;
+    // Before it listens: until then nobody connects, whatever the process's mask leaves.
     std::fs::set_permissions(&beside, std::fs::Permissions::from_mode(0o600))?;
+    let listener = socket.listen(BACKLOG)?;
     std::fs::rename(&beside, path)?;
-    Ok(process::http::serve_unix(listener, routes, limits()))
+    Ok(listener)
 }
 
 /// The attachments that stay, as the runtime lists them.
@@ -73,19 +88,8 @@ pub fn routes(node: &Arc<Node>, readiness: &Readiness, metrics: &Metrics) -> Rou
     Routes::new("culvert-node, for the CNI plugin")
         .post("/cmdadd", "a pod starts", move |request| add.clone().add(request))
         .post("/cmdcheck", "whether a pod is captured", move |request| check.clone().check(request))
-        .post("/cmddel", "a pod ends", move |request| {
-            let done = read(&request).map(|request: AddRequest| del.node.del(&request));
-            let response = del.answer("DEL", done.map(|()| json!({})));
-            async { response }
-        })
-        .post("/cmdgc", "which pods are left", move |request| {
-            let done = read(&request).map(|GcRequest { valid_attachments }| {
-                let valid: HashSet<String> = valid_attachments.into_iter().map(|a| a.container).collect();
-                json!({ "released": gc.node.gc(&valid) })
-            });
-            let response = gc.answer("GC", done);
-            async { response }
-        })
+        .post("/cmddel", "a pod ends", move |request| del.clone().del(request))
+        .post("/cmdgc", "which pods are left", move |request| gc.clone().gc(request))
         .post("/status", "whether pods can be added", move |_| {
             let response = status.answer("STATUS", status.status());
             async { response }
@@ -121,6 +125,38 @@ impl Agent {
         self.answer("CHECK", outcome.map(|()| json!({})))
     }
 
+    async fn del(self, request: Request) -> Response {
+        let node = self.node.clone();
+        let done = self.aside(request, move |request: AddRequest| node.del(&request)).await;
+        self.answer("DEL", done.map(|()| json!({})))
+    }
+
+    async fn gc(self, request: Request) -> Response {
+        let node = self.node.clone();
+        let released = self.aside(request, move |GcRequest { valid_attachments }| {
+            let valid: HashSet<String> = valid_attachments.into_iter().map(|a| a.container).collect();
+            node.gc(&valid)
+        });
+        let released = released.await;
+        self.answer("GC", released.map(|number| json!({ "released": number })))
+    }
+
+    /// Does what opens and writes files where it keeps nobody waiting.
+    async fn aside<A, R>(
+        &self,
+        request: Request,
+        work: impl FnOnce(A) -> R + Send + 'static,
+    ) -> Result<R, Refusal>
+    where
+        A: for<'de> Deserialize<'de> + Send + 'static,
+        R: Send + 'static,
+    {
+        let asked: A = read(&request)?;
+        tokio::task::spawn_blocking(move || work(asked))
+            .await
+            .map_err(|error| Refusal { code: TRY_AGAIN_LATER, message: error.to_string() })
+    }
+
     /// Whether pods can be added. A no makes the whole node unready, and takes the pods that run there out of their
     /// services: so it is said on a node alone that has no pod of the mesh yet. ADD waits, and refuses, by itself. That a
     /// ztunnel is there is not asked: it starts in a pod of its own, which a node that is not ready does not start.
@@ -154,4 +190,27 @@ fn read<T: for<'de> Deserialize<'de>>(request: &Request) -> Result<T, Refusal> {
             "the plugin's request can't be read: {error}; plugin and agent are of different versions"
         ),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_socket_takes_the_place_of_a_stale_one_and_is_roots() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("plugin.sock");
+        // As a process leaves it that was killed, in the middle of the same too.
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        drop(std::os::unix::net::UnixListener::bind(path.with_extension("next")).unwrap());
+        let listener = bind(&path).unwrap();
+        let there = std::fs::metadata(&path).unwrap();
+        assert!(there.file_type().is_socket() && there.permissions().mode() & 0o777 == 0o600);
+        assert!(!path.with_extension("next").exists());
+        let (accepted, connected) = tokio::join!(listener.accept(), tokio::net::UnixStream::connect(&path));
+        assert!(accepted.is_ok() && connected.is_ok());
+        assert!(bind(Path::new("/no/such/directory/plugin.sock")).is_err());
+    }
 }

@@ -10,6 +10,8 @@ use crate::zds::PodIdentity;
 
 /// The label that puts pods into the mesh, on a namespace or a pod.
 pub const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
+/// What [`DATAPLANE_MODE`] says for that.
+pub const AMBIENT: &str = "ambient";
 /// What tells the control plane that a pod speaks HBONE.
 pub const REDIRECTION: &str = "ambient.istio.io/redirection";
 const SIDECAR: &str = "sidecar.istio.io/status";
@@ -118,7 +120,7 @@ impl Pod {
         let PodIdentity { namespace, .. } = &self.identity;
         if own == Some("none") {
             Standing::Outside("its label istio.io/dataplane-mode is none")
-        } else if own != Some("ambient") && namespace_mode != Some("ambient") {
+        } else if own != Some(AMBIENT) && namespace_mode != Some(AMBIENT) {
             Standing::Outside("neither it nor its namespace is labelled istio.io/dataplane-mode=ambient")
         } else if places.excluded.contains(namespace) {
             Standing::Outside("its namespace is excluded (--exclude-namespaces)")

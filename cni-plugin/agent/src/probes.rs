@@ -3,6 +3,9 @@
 //! With cgroup v2, where the kubelet has a control group of its own, its connections are told by that. Else, and that is
 //! less, by its user: then any process of that user in the node's network namespace reaches the ports that enrolled pods
 //! have probes on. Which of the two is in force is said at the start, in the log and on the page `/pods`.
+//!
+//! Invariant: where groups can tell, nobody gets the exemption in the kubelet's place. Until the kubelet, or the group that
+//! is given, is there, nobody is exempt; and nobody probes.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -19,6 +22,9 @@ use crate::netns::pod_of;
 /// Between looks at rules that should be as they were.
 const VERIFY: Duration = Duration::from_secs(30);
 
+/// What the process of the kubelet is called: by itself, and in distributions that have all in one.
+const NAMES: [&str; 5] = ["kubelet", "k3s-server", "k3s-agent", "k3s", "kubelite"];
+
 /// Finds the kubelet among the processes of the node.
 #[derive(Clone, Debug)]
 pub struct Finder {
@@ -30,30 +36,67 @@ pub struct Finder {
     pub given: Option<String>,
 }
 
+/// Whose connections are probes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Found {
+    prober: Prober,
+    /// The inode of the group's directory: another one of the same name is another group.
+    group: u64,
+}
+
 impl Finder {
-    /// Whose connections are probes now, and what the group's directory is: another one of the same name is another group.
-    fn find(&self) -> (Prober, u64) {
-        let group = self.given.clone().or_else(|| self.kubelets_group());
-        let found = group.and_then(|group| {
-            let path = group.trim_matches('/').to_owned();
-            let directory = fs::metadata(self.cgroups.join(&path)).ok().filter(fs::Metadata::is_dir)?;
-            let is_v2 = self.cgroups.join("cgroup.controllers").exists();
-            (is_v2 && !path.is_empty()).then(|| (Prober::Cgroup(path), directory.ino()))
-        });
-        found.unwrap_or((Prober::User(0), 0))
+    /// Whose connections are probes now. `kubelet` is its directory in `/proc` when it was found last, which is looked at
+    /// first.
+    ///
+    /// # Errors
+    /// There is nobody yet whose they could be: why.
+    fn find(&self, kubelet: &mut Option<PathBuf>) -> Result<Found, String> {
+        let is_v2 = self.cgroups.join("cgroup.controllers").exists();
+        let everybody = Found { prober: Prober::User(0), group: 0 };
+        let path = match &self.given {
+            Some(_) if !is_v2 => {
+                let path = self.cgroups.display();
+                return Err(format!("--kubelet-cgroup names a group of cgroup v2, which {path} is not"));
+            }
+            Some(given) => given.trim_matches('/').to_owned(),
+            // The older groups tell nothing.
+            None if !is_v2 => return Ok(everybody),
+            None => match self.kubelets_group(kubelet)? {
+                Some(path) => path,
+                None => return Ok(everybody),
+            },
+        };
+        let directory = self.cgroups.join(&path);
+        match fs::metadata(&directory) {
+            Ok(there) if there.is_dir() && !path.is_empty() => {
+                Ok(Found { prober: Prober::Cgroup(path), group: there.ino() })
+            }
+            _ => Err(format!("the kubelet's control group {} is not there", directory.display())),
+        }
     }
 
-    /// The control group of the process `kubelet`, if it has one of its own below the root.
-    fn kubelets_group(&self) -> Option<String> {
-        let processes = fs::read_dir(&self.proc).ok()?.flatten();
+    /// The control group of the kubelet; `None` if that is the root, where everybody may be.
+    fn kubelets_group(&self, known: &mut Option<PathBuf>) -> Result<Option<String>, String> {
         // Any process may call itself so. A pod's is not the kubelet, and neither is one of another user.
         let kubelets_group = |path: &Path| {
             let read = |file| fs::read_to_string(path.join(file)).ok();
-            (read("comm")?.trim() == "kubelet" && is_roots(&read("status")?)).then_some(())?;
+            (NAMES.contains(&read("comm")?.trim()) && is_roots(&read("status")?)).then_some(())?;
             read("cgroup").filter(|cgroup| pod_of(cgroup).is_none())
         };
-        let group = processes.map(|entry| entry.path()).find_map(|path| kubelets_group(&path))?;
-        group_of(&group)
+        if let Some(group) = known.as_deref().and_then(kubelets_group) {
+            return Ok(group_of(&group));
+        }
+        let processes =
+            fs::read_dir(&self.proc).map_err(|error| format!("{}: {error}", self.proc.display()))?;
+        let mut paths = processes.flatten().map(|entry| entry.path());
+        let found = paths.find_map(|path| kubelets_group(&path).map(|group| (path, group)));
+        let (path, group) = found.ok_or_else(|| {
+            "there is no process of root called kubelet; if it is called otherwise, name its group \
+             (--kubelet-cgroup)"
+                .to_owned()
+        })?;
+        *known = Some(path);
+        Ok(group_of(&group))
     }
 }
 
@@ -75,11 +118,18 @@ fn group_of(cgroup: &str) -> Option<String> {
 /// The exemption in force.
 #[derive(Debug)]
 struct Installed {
-    prober: Prober,
-    group: u64,
+    found: Found,
     targets: Vec<SocketAddr>,
     listing: String,
     verify_at: Instant,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    installed: Option<Installed>,
+    /// Whether what an earlier process may have left is taken away.
+    is_clear: bool,
+    kubelet: Option<PathBuf>,
 }
 
 /// The exemption of the kubelet's probes on this node.
@@ -88,7 +138,7 @@ pub struct KubeletProbes {
     nat: NodeProbes,
     netns: Netns,
     finder: Finder,
-    state: Arc<Mutex<Option<Installed>>>,
+    state: Arc<Mutex<State>>,
     trouble: Arc<Mutex<Option<String>>>,
 }
 
@@ -105,7 +155,8 @@ impl KubeletProbes {
         if let Some(trouble) = self.trouble() {
             return format!("not in force: {trouble}");
         }
-        match self.state.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|s| s.prober.clone()) {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        match state.installed.as_ref().map(|installed| &installed.found.prober) {
             Some(Prober::Cgroup(path)) => format!("of the control group {path}"),
             Some(Prober::User(user)) => {
                 format!(
@@ -141,17 +192,23 @@ impl KubeletProbes {
     }
 
     fn sync_now(&self, targets: Vec<SocketAddr>) -> Result<(), String> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let (prober, group) = match (self.finder.find(), &*state) {
+        let mut guard = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let State { installed: state, is_clear, kubelet } = &mut *guard;
+        let found = match (self.finder.find(kubelet), &*state) {
+            (Ok(found), _) => found,
             // The kubelet starts anew, as a rule. Others don't get its exemption meanwhile.
-            ((Prober::User(_), _), Some(Installed { prober: known @ Prober::Cgroup(_), group, .. })) => {
-                (known.clone(), *group)
+            (Err(_), Some(installed)) => installed.found.clone(),
+            (Err(why), None) => {
+                if !*is_clear {
+                    self.nat.remove(&self.netns).map_err(|error| error.to_string())?;
+                    *is_clear = true;
+                }
+                return Err(why);
             }
-            (found, _) => found,
         };
         let now = Instant::now();
         if let Some(installed) = state.as_mut()
-            && (&installed.prober, installed.group, &installed.targets) == (&prober, group, &targets)
+            && (&installed.found, &installed.targets) == (&found, &targets)
         {
             if installed.verify_at > now {
                 return Ok(());
@@ -163,12 +220,13 @@ impl KubeletProbes {
             }
             tracing::warn!("somebody changed the exemption of probes; it is restored");
         }
-        let whose = match &prober {
+        let prober = &found.prober;
+        let whose = match prober {
             Prober::Cgroup(path) => format!("control group {path}"),
             Prober::User(user) => format!("user {user}"),
         };
-        if state.as_ref().is_none_or(|old| old.prober != prober) {
-            match &prober {
+        if state.as_ref().is_none_or(|old| old.found.prober != *prober) {
+            match prober {
                 Prober::Cgroup(_) => tracing::info!(whose, "the kubelet's probes are exempt"),
                 Prober::User(_) => tracing::warn!(
                     whose,
@@ -177,9 +235,9 @@ impl KubeletProbes {
                 ),
             }
         }
-        let installed = self.nat.install(&self.netns, &prober, ProbeSources::default(), &targets);
+        let installed = self.nat.install(&self.netns, prober, ProbeSources::default(), &targets);
         let listing = installed.map_err(|error| error.to_string())?;
-        *state = Some(Installed { prober, group, targets, listing, verify_at: now + VERIFY });
+        *state = Some(Installed { found, targets, listing, verify_at: now + VERIFY });
         Ok(())
     }
 
@@ -188,7 +246,7 @@ impl KubeletProbes {
     /// # Errors
     /// It can't be removed.
     pub fn remove(&self) -> Result<bool, capture::Error> {
-        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).installed = None;
         self.nat.remove(&self.netns)
     }
 }
@@ -212,48 +270,120 @@ mod tests {
         }
     }
 
-    #[test]
-    fn who_only_calls_itself_kubelet_is_not() {
-        let dir = tempfile::tempdir().unwrap();
-        let (proc, cgroups) = (dir.path().join("proc"), dir.path().join("cgroup"));
-        let pods = "kubepods/burstable/pod0a1b2c3d-1111-2222-3333-444455556666/c";
-        fs::create_dir_all(cgroups.join("system.slice/kubelet.service")).unwrap();
-        fs::create_dir_all(cgroups.join("user.slice")).unwrap();
-        fs::create_dir_all(cgroups.join(pods)).unwrap();
-        fs::write(cgroups.join("cgroup.controllers"), "").unwrap();
-        let process = |pid: u32, user: u32, group: &str| {
-            let path = proc.join(pid.to_string());
+    /// A node with control groups of version 2, where processes may be put.
+    struct Files(tempfile::TempDir);
+
+    impl Files {
+        fn new() -> Self {
+            let files = Self(tempfile::tempdir().unwrap());
+            fs::create_dir_all(files.0.path().join("proc")).unwrap();
+            files.group("");
+            fs::write(files.0.path().join("cgroup/cgroup.controllers"), "").unwrap();
+            files
+        }
+
+        fn group(&self, path: &str) {
+            fs::create_dir_all(self.0.path().join("cgroup").join(path)).unwrap();
+        }
+
+        fn process(&self, pid: u32, name: &str, user: u32, group: &str) {
+            let path = self.0.path().join("proc").join(pid.to_string());
             fs::create_dir_all(&path).unwrap();
-            fs::write(path.join("comm"), "kubelet\n").unwrap();
+            fs::write(path.join("comm"), format!("{name}\n")).unwrap();
             fs::write(path.join("status"), format!("Uid:\t{user}\t{user}\t{user}\t{user}\n")).unwrap();
             fs::write(path.join("cgroup"), format!("0::/{group}\n")).unwrap();
-        };
-        process(3, 0, pods);
-        process(4, 1000, "user.slice");
-        let finder = Finder { proc: proc.clone(), cgroups: cgroups.clone(), given: None };
-        assert_eq!(finder.find().0, Prober::User(0));
-        process(5, 0, "system.slice/kubelet.service");
-        assert_eq!(finder.find().0, Prober::Cgroup("system.slice/kubelet.service".to_owned()));
+        }
+
+        fn end(&self, pid: u32) {
+            fs::remove_dir_all(self.0.path().join("proc").join(pid.to_string())).unwrap();
+        }
+
+        fn finder(&self, given: Option<&str>) -> Finder {
+            let path = self.0.path();
+            Finder { proc: path.join("proc"), cgroups: path.join("cgroup"), given: given.map(str::to_owned) }
+        }
+    }
+
+    fn found(finder: &Finder) -> Result<Prober, String> {
+        finder.find(&mut None).map(|found| found.prober)
+    }
+
+    const GROUP: &str = "system.slice/kubelet.service";
+
+    #[test]
+    fn who_only_calls_itself_kubelet_is_not() {
+        let files = Files::new();
+        let pods = "kubepods/burstable/pod0a1b2c3d-1111-2222-3333-444455556666/c";
+        for group in [GROUP, "user.slice", pods] {
+            files.group(group);
+        }
+        files.process(3, "kubelet", 0, pods);
+        files.process(4, "kubelet", 1000, "user.slice");
+        files.process(5, "kubelets", 0, "user.slice");
+        let finder = files.finder(None);
+        assert!(found(&finder).unwrap_err().contains("--kubelet-cgroup"));
+        files.process(6, "kubelet", 0, GROUP);
+        let mut known = None;
+        assert_eq!(finder.find(&mut known).unwrap().prober, Prober::Cgroup(GROUP.to_owned()));
+        assert_eq!(known, Some(files.0.path().join("proc/6")));
+        // What it was is looked at again: its number may be another's by now.
+        files.process(6, "sleep", 0, "user.slice");
+        assert!(finder.find(&mut known).is_err());
+        files.end(6);
+        files.process(7, "k3s-agent", 0, GROUP);
+        assert_eq!(finder.find(&mut known).unwrap().prober, Prober::Cgroup(GROUP.to_owned()));
     }
 
     #[test]
     fn without_a_group_of_its_own_it_is_the_user() {
-        let dir = tempfile::tempdir().unwrap();
-        let (proc, cgroups) = (dir.path().join("proc"), dir.path().join("cgroup"));
-        fs::create_dir_all(proc.join("7")).unwrap();
-        fs::create_dir_all(cgroups.join("system.slice/kubelet.service")).unwrap();
-        fs::write(proc.join("7/comm"), "kubelet\n").unwrap();
-        fs::write(proc.join("7/status"), "Name:\tkubelet\nUid:\t0\t0\t0\t0\n").unwrap();
-        fs::write(proc.join("7/cgroup"), "0::/system.slice/kubelet.service\n").unwrap();
-        let finder = Finder { proc: proc.clone(), cgroups: cgroups.clone(), given: None };
-        assert_eq!(finder.find().0, Prober::User(0), "these are no v2 groups");
-        fs::write(cgroups.join("cgroup.controllers"), "").unwrap();
-        let (prober, group) = finder.find();
-        assert_eq!(prober, Prober::Cgroup("system.slice/kubelet.service".to_owned()));
-        assert_eq!(group, fs::metadata(cgroups.join("system.slice/kubelet.service")).unwrap().ino());
-        fs::write(proc.join("7/cgroup"), "0::/\n").unwrap();
-        assert_eq!(finder.find().0, Prober::User(0), "the root is everybody");
-        let given = Finder { given: Some("/system.slice/kubelet.service".to_owned()), ..finder };
-        assert!(matches!(given.find().0, Prober::Cgroup(_)));
+        let files = Files::new();
+        files.process(7, "kubelet", 0, "");
+        assert_eq!(found(&files.finder(None)), Ok(Prober::User(0)), "the root is everybody");
+        files.process(7, "kubelet", 0, GROUP);
+        assert!(found(&files.finder(None)).unwrap_err().contains("is not there"));
+        files.group(GROUP);
+        let group = files.finder(None).find(&mut None).unwrap().group;
+        assert_eq!(group, fs::metadata(files.0.path().join("cgroup").join(GROUP)).unwrap().ino());
+        fs::remove_file(files.0.path().join("cgroup/cgroup.controllers")).unwrap();
+        assert_eq!(found(&files.finder(None)), Ok(Prober::User(0)), "these are no v2 groups");
+        assert!(found(&files.finder(Some(GROUP))).unwrap_err().contains("cgroup v2"), "that was asked for");
+    }
+
+    #[test]
+    fn a_given_group_is_waited_for_and_nobody_gets_its_place() {
+        let files = Files::new();
+        files.process(7, "kubelet", 0, "");
+        let finder = files.finder(Some("/kubelet.slice/"));
+        assert!(found(&finder).unwrap_err().contains("kubelet.slice is not there"));
+        files.group("kubelet.slice");
+        assert_eq!(found(&finder), Ok(Prober::Cgroup("kubelet.slice".to_owned())));
+        assert!(found(&files.finder(Some("/"))).is_err(), "the root is everybody");
+    }
+
+    #[tokio::test]
+    async fn nobody_is_exempt_before_the_kubelet_is_there() {
+        if !harness::netns::root_or_skip("nobody is exempt before the kubelet is there") {
+            return;
+        }
+        let files = Files::new();
+        let lab = harness::netns::Lab::builder().node("a", &["web"]).build().unwrap();
+        let netns = lab.node("a").host.netns.clone();
+        let nat = NodeProbes::find(&capture::Tools::default()).unwrap();
+        let target: SocketAddr = "10.0.0.1:80".parse().unwrap();
+        // As an earlier agent left it.
+        nat.install(&netns, &Prober::User(0), ProbeSources::default(), &[target]).unwrap();
+        let probes = KubeletProbes::new(nat.clone(), netns.clone(), files.finder(None));
+        probes.sync(vec![target]).await;
+        assert_eq!(nat.listing(&netns).unwrap(), "");
+        assert!(probes.describe().contains("no process of root called kubelet"), "{}", probes.describe());
+        files.process(7, "kubelet", 0, "");
+        probes.sync(vec![target]).await;
+        assert!(nat.listing(&netns).unwrap().contains("10.0.0.1"));
+        assert_eq!(probes.trouble(), None);
+        // It starts anew: what is in force stays so, and follows the pods.
+        files.end(7);
+        probes.sync(Vec::new()).await;
+        assert!(!nat.listing(&netns).unwrap().contains("10.0.0.1"));
+        assert_eq!(probes.trouble(), None);
     }
 }

@@ -169,6 +169,17 @@ impl Record {
         }
     }
 
+    /// Deletes the file: nothing comes after this.
+    ///
+    /// # Errors
+    /// It can't be deleted.
+    pub fn erase(self) -> io::Result<()> {
+        match fs::remove_file(&self.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     /// Tries again what could not be written.
     ///
     /// # Errors
@@ -292,6 +303,15 @@ mod tests {
         let text = fs::read_to_string(&path).unwrap().replace(boot.trim(), "another");
         fs::write(&path, text).unwrap();
         assert_eq!(Record::open(dir.path()).unwrap().entries(), []);
+    }
+
+    #[test]
+    fn what_is_erased_leaves_no_file() {
+        let dir = tempfile::tempdir().unwrap();
+        Record::open(dir.path()).unwrap().put(entry("1"));
+        Record::open(dir.path()).unwrap().erase().unwrap();
+        assert!(!dir.path().join("pods.json").exists());
+        Record::open(dir.path()).unwrap().erase().unwrap();
     }
 
     #[test]

@@ -60,6 +60,9 @@ pub struct Flags {
     /// Directory of what the next process has to know of this one: which pods are captured. It outlives the node's restart
     #[arg(long, env = "CULVERT_STATE_DIR", value_name = "DIR", default_value = "/var/lib/culvert")]
     pub state_dir: PathBuf,
+    /// Directories in which ztunnel keeps keys and configuration on this node: `cleanup` deletes what is in them
+    #[arg(long, env = "CULVERT_ZTUNNEL_DIRS", value_name = "DIR", value_delimiter = ',')]
+    pub ztunnel_dirs: Vec<PathBuf>,
     /// How pods' traffic is redirected: auto, nftables, iptables-nft or iptables-legacy
     #[arg(long, env = "CULVERT_CAPTURE", default_value = "auto", value_name = "BACKEND")]
     pub capture: String,
@@ -111,6 +114,12 @@ impl Flags {
             Some(path) => Ok(path.clone()),
             None => Ok(std::env::current_exe()?.with_file_name(crate::chain::PLUGIN)),
         }
+    }
+
+    /// Where the admin pages are that change something.
+    #[must_use]
+    pub fn admin_socket(&self) -> PathBuf {
+        self.plugin_socket.with_file_name("admin.sock")
     }
 
     /// Whose pods are never in the mesh.

@@ -88,17 +88,23 @@ async fn serve(flags: &Flags, settings: &Settings, logs: &Logs) -> anyhow::Resul
     build_info(&registry, "culvert-node", env!("CARGO_PKG_VERSION"));
     logs.register(&registry);
     metrics::register(&registry, &node, &ztunnels);
-    let dumped = node.clone();
-    let admin =
-        pages::routes("culvert-node", logs, &shutdown).get("/pods", "the pods of this node", move |_| {
+    let with_pods = |routes: http::Routes| {
+        let dumped = node.clone();
+        routes.get("/pods", "the pods of this node", move |_| {
             let response = http::Response::json(&dumped.dump());
             async { response }
-        });
-    ports.serve(admin, pages::metrics_routes(&registry), readiness.routes(&shutdown));
+        })
+    };
+    // The port is the node's, and any process's there: what changes something is behind a socket of root's.
+    let shown = with_pods(pages::shown("culvert-node", logs));
+    ports.serve(shown, pages::metrics_routes(&registry), readiness.routes(&shutdown));
+    let admin = with_pods(pages::routes("culvert-node", logs, &shutdown));
+    make_room(&flags.plugin_socket)?;
+    let socket = plugin::bind(&flags.admin_socket()).context("admin socket, beside --plugin-socket")?;
+    tokio::spawn(http::serve_unix(socket, admin, http::Limits::default()));
 
     make_room(&flags.zds_socket)?;
     tokio::spawn(ztunnels.listen(&flags.zds_socket).context("--zds-socket")?);
-    make_room(&flags.plugin_socket)?;
     let requests = plugin::routes(&node, &readiness, &counters);
     // What changes the node: it ends before that is cleaned up, or it would put everything back.
     let mut work = JoinSet::new();
@@ -198,7 +204,7 @@ async fn clean_up(flags: &Flags) -> anyhow::Result<()> {
     if let Some(probes) = probes(flags)? {
         probes.remove().context("the exemption of probes")?;
     }
-    for socket in [&flags.plugin_socket, &flags.zds_socket] {
+    for socket in [&flags.plugin_socket, &flags.admin_socket(), &flags.zds_socket] {
         // Nobody listens there any more.
         let _ = std::fs::remove_file(socket);
     }
@@ -206,7 +212,25 @@ async fn clean_up(flags: &Flags) -> anyhow::Result<()> {
         left == 0,
         "the redirection of {left} pods could not be removed: their traffic is refused"
     );
+    record.erase().context("the record of pods")?;
+    for directory in &flags.ztunnel_dirs {
+        empty(directory).with_context(|| format!("--ztunnel-dirs: {}", directory.display()))?;
+    }
     tracing::info!("nothing is left on this node");
+    Ok(())
+}
+
+/// Deletes what is in a directory, which may be a mount of its own.
+fn empty(directory: &Path) -> std::io::Result<()> {
+    let entries = match std::fs::read_dir(directory) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        let path = entry.path();
+        if entry.file_type()?.is_dir() { std::fs::remove_dir_all(path)? } else { std::fs::remove_file(path)? }
+    }
     Ok(())
 }
 
@@ -255,11 +279,11 @@ fn probes(flags: &Flags) -> anyhow::Result<Option<KubeletProbes>> {
     Ok(Some(KubeletProbes::new(nat, netns, finder)))
 }
 
-/// Makes the directory of a socket; nobody but root is to look into a new one.
+/// Makes the directory of a socket. A new one is root's alone.
 fn make_room(socket: &Path) -> anyhow::Result<()> {
     use std::os::unix::fs::DirBuilderExt;
     let Some(directory) = socket.parent() else { return Ok(()) };
-    let made = std::fs::DirBuilder::new().recursive(true).mode(0o755).create(directory);
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory);
     made.with_context(|| directory.display().to_string())
 }
 

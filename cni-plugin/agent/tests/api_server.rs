@@ -140,7 +140,7 @@ impl Server {
         let chart = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/charts/culvert");
         let output = Command::new(self.binaries.join("helm"))
             .args(["template", "culvert", chart.to_str().unwrap(), "--namespace", SYSTEM])
-            .args(["--show-only", "templates/node.yaml"])
+            .args(["--show-only", "templates/node.yaml", "--show-only", "templates/node-admission.yaml"])
             .env("HELM_CACHE_HOME", self.at("helm"))
             .output()
             .unwrap();
@@ -212,6 +212,46 @@ async fn taints(server: &Server, api: &Kubernetes) {
     assert!(api.taint("none", &[], &[TAINT]).await.unwrap_err().to_string().contains("404"));
 }
 
+/// What RBAC lets the agent change and admission does not: its token in the wrong hands deletes no pod and holds none.
+async fn is_held(server: &Server, client: &kube::Client) {
+    use k8s_openapi::api::core::v1::{Node, Pod};
+    use kube::api::{Api, Patch, PatchParams};
+    let (pods, nodes) = (Api::<Pod>::namespaced(client.clone(), "shop"), Api::<Node>::all(client.clone()));
+    let owner = json!([{ "apiVersion": "v1", "kind": "ConfigMap", "name": "none",
+                         "uid": "00000000-0000-0000-0000-000000000000" }]);
+    for changed in [
+        json!({ "ownerReferences": owner }),
+        json!({ "finalizers": ["example.com/held"] }),
+        json!({ "labels": { "app": "another" } }),
+        json!({ "annotations": { "of-users": "changed" } }),
+    ] {
+        let patch = Patch::Merge(json!({ "metadata": changed }));
+        let parameters = PatchParams::default();
+        let mut outcomes = Vec::new();
+        // A new policy is in force a moment after it was made.
+        for _ in 0..500 {
+            outcomes.clear();
+            outcomes.push(pods.patch("web", &parameters, &patch).await.map(drop));
+            outcomes.push(nodes.patch("n1", &parameters, &patch).await.map(drop));
+            let refused = |outcome: &Result<(), kube::Error>| {
+                outcome.as_ref().is_err_and(|error| error.to_string().contains("and nothing else"))
+            };
+            if outcomes.iter().all(refused) {
+                outcomes.clear();
+                break;
+            }
+            let undo = json!({ "metadata": { "ownerReferences": null, "finalizers": null,
+                                             "labels": null, "annotations": { "of-users": "stays" } } });
+            for kind in ["pod/web", "node/n1"] {
+                let text = undo.to_string();
+                let _ = server.try_kubectl(&["patch", "-n", "shop", kind, "--type=merge", "-p", &text], "");
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert!(outcomes.is_empty(), "{changed}: {outcomes:?}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_agent_does_with_the_charts_permissions_what_it_has_to() {
     let Some(server) = Server::start() else { return };
@@ -222,7 +262,8 @@ async fn the_agent_does_with_the_charts_permissions_what_it_has_to() {
     let node = json!({ "apiVersion": "v1", "kind": "Node", "metadata": { "name": "n1" },
                        "spec": { "taints": [taint("other"), taint(TAINT)] } });
     server.apply(&node.to_string());
-    let api = Kubernetes::new(server.client(), "n1");
+    let client = server.client();
+    let api = Kubernetes::new(client.clone(), "n1");
     let cluster = Arc::new(Cluster::default());
     let (pods, namespaces) = (cluster.clone(), cluster.clone());
     let (watching, also) = (api.clone(), api.clone());
@@ -240,6 +281,7 @@ async fn the_agent_does_with_the_charts_permissions_what_it_has_to() {
     assert_eq!(api.namespace("shop").await, Ok(Some(Some("ambient".to_owned()))));
     assert_eq!(api.namespace("none").await, Ok(None));
 
+    is_held(&server, &client).await;
     annotates(&server, &api, &cluster, &web).await;
     taints(&server, &api).await;
     let note = format!("{} more", "it is said; ".repeat(200));

@@ -13,10 +13,11 @@ use aws_lc_rs::digest;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use futures_util::future::BoxFuture;
-use identity::Clock;
+use identity::{Clock, Timestamp};
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus};
 use kube::api::PostParams;
 use kube::{Api, Client};
+use rustls_pki_types::UnixTime;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
@@ -206,9 +207,41 @@ impl Authenticator {
         };
         let caller = tokio::time::timeout(REVIEW_TIMEOUT, review)
             .await
-            .map_err(|_| unavailable("it did not answer in time"))??;
+            .map_err(|_| unavailable("it did not answer in time"))?
+            .map_err(|error| self.explained(error, token))?;
         self.remember(key, &caller, token);
         Ok(caller)
+    }
+
+    /// Says of a token that the API server finds too old or too young how old it is by our clock: who looks for the
+    /// cause must know whether clocks differ, or tokens are not renewed.
+    fn explained(&self, error: AuthenticationError, token: &str) -> AuthenticationError {
+        let AuthenticationError::Rejected(reason) = &error else { return error };
+        let now = self.clock.now();
+        let (Some(claims), true) =
+            (claims(token), reason.contains("expired") || reason.contains("not valid yet"))
+        else {
+            return error;
+        };
+        let at = |seconds| Timestamp(UnixTime::since_unix_epoch(Duration::from_secs(seconds)));
+        let (from, until) = (claims.nbf.unwrap_or(0), claims.exp);
+        let ours = if now.as_secs() >= until {
+            format!("it was valid until {}: look whether the cluster renews the token's file", at(until))
+        } else if now.as_secs() < from {
+            format!("it is valid from {} on: the clock of who issued it is ahead", at(from))
+        } else {
+            let differ =
+                if reason.contains("expired") { until - now.as_secs() } else { now.as_secs() - from };
+            format!(
+                "it is valid from {} to {}, so the API server's clock differs by {differ} s or more: compare the two",
+                at(from),
+                at(until)
+            )
+        };
+        AuthenticationError::Rejected(format!(
+            "{reason} (by this control plane's clock, {}, {ours})",
+            Timestamp(now)
+        ))
     }
 
     fn remembered(&self, key: &[u8; 32]) -> Option<Caller> {
@@ -217,7 +250,8 @@ impl Authenticator {
     }
 
     fn remember(&self, key: [u8; 32], caller: &Caller, token: &str) {
-        let left = expiry(token).unwrap_or(0).saturating_sub(self.clock.now().as_secs());
+        let expires = claims(token).map_or(0, |claims| claims.exp);
+        let left = expires.saturating_sub(self.clock.now().as_secs());
         let left = Duration::from_secs(left).min(CACHE_TTL);
         if left.is_zero() {
             return;
@@ -234,14 +268,17 @@ impl Authenticator {
     }
 }
 
-/// When a token expires (RFC 7519, section 4.1.4), in seconds since 1970. Its signature is the API server's to check.
-fn expiry(token: &str) -> Option<u64> {
-    #[derive(serde::Deserialize)]
-    struct Claims {
-        exp: u64,
-    }
+/// When a token is valid (RFC 7519, sections 4.1.4 and 4.1.5), in seconds since 1970.
+#[derive(serde::Deserialize)]
+struct Claims {
+    exp: u64,
+    nbf: Option<u64>,
+}
+
+/// Its signature is the API server's to check.
+fn claims(token: &str) -> Option<Claims> {
     let payload = URL_SAFE_NO_PAD.decode(token.split('.').nth(1)?).ok()?;
-    serde_json::from_slice::<Claims>(&payload).ok().map(|claims| claims.exp)
+    serde_json::from_slice(&payload).ok()
 }
 
 #[cfg(test)]

@@ -138,3 +138,39 @@ async fn the_cache_is_bounded() {
     }
     assert_eq!(authenticator.cache.lock().unwrap().len(), CACHE_SIZE);
 }
+
+/// Says of each token what an API server would whose clock is another.
+struct OtherClock(&'static str);
+
+impl Reviewer for OtherClock {
+    fn review<'a>(&'a self, _: &'a str) -> BoxFuture<'a, Result<Caller, AuthenticationError>> {
+        Box::pin(async { Err(AuthenticationError::Rejected(self.0.to_owned())) })
+    }
+}
+
+#[tokio::test]
+async fn a_refusal_for_its_time_says_whether_clocks_differ() {
+    let now = Clock::system().now().as_secs();
+    let (expired, young) = ("service account token has expired", "service account token is not valid yet");
+    for (reason, nbf, exp, says) in [
+        (expired, now - 100, now + 500, Some("differs by 500 s or more")),
+        (expired, now - 500, now - 100, Some("renews the token's file")),
+        (young, now - 40, now + 500, Some("differs by 40 s or more")),
+        (young, now + 300, now + 500, Some("who issued it is ahead")),
+        ("signature is wrong", now - 100, now + 500, None),
+    ] {
+        let authenticator = Authenticator::new(OtherClock(reason), Clock::system());
+        let token = format!("a.{}.sig", URL_SAFE_NO_PAD.encode(json!({"exp": exp, "nbf": nbf}).to_string()));
+        let error = authenticator.caller(Some(&format!("Bearer {token}"))).await.unwrap_err().to_string();
+        assert!(error.starts_with(reason), "{error}");
+        match says {
+            // A second may pass.
+            Some(says) => assert!(
+                error.contains(says) || error.contains("differs by 499 s") || error.contains("by 41 s"),
+                "{error}"
+            ),
+            None => assert_eq!(error, reason),
+        }
+        assert!(!error.contains(&token), "{error}");
+    }
+}

@@ -34,6 +34,11 @@ pub trait Pods: Send + Sync + 'static {
     /// Whether a namespace is there.
     fn has_namespace(&self, namespace: &str) -> bool;
 
+    /// Whether a pod is a waypoint: who judges others' certificates, and so has to know of a new root.
+    fn is_waypoint(&self, _namespace: &str, _name: &str) -> bool {
+        false
+    }
+
     /// Whether a pod of this service account is on this node and not over (phase Succeeded or Failed). One that is
     /// being deleted still counts: it serves until it ends.
     fn runs_on(&self, node: &str, namespace: &str, service_account: &str) -> bool;

@@ -4,6 +4,7 @@
 //! * what is in force was whole and valid when it was read; a Secret that no longer is leaves it as it is;
 //! * nothing is signed by what was not confirmed for [`MAX_STALE`]: the gate that lets an old root go counts on it.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -64,6 +65,8 @@ pub struct CaStatus {
     pub error: Option<String>,
     /// What is wrong with `cacerts`.
     pub given_error: Option<String>,
+    /// ConfigMaps for the roots that others keep, and that are left alone: how many, by who keeps them.
+    pub of_others: BTreeMap<String, usize>,
 }
 
 /// Notes beside what is in force.
@@ -74,6 +77,7 @@ struct Notes {
     given_error: Option<String>,
     rotation: Option<String>,
     failures: u64,
+    of_others: BTreeMap<String, usize>,
 }
 
 /// The authority in force; clones share it.
@@ -164,6 +168,7 @@ impl Current {
             rotation: notes.rotation.clone(),
             error: notes.error.clone(),
             given_error: notes.given_error.clone(),
+            of_others: notes.of_others.clone(),
         }
     }
 
@@ -226,6 +231,11 @@ impl Current {
     /// Notes what a rotation waits for.
     pub(super) fn note_rotation(&self, text: Option<String>) {
         self.notes().rotation = text;
+    }
+
+    /// Notes how many ConfigMaps others keep.
+    pub(super) fn note_others(&self, of_others: BTreeMap<String, usize>) {
+        self.notes().of_others = of_others;
     }
 
     fn notes(&self) -> MutexGuard<'_, Notes> {

@@ -23,6 +23,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use identity::rotation::Stage;
 use identity::{CertificateAuthority, Validity};
 use k8s_openapi::api::core::v1::Secret;
@@ -58,6 +59,17 @@ pub trait Fleet: Send + Sync + 'static {
     /// All that are live, each with the roots that it has said to trust ([`super::trusted_roots`]); `None` while that is
     /// not known, as before the pods were read.
     fn proxies(&self) -> Option<Vec<Proxy>>;
+
+    /// Those that are taken for dead and not among them, each with the reason.
+    fn dead(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// These keep a rotation waiting, of those above: looks closer whether they live.
+    fn doubt<'a>(&'a self, laggards: &'a [String]) -> BoxFuture<'a, ()> {
+        let _ = laggards;
+        Box::pin(std::future::ready(()))
+    }
 }
 
 /// How the authority is kept.
@@ -284,7 +296,11 @@ impl Keeper {
         (next, waits) = self.follow_target(next, &in_force, given, &mut annotations)?;
         self.current.note_given(broken.or(waits).or_else(|| self.ends_soon(&next, &in_force)));
         (next, waiting) = self.advance(next, &in_force, &mut annotations);
-        let text = waiting.as_ref().map(rotation::describe);
+        if let Some(Waiting::Proxies { laggards, .. }) = &waiting {
+            // What is not looked at now is in the next round.
+            let _ = tokio::time::timeout(self.settings.poll, self.fleet.doubt(laggards)).await;
+        }
+        let text = waiting.as_ref().map(|waiting| self.describe(waiting));
         self.current.note_rotation(text.clone());
         match text {
             Some(text) => annotations.insert(STATUS.to_owned(), text),
@@ -398,6 +414,13 @@ impl Keeper {
             annotations.remove(ACCEPT);
         }
         log_step(gate, rotation, &ground);
+        let dead = if gate == "sign" { self.fleet.dead() } else { Vec::new() };
+        if !dead.is_empty() {
+            tracing::warn!(
+                not_counted = rotation::some_of(&dead),
+                "root rotation: these are taken for dead; one that comes back trusts the new root when it has read it"
+            );
+        }
         let next = if gate == "sign" {
             rotation::sign(&record, STALE, gates.now)
         } else {
@@ -405,6 +428,16 @@ impl Keeper {
         };
         let waiting = next.state.rotation.as_ref().and_then(|rotation| rotation.drop_at);
         (next, waiting.map(|at| Waiting::Until(unix(at))))
+    }
+
+    /// How a rotation stands, for people.
+    fn describe(&self, waiting: &Waiting) -> String {
+        let text = rotation::describe(waiting);
+        let dead = match waiting {
+            Waiting::Proxies { .. } => self.fleet.dead(),
+            Waiting::Unknown | Waiting::Until(_) => Vec::new(),
+        };
+        if dead.is_empty() { text } else { format!("{text}; not counted: {}", rotation::some_of(&dead)) }
     }
 
     async fn write(

@@ -66,7 +66,7 @@ pub fn register(registry: &Registry, counters: &Arc<CaCounters>, current: &Curre
         });
     }
     type Value = fn(&Current) -> u64;
-    let values: [(&'static str, &'static str, Value); 6] = [
+    let values: [(&'static str, &'static str, Value); 7] = [
         (
             "citadel_server_root_cert_expiry_timestamp",
             "When the first trusted root expires, in seconds since 1970",
@@ -94,6 +94,11 @@ pub fn register(registry: &Registry, counters: &Arc<CaCounters>, current: &Curre
             "culvert_ca_secret_failures_count",
             "Times that a Secret of the CA could not be read or used",
             Current::failures,
+        ),
+        (
+            "culvert_ca_config_maps_of_others",
+            "ConfigMaps for the roots that others keep, and that are left alone",
+            |current| current.status().of_others.values().map(|count| *count as u64).sum(),
         ),
     ];
     for (name, help, read) in values {

@@ -35,6 +35,7 @@ pub mod rotation;
 mod service;
 mod serving;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -50,7 +51,7 @@ pub use authenticate::{
 };
 pub use authorize::{Account, Denied, PodFacts, Pods, Rules, decide};
 pub use current::{CaStatus, Current, InForce};
-pub use distribute::{CONFIG_MAP, Namespaces, TRUST_BUNDLE};
+pub use distribute::{CONFIG_MAP, Namespaces, OWN_CONFIG_MAP, TRUST_BUNDLE};
 pub use keeper::{ABANDON, ACCEPT, Fleet, GIVEN_SECRET, Keeper, KeeperSettings, ROTATE, SECRET, STATUS};
 pub use metrics::CaCounters;
 pub use reports::{KubeRecorder, Recorder, TRUSTED_ROOTS, trusted_roots};
@@ -71,6 +72,10 @@ pub struct CaSettings {
     pub default_lifetime: Duration,
     /// The longest that is given.
     pub max_lifetime: Duration,
+    /// This control plane's own pod.
+    pub pod: String,
+    /// The namespaces of the mesh's own pods, which get [`OWN_CONFIG_MAP`].
+    pub own_namespaces: BTreeSet<String>,
     /// The names in the control plane's own certificate ([`service_names`]).
     pub serving_names: Vec<String>,
 }
@@ -86,6 +91,8 @@ impl CaSettings {
             trusted: vec![Account { namespace: namespace.to_owned(), name: "ztunnel".to_owned() }],
             default_lifetime: day,
             max_lifetime: day,
+            pod: "culvertd".to_owned(),
+            own_namespaces: BTreeSet::from([namespace.to_owned()]),
             serving_names: service_names("culvertd", namespace, "cluster.local"),
         }
     }
@@ -188,6 +195,10 @@ impl Ca {
             names,
             Validity::of_workloads(),
         );
-        tokio::join!(keeper.run(), serving, distribute::distribute(client, self.current, namespaces, leads));
+        let (namespace, pod) = (self.settings.namespace.clone(), self.settings.pod.clone());
+        let trusts = reports::report_own(client.clone(), self.current.clone(), namespace, pod);
+        let own = self.settings.own_namespaces.clone();
+        let told = distribute::distribute(client, self.current, own, namespaces, leads);
+        tokio::join!(keeper.run(), serving, trusts, told);
     }
 }

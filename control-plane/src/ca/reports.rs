@@ -4,21 +4,28 @@
 //! A proxy sends the ids of its roots to the CA when it starts and when they change (metadata `TrustedRoots` of a request
 //! for its own identity, see `identity::CaClient`). Whichever replica gets it writes the annotation, and answers when
 //! it is written; the replica that leads reads it from its pods when it judges the gate of a rotation. It goes with the
-//! pod. A proxy that never says anything, being of another make, holds the gate, by name, until somebody accepts it.
+//! pod. A node proxy that never says anything, being of another make, holds the gate, by name, until somebody accepts it;
+//! waypoints count once they have said something. Each replica of the control plane says of itself what it trusts.
+//!
+//! It is written through the status of pods: whoever may do that can't change what a pod runs.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use identity::RootId;
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Patch, PatchParams};
 use kube::{Api, Client};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::authenticate::Caller;
+use super::current::Current;
 
 /// The annotation of a pod: the ids of the roots that its proxy trusts, with commas between.
 pub const TRUSTED_ROOTS: &str = "culvert.dev/trusted-roots";
+/// After a failure to tell what we trust ourselves.
+const RETRY: Duration = Duration::from_secs(30);
 
 /// The roots that a pod's annotations say its proxy trusts.
 #[must_use]
@@ -43,7 +50,7 @@ impl std::fmt::Debug for KubeRecorder {
 }
 
 impl KubeRecorder {
-    /// Needs the permission to `patch` Pods in the namespaces of proxies.
+    /// Needs the permission to `patch` `pods/status` in the namespaces of proxies.
     #[must_use]
     pub fn new(client: Client) -> Self {
         Self(client)
@@ -57,15 +64,46 @@ impl Recorder for KubeRecorder {
             let text = roots.iter().map(RootId::to_string).collect::<Vec<_>>().join(",");
             // The uid keeps it from another pod of the same name.
             let patch = json!({"metadata": {"uid": pod.uid, "annotations": {TRUSTED_ROOTS: text}}});
-            let pods: Api<Pod> = Api::namespaced(self.0.clone(), &caller.namespace);
-            let patched = pods.patch_metadata(&pod.name, &PatchParams::default(), &Patch::Merge(patch)).await;
-            patched.map(drop).map_err(|e| {
+            annotate(&self.0, &caller.namespace, &pod.name, patch).await.map_err(|e| {
                 format!(
                     "the annotation {TRUSTED_ROOTS} of pod {}/{} can't be written: {e}. The control plane needs the \
-                     permission to patch pods there",
+                     permission to patch pods/status there",
                     caller.namespace, pod.name
                 )
             })
         })
+    }
+}
+
+async fn annotate(client: &Client, namespace: &str, pod: &str, patch: Value) -> Result<(), kube::Error> {
+    let pods: Api<Pod> = Api::namespaced(client.clone(), namespace);
+    pods.patch_status(pod, &PatchParams::default(), &Patch::Merge(patch)).await.map(drop)
+}
+
+/// Says at this control plane's own pod which roots it trusts: by them it judges the other replicas. Runs until the
+/// process ends.
+pub async fn report_own(client: Client, current: Current, namespace: String, pod: String) {
+    let mut changes = current.subscribe();
+    let mut told = String::new();
+    loop {
+        changes.mark_unchanged();
+        let mut failed = false;
+        if let Some(in_force) = current.get() {
+            let ids = in_force.record.root_ids();
+            let text = ids.iter().map(RootId::to_string).collect::<Vec<_>>().join(",");
+            let patch = json!({"metadata": {"annotations": {TRUSTED_ROOTS: text}}});
+            if let Err(error) = annotate(&client, &namespace, &pod, patch).await {
+                let error = error.to_string();
+                if error != told {
+                    tracing::info!(pod, "which roots this control plane trusts is not told: {error}");
+                    told = error;
+                }
+                failed = true;
+            }
+        }
+        tokio::select! {
+            changed = changes.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(RETRY), if failed => {}
+        }
     }
 }

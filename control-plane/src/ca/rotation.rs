@@ -240,25 +240,30 @@ pub fn abandon(record: &Record) -> Record {
 /// How a rotation stands, for people.
 #[must_use]
 pub fn describe(waiting: &Waiting) -> String {
-    const SHOWN: usize = 20;
     match waiting {
         Waiting::Unknown => "both roots are trusted; waits until the live proxies are known".to_owned(),
         Waiting::Proxies { laggards, live } => {
-            let shown: Vec<_> = laggards.iter().take(SHOWN).map(String::as_str).collect();
-            let more = match laggards.len().saturating_sub(SHOWN) {
-                0 => String::new(),
-                more => format!(" and {more} more"),
-            };
             format!(
-                "both roots are trusted; waits for {} of {live} proxies to trust the new one: {}{more}",
+                "both roots are trusted; waits for {} of {live} proxies to trust the new one: {}",
                 laggards.len(),
-                shown.join(", ")
+                some_of(laggards)
             )
         }
         Waiting::Until(time) => format!(
             "the new root signs; the old one goes when the last that it signed has expired, at {}",
             identity::Timestamp(*time)
         ),
+    }
+}
+
+/// The first of many names, and how many more there are.
+#[must_use]
+pub fn some_of(names: &[String]) -> String {
+    const SHOWN: usize = 20;
+    let shown: Vec<_> = names.iter().take(SHOWN).map(String::as_str).collect();
+    match names.len().saturating_sub(SHOWN) {
+        0 => shown.join(", "),
+        more => format!("{} and {more} more", shown.join(", ")),
     }
 }
 

@@ -205,14 +205,14 @@ impl Inner {
 
     /// Keeps what the caller trusts, if that is what it says. It says it again if it could not be kept.
     async fn record(&self, caller: &Caller, asked: &Asked) -> Result<(), Status> {
-        // A rotation waits for proxies of nodes only; nobody else has pods annotated.
+        // A rotation waits for proxies of nodes and waypoints only; nobody else has pods annotated.
         let is_proxy = |account: &Account| {
             account.namespace == caller.namespace && account.name == caller.service_account
         };
-        let Some(trusted) = asked.trusted.as_ref().filter(|_| self.settings.trusted.iter().any(is_proxy))
-        else {
-            return Ok(());
-        };
+        let is_waypoint =
+            || caller.pod.as_ref().is_some_and(|pod| self.pods.is_waypoint(&caller.namespace, &pod.name));
+        let counts = |_: &&Vec<RootId>| self.settings.trusted.iter().any(is_proxy) || is_waypoint();
+        let Some(trusted) = asked.trusted.as_ref().filter(counts) else { return Ok(()) };
         self.recorder.record(caller, trusted).await.map_err(|reason| {
             count(&self.counters.unrecorded);
             tracing::warn!(%caller, "which roots a proxy trusts is not kept: {reason}");

@@ -1,12 +1,12 @@
 //! The conditions of a policy: `ZtunnelAccepted`, as Istio's tools know it, and `Enforced`, which counts only proxies
-//! that said that they swapped it in.
+//! that said that they swapped it in. The condition of the other objects that the mesh reads: `Accepted`.
 
 use std::sync::Arc;
 
 use config::diagnostic::{Code, Diagnostic, Severity};
 use serde::{Deserialize, Serialize};
 
-use crate::registry::PolicyState;
+use crate::registry::ObjectState;
 
 /// A condition, but for its time.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -22,7 +22,9 @@ pub struct Condition {
 }
 
 /// Whether a policy is understood and can be enforced as it is written.
-pub const ACCEPTED: &str = "ZtunnelAccepted";
+pub const POLICY_ACCEPTED: &str = "ZtunnelAccepted";
+/// The same of an object that is no policy.
+pub const ACCEPTED: &str = "Accepted";
 /// Whether all proxies enforce it.
 pub const ENFORCED: &str = "Enforced";
 
@@ -33,7 +35,9 @@ pub struct Tally {
     pub enforcing: usize,
     /// Proxies that have not said so yet.
     pub pending: usize,
-    /// The first of these, by name.
+    /// How many of these came, or went, only now.
+    pub fresh: usize,
+    /// The first of all that have not, by name.
     pub waiting_for: Vec<Arc<str>>,
     /// Proxies that refused it.
     pub rejected: usize,
@@ -47,8 +51,9 @@ pub struct Tally {
 
 impl Tally {
     /// Adds a proxy that has not said yet that it enforces the policy.
-    pub fn wait_for(&mut self, name: &Arc<str>) {
+    pub fn wait_for(&mut self, name: &Arc<str>, fresh: bool) {
         self.pending += 1;
+        self.fresh += usize::from(fresh);
         self.name(name);
     }
 
@@ -64,6 +69,7 @@ impl Tally {
     pub fn add(&mut self, other: &Self) {
         self.enforcing += other.enforcing;
         self.pending += other.pending;
+        self.fresh += other.fresh;
         other.waiting_for.iter().for_each(|name| self.name(name));
         self.rejected += other.rejected;
         if let Some((name, reason)) = &other.refusal
@@ -95,13 +101,34 @@ const MOST_NAMES: usize = 10;
 /// As the API's conventions have it for messages.
 const MOST_CHARACTERS: usize = 4096;
 
-/// The conditions of a policy. `exception` is what proxies of another make are told otherwise.
-#[must_use]
-pub fn of(state: &PolicyState, tally: &Tally, exception: Option<&str>) -> Vec<Condition> {
-    vec![accepted(&state.findings, exception), enforced(&state.findings, tally)]
+/// What is said of all policies alike.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Setting {
+    /// Whose proxies are counted, as ` of the revision a`; empty where there is one revision.
+    pub of: String,
+    /// Who is not counted, and why; empty for nobody.
+    pub apart: String,
 }
 
-fn accepted(findings: &[Diagnostic], exception: Option<&str>) -> Condition {
+/// The conditions of a policy. `exception` is what proxies of another make are told otherwise.
+#[must_use]
+pub fn of_policy(
+    state: &ObjectState,
+    tally: &Tally,
+    exception: Option<&str>,
+    setting: &Setting,
+) -> Vec<Condition> {
+    let accepted = accepted(POLICY_ACCEPTED, &state.findings, exception, "attached to ztunnel");
+    vec![accepted, enforced(&state.findings, tally, setting)]
+}
+
+/// The condition of an object that is no policy.
+#[must_use]
+pub fn of_other(state: &ObjectState) -> Vec<Condition> {
+    vec![accepted(ACCEPTED, &state.findings, None, "it is read as it is written")]
+}
+
+fn accepted(kind: &'static str, findings: &[Diagnostic], exception: Option<&str>, fine: &str) -> Condition {
     let text = |severity: Severity| {
         let lines = findings.iter().filter(|d| d.severity == severity).map(|d| {
             let remedy = if d.remedy.is_empty() { String::new() } else { format!(" ({})", d.remedy) };
@@ -115,7 +142,7 @@ fn accepted(findings: &[Diagnostic], exception: Option<&str>) -> Condition {
         warnings = format!("{warnings}{separator}for proxies of another make {exception}");
     }
     let condition = |holds, reason, message: String| Condition {
-        kind: ACCEPTED,
+        kind,
         holds: Some(holds),
         reason,
         message: message.chars().take(MOST_CHARACTERS).collect(),
@@ -126,16 +153,16 @@ fn accepted(findings: &[Diagnostic], exception: Option<&str>) -> Condition {
     if !warnings.is_empty() {
         return condition(true, "UnsupportedValue", warnings);
     }
-    condition(true, "Accepted", "attached to ztunnel".to_owned())
+    condition(true, "Accepted", fine.to_owned())
 }
 
 fn join(first: &str, second: &str) -> String {
     if second.is_empty() { first.to_owned() } else { format!("{first}; {second}") }
 }
 
-fn enforced(findings: &[Diagnostic], tally: &Tally) -> Condition {
+fn enforced(findings: &[Diagnostic], tally: &Tally, setting: &Setting) -> Condition {
     let all = tally.enforcing + tally.pending + tally.rejected;
-    let mut message = format!("{}/{all} proxies enforce it", tally.enforcing);
+    let mut message = format!("{}/{all} proxies{} enforce it", tally.enforcing, setting.of);
     if tally.pending > 0 {
         let shown = tally.waiting_for.join(", ");
         let left = tally.pending.saturating_sub(tally.waiting_for.len());
@@ -150,6 +177,9 @@ fn enforced(findings: &[Diagnostic], tally: &Tally) -> Condition {
     }
     if tally.unasked > 0 {
         message = format!("{message}; {} control planes can't tell yet", tally.unasked);
+    }
+    if !setting.apart.is_empty() {
+        message = format!("{message}; {}", setting.apart);
     }
     let (holds, reason) = if findings.iter().any(|d| d.code == Code::FailsClosed) {
         (Some(false), "FailsClosed")
@@ -179,19 +209,22 @@ pub fn same_but_for_messages(a: &[Condition], b: &[Condition]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::registry::ObjectVersion;
 
-    fn state(findings: Vec<Diagnostic>) -> PolicyState {
-        PolicyState { uid: "u".into(), generation: 3, findings }
+    fn state(findings: Vec<Diagnostic>) -> ObjectState {
+        let version = ObjectVersion { uid: "u".into(), generation: 3, labelled: false, selects: false };
+        ObjectState { version, findings }
     }
 
     fn tally(enforcing: usize, pending: usize) -> Tally {
         let mut tally = Tally { enforcing, ..Tally::default() };
-        (0..pending).for_each(|index| tally.wait_for(&format!("ztunnel-{index}.culvert-system").into()));
+        (0..pending)
+            .for_each(|index| tally.wait_for(&format!("ztunnel-{index}.culvert-system").into(), false));
         tally
     }
 
     fn enforced_of(tally: &Tally) -> (Option<bool>, &'static str, String) {
-        let found = of(&state(Vec::new()), tally, None);
+        let found = of_policy(&state(Vec::new()), tally, None, &Setting::default());
         (found[1].holds, found[1].reason, found[1].message.clone())
     }
 
@@ -228,8 +261,9 @@ mod tests {
     fn the_proxies_of_all_control_planes_count() {
         let mut all = tally(3, 1);
         let mut other = Tally { enforcing: 4, ..Tally::default() };
-        other.wait_for(&"another".into());
+        other.wait_for(&"another".into(), true);
         all.add(&other);
+        assert_eq!((all.pending, all.fresh), (2, 1));
         let (holds, _, message) = enforced_of(&all);
         assert_eq!(holds, Some(false));
         assert_eq!(message, "7/9 proxies enforce it; waiting for another, ztunnel-0.culvert-system");
@@ -244,22 +278,46 @@ mod tests {
         let finding = |code: Code, message: &str, remedy: &str| {
             Diagnostic::about_file(code, "AuthorizationPolicy a/b".into(), message, remedy)
         };
-        let bad = of(
+        let bad = of_policy(
             &state(vec![finding(Code::UnknownField, "there is no field spec.acton", "did you mean action?")]),
             &tally(1, 0),
             None,
+            &Setting::default(),
         );
         assert_eq!((bad[0].holds, bad[0].reason), (Some(false), "Invalid"));
         assert!(bad[0].message.contains("did you mean action?"));
         assert_eq!((bad[1].holds, bad[1].reason), (Some(false), "Invalid"));
-        let warned = of(
+        let warned = of_policy(
             &state(vec![finding(Code::NeedsWaypoint, "needs a waypoint", "")]),
             &tally(1, 0),
             Some("everything is refused"),
+            &Setting::default(),
         );
         assert_eq!((warned[0].holds, warned[0].reason), (Some(true), "UnsupportedValue"));
         assert!(warned[0].message.ends_with("for proxies of another make everything is refused"));
         assert_eq!(warned[1].holds, Some(true));
+    }
+
+    #[test]
+    fn who_is_counted_and_who_is_not_is_said() {
+        let setting = Setting {
+            of: " of the revisions default and next".to_owned(),
+            apart: "not counted: a (its node is not ready)".to_owned(),
+        };
+        let found = of_policy(&state(Vec::new()), &tally(2, 0), None, &setting);
+        let message = "2/2 proxies of the revisions default and next enforce it; not counted: a (its node is not ready)";
+        assert_eq!((found[1].holds, &*found[1].message), (Some(true), message));
+    }
+
+    #[test]
+    fn what_is_no_policy_is_accepted_or_not() {
+        let findings =
+            vec![Diagnostic::about_file(Code::InvalidValue, "ServiceEntry a/b".into(), "no host", "")];
+        let found = of_other(&state(findings));
+        assert_eq!(found.len(), 1);
+        assert_eq!((found[0].kind, found[0].holds, found[0].reason), ("Accepted", Some(false), "Invalid"));
+        assert!(found[0].message.contains("no host"));
+        assert_eq!(of_other(&state(Vec::new()))[0].holds, Some(true));
     }
 
     #[test]

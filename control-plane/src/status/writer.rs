@@ -1,4 +1,4 @@
-//! Writing conditions to the API server.
+//! Writing conditions to the API server: several objects at a time, one request to look and one to change each.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -8,14 +8,14 @@ use kube::Client;
 use kube::api::{Api, ApiResource, DynamicObject, Patch, PatchParams};
 use serde_json::{Value, json};
 
-use super::conditions::{ACCEPTED, Condition, ENFORCED};
-use crate::registry::{PolicyName, PolicyState};
+use super::conditions::Condition;
+use crate::registry::{ObjectName, ObjectState};
 use crate::source::{chain, find};
 
 /// How often a write is tried whose object somebody else changes at the same time.
 const TRIES: usize = 3;
 
-/// Writes the status of policies.
+/// Writes the status of objects.
 pub struct Writer {
     client: Client,
     resources: Mutex<HashMap<Kind, ApiResource>>,
@@ -28,40 +28,40 @@ impl Writer {
         Self { client, resources: Mutex::default() }
     }
 
-    /// Writes conditions of a policy; those of others stay. Does nothing when the policy is gone or another version by
+    /// Writes conditions of an object; those of others stay. Does nothing when the object is gone or another version by
     /// now: that is reported on for itself.
     ///
     /// # Errors
     /// The API server refuses it, or does not answer.
     pub async fn write(
         &self,
-        policy: &PolicyName,
-        state: &PolicyState,
+        name: &ObjectName,
+        state: &ObjectState,
         wanted: &[Condition],
     ) -> Result<(), String> {
-        let resource = self.resource(policy.kind).await?;
-        let api: Api<DynamicObject> = Api::namespaced_with(self.client.clone(), &policy.namespace, &resource);
+        let resource = self.resource(name.kind).await?;
+        let api: Api<DynamicObject> = Api::namespaced_with(self.client.clone(), &name.namespace, &resource);
         let mut tries = 0;
         loop {
             tries += 1;
-            let object = match api.get_opt(&policy.name).await {
+            let object = match api.get_opt(&name.name).await {
                 Ok(Some(object)) => object,
                 Ok(None) => {
-                    self.lock().remove(&policy.kind);
+                    self.lock().remove(&name.kind);
                     return Ok(());
                 }
                 Err(error) => return Err(chain(&error)),
             };
-            let same = object.metadata.uid.as_deref() == Some(&state.uid)
-                && object.metadata.generation.unwrap_or(0) == state.generation;
+            let same = object.metadata.uid.as_deref() == Some(&state.version.uid)
+                && object.metadata.generation.unwrap_or(0) == state.version.generation;
             let now = k8s_openapi::jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
-            let Some(status) = merged(&object.data, wanted, state.generation, &now).filter(|_| same) else {
+            let Some(status) = merged(&object.data, wanted, state.version.generation, &now).filter(|_| same)
+            else {
                 return Ok(());
             };
             let version = object.metadata.resource_version.unwrap_or_default();
             let patch = json!({ "metadata": { "resourceVersion": version }, "status": status });
-            let patched =
-                api.patch_status(&policy.name, &PatchParams::default(), &Patch::Merge(&patch)).await;
+            let patched = api.patch_status(&name.name, &PatchParams::default(), &Patch::Merge(&patch)).await;
             match patched {
                 Ok(_) => return Ok(()),
                 Err(kube::Error::Api(status)) if status.code == 409 && tries < TRIES => {}
@@ -91,7 +91,8 @@ impl Writer {
 fn merged(data: &Value, wanted: &[Condition], generation: i64, now: &str) -> Option<Value> {
     let old = data.pointer("/status/conditions").and_then(Value::as_array).cloned().unwrap_or_default();
     let is = |value: &Value, kind: &str| value.get("type").and_then(Value::as_str) == Some(kind);
-    let mut all: Vec<Value> = old.iter().filter(|c| !is(c, ACCEPTED) && !is(c, ENFORCED)).cloned().collect();
+    let ours = |c: &&Value| wanted.iter().any(|condition| is(c, condition.kind));
+    let mut all: Vec<Value> = old.iter().filter(|c| !ours(c)).cloned().collect();
     for condition in wanted {
         let status = match condition.holds {
             Some(true) => "True",
@@ -121,7 +122,7 @@ mod tests {
     use super::*;
 
     fn condition(holds: Option<bool>, message: &str) -> Condition {
-        Condition { kind: ENFORCED, holds, reason: "Reason", message: message.to_owned() }
+        Condition { kind: "Enforced", holds, reason: "Reason", message: message.to_owned() }
     }
 
     #[test]

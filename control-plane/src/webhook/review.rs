@@ -5,6 +5,7 @@ use std::sync::Arc;
 use config::compile::{Options, Origin};
 use config::diagnostic::{Code, Diagnostic, Severity};
 use config::json::{Decoded, ObjectSeed};
+use config::policy::MeshConfig;
 use config::repository::{ObjectContent, Repository};
 use config::resource::{KINDS, KindSpec};
 use config::tree::{Entry, Node, Position, Value as Tree};
@@ -24,26 +25,46 @@ struct Review {
     request: Option<Asked>,
 }
 
+/// What is asked.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Asked {
-    uid: String,
-    kind: Type,
+pub(super) struct Asked {
+    pub(super) uid: String,
+    pub(super) kind: Type,
     #[serde(default)]
-    operation: String,
+    pub(super) operation: String,
     #[serde(default)]
     namespace: String,
     #[serde(default)]
-    object: Value,
+    pub(super) object: Value,
     #[serde(default)]
     old_object: Value,
 }
 
 #[derive(Deserialize)]
-struct Type {
+pub(super) struct Type {
     #[serde(default)]
-    group: String,
-    kind: String,
+    pub(super) group: String,
+    pub(super) kind: String,
+}
+
+/// Reads a request.
+pub(super) fn read(body: &[u8]) -> Result<Asked, String> {
+    let review: Review = serde_json::from_slice(body).map_err(|e| format!("no AdmissionReview: {e}"))?;
+    if review.api_version != "admission.k8s.io/v1" {
+        return Err(format!(
+            "AdmissionReview is read in version admission.k8s.io/v1, not {}",
+            review.api_version
+        ));
+    }
+    review.request.ok_or_else(|| "an AdmissionReview without a request".to_owned())
+}
+
+/// An answer as it is sent.
+pub(super) fn written(response: Value) -> Result<Vec<u8>, String> {
+    let review =
+        json!({ "apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "response": response });
+    serde_json::to_vec(&review).map_err(|e| e.to_string())
 }
 
 /// An answer.
@@ -64,26 +85,19 @@ struct Verdict {
     warnings: Vec<String>,
 }
 
-/// Answers a request.
+/// Answers a request, by the settings in force (`None`: the defaults).
 ///
 /// # Errors
 /// It is no AdmissionReview.
-pub fn answer(body: &[u8], options: &Options) -> Result<Reviewed, String> {
-    let review: Review = serde_json::from_slice(body).map_err(|e| format!("no AdmissionReview: {e}"))?;
-    if review.api_version != "admission.k8s.io/v1" {
-        return Err(format!(
-            "AdmissionReview is read in version admission.k8s.io/v1, not {}",
-            review.api_version
-        ));
-    }
-    let asked = review.request.ok_or("an AdmissionReview without a request")?;
+pub fn answer(body: &[u8], options: &Options, settings: Option<&MeshConfig>) -> Result<Reviewed, String> {
+    let asked = read(body)?;
     let spec = KINDS.iter().copied().find(|s| s.group == asked.kind.group && s.name == asked.kind.kind);
     let mut verdict = match spec {
         // What is deleted, or about to be, was let in once; it must be able to go.
         _ if !matches!(asked.operation.as_str(), "CREATE" | "UPDATE") || is_going(&asked.object) => {
             Verdict::default()
         }
-        Some(spec) => look(spec, &asked.object, &asked.namespace, options)?,
+        Some(spec) => look(spec, &asked.object, &asked.namespace, options, settings)?,
         None => Verdict {
             warnings: vec![format!("{} is not acted on by this version of the mesh", asked.kind.kind)],
             ..Verdict::default()
@@ -91,7 +105,7 @@ pub fn answer(body: &[u8], options: &Options) -> Result<Reviewed, String> {
     };
     // An object that is no worse than it was may change in what has no errors, such as its labels.
     if let (Some(spec), false, "UPDATE") = (spec, verdict.errors.is_empty(), asked.operation.as_str())
-        && let Ok(old) = look(spec, &asked.old_object, &asked.namespace, options)
+        && let Ok(old) = look(spec, &asked.old_object, &asked.namespace, options, settings)
         && verdict.errors.iter().all(|error| old.errors.contains(error))
     {
         let still = verdict.errors.drain(..).map(|error| format!("as before the change: {error}"));
@@ -112,10 +126,7 @@ pub fn answer(body: &[u8], options: &Options) -> Result<Reviewed, String> {
         let warnings: Value = verdict.warnings.iter().take(MOST_WARNINGS).map(cut).collect();
         response.insert("warnings".to_owned(), warnings);
     }
-    let review =
-        json!({ "apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "response": response });
-    let body = serde_json::to_vec(&review).map_err(|e| e.to_string())?;
-    Ok(Reviewed { body, allowed, kind })
+    Ok(Reviewed { body: written(response.into())?, allowed, kind })
 }
 
 fn is_going(object: &Value) -> bool {
@@ -123,11 +134,18 @@ fn is_going(object: &Value) -> bool {
 }
 
 /// Reads an object as the registry would, if there were no other.
-fn look(spec: &KindSpec, object: &Value, namespace: &str, options: &Options) -> Result<Verdict, String> {
+fn look(
+    spec: &KindSpec,
+    object: &Value,
+    namespace: &str,
+    options: &Options,
+    settings: Option<&MeshConfig>,
+) -> Result<Verdict, String> {
     let seed = ObjectSeed { kind: spec.kind, unknown: &|_, _| () };
     let mut decoded = seed.deserialize(object).map_err(|e| format!("the object can't be read: {e}"))?;
     name(&mut decoded, spec, namespace);
     let mut repository = Repository::new(Options { origin: Origin::Cluster, ..options.clone() });
+    settings.into_iter().for_each(|settings| repository.stage_settings(settings));
     let origin: Arc<str> = "object".into();
     let content = ObjectContent::Node { node: &decoded.node, version: "1", text: "" };
     repository.stage_object(&origin, content);

@@ -111,7 +111,7 @@ impl FakeApi {
             return Err(std::io::Error::other("connection refused"));
         }
         let (parts, body) = request.into_parts();
-        let path = parts.uri.path().to_owned();
+        let path = parts.uri.path().trim_end_matches("/status").to_owned();
         let query = parts.uri.query().unwrap_or_default().to_owned();
         let body = body.collect().await.map_err(std::io::Error::other)?.to_bytes();
         let value = || serde_json::from_slice::<Value>(&body).unwrap();

@@ -21,6 +21,7 @@ pub struct Root {
     pub pem: String,
     pub roots: Vec<CertificateDer<'static>>,
     pub serving: ServingKey,
+    authority: CertificateAuthority,
 }
 
 impl Root {
@@ -32,11 +33,14 @@ impl Root {
         let made = CertificateAuthority::make_root(&domain, Validity::of_roots(), now).unwrap();
         let bundle = TrustBundle::new(&made.chain, TrustDomains::only(domain)).unwrap();
         let authority = CertificateAuthority::new(&made.chain, &made.key, &bundle, now).unwrap();
-        let names = ["localhost".to_owned(), "127.0.0.1".to_owned()];
-        let (issued, _) = authority.issue_server(&names, Validity::of_workloads(), now).unwrap();
-        let serving = ServingKey::default();
-        serving.set(issued).unwrap();
-        Self { pem: certificates_to_pem(&made.chain), roots: made.chain, serving }
+        let pem = certificates_to_pem(&made.chain);
+        let serving = serving(&authority, &["localhost".to_owned(), "127.0.0.1".to_owned()]);
+        Self { pem, roots: made.chain, serving, authority }
+    }
+
+    /// A certificate for another name.
+    pub fn serving_as(&self, name: &str) -> ServingKey {
+        serving(&self.authority, &[name.to_owned()])
     }
 
     pub fn server_config(&self, alpn: &[&[u8]]) -> Arc<rustls::ServerConfig> {
@@ -48,6 +52,13 @@ impl Root {
         roots.add_parsable_certificates(self.roots.iter().cloned());
         Arc::new(rustls::ClientConfig::builder().with_root_certificates(roots).with_no_client_auth())
     }
+}
+
+fn serving(authority: &CertificateAuthority, names: &[String]) -> ServingKey {
+    let (issued, _) = authority.issue_server(names, Validity::of_workloads(), Clock::system().now()).unwrap();
+    let serving = ServingKey::default();
+    serving.set(issued).unwrap();
+    serving
 }
 
 pub fn event(kind: Kind, change: Change) -> Event {
@@ -65,7 +76,12 @@ pub fn gone(kind: Kind, namespace: &str, name: &str) -> Event {
 
 /// A registry, and the count of lists that it asked for.
 pub fn registry() -> (Registry, watch::Receiver<u64>) {
-    let settings = Settings {
+    registry_that(|_| ())
+}
+
+/// The same, with other settings.
+pub fn registry_that(change: impl FnOnce(&mut Settings)) -> (Registry, watch::Receiver<u64>) {
+    let mut settings = Settings {
         options: config::compile::Options {
             root_namespace: "culvert-system".into(),
             origin: config::compile::Origin::Cluster,
@@ -73,7 +89,10 @@ pub fn registry() -> (Registry, watch::Receiver<u64>) {
         },
         settings: ("culvert-system".to_owned(), "culvert".to_owned()),
         revision: "default".to_owned(),
+        own_namespaces: ["culvert-system", "proxies"].map(str::to_owned).into(),
+        settings_optional: true,
     };
+    change(&mut settings);
     let (relist, relists) = watch::channel(0);
     (Registry::new(settings, relist, Box::new(|| ())), relists)
 }

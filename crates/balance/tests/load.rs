@@ -122,7 +122,7 @@ fn a_choice_looks_at_two_endpoints_however_many_there_are() {
 fn endpoints_are_sorted_again_only_when_they_changed() {
     let other = ServiceKey { namespace: "shop".into(), hostname: "other".into() };
     let mut elsewhere = workload("x", "");
-    elsewhere.services[0].service = other;
+    Arc::make_mut(&mut elsewhere.services)[0].service = other;
     let mesh = Mesh::default().apply([Change::SetWorkload(Arc::new(workload("a", "")))]);
     let mut world = World::new(service(Mode::Any, &[]), mesh.endpoints(&key()).unwrap().clone());
     world.uids();

@@ -53,7 +53,7 @@ use crate::external::External;
 use crate::kinds::namespace::DATAPLANE_MODE;
 use crate::kinds::{Capture, EndpointSlice, Namespace};
 use crate::labels::{Labels, Pool};
-use crate::policy::{Binding, NamespaceSelector, Policies, Waypoint};
+use crate::policy::{Binding, MeshConfig, NamespaceSelector, Policies, Waypoint};
 use crate::resource::{Kind, ObjectKey, Resource};
 use crate::routes::gateway::WaypointSpec;
 use crate::routes::{DestinationRules, Grants, Routes, VirtualServices};
@@ -293,6 +293,12 @@ impl Compiler {
     #[must_use]
     pub fn settings(&self) -> &Settings {
         self.policies.settings()
+    }
+
+    /// The settings in force as they are written; `None` where there are none.
+    #[must_use]
+    pub fn mesh_config(&self) -> Option<&MeshConfig> {
+        self.policies.config()
     }
 
     /// Which namespaces are read (`discoverySelectors`), one of which must match; all of them where there are none.

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use model::{Interner, PortMapping, Str};
+use model::{Interner, PortMapping, ServiceMembership, Str};
 
 /// An object's labels, sorted by key. Equal sets of one source are one allocation: the pods of a Deployment
 /// have one set between them.
@@ -56,7 +56,7 @@ impl Selector {
     }
 }
 
-/// Makes equal strings, label sets and port mappings of a source share their allocations.
+/// Makes equal strings, label sets, port mappings and memberships of a source share their allocations.
 ///
 /// Everything it holds is held weakly in effect: [`Pool::sweep`], after each batch of changes, drops what
 /// nothing else uses.
@@ -65,6 +65,7 @@ pub struct Pool {
     strings: Interner,
     labels: HashSet<Labels>,
     mappings: HashSet<Arc<[PortMapping]>>,
+    memberships: HashSet<Arc<[ServiceMembership]>>,
     names: HashSet<Arc<[(Str, u16)]>>,
     swept_at: usize,
 }
@@ -98,6 +99,16 @@ impl Pool {
         shared
     }
 
+    /// The shared form of what services a workload is of.
+    pub fn memberships(&mut self, memberships: &[ServiceMembership]) -> Arc<[ServiceMembership]> {
+        if let Some(known) = self.memberships.get(memberships) {
+            return known.clone();
+        }
+        let shared: Arc<[ServiceMembership]> = memberships.into();
+        self.memberships.insert(shared.clone());
+        shared
+    }
+
     /// The shared form of named ports.
     pub fn named_ports(&mut self, ports: &[(&str, u16)]) -> Arc<[(Str, u16)]> {
         let ports: Arc<[(Str, u16)]> = ports.iter().map(|(n, p)| (self.strings.intern(n), *p)).collect();
@@ -114,6 +125,7 @@ impl Pool {
         if self.len() < self.swept_at.saturating_mul(2).max(1024) {
             return;
         }
+        self.memberships.retain(|m| Arc::strong_count(m) > 1);
         self.labels.retain(|l| Arc::strong_count(&l.0) > 1);
         self.mappings.retain(|m| Arc::strong_count(m) > 1);
         self.names.retain(|n| Arc::strong_count(n) > 1);
@@ -124,7 +136,11 @@ impl Pool {
     /// How many distinct things it holds.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.strings.len() + self.labels.len() + self.mappings.len() + self.names.len()
+        self.strings.len()
+            + self.labels.len()
+            + self.mappings.len()
+            + self.memberships.len()
+            + self.names.len()
     }
 
     /// Whether it holds nothing.

@@ -10,8 +10,8 @@ use crate::compile::{Batch, Compiler, EnrolmentChange, Options};
 use crate::diagnostic::{Code, Diagnostic, Severity};
 use crate::kinds::Capture;
 use crate::labels::Pool;
-use crate::policy::NamespaceSelector;
-use crate::resource::ObjectKey;
+use crate::policy::{MeshConfig, NamespaceSelector};
+use crate::resource::{Kind, ObjectKey, Resource};
 use crate::store::Store;
 
 pub use crate::store::{Content, ObjectContent};
@@ -59,6 +59,13 @@ impl Repository {
         self.store.set_object(origin, content, &mut self.pool, &mut |key, resource, pool| {
             compiler.stage(key, resource, pool);
         });
+    }
+
+    /// Takes settings that were read elsewhere, as a part of a batch that [`Repository::commit`] ends.
+    pub fn stage_settings(&mut self, settings: &MeshConfig) {
+        let key = ObjectKey { kind: Kind::MeshConfig, namespace: "".into(), name: "mesh".into() };
+        let settings = Resource::MeshConfig(Box::new(settings.clone()));
+        self.compiler.stage(&key, Some(settings), &mut self.pool);
     }
 
     /// Compiles what the staged files changed.
@@ -111,6 +118,12 @@ impl Repository {
         let mut found = findings(&self.compiler, key);
         found.extend(self.compiler.review(key).into_iter().map(|f| (f.code, f.message, f.remedy)));
         found
+    }
+
+    /// The settings in force as they are written; `None` where there are none.
+    #[must_use]
+    pub fn mesh_config(&self) -> Option<&MeshConfig> {
+        self.compiler.mesh_config()
     }
 
     /// Which namespaces are read: those that one of the selectors matches; all where there are none. It is for the

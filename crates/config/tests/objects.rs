@@ -126,7 +126,11 @@ fn objects() -> Vec<(Kind, Value)> {
     let node = json!({
         "apiVersion": "v1", "kind": "Node",
         "metadata": { "name": "node1", "labels": { "topology.kubernetes.io/zone": "z1" } },
-        "spec": { "podCIDR": "10.0.0.0/24" }, "status": { "capacity": { "cpu": "4" } },
+        "spec": { "podCIDR": "10.0.0.0/24" },
+        "status": {
+            "capacity": { "cpu": "4" },
+            "conditions": [{ "type": "Ready", "status": "True", "lastHeartbeatTime": "2026-11-21T10:00:00Z" }],
+        },
     });
     let namespace = json!({
         "apiVersion": "v1", "kind": "Namespace",
@@ -325,9 +329,16 @@ fn namespaces_are_selected_by_their_labels() {
     assert!(!selected(&[("env", "prod"), ("team", "a"), ("off", "")]));
     assert!(!selected(&[("env", "prod"), ("team", "a"), ("kind", "toy")]));
     assert!(!selected(&[("env", "dev"), ("team", "a")]));
-    for wrong in
-        [json!([{ "matchExpressions": [{ "key": "a", "operator": "In" }] }]), json!([{ "matchLabel": {} }])]
-    {
+    let expression = |expression: Value| json!([{ "matchExpressions": [expression] }]);
+    for wrong in [
+        expression(json!({ "key": "a", "operator": "In" })),
+        expression(json!({ "key": "a", "operator": "NotIn", "values": [] })),
+        expression(json!({ "key": "a", "operator": "Exists", "values": ["b"] })),
+        expression(json!({ "key": "a", "operator": "DoesNotExist", "values": ["b"] })),
+        expression(json!({ "key": "a", "operator": "Like", "values": ["b"] })),
+        expression(json!({ "operator": "Exists" })),
+        json!([{ "matchLabel": {} }]),
+    ] {
         let mut server = Server::new();
         let outcome = server.set(Kind::MeshConfig, &settings(&wrong));
         assert!(!outcome.diagnostics.is_empty(), "{wrong}");
@@ -337,6 +348,63 @@ fn namespaces_are_selected_by_their_labels() {
     let text = serde_json::to_vec(&settings(&selectors)).unwrap();
     let outcome = files.apply(&"mesh.json".into(), Content::Bytes(&text));
     assert_eq!(outcome.diagnostics[0].code, Code::FieldNotApplicable);
+}
+
+fn mesh_config(version: &str, spec: &Value) -> Value {
+    json!({
+        "apiVersion": "mesh.istio.io/v1alpha1", "kind": "MeshConfig",
+        "metadata": { "name": "mesh", "resourceVersion": version }, "spec": spec,
+    })
+}
+
+#[test]
+fn a_policy_learns_that_its_provider_is_defined_and_that_it_is_gone() {
+    let mut server = Server::new();
+    let policy = json!({
+        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+        "metadata": { "name": "p", "namespace": "shop" },
+        "spec": { "action": "CUSTOM", "provider": { "name": "opa" }, "rules": [{}] },
+    });
+    server.set(Kind::AuthorizationPolicy, &policy);
+    let origin = "AuthorizationPolicy shop/p";
+    assert!(server.codes(origin).contains(&Code::NamesNothing));
+    let opa = json!({ "name": "opa", "envoyExtAuthzGrpc": { "service": "opa.shop.svc.cluster.local", "port": 9191 } });
+    let outcome = server.set(Kind::MeshConfig, &mesh_config("1", &json!({ "extensionProviders": [opa] })));
+    assert!(outcome.touched.contains(origin), "its condition is written anew");
+    assert!(!server.codes(origin).contains(&Code::NamesNothing));
+    // The settings have it for who asks requests.
+    let providers = server.0.mesh_config().unwrap().providers();
+    let backend = providers.get("opa").unwrap().backend.as_ref().unwrap();
+    assert_eq!((&*backend.host, backend.port), ("opa.shop.svc.cluster.local", 9191));
+    // On request it is said that nobody is there.
+    let nobody =
+        |server: &Server| server.0.review().iter().any(|d| d.message.contains("no service opa.shop.svc"));
+    assert!(nobody(&server));
+    let service = json!({
+        "metadata": { "name": "opa", "namespace": "shop" },
+        "spec": { "clusterIP": "10.9.0.1", "clusterIPs": ["10.9.0.1"], "ports": [{ "port": 9191 }] },
+    });
+    server.set(Kind::Service, &service);
+    assert!(!nobody(&server));
+    server.set(Kind::MeshConfig, &mesh_config("2", &json!({})));
+    assert!(server.codes(origin).contains(&Code::NamesNothing));
+}
+
+#[test]
+fn the_name_of_the_mesh_is_that_of_its_trust_domain_unless_it_has_its_own() {
+    let mut server = Server::new();
+    server.set(Kind::MeshConfig, &mesh_config("3", &json!({ "trustDomain": "example.org" })));
+    assert_eq!(server.0.settings().mesh_id(), "example.org");
+    for (version, field) in [("a", "meshId"), ("b", "mesh_id")] {
+        let config =
+            json!({ "trustDomain": "example.org", "defaultConfig": { field: "mesh-1", "concurrency": 2 } });
+        let outcome = server.set(Kind::MeshConfig, &mesh_config(version, &config));
+        assert_eq!(server.0.settings().mesh_id(), "mesh-1", "{:?}", outcome.diagnostics);
+        server.set(Kind::MeshConfig, &mesh_config("5", &json!({ "trustDomain": "example.org" })));
+    }
+    let outcome =
+        server.set(Kind::MeshConfig, &mesh_config("6", &json!({ "defaultConfig": { "meshId": "a b" } })));
+    assert_eq!(outcome.diagnostics[0].code, Code::InvalidValue);
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! The file of roots that a node gets with its volume (`istio-ca-root-cert` as `/var/run/secrets/istio/root-cert.pem`):
+//! The file of roots that a node gets with its volume (`culvert-ca-root-cert`, or Istio's `istio-ca-root-cert`, as
+//! `/var/run/secrets/istio/root-cert.pem`):
 //! what it trusts before it has talked to anybody, and how it knows the control plane. It is read again while it
 //! changes; connections that are made afterwards are judged by what it holds then.
 //!
@@ -33,7 +34,8 @@ pub enum RootFileError {
     /// It can't be read.
     #[error(
         "the root certificates in {path} can't be read: {source}. In a cluster they are the ConfigMap \
-         istio-ca-root-cert of the pod's namespace, which the control plane makes: look whether it is there and mounted"
+         culvert-ca-root-cert (istio-ca-root-cert of an istiod) of the pod's namespace, which the control plane makes: \
+         look whether it is there and mounted"
     )]
     Read {
         /// The file.
@@ -45,7 +47,7 @@ pub enum RootFileError {
     /// It holds something else.
     #[error(
         "{path} does not hold root certificates that can be used: {reason}. Restore the ConfigMap \
-         istio-ca-root-cert (the control plane writes it anew when it is deleted)"
+         culvert-ca-root-cert (istio-ca-root-cert of an istiod; the control plane writes it anew when it is deleted)"
     )]
     Content {
         /// The file.

@@ -68,6 +68,14 @@ impl<K: Hash + Eq + Clone, V: Clone> CowMap<K, V> {
         self.shard(key)?.get(key)
     }
 
+    /// The key that is there for `key`, where that holds more than what it is found by.
+    pub fn get_key<Q: Hash + Eq + ?Sized>(&self, key: &Q) -> Option<&K>
+    where
+        K: Borrow<Q>,
+    {
+        self.shard(key)?.get_key_value(key).map(|(key, _)| key)
+    }
+
     /// Whether there is an entry for `key`.
     pub fn contains_key<Q: Hash + Eq + ?Sized>(&self, key: &Q) -> bool
     where
@@ -81,6 +89,12 @@ impl<K: Hash + Eq + Clone, V: Clone> CowMap<K, V> {
         let old = self.shard_mut(&key)?.insert(key, value);
         self.len += usize::from(old.is_none());
         old
+    }
+
+    /// Like [`insert`](Self::insert), and the key that is there is replaced, too.
+    pub fn replace(&mut self, key: K, value: V) {
+        self.remove(&key);
+        self.insert(key, value);
     }
 
     /// Removes `key`; returns its value.

@@ -1,4 +1,4 @@
-//! The workloads that have one address: a list that takes no memory of its own for one, as nearly all have.
+//! The workloads that have one address, of any network: a list that takes no memory of its own for one, as nearly all have.
 
 use std::sync::Arc;
 
@@ -15,13 +15,14 @@ pub(crate) enum Holders {
 }
 
 impl Holders {
-    /// The one whose address it is.
-    pub(crate) fn first(&self) -> Option<&Arc<Workload>> {
-        match self {
-            Self::None => None,
-            Self::One(workload) => Some(workload),
-            Self::More(list) => list.first(),
-        }
+    /// The one whose address it is on a network.
+    pub(crate) fn first(&self, network: &str) -> Option<&Arc<Workload>> {
+        let list = match self {
+            Self::None => &[],
+            Self::One(workload) => std::slice::from_ref(workload),
+            Self::More(list) => list.as_slice(),
+        };
+        list.iter().find(|workload| *workload.network == *network)
     }
 
     /// Puts a workload in, in the place of the one of its uid.

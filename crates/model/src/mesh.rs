@@ -1,10 +1,12 @@
 //! A snapshot of all that is known of the mesh, with the indexes that lookups need.
 
+use std::borrow::Borrow;
 use std::cmp::Ordering;
+use std::hash::{BuildHasher, Hash, Hasher};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use hashbrown::HashMap;
+use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
 use ipnet::{Ipv4Net, Ipv6Net};
 use prefix_trie::PrefixMap;
 
@@ -64,7 +66,9 @@ impl Endpoint {
 #[derive(Clone, Debug, Default)]
 pub struct EndpointSet {
     list: Vec<Endpoint>,
-    index: HashMap<Str, usize>,
+    /// Positions in the list, by the uids that stand there.
+    index: HashTable<u32>,
+    hasher: DefaultHashBuilder,
     generation: u64,
 }
 
@@ -78,7 +82,8 @@ impl EndpointSet {
     /// The index in [`EndpointSet::as_slice`] of the workload of this uid.
     #[must_use]
     pub fn position(&self, uid: &str) -> Option<usize> {
-        self.index.get(uid).copied()
+        let stands = |at: &u32| self.uid(*at) == Some(uid);
+        self.index.find(self.hasher.hash_one(uid), stands).map(|at| *at as usize)
     }
 
     /// The [`Mesh::generation`] in which the set last changed: what was derived from it holds until then.
@@ -87,21 +92,44 @@ impl EndpointSet {
         self.generation
     }
 
+    fn uid(&self, at: u32) -> Option<&str> {
+        self.list.get(at as usize).map(|endpoint| &*endpoint.workload.uid)
+    }
+
     fn insert(&mut self, endpoint: Endpoint) {
-        let uid = endpoint.workload.uid.clone();
-        if let Some(slot) = self.index.get(&uid).and_then(|i| self.list.get_mut(*i)) {
+        let position = self.position(&endpoint.workload.uid);
+        if let Some(slot) = position.and_then(|at| self.list.get_mut(at)) {
             *slot = endpoint;
-        } else {
-            self.index.insert(uid, self.list.len());
-            self.list.push(endpoint);
+            return;
         }
+        // As many as there are addresses at most.
+        let at = u32::try_from(self.list.len()).unwrap_or(u32::MAX);
+        let hash = self.hasher.hash_one(&*endpoint.workload.uid);
+        self.list.push(endpoint);
+        let (list, hasher) = (&self.list, &self.hasher);
+        let again = |at: &u32| list.get(*at as usize).map_or(0, |e| hasher.hash_one(&*e.workload.uid));
+        self.index.insert_unique(hash, at, again);
     }
 
     fn remove(&mut self, uid: &str) {
-        let Some(position) = self.index.remove(uid) else { return };
+        let Some(position) = self.position(uid) else { return };
+        let last = self.list.len() - 1;
+        self.unindex(uid, position);
+        if position != last {
+            // The last one takes its place.
+            let moved = self.list.last().map(|e| e.workload.uid.clone()).unwrap_or_default();
+            let found = self.index.find_mut(self.hasher.hash_one(&*moved), |at| *at as usize == last);
+            if let (Some(found), Ok(at)) = (found, u32::try_from(position)) {
+                *found = at;
+            }
+        }
         self.list.swap_remove(position);
-        if let Some(moved) = self.list.get(position) {
-            self.index.insert(moved.workload.uid.clone(), position);
+    }
+
+    fn unindex(&mut self, uid: &str, position: usize) {
+        let found = self.index.find_entry(self.hasher.hash_one(uid), |at| *at as usize == position);
+        if let Ok(found) = found {
+            found.remove();
         }
     }
 }
@@ -123,10 +151,10 @@ pub struct Mesh {
     generation: u64,
     policy_generation: u64,
     settings: Arc<Settings>,
-    workloads: CowMap<Str, Arc<Workload>>,
+    workloads: CowMap<ByUid, ()>,
     /// Usually one; with several, the first by uid, so that it does not depend on the order in which they came. Of
     /// one cluster, pods' uids come before those of entries and their endpoints.
-    by_address: CowMap<NetworkAddress, Holders>,
+    by_address: CowMap<IpAddr, Holders>,
     services: CowMap<ServiceKey, Arc<Service>>,
     by_vip: CowMap<NetworkAddress, Vec<Arc<Service>>>,
     by_range: Arc<Ranges>,
@@ -137,6 +165,30 @@ pub struct Mesh {
     policies: CowMap<PolicyKey, Arc<Policy>>,
     global_policies: Arc<[Arc<Policy>]>,
     namespace_policies: CowMap<Str, Arc<[Arc<Policy>]>>,
+}
+
+/// A workload that is found by its uid.
+#[derive(Clone, Debug)]
+struct ByUid(Arc<Workload>);
+
+impl Borrow<str> for ByUid {
+    fn borrow(&self) -> &str {
+        &self.0.uid
+    }
+}
+
+impl PartialEq for ByUid {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.uid == other.0.uid
+    }
+}
+
+impl Eq for ByUid {}
+
+impl Hash for ByUid {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.uid.hash(state);
+    }
 }
 
 /// Services by ranges of addresses, the longest prefix first. Rare, so kept whole.
@@ -203,12 +255,12 @@ impl Mesh {
     /// The workload of a uid.
     #[must_use]
     pub fn workload(&self, uid: &str) -> Option<&Arc<Workload>> {
-        self.workloads.get(uid)
+        self.workloads.get_key(uid).map(|ByUid(workload)| workload)
     }
 
     /// All workloads.
     pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
-        self.workloads.values()
+        self.workloads.iter().map(|(ByUid(workload), ())| workload)
     }
 
     /// The number of workloads.
@@ -221,7 +273,7 @@ impl Mesh {
     /// node's.
     #[must_use]
     pub fn workload_at(&self, address: &NetworkAddress) -> Option<&Arc<Workload>> {
-        self.by_address.get(address)?.first()
+        self.by_address.get(&address.ip)?.first(&address.network)
     }
 
     /// The service of a key.
@@ -316,7 +368,7 @@ impl Mesh {
     }
 
     fn set_workload(&mut self, workload: Arc<Workload>) {
-        let old = self.workloads.get(&workload.uid).cloned();
+        let old = self.workload(&workload.uid).cloned();
         if let Some(old) = &old {
             let same = old.policies == workload.policies
                 && old.namespace == workload.namespace
@@ -332,13 +384,13 @@ impl Mesh {
             self.unindex_workload(old, Some(&workload));
         }
         if workload.network_mode == crate::NetworkMode::Standard {
-            for address in workload.network_addresses() {
-                if let Some(list) = self.by_address.entry_or_default(&address) {
+            for address in &workload.addresses {
+                if let Some(list) = self.by_address.entry_or_default(address) {
                     list.put(&workload);
                 }
             }
         }
-        for membership in &workload.services {
+        for membership in &*workload.services {
             let endpoint = Endpoint { workload: workload.clone(), ports: membership.ports.clone() };
             let generation = self.generation;
             if let Some(set) = self.endpoints.entry_or_default(&membership.service.clone()) {
@@ -347,11 +399,12 @@ impl Mesh {
                 set.insert(endpoint);
             }
         }
-        self.workloads.insert(workload.uid.clone(), workload);
+        self.workloads.replace(ByUid(workload), ());
     }
 
     fn remove_workload(&mut self, uid: &str) {
-        if let Some(old) = self.workloads.remove(uid) {
+        if let Some(old) = self.workload(uid).cloned() {
+            self.workloads.remove(uid);
             self.policy_generation = self.generation;
             self.unindex_workload(&old, None);
         }
@@ -359,19 +412,17 @@ impl Mesh {
 
     /// Takes `old` out of the indexes, except where `next`, which is about to be put in, stands in the same place.
     fn unindex_workload(&mut self, old: &Workload, next: Option<&Workload>) {
-        let keeps_address = |a: &NetworkAddress| {
-            next.is_some_and(|n| {
-                n.network_mode == crate::NetworkMode::Standard && n.network_addresses().any(|b| b == *a)
-            })
+        let keeps_address = |a: &IpAddr| {
+            next.is_some_and(|n| n.network_mode == crate::NetworkMode::Standard && n.addresses.contains(a))
         };
-        for address in old.network_addresses() {
-            if !keeps_address(&address)
-                && self.by_address.get_mut(&address).is_some_and(|list| list.remove(&old.uid))
+        for address in &old.addresses {
+            if !keeps_address(address)
+                && self.by_address.get_mut(address).is_some_and(|list| list.remove(&old.uid))
             {
-                self.by_address.remove(&address);
+                self.by_address.remove(address);
             }
         }
-        for membership in &old.services {
+        for membership in &*old.services {
             let keeps = next.is_some_and(|n| n.services.iter().any(|m| m.service == membership.service));
             if keeps {
                 continue;

@@ -13,6 +13,16 @@ pub struct Settings {
     pub cluster_domain: Str,
     /// What happens to connections to addresses that nothing is known of.
     pub outbound: OutboundMode,
+    /// The name of the mesh among others (`defaultConfig.meshId`), where it has one; see [`Settings::mesh_id`].
+    pub mesh_id: Option<Str>,
+}
+
+impl Settings {
+    /// The name of the mesh, as it is shown and measured; that of the trust domain where it has none of its own.
+    #[must_use]
+    pub fn mesh_id(&self) -> &str {
+        self.mesh_id.as_deref().unwrap_or_else(|| self.trust_domains.own.as_str())
+    }
 }
 
 impl Default for Settings {
@@ -22,6 +32,7 @@ impl Default for Settings {
             root_namespace: "istio-system".into(),
             cluster_domain: "cluster.local".into(),
             outbound: OutboundMode::AllowAny,
+            mesh_id: None,
         }
     }
 }

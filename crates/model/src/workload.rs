@@ -44,8 +44,8 @@ pub struct Workload {
     pub workload_name: Str,
     /// For telemetry: the kind of the object that made it.
     pub workload_kind: WorkloadKind,
-    /// The services that it is an endpoint of.
-    pub services: Box<[ServiceMembership]>,
+    /// The services that it is an endpoint of. Shared between equal workloads.
+    pub services: Arc<[ServiceMembership]>,
     /// The policies that select it; namespace-wide and mesh-wide ones are found by their scope.
     pub policies: Box<[PolicyKey]>,
     /// The waypoint that its traffic passes first.
@@ -131,7 +131,7 @@ pub enum WorkloadKind {
 }
 
 /// That a workload is an endpoint of a service.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct ServiceMembership {
     /// The service.
     pub service: ServiceKey,

@@ -51,6 +51,17 @@ pub fn routes(title: &'static str, logs: &Logs, shutdown: &Shutdown) -> Routes {
         .get("/debug/pprof/heap", "memory by what allocated it, or by kind; ?format=kernel", heap::answer)
 }
 
+/// The pages that only show, for a port that others than the administrator reach: in a network namespace that is shared,
+/// as the node's is, a loopback address is anybody's.
+#[must_use]
+pub fn shown(title: &'static str, logs: &Logs) -> Routes {
+    let logs = logs.clone();
+    Routes::new(title).get("/logging", "the log level in force", move |_| {
+        let text = format!("{}\n", logs.level());
+        async { Response::text(StatusCode::OK, text) }
+    })
+}
+
 fn change_level(logs: &Logs, request: &Request) -> Response {
     let Some(change) = request.query("level") else {
         return Response::text(

@@ -315,6 +315,18 @@ async fn the_level_is_shown_and_set() {
 }
 
 #[tokio::test]
+async fn what_only_shows_changes_and_ends_nothing() {
+    let (logs, _subscriber) = test_logs();
+    let address = start(admin::shown("culvert", &logs), admin::limits()).await;
+    assert_eq!(get(address, "/logging").await, (200, "info\n".into()));
+    for path in ["/logging?level=off", "/quitquitquit", "/debug/pprof/heap", "/debug/pprof/profile"] {
+        let (status, ..) = fetch(address, "POST", path, "Content-Length: 0\r\n").await;
+        assert!([404, 405].contains(&status), "{path}: {status}");
+    }
+    assert_eq!((get(address, "/debug/pprof/heap").await.0, logs.level()), (404, "info".into()));
+}
+
+#[tokio::test]
 async fn quitquitquit_drains() {
     let (logs, _subscriber) = test_logs();
     let shutdown = Shutdown::new(SOON);

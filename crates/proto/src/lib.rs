@@ -13,6 +13,7 @@
 
 mod decode;
 mod encode;
+mod features;
 mod lower;
 mod names;
 
@@ -21,6 +22,7 @@ pub use encode::{
     EncodeError, Extensions, Obstacle, Reason, encode_policy, encode_service, encode_settings,
     encode_workload,
 };
+pub use features::Features;
 pub use names::{
     ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, MESH_SETTINGS_NAME, MESH_SETTINGS_TYPE_URL, ResourceName,
     WORKLOAD_TYPE_URL, policy_name, service_aliases, service_name, workload_aliases, workload_name,

@@ -66,6 +66,7 @@ fn settings_read_back_as_they_were_and_what_is_left_out_is_the_default() {
         root_namespace: "culvert-system".into(),
         cluster_domain: "k8s.example.org".into(),
         outbound: model::OutboundMode::RegistryOnly,
+        mesh_id: Some("mesh-1".into()),
     };
     let message: culvert::MeshSettings = sent(&proto::encode_settings(&settings));
     assert_eq!(Decoder::default().settings(&message).unwrap(), settings);

@@ -19,6 +19,7 @@ use xds::client::{Client, Link, Rejection, Settings, Update, Updates};
 
 const A: &str = "type.googleapis.com/test.A";
 const B: &str = "type.googleapis.com/test.B";
+const OWN: &str = "type.googleapis.com/culvert.Test";
 const SOON: Duration = Duration::from_secs(10);
 
 type Responses = mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>;
@@ -40,7 +41,8 @@ impl Stream {
     }
 }
 
-struct Service(mpsc::Sender<Stream>);
+/// What it sends its streams to, and the extensions that it says it knows.
+struct Service(mpsc::Sender<Stream>, Option<&'static str>);
 
 #[tonic::async_trait]
 impl AggregatedDiscoveryService for Service {
@@ -54,7 +56,11 @@ impl AggregatedDiscoveryService for Service {
         let (responses, receiver) = mpsc::channel(4);
         let stream = Stream { requests: request.into_inner(), responses, cluster };
         self.0.send(stream).await.map_err(|_| Status::unavailable("the test is over"))?;
-        Ok(Response::new(ReceiverStream::new(receiver)))
+        let mut response = Response::new(ReceiverStream::new(receiver));
+        if let Some(known) = self.1 {
+            response.metadata_mut().insert(xds::EXTENSIONS_HEADER, known.parse().unwrap());
+        }
+        Ok(response)
     }
 }
 
@@ -62,10 +68,17 @@ impl AggregatedDiscoveryService for Service {
 async fn start(
     change: impl FnOnce(&mut Settings),
 ) -> (mpsc::Receiver<Stream>, Updates, tokio::sync::watch::Receiver<Link>) {
+    start_with(None, change).await
+}
+
+async fn start_with(
+    extensions: Option<&'static str>,
+    change: impl FnOnce(&mut Settings),
+) -> (mpsc::Receiver<Stream>, Updates, tokio::sync::watch::Receiver<Link>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (sender, streams) = mpsc::channel(4);
-    let service = AggregatedDiscoveryServiceServer::new(Service(sender));
+    let service = AggregatedDiscoveryServiceServer::new(Service(sender, extensions));
     let router = tonic::transport::Server::builder().add_service(service);
     tokio::spawn(router.serve_with_incoming(TcpListenerStream::new(listener)));
     let mut settings = Settings {
@@ -151,6 +164,30 @@ async fn it_subscribes_acknowledges_and_comes_back_with_what_it_holds() {
     assert!(stream.request().await.initial_resource_versions.is_empty(), "the other type has nothing");
 }
 
+/// istiod warns of a type that it does not know, and answers for it with each of its pushes.
+#[tokio::test]
+async fn a_type_of_our_own_is_asked_for_only_where_it_is_known() {
+    for (extensions, asked) in [(None, &[A, B][..]), (Some("2"), &[A, B]), (Some("1"), &[A, OWN, B])] {
+        let types = vec![OWN, A, B];
+        let (mut streams, mut updates, _) = start_with(extensions, |settings| settings.types = types).await;
+        let mut stream = streams.recv().await.unwrap();
+        for (place, type_url) in asked.iter().enumerate() {
+            let request = stream.request().await;
+            assert_eq!((request.type_url.as_str(), request.node.is_some()), (*type_url, place == 0));
+        }
+        // Nothing more: what comes next is the acknowledgement of what is sent now.
+        stream.send(response("n1", vec![], &[])).await;
+        next(&mut updates).await.ack();
+        assert_eq!(stream.request().await.response_nonce, "n1");
+    }
+}
+
+/// gRPC servers written in Go end a connection that is probed more often than they allow: istiod every 15 s, by default.
+#[test]
+fn the_connection_is_not_probed_more_often_than_an_istiod_allows() {
+    assert!(Settings::default().keepalive > Duration::from_secs(15));
+}
+
 #[tokio::test]
 async fn what_is_refused_is_named_and_not_held() {
     let (mut streams, mut updates, _) = start(|_| {}).await;
@@ -166,7 +203,7 @@ async fn what_is_refused_is_named_and_not_held() {
     stream.send(response("n-1", resources, &[])).await;
     let update = next(&mut updates).await;
     // What is malformed is not seen; the others are.
-    let seen: Vec<_> = update.resources.iter().map(|r| (r.name.as_str(), &r.body[..])).collect();
+    let seen: Vec<_> = update.resources.iter().map(|r| (&*r.name, &r.body[..])).collect();
     assert_eq!(seen, [("good", &b"1"[..]), ("bad", b"1"), ("twice", b"first")]);
     update.nack(vec![Rejection { name: "bad".into(), reason: "it makes no sense".into() }]);
     let nack = stream.request().await;

@@ -109,7 +109,7 @@ fn apply(state: &mut State, update: &Update) -> Vec<Rejection> {
             rejections.push(Rejection { name: resource.name.clone(), reason: "it is bad".into() });
             continue;
         }
-        state.held.insert((update.type_url, resource.name.clone()), body);
+        state.held.insert((update.type_url, resource.name.to_string()), body);
     }
     if update.complete && !state.complete.contains(&update.type_url) {
         state.complete.push(update.type_url);
@@ -536,8 +536,6 @@ async fn the_last_good_state_is_there_before_any_server_and_is_not_sent_again() 
     proxy.until_has(ADDRESS, "name-0", "2").await;
     let made = site.server.generation();
     site.until(|s| s.clients()[0].types.iter().all(|t| t.acked == made)).await;
-    // What is acknowledged is appended a moment later.
-    tokio::time::sleep(Duration::from_millis(200)).await;
     let before = proxy.state.borrow().held.clone();
     proxy.stop().await;
     site.until(|s| s.clients().is_empty()).await;
@@ -564,7 +562,8 @@ async fn the_last_good_state_is_there_before_any_server_and_is_not_sent_again() 
     site.server.apply([set(POLICY, "p", "2")]);
     site.server.ready();
     let state = proxy.until_has(POLICY, "p", "2").await;
-    assert_eq!((state.resources, state.from_disk), (1, 302));
+    // What was refused is among it: another version of the proxy may know it, and this one refuses it again.
+    assert_eq!((state.resources, state.from_disk), (1, 303));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use proto::Extensions;
+use proto::{Extensions, Features};
 use support::{ADDRESS, POLICY, World, bodies, gone, names, remove, resource, set, subscribe, unsubscribe};
 use xds::server::session::Answer;
 use xds::server::{Change, Generation, Interest, Limits, Store, Violation};
@@ -148,6 +148,27 @@ fn who_comes_back_is_sent_what_it_lacks() {
     world.reconnect(id, vec![subscribe(ADDRESS, &[])]);
     let response = only(world.settle(id));
     assert!(response.resources.is_empty() && response.removed_resources.is_empty());
+}
+
+#[test]
+fn one_of_ours_says_by_hashes_what_it_has() {
+    let mut world = World::new();
+    let id = world.follower();
+    world.apply(["same", "other", "gone", "goes-later"].map(|name| set(ADDRESS, name, "1")));
+    world.settle(id);
+    world.apply([set(ADDRESS, "other", "2"), remove(ADDRESS, "gone"), set(ADDRESS, "new", "1")]);
+    world.reconnect(id, vec![subscribe(POLICY, &[]), subscribe(ADDRESS, &[])]);
+    // Between its coming and its first answer.
+    world.apply([remove(ADDRESS, "goes-later")]);
+    let responses = world.settle(id);
+    let sent: Vec<_> = responses.iter().flat_map(|r| names(r)).collect();
+    assert_eq!(sent, ["other", "new"]);
+    assert_eq!(world.bodies(id, ADDRESS), bodies([("new", "1"), ("other", "2"), ("same", "1")]));
+
+    let other = world.connect(Extensions::Culvert, None);
+    let mut request = subscribe(ADDRESS, &[]);
+    request.culvert_held = vec![7; 25];
+    assert!(matches!(world.request(other, request), Err(Violation::Inventory(_))));
 }
 
 #[test]
@@ -471,4 +492,53 @@ fn a_change_costs_one_look_for_each_client_that_gets_it() {
     let work: Vec<_> = visited(&world).iter().zip(before).map(|(now, before)| now - before).collect();
     assert_eq!(work, [100, 100, 100, 100, 100, 100, 100, 100, 100, 100, 0]);
     assert_eq!(world.peers[&asking].resources, 2);
+}
+
+#[test]
+fn one_of_ours_that_is_too_old_gets_what_it_can_enforce() {
+    let mut world = World::new();
+    let policy = |name: &str, plain: Option<&'static str>, body: &'static str, needs| {
+        Change::Set(xds::server::Resource {
+            plain: plain.map(|plain| Bytes::from_static(plain.as_bytes())),
+            needs,
+            ..resource(POLICY, name, body)
+        })
+    };
+    let (domains, dry_run) = (Features::TRUST_DOMAINS, Features::DRY_RUN);
+    world.apply([
+        policy("both", Some("refuse all"), "exact", domains.and(dry_run)),
+        policy("tried", None, "tried", dry_run),
+        policy("old", Some("for others"), "for ours", Features::NONE),
+    ]);
+    let follow = |world: &mut World, features: Features| {
+        let id = world.connect(Extensions::Culvert, None);
+        let peer = world.peer(id);
+        let fresh = xds::server::Session::new(Extensions::Culvert, None, Limits::default());
+        peer.session = fresh.that_knows(features);
+        world.request(id, subscribe(POLICY, &[])).unwrap();
+        world.settle(id);
+        id
+    };
+    let new = follow(&mut world, Features::ALL);
+    let old = follow(&mut world, domains);
+    let (exact, closed) = (("both", "exact"), ("both", "refuse all"));
+    assert_eq!(world.bodies(new, POLICY), bodies([exact, ("tried", "tried"), ("old", "for ours")]));
+    assert_eq!(world.bodies(old, POLICY), bodies([closed, ("old", "for ours")]));
+    let rejected = |world: &World, id| world.peers[&id].session.status(&world.store)[0].rejected.clone();
+    assert!(rejected(&world, new).is_empty());
+    let said: Vec<_> = rejected(&world, old).into_iter().map(|r| (r.name, r.reason)).collect();
+    assert_eq!(said.iter().map(|(name, _)| &**name).collect::<Vec<_>>(), ["both", "tried"]);
+    assert!(said.iter().all(|(_, reason)| reason.contains("too old for this (dry-run)")), "{said:?}");
+
+    // As soon as it needs less, the old one has it as it is; and is told when one begins to need more.
+    world.apply([
+        policy("both", Some("refuse all"), "exact", domains),
+        policy("old", Some("for others"), "for ours", dry_run),
+    ]);
+    world.settle(old);
+    assert_eq!(world.bodies(old, POLICY), bodies([exact, ("old", "for others")]));
+    world.apply([remove(POLICY, "tried"), remove(POLICY, "old")]);
+    world.settle(old);
+    assert_eq!(world.bodies(old, POLICY), bodies([exact]));
+    assert!(rejected(&world, old).is_empty());
 }

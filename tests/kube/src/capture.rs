@@ -1,11 +1,13 @@
 //! What passes on a node's link, and whether any of it is plaintext.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::process::{Child, ChildStderr, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -15,8 +17,12 @@ use nix::sys::signal::{Signal, kill};
 use crate::lab::{CONTROL_PLANE_NETNS, Lab, Node};
 use crate::process::{in_netns, pid_of};
 
-/// What every message of the applications carries (`tools/app`).
-pub const MARKER: &[u8] = b"culvert-e2e-marker";
+/// What every message of the applications of a namespace carries (`tools/app`).
+#[must_use]
+pub fn marker(namespace: &str) -> String {
+    format!("culvert-e2e-marker:{namespace}")
+}
+
 /// The tunnel's port.
 const HBONE: u16 = 15008;
 
@@ -26,6 +32,7 @@ pub struct Capture {
     child: Child,
     said: BufReader<ChildStderr>,
     path: PathBuf,
+    marker: String,
 }
 
 /// What a capture saw.
@@ -33,9 +40,9 @@ pub struct Capture {
 pub struct Seen {
     /// TCP and UDP packets.
     pub packets: usize,
-    /// TCP packets of tunnels.
-    pub tunnel: usize,
-    /// The flows in which the applications' messages could be read.
+    /// TCP packets of tunnels, by who sent them to whom.
+    pub tunnels: BTreeMap<(String, String), usize>,
+    /// The flows in which the messages with the marker could be read.
     pub plaintext: Vec<Flow>,
 }
 
@@ -53,12 +60,14 @@ impl fmt::Display for Flow {
 }
 
 impl Capture {
-    /// Starts to write down what passes between a node and the others.
+    /// Starts to write down what passes between a node and the others, to look for a marker in it.
     ///
     /// # Errors
     /// tcpdump can't be started.
-    pub fn start(lab: &Lab, node: &Node) -> Result<Self> {
-        let path = lab.run(&format!("{}.pcap", node.name));
+    pub fn start(lab: &Lab, node: &Node, marker: String) -> Result<Self> {
+        static STARTED: AtomicU32 = AtomicU32::new(0);
+        let number = STARTED.fetch_add(1, Ordering::Relaxed);
+        let path = lab.run(&format!("{}-{number}.pcap", node.name));
         let mut command: Command = in_netns(CONTROL_PLANE_NETNS, "tcpdump");
         command.args([
             "-i",
@@ -82,7 +91,7 @@ impl Capture {
             .spawn()
             .context("starting tcpdump")?;
         let Some(said) = child.stderr.take() else { bail!("tcpdump has no standard error") };
-        let mut this = Self { child, said: BufReader::new(said), path };
+        let mut this = Self { child, said: BufReader::new(said), path, marker };
         let mut line = String::new();
         while !line.contains("listening on") {
             line.clear();
@@ -111,7 +120,7 @@ impl Capture {
         }
         let bytes = fs::read(&self.path)?;
         fs::remove_file(&self.path)?;
-        Seen::read(&bytes)
+        Seen::read(&bytes, &self.marker)
     }
 }
 
@@ -124,7 +133,7 @@ impl Drop for Capture {
 
 impl Seen {
     /// Reads a capture file (pcap-savefile(5)) of Ethernet frames, in this machine's byte order.
-    fn read(bytes: &[u8]) -> Result<Self> {
+    fn read(bytes: &[u8], marker: &str) -> Result<Self> {
         const HEADER: usize = 24;
         const MAGIC: u32 = 0xa1b2_c3d4;
         let word = |at: usize| bytes.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes);
@@ -137,19 +146,26 @@ impl Seen {
         while let Some(length) = word(at + 8)
             && let Some(frame) = bytes.get(at + 16..at + 16 + length as usize)
         {
-            seen.frame(frame);
+            seen.frame(frame, marker.as_bytes());
             at += 16 + length as usize;
         }
         Ok(seen)
     }
 
-    fn frame(&mut self, frame: &[u8]) {
+    /// Packets of tunnels that one of these addresses sent or was sent.
+    #[must_use]
+    pub fn tunnel(&self, addresses: &[String]) -> usize {
+        let ours = |(from, to): &(String, String)| addresses.contains(from) || addresses.contains(to);
+        self.tunnels.iter().filter(|(ends, _)| ours(ends)).map(|(_, packets)| packets).sum()
+    }
+
+    fn frame(&mut self, frame: &[u8], marker: &[u8]) {
         let Some((flow, tcp)) = addresses(frame) else { return };
         self.packets += 1;
         if tcp && (flow.from.1 == HBONE || flow.to.1 == HBONE) {
-            self.tunnel += 1;
+            *self.tunnels.entry((flow.from.0.clone(), flow.to.0.clone())).or_default() += 1;
         }
-        if frame.windows(MARKER.len()).any(|w| w == MARKER) && !self.plaintext.contains(&flow) {
+        if frame.windows(marker.len()).any(|w| w == marker) && !self.plaintext.contains(&flow) {
             self.plaintext.push(flow);
         }
     }
@@ -209,17 +225,24 @@ mod tests {
 
     #[test]
     fn plaintext_is_found_and_named() {
-        let marked = [b"GET ", MARKER].concat();
-        let mut bytes = file(&[packet(8080, &marked), packet(8080, &marked), packet(HBONE, b"\x17\x03\x03")]);
-        let seen = Seen::read(&bytes).unwrap();
-        assert_eq!((seen.packets, seen.tunnel), (3, 1));
+        let marker = marker("a");
+        let (marked, other) = (format!("GET {marker} "), super::marker("b"));
+        let mut bytes = file(&[
+            packet(8080, marked.as_bytes()),
+            packet(8081, other.as_bytes()),
+            packet(8080, marked.as_bytes()),
+            packet(HBONE, b"\x17\x03\x03"),
+        ]);
+        let seen = Seen::read(&bytes, &marker).unwrap();
+        assert_eq!((seen.packets, seen.tunnel(&["10.0.0.2".into()])), (4, 1));
+        assert_eq!(seen.tunnel(&["10.0.0.3".into()]), 0);
         assert_eq!(
             seen.plaintext.iter().map(Flow::to_string).collect::<Vec<_>>(),
             ["10.0.0.1:40000 -> 10.0.0.2:8080"]
         );
         // Cut off in the last packet.
         bytes.truncate(bytes.len() - 1);
-        assert_eq!(Seen::read(&bytes).unwrap().packets, 2);
-        assert!(Seen::read(b"nothing").is_err());
+        assert_eq!(Seen::read(&bytes, &marker).unwrap().packets, 3);
+        assert!(Seen::read(b"nothing", &marker).is_err());
     }
 }

@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::lab::{API_PORT, CLUSTER_CIDR, CONTROL_PLANE_IP, CONTROL_PLANE_NETNS, Lab, SERVICE_CIDR};
+use crate::lab::{
+    API_PORT, CLUSTER_CIDR, CONTROL_PLANE_IP, CONTROL_PLANE_IP6, CONTROL_PLANE_NETNS, Lab, SERVICE_CIDR,
+};
 use crate::process::{Recorded, finish, in_netns, output};
 use crate::report::wait_for;
 
@@ -22,15 +24,18 @@ pub const PROCESSES: [&str; 4] = ["scheduler", "controller-manager", "apiserver"
 pub fn start(lab: &Lab) -> Result<()> {
     output("ip", &["netns", "add", CONTROL_PLANE_NETNS])?;
     let address = format!("{CONTROL_PLANE_IP}/24");
+    let address6 = format!("{CONTROL_PLANE_IP6}/64");
     for words in [
         &["link", "set", "lo", "up"][..],
         &["link", "add", "br0", "type", "bridge"],
         &["addr", "add", &address, "dev", "br0"],
+        &["addr", "add", &address6, "dev", "br0", "nodad"],
         &["link", "set", "br0", "up"],
     ] {
         output("ip", &[&["-n", CONTROL_PLANE_NETNS], words].concat())?;
     }
-    finish(in_netns(CONTROL_PLANE_NETNS, "sysctl").args(["-qw", "net.ipv4.ip_forward=1"]))?;
+    let forward = ["-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"];
+    finish(in_netns(CONTROL_PLANE_NETNS, "sysctl").args(forward))?;
 
     run(lab, "etcd", "etcd", &etcd(lab))?;
     let apiserver = run(lab, "apiserver", "kube-apiserver", &apiserver(lab))?;

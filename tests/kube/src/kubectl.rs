@@ -32,7 +32,19 @@ impl Kubectl {
     /// Helm, as the same user.
     #[must_use]
     pub fn helm(&self, arguments: &[&str]) -> Command {
-        let mut command = self.program("helm", arguments);
+        self.with_helm(self.program("helm", arguments))
+    }
+
+    /// The product's command line, as the same user; [`crate::mesh::build`] puts it beside Helm.
+    #[must_use]
+    pub fn culvert(&self, arguments: &[&str]) -> Command {
+        let mut command = self.with_helm(self.program("culvert", arguments));
+        let path = std::env::var("PATH").unwrap_or_default();
+        command.env("PATH", format!("{}:{path}", self.lab.root.join("bin").display()));
+        command
+    }
+
+    fn with_helm(&self, mut command: Command) -> Command {
         for (variable, directory) in
             [("HELM_CACHE_HOME", "cache"), ("HELM_CONFIG_HOME", "config"), ("HELM_DATA_HOME", "data")]
         {

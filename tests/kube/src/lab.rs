@@ -7,14 +7,16 @@ use anyhow::{Context as _, Result, bail};
 
 /// The control plane's address on the nodes' link.
 pub const CONTROL_PLANE_IP: &str = "172.30.0.1";
+/// The same in IPv6.
+pub const CONTROL_PLANE_IP6: &str = "fd00:30::1";
 /// Its network namespace.
 pub const CONTROL_PLANE_NETNS: &str = "culvert-kube-cp";
 /// The API server's port.
 pub const API_PORT: u16 = 6443;
-/// All pods' addresses.
-pub const CLUSTER_CIDR: &str = "10.244.0.0/16";
-/// All services' addresses; the first is the API server's.
-pub const SERVICE_CIDR: &str = "10.96.0.0/16";
+/// All pods' addresses: each has one of both.
+pub const CLUSTER_CIDR: &str = "10.244.0.0/16,fd00:10:244::/56";
+/// All services' addresses; the first is the API server's. A service has one of the first, unless it asks for both.
+pub const SERVICE_CIDR: &str = "10.96.0.0/16,fd00:10:96::/112";
 /// The API server's address as a service.
 pub const API_SERVICE_IP: &str = "10.96.0.1";
 /// The cluster's DNS.
@@ -29,16 +31,34 @@ pub struct Node {
     pub name: &'static str,
     /// On the nodes' link.
     pub ip: &'static str,
+    /// The same in IPv6.
+    pub ip6: &'static str,
     /// Its pods' addresses.
     pub pod_cidr: &'static str,
+    /// The same in IPv6.
+    pub pod_cidr6: &'static str,
     /// Its end of the link in the control plane's namespace, where captures are made.
     pub link: &'static str,
 }
 
 /// The nodes.
 pub const NODES: [Node; 2] = [
-    Node { name: "node1", ip: "172.30.0.11", pod_cidr: "10.244.1.0/24", link: "node1" },
-    Node { name: "node2", ip: "172.30.0.12", pod_cidr: "10.244.2.0/24", link: "node2" },
+    Node {
+        name: "node1",
+        ip: "172.30.0.11",
+        ip6: "fd00:30::11",
+        pod_cidr: "10.244.1.0/24",
+        pod_cidr6: "fd00:10:244:1::/64",
+        link: "node1",
+    },
+    Node {
+        name: "node2",
+        ip: "172.30.0.12",
+        ip6: "fd00:30::12",
+        pod_cidr: "10.244.2.0/24",
+        pod_cidr6: "fd00:10:244:2::/64",
+        link: "node2",
+    },
 ];
 
 impl Node {

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::thread;
 
 use anyhow::{Context as _, Result, bail};
 use clap::{Parser, Subcommand};
@@ -235,7 +236,7 @@ fn images(lab: &Lab, arguments: &Images) -> Result<()> {
 }
 
 fn install(cluster: &Cluster, profile: &str, prebuilt: bool, settings: &[String]) -> Result<()> {
-    let archives = mesh::build_images(cluster, profile, prebuilt)?;
+    let archives = mesh::build(cluster, profile, prebuilt)?;
     cluster.import(&archives)?;
     mesh::install(cluster, &borrowed(settings))
 }
@@ -276,12 +277,19 @@ fn e2e(lab: &Lab, arguments: &E2e) -> Result<ExitCode> {
 fn play(cluster: &Cluster, scenarios: &[scenario::Scenario], arguments: &E2e) -> Result<Vec<&'static str>> {
     scenario::clear_evidence(cluster)?;
     let (mesh, plain): (Vec<_>, Vec<_>) = scenarios.iter().partition(|s| s.mesh);
-    let mut failed = scenario::run(cluster, &plain)?;
-    if !mesh.is_empty() {
-        if !arguments.as_is {
-            install(cluster, &arguments.profile, arguments.prebuilt, &arguments.set)?;
-        }
-        failed.extend(scenario::run(cluster, &mesh)?);
+    let wanted = !mesh.is_empty() && !arguments.as_is;
+    // What is built needs the processor, and the cluster's own scenario mostly waits.
+    let (failed, archives) = thread::scope(|scope| {
+        let building =
+            wanted.then(|| scope.spawn(|| mesh::build(cluster, &arguments.profile, arguments.prebuilt)));
+        let failed = scenario::run(cluster, &plain);
+        (failed, building.map(|b| b.join().unwrap_or_else(|_| bail!("building the images panicked"))))
+    });
+    let mut failed = failed?;
+    if let Some(archives) = archives {
+        cluster.import(&archives?)?;
+        mesh::install(cluster, &borrowed(&arguments.set))?;
     }
+    failed.extend(scenario::run(cluster, &mesh)?);
     Ok(failed)
 }

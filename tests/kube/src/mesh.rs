@@ -1,24 +1,53 @@
 //! The product in the cluster: its images on the nodes, its chart installed.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 
 use crate::cluster::Cluster;
 use crate::image::{Build, Definition, Platform};
-use crate::process::finish;
+use crate::lab::NODES;
+use crate::process::{finish, output};
 use crate::report::{Clock, say};
 
 /// The namespace of the product.
 pub const NAMESPACE: &str = "culvert-system";
 
-/// Makes the product's images, of what cargo builds with `profile`, or of what it has built already; returns the archives.
+/// How the chart is set on this cluster: one machine's two cores carry it all, nothing is pulled, and nobody waits long
+/// for connections that a scenario holds until its end.
+pub const SETTINGS: [&str; 5] = [
+    "controlPlane.resources.requests.cpu=10m",
+    "ztunnel.resources.requests.cpu=10m",
+    "node.resources.requests.cpu=10m",
+    "image.pullPolicy=Never",
+    "ztunnel.terminationGracePeriodSeconds=12",
+];
+
+/// Makes the product's images, and puts its command line beside Helm, of what cargo builds with `profile`, or of what it
+/// has built already; returns the archives.
 ///
 /// # Errors
 /// A program does not compile.
-pub fn build_images(cluster: &Cluster, profile: &str, prebuilt: bool) -> Result<Vec<PathBuf>> {
+pub fn build(cluster: &Cluster, profile: &str, prebuilt: bool) -> Result<Vec<PathBuf>> {
+    if !prebuilt {
+        let mut cargo = Command::new("cargo");
+        cargo.current_dir(&cluster.lab.workspace).args([
+            "build",
+            "--locked",
+            "--profile",
+            profile,
+            "-p",
+            "cli",
+        ]);
+        finish(&mut cargo)?;
+    }
+    let built = Path::new("target").join(if profile == "dev" { "debug" } else { profile }).join("culvert");
+    let (from, to) = (cluster.lab.workspace.join(built), cluster.lab.bin("culvert"));
+    output("cp", &["--remove-destination", &from.display().to_string(), &to.display().to_string()])?;
     let build = Build {
         workspace: cluster.lab.workspace.clone(),
         platform: Platform::here()?,
@@ -39,6 +68,9 @@ pub fn install(cluster: &Cluster, settings: &[&str]) -> Result<()> {
     let clock = Clock::start();
     release(cluster, "culvert", settings)?;
     ready(cluster, Duration::from_secs(120))?;
+    // That the API server can ask for admission, too.
+    let words = ["verify-install", "--timeout", "60s"];
+    finish(&mut cluster.kubectl.culvert(&words)).context("verifying the installation")?;
     say(&format!("   mesh: installed and ready, {}", clock.seconds()));
     Ok(())
 }
@@ -51,14 +83,7 @@ pub fn release(cluster: &Cluster, name: &str, settings: &[&str]) -> Result<()> {
     let chart = cluster.lab.workspace.join("deploy/charts/culvert").display().to_string();
     let mut arguments =
         vec!["upgrade", "--install", name, &chart, "--namespace", NAMESPACE, "--create-namespace"];
-    let ours = [
-        // One machine's two cores carry it all.
-        "controlPlane.resources.requests.cpu=10m",
-        "ztunnel.resources.requests.cpu=10m",
-        "node.resources.requests.cpu=10m",
-        "image.pullPolicy=Never",
-    ];
-    for setting in ours.iter().chain(settings) {
+    for setting in SETTINGS.iter().chain(settings) {
         arguments.extend(["--set", setting]);
     }
     finish(&mut cluster.kubectl.helm(&arguments)).map(drop).context("installing the chart")
@@ -82,6 +107,41 @@ pub fn ready(cluster: &Cluster, limit: Duration) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// What the mesh's processes have used so far, a line for each: for the chart's requests.
+#[must_use]
+pub fn usage() -> Vec<String> {
+    let mut lines = Vec::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let read = |file: &str| fs::read_to_string(entry.path().join(file)).unwrap_or_default();
+        let name = read("comm").trim().to_owned();
+        // Those of others on this machine are not of a node.
+        let of_node = NODES.iter().find(|node| read("cgroup").contains(&node.cgroup()));
+        let (Some(node), true) = (of_node, ["culvertd", "culvert-node", "ztunnel"].contains(&name.as_str()))
+        else {
+            continue;
+        };
+        let status = read("status");
+        let memory = |key: &str| -> u64 {
+            let line = status.lines().find_map(|line| line.strip_prefix(key));
+            line.and_then(|l| l.split_whitespace().next()?.parse().ok()).unwrap_or_default()
+        };
+        // proc_pid_stat(5): fields 14 and 15, in hundredths of a second; the second field ends with a bracket.
+        let stat = read("stat");
+        let fields = stat.rsplit_once(") ").map(|(_, rest)| rest.split(' ')).into_iter().flatten();
+        let ticks: u64 = fields.skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
+        lines.push(format!(
+            "   {name} of {}: {} MiB of memory, {} at most; {}.{:02} s of CPU",
+            node.name,
+            memory("VmRSS:") >> 10,
+            memory("VmHWM:") >> 10,
+            ticks / 100,
+            ticks % 100
+        ));
+    }
+    lines.sort();
+    lines
 }
 
 /// Removes a release.

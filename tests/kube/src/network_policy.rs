@@ -48,7 +48,6 @@ fn rules(policies: &[Value], pods: &[Value], namespaces: &[Value]) -> Result<Str
     let mut dispatch = String::new();
     for (number, pod) in pods.iter().enumerate() {
         let namespace = &pod["metadata"]["namespace"];
-        let Some(address) = pod["status"]["podIP"].as_str() else { continue };
         let of_pod: Vec<&Value> = policies
             .iter()
             .filter(|p| p["metadata"]["namespace"] == *namespace && matches(&p["spec"]["podSelector"], pod))
@@ -57,10 +56,16 @@ fn rules(policies: &[Value], pods: &[Value], namespaces: &[Value]) -> Result<Str
         if of_pod.is_empty() || pod["spec"]["hostNetwork"] == true {
             continue;
         }
-        let _ = writeln!(dispatch, "    ip daddr {address} jump pod-{number}");
+        for address in addresses(pod) {
+            let _ = writeln!(dispatch, "    {} daddr {address} jump pod-{number}", family(address));
+        }
         let _ = writeln!(text, "  chain pod-{number} {{\n    ct state established,related accept");
+        // IPv6 finds its neighbours by it.
+        text.push_str("    meta l4proto ipv6-icmp accept\n");
         for rule in of_pod.iter().flat_map(|p| p["spec"]["ingress"].as_array().into_iter().flatten()) {
-            let _ = writeln!(text, "    {}{}accept", from(rule, namespace, pods, namespaces)?, ports(rule)?);
+            for source in from(rule, namespace, pods, namespaces)? {
+                let _ = writeln!(text, "    {source}{}accept", ports(rule)?);
+            }
         }
         text.push_str("    drop\n  }\n");
     }
@@ -71,10 +76,19 @@ fn rules(policies: &[Value], pods: &[Value], namespaces: &[Value]) -> Result<Str
     Ok(text)
 }
 
-/// The match on sources of a rule; nobody is an address that nobody has.
-fn from(rule: &Value, own: &Value, pods: &[Value], namespaces: &[Value]) -> Result<String> {
-    let Some(peers) = rule["from"].as_array() else { return Ok(String::new()) };
-    let mut addresses = vec!["192.0.2.1".to_owned()];
+/// A pod's addresses, of both families.
+fn addresses(pod: &Value) -> impl Iterator<Item = &str> {
+    pod["status"]["podIPs"].as_array().into_iter().flatten().filter_map(|ip| ip["ip"].as_str())
+}
+
+fn family(address: &str) -> &'static str {
+    if address.contains(':') { "ip6" } else { "ip" }
+}
+
+/// The matches on sources of a rule, one for each family; nobody is an address that nobody has.
+fn from(rule: &Value, own: &Value, pods: &[Value], namespaces: &[Value]) -> Result<Vec<String>> {
+    let Some(peers) = rule["from"].as_array() else { return Ok(vec![String::new()]) };
+    let mut sources = vec!["192.0.2.1", "2001:db8::1"];
     for peer in peers {
         if !peer["ipBlock"].is_null() {
             bail!("ipBlock is not known to the tests' NetworkPolicies");
@@ -86,11 +100,15 @@ fn from(rule: &Value, own: &Value, pods: &[Value], namespaces: &[Value]) -> Resu
                 .any(|n| n["metadata"]["name"] == pod["metadata"]["namespace"] && matches(selector, n)),
         };
         let chosen = pods.iter().filter(here).filter(|pod| matches(&peer["podSelector"], pod));
-        addresses.extend(chosen.filter_map(|pod| pod["status"]["podIP"].as_str()).map(str::to_owned));
+        sources.extend(chosen.flat_map(addresses));
     }
-    addresses.sort();
-    addresses.dedup();
-    Ok(format!("ip saddr {{ {} }} ", addresses.join(", ")))
+    sources.sort_unstable();
+    sources.dedup();
+    let of = |wanted: &str| {
+        let of_family: Vec<&str> = sources.iter().filter(|s| family(s) == wanted).copied().collect();
+        format!("{wanted} saddr {{ {} }} ", of_family.join(", "))
+    };
+    Ok(vec![of("ip"), of("ip6")])
 }
 
 fn ports(rule: &Value) -> Result<String> {
@@ -122,7 +140,7 @@ mod tests {
     fn a_selected_pod_is_closed_but_for_what_is_allowed() {
         let pod = |name: &str, namespace: &str, address: &str| {
             json!({"metadata": {"name": name, "namespace": namespace, "labels": {"app": name}},
-                   "status": {"podIP": address}})
+                   "status": {"podIPs": [{"ip": address}, {"ip": address.replace("10.0.0.", "fd00::")}]}})
         };
         let pods =
             [pod("web", "a", "10.0.0.1"), pod("client", "a", "10.0.0.2"), pod("client", "b", "10.0.0.3")];
@@ -133,8 +151,13 @@ mod tests {
         let client = json!({"podSelector": {"matchLabels": {"app": "client"}}});
         let one = policy(json!([{"from": [client], "ports": [{"port": 8080}, {"port": 15008}]}]));
         let text = rules(&[one], &pods, &[]).unwrap();
-        assert!(text.contains("ip daddr 10.0.0.1 jump pod-0\n  }"), "{text}");
-        let allowed = "ip saddr { 10.0.0.2, 192.0.2.1 } tcp dport { 8080, 15008 } accept\n    drop\n";
+        let dispatched = "ip daddr 10.0.0.1 jump pod-0\n    ip6 daddr fd00::1 jump pod-0\n  }";
+        assert!(text.contains(dispatched), "{text}");
+        assert!(
+            text.contains("    ip saddr { 10.0.0.2, 192.0.2.1 } tcp dport { 8080, 15008 } accept\n"),
+            "{text}"
+        );
+        let allowed = "ip6 saddr { 2001:db8::1, fd00::2 } tcp dport { 8080, 15008 } accept\n    drop\n";
         assert!(text.contains(allowed), "{text}");
 
         let namespaces = [json!({"metadata": {"name": "b", "labels": {"team": "x"}}})];

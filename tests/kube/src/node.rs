@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use nix::sys::signal::{Signal, kill};
 
-use crate::lab::{CONTROL_PLANE_IP, CONTROL_PLANE_NETNS, Lab, NODES, Node};
+use crate::lab::{CONTROL_PLANE_IP, CONTROL_PLANE_IP6, CONTROL_PLANE_NETNS, Lab, NODES, Node};
 use crate::node_init::{DISK, cgroup_trees};
 use crate::process::{Recorded, children, finish, output, pid_of, program};
 use crate::report::wait_for;
@@ -62,12 +62,17 @@ fn connect(node: &Node) -> Result<()> {
     outside(&["link", "set", node.link, "master", "br0", "up"])?;
     inside(&["link", "set", "lo", "up"])?;
     inside(&["addr", "add", &format!("{}/24", node.ip), "dev", "eth0"])?;
+    // Nobody else has the address, and what has to be looked for first is of no use at once.
+    inside(&["addr", "add", &format!("{}/64", node.ip6), "dev", "eth0", "nodad"])?;
     inside(&["link", "set", "eth0", "up"])?;
     inside(&["route", "add", "default", "via", CONTROL_PLANE_IP])?;
+    inside(&["-6", "route", "add", "default", "via", CONTROL_PLANE_IP6])?;
     for other in NODES.iter().filter(|other| *other != node) {
         inside(&["route", "add", other.pod_cidr, "via", other.ip])?;
+        inside(&["-6", "route", "add", other.pod_cidr6, "via", other.ip6])?;
     }
     outside(&["route", "replace", node.pod_cidr, "via", node.ip])?;
+    outside(&["-6", "route", "replace", node.pod_cidr6, "via", node.ip6])?;
     Ok(())
 }
 

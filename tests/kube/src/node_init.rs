@@ -181,13 +181,19 @@ fn inherit_cpuset(group: &Path) {
 }
 
 fn settings() -> Result<()> {
-    for (file, value) in [("net/ipv4/ip_forward", "1"), ("net/ipv4/conf/all/rp_filter", "0")] {
+    for (file, value) in [
+        ("net/ipv4/ip_forward", "1"),
+        ("net/ipv4/conf/all/rp_filter", "0"),
+        ("net/ipv6/conf/all/forwarding", "1"),
+    ] {
         fs::write(Path::new("/proc/sys").join(file), value).with_context(|| format!("setting {file}"))?;
     }
     // A pod's answer to a pod of the same node passes the bridge only: it must see the service's NAT there.
-    let bridge = Path::new("/proc/sys/net/bridge/bridge-nf-call-iptables");
-    if bridge.exists() {
-        fs::write(bridge, "1").context("setting bridge-nf-call-iptables")?;
+    for file in ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"] {
+        let bridge = Path::new("/proc/sys/net/bridge").join(file);
+        if bridge.exists() {
+            fs::write(bridge, "1").with_context(|| format!("setting {file}"))?;
+        }
     }
     Ok(())
 }
@@ -209,8 +215,8 @@ fn network(node: &Node) -> Result<()> {
         "name": "pods",
         "plugins": [
             {"type": "bridge", "bridge": "cni0", "isGateway": true, "hairpinMode": true, "mtu": 1500,
-             "ipam": {"type": "host-local", "ranges": [[{"subnet": node.pod_cidr}]],
-                      "routes": [{"dst": "0.0.0.0/0"}]}},
+             "ipam": {"type": "host-local", "ranges": [[{"subnet": node.pod_cidr}], [{"subnet": node.pod_cidr6}]],
+                      "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]}},
             {"type": "portmap", "capabilities": {"portMappings": true}},
         ],
     });
@@ -340,7 +346,8 @@ impl Supervisor<'_> {
                 let mut command = Command::new(self.lab.bin("kubelet"));
                 command.arg("--config").arg(file("kubelet.json"));
                 command.arg("--kubeconfig").arg(self.lab.pki(&format!("{}.kubeconfig", self.node.name)));
-                command.args(["--hostname-override", self.node.name, "--node-ip", self.node.ip]);
+                let addresses = format!("{},{}", self.node.ip, self.node.ip6);
+                command.args(["--hostname-override", self.node.name, "--node-ip", &addresses]);
                 command
             }
         }

@@ -59,7 +59,7 @@ pub fn make(lab: &Lab) -> Result<()> {
     }
     for node in &NODES {
         let user = format!("system:node:{}", node.name);
-        let names = [node.ip, node.name];
+        let names = [node.ip, node.ip6, node.name];
         certify(lab, &ca, node.name, &user, Some("system:nodes"), Use::Both, &names)?;
         kubeconfig(lab, node.name)?;
     }

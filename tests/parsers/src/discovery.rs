@@ -11,7 +11,15 @@ use xds::server::{Change, ClientId, Limits, Resource, Session, Store};
 fn resource(type_url: &'static str, name: &str) -> Change {
     let body = Some(vec![7; 100].into());
     let (aliases, name) = (vec![format!("net/{name}").into()], name.into());
-    Change::Set(Resource { type_url, name, aliases, scope: None, plain: body.clone(), culvert: body })
+    Change::Set(Resource {
+        type_url,
+        name,
+        aliases,
+        scope: None,
+        plain: body.clone(),
+        culvert: body,
+        needs: proto::Features::NONE,
+    })
 }
 
 /// Requests, one after the other, each behind its length: whatever they are, the session stays within its limits,

@@ -82,7 +82,7 @@ fn endpoint(name: &str, service: &Service, addresses: &[&str], health: Health) -
         canonical_revision: "".into(),
         workload_name: name.into(),
         workload_kind: WorkloadKind::Pod,
-        services: Box::new([ServiceMembership {
+        services: Arc::new([ServiceMembership {
             service: service.key(),
             ports: Arc::new([PortMapping { service_port: 80, target_port: 8080 }]),
         }]),

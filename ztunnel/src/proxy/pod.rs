@@ -65,7 +65,7 @@ impl Claim {
             canonical_revision: "latest".into(),
             workload_name: self.name.clone(),
             workload_kind: WorkloadKind::Pod,
-            services: Box::default(),
+            services: Arc::default(),
             policies: Box::default(),
             waypoint: None,
             network_gateway: None,

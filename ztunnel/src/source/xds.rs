@@ -9,7 +9,7 @@
 //! Invariants:
 //! * nothing is acknowledged before it is in force: an acknowledgement means that this node enforces it;
 //! * the snapshot may be worked by only once policies and workloads have come whole (from the kept state, or from the
-//!   control plane); settings of the mesh come before them where the control plane has any;
+//!   control plane); settings of the mesh come before the workloads where the control plane has any;
 //! * a policy that can't be read and has no last good version refuses, for as many workloads as it could concern: to
 //!   leave it out could let in what it denies.
 
@@ -109,7 +109,7 @@ pub struct Xds {
     /// The update that is being put in force, and what of it is refused.
     open: Option<(Batch, Vec<Rejection>)>,
     /// Resources whose last version could not be read, and why.
-    unread: BTreeMap<String, String>,
+    unread: BTreeMap<Arc<str>, String>,
 }
 
 /// Which types have come whole.
@@ -158,17 +158,26 @@ impl Xds {
 
     /// The next update, read; `None` when the client has ended.
     pub async fn next(&mut self) -> Option<Update> {
-        let batch = self.updates.next().await?;
+        let mut batch = self.updates.next().await?;
         let mesh = self.state.mesh_owned();
-        let mut reading =
-            Reading { decoder: &mut self.decoder, mesh: &mesh, changes: Vec::new(), rejections: Vec::new() };
+        let mut reading = Reading {
+            decoder: &mut self.decoder,
+            mesh: &mesh,
+            changes: Vec::new(),
+            rejections: Vec::new(),
+            // What is in force of policies and settings must not be older after a crash of the node.
+            must_last: batch.type_url != ADDRESS_TYPE_URL,
+        };
         for resource in &batch.resources {
             reading.resource(batch.type_url, resource);
         }
         for name in &batch.removed {
             reading.removed(batch.type_url, name, &self.defaults);
         }
-        let Reading { changes, rejections, .. } = reading;
+        let Reading { changes, rejections, must_last, .. } = reading;
+        if must_last {
+            batch.must_last();
+        }
         self.note(&batch, &rejections);
         if batch.complete {
             match batch.type_url {
@@ -216,7 +225,8 @@ impl Xds {
         self.status.resources.fetch_add(batch.resources.len() as u64, Ordering::Relaxed);
         self.status.rejected.fetch_add(rejections.len() as u64, Ordering::Relaxed);
         if !self.unread.is_empty() {
-            let gone = batch.resources.iter().map(|r| &r.name).chain(&batch.removed);
+            let gone =
+                batch.resources.iter().map(|r| &*r.name).chain(batch.removed.iter().map(String::as_str));
             gone.for_each(|name| drop(self.unread.remove(name)));
         }
         for Rejection { name, reason } in rejections {
@@ -229,7 +239,7 @@ impl Xds {
 
     /// What could not be read, and is not in force.
     pub fn diagnostics(&self) -> Value {
-        let one = |(name, reason): (&String, &String)| json!({ "severity": "error", "code": "refused-resource", "resource": name, "message": reason });
+        let one = |(name, reason): (&Arc<str>, &String)| json!({ "severity": "error", "code": "refused-resource", "resource": **name, "message": reason });
         self.unread.iter().map(one).collect()
     }
 }
@@ -240,6 +250,8 @@ struct Reading<'a> {
     mesh: &'a Mesh,
     changes: Vec<Change>,
     rejections: Vec<Rejection>,
+    /// Whether it has to be on the disk before it is acknowledged.
+    must_last: bool,
 }
 
 impl Reading<'_> {
@@ -257,14 +269,21 @@ impl Reading<'_> {
 
     fn address(&mut self, resource: &Resource) -> Result<(), String> {
         let message: workload::Address = message(resource)?;
-        let (name, change) = match self.decoder.address(&message).map_err(|e| e.to_string())? {
-            Decoded::Workload(workload) => {
-                (workload.uid.to_string(), Change::SetWorkload(Arc::new(workload)))
+        match self.decoder.address(&message).map_err(|e| e.to_string())? {
+            Decoded::Workload(mut workload) => {
+                named(resource, &workload.uid)?;
+                let old = self.mesh.workload(&workload.uid);
+                // One text for all who have it, the client's table of what is held among them.
+                workload.uid = old.map_or(&resource.name, |old| &old.uid).clone();
+                // By its list a policy is enforced.
+                self.must_last |= *workload.policies != *old.map_or(&[][..], |old| &old.policies);
+                self.changes.push(Change::SetWorkload(Arc::new(workload)));
             }
-            Decoded::Service(service) => (service.key().to_string(), Change::SetService(Arc::new(service))),
-        };
-        named(resource, &name)?;
-        self.changes.push(change);
+            Decoded::Service(service) => {
+                named(resource, &service.key().to_string())?;
+                self.changes.push(Change::SetService(Arc::new(service)));
+            }
+        }
         Ok(())
     }
 
@@ -333,7 +352,7 @@ fn message<M: Message + Default>(resource: &Resource) -> Result<M, String> {
 
 /// What is removed later is removed by the resource's name, so that must be the object's.
 fn named(resource: &Resource, name: &str) -> Result<(), String> {
-    if resource.name == name {
+    if *resource.name == *name {
         return Ok(());
     }
     Err(format!("it holds {name:?}, and is named {:?}", resource.name))

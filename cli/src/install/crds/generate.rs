@@ -4,10 +4,10 @@
 //! `UPDATE_CRDS=FILE cargo test -p cli crds` writes them anew, where FILE is upstream's
 //! `customresourcedefinitions.gen.yaml` of the Go module istio.io/api. What then differs gets a new [`VERSION`].
 //!
-//! Upstream's texts and expressions stay behind. Of our own:
+//! Upstream's texts stay behind; its rules (CEL) are kept, with words of our own ([`SAID`]). Of our own:
 //! * nothing in `spec` is pruned: a field that these CRDs don't know reaches the admission and the control plane, which
 //!   refuse it with a suggestion, where it would otherwise vanish, and a restriction with it;
-//! * the rules that need no more than the object ([`rules`]).
+//! * further rules that need no more than the object ([`rules`]).
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,7 +20,7 @@ use super::{VERSION_ANNOTATION, ours, version, versions};
 use crate::yaml;
 
 /// The version of these CRDs; it rises with every change of them.
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 
 /// Keywords of a schema that are kept: its structure and its limits.
 const KEPT: &[&str] = &[
@@ -43,6 +43,77 @@ const KEPT: &[&str] = &[
     "x-kubernetes-list-map-keys",
 ];
 
+/// What is said where one of upstream's rules, known by what upstream says, is broken.
+const SAID: &[(&str, &str)] = &[
+    ("only one of targetRefs or selector can be set", TARGETS),
+    ("only one of targetRefs or workloadSelector can be set", TARGETS),
+    ("exactly one of wasm or lua must be set", "set wasm or lua, and not both"),
+    ("wildcard not allowed in label key match", "the name of a label is written out: * is no part of one"),
+    ("key must not be empty", "a label has a name"),
+    ("wildcard not allowed in label value match", LABEL_VALUE),
+    ("wildcard is not supported in selector", LABEL_VALUE),
+    (
+        "cross namespace referencing is not currently supported",
+        "what a policy is for is in its own namespace: leave the namespace out",
+    ),
+    ("url must have schema one of [http, https, file, oci]", URL),
+    ("url must have schema one of [http, https, oci, file]", URL),
+    ("url must have scheme http:// or https://", "write a URL that begins with http:// or https://"),
+    (
+        "value may only be set when valueFrom is INLINE",
+        "a variable has a value, or the host's (valueFrom: HOST)",
+    ),
+    ("value must be set when operation is UPSERT", "UPSERT needs the value to set"),
+    ("value must not be set when operation is REMOVE", "REMOVE takes no value"),
+    ("must be a valid duration greater than 1ms", "write a time of at least 1ms, such as 1.5s"),
+    (
+        "only support waypointMatch when context is WAYPOINT",
+        "match.waypoint goes with the context WAYPOINT only",
+    ),
+    ("port must be between 1-65535", "a port is a number from 1 to 65535"),
+    ("only one of credentialNames or tlsCertificates can be set", CREDENTIALS),
+    ("only one of credentialName or credentialNames can be set", CREDENTIALS),
+    ("only one of credentialName or tlsCertificates can be set", CREDENTIALS),
+    (
+        "only one of WorkloadSelector or Endpoints can be set",
+        "endpoints are either listed or selected: set only one of endpoints, workloadSelector",
+    ),
+    (
+        "CIDR addresses are allowed only for NONE/STATIC resolution types",
+        "a range of addresses goes with the resolutions NONE and STATIC only",
+    ),
+    (
+        "NONE mode cannot set endpoints",
+        "endpoints need a resolution: NONE, the default, goes to the address dialled",
+    ),
+    ("DNS_ROUND_ROBIN mode cannot have multiple endpoints", "DNS_ROUND_ROBIN takes one endpoint"),
+    ("Address is required", "an endpoint has an address, or a network whose gateway is dialled"),
+    ("UDS may not include ports", "a Unix socket has no ports"),
+    ("UDS must be an absolute path or abstract socket", "a Unix socket is unix:///PATH or unix://@NAME"),
+    ("UDS may not be a dir", "a Unix socket is no directory"),
+    ("port name must be valid", "a port's name has letters, digits and -, and fewer than 63"),
+    ("hostname cannot be wildcard", "a host has a name: * alone would be all there are"),
+    ("port number cannot be duplicated", "each port is listed once"),
+    ("scheme must be one of [HTTP, HTTPS]", "a probe's scheme is HTTP or HTTPS"),
+    (
+        "Cannot set serviceAccounts with namespaces or principals",
+        "serviceAccounts say the namespace: set them without principals and namespaces",
+    ),
+    (
+        "only one of jwks or jwksUri can be set",
+        "keys are either written out or fetched: set only one of jwks, jwksUri",
+    ),
+    (
+        "portLevelMtls requires selector",
+        "portLevelMtls is for the ports of selected workloads: add a selector",
+    ),
+];
+
+const TARGETS: &str = "say in one way what it is for: set only one of its selector, targetRef and targetRefs";
+const LABEL_VALUE: &str = "the value of a label is written out: * is no part of one";
+const URL: &str = "write a URL that begins with http://, https://, file:// or oci://";
+const CREDENTIALS: &str = "set only one of credentialName, credentialNames, tlsCertificates";
+
 fn directory() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/charts/culvert/crds")
 }
@@ -64,6 +135,10 @@ fn structure(schema: &Value, prune: bool) -> Value {
             "items" | "additionalProperties" if value.is_object() => {
                 out.insert(key.clone(), structure(value, prune));
             }
+            "x-kubernetes-validations" => {
+                let rules = value.as_array().unwrap().iter().map(in_our_words);
+                out.insert(key.clone(), rules.collect());
+            }
             key if KEPT.contains(&key) => {
                 out.insert(key.to_owned(), value.clone());
             }
@@ -73,30 +148,23 @@ fn structure(schema: &Value, prune: bool) -> Value {
     out.into()
 }
 
-/// What can be told of a kind's `spec` from the object alone. The rest is the admission's, which explains more.
-fn rules(kind: &str, spec: &Value) -> Vec<Value> {
-    let has = |field: &str| spec.pointer(&format!("/properties/{field}")).is_some();
-    let targets: Vec<_> = ["selector", "targetRef", "targetRefs"].into_iter().filter(|f| has(f)).collect();
-    let mut rules = Vec::new();
-    if targets.len() > 1 {
-        let sum: Vec<_> = targets.iter().map(|f| format!("(has(self.{f}) ? 1 : 0)")).collect();
-        rules.push(json!({
-            "rule": format!("{} <= 1", sum.join(" + ")),
-            "message": format!("set only one of {}: each says alone what the object is for", targets.join(", ")),
-        }));
-    }
+fn in_our_words(rule: &Value) -> Value {
+    let theirs = rule["message"].as_str().unwrap();
+    let said = SAID.iter().find(|(known, _)| *known == theirs);
+    let (_, ours) = said.unwrap_or_else(|| panic!("a new rule of upstream's: {rule}"));
+    let expression = rule["rule"].as_str().unwrap().split_whitespace().collect::<Vec<_>>().join(" ");
+    json!({"rule": expression, "message": ours})
+}
+
+/// What else can be told of a kind's `spec` from the object alone. The rest is the admission's, which explains more.
+fn rules(kind: &str) -> Vec<Value> {
     match kind {
-        "PeerAuthentication" => rules.push(json!({
-            "rule": "!has(self.portLevelMtls) || has(self.selector)",
-            "message": "portLevelMtls is for the ports of selected workloads: add a selector",
-        })),
-        "ServiceEntry" => rules.push(json!({
-            "rule": "!has(self.workloadSelector) || !has(self.endpoints)",
-            "message": "endpoints are either listed or selected: set only one of endpoints, workloadSelector",
-        })),
-        _ => {}
+        "AuthorizationPolicy" => vec![json!({
+            "rule": "((has(self.action) ? self.action : 'ALLOW') == 'CUSTOM') == has(self.provider)",
+            "message": "the action CUSTOM needs a provider that decides, and no other action has one",
+        })],
+        _ => Vec::new(),
     }
-    rules
 }
 
 /// The text of one CRD, with the schema once: upstream's versions have the same.
@@ -107,10 +175,11 @@ fn crd(upstream: &Value) -> String {
     let all = spec["versions"].as_array().unwrap();
     let mut schema = structure(&all[0]["schema"]["openAPIV3Schema"], true);
     let full = structure(&all[0]["schema"]["openAPIV3Schema"]["properties"]["spec"], false);
-    let rules = rules(names["kind"].as_str().unwrap(), &full);
     schema["properties"]["spec"] = full;
+    let rules = rules(names["kind"].as_str().unwrap());
     if !rules.is_empty() {
-        schema["properties"]["spec"]["x-kubernetes-validations"] = rules.into();
+        let all = &mut schema["properties"]["spec"]["x-kubernetes-validations"];
+        all.as_array_mut().unwrap().extend(rules);
     }
     // Required of every object; the API server fills them in.
     let head = json!({
@@ -227,6 +296,7 @@ fn crds_hold_no_texts_prune_nothing_and_are_of_one_version() {
         assert_eq!(stored.count(), 1, "{name}");
         let spec = &crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"];
         check(name, spec);
+        assert!(spec.to_string().contains("x-kubernetes-validations"), "{name} has no rules");
     }
 }
 

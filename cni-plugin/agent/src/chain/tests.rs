@@ -53,6 +53,7 @@ fn the_primarys_plugins_come_first_and_unchanged() {
     let mut expected: Value = serde_json::from_str(CALICO).unwrap();
     expected["plugins"].as_array_mut().unwrap().push(json!({
         "type": "culvert-cni", "agentSocket": "/run/agent.sock", "excludeNamespaces": ["kube-system"],
+        "primary": "10-calico.conflist",
     }));
     assert_eq!(ours, expected);
     assert_eq!(directory.json("10-calico.conflist"), serde_json::from_str::<Value>(CALICO).unwrap());
@@ -88,12 +89,14 @@ fn it_follows_the_primary_and_comes_back() {
         assert!(chain.sync().unwrap().changed, "{damage:?}");
     }
     // What some primaries do to the files of others.
+    assert_eq!(chain.sync().unwrap().warnings, [""; 0]);
     fs::rename(
         directory.0.path().join("02-culvert.conflist"),
         directory.0.path().join("02-culvert.conflist.cilium_bak"),
     )
     .unwrap();
-    assert!(chain.sync().unwrap().changed);
+    let synced = chain.sync().unwrap();
+    assert!(synced.changed && synced.warnings[0].contains("cni.exclusive"), "{synced:?}");
     fs::remove_file(directory.0.path().join("10-calico.conflist")).unwrap();
     assert!(matches!(chain.sync(), Err(ChainError::NoPrimary(_))));
     assert!(directory.names().contains(&"02-culvert.conflist".to_owned()), "the last good one stays");
@@ -166,6 +169,36 @@ fn a_malformed_primary_is_said_and_the_last_good_file_stays() {
 }
 
 #[test]
+fn behind_a_broken_primary_the_next_one_is_taken_and_the_broken_one_named() {
+    let directory = Directory::with(&[("05-broken.conf", "{"), ("10-calico.conflist", CALICO)]);
+    let chain = directory.chain();
+    let synced = chain.sync().unwrap();
+    assert!(synced.primary.ends_with("10-calico.conflist") && synced.changed);
+    let ours = || directory.json("02-culvert.conflist")["name"].to_string().replace('"', "");
+    assert_eq!(ours(), "k8s-pod-network");
+    assert!(synced.warnings[0].contains("05-broken.conf: it is not JSON"), "{synced:?}");
+    // It is followed, and named again and again, as long as the first one is broken.
+    directory.write("10-calico.conflist", &CALICO.replace("k8s-pod-network", "other"));
+    assert_eq!(chain.sync().unwrap().warnings, synced.warnings);
+    assert_eq!(ours(), "other");
+    directory.write("05-broken.conf", SINGLE);
+    assert_eq!(chain.sync().unwrap().warnings, [""; 0]);
+    assert_eq!(ours(), "mynet");
+    // The pods that run are in the network of the first one now: that of the other one is no substitute.
+    directory.write("05-broken.conf", "{");
+    let error = chain.sync().unwrap_err().to_string();
+    assert!(error.contains("05-broken.conf") && error.contains("last good"), "{error}");
+    assert_eq!(ours(), "mynet");
+    // Ours is damaged: no good one is left of the first.
+    directory.write("02-culvert.conflist", "{");
+    assert!(chain.sync().unwrap().primary.ends_with("10-calico.conflist"));
+    directory.write("10-calico.conflist", "[]");
+    fs::remove_file(directory.0.path().join("02-culvert.conflist")).unwrap();
+    let error = chain.sync().unwrap_err().to_string();
+    assert!(error.contains("05-broken") && error.contains("10-calico") && error.contains("start without"));
+}
+
+#[test]
 fn versions_are_those_that_both_speak() {
     for (own, listed, expected, several) in [
         ("0.3.1", json!(null), "0.3.1", json!(null)),
@@ -175,7 +208,8 @@ fn versions_are_those_that_both_speak() {
     ] {
         let primary =
             json!({ "cniVersion": own, "cniVersions": listed, "name": "a", "plugins": [{ "type": "a" }] });
-        let composed = compose(primary.to_string().as_bytes(), true, &json!({ "type": PLUGIN })).unwrap();
+        let composed =
+            compose(primary.to_string().as_bytes(), true, &json!({ "type": PLUGIN }), "x").unwrap();
         let composed: Value = serde_json::from_slice(&composed).unwrap();
         assert_eq!(composed["cniVersion"], expected);
         assert_eq!(composed["cniVersions"], several);
@@ -223,13 +257,14 @@ proptest! {
     #[test]
     fn what_is_composed_ends_with_our_plugin_once_and_stays_as_it_is(content in damaged(), is_list: bool) {
         let plugin = json!({ "type": PLUGIN, "agentSocket": "/x" });
-        if let Ok(composed) = compose(&content, is_list, &plugin) {
+        if let Ok(composed) = compose(&content, is_list, &plugin, "10-a.conflist") {
             let list: Value = serde_json::from_slice(&composed).unwrap();
             let plugins = list["plugins"].as_array().unwrap();
             prop_assert!(plugins.len() > 1 && VERSIONS.contains(&list["cniVersion"].as_str().unwrap()));
             prop_assert_eq!(plugins.iter().filter(|p| p["type"] == PLUGIN).count(), 1);
-            prop_assert_eq!(plugins.last(), Some(&plugin));
-            prop_assert_eq!(compose(&composed, true, &plugin), Ok(composed));
+            prop_assert_eq!(plugins.last().unwrap()["agentSocket"].as_str(), Some("/x"));
+            prop_assert_eq!(primary_of(&composed), Some("10-a.conflist".to_owned()));
+            prop_assert_eq!(compose(&composed, true, &plugin, "10-a.conflist"), Ok(composed));
         }
     }
 }

@@ -2,15 +2,18 @@
 
 use std::net::IpAddr;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError};
 
+use net::Netns;
 use serde::Deserialize;
 
 use super::Node;
 use super::enrol::{EnrolError, Manner, Target};
 use super::slot::{Slot, State};
-use crate::netns;
-use crate::pod::{Pod, Standing};
+use crate::cluster::Mode;
+use crate::netns::{self, NetnsError};
+use crate::pod::{AMBIENT, Pod, Standing};
 
 /// Codes of the CNI specification.
 const TRY_AGAIN_LATER: u32 = 11;
@@ -55,7 +58,8 @@ pub struct IpNet {
 
 impl AddRequest {
     fn addresses(&self) -> Vec<IpAddr> {
-        self.ips.iter().map(|ip| ip.address.ip.to_canonical()).collect()
+        let addresses = self.ips.iter().map(|ip| ip.address.ip.to_canonical());
+        addresses.filter(netns::tells).collect()
     }
 
     fn name(&self) -> String {
@@ -87,6 +91,46 @@ impl Refusal {
     }
 }
 
+/// An ADD that is being done; gone when that is.
+struct Adding {
+    node: Arc<Node>,
+    container: String,
+    is_ended: Arc<AtomicBool>,
+}
+
+impl Adding {
+    /// Of this sandbox, which ends where a DEL of it comes from now on.
+    fn begin(node: &Arc<Node>, container: &str) -> Self {
+        let is_ended = Arc::<AtomicBool>::default();
+        if !container.is_empty() {
+            node.adding().insert(container.to_owned(), is_ended.clone());
+        }
+        Self { node: node.clone(), container: container.to_owned(), is_ended }
+    }
+
+    fn is_ended(&self) -> bool {
+        self.is_ended.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Adding {
+    fn drop(&mut self) {
+        let mut adding = self.node.adding();
+        if adding.get(&self.container).is_some_and(|newest| Arc::ptr_eq(newest, &self.is_ended)) {
+            adding.remove(&self.container);
+        }
+    }
+}
+
+/// The namespace of a pod that starts, and the pod's addresses: as the runtime told them, or if it didn't, as they are
+/// there.
+fn open(path: &Path, told: Vec<IpAddr>) -> Result<(Netns, Vec<IpAddr>), NetnsError> {
+    let netns = netns::open(path)?;
+    let addresses = if told.is_empty() { netns::addresses_in(&netns)? } else { told };
+    netns::check(&netns, &addresses)?;
+    Ok((netns, addresses))
+}
+
 impl Node {
     /// Puts a pod that starts into the mesh, if it is to be. Until then the container runtime waits. The same again changes
     /// nothing.
@@ -96,10 +140,10 @@ impl Node {
     pub async fn add(self: &Arc<Self>, request: AddRequest) -> Result<Answer, Refusal> {
         let name = request.name();
         // A task of its own: what is begun is finished, or undone, also when the plugin is killed.
-        let node = self.clone();
+        let (node, adding) = (self.clone(), Adding::begin(self, &request.container_id));
         let work = tokio::spawn(async move {
             let limit = node.parts.times.add;
-            tokio::time::timeout(limit, node.add_now(&request)).await.unwrap_or_else(|_| {
+            tokio::time::timeout(limit, node.add_now(&request, &adding)).await.unwrap_or_else(|_| {
                 Err(Refusal::later(format!("pod {} is not in the mesh after {limit:?}", request.name())))
             })
         });
@@ -112,26 +156,26 @@ impl Node {
         outcome
     }
 
-    async fn add_now(self: &Arc<Self>, request: &AddRequest) -> Result<Answer, Refusal> {
+    async fn add_now(self: &Arc<Self>, request: &AddRequest, adding: &Adding) -> Result<Answer, Refusal> {
         let name = request.name();
         let pod = self.look_up(request).await?;
-        let mode = self.mode_of(&pod.identity.namespace).await?;
+        let mode = self.mode_of(&pod).await?;
         if let Standing::Outside(why) = pod.standing(mode.as_deref(), &self.parts.places) {
             return Ok(Answer::Outside(why));
         }
         let waits = |error: &dyn std::fmt::Display| {
             Refusal::later(format!("pod {name} waits, so that it doesn't start outside the mesh: {error}"))
         };
-        let (path, addresses) = (request.netns.clone(), request.addresses());
-        let expected = addresses.clone();
-        let opened = tokio::task::spawn_blocking(move || {
-            let netns = netns::open(Path::new(&path)).map_err(|error| error.to_string())?;
-            netns::check(&netns, &expected).map_err(|error| error.to_string())?;
-            Ok::<_, String>(netns)
-        });
-        let netns = opened.await.map_err(|error| waits(&error))?.map_err(|error| waits(&error))?;
+        let (path, told) = (request.netns.clone(), request.addresses());
+        let opened = tokio::task::spawn_blocking(move || open(Path::new(&path), told));
+        let opened = opened.await.map_err(|error| waits(&error))?;
+        let (netns, addresses) = opened.map_err(|error| waits(&error))?;
         let slot = self.slot_for(&pod);
         let _work = slot.work.clone().lock_owned().await;
+        let ended = || waits(&"its sandbox ended while it was added");
+        if adding.is_ended() {
+            return Err(ended());
+        }
         let container = (!request.container_id.is_empty()).then(|| request.container_id.clone());
         let target = Target { pod, netns, addresses, container };
         if let Err(error) = self.enrol(&slot, target, Manner::Starting).await {
@@ -139,6 +183,11 @@ impl Node {
             return Err(Refusal { code, ..waits(&error) });
         }
         self.slots().insert(slot.uid.clone(), slot.clone());
+        // Either DEL finds the slot, or it is seen here that DEL was before.
+        if adding.is_ended() {
+            self.forget(&slot, "its sandbox ended while it was added");
+            return Err(ended());
+        }
         self.sync_probes().await;
         Ok(Answer::Enrolled)
     }
@@ -149,51 +198,70 @@ impl Node {
             return Ok(pod);
         }
         let name = request.name();
-        let asked = self.parts.api.pod(&request.pod_namespace, &request.pod_name).await;
-        let found = asked.map_err(|error| {
-            Refusal::later(format!(
-                "pod {name} waits: whether it is to be in the mesh can't be found out: {error}"
-            ))
-        })?;
-        match found {
-            Some(pod) if request.pod_uid.is_empty() || pod.node_uid() == request.pod_uid => {
-                // The watch will say the same, or something newer.
-                self.parts.cluster.update(|view| {
-                    view.pods.entry(pod.identity.uid.clone()).or_insert_with(|| pod.clone());
-                });
-                Ok(pod)
+        for is_last in [false, false, true] {
+            let removals = self.parts.cluster.removals();
+            let asked = self.parts.api.pod(&request.pod_namespace, &request.pod_name).await;
+            let found = asked.map_err(|error| {
+                Refusal::later(format!(
+                    "pod {name} waits: whether it is to be in the mesh can't be found out: {error}"
+                ))
+            })?;
+            match found {
+                Some(pod) if request.pod_uid.is_empty() || pod.node_uid() == request.pod_uid => {
+                    // The watch will say the same, or something newer; what it has said already may be that.
+                    if self.parts.cluster.note_pod(removals, &pod) || is_last {
+                        return Ok(pod);
+                    }
+                }
+                _ => break,
             }
-            _ => Err(Refusal::later(format!(
-                "pod {name} with the uid {:?} is not known to the API server (any more)",
-                request.pod_uid
-            ))),
         }
+        Err(Refusal::later(format!(
+            "pod {name} with the uid {:?} is not known to the API server (any more)",
+            request.pod_uid
+        )))
     }
 
-    async fn mode_of(&self, namespace: &str) -> Result<Option<String>, Refusal> {
-        if let Some(mode) = self.parts.cluster.namespace(namespace) {
-            return Ok(mode);
+    /// What the pod's namespace says. Where the pod would be outside the mesh by that alone, and the watch may be behind,
+    /// the API server is asked: who labels a namespace and then makes pods is not to find the first of them outside.
+    async fn mode_of(&self, pod: &Pod) -> Result<Mode, Refusal> {
+        let namespace = &pod.identity.namespace;
+        let known = self.parts.cluster.namespace(namespace);
+        if let Some(mode) = &known {
+            let standing = |mode| pod.standing(mode, &self.parts.places);
+            let hangs_on_it = standing(Some(AMBIENT)) == Standing::InMesh;
+            let is_outside = standing(mode.as_deref()) != Standing::InMesh;
+            let trust = self.parts.times.trust;
+            if !(is_outside && hangs_on_it && self.parts.cluster.may_be_behind(&pod.identity.uid, trust)) {
+                return Ok(mode.clone());
+            }
         }
         let asked = self.parts.api.namespace(namespace).await;
         let mode = asked.map_err(|error| {
-            let message = format!("whether namespace {namespace} is in the mesh can't be found out: {error}");
+            let message = format!(
+                "pod {} waits: whether namespace {namespace} is in the mesh can't be found out: {error}",
+                pod.full_name()
+            );
             Refusal::later(message)
         })?;
         let mode = mode.ok_or_else(|| {
             Refusal::later(format!("namespace {namespace} is not known to the API server (any more)"))
         })?;
-        self.parts.cluster.update(|view| {
-            view.namespaces.entry(namespace.to_owned()).or_insert_with(|| mode.clone());
-        });
-        Ok(mode)
+        Ok(self.parts.cluster.note_namespace(namespace, known.as_ref(), mode))
     }
 
-    /// The slot of a pod; a new one is not among the others yet.
+    /// The slot of a pod. A new one is not among the others yet, but one for all who add the pod: of two sandboxes the
+    /// earlier one's may still be at work.
     fn slot_for(&self, pod: &Pod) -> Arc<Slot> {
+        let mut starting = self.starting.lock().unwrap_or_else(PoisonError::into_inner);
+        starting.retain(|_, slot| slot.strong_count() > 0);
         let known = self.slot(&pod.identity.uid);
+        let known = known.or_else(|| starting.get(&pod.identity.uid)?.upgrade());
         known.unwrap_or_else(|| {
             let state = State::failed(0, "it is about to start".to_owned(), self.parts.times.served);
-            Arc::new(Slot::new(pod.clone(), state))
+            let slot = Arc::new(Slot::new(pod.clone(), state));
+            starting.insert(slot.uid.clone(), Arc::downgrade(&slot));
+            slot
         })
     }
 
@@ -204,7 +272,7 @@ impl Node {
     pub async fn check(self: &Arc<Self>, request: &AddRequest) -> Result<(), Refusal> {
         let name = request.name();
         let pod = self.look_up(request).await?;
-        let mode = self.mode_of(&pod.identity.namespace).await?;
+        let mode = self.mode_of(&pod).await?;
         if let Standing::Outside(_) = pod.standing(mode.as_deref(), &self.parts.places) {
             return Ok(());
         }

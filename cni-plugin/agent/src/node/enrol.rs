@@ -101,7 +101,9 @@ impl Node {
         self.parts.metrics.event("add");
         let mut inner = slot.inner();
         (inner.pod, inner.netns, inner.addresses) = (pod, Some(netns), known);
-        inner.container = container.or_else(|| inner.container.take());
+        if container.is_some() {
+            (inner.container, inner.added) = (container, Some(Instant::now()));
+        }
         (inner.rules, inner.state) = (wanted, state);
         Ok(())
     }

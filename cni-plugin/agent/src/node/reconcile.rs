@@ -63,6 +63,7 @@ impl Node {
     /// Follows labels and annotations.
     async fn follow(self: &Arc<Self>, view: &View, now: Instant) {
         let mut to_adopt = Vec::new();
+        self.said_excluded().retain(|namespace| view.namespaces.contains_key(namespace));
         for pod in view.pods.values() {
             let Some(wanted) = self.wanted(pod, view) else { continue };
             let slot = self.slot(&pod.identity.uid);
@@ -113,8 +114,7 @@ impl Node {
         if !is_labelled || pod.host_network || !self.parts.places.excluded.contains(namespace) {
             return;
         }
-        let mut said = self.said_excluded.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if said.insert(namespace.clone()) {
+        if self.said_excluded().insert(namespace.clone()) {
             let note = "labelled istio.io/dataplane-mode=ambient, and not in the mesh: its namespace is excluded \
                         (--exclude-namespaces of culvert-node)";
             tracing::warn!(pod = pod.full_name(), note);
@@ -122,6 +122,10 @@ impl Node {
             let (node, identity) = (self.clone(), pod.identity.clone());
             tokio::spawn(async move { node.parts.api.notify(&identity, notice).await });
         }
+    }
+
+    fn said_excluded(&self) -> std::sync::MutexGuard<'_, std::collections::HashSet<String>> {
+        self.said_excluded.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// Runs `task` for a pod, unless another task works on it.
@@ -160,7 +164,14 @@ impl Node {
         let changed = {
             let mut inner = slot.inner();
             inner.absent = None;
+            let known = inner.addresses.len();
             inner.addresses.extend(&pod.addresses);
+            if inner.addresses.len() > known
+                && let Some(entry) = self.parts.record.get(&slot.uid)
+            {
+                let addresses = inner.addresses.iter().copied().collect();
+                self.parts.record.put(crate::record::Entry { addresses, ..entry });
+            }
             let changed = inner.pod.annotations != pod.annotations;
             if !changed {
                 inner.pod = pod.clone();

@@ -3,9 +3,11 @@
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use capture::{Backend, Capture};
 use net::Netns;
+use tokio::time::Instant;
 
 use super::Node;
 use super::add::AddRequest;
@@ -17,6 +19,10 @@ use crate::record::{Entry, Record};
 impl Node {
     /// Lets go of a pod whose sandbox ends. Its rules go with its network namespace. Twice is as good as once.
     pub fn del(&self, request: &AddRequest) {
+        if let Some(is_ended) = self.adding().get(&request.container_id) {
+            // By who adds it, once that has come to its end.
+            is_ended.store(true, Ordering::SeqCst);
+        }
         let netns =
             (!request.netns.is_empty()).then(|| Netns::open(Path::new(&request.netns)).ok()).flatten();
         let is_meant = |slot: &&Arc<Slot>| {
@@ -36,10 +42,14 @@ impl Node {
         }
     }
 
-    /// Lets go of pods whose sandboxes are none of these.
+    /// Lets go of pods whose sandboxes are none of these. Not of one that was added a moment ago: the list was made before.
     pub fn gc(&self, valid: &HashSet<String>) -> usize {
-        let is_gone =
-            |slot: &&Arc<Slot>| slot.inner().container.as_ref().is_some_and(|id| !valid.contains(id));
+        let now = Instant::now();
+        let is_gone = |slot: &&Arc<Slot>| {
+            let inner = slot.inner();
+            let is_fresh = inner.added.is_some_and(|at| now.duration_since(at) < self.parts.times.fresh);
+            !is_fresh && inner.container.as_ref().is_some_and(|id| !valid.contains(id))
+        };
         let slots = self.all_slots();
         let gone: Vec<_> = slots.iter().filter(is_gone).collect();
         for slot in &gone {

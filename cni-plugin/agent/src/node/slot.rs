@@ -26,6 +26,8 @@ pub(super) struct Inner {
     pub(super) pod: Pod,
     /// The id of its sandbox, where the container runtime told it.
     pub(super) container: Option<String>,
+    /// When it was added, where the container runtime did.
+    pub(super) added: Option<Instant>,
     pub(super) netns: Option<Netns>,
     /// Its addresses, by whoever told them.
     pub(super) addresses: BTreeSet<IpAddr>,
@@ -82,6 +84,7 @@ impl Slot {
                 addresses: pod.addresses.iter().copied().collect(),
                 pod,
                 container: None,
+                added: None,
                 netns: None,
                 rules: Rules::default(),
                 state,

@@ -19,6 +19,7 @@ use node_agent::cluster::{Api, ApiError, Cluster, Mode, Notice};
 use node_agent::metrics::Metrics;
 use node_agent::node::{AddRequest, Answer, Node, Parts, Refusal, Times};
 use node_agent::pod::{Places, Pod};
+use node_agent::probes::KubeletProbes;
 use node_agent::record::Record;
 use node_agent::zds::{PodIdentity, Ztunnels};
 use process::metrics::Registry;
@@ -48,12 +49,27 @@ pub struct Server {
     pub away: AtomicBool,
     pub notices: Mutex<Vec<Notice>>,
     pub annotated: Mutex<Vec<(String, Option<&'static str>)>>,
+    /// How often it was asked.
+    pub asked: AtomicUsize,
+    /// Whether pods are deleted, for the watch too, while they are asked for.
+    pub deletes: AtomicBool,
     cluster: Arc<Cluster>,
 }
 
 impl Server {
     fn answer(&self) -> Result<(), ApiError> {
         if self.away.load(Ordering::Relaxed) { Err(ApiError("it is away".to_owned())) } else { Ok(()) }
+    }
+
+    /// The watch of namespaces is broken, or no longer.
+    pub fn breaks(&self, broken: bool) {
+        let since = broken.then(tokio::time::Instant::now);
+        self.cluster.update(|view| view.namespaces_broken = since);
+    }
+
+    /// Whether the watches name a pod.
+    pub fn names(&self, uid: &str) -> bool {
+        self.cluster.pod(uid).is_some()
     }
 
     /// What the watches say now.
@@ -85,11 +101,17 @@ pub struct TheApi(pub Arc<Server>);
 
 impl Api for TheApi {
     fn pod<'a>(&'a self, _: &'a str, name: &'a str) -> BoxFuture<'a, Result<Option<Pod>, ApiError>> {
+        self.0.asked.fetch_add(1, Ordering::Relaxed);
         let found = self.0.answer().map(|()| self.0.pods.lock().unwrap().get(name).cloned());
+        if self.0.deletes.load(Ordering::Relaxed) {
+            self.0.pods.lock().unwrap().remove(name);
+            self.0.cluster.update(|view| view.removals += 1);
+        }
         Box::pin(async { found })
     }
 
     fn namespace<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Option<Mode>, ApiError>> {
+        self.0.asked.fetch_add(1, Ordering::Relaxed);
         let found = self.0.answer().map(|()| self.0.namespaces.lock().unwrap().get(name).cloned());
         Box::pin(async { found })
     }
@@ -116,12 +138,26 @@ impl Api for TheApi {
     }
 }
 
+/// A pod that runs.
+pub fn pod(name: &str, uid: &str, addresses: &[IpAddr]) -> Pod {
+    let addresses: Vec<_> = addresses.iter().map(|ip| json!({ "ip": ip })).collect();
+    let object = json!({
+        "metadata": { "uid": uid, "name": name, "namespace": "shop" },
+        "spec": { "containers": [] },
+        "status": { "phase": "Running", "podIPs": addresses },
+    });
+    Pod::of(&serde_json::from_value(object).unwrap()).unwrap()
+}
+
 /// A node with the pods `web`, `client` and `other`, and all that belongs to it.
 pub struct World {
     pub lab: Lab,
     pub server: Arc<Server>,
     pub directory: tempfile::TempDir,
     pub capture: Arc<dyn Capture>,
+    /// Those that cases choose: `fresh` and `trust`.
+    pub times: Times,
+    pub probes: Option<KubeletProbes>,
 }
 
 impl World {
@@ -129,18 +165,12 @@ impl World {
         let lab = Lab::builder().node("a", &["web", "client", "other"]).build().unwrap();
         let server = Arc::new(Server::default());
         for name in ["web", "client", "other"] {
-            let host = lab.pod(name);
-            let object = json!({
-                "metadata": { "uid": new_uid(), "name": name, "namespace": "shop" },
-                "spec": { "containers": [] },
-                "status": { "phase": "Running", "podIPs": [{ "ip": host.ipv4 }, { "ip": host.ipv6 }] },
-            });
-            let pod = Pod::of(&serde_json::from_value(object).unwrap()).unwrap();
-            server.pods.lock().unwrap().insert(name.to_owned(), pod);
+            server.pods.lock().unwrap().insert(name.to_owned(), pod(name, &new_uid(), &ip(lab.pod(name))));
         }
         server.namespaces.lock().unwrap().insert("shop".to_owned(), None);
         let capture = capture::probe(Backend::Nftables, &Tools::default()).unwrap();
-        Self { lab, server, directory: tempfile::tempdir().unwrap(), capture }
+        let times = Times { fresh: Duration::ZERO, ..Times::default() };
+        Self { lab, server, directory: tempfile::tempdir().unwrap(), capture, times, probes: None }
     }
 
     pub fn host(&self, name: &str) -> &Host {
@@ -181,30 +211,43 @@ impl World {
     }
 
     pub async fn agent(&self) -> Agent {
-        let ztunnels = Ztunnels::default();
-        let node = Arc::new(Node::new(Parts {
-            capture: self.capture.clone(),
-            ztunnels: ztunnels.clone(),
-            record: Record::open(&self.directory.path().join("state")).unwrap(),
-            cluster: self.server.cluster.clone(),
-            api: Arc::new(TheApi(self.server.clone())),
-            places: Places { system: "culvert-system".to_owned(), excluded: vec!["kube-system".to_owned()] },
-            probes: None,
-            metrics: Metrics::new(&Registry::new()),
-            proc: "/proc".into(),
-            times: Times {
-                served: Duration::from_millis(800),
-                add: Duration::from_secs(5),
-                tick: Duration::from_millis(50),
-                verify: Duration::from_millis(300),
-                leave: Duration::from_millis(100),
-                absent: Duration::from_millis(500),
-            },
-        }));
-        node.restore().await;
-        let tasks = vec![tokio::spawn(ztunnels.listen(&self.socket()).unwrap())];
-        Agent { node, ztunnels, tasks }
+        let (server, capture) = (self.server.clone(), self.capture.clone());
+        start(server, self.directory.path(), capture, self.probes.clone(), self.times).await
     }
+}
+
+/// An agent in front of this server, whose files are in this directory.
+pub async fn start(
+    server: Arc<Server>,
+    directory: &Path,
+    capture: Arc<dyn Capture>,
+    probes: Option<KubeletProbes>,
+    times: Times,
+) -> Agent {
+    let ztunnels = Ztunnels::default();
+    let node = Arc::new(Node::new(Parts {
+        capture,
+        ztunnels: ztunnels.clone(),
+        record: Record::open(&directory.join("state")).unwrap(),
+        cluster: server.cluster.clone(),
+        api: Arc::new(TheApi(server)),
+        places: Places { system: "culvert-system".to_owned(), excluded: vec!["kube-system".to_owned()] },
+        probes,
+        metrics: Metrics::new(&Registry::new()),
+        proc: "/proc".into(),
+        times: Times {
+            served: Duration::from_millis(800),
+            add: Duration::from_secs(5),
+            tick: Duration::from_millis(50),
+            verify: Duration::from_millis(300),
+            leave: Duration::from_millis(100),
+            absent: Duration::from_millis(500),
+            ..times
+        },
+    }));
+    node.restore().await;
+    let tasks = vec![tokio::spawn(ztunnels.listen(&directory.join("ztunnel.sock")).unwrap())];
+    Agent { node, ztunnels, tasks }
 }
 
 pub struct Agent {
@@ -247,6 +290,8 @@ impl Drop for Agent {
 /// Listens in pods where ztunnel does, and says `ztunnel` to everybody.
 pub struct FakeZtunnel {
     pub told: Arc<Mutex<Vec<String>>>,
+    /// While it is set, no pod is acknowledged.
+    pub hold: Arc<AtomicBool>,
     task: JoinHandle<()>,
 }
 
@@ -266,8 +311,9 @@ impl FakeZtunnel {
         let connection = Seqpacket::connect(socket).unwrap();
         connection.send(&ZdsHello { version: 1, ..ZdsHello::default() }.encode_to_vec(), None).await.unwrap();
         let told = Arc::new(Mutex::new(Vec::new()));
-        let task = tokio::spawn(serve(connection, told.clone(), reason));
-        Self { told, task }
+        let hold = Arc::new(AtomicBool::new(false));
+        let task = tokio::spawn(serve(connection, told.clone(), reason, hold.clone()));
+        Self { told, hold, task }
     }
 
     pub fn was_told(&self, what: &str) -> bool {
@@ -275,7 +321,12 @@ impl FakeZtunnel {
     }
 }
 
-async fn serve(connection: Seqpacket, told: Arc<Mutex<Vec<String>>>, reason: Option<&'static str>) {
+async fn serve(
+    connection: Seqpacket,
+    told: Arc<Mutex<Vec<String>>>,
+    reason: Option<&'static str>,
+    hold: Arc<AtomicBool>,
+) {
     let mut pods: HashMap<String, Vec<Listening>> = HashMap::new();
     while let Ok(Some(packet)) = connection.receive(1024).await {
         let request = WorkloadRequest::decode(&*packet.bytes).unwrap();
@@ -298,7 +349,11 @@ async fn serve(connection: Seqpacket, told: Arc<Mutex<Vec<String>>>, reason: Opt
         };
         let ack = workload_response::Payload::Ack(Ack { error });
         let answer = WorkloadResponse { payload: Some(ack) };
+        let is_add = what.starts_with("add");
         told.lock().unwrap().push(what);
+        while is_add && hold.load(Ordering::Relaxed) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         if connection.send(&answer.encode_to_vec(), None).await.is_err() {
             return;
         }

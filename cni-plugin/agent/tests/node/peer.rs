@@ -33,17 +33,20 @@ fn is_newer(program: &Path, sources: &Path) -> bool {
     modified(program).is_some_and(|built| newest.is_some_and(|changed| built > changed))
 }
 
+/// The plugin.
+pub fn plugin_binary() -> Option<PathBuf> {
+    let plugin = target().join("culvert-cni");
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let is_there = is_newer(&plugin, &workspace.join("cni-plugin/plugin/src"))
+        || built(Command::new(env!("CARGO")).args(["build", "-p", "cni-plugin"]).current_dir(workspace));
+    is_there.then_some(plugin)
+}
+
 /// The directory with the plugin, and cnitool; `None` where there is no Go, no way to its modules, or no primary plugin.
 fn programs() -> Option<&'static (PathBuf, PathBuf)> {
     static PROGRAMS: OnceLock<Option<(PathBuf, PathBuf)>> = OnceLock::new();
     let find = || {
-        let plugin = target().join("culvert-cni");
-        let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-        if !is_newer(&plugin, &workspace.join("cni-plugin/plugin/src"))
-            && !built(Command::new(env!("CARGO")).args(["build", "-p", "cni-plugin"]).current_dir(workspace))
-        {
-            return None;
-        }
+        let plugin = plugin_binary()?;
         let tool = target().join("cnitool");
         let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cnitool");
         let go = |program: &str, package: &str| {

@@ -194,6 +194,152 @@ async fn sandboxes_that_are_gone_are_let_go_of() {
 }
 
 #[tokio::test]
+async fn a_sandbox_that_the_runtimes_list_is_older_than_is_kept() {
+    if !root_or_skip("a sandbox that the runtime's list is older than is kept") {
+        return;
+    }
+    let (mut world, _) = world(Some("ambient")).await;
+    world.times.fresh = std::time::Duration::from_secs(60);
+    let agent = world.agent().await;
+    let _ztunnel = FakeZtunnel::start(&world.socket()).await;
+    assert_eq!(agent.add(world.request("web")).await, Ok(Answer::Enrolled));
+    assert_eq!(agent.node.gc(&HashSet::new()), 0, "it was added after the list was made");
+    assert!(agent.state(&world.uid("web")).is_some());
+    // One that an earlier agent added is older than any list.
+    drop(agent);
+    let agent = world.agent().await;
+    assert_eq!(agent.node.gc(&HashSet::new()), 1);
+}
+
+#[tokio::test]
+async fn a_namespace_that_was_just_labelled_is_asked_for() {
+    if !root_or_skip("a namespace that was just labelled is asked for") {
+        return;
+    }
+    let (mut world, agent) = world(None).await;
+    let ztunnel = FakeZtunnel::start(&world.socket()).await;
+    world.server.publish();
+    // The label is there, and the pod; the watch of namespaces has not said so.
+    let label = |mode: Option<&str>| {
+        world.server.namespaces.lock().unwrap().insert("shop".to_owned(), mode.map(str::to_owned))
+    };
+    label(Some("ambient"));
+    assert_eq!(agent.add(world.request("web")).await, Ok(Answer::Enrolled));
+    assert!(ztunnel.was_told(&format!("add {}", world.uid("web"))));
+    // It stays: what was asked for counts until the watch says more.
+    agent.node.reconcile().await;
+    tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+    assert_eq!(agent.state(&world.uid("web")).as_deref(), Some("enrolled"));
+    drop(agent);
+
+    label(None);
+    world.server.publish();
+    let agent = world.agent().await;
+    world.server.away.store(true, Ordering::Relaxed);
+    let refusal = agent.add(world.request("other")).await.unwrap_err();
+    assert!(refusal.code == 11 && refusal.message.contains("can't be found out"), "{refusal:?}");
+    // What does not hang on the namespace is not asked for.
+    world.server.change("other", |pod| pod.mode = Some("none".to_owned()));
+    assert!(matches!(agent.add(world.request("other")).await, Ok(Answer::Outside(_))));
+    drop(agent);
+
+    // A pod that is known for long, whose sandbox is made anew: whatever was said of its namespace before it, is known.
+    world.server.change("other", |pod| pod.mode = None);
+    world.times.trust = std::time::Duration::from_millis(50);
+    let agent = world.agent().await;
+    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    world.server.breaks(true);
+    assert!(matches!(agent.add(world.request("other")).await, Ok(Answer::Outside(_))));
+    // One that came while the watch was broken is none of these.
+    world.server.breaks(false);
+    world.times.trust = std::time::Duration::from_secs(60);
+    let agent = world.agent().await;
+    world.server.breaks(true);
+    assert_eq!(agent.add(world.request("other")).await.unwrap_err().code, 11);
+}
+
+#[tokio::test]
+async fn a_pod_that_is_deleted_while_it_is_asked_for_is_no_ghost() {
+    if !root_or_skip("a pod that is deleted while it is asked for is no ghost") {
+        return;
+    }
+    let (world, agent) = world(Some("ambient")).await;
+    let _ztunnel = FakeZtunnel::start(&world.socket()).await;
+    let (uid, request) = (world.uid("web"), world.request("web"));
+    world.server.deletes.store(true, Ordering::Relaxed);
+    let refusal = agent.add(request).await.unwrap_err();
+    assert!(refusal.message.contains("not known to the API server"), "{refusal:?}");
+    assert!(!world.server.names(&uid));
+}
+
+#[tokio::test]
+async fn addresses_that_are_not_told_are_those_of_the_namespace() {
+    if !root_or_skip("addresses that are not told are those of the namespace") {
+        return;
+    }
+    let (world, agent) = world(Some("ambient")).await;
+    let _ztunnel = FakeZtunnel::start(&world.socket()).await;
+    world.server.change("web", |pod| pod.addresses.clear());
+    let mut request = world.request("web");
+    request.ips.clear();
+    assert_eq!(agent.add(request).await, Ok(Answer::Enrolled));
+    let record = node_agent::record::Record::open(&world.directory.path().join("state")).unwrap();
+    let mut recorded = record.entries()[0].addresses.clone();
+    recorded.sort_unstable();
+    assert_eq!(recorded, super::lab::ip(world.host("web")), "and nothing that each namespace has");
+    // A namespace without any can't be told from another.
+    world.server.change("other", |pod| pod.addresses.clear());
+    world.host("other").shell("ip addr flush dev eth0 scope global").unwrap();
+    let mut request = world.request("other");
+    request.ips.clear();
+    let refusal = agent.add(request).await.unwrap_err();
+    assert!(refusal.message.contains("none of the pod's addresses is known"), "{refusal:?}");
+}
+
+#[tokio::test]
+async fn a_pod_with_ipv6_alone_is_captured_and_probed() {
+    if !root_or_skip("a pod with IPv6 alone is captured and probed") {
+        return;
+    }
+    use capture::{NodeProbes, Tools};
+    let (mut world, _) = world(Some("ambient")).await;
+    // A node without groups of version 2: its root is the kubelet.
+    let files = world.directory.path().join("none");
+    std::fs::create_dir(&files).unwrap();
+    let finder = node_agent::probes::Finder { proc: files.clone(), cgroups: files, given: None };
+    let nat = NodeProbes::find(&Tools::default()).unwrap();
+    let node = world.lab.node("a").host.netns.clone();
+    world.probes = Some(node_agent::probes::KubeletProbes::new(nat, node, finder));
+    let agent = world.agent().await;
+    let _ztunnel = FakeZtunnel::start(&world.socket()).await;
+
+    world.host("web").shell("ip -4 addr flush dev eth0").unwrap();
+    let v6 = world.host("web").ip(true);
+    world.server.change("web", |pod| {
+        (pod.addresses, pod.probe_ports) = (vec![v6], vec![super::lab::PORT]);
+    });
+    let mut request = world.request("web");
+    request.ips = serde_json::from_value(serde_json::json!([
+        { "Address": { "IP": v6 } }, { "Address": { "IP": "fe80::1" } },
+    ]))
+    .unwrap();
+    assert_eq!(agent.add(request).await, Ok(Answer::Enrolled));
+    application(world.host("web"));
+    let address = world.address("web", true);
+    assert_eq!(who(world.host("client"), address).await, "ztunnel");
+    assert_eq!(who(&world.lab.node("a").host, address).await, "app", "a probe reaches the application");
+    // Both families.
+    world.server.change("other", |pod| pod.probe_ports = vec![super::lab::PORT]);
+    assert_eq!(agent.add(world.request("other")).await, Ok(Answer::Enrolled));
+    application(world.host("other"));
+    for v6 in [false, true] {
+        let address = world.address("other", v6);
+        assert_eq!(who(&world.lab.node("a").host, address).await, "app", "{address}");
+        assert_eq!(who(world.host("client"), address).await, "ztunnel", "{address}");
+    }
+}
+
+#[tokio::test]
 async fn static_pods_are_known_by_the_kubelets_uid_and_labels_of_excluded_namespaces_are_reported() {
     if !root_or_skip(
         "static pods are known by the kubelet's uid and labels of excluded namespaces are reported",

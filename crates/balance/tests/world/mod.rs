@@ -60,7 +60,7 @@ pub fn workload(uid: &str, place: &str) -> Workload {
         canonical_revision: "".into(),
         workload_name: "".into(),
         workload_kind: WorkloadKind::Pod,
-        services: Box::new([ServiceMembership { service: key(), ports: Arc::new([]) }]),
+        services: Arc::new([ServiceMembership { service: key(), ports: Arc::new([]) }]),
         policies: Box::new([]),
         waypoint: None,
         network_gateway: None,
@@ -71,7 +71,7 @@ pub fn workload(uid: &str, place: &str) -> Workload {
 
 pub fn serving(mut workload: Workload, service_port: u16, target_port: u16) -> Workload {
     let ports = Arc::new([PortMapping { service_port, target_port }]);
-    workload.services = Box::new([ServiceMembership { service: key(), ports }]);
+    workload.services = Arc::new([ServiceMembership { service: key(), ports }]);
     workload
 }
 

@@ -200,7 +200,7 @@ impl Context<'_> {
             canonical_revision: empty.clone(),
             workload_name: empty.clone(),
             workload_kind: WorkloadKind::Pod,
-            services: Box::new([]),
+            services: Arc::default(),
             policies: Box::new([]),
             waypoint: None,
             network_gateway: None,

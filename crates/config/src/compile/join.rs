@@ -300,7 +300,7 @@ impl Compiler {
 
     /// The services that an instance is an endpoint of: those that select it, those that it names, and those that
     /// list its address.
-    fn memberships(&self, id: Id, record: &Record, pool: &mut Pool) -> Box<[ServiceMembership]> {
+    fn memberships(&self, id: Id, record: &Record, pool: &mut Pool) -> Arc<[ServiceMembership]> {
         let mut found: Vec<ServiceMembership> = self.named(record).cloned().collect();
         let area = record.workload().and_then(|w| self.areas.get(&w.namespace));
         if let (Some(area), true) = (area, record.rank != Rank::Endpoint) {
@@ -323,7 +323,7 @@ impl Compiler {
         }
         found.sort_by(|a, b| a.service.cmp(&b.service));
         found.dedup_by(|a, b| a.service == b.service);
-        found.into()
+        pool.memberships(&found)
     }
 
     /// What to say of an instance that another displaces.

@@ -1,6 +1,6 @@
 //! What is said of policies on request, see [`crate::policy::review`].
 
-use model::{Str, StringMatch, TunnelProtocol};
+use model::{ServiceKey, Str, StringMatch, TunnelProtocol};
 
 use super::index::Id;
 use super::join::key_of;
@@ -55,6 +55,11 @@ impl World for Compiler {
 
     fn has_object(&self, object: &ObjectKey) -> bool {
         self.made_services.contains_key(object)
+    }
+
+    fn has_host(&self, namespace: Option<&Str>, host: &str) -> bool {
+        let of = |key: &ServiceKey| &*key.hostname == host && namespace.is_none_or(|n| *n == key.namespace);
+        self.services.keys().any(of)
     }
 
     fn is_closed(&self, object: &ObjectKey) -> bool {

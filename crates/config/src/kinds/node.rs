@@ -1,4 +1,5 @@
-//! `v1 Node`: where its pods are.
+//! `v1 Node`: where its pods are. Whether it is ready is kept when it is decoded, for who asks which proxies are alive;
+//! nothing is compiled from it.
 
 use crate::fields::{Fields, Schema, enforced, nested, silent};
 use crate::metadata::{METADATA, Metadata};
@@ -18,7 +19,41 @@ static SCHEMA: Schema = Schema {
         enforced("kind"),
         nested("metadata", &METADATA),
         silent("spec", "the cluster's business; localities are labels"),
-        silent("status", "the kubelet's report; pods say themselves whether they are ready"),
+        nested("status", &STATUS),
+    ],
+};
+
+const REPORT: &str = "the kubelet's report; pods say themselves whether they are ready";
+
+static STATUS: Schema = Schema {
+    name: "Node.status",
+    fields: &[
+        nested("conditions", &CONDITION),
+        silent("addresses", REPORT),
+        silent("allocatable", REPORT),
+        silent("capacity", REPORT),
+        silent("config", REPORT),
+        silent("daemonEndpoints", REPORT),
+        silent("declaredFeatures", REPORT),
+        silent("features", REPORT),
+        silent("images", REPORT),
+        silent("nodeInfo", REPORT),
+        silent("phase", REPORT),
+        silent("runtimeHandlers", REPORT),
+        silent("volumesAttached", REPORT),
+        silent("volumesInUse", REPORT),
+    ],
+};
+
+static CONDITION: Schema = Schema {
+    name: "Node.status.conditions",
+    fields: &[
+        enforced("type"),
+        enforced("status"),
+        silent("lastHeartbeatTime", REPORT),
+        silent("lastTransitionTime", REPORT),
+        silent("reason", REPORT),
+        silent("message", REPORT),
     ],
 };
 
@@ -34,7 +69,14 @@ pub static KIND: KindSpec = KindSpec {
 };
 
 #[expect(clippy::unnecessary_wraps, reason = "the form of all parse functions")]
-fn parse(_: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resource> {
+fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resource> {
+    if let Some(mut status) = fields.object("status") {
+        status.each("conditions", |item| {
+            if let Some(mut condition) = item.fields() {
+                let _ = (condition.string("type"), condition.string("status")); // see the module's documentation
+            }
+        });
+    }
     // The older names are what clusters before 1.17 have, and are still read by Kubernetes' own tools.
     let label = |names: [&str; 2]| {
         names.iter().find_map(|name| metadata.labels.get(name)).cloned().unwrap_or_else(|| "".into())

@@ -84,13 +84,15 @@ pub struct AuthorizationPolicy {
     pub rules: Box<[PolicyRule]>,
     /// Whether it is only evaluated and reported.
     pub dry_run: bool,
+    /// The provider that decides, for [`RequestedAction::Custom`].
+    pub provider: Option<Str>,
 }
 
 impl AuthorizationPolicy {
     /// One that refuses every connection to what is in `scope`.
     pub(crate) fn denying(scope: PolicyScope) -> Self {
         let rules = [PolicyRule::default()].into();
-        Self { scope, action: RequestedAction::Deny, rules, dry_run: false }
+        Self { scope, action: RequestedAction::Deny, rules, dry_run: false, provider: None }
     }
 
     /// What refuses at least as much as this one, which has errors; `None` where it changes no decision.
@@ -208,10 +210,10 @@ fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resourc
 
 fn read(mut spec: Fields<'_, '_>, namespace: &Str, dry_run: bool) -> AuthorizationPolicy {
     let action = read_action(&mut spec);
-    check_provider(&mut spec, action);
+    let provider = read_provider(&mut spec, action);
     let scope = read_scope(&mut spec, action);
     let rules = read_rules(&mut spec, namespace, action);
-    AuthorizationPolicy { scope, action, rules, dry_run }
+    AuthorizationPolicy { scope, action, rules, dry_run, provider }
 }
 
 fn read_action(spec: &mut Fields<'_, '_>) -> RequestedAction {
@@ -243,19 +245,21 @@ fn read_action(spec: &mut Fields<'_, '_>) -> RequestedAction {
     }
 }
 
-fn check_provider(spec: &mut Fields<'_, '_>, action: RequestedAction) {
+fn read_provider(spec: &mut Fields<'_, '_>, action: RequestedAction) -> Option<Str> {
     let is_custom = action == RequestedAction::Custom;
+    let mut name = None;
     if let Some(mut cursor) = spec.take("provider") {
         if !is_custom {
             let message = format!("a provider means nothing to the action {}", action.as_str());
             cursor.invalid(message, "remove it, or set the action to CUSTOM");
         }
         if let Some(mut provider) = cursor.fields() {
-            provider.required("name").and_then(non_empty);
+            name = provider.required("name").and_then(non_empty).map(Str::from);
         }
     } else if is_custom {
         spec.report(Code::MissingField, "spec.provider is missing", "name the provider that decides");
     }
+    name
 }
 
 fn read_scope(spec: &mut Fields<'_, '_>, action: RequestedAction) -> PolicyScope {

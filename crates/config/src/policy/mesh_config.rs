@@ -17,6 +17,7 @@ use model::{OutboundMode, Settings, Str, TrustDomain, TrustDomains};
 
 use super::discovery::{self, NamespaceSelector};
 use super::embedded;
+use super::providers::{self, Providers};
 use crate::diagnostic::Code;
 use crate::fields::{Cursor, Field, Fields, Schema, enforced, nested, not_applicable, refused, silent};
 use crate::metadata::{METADATA, Metadata, is_label, is_subdomain};
@@ -92,10 +93,10 @@ static SPEC: Schema = Schema {
         not_applicable("certificates", "upstream has removed it"),
         not_applicable("configSources", ONE_SOURCE),
         not_applicable("connectTimeout", "the node proxy has a limit of its own"),
-        silent("defaultConfig", ENVOY),
+        enforced("defaultConfig"),
         not_applicable("defaultDestinationRuleExportTo", EXPORT),
         not_applicable("defaultHttpRetryPolicy", REQUESTS),
-        not_applicable("defaultProviders", "no provider is used at L4"),
+        nested("defaultProviders", &providers::DEFAULTS),
         not_applicable("defaultServiceExportTo", EXPORT),
         not_applicable("defaultTrafficPolicy", REQUESTS),
         not_applicable("defaultVirtualServiceExportTo", EXPORT),
@@ -105,7 +106,7 @@ static SPEC: Schema = Schema {
         silent("enableEnvoyAccessLogService", ENVOY),
         silent("enablePrometheusMerge", "there is no sidecar to merge with"),
         silent("enableTracing", ENVOY),
-        not_applicable("extensionProviders", "no provider is used at L4"),
+        nested("extensionProviders", &providers::PROVIDER),
         silent("h2UpgradePolicy", ENVOY),
         not_applicable("hboneIdleTimeout", "it configures Envoy's tunnels"),
         silent("inboundClusterStatName", ENVOY),
@@ -149,6 +150,8 @@ pub struct MeshConfig {
     cluster_domain: Option<Str>,
     outbound: Option<OutboundMode>,
     discovery: Vec<NamespaceSelector>,
+    mesh_id: Option<Str>,
+    providers: Providers,
 }
 
 impl MeshConfig {
@@ -156,6 +159,12 @@ impl MeshConfig {
     #[must_use]
     pub fn discovery(&self) -> &[NamespaceSelector] {
         &self.discovery
+    }
+
+    /// What decides over requests, and takes traces, metrics and logs of them.
+    #[must_use]
+    pub fn providers(&self) -> &Providers {
+        &self.providers
     }
 
     /// The settings; what is not set is as in `default`.
@@ -168,6 +177,7 @@ impl MeshConfig {
             root_namespace: self.root_namespace.as_ref().unwrap_or(&default.root_namespace).clone(),
             cluster_domain: self.cluster_domain.as_ref().unwrap_or(&default.cluster_domain).clone(),
             outbound: self.outbound.unwrap_or(default.outbound),
+            mesh_id: self.mesh_id.as_ref().or(default.mesh_id.as_ref()).cloned(),
         }
     }
 }
@@ -227,6 +237,15 @@ fn read(mut spec: Fields<'_, '_>, config: &mut MeshConfig) {
     if let Some(cursor) = spec.take("clusterDomain") {
         config.cluster_domain = read_cluster_domain(cursor);
     }
+    config.providers = providers::read(&mut spec);
+    if let Some(cursor) = spec.take("defaultConfig") {
+        // The rest of it configures Envoy. Of either of its spellings; upstream's parser takes both.
+        cursor.entries(|name, cursor| {
+            if matches!(name, "meshId" | "mesh_id") {
+                config.mesh_id = read_mesh_id(cursor).or(config.mesh_id.take());
+            }
+        });
+    }
     // Not as if it were absent: that is ALLOW_ANY.
     spec.refuse_null("outboundTrafficPolicy");
     if let Some(mut outbound) = spec.object("outboundTrafficPolicy") {
@@ -242,6 +261,15 @@ fn read_trust_domain(mut cursor: Cursor<'_, '_>) -> Option<TrustDomain> {
         return None;
     }
     cursor.string()?.parse().ok()
+}
+
+fn read_mesh_id(mut cursor: Cursor<'_, '_>) -> Option<Str> {
+    let text = cursor.node().as_str();
+    if text.is_some_and(|t| t.len() > 253 || t.chars().any(|c| c.is_control() || c.is_whitespace())) {
+        cursor.invalid("is no name for a mesh", "such as mesh-1");
+        return None;
+    }
+    cursor.string().filter(|t| !t.is_empty()).map(Str::from)
 }
 
 fn read_cluster_domain(mut cursor: Cursor<'_, '_>) -> Option<Str> {

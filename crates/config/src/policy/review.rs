@@ -19,6 +19,9 @@ pub trait World {
     /// Whether there is such an object.
     fn has_object(&self, object: &ObjectKey) -> bool;
 
+    /// Whether there is a service of a host name, of whatever namespace or of one.
+    fn has_host(&self, namespace: Option<&Str>, host: &str) -> bool;
+
     /// Whether connections to what an object defines are refused, because not all that is behind it enforces the
     /// policies for it.
     fn is_closed(&self, object: &ObjectKey) -> bool;

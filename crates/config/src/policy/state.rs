@@ -10,6 +10,7 @@ use super::discovery::{self, NamespaceSelector};
 use super::l4;
 use super::mesh_config::{CONFIG_MAP, MeshConfig};
 use super::mode::Modes;
+use super::providers::Providers;
 use super::review::{self, World};
 use super::selector::{Target, TargetKind};
 use super::waypoint::Waypoint;
@@ -162,7 +163,13 @@ impl Policies {
     /// Which namespaces are read; all where there are no selectors, and where [`Origin`] is a directory.
     #[must_use]
     pub fn discovery(&self) -> &[NamespaceSelector] {
-        self.configs.values().next().map_or(&[], |config| config.discovery())
+        self.config().map_or(&[], MeshConfig::discovery)
+    }
+
+    /// The settings in force as they are written; `None` where there are none.
+    #[must_use]
+    pub fn config(&self) -> Option<&MeshConfig> {
+        self.configs.values().next().map(|config| &**config)
     }
 
     /// Sets or replaces a resource. Resources of other kinds have no effect.
@@ -247,6 +254,13 @@ impl Policies {
                 let selector = self.modes.selector_of(key);
                 selector.map(|s| review::selection(s, key, root && s.is_none(), world)).unwrap_or_default()
             }
+            Kind::MeshConfig | Kind::ConfigMap => {
+                let source =
+                    ConfigSource::of(key).filter(|source| self.configs.keys().next() == Some(source));
+                let config = source.and_then(|source| self.configs.get(&source));
+                let has_host = |namespace: Option<&Str>, host: &str| world.has_host(namespace, host);
+                config.map(|config| config.providers().review(&has_host)).unwrap_or_default()
+            }
             _ => Vec::new(),
         }
     }
@@ -288,8 +302,18 @@ impl Policies {
                 self.affect(key, scope, effects);
             }
         }
-        effects.findings.push((object_key(key), self.misplaced(key, new.as_ref())));
+        effects.findings.push((object_key(key), self.about(key, new.as_ref())));
         self.authorization.extend(new.map(|entry| (key.clone(), entry)));
+    }
+
+    /// What to say of a policy in the light of the settings.
+    fn about(&self, key: &PolicyKey, entry: Option<&Entry>) -> Vec<Finding> {
+        let provider = entry.and_then(|e| e.source.provider.as_deref());
+        let nothing = Providers::default();
+        let providers = self.config().map_or(&nothing, MeshConfig::providers);
+        let mut findings = self.misplaced(key, entry);
+        findings.extend(provider.and_then(|name| providers.for_custom(name)));
+        findings
     }
 
     /// A policy for a GatewayClass is for the whole mesh, and holds in the root namespace only, as in Istio.
@@ -384,10 +408,16 @@ impl Policies {
             self.say_unread(effects);
             return;
         };
+        let providers = self.config().map(MeshConfig::providers).cloned();
         match config {
             Some(config) => self.configs.insert(source, config),
             None => self.configs.remove(&source),
         };
+        if providers.as_ref() != self.config().map(MeshConfig::providers) {
+            let named = self.authorization.iter().filter(|(_, entry)| entry.source.provider.is_some());
+            let said = named.map(|(key, entry)| (object_key(key), self.about(key, Some(entry))));
+            effects.findings.extend(said.collect::<Vec<_>>());
+        }
         let mut sources = self.configs.keys();
         if let Some(first) = sources.next() {
             let ignored = self.origin == Origin::Files && !self.discovery().is_empty();
@@ -450,7 +480,7 @@ impl Policies {
             if entry.compiled.is_some() {
                 self.index(&key, &entry.source.scope);
             }
-            effects.findings.push((object_key(&key), self.misplaced(&key, Some(&entry))));
+            effects.findings.push((object_key(&key), self.about(&key, Some(&entry))));
             if matches!(entry.source.scope, PolicyScope::Targets(_)) {
                 self.affect(&key, &entry.source.scope, effects);
             }

@@ -192,8 +192,9 @@ impl Dialer {
         let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
         match tls {
             Some(rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer)) => format!(
-                "no root in {file} vouches for the certificate of {address}: compare the ConfigMap istio-ca-root-cert \
-                 of this namespace with the one in the control plane's"
+                "no root in {file} vouches for the certificate of {address}: compare the ConfigMap \
+                 culvert-ca-root-cert (istio-ca-root-cert of an istiod) of this namespace with the one in the control \
+                 plane's"
             ),
             Some(rustls::Error::InvalidCertificate(
                 CertificateError::Expired

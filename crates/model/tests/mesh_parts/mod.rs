@@ -30,7 +30,7 @@ pub fn workload(uid: &str) -> Workload {
         canonical_revision: "".into(),
         workload_name: "".into(),
         workload_kind: WorkloadKind::Pod,
-        services: Box::new([]),
+        services: std::sync::Arc::default(),
         policies: Box::new([]),
         waypoint: None,
         network_gateway: None,

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use model::{
     GatewayAddress, GatewayTarget, Interner, InvalidIdentity, Locality, NetworkAddress, PortMapping, Service,
-    ServiceKey, Str, TrustDomain, Workload,
+    ServiceKey, ServiceMembership, Str, TrustDomain, Workload,
 };
 
 pub(crate) use service::protocol_text;
@@ -144,13 +144,15 @@ pub enum Decoded {
     Service(Service),
 }
 
-/// Reads resources of one source. Equal strings, localities and port lists of what it reads share their memory.
+/// Reads resources of one source. Equal strings, localities, port lists and lists of services of what it reads share their
+/// memory.
 #[derive(Debug, Default)]
 pub struct Decoder {
     elided: Elided,
     strings: Interner,
     localities: HashSet<Arc<Locality>>,
     ports: HashSet<Arc<[PortMapping]>>,
+    memberships: HashSet<Arc<[ServiceMembership]>>,
 }
 
 impl Decoder {
@@ -175,6 +177,7 @@ impl Decoder {
 
     /// Forgets shared values that nothing else uses. To be called after a batch.
     pub fn sweep(&mut self) {
+        self.memberships.retain(|m| Arc::strong_count(m) > 1);
         self.localities.retain(|l| Arc::strong_count(l) > 1);
         self.ports.retain(|p| Arc::strong_count(p) > 1);
         self.strings.sweep();

@@ -29,6 +29,7 @@ impl Decoder {
             trust_domains: TrustDomains { own, aliases: aliases.into() },
             root_namespace: text(&s.root_namespace, defaults.root_namespace),
             cluster_domain: text(&s.cluster_domain, defaults.cluster_domain),
+            mesh_id: (!s.mesh_id.is_empty()).then(|| s.mesh_id.as_str().into()),
             // What is not known could be stricter than passing through.
             outbound: match Wire::try_from(s.outbound) {
                 Ok(Wire::AllowAny) => OutboundMode::AllowAny,

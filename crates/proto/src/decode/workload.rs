@@ -1,5 +1,6 @@
 //! Reading workloads.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use model::{
@@ -24,8 +25,9 @@ impl Decoder {
             return Err(Fault::new("uid", Problem::Missing));
         }
         Ok(Workload {
-            uid: self.text(&w.uid),
-            name: self.text(&w.name),
+            // These two are in no other workload.
+            uid: w.uid.as_str().into(),
+            name: w.name.as_str().into(),
             namespace: self.text(&w.namespace),
             service_account: self.text(if w.service_account.is_empty() {
                 "default"
@@ -50,14 +52,7 @@ impl Decoder {
             canonical_revision: self.text(&w.canonical_revision),
             workload_name: self.text(&w.workload_name),
             workload_kind: kind(w.workload_type),
-            services: w
-                .services
-                .iter()
-                .map(|(name, ports)| {
-                    self.membership(name, ports)
-                        .map_err(|f| f.within(format_args!("services[{:?}]", super::cut(name))))
-                })
-                .collect::<Result<_, _>>()?,
+            services: self.memberships(&w.services)?,
             policies: each(&w.authorization_policies, "authorization_policies", |name| {
                 let (namespace, name) = self.qualified(name).map_err(|p| Fault::new("name", p))?;
                 Ok(PolicyKey { namespace, name })
@@ -93,6 +88,23 @@ impl Decoder {
         let shared = Arc::new(locality);
         self.localities.insert(shared.clone());
         shared
+    }
+
+    fn memberships(
+        &mut self,
+        services: &BTreeMap<String, wire::PortList>,
+    ) -> Result<Arc<[ServiceMembership]>, Fault> {
+        let read = |(name, ports): (&String, &wire::PortList)| {
+            let fault = |f: Fault| f.within(format_args!("services[{:?}]", super::cut(name)));
+            self.membership(name, ports).map_err(fault)
+        };
+        let read = services.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+        if let Some(known) = self.memberships.get(&*read) {
+            return Ok(known.clone());
+        }
+        let shared: Arc<[ServiceMembership]> = read.into();
+        self.memberships.insert(shared.clone());
+        Ok(shared)
     }
 
     fn membership(&mut self, name: &str, ports: &wire::PortList) -> Result<ServiceMembership, Fault> {

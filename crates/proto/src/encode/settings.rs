@@ -18,5 +18,6 @@ pub fn encode_settings(settings: &Settings) -> wire::MeshSettings {
         root_namespace: settings.root_namespace.to_string(),
         cluster_domain: settings.cluster_domain.to_string(),
         outbound: outbound.into(),
+        mesh_id: settings.mesh_id.as_deref().unwrap_or_default().to_owned(),
     }
 }

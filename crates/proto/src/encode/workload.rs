@@ -21,7 +21,7 @@ pub fn encode_workload(workload: &Workload) -> Result<wire::Workload, EncodeErro
     for policy in &w.policies {
         obstacles.no_slash("policies.namespace", &policy.namespace);
     }
-    for membership in &w.services {
+    for membership in &*w.services {
         obstacles.no_slash("services.namespace", &membership.service.namespace);
     }
     if w.application_tunnel.is_some_and(|t| t.port == Some(0)) {
@@ -64,7 +64,7 @@ pub fn encode_workload(workload: &Workload) -> Result<wire::Workload, EncodeErro
 
 fn services(workload: &Workload) -> BTreeMap<String, wire::PortList> {
     let mut services: BTreeMap<String, wire::PortList> = BTreeMap::new();
-    for membership in &workload.services {
+    for membership in &*workload.services {
         let list = services.entry(membership.service.to_string()).or_default();
         list.ports.extend(membership.ports.iter().map(|p| wire::Port {
             service_port: p.service_port.into(),

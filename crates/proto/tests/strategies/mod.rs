@@ -138,7 +138,7 @@ pub fn workload() -> BoxedStrategy<Workload> {
             canonical_revision: shown.1,
             workload_name: shown.2,
             workload_kind: shown.3,
-            services,
+            services: services.into(),
             policies,
         })
         .boxed()

@@ -72,7 +72,7 @@ pub(super) async fn connect(settings: &Settings, address: &Uri) -> Result<Channe
     let mut endpoint = Endpoint::from(address.clone())
         .connect_timeout(settings.connect_timeout)
         .http2_keep_alive_interval(settings.keepalive)
-        .keep_alive_timeout(settings.keepalive)
+        .keep_alive_timeout(settings.keepalive_timeout)
         .keep_alive_while_idle(true)
         .tcp_keepalive(Some(settings.keepalive.max(Duration::from_secs(1))))
         .initial_stream_window_size(WINDOW)

@@ -9,6 +9,8 @@
 //!   beside, and put in its place by a rename.
 //! * A frame that was not written to its end (the process or the node died) is cut off: what stands before it was
 //!   the state a moment earlier. A file that is damaged in another way, or of another mesh, is not used at all.
+//! * An update may have to last: it is on the disk when [`Journal::append`] returns. Others are there soon, and
+//!   before one that has to last.
 //! * A write that fails takes the file away: an old state that looks new is worse than none.
 //! * It is synchronous: to be called where blocking is fine.
 
@@ -99,6 +101,8 @@ pub(super) struct Journal {
     /// Where the next record is read.
     read: u64,
     live: u64,
+    /// Whether the file's name is on the disk.
+    is_named: bool,
 }
 
 fn checksum(payload: &[u8]) -> [u8; 8] {
@@ -151,8 +155,16 @@ impl Journal {
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
         let (directory, mesh) = (directory.to_owned(), mesh.to_owned());
-        let mut journal =
-            Self { directory, mesh, limit, file: file.map_err(failed)?, end: 0, read: 0, live: 0 };
+        let mut journal = Self {
+            directory,
+            mesh,
+            limit,
+            file: file.map_err(failed)?,
+            end: 0,
+            read: 0,
+            live: 0,
+            is_named: false,
+        };
         let problem = match journal.verify() {
             Ok(()) => return Ok((journal, None)),
             Err(problem) => problem,
@@ -248,19 +260,37 @@ impl Journal {
         Ok(Some(record))
     }
 
-    /// Keeps what was accepted.
+    /// Keeps what was answered for; on the disk itself if it has to last.
     ///
     /// # Errors
     /// It can't be kept: the file is gone, and so is the journal.
-    pub(super) fn append(mut self, update: Record, live: u64) -> Result<Self, JournalError> {
+    pub(super) fn append(mut self, update: Record, live: u64, lasts: bool) -> Result<Self, JournalError> {
         self.live = live;
-        match self.write(update) {
+        match self.write(update).and_then(|()| if lasts { self.sync() } else { Ok(()) }) {
             Ok(()) => Ok(self),
-            Err(error) => {
-                let _ = fs::remove_file(self.path());
-                Err(error)
-            }
+            Err(error) => Err(self.discard(error)),
         }
+    }
+
+    fn sync(&mut self) -> Result<(), JournalError> {
+        self.file.sync_data().map_err(|e| self.io(e))?;
+        if !self.is_named {
+            self.sync_directory()?;
+            self.is_named = true;
+        }
+        Ok(())
+    }
+
+    fn sync_directory(&self) -> Result<(), JournalError> {
+        File::open(&self.directory).and_then(|d| d.sync_all()).map_err(|e| self.io(e))
+    }
+
+    /// Takes the file away. It must not come back by a crash either.
+    fn discard(self, why: JournalError) -> JournalError {
+        let _ = self.file.set_len(0);
+        let _ = fs::remove_file(self.path());
+        let _ = self.sync_directory();
+        why
     }
 
     fn write(&mut self, update: Record) -> Result<(), JournalError> {
@@ -291,13 +321,9 @@ impl Journal {
     /// # Errors
     /// It can't be written: the file is gone, and so is the journal.
     pub(super) fn compact(mut self, held: &Held) -> Result<Self, JournalError> {
-        let written = self.rewrite(held);
-        match written {
+        match self.rewrite(held) {
             Ok(()) => Ok(self),
-            Err(error) => {
-                let _ = fs::remove_file(self.path());
-                Err(error)
-            }
+            Err(error) => Err(self.discard(error)),
         }
     }
 
@@ -314,6 +340,7 @@ impl Journal {
             end: 0,
             read: 0,
             live: self.live,
+            is_named: true,
         };
         new.begin().map_err(failed)?;
         // From the front; what is read is what was current when it was written.
@@ -334,7 +361,7 @@ impl Journal {
         }
         new.file.sync_all().and_then(|()| fs::rename(&beside, self.path())).map_err(failed)?;
         // So that the rename is there after a crash.
-        File::open(&self.directory).and_then(|d| d.sync_all()).map_err(|e| self.io(e))?;
+        self.sync_directory()?;
         *self = new;
         Ok(())
     }
@@ -401,7 +428,7 @@ mod tests {
                 state.remove(&(type_url, name.clone()));
             }
             for r in &record.resources {
-                of.set(&r.name, &r.version, r.encoded_len());
+                of.set(&r.name.as_str().into(), &r.version, r.encoded_len());
                 state.insert((type_url, r.name.clone()), String::from_utf8(r.body.to_vec()).unwrap());
             }
             of.complete |= record.complete;
@@ -417,9 +444,9 @@ mod tests {
     fn written(directory: &tempfile::TempDir) -> Journal {
         let (journal, problem) = open(directory);
         assert_eq!(problem, None);
-        let journal = journal.append(update(A, &[("a", "1"), ("b", "1")], &[], true), 0).unwrap();
-        let journal = journal.append(update(B, &[("c", "1")], &[], false), 0).unwrap();
-        journal.append(update(A, &[("a", "2")], &["b", "never"], true), 0).unwrap()
+        let journal = journal.append(update(A, &[("a", "1"), ("b", "1")], &[], true), 0, false).unwrap();
+        let journal = journal.append(update(B, &[("c", "1")], &[], false), 0, false).unwrap();
+        journal.append(update(A, &[("a", "2")], &["b", "never"], true), 0, false).unwrap()
     }
 
     fn pairs(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
@@ -437,7 +464,7 @@ mod tests {
         assert!(held.get(A).unwrap().complete && !held.get(B).unwrap().complete);
         assert!(held.get(A).unwrap().is("a", "v-2"));
         // And goes on where it ended.
-        drop(journal.append(update(B, &[("d", "1")], &[], true), 0).unwrap());
+        drop(journal.append(update(B, &[("d", "1")], &[], true), 0, false).unwrap());
         let (state, ..) = replay(&mut open(&directory).0);
         assert_eq!(state, pairs(&[("a", "2"), ("c", "1"), ("d", "1")]));
         let mode = std::os::unix::fs::MetadataExt::mode(&fs::metadata(directory.path().join(NAME)).unwrap());
@@ -463,7 +490,7 @@ mod tests {
                     assert_eq!(state, pairs(&[("a", "1"), ("b", "1")]));
                 }
                 // It can be used.
-                drop(journal.append(update(B, &[("new", "1")], &[], false), 0).unwrap());
+                drop(journal.append(update(B, &[("new", "1")], &[], false), 0, false).unwrap());
                 let (_, held, after) = replay(&mut open(&directory).0);
                 assert!(held.get(B).unwrap().is("new", "v-1"), "{length} and {tail} zeros");
                 assert_eq!(after, records + 1);
@@ -519,9 +546,13 @@ mod tests {
             if n == 199 {
                 held.of(A).unwrap().1.remove("name-3");
             }
-            held.of(A).unwrap().1.set(&name, &format!("v-{body}"), record.resources[0].encoded_len());
+            held.of(A).unwrap().1.set(
+                &name.as_str().into(),
+                &format!("v-{body}"),
+                record.resources[0].encoded_len(),
+            );
             held.of(A).unwrap().1.complete = true;
-            journal = journal.append(record, held.bytes()).unwrap();
+            journal = journal.append(record, held.bytes(), false).unwrap();
             if journal.is_long() {
                 journal = journal.compact(&held).unwrap();
                 compactions += 1;
@@ -543,7 +574,8 @@ mod tests {
     fn a_state_that_does_not_fit_is_not_kept_and_leaves_no_old_one() {
         let directory = tempfile::tempdir().unwrap();
         let (journal, _) = Journal::open(directory.path(), "mesh", 1000).unwrap();
-        let error = journal.append(update(A, &[("a", &"x".repeat(2000))], &[], true), 2000).unwrap_err();
+        let error =
+            journal.append(update(A, &[("a", &"x".repeat(2000))], &[], true), 2000, false).unwrap_err();
         assert!(error.to_string().contains("more than the 1000"), "{error}");
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
     }

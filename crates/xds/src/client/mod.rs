@@ -8,7 +8,8 @@
 //! * An update is one response. The next is read only when the user has answered it: what the server is told is in
 //!   force is in force.
 //! * A user that refuses some resources applies the others: those are held from then on, and of what was refused
-//!   the last good version stays held. The server is told which were refused, and why.
+//!   the last good version stays held. The server is told which were refused, and why. On disk are both: whoever
+//!   starts from there refuses the same again, and puts the same in its place.
 //! * What is held is named, with its versions, at each connect, so that nothing is sent twice; and it is on disk
 //!   ([`journal`]), so that a restarted proxy has a state while no server is there.
 //! * The stream ends, and another server is tried after a while, when the transport fails, when the server ends it,
@@ -20,6 +21,7 @@ mod held;
 mod journal;
 mod stream;
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -34,6 +36,8 @@ use tonic::transport::Uri;
 use backoff::Backoff;
 use held::Held;
 use journal::Journal;
+
+use crate::inventory::Version;
 
 /// How the client behaves.
 #[derive(Clone, Debug)]
@@ -50,7 +54,8 @@ pub struct Settings {
     pub cluster_id: String,
     /// Who this is; see [`NodeInfo`].
     pub node: Node,
-    /// The types to follow, in the order in which they are asked for. Each is followed whole.
+    /// The types to follow, in the order in which they are asked for. Each is followed whole. Those of our own
+    /// ([`crate::OWN_TYPES`]) are asked for only where the server knows them, after the first of the others.
     pub types: Vec<&'static str>,
     /// How long a message may be. Servers of another make send a whole state in one.
     pub message_bytes: usize,
@@ -62,8 +67,11 @@ pub struct Settings {
     pub connect_timeout: Duration,
     /// How long the first answer may take, before another server is tried.
     pub answer_timeout: Duration,
-    /// How often an idle connection is probed, and how long the probe may take.
+    /// How often the connection is probed. istiod ends the connections of clients that do so more often than every 15 s (half
+    /// of its `--keepaliveInterval`).
     pub keepalive: Duration,
+    /// How long a probe may take.
+    pub keepalive_timeout: Duration,
     /// The longest wait before the first attempt to connect again.
     pub backoff: Duration,
     /// The longest wait.
@@ -85,7 +93,8 @@ impl Default for Settings {
             state_bytes: 512 << 20,
             connect_timeout: Duration::from_secs(10),
             answer_timeout: Duration::from_secs(60),
-            keepalive: Duration::from_secs(10),
+            keepalive: Duration::from_secs(30),
+            keepalive_timeout: Duration::from_secs(10),
             backoff: Duration::from_millis(500),
             backoff_max: Duration::from_secs(15),
         }
@@ -122,6 +131,7 @@ impl NodeInfo {
             ("CLUSTER_ID", cluster_id.as_str()),
             ("CULVERT_VERSION", version.as_str()),
             (crate::EXTENSIONS_METADATA, crate::EXTENSIONS_VERSION),
+            (crate::FEATURES_METADATA, &proto::Features::ALL.text()),
         ];
         let text = |t: &str| Value { kind: Some(Kind::StringValue(t.to_owned())) };
         Node {
@@ -137,8 +147,8 @@ impl NodeInfo {
 /// A resource, as it arrived.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Resource {
-    /// Its primary name; not empty, and once in an update.
-    pub name: String,
+    /// Its primary name; not empty, and once in an update. What is held shares it.
+    pub name: Arc<str>,
     /// Its version.
     pub version: String,
     /// Its other names.
@@ -180,6 +190,12 @@ impl Update {
         self.reply.ack();
     }
 
+    /// What was answered to it is on disk, and not only on its way there, before the server is told: a node that
+    /// crashes the moment after comes back with this or what is newer. Costs a write to the disk.
+    pub fn must_last(&mut self) {
+        self.reply.lasts = true;
+    }
+
     /// It is in force but for these, of which the last good version still is. None is an [`ack`](Self::ack).
     pub fn nack(self, rejections: Vec<Rejection>) {
         self.reply.nack(rejections);
@@ -188,7 +204,17 @@ impl Update {
 
 /// The answer to an update.
 #[derive(Debug)]
-pub struct Reply(oneshot::Sender<Vec<Rejection>>);
+pub struct Reply {
+    sender: oneshot::Sender<Answer>,
+    lasts: bool,
+}
+
+/// What the user said of an update.
+#[derive(Debug)]
+struct Answer {
+    rejections: Vec<Rejection>,
+    lasts: bool,
+}
 
 impl Reply {
     /// See [`Update::ack`].
@@ -198,7 +224,7 @@ impl Reply {
 
     /// See [`Update::nack`].
     pub fn nack(self, rejections: Vec<Rejection>) {
-        let _ = self.0.send(rejections);
+        let _ = self.sender.send(Answer { rejections, lasts: self.lasts });
     }
 }
 
@@ -206,7 +232,7 @@ impl Reply {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Rejection {
     /// Its primary name.
-    pub name: String,
+    pub name: Arc<str>,
     /// Why not.
     pub reason: String,
 }
@@ -317,6 +343,14 @@ pub enum InvalidSettings {
     /// How to trust the server is not said.
     #[error("{0} needs a file of root certificates")]
     NoRoot(String),
+}
+
+/// What [`Client`] says that it holds to a server of ours, in `culvert_held`, for those who speak to it by themselves:
+/// versions by name. `None`: a version is not of ours.
+#[must_use]
+pub fn inventory(held: &BTreeMap<String, String>) -> Option<Vec<u8>> {
+    let versions = held.iter().map(|(name, text)| Some((name.as_str(), Version::parse(text)?)));
+    Some(crate::inventory::write(versions.collect::<Option<Vec<_>>>()?.into_iter()))
 }
 
 /// The client. [`run`](Self::run) has to run for anything to happen.

@@ -18,8 +18,9 @@ use tonic::{Code, Request, Status, Streaming};
 
 use super::held::{Held, HeldType};
 use super::journal::{Journal, JournalError, Record, Saved};
-use super::{Client, Event, Link, Origin, Rejection, Reply, Resource, Termination, Update, connect};
+use super::{Answer, Client, Event, Link, Origin, Rejection, Reply, Resource, Termination, Update, connect};
 use crate::BAD_REQUEST_TYPE_URL;
+use crate::inventory::NameKey;
 
 /// How many refused resources a server is told by name.
 const NAMED: usize = 500;
@@ -110,8 +111,12 @@ impl Client {
             complete.insert(type_url);
         }
         let resources = record.resources.into_iter();
-        let resources =
-            resources.map(|Saved { name, version, aliases, body }| Resource { name, version, aliases, body });
+        let resources = resources.map(|Saved { name, version, aliases, body }| Resource {
+            name: name.into(),
+            version,
+            aliases,
+            body,
+        });
         let batch = Batch {
             type_url,
             resources: resources.collect(),
@@ -151,18 +156,26 @@ impl Client {
         let failed = |e: connect::ConnectError| Ended::new(Termination::ConnectionError, e.to_string());
         let token = connect::token(&self.settings, address).map_err(failed)?;
         let channel = connect::connect(&self.settings, address).await.map_err(failed)?;
-        let (sender, receiver) = mpsc::channel(self.settings.types.len() + 1);
-        for (place, type_url) in self.settings.types.iter().enumerate() {
-            let versions = self.held.get(type_url).map(HeldType::versions);
+        // The first that every server knows. A server of another make may send no headers before it is asked.
+        let types = &self.settings.types;
+        let is_own = |type_url: &&str| type_url.starts_with(crate::OWN_TYPES);
+        let first = types.iter().position(|t| !is_own(t)).unwrap_or_default();
+        let (sender, receiver) = mpsc::channel(types.len() + 1);
+        let ask = |place: usize, type_url: &&str, hashed: bool| {
+            let held = self.held.get(type_url);
+            let inventory = held.filter(|_| hashed).and_then(HeldType::inventory);
+            let versions = held.filter(|_| inventory.is_none()).map(HeldType::versions);
             let request = DeltaDiscoveryRequest {
-                node: (place == 0).then(|| self.settings.node.clone()),
+                node: (place == first).then(|| self.settings.node.clone()),
                 type_url: (*type_url).to_owned(),
                 initial_resource_versions: versions.unwrap_or_default(),
+                culvert_held: inventory.unwrap_or_default(),
                 ..DeltaDiscoveryRequest::default()
             };
             // There is room for all.
             let _ = sender.try_send(request);
-        }
+        };
+        types.get(first).into_iter().for_each(|type_url| ask(first, type_url, false));
         let mut request = Request::new(ReceiverStream::new(receiver));
         if let Some(token) = token {
             request.metadata_mut().insert("authorization", token);
@@ -173,8 +186,12 @@ impl Client {
         let limit = self.settings.message_bytes;
         let mut client = AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(limit);
         let opened = timeout(self.settings.answer_timeout, client.delta_aggregated_resources(request)).await;
-        let opened = opened.map_err(|_| self.silent())?;
-        Ok((opened.map_err(|status| Ended::of(&status))?.into_inner(), sender))
+        let opened = opened.map_err(|_| self.silent())?.map_err(|status| Ended::of(&status))?;
+        let known = opened.metadata().get(crate::EXTENSIONS_HEADER);
+        let is_ours = known.is_some_and(|version| version == crate::EXTENSIONS_VERSION);
+        let others = types.iter().enumerate().filter(|(place, t)| *place != first && (is_ours || !is_own(t)));
+        others.for_each(|(place, type_url)| ask(place, type_url, is_ours));
+        Ok((opened.into_inner(), sender))
     }
 
     fn silent(&self) -> Ended {
@@ -224,17 +241,20 @@ impl Client {
     }
 
     /// Hands a response out, and makes the answer to it.
-    async fn take(&mut self, response: DeltaDiscoveryResponse) -> DeltaDiscoveryRequest {
+    async fn take(&mut self, mut response: DeltaDiscoveryResponse) -> DeltaDiscoveryRequest {
         let mut answer = DeltaDiscoveryRequest {
             type_url: response.type_url.clone(),
             response_nonce: response.nonce.clone(),
             ..DeltaDiscoveryRequest::default()
         };
         let rejections = match self.held.of(&response.type_url) {
-            Some((type_url, _)) => self.hand_out(batch(type_url, response)).await,
+            Some((type_url, held)) => {
+                name(&mut response.removed_resources, held);
+                self.hand_out(batch(type_url, response)).await
+            }
             None => {
                 let reason = "this type was not asked for".to_owned();
-                vec![Rejection { name: String::new(), reason }]
+                vec![Rejection { name: "".into(), reason }]
             }
         };
         if !rejections.is_empty() {
@@ -250,50 +270,54 @@ impl Client {
     /// Gives the user a batch, waits for what it says, and remembers what is in force. Returns what is not.
     async fn hand_out(&mut self, batch: Batch) -> Vec<Rejection> {
         let Batch { type_url, resources, removed, complete, origin, malformed: mut rejections } = batch;
-        let keep = |r: &Resource| {
-            let Resource { name, version, aliases, body } = r.clone();
-            Saved { name, version, aliases, body }
-        };
-        let saved: Vec<Saved> = resources.iter().map(keep).collect();
+        let (mut kept, gone) = (resources.clone(), removed.clone());
         let (sender, answer) = oneshot::channel();
-        let gone = removed.clone();
-        let update = Update { type_url, resources, removed, complete, origin, reply: Reply(sender) };
+        let reply = Reply { sender, lasts: false };
+        let update = Update { type_url, resources, removed, complete, origin, reply };
         let answered = match self.updates.send(update).await {
             Ok(()) => answer.await.ok(),
             Err(_) => None,
         };
-        let Some(more) = answered else {
-            let all = saved
-                .into_iter()
-                .map(|s| Rejection { name: s.name, reason: "it was not applied".to_owned() });
-            rejections.extend(all);
+        let Some(Answer { rejections: more, lasts }) = answered else {
+            let reason = || "it was not applied".to_owned();
+            rejections.extend(kept.into_iter().map(|r| Rejection { name: r.name, reason: reason() }));
             if rejections.is_empty() {
                 let reason = "the response was not applied".to_owned();
-                rejections.push(Rejection { name: String::new(), reason });
+                rejections.push(Rejection { name: "".into(), reason });
             }
             return rejections;
         };
         rejections.extend(more);
-        let refused: BTreeSet<&str> = rejections.iter().map(|r| r.name.as_str()).collect();
-        let accepted: Vec<Saved> = saved.into_iter().filter(|s| !refused.contains(s.name.as_str())).collect();
+        let refused: BTreeSet<&str> = rejections.iter().map(|r| &*r.name).collect();
+        let saved = |r: &Resource| Saved {
+            name: r.name.to_string(),
+            version: r.version.clone(),
+            aliases: r.aliases.clone(),
+            body: r.body.clone(),
+        };
+        let saved: Vec<Saved> = kept.iter().map(saved).collect();
         if let Some((_, held)) = self.held.of(type_url) {
             gone.iter().for_each(|name| held.remove(name));
-            accepted.iter().for_each(|s| held.set(&s.name, &s.version, s.encoded_len()));
+            for (Resource { name, version, .. }, saved) in kept.drain(..).zip(&saved) {
+                match refused.contains(&*name) {
+                    true => held.refuse(&name, &version, saved.encoded_len()),
+                    false => held.set(&name, &version, saved.encoded_len()),
+                }
+            }
             held.complete |= complete;
         }
         if origin == Origin::Server {
-            let record =
-                Record { type_url: type_url.to_owned(), resources: accepted, removed: gone, complete };
-            self.keep(record).await;
+            let record = Record { type_url: type_url.to_owned(), resources: saved, removed: gone, complete };
+            self.keep(record, lasts).await;
         }
         rejections
     }
 
     /// Appends to the journal.
-    async fn keep(&mut self, record: Record) {
+    async fn keep(&mut self, record: Record, lasts: bool) {
         let Some(journal) = self.journal.take() else { return };
         let live = self.held.bytes();
-        let appended = blocking(move || journal.append(record, live)).await;
+        let appended = blocking(move || journal.append(record, live, lasts)).await;
         let compacted = match appended {
             Ok(journal) if journal.is_long() => {
                 let held = std::mem::replace(&mut self.held, Held::new(&[]));
@@ -322,6 +346,15 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
     }
 }
 
+/// Puts names in the place of the hashes that a server had.
+fn name(removed: &mut Vec<String>, held: &HeldType) {
+    let keys: Vec<NameKey> = removed.iter().filter_map(|name| NameKey::parse(name)).collect();
+    if !keys.is_empty() {
+        removed.retain(|name| NameKey::parse(name).is_none());
+        removed.extend(held.named(&keys));
+    }
+}
+
 /// Sorts out what needs no user.
 fn batch(type_url: &'static str, response: DeltaDiscoveryResponse) -> Batch {
     let mut resources = Vec::with_capacity(response.resources.len());
@@ -337,13 +370,13 @@ fn batch(type_url: &'static str, response: DeltaDiscoveryResponse) -> Batch {
         };
         match (reason, resource.resource) {
             (None, Some(any)) => resources.push(Resource {
-                name: resource.name,
+                name: resource.name.into(),
                 version: resource.version,
                 aliases: resource.aliases,
                 body: Bytes::from(any.value),
             }),
             (reason, _) => {
-                malformed.push(Rejection { name: resource.name, reason: reason.unwrap_or_default() });
+                malformed.push(Rejection { name: resource.name.into(), reason: reason.unwrap_or_default() });
             }
         }
     }

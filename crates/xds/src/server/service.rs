@@ -70,6 +70,8 @@ where
                     let mut response = http::Response::new(Body::new(Frames::new(outgoing)));
                     let grpc = http::HeaderValue::from_static("application/grpc");
                     response.headers_mut().insert(http::header::CONTENT_TYPE, grpc);
+                    let known = http::HeaderValue::from_static(crate::EXTENSIONS_VERSION);
+                    response.headers_mut().insert(crate::EXTENSIONS_HEADER, known);
                     Ok(response)
                 }
                 Err(status) => {

@@ -8,18 +8,18 @@
 //!
 //! No I/O; the time is passed in.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use prost::Message;
-use proto::Extensions;
 use proto::wire::{discovery::DeltaDiscoveryRequest, rpc};
+use proto::{Extensions, Features};
 
 use super::response::{Response, version_info};
 use super::store::{Generation, Interest, Store, Topic};
-use super::subscription::{Behind, Context, Refusal, Subscription, TypeStatus};
+use super::subscription::{Behind, Context, Held, Refusal, Subscription, TypeStatus};
 use crate::BAD_REQUEST_TYPE_URL;
+use crate::inventory::Inventory;
 
 /// What a client may use.
 #[derive(Clone, Copy, Debug)]
@@ -48,6 +48,9 @@ pub enum Violation {
     /// A request without a type.
     #[error("a request has no type_url")]
     NoType,
+    /// What it says to hold can't be read.
+    #[error("culvert_held of {0} is no inventory")]
+    Inventory(Arc<str>),
     /// Too many types.
     #[error("asks for more than {0} types")]
     Types(usize),
@@ -96,6 +99,7 @@ pub struct Heard {
 pub struct Session {
     audience: Extensions,
     interest: Option<Interest>,
+    features: Features,
     limits: Limits,
     /// In the order of types.
     subscriptions: Vec<Subscription>,
@@ -115,7 +119,22 @@ impl Session {
     /// always answer the same.
     #[must_use]
     pub fn new(audience: Extensions, interest: Option<Interest>, limits: Limits) -> Self {
-        Self { audience, interest, limits, subscriptions: Vec::new(), nonce: 0, nothing: Topic::new("") }
+        let features = Features::ALL;
+        Self {
+            audience,
+            interest,
+            features,
+            limits,
+            subscriptions: Vec::new(),
+            nonce: 0,
+            nothing: Topic::new(""),
+        }
+    }
+
+    /// The same, of one of ours that knows no more than these.
+    #[must_use]
+    pub fn that_knows(self, features: Features) -> Self {
+        Self { features, ..self }
     }
 
     /// Who it is, as far as extensions go.
@@ -169,7 +188,13 @@ impl Session {
             _ => {}
         }
         if first {
-            subscription.resume(&context, request.initial_resource_versions);
+            let held = match request.culvert_held.as_slice() {
+                [] => Held::Named(request.initial_resource_versions),
+                hashes => {
+                    Held::Hashed(Inventory::parse(hashes).ok_or(Violation::Inventory(type_url.clone()))?)
+                }
+            };
+            subscription.resume(&context, held);
         }
         let count = subscription.count();
         self.subscriptions.insert(place, subscription);
@@ -202,6 +227,7 @@ impl Session {
             topic: store.topic(type_url).map_or(&self.nothing, |(_, topic)| topic),
             audience: self.audience,
             interest: self.interest.as_ref(),
+            features: self.features,
             generation: store.generation().0,
             published: store.published().0,
             removals: u64::MAX,
@@ -250,6 +276,7 @@ impl Session {
             topic: store.topic(&subscription.type_url).map_or(&self.nothing, |(_, topic)| topic),
             audience: self.audience,
             interest: self.interest.as_ref(),
+            features: self.features,
             generation: store.generation().0,
             published: store.published().0,
             removals: ordered_behind.map(Subscription::lets_remove).min().unwrap_or(u64::MAX),
@@ -323,10 +350,22 @@ fn refusal(status: &rpc::Status, limit: usize) -> Refusal {
 /// What a node says of itself decides what it understands.
 #[must_use]
 pub fn audience(node: &proto::wire::core::Node) -> Extensions {
-    use prost_types::value::Kind;
-    let fields: Option<&BTreeMap<String, prost_types::Value>> = node.metadata.as_ref().map(|m| &m.fields);
-    match fields.and_then(|f| f.get(crate::EXTENSIONS_METADATA)).and_then(|v| v.kind.as_ref()) {
-        Some(Kind::StringValue(version)) if version == crate::EXTENSIONS_VERSION => Extensions::Culvert,
+    match metadata(node, crate::EXTENSIONS_METADATA) {
+        Some(crate::EXTENSIONS_VERSION) => Extensions::Culvert,
         _ => Extensions::None,
+    }
+}
+
+/// The fields that a node says to know.
+#[must_use]
+pub fn features(node: &proto::wire::core::Node) -> Features {
+    metadata(node, crate::FEATURES_METADATA).map_or(Features::NONE, Features::parse)
+}
+
+fn metadata<'a>(node: &'a proto::wire::core::Node, key: &str) -> Option<&'a str> {
+    use prost_types::value::Kind;
+    match node.metadata.as_ref()?.fields.get(key)?.kind.as_ref()? {
+        Kind::StringValue(text) => Some(text),
+        _ => None,
     }
 }

@@ -18,8 +18,10 @@ use std::sync::Arc;
 use aws_lc_rs::digest;
 use bytes::Bytes;
 use prost::Message;
-use proto::Extensions;
 use proto::wire::discovery;
+use proto::{Extensions, Features};
+
+use crate::inventory::{NameKey, Version};
 
 /// A point in the history of a [`Store`], over all types: the number of changes until then.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
@@ -50,6 +52,8 @@ pub struct Resource {
     pub plain: Option<Bytes>,
     /// The encoded message for our own proxies; `None` withholds it from them.
     pub culvert: Option<Bytes>,
+    /// What one of ours must know to get that. One that does not gets `plain`.
+    pub needs: Features,
 }
 
 /// One change.
@@ -68,35 +72,17 @@ pub enum Change {
 
 /// A hash of what a client sees of a resource, the same in every process: a client that comes back to another
 /// replica, or to this one after a restart, is sent nothing again.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Version([u8; 10]);
-
-impl Version {
-    fn of(aliases: &[Arc<str>], body: &[u8]) -> Self {
-        let mut context = digest::Context::new(&digest::SHA256);
-        for alias in aliases {
-            context.update(&(alias.len() as u64).to_le_bytes());
-            context.update(alias.as_bytes());
-        }
-        context.update(&u64::MAX.to_le_bytes());
-        context.update(body);
-        let mut version = [0; 10];
-        version.iter_mut().zip(context.finish().as_ref()).for_each(|(v, d)| *v = *d);
-        Self(version)
+fn version(aliases: &[Arc<str>], body: &[u8]) -> Version {
+    let mut context = digest::Context::new(&digest::SHA256);
+    for alias in aliases {
+        context.update(&(alias.len() as u64).to_le_bytes());
+        context.update(alias.as_bytes());
     }
-
-    /// Whether this is the version that is written so. Asked for each resource of each client that comes back.
-    pub(crate) fn is(self, text: &str) -> bool {
-        let digit = |half: u8| char::from_digit(u32::from(half), 16);
-        let digits = self.0.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 0xf)]);
-        digits.eq(text.chars().map(Some))
-    }
-}
-
-impl fmt::Display for Version {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
+    context.update(&u64::MAX.to_le_bytes());
+    context.update(body);
+    let mut version = [0; 10];
+    version.iter_mut().zip(context.finish().as_ref()).for_each(|(v, d)| *v = *d);
+    Version(version)
 }
 
 /// What a resource is at present.
@@ -106,9 +92,33 @@ pub(crate) struct Live {
     /// The whole `Resource` message.
     pub(crate) encoded: Bytes,
     aliases: Arc<[Arc<str>]>,
+    /// For those who don't know all that this needs.
+    lesser: Option<Arc<Lesser>>,
+}
+
+/// What those get who are too old for a resource.
+#[derive(Debug)]
+struct Lesser {
+    needs: Features,
+    /// `None` withholds it.
+    live: Option<Live>,
 }
 
 impl Live {
+    /// What one gets who knows these features.
+    fn known_by(&self, features: Features) -> Option<&Self> {
+        match &self.lesser {
+            Some(lesser) if !lesser.needs.lacking(features).is_empty() => lesser.live.as_ref(),
+            _ => Some(self),
+        }
+    }
+
+    /// What tells it from another of the same name.
+    fn identity(&self) -> (Version, Option<(Features, Option<Version>)>) {
+        let lesser = self.lesser.as_ref().map(|l| (l.needs, l.live.as_ref().map(|live| live.version)));
+        (self.version, lesser)
+    }
+
     /// The other names by which it may be asked for.
     pub(crate) fn aliases(&self) -> impl Iterator<Item = &Arc<str>> {
         self.aliases.iter()
@@ -119,6 +129,7 @@ impl Live {
 #[derive(Debug)]
 pub(crate) struct Entry {
     pub(crate) name: Arc<str>,
+    pub(crate) key: NameKey,
     scope: Option<Arc<str>>,
     /// It had another scope once: a client that is not interested now may hold it.
     moved: bool,
@@ -141,13 +152,13 @@ pub(crate) enum View<'a> {
 pub type Interest = Arc<dyn Fn(&str) -> bool + Send + Sync>;
 
 impl Entry {
-    pub(crate) fn view(&self, interest: Option<&Interest>) -> View<'_> {
+    pub(crate) fn view(&self, interest: Option<&Interest>, features: Features) -> View<'_> {
         let wanted = match (&self.scope, interest) {
             (Some(scope), Some(interest)) => interest(scope),
             _ => true,
         };
         match &self.live {
-            Some(live) if wanted => View::There(live),
+            Some(live) if wanted => live.known_by(features).map_or(View::Gone, View::There),
             None if wanted => View::Gone,
             _ if self.moved => View::Gone,
             _ => View::Never,
@@ -159,7 +170,7 @@ impl Entry {
 #[derive(Debug, Default)]
 pub(crate) struct Log {
     entries: BTreeMap<u64, Entry>,
-    positions: HashMap<Arc<str>, u64>,
+    positions: HashMap<NameKey, u64>,
     /// The positions of what was removed.
     gone: BTreeSet<u64>,
     /// Removals up to here are forgotten.
@@ -190,17 +201,22 @@ impl Log {
 
     /// A name's last change and where it stands.
     pub(crate) fn get(&self, name: &str) -> Option<(u64, &Entry)> {
-        let position = *self.positions.get(name)?;
+        self.find(NameKey::of(name))
+    }
+
+    /// The same, by the name's hash.
+    pub(crate) fn find(&self, name: NameKey) -> Option<(u64, &Entry)> {
+        let position = *self.positions.get(&name)?;
         Some((position, self.entries.get(&position)?))
     }
 
     /// Whether putting this would change anything.
-    fn differs(&self, name: &str, live: Option<Version>, scope: Option<&Arc<str>>) -> bool {
-        match self.get(name) {
+    fn differs(&self, name: NameKey, live: Option<&Live>, scope: Option<&Arc<str>>) -> bool {
+        match self.find(name) {
             None => live.is_some(),
             Some((_, entry)) => {
-                let held = entry.live.as_ref().map(|l| l.version);
-                held != live || (live.is_some() && entry.scope.as_ref() != scope)
+                let held = entry.live.as_ref().map(Live::identity);
+                held != live.map(Live::identity) || (live.is_some() && entry.scope.as_ref() != scope)
             }
         }
     }
@@ -208,12 +224,12 @@ impl Log {
     fn put(
         &mut self,
         position: u64,
-        name: &Arc<str>,
+        (name, key): (&Arc<str>, NameKey),
         live: Option<Live>,
         scope: Option<Arc<str>>,
         keep: usize,
     ) {
-        let old = self.positions.insert(Arc::clone(name), position);
+        let old = self.positions.insert(key, position);
         let old = old.and_then(|p| {
             self.gone.remove(&p);
             self.entries.remove(&p)
@@ -228,7 +244,7 @@ impl Log {
             }
             None => (scope, false),
         };
-        self.entries.insert(position, Entry { name: Arc::clone(name), scope, moved, live });
+        self.entries.insert(position, Entry { name: Arc::clone(name), key, scope, moved, live });
         self.head = position;
         if removed {
             self.gone.insert(position);
@@ -237,13 +253,13 @@ impl Log {
             let Some(oldest) = self.gone.pop_first() else { break };
             self.horizon = oldest;
             if let Some(entry) = self.entries.remove(&oldest) {
-                self.positions.remove(&entry.name);
+                self.positions.remove(&entry.key);
             }
         }
     }
 
-    fn aliases(&self, name: &str) -> Option<Arc<[Arc<str>]>> {
-        self.get(name).and_then(|(_, e)| e.live.as_ref()).map(|l| Arc::clone(&l.aliases))
+    fn aliases(&self, name: NameKey) -> Option<Arc<[Arc<str>]>> {
+        self.find(name).and_then(|(_, e)| e.live.as_ref()).map(|l| Arc::clone(&l.aliases))
     }
 
     fn len(&self) -> usize {
@@ -259,6 +275,8 @@ pub(crate) struct Topic {
     culvert: Log,
     /// From an alias to the primary names.
     aliases: HashMap<Arc<str>, BTreeSet<Arc<str>>>,
+    /// What resources need that not all of our proxies know.
+    needs: BTreeMap<Arc<str>, Features>,
     /// From a name, of any kind, to those who follow just it.
     watchers: HashMap<Arc<str>, BTreeSet<ClientId>>,
 }
@@ -270,6 +288,7 @@ impl Topic {
             plain: Log::default(),
             culvert: Log::default(),
             aliases: HashMap::new(),
+            needs: BTreeMap::new(),
             watchers: HashMap::new(),
         }
     }
@@ -281,6 +300,12 @@ impl Topic {
         }
     }
 
+    /// The resources that one who knows these features is too old for, and what it lacks.
+    pub(crate) fn too_new_for(&self, features: Features) -> impl Iterator<Item = (&Arc<str>, Features)> {
+        let lacking = self.needs.iter().map(move |(name, needs)| (name, needs.lacking(features)));
+        lacking.filter(|(_, lacking)| !lacking.is_empty())
+    }
+
     /// The primary names that a name stands for, whether they are there or not.
     pub(crate) fn resolve<'a>(&'a self, asked: &'a Arc<str>) -> impl Iterator<Item = &'a Arc<str>> {
         std::iter::once(asked)
@@ -289,30 +314,45 @@ impl Topic {
 
     /// Puts one name's content into both logs. `None` when nothing changes; else who follows it by which name.
     fn put(&mut self, position: u64, resource: &Resource, keep: usize) -> Option<Vec<(ClientId, Arc<str>)>> {
-        let versions = [&resource.plain, &resource.culvert]
-            .map(|b| b.as_ref().map(|b| Version::of(&resource.aliases, b)));
-        let [plain, culvert] = versions;
+        let [plain, culvert] =
+            [&resource.plain, &resource.culvert].map(|b| b.as_ref().map(|b| version(&resource.aliases, b)));
         let name = &resource.name;
+        let key = NameKey::of(name);
         let scope = resource.scope.as_ref();
-        let plain_differs = self.plain.differs(name, plain, scope);
-        let culvert_differs = self.culvert.differs(name, culvert, scope);
+        let lesser = culvert.filter(|_| !resource.needs.is_empty());
+        let bare =
+            |version: Version| Live { version, encoded: Bytes::new(), aliases: Arc::default(), lesser: None };
+        let with_lesser = |live: Live, plain: Option<Live>| match lesser {
+            Some(_) => Live { lesser: Some(Arc::new(Lesser { needs: resource.needs, live: plain })), ..live },
+            None => live,
+        };
+        let seen = culvert.map(|version| with_lesser(bare(version), plain.map(bare)));
+        let plain_differs = self.plain.differs(key, plain.map(bare).as_ref(), scope);
+        let culvert_differs = self.culvert.differs(key, seen.as_ref(), scope);
         if !plain_differs && !culvert_differs {
             return None;
         }
-        let old = self.plain.aliases(name).or_else(|| self.culvert.aliases(name)).unwrap_or_default();
+        let old = self.plain.aliases(key).or_else(|| self.culvert.aliases(key)).unwrap_or_default();
         let there = plain.is_some() || culvert.is_some();
         let new: Arc<[Arc<str>]> = if there { resource.aliases.as_slice().into() } else { Arc::default() };
         let encoded = |version: Option<Version>, body: &Option<Bytes>| {
             let (version, body) = (version?, body.as_ref()?);
-            Some(Live { version, encoded: encode(resource, version, body), aliases: Arc::clone(&new) })
+            let encoded = encode(resource, version, body);
+            Some(Live { version, encoded, aliases: Arc::clone(&new), lesser: None })
         };
         let first = encoded(plain, &resource.plain);
         let second = if plain == culvert { first.clone() } else { encoded(culvert, &resource.culvert) };
+        let second = second.map(|live| with_lesser(live, first.clone()));
+        if lesser.is_some() {
+            self.needs.insert(Arc::clone(name), resource.needs);
+        } else {
+            self.needs.remove(name);
+        }
         if plain_differs {
-            self.plain.put(position, name, first, resource.scope.clone(), keep);
+            self.plain.put(position, (name, key), first, resource.scope.clone(), keep);
         }
         if culvert_differs {
-            self.culvert.put(position, name, second, resource.scope.clone(), keep);
+            self.culvert.put(position, (name, key), second, resource.scope.clone(), keep);
         }
         if old != new {
             self.index(name, &old, &new);
@@ -412,8 +452,15 @@ impl Store {
             Change::Set(resource) => resource,
             Change::Remove { type_url, name } => {
                 let name = Arc::clone(name);
-                gone =
-                    Resource { type_url, name, aliases: Vec::new(), scope: None, plain: None, culvert: None };
+                gone = Resource {
+                    type_url,
+                    name,
+                    aliases: Vec::new(),
+                    scope: None,
+                    plain: None,
+                    culvert: None,
+                    needs: Features::NONE,
+                };
                 &gone
             }
         };

@@ -16,7 +16,7 @@ use tokio_stream::Stream;
 use tonic::{Request, Status, Streaming};
 
 use super::response::Response;
-use super::session::{Answer, Session, Violation, audience};
+use super::session::{Answer, Session, Violation, audience, features};
 use super::status::ClientStatus;
 use super::store::{ClientId, Generation, Store};
 use super::{Caller, Event, Shared, locked, next_id};
@@ -140,7 +140,7 @@ impl From<Violation> for End {
     fn from(violation: Violation) -> Self {
         let text = violation.to_string();
         Self::Server(match violation {
-            Violation::NoType => Status::invalid_argument(text),
+            Violation::NoType | Violation::Inventory(_) => Status::invalid_argument(text),
             Violation::Types(_) | Violation::Names { .. } => Status::resource_exhausted(text),
             Violation::Behind => Status::aborted(text),
         })
@@ -215,7 +215,8 @@ impl ClientStream {
             drop(starting);
             starting = turn(&self.shared.starting_others).await?;
         }
-        let session = Session::new(audience, admission.interest, self.shared.config.limits);
+        let session =
+            Session::new(audience, admission.interest, self.shared.config.limits).that_knows(features(&node));
         Ok(Begun { session, node: Arc::new(node), first, starting })
     }
 

@@ -16,10 +16,11 @@ use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use proto::Extensions;
+use proto::{Extensions, Features};
 
 use super::response::Parts;
 use super::store::{Entry, Generation, Interest, Live, Log, Topic, View};
+use crate::inventory::{Inventory, NameKey, Version};
 
 /// A resource that a client refused.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -40,6 +41,21 @@ pub(super) struct Refusal {
     pub(super) named: Vec<(Arc<str>, Arc<str>)>,
     /// The client says that it refused others, too.
     pub(super) others: bool,
+}
+
+/// What a client says that it holds.
+pub(super) enum Held<'a> {
+    /// Versions by name.
+    Named(BTreeMap<String, String>),
+    /// The same, by hashes.
+    Hashed(Inventory<'a>),
+}
+
+/// A name that a client holds, and that is not there.
+#[derive(Debug)]
+enum Stale {
+    Named(String),
+    Hashed(NameKey),
 }
 
 /// The removals that this client needs are forgotten: it has to begin anew.
@@ -74,6 +90,8 @@ pub(super) struct Context<'a> {
     pub(super) topic: &'a Topic,
     pub(super) audience: Extensions,
     pub(super) interest: Option<&'a Interest>,
+    /// What the client knows, if it is one of ours.
+    pub(super) features: Features,
     /// The end of the store.
     pub(super) generation: u64,
     /// Changes up to here are to be sent.
@@ -92,7 +110,7 @@ impl<'a> Context<'a> {
     }
 
     fn view(&self, entry: &'a Entry) -> View<'a> {
-        entry.view(self.interest)
+        entry.view(self.interest, self.features)
     }
 
     fn there(&self, name: &str) -> Option<(u64, &'a Entry, &'a Live)> {
@@ -152,7 +170,7 @@ pub(super) struct Subscription {
     /// Positions before `start` that the client lacks, when it came with a state.
     backlog: VecDeque<u64>,
     /// Names that the client came with and that are not there.
-    stale: VecDeque<String>,
+    stale: VecDeque<Stale>,
     /// An answer is owed even if it is empty.
     greet: bool,
     /// The first state was sent to its end.
@@ -243,34 +261,49 @@ impl Subscription {
     }
 
     /// The client came with a state: what it has at the same version is not sent, and what is gone is removed.
-    pub(super) fn resume(&mut self, context: &Context<'_>, mut held: BTreeMap<String, String>) {
-        if held.is_empty() {
-            return;
+    pub(super) fn resume(&mut self, context: &Context<'_>, held: Held<'_>) {
+        match held {
+            Held::Named(held) if held.is_empty() => {}
+            Held::Named(mut held) if self.wildcard => {
+                self.compare(context, |entry| Version::parse(&held.remove(entry.name.as_ref())?));
+                self.stale = held.into_keys().map(Stale::Named).collect();
+            }
+            Held::Named(held) => self.resume_names(context, held),
+            Held::Hashed(mut held) if self.wildcard => {
+                self.compare(context, |entry| held.take(entry.key));
+                self.stale = held.rest().map(Stale::Hashed).collect();
+            }
+            // Our own follow everything; one that does not is sent what it asks for.
+            Held::Hashed(_) => {}
         }
-        if self.wildcard {
-            for (position, entry) in context.log().after(0) {
-                self.visited += 1;
-                if let View::There(live) = context.view(entry) {
-                    let same = held.remove(entry.name.as_ref()).is_some_and(|v| live.version.is(&v));
-                    if !same {
-                        self.backlog.push_back(position);
-                    }
+    }
+
+    /// Has all that the client lacks sent, as far as it is there: what `held` has no version of, or another.
+    fn compare(&mut self, context: &Context<'_>, mut held: impl FnMut(&Entry) -> Option<Version>) {
+        for (position, entry) in context.log().after(0) {
+            self.visited += 1;
+            if let View::There(live) = context.view(entry)
+                && held(entry) != Some(live.version)
+            {
+                self.backlog.push_back(position);
+            }
+        }
+        self.cursor = context.generation;
+    }
+
+    fn resume_names(&mut self, context: &Context<'_>, mut held: BTreeMap<String, String>) {
+        let same = |version: &str, live: &Live| Version::parse(version) == Some(live.version);
+        for (name, asked) in &mut self.names {
+            for primary in context.topic.resolve(name) {
+                let Some((position, _, live)) = context.there(primary) else { continue };
+                if held.get(primary.as_ref()).is_some_and(|v| same(v, live)) {
+                    asked.sent.insert(Arc::clone(primary), position);
+                    asked.fresh = false;
                 }
             }
-            self.cursor = context.generation;
-        } else {
-            for (name, asked) in &mut self.names {
-                for primary in context.topic.resolve(name) {
-                    let Some((position, _, live)) = context.there(primary) else { continue };
-                    if held.get(primary.as_ref()).is_some_and(|v| live.version.is(v)) {
-                        asked.sent.insert(Arc::clone(primary), position);
-                        asked.fresh = false;
-                    }
-                }
-            }
-            held.retain(|name, _| context.there(name).is_none() && !self.names.contains_key(name.as_str()));
         }
-        self.stale = held.into_keys().collect();
+        held.retain(|name, _| context.there(name).is_none() && !self.names.contains_key(name.as_str()));
+        self.stale = held.into_keys().map(Stale::Named).collect();
     }
 
     /// The nonce of the response under way.
@@ -403,13 +436,22 @@ impl Subscription {
         if !self.may_drop_stale(context) {
             return true;
         }
-        while let Some(name) = self.stale.front() {
+        while let Some(stale) = self.stale.front() {
+            let hash;
+            let (name, found) = match stale {
+                Stale::Named(name) => (name, context.log().get(name)),
+                Stale::Hashed(key) => {
+                    hash = key.to_string();
+                    (&hash, context.log().find(*key))
+                }
+            };
             if draft.parts.full(name.len()) {
                 return false;
             }
             // What came back since, or came and went, is in the log behind the cursors.
-            let later = context.log().get(name).is_some_and(|(position, _)| position > self.removals);
-            if context.there(name).is_none() && !later {
+            let later = found.is_some_and(|(position, _)| position > self.removals);
+            let there = found.is_some_and(|(_, entry)| matches!(context.view(entry), View::There(_)));
+            if !there && !later {
                 draft.remove(name);
             }
             self.stale.pop_front();
@@ -519,14 +561,31 @@ impl Subscription {
     pub(super) fn status(&self, context: &Context<'_>) -> TypeStatus {
         let position = self.cursor.min(self.removals);
         let acked = self.acked(context);
+        let mut rejected: Vec<_> = self.rejected.values().cloned().collect();
+        let mut blurred = self.blurred;
+        if context.audience == Extensions::Culvert {
+            // It says that it enforces what it was sent, and that was not this.
+            for (name, lacking) in context.topic.too_new_for(context.features) {
+                if rejected.len() >= context.remembered {
+                    blurred = Some(Generation(context.generation));
+                    break;
+                }
+                let at = context.log().get(name).map_or(0, |(position, _)| position);
+                let reason =
+                    format!("it is too old for this ({lacking}), and has what it can enforce instead");
+                let of =
+                    Rejected { name: Arc::clone(name), generation: Generation(at), reason: reason.into() };
+                rejected.push(of);
+            }
+        }
         TypeStatus {
             type_url: Arc::clone(&self.type_url),
             wildcard: self.wildcard,
             names: self.names.len(),
             sent: Generation(if self.wildcard { position.max(acked) } else { acked }),
             acked: Generation(acked),
-            rejected: self.rejected.values().cloned().collect(),
-            blurred: self.blurred,
+            rejected,
+            blurred,
             last_nack: self.last_nack.clone(),
         }
     }
@@ -545,7 +604,7 @@ pub struct TypeStatus {
     pub sent: Generation,
     /// What it answered for. Apart from `rejected`, all that was made until then is in its hands.
     pub acked: Generation,
-    /// What it refused and still refuses, at most [`Limits::rejections`](super::session::Limits::rejections).
+    /// What it refused and still refuses, and what it is too old for, at most [`Limits::rejections`](super::session::Limits::rejections).
     pub rejected: Vec<Rejected>,
     /// It refused more than is kept in `rejected`, of what was made until then: nothing is known of that.
     pub blurred: Option<Generation>,

@@ -27,6 +27,7 @@ pub fn resource(type_url: &'static str, name: &str, body: &str) -> Resource {
         scope: None,
         plain: Some(body.clone()),
         culvert: Some(body),
+        needs: proto::Features::NONE,
     }
 }
 
@@ -58,6 +59,24 @@ pub struct World {
     pub peers: BTreeMap<ClientId, Peer>,
     next: u64,
     pub limits: Limits,
+}
+
+/// What names are called in inventories.
+fn hash(name: &str) -> Vec<u8> {
+    aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, name.as_bytes()).as_ref()[..16].to_vec()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// What our own clients say that they hold.
+fn inventory(versions: impl Iterator<Item = (String, String)>) -> Vec<u8> {
+    let digits = |text: &str, at: usize| u8::from_str_radix(&text[2 * at..2 * at + 2], 16).unwrap();
+    let bytes = |version: &str| (0..version.len() / 2).map(|at| digits(version, at)).collect::<Vec<_>>();
+    let mut entries: Vec<_> = versions.map(|(name, v)| [hash(&name), bytes(&v)].concat()).collect();
+    entries.sort();
+    entries.concat()
 }
 
 /// As the wire would give it.
@@ -156,10 +175,14 @@ impl World {
         refuse: &BTreeSet<String>,
     ) -> Option<discovery::DeltaDiscoveryResponse> {
         let peer = self.peers.get_mut(&id).unwrap();
-        let response = peer.inbox.pop_front()?;
+        let mut response = peer.inbox.pop_front()?;
         peer.responses += 1;
         peer.resources += response.resources.len();
         let held = peer.held.entry(response.type_url.clone()).or_default();
+        for name in response.removed_resources.iter_mut().filter(|name| name.starts_with('#')) {
+            let found = held.keys().find(|held| format!("#{}", hex(&hash(held))) == *name);
+            *name = found.expect("a hash of nothing that is held").clone();
+        }
         let named: BTreeSet<_> = response.resources.iter().map(|r| r.name.clone()).collect();
         assert_eq!(named.len(), response.resources.len(), "a name twice in one response");
         assert!(
@@ -235,7 +258,11 @@ impl World {
         for mut request in first {
             let held = self.peers[&id].held.get(&request.type_url);
             let versions = held.into_iter().flatten().map(|(n, (v, _))| (n.clone(), v.clone()));
-            request.initial_resource_versions = versions.collect();
+            if audience == Extensions::Culvert && request.resource_names_subscribe.is_empty() {
+                request.culvert_held = inventory(versions);
+            } else {
+                request.initial_resource_versions = versions.collect();
+            }
             self.request(id, request).unwrap();
         }
     }

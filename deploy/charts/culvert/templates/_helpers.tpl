@@ -8,6 +8,44 @@
 {{- .Values.ztunnel.xdsAddress | default (printf "https://%s.%s.svc:15012" (include "culvert.controlPlane" .) .Release.Namespace) -}}
 {{- end }}
 
+{{/* Where ztunnel finds the root of who it asks: of our own control plane, unless another is named. */}}
+{{- define "culvert.rootConfigMap" -}}
+{{- $of := .Values.ztunnel -}}
+{{- $of.rootConfigMap | default (ternary "istio-ca-root-cert" "culvert-ca-root-cert" (or $of.xdsAddress $of.caAddress | empty | not)) -}}
+{{- end }}
+
+{{/* The ConfigMap with the mesh's settings, and the revision's tags. */}}
+{{- define "culvert.settings" -}}
+{{- if eq .Values.revision "default" }}culvert{{ else }}culvert-{{ .Values.revision }}{{ end -}}
+{{- end }}
+
+{{/* What the control plane's webhooks have in common: call with (list . "/path"). */}}
+{{- define "culvert.webhook" -}}
+{{- $root := index . 0 -}}
+clientConfig:
+  service:
+    name: {{ include "culvert.controlPlane" $root }}
+    namespace: {{ $root.Release.Namespace }}
+    path: {{ index . 1 }}
+    port: 443
+sideEffects: None
+admissionReviewVersions: [v1]
+{{- end }}
+
+{{/* Which objects are a revision's: call with (list . "In") for those that name it or a tag of it, which the control plane
+keeps up to date, and with (list . "DoesNotExist") for those that name none. */}}
+{{- define "culvert.revisionSelector" -}}
+{{- $root := index . 0 -}}
+{{- $map := lookup "v1" "ConfigMap" $root.Release.Namespace (include "culvert.settings" $root) | default dict -}}
+{{- $tags := (get ($map.data | default dict) "revisionTags") | default "" | splitList "," -}}
+matchExpressions:
+  - key: istio.io/rev
+    operator: {{ index . 1 }}
+    {{- if eq (index . 1) "In" }}
+    values: {{ prepend (compact $tags) $root.Values.revision | uniq | sortAlpha | toJson }}
+    {{- end }}
+{{- end }}
+
 {{/* An image: call with (list . "culvertd"). */}}
 {{- define "culvert.image" -}}
 {{- $root := index . 0 -}}

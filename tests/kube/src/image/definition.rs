@@ -111,14 +111,19 @@ impl Build {
             self.compile(definitions)?;
         }
         let seconds = self.source_date()?;
+        let built: Vec<&str> =
+            definitions.values().flat_map(|d| &d.program).map(|p| p.package.as_str()).collect();
         let mut archives = Vec::new();
         for (stem, definition) in definitions {
             let clock = Clock::start();
             let tag = env!("CARGO_PKG_VERSION");
             let files = self.files(definition)?;
             let packages: Vec<&str> = definition.program.iter().map(|p| p.package.as_str()).collect();
-            let mut parts = sbom::crates(&self.workspace, self.platform, &packages)?;
-            parts.extend(sbom::debian(&files.copied)?);
+            let mut parts = sbom::crates(&self.workspace, self.platform, &packages, &built)?;
+            if definition.program.iter().any(|program| program.r#static) {
+                parts.extend(sbom::static_libc(&self.sysroot, self.platform)?);
+            }
+            parts.extend(sbom::debian(&self.sysroot, &files.copied)?);
             let bill = sbom::document(&definition.name, tag, seconds, &files, &parts);
             let mut files = files;
             let bill = format!("{bill:#}\n").into_bytes();

@@ -61,6 +61,16 @@ impl Platform {
 /// SHA-256, in hexadecimal.
 #[must_use]
 pub fn sha256(bytes: &[u8]) -> String {
-    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, bytes);
+    hexadecimal(&aws_lc_rs::digest::SHA256, bytes)
+}
+
+/// SHA-1, in hexadecimal: no proof of anything, and asked for by SPDX.
+#[must_use]
+pub fn sha1(bytes: &[u8]) -> String {
+    hexadecimal(&aws_lc_rs::digest::SHA1_FOR_LEGACY_USE_ONLY, bytes)
+}
+
+fn hexadecimal(algorithm: &'static aws_lc_rs::digest::Algorithm, bytes: &[u8]) -> String {
+    let digest = aws_lc_rs::digest::digest(algorithm, bytes);
     digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
 }

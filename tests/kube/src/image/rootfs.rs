@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 
+use super::Platform;
 use super::elf::{Elf, find_library};
 use super::tar::{Entry, Tar};
-use super::{Platform, sha256};
 
 /// Files by their absolute path in the image.
 #[derive(Clone, Debug, Default)]
@@ -127,10 +127,10 @@ impl Rootfs {
         Ok(tar.finish())
     }
 
-    /// Every file with its SHA-256.
-    pub fn files(&self) -> impl Iterator<Item = (&str, String)> {
+    /// Every file with its content.
+    pub fn files(&self) -> impl Iterator<Item = (&str, &[u8])> {
         self.entries.iter().filter_map(|(path, entry)| match entry {
-            Entry::File(_, data) => Some((path.as_str(), sha256(data))),
+            Entry::File(_, data) => Some((path.as_str(), data.as_slice())),
             _ => None,
         })
     }

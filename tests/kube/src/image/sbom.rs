@@ -8,13 +8,13 @@ use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 
 use super::archive::rfc3339;
-use super::{Platform, Rootfs, sha256};
+use super::{Platform, Rootfs, sha1, sha256};
 use crate::process::{finish, output};
 
 /// A part.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Part {
-    /// `cargo` or `deb/debian`, as package URLs (purl-spec) have it.
+    /// `cargo`, `deb/debian` or `generic`, as package URLs (purl-spec) have it.
     pub kind: &'static str,
     /// Its name.
     pub name: String,
@@ -53,16 +53,43 @@ impl Part {
     }
 }
 
-/// The crates that a package's programs are made of, itself among them: normal dependencies, of one platform.
+/// The crates that a package's programs are made of, itself among them, and Rust's standard library: normal
+/// dependencies, of one platform. `built` are all packages that cargo builds at once, whose features it unites.
 ///
 /// # Errors
 /// cargo fails.
-pub fn crates(workspace: &Path, platform: Platform, packages: &[&str]) -> Result<BTreeSet<Part>> {
+pub fn crates(
+    workspace: &Path,
+    platform: Platform,
+    packages: &[&str],
+    built: &[&str],
+) -> Result<BTreeSet<Part>> {
     let mut cargo = Command::new("cargo");
     cargo.current_dir(workspace).args(["metadata", "--format-version", "1", "--locked"]);
     cargo.args(["--filter-platform", platform.target]);
     let metadata: Value = serde_json::from_str(&finish(&mut cargo)?).context("reading cargo's metadata")?;
-    reached(&metadata, packages)
+    // The metadata has the features of the whole workspace, tests too, and with them crates that are in no program.
+    let mut cargo = Command::new("cargo");
+    cargo.current_dir(workspace).args(["tree", "--locked", "--prefix", "none", "--no-dedupe"]);
+    cargo.args(["--edges", "normal,no-proc-macro", "--format", "{p}", "--target", platform.target]);
+    for package in built {
+        cargo.args(["--package", package]);
+    }
+    let tree = finish(&mut cargo)?;
+    let linked: BTreeSet<(&str, &str)> = tree.lines().filter_map(linked).collect();
+    let mut parts = reached(&metadata, packages)?;
+    parts.retain(|part| linked.contains(&(part.name.as_str(), part.version.as_str())));
+    let rustc = output("rustc", &["--version"])?;
+    let version = rustc.split_whitespace().nth(1).context("rustc says no version")?.to_owned();
+    let licence = Some("MIT OR Apache-2.0".to_owned());
+    parts.insert(Part { kind: "generic", name: "rust-std".into(), version, licence });
+    Ok(parts)
+}
+
+/// Name and version of a line of `cargo tree`: `name v1.0.0 (where)`.
+fn linked(line: &str) -> Option<(&str, &str)> {
+    let mut words = line.split_whitespace();
+    Some((words.next()?, words.next()?.strip_prefix('v')?))
 }
 
 fn reached(metadata: &Value, packages: &[&str]) -> Result<BTreeSet<Part>> {
@@ -103,31 +130,42 @@ fn reached(metadata: &Value, packages: &[&str]) -> Result<BTreeSet<Part>> {
         .collect())
 }
 
-/// The Debian packages that files came from. A file of none is left out: it is ours.
+/// The Debian packages that files of a tree came from. A file of none is left out: it is ours.
 ///
 /// # Errors
 /// There is no dpkg.
-pub fn debian(files: &[PathBuf]) -> Result<BTreeSet<Part>> {
+pub fn debian(sysroot: &Path, files: &[PathBuf]) -> Result<BTreeSet<Part>> {
+    let records = format!("--admindir={}", sysroot.join("var/lib/dpkg").display());
     let mut parts = BTreeSet::new();
     for file in files {
-        let path = file.display().to_string();
+        let path = Path::new("/").join(file.strip_prefix(sysroot).unwrap_or(file)).display().to_string();
         // dpkg knows a file by the path that its package has, which is with or without /usr.
         let other = path.strip_prefix("/usr").map_or_else(|| format!("/usr{path}"), str::to_owned);
-        let owner = output("dpkg-query", &["--search", &path])
-            .or_else(|_| output("dpkg-query", &["--search", &other]));
+        let owner = output("dpkg-query", &[&records, "--search", &path])
+            .or_else(|_| output("dpkg-query", &[&records, "--search", &other]));
         let Ok(owner) = owner else { continue };
         let Some((package, _)) = owner.split_once(": ") else { continue };
-        let version = output("dpkg-query", &["--show", "--showformat=${Version}", package])?;
+        let version = output("dpkg-query", &[&records, "--show", "--showformat=${Version}", package])?;
         let name = package.split(':').next().unwrap_or(package).to_owned();
         parts.insert(Part { kind: "deb/debian", name, version, licence: None });
     }
     Ok(parts)
 }
 
+/// The Debian package whose C library is linked into static programs.
+///
+/// # Errors
+/// It is not there.
+pub fn static_libc(sysroot: &Path, platform: Platform) -> Result<BTreeSet<Part>> {
+    debian(sysroot, &[sysroot.join(format!("usr/lib/{}/libc.a", platform.multiarch))])
+}
+
 /// The document for an image.
 #[must_use]
 pub fn document(image: &str, version: &str, seconds: u64, files: &Rootfs, parts: &BTreeSet<Part>) -> Value {
-    let contents: String = files.files().map(|(path, sum)| format!("{sum}  /{path}\n")).collect();
+    let contents: String = files.files().map(|(path, data)| format!("{}  /{path}\n", sha256(data))).collect();
+    let (listed, holds): (Vec<Value>, Vec<Value>) =
+        files.files().map(|(path, data)| file(path, data)).unzip();
     let whole = json!({
         "SPDXID": "SPDXRef-image",
         "name": image,
@@ -160,8 +198,29 @@ pub fn document(image: &str, version: &str, seconds: u64, files: &Rootfs, parts:
         "documentNamespace": format!("https://culvert.dev/spdx/{image}/{version}/{}", sha256(contents.as_bytes())),
         "creationInfo": {"created": rfc3339(seconds), "creators": ["Tool: culvert-images"]},
         "packages": packages,
-        "relationships": std::iter::once(describes).chain(contains).collect::<Vec<_>>(),
+        "files": listed,
+        "relationships": std::iter::once(describes).chain(contains).chain(holds).collect::<Vec<_>>(),
     })
+}
+
+/// A file, and that the image contains it. SPDX 2.3, 8.4, wants its SHA-1, beside what is of use.
+fn file(path: &str, data: &[u8]) -> (Value, Value) {
+    let text = format!("SPDXRef-file-{path}");
+    let id: String =
+        text.chars().map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' }).collect();
+    let described = json!({
+        "SPDXID": id,
+        "fileName": format!("./{path}"),
+        "checksums": [
+            {"algorithm": "SHA1", "checksumValue": sha1(data)},
+            {"algorithm": "SHA256", "checksumValue": sha256(data)},
+        ],
+        "licenseConcluded": "NOASSERTION",
+        "copyrightText": "NOASSERTION",
+    });
+    let contained =
+        json!({"spdxElementId": "SPDXRef-image", "relationshipType": "CONTAINS", "relatedSpdxElement": id});
+    (described, contained)
 }
 
 #[cfg(test)]
@@ -197,9 +256,21 @@ mod tests {
     }
 
     #[test]
+    fn what_only_tests_need_is_in_no_bill() {
+        let workspace = crate::lab::Lab::find().unwrap().workspace;
+        let here = Platform::here().unwrap();
+        let parts = crates(&workspace, here, &["ztunnel"], &["ztunnel", "control-plane"]).unwrap();
+        let has = |name: &str| parts.iter().any(|part| part.name == name);
+        assert!(has("ztunnel") && has("rustls") && has("aws-lc-sys") && has("rust-std"), "{parts:?}");
+        // Named in the lock file for features that no program has; a macro that is expanded, and gone; a test's tool.
+        assert!(!has("ring") && !has("serde_derive") && !has("proptest"), "{parts:?}");
+        assert_eq!(linked("a v1.2.3 (proc-macro)"), Some(("a", "1.2.3")));
+    }
+
+    #[test]
     fn libraries_are_traced_to_their_package() {
         let libc = Path::new("/bin/tar").canonicalize().unwrap();
-        let parts = debian(&[libc, PathBuf::from("/nowhere/at/all")]).unwrap();
+        let parts = debian(Path::new("/"), &[libc, PathBuf::from("/nowhere/at/all")]).unwrap();
         assert_eq!(parts.iter().map(|p| p.name.as_str()).collect::<Vec<_>>(), ["tar"]);
     }
 
@@ -208,11 +279,17 @@ mod tests {
         let odd =
             Part { kind: "deb/debian", name: "libstdc++6".into(), version: "1:2~3".into(), licence: None };
         let parts: BTreeSet<Part> = [part("a_b"), odd].into();
-        let document = document("culvert/x", "1", 0, &Rootfs::default(), &parts);
+        let mut files = Rootfs::default();
+        files.file("/usr/local/bin/x", b"abc".to_vec(), 0o755).unwrap();
+        let document = document("culvert/x", "1", 0, &files, &parts);
         let ids: Vec<&str> =
             document["packages"].as_array().unwrap().iter().map(|p| p["SPDXID"].as_str().unwrap()).collect();
         assert_eq!(ids, ["SPDXRef-image", "SPDXRef-cargo-a-b-1.0.0", "SPDXRef-deb-debian-libstdc--6-1-2-3"]);
-        assert_eq!(document["relationships"].as_array().unwrap().len(), 3);
+        assert_eq!(document["relationships"].as_array().unwrap().len(), 4);
+        let file = &document["files"][0];
+        assert_eq!(file["SPDXID"], "SPDXRef-file-usr-local-bin-x");
+        // FIPS 180-4's example.
+        assert_eq!(file["checksums"][0]["checksumValue"], "a9993e364706816aba3e25717850c26c9cd0d89d");
         assert_eq!(
             document["packages"][2]["externalRefs"][0]["referenceLocator"],
             "pkg:deb/debian/libstdc++6@1%3A2%7E3"

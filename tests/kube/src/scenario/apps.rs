@@ -121,9 +121,7 @@ impl App {
     }
 
     fn spec(&self) -> Value {
-        let mut container = json!({
-            "name": "app", "image": APPS, "imagePullPolicy": "Never", "command": self.command,
-        });
+        let mut container = container("app", &self.command);
         merge(&mut container, &self.container);
         let mut spec = json!({
             "serviceAccountName": self.account,
@@ -164,6 +162,16 @@ impl App {
             },
         })
     }
+}
+
+/// A container of the applications' image. It knows its namespace, for what its messages carry.
+#[must_use]
+pub fn container(name: &str, command: &[String]) -> Value {
+    let namespace = json!({"fieldRef": {"fieldPath": "metadata.namespace"}});
+    json!({
+        "name": name, "image": APPS, "imagePullPolicy": "Never", "command": command,
+        "env": [{"name": "E2E_NAMESPACE", "valueFrom": namespace}],
+    })
 }
 
 /// A Service of the ports of [`App::server`], for the pods labelled `app=NAME`.

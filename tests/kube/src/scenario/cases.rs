@@ -1,58 +1,90 @@
 //! The list.
 
-use super::{Scenario, enrolment, faults, policy, smoke, upgrade, workloads};
+use super::{
+    Scenario, commands, dual_stack, enrolment, faults, plugin, policy, release, smoke, upgrade, workloads,
+};
 
-const fn mesh(
-    name: &'static str,
-    shows: &'static str,
-    run: fn(&super::Stage) -> anyhow::Result<()>,
-) -> Scenario {
-    Scenario { name, shows, mesh: true, run }
+type Run = fn(&super::Stage) -> anyhow::Result<()>;
+
+/// Keeps to its namespace.
+const fn beside(name: &'static str, shows: &'static str, run: Run) -> Scenario {
+    Scenario { name, shows, mesh: true, alone: false, run }
 }
 
-/// In the order in which they run.
+/// Changes or breaks what others need.
+const fn alone(name: &'static str, shows: &'static str, run: Run) -> Scenario {
+    Scenario { name, shows, mesh: true, alone: true, run }
+}
+
+/// In the order in which they run: the longest first of those that run side by side.
 pub const ALL: &[Scenario] = &[
     Scenario {
         name: "smoke",
         shows: "the cluster itself: pods, services, DNS, probes, and that plaintext is seen where there is some",
         mesh: false,
+        alone: true,
         run: smoke::run,
     },
-    mesh(
+    beside(
         "enrol",
         "a label enrols running pods, and no connection, request or download is lost",
         enrolment::enrol,
     ),
-    mesh("leave", "the label's removal lets go of them, and nothing is lost", enrolment::leave),
-    mesh("sidecars", "a pod with a sidecar, and one that opted out, are left alone", enrolment::left_alone),
-    mesh(
+    // What others send and are answered goes on under it.
+    beside("root", "the root is exchanged under load, until the old one is gone", upgrade::root),
+    beside("dual-stack", "IPv6 beside IPv4, for pods and services, policies too", dual_stack::run),
+    beside("commands", "the command line on a mesh at work: what it says is so", commands::commands),
+    beside("leave", "the label's removal lets go of them, and nothing is lost", enrolment::leave),
+    beside("sidecars", "a pod with a sidecar, and one that opted out, are left alone", enrolment::left_alone),
+    beside(
         "strict",
         "STRICT refuses plaintext, and a policy on identities and ports decides the rest",
         policy::strict,
     ),
-    mesh(
+    beside(
         "probes",
         "the kubelet's probes work under STRICT, and nobody else of the node gets in",
         policy::probes,
     ),
-    mesh("network-policy", "NetworkPolicies hold for tunnels, and never lead to plaintext", policy::network),
-    mesh("jobs", "Jobs that talk in their first millisecond, all of them encrypted", workloads::jobs),
-    mesh(
+    beside(
+        "network-policy",
+        "NetworkPolicies hold for tunnels, and never lead to plaintext",
+        policy::network,
+    ),
+    beside("jobs", "Jobs that talk in their first millisecond, all of them encrypted", workloads::jobs),
+    beside(
         "sets",
         "a StatefulSet behind a headless Service, DNS, a ServiceEntry, UDP, servers that speak first",
         workloads::sets,
     ),
-    mesh("real", "nginx, Redis and curl, which know nothing of a mesh", workloads::real),
-    mesh("rollout", "a rolling update under load loses no request", upgrade::rollout),
-    mesh("away", "the control plane is away while pods come and go", faults::control_plane_away),
-    mesh("chain", "the primary CNI's configuration is rewritten without the plugin", faults::chain),
-    mesh(
+    beside("real", "nginx, Redis and curl, which know nothing of a mesh", workloads::real),
+    beside("rollout", "a rolling update under load loses no request", upgrade::rollout),
+    alone(
+        "plugin",
+        "the CNI plugin is killed inside ADD, and no pod starts outside the mesh",
+        plugin::killed,
+    ),
+    alone(
+        "away",
+        "two minutes without a control plane: pods come and go, a ztunnel is killed, admission is closed",
+        faults::control_plane_away,
+    ),
+    alone("chain", "the primary CNI's configuration is rewritten without the plugin", faults::chain),
+    alone(
         "kills",
         "agent, ztunnel, containerd and kubelet killed at random, and never plaintext",
         faults::kills,
     ),
-    mesh("reboot", "a node loses power and comes back, and nothing of it is plaintext", faults::reboot),
-    mesh("ztunnel-upgrade", "ztunnel is replaced under load, and no request fails", upgrade::ztunnel),
-    mesh("root", "the root is exchanged under load, in stages", upgrade::root),
-    mesh("revision", "a second revision's control plane beside the first", upgrade::revision),
+    alone("reboot", "a node loses power and comes back, and nothing of it is plaintext", faults::reboot),
+    alone("ztunnel-upgrade", "ztunnel is replaced under load, and no request fails", upgrade::ztunnel),
+    alone(
+        "revision",
+        "a second revision's control plane gets the proxies under load, and gives them back",
+        upgrade::revision,
+    ),
+    alone(
+        "release",
+        "uninstalled under pods of the mesh, installed, upgraded and uninstalled by the command line",
+        release::comes_and_goes,
+    ),
 ];

@@ -53,7 +53,7 @@ pub fn enrol(stage: &Stage) -> Result<()> {
     stage.pass(Duration::from_secs(3));
     let now = glimpse(stage, &far)?;
     only_old_plaintext(&old, &now)?;
-    ensure!(now.tunnel > 0, "no tunnel between the nodes: {now:?}");
+    ensure!(now.tunnel(&stage.addresses()?) > 0, "no tunnel between the nodes: {now:?}");
     stage.ok("new requests go through tunnels, the old connections go on as they are");
     stage.undisturbed("client", &before)?;
     wait_for("the end of the download", PATIENCE, || {

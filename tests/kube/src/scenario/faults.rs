@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, bail, ensure};
-use serde_json::Value;
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::{Value, json};
 
 use super::stage::PATIENCE;
-use super::{App, Stage};
+use super::{App, Job, Stage, policy};
 use crate::lab::{NODES, Node};
 use crate::mesh::{self, NAMESPACE};
 use crate::node;
@@ -18,29 +18,99 @@ pub fn control_plane_away(stage: &Stage) -> Result<()> {
     stage.label_in()?;
     stage.serve(&[App::server("server").on(&far)])?;
     let talk = ["-hold", "10@server:9000", "-load", "10@http://server:8080/"];
-    stage.start(&[App::client("client", &talk).on(&near), App::idle("doomed").on(&near)])?;
+    let stranger = App::idle("stranger").account("stranger").on(&near);
+    stage.start(&[App::client("client", &talk).on(&near), stranger, App::idle("doomed").on(&near)])?;
+    stage.apply(&[refuse_stranger(stage, "stranger")])?;
+    policy::enforced(stage, "authorizationpolicy", "not-strangers")?;
     stage.enrolled(true)?;
     let before = stage.talking("client")?;
     let replicas = scale(stage, "0")?;
     stage.ok("the control plane is gone");
-    let away = stage.nothing_in_plaintext(&far, || {
-        let clock = Clock::start();
-        stage.delete_pods(&["doomed"])?;
-        // It starts, or it waits: it never talks in plaintext.
-        stage.apply(&[App::client("comer", &["-load", "5@http://server:8080/"]).on(&near).pod()])?;
-        stage.pass(Duration::from_secs(60).saturating_sub(clock.elapsed()));
-        Ok(stage.undisturbed("client", &before))
-    });
+    let away = stage.nothing_in_plaintext(&far, || Ok(without_control_plane(stage, &before)));
     scale(stage, &replicas)?;
     mesh::ready(&stage.cluster, PATIENCE * 2)?;
     away??;
-    stage.ok("a minute without a control plane: nothing of what ran was disturbed");
-    stage.pod_ready("comer")?;
-    let comer = stage.talking("comer")?;
-    stage.pass(Duration::from_secs(2));
-    stage.undisturbed("comer", &comer)?;
+    for comer in COMERS {
+        stage.pod_ready(comer)?;
+        stage.talking(comer)?;
+    }
+    let comers = COMERS.map(|comer| stage.jobs(comer));
+    stage.pass(Duration::from_secs(3));
+    for (comer, before) in COMERS.iter().zip(comers) {
+        stage.undisturbed(comer, &before?)?;
+    }
     stage.enrolled(true)?;
-    stage.ok("the pod that came meanwhile is in the mesh and talks");
+    stage.ok("the pods that came meanwhile are in the mesh and talk");
+    stage.apply(&[refuse_stranger(stage, "nobody")])?;
+    policy::enforced(stage, "authorizationpolicy", "not-strangers")?;
+    stage.reaches("stranger", "http://server:8080/")?;
+    stage.ok("policies can be changed again, and hold");
+    Ok(())
+}
+
+/// The pods that come while the control plane is away; the last has an account that is new to its node, and gets no
+/// certificate until it is back.
+const COMERS: [&str; 3] = ["comer-0", "comer-1", "newcomer"];
+
+fn refuse_stranger(stage: &Stage, account: &str) -> Value {
+    let principal = format!("cluster.local/ns/{}/sa/{account}", stage.namespace);
+    json!({
+        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy", "metadata": {"name": "not-strangers"},
+        "spec": {
+            "selector": {"matchLabels": {"app": "server"}}, "action": "DENY",
+            "rules": [{"from": [{"source": {"principals": [principal]}}]}],
+        },
+    })
+}
+
+/// Two minutes without a control plane, in which pods come and go, a ztunnel dies, and admission closes.
+fn without_control_plane(stage: &Stage, before: &[Job]) -> Result<()> {
+    const LONG: Duration = Duration::from_secs(120);
+    let (clock, near) = (Clock::start(), &NODES[0]);
+    stage.delete_pods(&["doomed"])?;
+    let refused =
+        stage.apply(&[refuse_stranger(stage, "nobody")]).err().context("no admission, and a change")?;
+    let refused = format!("{refused:#}");
+    ensure!(refused.contains("validation.culvert.dev"), "refused for another reason: {refused}");
+    stage.apply(&[json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "other"}})])?;
+    stage.ok("admission is closed for the mesh's kinds, and for nothing else");
+    for (round, comer) in COMERS.iter().enumerate() {
+        let app = App::client(comer, &["-load", "5@http://server:8080/"]).on(near);
+        let app = if *comer == "newcomer" { app.account(comer) } else { app };
+        stage.accounts(std::slice::from_ref(&app))?;
+        stage.apply(&[app.pod()])?;
+        stage.cannot_reach("stranger", "http://server:8080/")?;
+        if round == 1 {
+            stage.undisturbed("client", before)?;
+            Victim::Container("ztunnel").kill(stage, near)?;
+            stage.ok("ztunnel of their node is killed");
+            wait_for("requests to be answered again", PATIENCE, || {
+                let good = |jobs: &[Job]| jobs.iter().map(|j| j.good).sum::<u64>();
+                let now = good(&stage.jobs("client")?);
+                stage.pass(Duration::from_secs(1));
+                let later = good(&stage.jobs("client")?);
+                Ok(if later > now + 5 { Ok(()) } else { Err(format!("{} answers in a second", later - now)) })
+            })?;
+            stage.ok("the next one goes on, by the configuration and the certificates that it was left");
+        }
+        stage.pass(Duration::from_secs(5));
+    }
+    for comer in ["comer-0", "comer-1"] {
+        stage.pod_ready(comer)?;
+        stage.talking(comer)?;
+    }
+    stage.ok("pods that come start, and talk by the certificate that their node has for their account");
+    if let Ok(jobs) = stage.jobs("newcomer") {
+        ensure!(
+            jobs.iter().all(|j| j.good == 0),
+            "without a certificate, the newcomer was answered: {jobs:?}"
+        );
+    }
+    let calm = stage.jobs("client")?;
+    stage.pass(LONG.saturating_sub(clock.elapsed()));
+    stage.undisturbed("client", &calm)?;
+    stage.cannot_reach("stranger", "http://server:8080/")?;
+    stage.ok("two minutes without a control plane: what was in force is, and nothing else was disturbed");
     Ok(())
 }
 

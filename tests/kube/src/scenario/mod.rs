@@ -5,22 +5,29 @@
 
 mod apps;
 mod cases;
+mod commands;
+mod dual_stack;
 mod enrolment;
 mod faults;
+mod plugin;
 mod policy;
+mod release;
 mod smoke;
 mod stage;
 mod upgrade;
 mod workloads;
 
 use std::fs;
+use std::sync::Mutex;
+use std::thread;
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 
 pub use apps::{App, Job};
 pub use stage::Stage;
 
 use crate::cluster::Cluster;
+use crate::mesh;
 use crate::report::{Clock, say};
 
 /// One of them.
@@ -32,6 +39,8 @@ pub struct Scenario {
     pub shows: &'static str,
     /// Whether the product must be there.
     pub mesh: bool,
+    /// Whether others must not run at the same time.
+    pub alone: bool,
     /// It.
     pub run: fn(&Stage) -> Result<()>,
 }
@@ -51,27 +60,55 @@ pub fn select(names: &[String]) -> Result<Vec<Scenario>> {
     Ok(ALL.iter().filter(|s| names.is_empty() || names.iter().any(|n| n == s.name)).copied().collect())
 }
 
-/// Runs scenarios; returns the names of those that failed. What is known of a failure is left in `target/kube/failed`.
+/// How many scenarios run side by side: most of their time they wait.
+const SIDE_BY_SIDE: usize = 4;
+
+/// Runs scenarios: first those that can be run side by side, then the others, one after the other; returns the names of
+/// those that failed. What is known of a failure is left in `target/kube/failed`.
 ///
 /// # Errors
 /// A scenario can't even be set up.
 pub fn run(cluster: &Cluster, scenarios: &[Scenario]) -> Result<Vec<&'static str>> {
+    let (alone, beside): (Vec<_>, Vec<_>) = scenarios.iter().partition(|s| s.alone);
     let mut failed = Vec::new();
-    for scenario in scenarios {
-        say(&format!("== {}: {}", scenario.name, scenario.shows));
-        let clock = Clock::start();
-        let stage = Stage::new(cluster, scenario.name)?;
-        match (scenario.run)(&stage) {
-            Ok(()) => say(&format!("== {}: ok, {}", scenario.name, clock.seconds())),
-            Err(error) => {
-                let left = stage.keep_evidence(&error);
-                say(&format!("== {}: FAILED after {}: {error:#}", scenario.name, clock.seconds()));
-                say(&format!("   see {}", left.display()));
-                failed.push(scenario.name);
+    let waiting = Mutex::new(beside.into_iter());
+    thread::scope(|scope| {
+        let work = || {
+            let mut failed = Vec::new();
+            loop {
+                let next = waiting.lock().map_err(|_| anyhow::anyhow!("a scenario panicked"))?.next();
+                let Some(scenario) = next else { return anyhow::Ok(failed) };
+                failed.extend(play(cluster, scenario)?);
             }
+        };
+        let workers: Vec<_> = (0..SIDE_BY_SIDE).map(|_| scope.spawn(work)).collect();
+        for worker in workers {
+            failed.extend(worker.join().ok().context("a scenario panicked")??);
         }
+        anyhow::Ok(())
+    })?;
+    if scenarios.iter().any(|s| !s.alone) {
+        mesh::usage().iter().for_each(|line| say(line));
+    }
+    for scenario in alone {
+        failed.extend(play(cluster, scenario)?);
     }
     Ok(failed)
+}
+
+/// Runs one; returns its name if it failed.
+fn play(cluster: &Cluster, scenario: &Scenario) -> Result<Option<&'static str>> {
+    say(&format!("== {}: {}", scenario.name, scenario.shows));
+    let clock = Clock::start();
+    let stage = Stage::new(cluster, scenario.name)?;
+    let Err(error) = (scenario.run)(&stage) else {
+        say(&format!("== {}: ok, {}", scenario.name, clock.seconds()));
+        return Ok(None);
+    };
+    let left = stage.keep_evidence(&error);
+    say(&format!("== {}: FAILED after {}: {error:#}", scenario.name, clock.seconds()));
+    say(&format!("   see {}", left.display()));
+    Ok(Some(scenario.name))
 }
 
 /// Forgets the evidence of earlier runs.
@@ -89,10 +126,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_unique_and_can_be_namespaces() {
+    fn names_can_be_namespaces_and_none_is_the_beginning_of_another() {
         for (i, scenario) in ALL.iter().enumerate() {
             assert!(scenario.name.chars().all(|c| c.is_ascii_lowercase() || c == '-'), "{}", scenario.name);
-            assert!(ALL.iter().skip(i + 1).all(|other| other.name != scenario.name), "{}", scenario.name);
+            let others = ALL.iter().enumerate().filter(|(other, _)| *other != i);
+            // A capture tells scenarios apart by it.
+            assert!(others.into_iter().all(|(_, o)| !o.name.starts_with(scenario.name)), "{}", scenario.name);
         }
         assert_eq!(select(&[]).unwrap().len(), ALL.len());
         assert!(select(&["none".into()]).is_err());

@@ -10,9 +10,11 @@ use super::{App, Stage};
 use crate::lab::NODES;
 use crate::{network_policy, node};
 
-const STRICT: &str = "STRICT";
+/// Plaintext is refused.
+pub const STRICT: &str = "STRICT";
 
-fn peer_authentication(mode: &str) -> Value {
+/// For the whole namespace.
+pub fn peer_authentication(mode: &str) -> Value {
     json!({
         "apiVersion": "security.istio.io/v1", "kind": "PeerAuthentication", "metadata": {"name": "default"},
         "spec": {"mtls": {"mode": mode}},
@@ -20,7 +22,7 @@ fn peer_authentication(mode: &str) -> Value {
 }
 
 /// Waits for the conditions of a policy: that no proxy is behind.
-fn enforced(stage: &Stage, kind: &str, name: &str) -> Result<()> {
+pub fn enforced(stage: &Stage, kind: &str, name: &str) -> Result<()> {
     stage.kubectl().until(&[kind, "-n", &stage.namespace, name], PATIENCE, |policy| {
         let conditions = policy["status"]["conditions"].as_array().cloned().unwrap_or_default();
         match conditions.iter().find(|c| c["type"] == "Enforced") {

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Error, Result, bail};
 use serde_json::{Value, json};
 
 use super::apps::{App, Job, service};
-use crate::capture::{Capture, Seen};
+use crate::capture::{self, Capture, Seen};
 use crate::cluster::Cluster;
 use crate::kubectl::Kubectl;
 use crate::lab::Node;
@@ -21,9 +21,9 @@ use crate::report::{Clock, say, wait_for};
 /// How long a pod may take to be what it should.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 /// What enrols.
-const MODE: &str = "istio.io/dataplane-mode";
+pub const MODE: &str = "istio.io/dataplane-mode";
 /// What says that a pod is enrolled.
-const REDIRECTION: &str = "ambient.istio.io/redirection";
+pub const REDIRECTION: &str = "ambient.istio.io/redirection";
 
 /// Where a scenario plays; its namespace is deleted when it is dropped.
 pub struct Stage {
@@ -84,7 +84,7 @@ impl Stage {
 
     /// Says what has been seen to be so.
     pub fn ok(&self, what: &str) {
-        say(&format!("   {:>6.1} s  {what}", self.clock.elapsed().as_secs_f64()));
+        say(&format!("   {:>6.1} s  {}: {what}", self.clock.elapsed().as_secs_f64(), self.name));
     }
 
     /// Lets time pass.
@@ -172,6 +172,27 @@ impl Stage {
     /// It is not there.
     pub fn address(&self, pod: &str) -> Result<String> {
         self.kubectl().run(&["get", "pod", "-n", &self.namespace, pod, "-o", "jsonpath={.status.podIP}"])
+    }
+
+    /// All addresses of the scenario's pods.
+    ///
+    /// # Errors
+    /// kubectl fails.
+    pub fn addresses(&self) -> Result<Vec<String>> {
+        let all = "jsonpath={.items[*].status.podIPs[*].ip}";
+        let text = self.kubectl().run(&["get", "pods", "-n", &self.namespace, "-o", all])?;
+        Ok(text.split_whitespace().map(str::to_owned).collect())
+    }
+
+    /// A pod's IPv6 address.
+    ///
+    /// # Errors
+    /// It has none.
+    pub fn address6(&self, pod: &str) -> Result<String> {
+        let all = "jsonpath={.status.podIPs[*].ip}";
+        let text = self.kubectl().run(&["get", "pod", "-n", &self.namespace, pod, "-o", all])?;
+        let found = text.split_whitespace().find(|ip| ip.contains(':'));
+        found.map(str::to_owned).with_context(|| format!("{pod} has no IPv6 address: {text:?}"))
     }
 
     /// Runs a command in a pod.
@@ -329,7 +350,7 @@ impl Stage {
     /// # Errors
     /// Of `what`, or the capture missed something.
     pub fn watch<T>(&self, node: &Node, what: impl FnOnce() -> Result<T>) -> Result<(Seen, T)> {
-        let capture = Capture::start(&self.cluster.lab, node)?;
+        let capture = Capture::start(&self.cluster.lab, node, capture::marker(&self.namespace))?;
         let done = what()?;
         Ok((capture.finish()?, done))
     }
@@ -344,10 +365,11 @@ impl Stage {
             let flows: Vec<String> = seen.plaintext.iter().take(5).map(ToString::to_string).collect();
             bail!("{} flows passed in plaintext: {}", seen.plaintext.len(), flows.join(", "));
         }
-        if seen.tunnel == 0 {
+        let tunnel = seen.tunnel(&self.addresses()?);
+        if tunnel == 0 {
             bail!("nothing passed in a tunnel: the watch has seen nothing ({} packets)", seen.packets);
         }
-        self.ok(&format!("{} packets of tunnels between the nodes, no plaintext", seen.tunnel));
+        self.ok(&format!("{tunnel} packets of tunnels between the nodes, no plaintext"));
         Ok(done)
     }
 

@@ -1,14 +1,16 @@
 //! New versions, while applications talk.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::stage::PATIENCE;
-use super::{App, Stage};
+use super::{App, Stage, policy};
 use crate::lab::NODES;
 use crate::mesh::{self, NAMESPACE};
+use crate::report::wait_for;
 
 /// See [`super::ALL`].
 pub fn rollout(stage: &Stage) -> Result<()> {
@@ -65,61 +67,192 @@ pub fn ztunnel(stage: &Stage) -> Result<()> {
     Ok(())
 }
 
+const SECRET: [&str; 4] = ["secret", "-n", NAMESPACE, "culvert-ca-secret"];
+
+/// Says something to the one who keeps the root.
+fn annotate_root(stage: &Stage, annotation: &str) -> Result<()> {
+    let words = ["annotate", "--overwrite", "-n", NAMESPACE, "secret/culvert-ca-secret", annotation];
+    stage.kubectl().run(&words).map(drop)
+}
+
+/// Waits until every namespace is given so many roots; returns them.
+fn roots(stage: &Stage, wanted: usize) -> Result<String> {
+    let bundle = ["configmap", "-n", &stage.namespace, "istio-ca-root-cert"];
+    let text = |bundle: &Value| bundle["data"]["root-cert.pem"].as_str().unwrap_or_default().to_owned();
+    stage.kubectl().until(&bundle, PATIENCE * 3, |bundle| {
+        let roots = text(bundle).matches("BEGIN CERTIFICATE").count();
+        if roots == wanted { Ok(()) } else { Err(format!("{roots} roots")) }
+    })?;
+    Ok(text(&stage.kubectl().get(&bundle)?))
+}
+
 /// See [`super::ALL`].
 pub fn root(stage: &Stage) -> Result<()> {
-    const SECRET: [&str; 4] = ["secret", "-n", NAMESPACE, "culvert-ca-secret"];
     let [near, far] = NODES;
     stage.label_in()?;
-    stage.serve(&[App::server("server").on(&far)])?;
-    stage.start(&[App::client("client", &["-load", "20@http://server:8080/"]).on(&near)])?;
+    stage.serve(&[App::server("server").account("old").on(&far)])?;
+    let talk = |server: &str| [format!("20@http://{server}:8080/"), format!("5@{server}:9000")];
+    let client = |name: &str, server: &str| {
+        let [load, hold] = talk(server);
+        App::client(name, &["-load", &load, "-hold", &hold]).account(name).on(&near)
+    };
+    stage.start(&[client("first", "server")])?;
     stage.enrolled(true)?;
-    let before = stage.talking("client")?;
+    let before = stage.talking("first")?;
     let signer = |secret: &Value| secret["data"]["ca-cert.pem"].clone();
-    let old = signer(&stage.kubectl().get(&SECRET)?);
-    let words = ["annotate", "-n", NAMESPACE, "secret/culvert-ca-secret", "culvert.dev/rotate-root=now"];
-    stage.kubectl().run(&words)?;
-    stage.kubectl().until(
-        &["configmap", "-n", &stage.namespace, "istio-ca-root-cert"],
-        PATIENCE,
-        |bundle| {
-            let text = bundle["data"]["root-cert.pem"].as_str().unwrap_or_default();
-            let roots = text.matches("BEGIN CERTIFICATE").count();
-            if roots == 2 { Ok(()) } else { Err(format!("{roots} roots")) }
-        },
-    )?;
+    let (old, old_root) = (signer(&stage.kubectl().get(&SECRET)?), roots(stage, 1)?);
+    annotate_root(stage, "culvert.dev/rotate-root=now")?;
+    let both = roots(stage, 2)?;
+    ensure!(both.contains(old_root.trim()), "the old root is not among the two");
     stage.ok("every namespace has the new root beside the old one");
-    stage.kubectl().until(&SECRET, PATIENCE * 2, |secret| {
+    stage.kubectl().until(&SECRET, PATIENCE * 3, |secret| {
         if signer(secret) == old { Err(secret["metadata"]["annotations"].to_string()) } else { Ok(()) }
     })?;
     stage.ok("every proxy trusts it, and it signs");
-    // Its certificate is of the new root, the server's of the old one.
-    stage.start(&[App::client("late", &["-load", "20@http://server:8080/"]).account("late").on(&near)])?;
-    let late = stage.talking("late")?;
+    // Certificates of the new root and of the old one, each way.
+    stage.serve(&[App::server("fresh").account("fresh").on(&far)])?;
+    stage.start(&[client("late", "server"), client("cross", "fresh")])?;
+    let (late, cross) = (stage.talking("late")?, stage.talking("cross")?);
+    let old_to_new = stage.exec("first", &["app", "get", "-n", "20", "http://fresh:8080/"])?;
+    ensure!(old_to_new.lines().all(|l| l.starts_with("200 fresh")), "from old to new: {old_to_new}");
     stage.pass(Duration::from_secs(3));
-    stage.undisturbed("late", &late)?;
-    stage.undisturbed("client", &before)?;
-    stage.ok("both talk, and nothing was lost");
+    let calm = |stage: &Stage| -> Result<()> {
+        stage.undisturbed("first", &before)?;
+        stage.undisturbed("late", &late)?;
+        stage.undisturbed("cross", &cross).map(drop)
+    };
+    calm(stage)?;
+    stage.ok("certificates of both roots talk to each other, and nothing was lost");
+
+    // What time does otherwise: a certificate lives for a day.
+    annotate_root(stage, "culvert.dev/accept-rotation=drop")?;
+    let new = roots(stage, 1)?;
+    ensure!(both.contains(new.trim()) && new != old_root, "the root that is left is not the new one");
+    stage.ok("the old root is dropped");
+    wait_for("every ztunnel to trust the new root only, with certificates of it", PATIENCE * 4, || {
+        let said = stage.culvert(&["ztunnel-config", "certificate", "-o", "json"])?;
+        Ok(of_one_root(&said.output))
+    })?;
+    stage.ok("every ztunnel trusts the new root only, and has certificates of it only");
+    stage.pass(Duration::from_secs(3));
+    calm(stage)?;
+    stage.start(&[client("last", "server")])?;
+    let last = stage.talking("last")?;
+    stage.pass(Duration::from_secs(2));
+    stage.undisturbed("last", &last)?;
+    let state = stage.kubectl().get(&SECRET)?["metadata"]["annotations"]["culvert.dev/rotation"].clone();
+    ensure!(state.is_null(), "a rotation is still under way: {state}");
+    stage.ok("the rotation is complete, and no connection or request was lost in it");
     Ok(())
+}
+
+/// Whether what the ztunnels of both nodes say of their certificates (as JSON) has one root in all, and all are valid.
+fn of_one_root(text: &str) -> Result<(), String> {
+    let all: Value = serde_json::from_str(text).map_err(|e| e.to_string())?;
+    let nodes = all.as_array().cloned().unwrap_or_default();
+    let trusted: BTreeSet<String> = nodes.iter().map(|node| node["roots"].to_string()).collect();
+    let certificates: Vec<Value> =
+        nodes.iter().flat_map(|n| n["workloads"].as_array().cloned().unwrap_or_default()).collect();
+    let signed: BTreeSet<String> = certificates.iter().map(|c| c["root"].to_string()).collect();
+    let one = nodes.iter().all(|node| node["roots"].as_array().is_some_and(|roots| roots.len() == 1));
+    let valid = !certificates.is_empty() && certificates.iter().all(|c| c["valid"] == true);
+    if nodes.len() == NODES.len() && one && valid && trusted.len() == 1 && signed.len() == 1 {
+        return Ok(());
+    }
+    Err(format!("trusted: {trusted:?}, signed by: {signed:?}, valid: {valid}"))
 }
 
 /// See [`super::ALL`].
 pub fn revision(stage: &Stage) -> Result<()> {
+    const CANARY: &str = "culvert-canary";
     let [near, far] = NODES;
     stage.label_in()?;
     stage.serve(&[App::server("server").on(&far)])?;
-    stage.start(&[App::client("client", &["-load", "20@http://server:8080/"]).on(&near)])?;
+    stage.start(&[
+        App::client("client", &["-load", "20@http://server:8080/"]).on(&near),
+        App::idle("stranger").account("stranger").on(&near),
+    ])?;
+    let outside = stage.beside("outside")?;
+    outside.start(&[App::idle("plain").on(&near)])?;
     stage.enrolled(true)?;
     let before = stage.talking("client")?;
     let settings = ["revision=canary", "node.enabled=false", "ztunnel.enabled=false"];
-    let outcome = mesh::release(&stage.cluster, "culvert-canary", &settings).and_then(|()| {
+    let outcome = mesh::release(&stage.cluster, CANARY, &settings).and_then(|()| {
         stage.kubectl().rolled_out(NAMESPACE, "deployment/culvertd-canary", PATIENCE)?;
+        stage.culvert(&["verify-install", "--timeout", "60s"])?.code(0)?;
         stage.ok("a second control plane is ready beside the first");
-        stage.pass(Duration::from_secs(3));
-        stage.undisturbed("client", &before)
+        moved(stage, &outside)
     });
-    mesh::remove(&stage.cluster, "culvert-canary")?;
+    let back = mesh::install(&stage.cluster, &[]);
+    let outcome = outcome.and(back).and_then(|()| moved_back(stage, &outside));
+    mesh::remove(&stage.cluster, CANARY)?;
     mesh::ready(&stage.cluster, PATIENCE)?;
-    stage.undisturbed("client", &outcome?)?;
-    stage.ok("it comes and goes, and the first goes on");
+    outcome?;
+    policy::enforced(stage, "authorizationpolicy", "not-strangers")?;
+    stage.undisturbed("client", &before)?;
+    stage.ok("it comes and goes, and no request was lost");
+    Ok(())
+}
+
+/// Waits until the proxies of all nodes are connected to this Deployment's pods, and have acknowledged everything.
+fn served_by(stage: &Stage, deployment: &str) -> Result<()> {
+    wait_for(&format!("the proxies to be connected to {deployment}"), PATIENCE, || {
+        let said = stage.culvert(&["proxy-status"])?;
+        // The name of a pod has two more parts.
+        let is = |pod: &str| pod.rsplitn(3, '-').nth(2) == Some(deployment);
+        let of = |line: &str| {
+            line.matches("SYNCED").count() == 2 && line.split_whitespace().last().is_some_and(is)
+        };
+        let all = NODES.iter().all(|n| said.output.lines().any(|l| l.starts_with(n.name) && of(l)));
+        Ok(if all { Ok(()) } else { Err(said.output) })
+    })
+}
+
+fn moved(stage: &Stage, outside: &Stage) -> Result<()> {
+    let url = format!("http://server.{}:8080/", stage.namespace);
+    let principal = format!("cluster.local/ns/{}/sa/stranger", stage.namespace);
+    let not_strangers = json!({
+        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy", "metadata": {"name": "not-strangers"},
+        "spec": {"action": "DENY", "rules": [{"from": [{"source": {"principals": [principal]}}]}]},
+    });
+    let mut strict = policy::peer_authentication(policy::STRICT);
+    strict["metadata"]["labels"] = json!({"istio.io/rev": "canary"});
+    stage.apply(&[not_strangers, strict])?;
+    policy::enforced(stage, "authorizationpolicy", "not-strangers")?;
+    stage.cannot_reach("stranger", &url)?;
+    outside.reaches("plain", &url)?;
+    served_by(stage, "culvertd")?;
+    stage.ok("the proxies are the first one's, and what is labelled for the second is not in force");
+
+    let address = format!("ztunnel.xdsAddress=https://culvertd-canary.{NAMESPACE}.svc:15012");
+    mesh::install(&stage.cluster, &[&address, "ztunnel.rootConfigMap=culvert-ca-root-cert"])?;
+    served_by(stage, "culvertd-canary")?;
+    outside.cannot_reach("plain", &url)?;
+    stage.reaches("client", &url)?;
+    stage.cannot_reach("stranger", &url)?;
+    policy::enforced(stage, "peerauthentication", "default")?;
+    policy::enforced(stage, "authorizationpolicy", "not-strangers")?;
+    stage.ok(
+        "moved to the second, they enforce what is labelled for it, and what has no label, by their status",
+    );
+    Ok(())
+}
+
+fn moved_back(stage: &Stage, outside: &Stage) -> Result<()> {
+    let url = format!("http://server.{}:8080/", stage.namespace);
+    served_by(stage, "culvertd")?;
+    outside.reaches("plain", &url)?;
+    stage.cannot_reach("stranger", &url)?;
+    policy::enforced(stage, "authorizationpolicy", "not-strangers")?;
+    stage.kubectl().until(
+        &["peerauthentication", "-n", &stage.namespace, "default"],
+        PATIENCE,
+        |policy| {
+            let conditions = policy["status"]["conditions"].as_array().cloned().unwrap_or_default();
+            let enforced = conditions.iter().find(|c| c["type"] == "Enforced").cloned().unwrap_or_default();
+            if enforced["status"] == "True" { Err(enforced.to_string()) } else { Ok(()) }
+        },
+    )?;
+    stage.ok("moved back, what is labelled for the second is not in force, and does not say so");
     Ok(())
 }

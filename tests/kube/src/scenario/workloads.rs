@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 
 use super::stage::PATIENCE;
 use super::{App, Stage};
+use crate::capture;
 use crate::lab::NODES;
-use crate::lab_images::APPS;
 
 /// See [`super::ALL`].
 pub fn jobs(stage: &Stage) -> Result<()> {
@@ -18,12 +18,11 @@ pub fn jobs(stage: &Stage) -> Result<()> {
     stage.enrolled(true)?;
     let address = stage.address("server")?;
     // To the address: a wait for DNS would give the mesh time.
-    let app = App::program("hasty", &["app", "echo", "-timeout", "5s", &format!("{address}:9000")]).on(&near);
+    let talk = ["app", "echo", "-timeout", "5s", &format!("{address}:9000")];
+    let app = App::program("hasty", &talk).on(&near);
     let mut template = app.template();
     template["spec"]["restartPolicy"] = json!("Never");
-    let first = json!({"name": "init", "image": APPS, "imagePullPolicy": "Never",
-                       "command": ["app", "echo", "-timeout", "5s", format!("{address}:9000")]});
-    template["spec"]["initContainers"] = json!([first]);
+    template["spec"]["initContainers"] = json!([super::apps::container("init", &talk.map(str::to_owned))]);
     let job = json!({
         "apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "hasty"},
         "spec": {"completions": 12, "parallelism": 4, "backoffLimit": 0, "template": template},
@@ -105,13 +104,24 @@ pub fn real(stage: &Stage) -> Result<()> {
     stage.enrolled(true)?;
     let client = stage.address("client")?;
     stage.nothing_in_plaintext(&far, || {
-        let curl = ["curl", "--silent", "--show-error", "--fail", "--max-time", "5", "http://nginx:8080/"];
+        let value = capture::marker(&stage.namespace);
+        let header = format!("X-Marker: {value}");
+        let curl = [
+            "curl",
+            "--silent",
+            "--show-error",
+            "--fail",
+            "--max-time",
+            "5",
+            "--header",
+            &header,
+            "http://nginx:8080/",
+        ];
         let answer = stage.exec("client", &curl)?;
         ensure!(answer == format!("nginx on nginx for {client}"), "nginx says {answer:?}, to {client}");
         stage.ok("curl gets nginx's page, and nginx sees the client's own address");
         let cli = |words: &[&str]| stage.exec("client", &[&["redis-cli", "-h", "redis"], words].concat());
-        let value = "culvert-e2e-marker";
-        ensure!(cli(&["set", "key", value])? == "OK", "Redis does not set");
+        ensure!(cli(&["set", "key", &value])? == "OK", "Redis does not set");
         ensure!(cli(&["get", "key"])? == value, "Redis does not get");
         stage.pass(Duration::from_millis(200));
         stage.ok("Redis keeps what it is given");

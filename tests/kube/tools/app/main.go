@@ -1,6 +1,7 @@
 // The applications of the scenarios, as one static program: what talks, what answers, and what holds a pod's place.
 //
-// Every message carries the marker, so that a capture of a link shows at once whether it passed in plaintext.
+// Every message carries the marker, so that a capture of a link shows at once whether it passed in plaintext. It has the
+// pod's namespace, by which scenarios that run side by side tell their own from others'.
 package main
 
 import (
@@ -11,7 +12,7 @@ import (
 	"syscall"
 )
 
-const marker = "culvert-e2e-marker"
+var marker = "culvert-e2e-marker:" + os.Getenv("E2E_NAMESPACE")
 
 const usage = `usage: app COMMAND
   serve    HTTP on 8080, TCP echo on 9000, a server that speaks first on 9001, UDP echo on 9002

@@ -17,10 +17,10 @@ import (
 	"time"
 )
 
-// line is the n-th line of a download, 32 bytes long; both ends can tell it without having it.
+// line is the n-th line of a download, as long as all others; both ends can tell it without having it.
 func line(n int64) string { return fmt.Sprintf("%s %012d\n", marker, n) }
 
-const lineLength = 32
+var lineLength = int64(len(line(0)))
 
 func serve(arguments []string) error {
 	flags := flag.NewFlagSet("serve", flag.ExitOnError)

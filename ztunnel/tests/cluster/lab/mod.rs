@@ -121,7 +121,7 @@ impl Cluster {
             canonical_revision: "latest".into(),
             workload_name: name.into(),
             workload_kind: WorkloadKind::Pod,
-            services: Box::default(),
+            services: Arc::default(),
             policies: Box::default(),
             waypoint: None,
             network_gateway: None,

@@ -1,0 +1,584 @@
+//! `extensionProviders` and `defaultProviders` of the mesh's settings: the services that decide over requests, or take
+//! traces, metrics and access logs of them.
+//!
+//! Only a waypoint sees requests. What the providers say is read and checked all the same, whole: a mistake in the
+//! settings is found when they are written, and a policy with the action CUSTOM that names a provider which there is not
+//! is told so, see [`Providers::for_custom`].
+
+use std::time::Duration;
+
+use model::Str;
+
+use crate::compile::Finding;
+use crate::diagnostic::Code;
+use crate::external::host::is_host;
+use crate::fields::{Cursor, Field, Fields, Schema, enforced, nested};
+use crate::metadata::is_label;
+
+/// A service that a provider is reached by.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Backend {
+    /// The namespace of who defines it, where several define one host name.
+    pub namespace: Option<Str>,
+    /// Its host name, in lower case, such as `authz.shop.svc.cluster.local`.
+    pub host: Str,
+    /// Its port.
+    pub port: u16,
+}
+
+/// A provider.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Provider {
+    /// Its name, the only one of its kind.
+    pub name: Str,
+    /// Where it is; `None` for kinds that are not reached over the network.
+    pub backend: Option<Backend>,
+    /// What it does.
+    pub kind: ProviderKind,
+}
+
+/// What a provider does.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum ProviderKind {
+    /// Decides over requests (`envoyExtAuthzHttp`, `envoyExtAuthzGrpc`).
+    Authorizer(Box<Authorizer>),
+    /// Takes traces, metrics or logs of requests, or gives secrets; under its field's name.
+    Other(&'static str),
+}
+
+/// How an external authorizer is asked.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Authorizer {
+    /// How requests are given to it over HTTP; `None` for gRPC.
+    pub http: Option<HttpCheck>,
+    /// How long its answer is waited for.
+    pub timeout: Option<Duration>,
+    /// Whether requests pass that it does not answer for.
+    pub fail_open: bool,
+    /// Whether the route is chosen again after it has answered.
+    pub clear_route_cache: bool,
+    /// The status of requests that it does not answer for.
+    pub status_on_error: Option<u16>,
+    /// How much of a request's body it is given, in bytes; nothing if left out.
+    pub body: Option<BodyCheck>,
+}
+
+/// What of a body an authorizer is given.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BodyCheck {
+    /// At most so many bytes.
+    pub max_bytes: u32,
+    /// Whether it is given a part of a larger one, which is refused otherwise.
+    pub allow_partial: bool,
+    /// Whether it is given as bytes, not as text.
+    pub as_bytes: bool,
+}
+
+/// What of a request an authorizer over HTTP is given, and what of its answer is kept.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct HttpCheck {
+    /// What its path begins with.
+    pub path_prefix: Option<Str>,
+    /// Headers of the request that it is given, as patterns.
+    pub request_headers: Vec<Str>,
+    /// Headers that it is given besides.
+    pub additional_headers: Vec<(Str, Str)>,
+    /// Headers of its answer that the service gets when it allows.
+    pub to_upstream_on_allow: Vec<Str>,
+    /// Headers of its answer that the client gets when it refuses.
+    pub to_downstream_on_deny: Vec<Str>,
+    /// Headers of its answer that the client gets when it allows.
+    pub to_downstream_on_allow: Vec<Str>,
+}
+
+/// All providers.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Providers {
+    all: Vec<Provider>,
+    defaults: Defaults,
+}
+
+/// The names of the providers that are used where no Telemetry says others.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Defaults {
+    /// For traces.
+    pub tracing: Vec<Str>,
+    /// For metrics.
+    pub metrics: Vec<Str>,
+    /// For access logs.
+    pub access_logging: Vec<Str>,
+}
+
+/// Providers that there are without being defined, as upstream has them.
+const BUILT_IN: [&str; 3] = ["prometheus", "stackdriver", "envoy"];
+
+impl Providers {
+    /// The providers, as they are written.
+    #[must_use]
+    pub fn all(&self) -> &[Provider] {
+        &self.all
+    }
+
+    /// The names of the defaults.
+    #[must_use]
+    pub fn defaults(&self) -> &Defaults {
+        &self.defaults
+    }
+
+    /// The provider of a name.
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<&Provider> {
+        self.all.iter().find(|provider| &*provider.name == name)
+    }
+
+    /// What to say of a policy that has this provider decide.
+    #[must_use]
+    pub(super) fn for_custom(&self, name: &str) -> Option<Finding> {
+        let message = match self.get(name).map(|provider| &provider.kind) {
+            Some(ProviderKind::Authorizer(_)) => return None,
+            Some(ProviderKind::Other(kind)) => {
+                format!("the provider {name} is a {kind}, which decides over nothing")
+            }
+            None => format!("there is no provider {name} in the mesh's settings (extensionProviders)"),
+        };
+        let authorizers = self.all.iter().filter(|p| matches!(p.kind, ProviderKind::Authorizer(_)));
+        let names: Vec<&str> = authorizers.map(|p| &*p.name).collect();
+        let remedy = if names.is_empty() {
+            "define it with envoyExtAuthzHttp or envoyExtAuthzGrpc".to_owned()
+        } else {
+            format!("define it, or name one of: {}", names.join(", "))
+        };
+        Some(Finding { code: Code::NamesNothing, message, remedy })
+    }
+
+    /// What to say of the settings themselves in the light of what is defined; `has_host` says whether there is a
+    /// service of a host name, of whatever namespace or of one.
+    pub(super) fn review(&self, has_host: &dyn Fn(Option<&Str>, &str) -> bool) -> Vec<Finding> {
+        let defaults = [&self.defaults.tracing, &self.defaults.metrics, &self.defaults.access_logging];
+        let unknown = |name: &&Str| self.get(name).is_none() && !BUILT_IN.contains(&&***name);
+        let unknown = defaults.into_iter().flatten().filter(unknown).map(|name| Finding {
+            code: Code::NamesNothing,
+            message: format!("defaultProviders name {name}, and no extension provider has this name"),
+            remedy: String::new(),
+        });
+        let away = self.all.iter().filter_map(|provider| {
+            let backend = provider.backend.as_ref()?;
+            let message =
+                format!("there is no service {} for the extension provider {}", backend.host, provider.name);
+            let remedy =
+                "write the host name of a Service (NAME.NAMESPACE.svc.cluster.local) or of a ServiceEntry";
+            (!has_host(backend.namespace.as_ref(), &backend.host)).then(|| Finding {
+                code: Code::NamesNothing,
+                message,
+                remedy: remedy.to_owned(),
+            })
+        });
+        unknown.chain(away).collect()
+    }
+}
+
+pub(super) static DEFAULTS: Schema = Schema {
+    name: "MeshConfig.spec.defaultProviders",
+    fields: &[enforced("tracing"), enforced("metrics"), enforced("accessLogging")],
+};
+
+pub(super) static PROVIDER: Schema = Schema {
+    name: "MeshConfig.spec.extensionProviders[]",
+    fields: &[
+        enforced("name"),
+        nested("envoyExtAuthzHttp", &AUTHZ_HTTP),
+        nested("envoyExtAuthzGrpc", &AUTHZ_GRPC),
+        nested("opentelemetry", &OPENTELEMETRY),
+        nested("zipkin", &ZIPKIN),
+        nested("prometheus", &NOTHING),
+        nested("envoyFileAccessLog", &FILE_LOG),
+        nested("envoyOtelAls", &OTEL_LOG),
+        nested("envoyHttpAls", &HTTP_LOG),
+        nested("envoyTcpAls", &TCP_LOG),
+        nested("skywalking", &SKYWALKING),
+        nested("datadog", &DATADOG),
+        nested("lightstep", &LIGHTSTEP),
+        nested("opencensus", &OPENCENSUS),
+        nested("stackdriver", &STACKDRIVER),
+        nested("sds", &SDS),
+    ],
+};
+
+const fn schema(name: &'static str, fields: &'static [Field]) -> Schema {
+    Schema { name, fields }
+}
+
+const SERVICE: Field = enforced("service");
+const PORT: Field = enforced("port");
+const TAG_LENGTH: Field = enforced("maxTagLength");
+const TIMEOUT: Field = enforced("timeout");
+
+static NOTHING: Schema = schema("ExtensionProvider.prometheus", &[]);
+static AUTHZ_HTTP: Schema = schema(
+    "ExtensionProvider.envoyExtAuthzHttp",
+    &[
+        SERVICE,
+        PORT,
+        TIMEOUT,
+        enforced("pathPrefix"),
+        enforced("failOpen"),
+        enforced("clearRouteCache"),
+        enforced("statusOnError"),
+        enforced("includeHeadersInCheck"),
+        enforced("includeRequestHeadersInCheck"),
+        enforced("includeAdditionalHeadersInCheck"),
+        nested("includeRequestBodyInCheck", &BODY),
+        enforced("headersToUpstreamOnAllow"),
+        enforced("headersToDownstreamOnDeny"),
+        enforced("headersToDownstreamOnAllow"),
+    ],
+);
+static AUTHZ_GRPC: Schema = schema(
+    "ExtensionProvider.envoyExtAuthzGrpc",
+    &[
+        SERVICE,
+        PORT,
+        TIMEOUT,
+        enforced("failOpen"),
+        enforced("clearRouteCache"),
+        enforced("statusOnError"),
+        nested("includeRequestBodyInCheck", &BODY),
+    ],
+);
+static BODY: Schema = schema(
+    "ExtensionProvider.includeRequestBodyInCheck",
+    &[enforced("maxRequestBytes"), enforced("allowPartialMessage"), enforced("packAsBytes")],
+);
+static HEADER: Schema =
+    schema("ExtensionProvider.headers[]", &[enforced("name"), enforced("value"), enforced("envName")]);
+static HTTP_SERVICE: Schema =
+    schema("ExtensionProvider.http", &[enforced("path"), TIMEOUT, nested("headers", &HEADER)]);
+static GRPC_SERVICE: Schema =
+    schema("ExtensionProvider.grpc", &[TIMEOUT, nested("initialMetadata", &HEADER)]);
+static DETECTORS: Schema = schema(
+    "ExtensionProvider.resourceDetectors",
+    &[nested("environment", &NO_FIELDS), nested("dynatrace", &NO_FIELDS)],
+);
+static NO_FIELDS: Schema = schema("ExtensionProvider.resourceDetectors.environment", &[]);
+static SAMPLER: Schema = schema(
+    "ExtensionProvider.dynatraceSampler",
+    &[
+        enforced("tenant"),
+        enforced("clusterId"),
+        enforced("rootSpansPerMinute"),
+        nested("httpService", &SAMPLER_API),
+    ],
+);
+static SAMPLER_API: Schema =
+    schema("ExtensionProvider.dynatraceSampler.httpService", &[SERVICE, PORT, nested("http", &HTTP_SERVICE)]);
+static OPENTELEMETRY: Schema = schema(
+    "ExtensionProvider.opentelemetry",
+    &[
+        SERVICE,
+        PORT,
+        TAG_LENGTH,
+        nested("http", &HTTP_SERVICE),
+        nested("grpc", &GRPC_SERVICE),
+        nested("resourceDetectors", &DETECTORS),
+        enforced("serviceAttributeEnrichment"),
+        nested("dynatraceSampler", &SAMPLER),
+    ],
+);
+static ZIPKIN: Schema = schema(
+    "ExtensionProvider.zipkin",
+    &[
+        SERVICE,
+        PORT,
+        TAG_LENGTH,
+        enforced("enable64bitTraceId"),
+        enforced("path"),
+        enforced("traceContextOption"),
+        TIMEOUT,
+        nested("headers", &HEADER),
+    ],
+);
+static LIGHTSTEP: Schema =
+    schema("ExtensionProvider.lightstep", &[SERVICE, PORT, enforced("accessToken"), TAG_LENGTH]);
+static DATADOG: Schema = schema("ExtensionProvider.datadog", &[SERVICE, PORT, TAG_LENGTH]);
+static SKYWALKING: Schema = schema("ExtensionProvider.skywalking", &[SERVICE, PORT, enforced("accessToken")]);
+static OPENCENSUS: Schema =
+    schema("ExtensionProvider.opencensus", &[SERVICE, PORT, enforced("context"), TAG_LENGTH]);
+static STACKDRIVER: Schema = schema(
+    "ExtensionProvider.stackdriver",
+    &[
+        enforced("debug"),
+        enforced("maxNumberOfAttributes"),
+        enforced("maxNumberOfAnnotations"),
+        enforced("maxNumberOfMessageEvents"),
+        TAG_LENGTH,
+        nested("logging", &LABELS),
+    ],
+);
+static LABELS: Schema = schema("ExtensionProvider.stackdriver.logging", &[enforced("labels")]);
+static LOG_FORMAT: Schema = schema("ExtensionProvider.logFormat", &[enforced("text"), enforced("labels")]);
+static FILE_LOG: Schema = schema(
+    "ExtensionProvider.envoyFileAccessLog",
+    &[enforced("path"), nested("logFormat", &LOG_FORMAT), enforced("omitEmptyValues")],
+);
+static OTEL_LOG: Schema = schema(
+    "ExtensionProvider.envoyOtelAls",
+    &[SERVICE, PORT, enforced("logName"), nested("logFormat", &LOG_FORMAT)],
+);
+static TCP_LOG: Schema = schema(
+    "ExtensionProvider.envoyTcpAls",
+    &[SERVICE, PORT, enforced("logName"), enforced("filterStateObjectsToLog")],
+);
+static HTTP_LOG: Schema = schema(
+    "ExtensionProvider.envoyHttpAls",
+    &[
+        SERVICE,
+        PORT,
+        enforced("logName"),
+        enforced("filterStateObjectsToLog"),
+        enforced("additionalRequestHeadersToLog"),
+        enforced("additionalResponseHeadersToLog"),
+        enforced("additionalResponseTrailersToLog"),
+    ],
+);
+static SDS: Schema = schema("ExtensionProvider.sds", &[enforced("name"), SERVICE, PORT]);
+
+/// Reads both fields of the settings.
+pub(super) fn read(spec: &mut Fields<'_, '_>) -> Providers {
+    let mut found = Providers::default();
+    spec.each("extensionProviders", |item| {
+        if let Some(fields) = item.fields() {
+            provider(fields.without_nulls(), &mut found.all);
+        }
+    });
+    if let Some(mut defaults) = spec.object("defaultProviders") {
+        let mut names = |field| defaults.string_list(field).into_iter().map(Str::from).collect();
+        found.defaults = Defaults {
+            tracing: names("tracing"),
+            metrics: names("metrics"),
+            access_logging: names("accessLogging"),
+        };
+    }
+    found
+}
+
+fn provider(mut fields: Fields<'_, '_>, all: &mut Vec<Provider>) {
+    let name = fields.required("name").and_then(|mut cursor| {
+        let text = cursor.node().as_str();
+        if text.is_some_and(|name| name.is_empty() || all.iter().any(|other| &*other.name == name)) {
+            cursor.invalid("a provider has a name, which no other has", "");
+        }
+        cursor.string()
+    });
+    let mut kinds = Vec::new();
+    for field in PROVIDER.fields {
+        if let (Some(schema), Some(cursor)) = (field.nested, fields.take(field.name)) {
+            kinds.extend(of_kind(field.name, schema, cursor));
+        }
+    }
+    let count = kinds.len();
+    match (name, kinds.pop()) {
+        (Some(name), Some((backend, kind))) if count == 1 => {
+            all.push(Provider { name: name.into(), backend, kind });
+        }
+        (_, None) => fields.report(
+            Code::MissingField,
+            "a provider is of some kind, and this one of none",
+            "set one of envoyExtAuthzGrpc, envoyExtAuthzHttp, opentelemetry and the others",
+        ),
+        (_, Some(_)) if count > 1 => {
+            fields.report(
+                Code::InvalidValue,
+                "a provider is of one kind, and this one of several",
+                "split it",
+            );
+        }
+        _ => {}
+    }
+}
+
+fn of_kind(
+    name: &'static str,
+    schema: &'static Schema,
+    mut cursor: Cursor<'_, '_>,
+) -> Option<(Option<Backend>, ProviderKind)> {
+    let authorizer = name.starts_with("envoyExtAuthz");
+    if !authorizer {
+        let message = format!("a provider of the kind {name} has no effect: the node proxy sees no requests");
+        cursor.report(Code::FieldNotApplicable, message, "");
+    }
+    let mut fields = cursor.fields()?.without_nulls();
+    let has = |wanted: &str| schema.fields.iter().any(|field| field.name == wanted);
+    let backend = if has("service") { backend(&mut fields) } else { None };
+    let kind = if authorizer {
+        ProviderKind::Authorizer(Box::new(read_authorizer(&mut fields, name.ends_with("Http"))))
+    } else {
+        for field in schema.fields {
+            check(&mut fields, field.name, field.nested);
+        }
+        ProviderKind::Other(name)
+    };
+    Some((backend, kind))
+}
+
+fn backend(fields: &mut Fields<'_, '_>) -> Option<Backend> {
+    let service = fields.required("service").and_then(|mut cursor| {
+        let text = cursor.node().as_str().unwrap_or_default();
+        let (namespace, host) = match text.split_once('/') {
+            Some((namespace, host)) => (Some(namespace), host),
+            None => (None, text),
+        };
+        let good = is_host(host) && namespace.is_none_or(is_label);
+        if !good && cursor.node().as_str().is_some() {
+            cursor.invalid("is no host name, nor NAMESPACE/HOST", "such as authz.shop.svc.cluster.local");
+        }
+        cursor.string()?;
+        good.then(|| (namespace.map(Str::from), Str::from(host.to_ascii_lowercase())))
+    });
+    let port = fields.required("port").and_then(|cursor| cursor.integer(1..=u16::MAX));
+    let (namespace, host) = service?;
+    Some(Backend { namespace, host, port: port? })
+}
+
+fn read_authorizer(fields: &mut Fields<'_, '_>, http: bool) -> Authorizer {
+    let strings = |fields: &mut Fields<'_, '_>, name| {
+        fields.string_list(name).into_iter().map(Str::from).collect::<Vec<_>>()
+    };
+    let mut authorizer = Authorizer {
+        http: None,
+        timeout: fields.take("timeout").and_then(duration),
+        fail_open: fields.boolean("failOpen").unwrap_or(false),
+        clear_route_cache: fields.boolean("clearRouteCache").unwrap_or(false),
+        status_on_error: fields.take("statusOnError").and_then(status),
+        body: fields.object("includeRequestBodyInCheck").and_then(|mut body| {
+            let max_bytes = body.required("maxRequestBytes").and_then(|c| c.integer(1..=u32::MAX));
+            let allow_partial = body.boolean("allowPartialMessage").unwrap_or(false);
+            let as_bytes = body.boolean("packAsBytes").unwrap_or(false);
+            Some(BodyCheck { max_bytes: max_bytes?, allow_partial, as_bytes })
+        }),
+    };
+    if http {
+        let path_prefix = fields.take("pathPrefix").and_then(|mut cursor| {
+            if cursor.node().as_str().is_some_and(|path| !path.starts_with('/')) {
+                cursor.invalid("a path begins with /", "");
+            }
+            cursor.string()
+        });
+        let mut request_headers = strings(fields, "includeRequestHeadersInCheck");
+        let older = strings(fields, "includeHeadersInCheck");
+        // As upstream: the older field counts where the newer is not set.
+        if request_headers.is_empty() {
+            request_headers = older;
+        }
+        let additional = fields.string_map("includeAdditionalHeadersInCheck").into_iter();
+        authorizer.http = Some(HttpCheck {
+            path_prefix: path_prefix.map(Str::from),
+            request_headers,
+            additional_headers: additional.map(|(name, value)| (name.into(), value.into())).collect(),
+            to_upstream_on_allow: strings(fields, "headersToUpstreamOnAllow"),
+            to_downstream_on_deny: strings(fields, "headersToDownstreamOnDeny"),
+            to_downstream_on_allow: strings(fields, "headersToDownstreamOnAllow"),
+        });
+    }
+    authorizer
+}
+
+/// Checks a field of a provider that has no effect here; a name means the same type in all of them.
+fn check(fields: &mut Fields<'_, '_>, name: &'static str, nested: Option<&'static Schema>) {
+    match name {
+        // They were read, where they are the provider's own.
+        "service" | "port" => {
+            let _ = fields.take(name);
+        }
+        "timeout" => {
+            let _ = fields.take(name).and_then(duration);
+        }
+        "maxTagLength" | "rootSpansPerMinute" => {
+            let _: Option<u32> = fields.integer(name, 0..=u32::MAX);
+        }
+        "clusterId" => {
+            let _: Option<i32> = fields.integer(name, i32::MIN..=i32::MAX);
+        }
+        "maxNumberOfAttributes" | "maxNumberOfAnnotations" | "maxNumberOfMessageEvents" => {
+            let _: Option<i64> = fields.integer(name, 0..=i64::MAX);
+        }
+        "enable64bitTraceId" | "debug" | "omitEmptyValues" => {
+            let _ = fields.boolean(name);
+        }
+        "traceContextOption" => choice(fields.take(name), &["USE_B3", "USE_B3_WITH_W3C_PROPAGATION"]),
+        "serviceAttributeEnrichment" => {
+            choice(fields.take(name), &["ISTIO_CANONICAL", "OTEL_SEMANTIC_CONVENTIONS"]);
+        }
+        "context" => fields.each(name, |item| {
+            choice(
+                Some(item),
+                &["UNSPECIFIED", "W3C_TRACE_CONTEXT", "GRPC_BIN", "CLOUD_TRACE_CONTEXT", "B3"],
+            );
+        }),
+        "labels" => {
+            if let Some(cursor) = fields.take(name) {
+                cursor.entries(|_, _| ());
+            }
+        }
+        "headers" | "initialMetadata" => fields.each(name, |item| {
+            if let (Some(mut header), Some(schema)) = (item.fields(), nested) {
+                header.required("name").map(Cursor::string);
+                for field in schema.fields.iter().filter(|f| f.name != "name") {
+                    let _ = header.string(field.name);
+                }
+            }
+        }),
+        _ if name.ends_with("ToLog") => {
+            let _ = fields.string_list(name);
+        }
+        _ => match nested {
+            Some(schema) => {
+                if let Some(mut below) = fields.object(name) {
+                    if schema.fields.iter().any(|field| field.name == "service") {
+                        backend(&mut below);
+                    }
+                    schema.fields.iter().for_each(|field| check(&mut below, field.name, field.nested));
+                }
+            }
+            None => {
+                let _ = fields.string(name);
+            }
+        },
+    }
+}
+
+fn choice(cursor: Option<Cursor<'_, '_>>, values: &[&str]) {
+    let Some(mut cursor) = cursor else { return };
+    if cursor.node().as_str().is_some_and(|text| !values.contains(&text)) {
+        cursor.invalid("is none of the values", format!("write one of {}", values.join(", ")));
+    }
+    cursor.string();
+}
+
+/// A time as it is written in settings: a number and its unit, such as `0.5s` or `200ms`.
+fn duration(mut cursor: Cursor<'_, '_>) -> Option<Duration> {
+    let text = cursor.node().as_str();
+    let seconds = text.and_then(|text| {
+        let units = [("ms", 0.001), ("s", 1.0), ("m", 60.0), ("h", 3600.0)];
+        let (number, factor) =
+            units.into_iter().find_map(|(unit, factor)| Some((text.strip_suffix(unit)?, factor)))?;
+        let plain = number.bytes().all(|b| b.is_ascii_digit() || b == b'.');
+        plain.then(|| number.parse::<f64>().ok()).flatten().map(|number| number * factor)
+    });
+    let read = seconds.and_then(|s| Duration::try_from_secs_f64(s).ok()).filter(|d| d.as_millis() > 0);
+    if read.is_none() && text.is_some() {
+        cursor.invalid("is no time of at least 1ms", "such as 1.5s or 200ms");
+    }
+    cursor.string()?;
+    read
+}
+
+/// The status of an answer: a number, which upstream has as a string.
+fn status(mut cursor: Cursor<'_, '_>) -> Option<u16> {
+    let text = cursor.node().as_str();
+    let read = text.and_then(|text| text.parse().ok()).filter(|status| (200..=599).contains(status));
+    if read.is_none() && text.is_some() {
+        cursor.invalid("is no status of HTTP", "such as \"403\"");
+    }
+    cursor.string()?;
+    read
+}
