@@ -117,7 +117,8 @@ fn http_service(s: &HttpService) -> Json {
             (format!("{} {:?}", p.number, p.protocol), json!(routes))
         })
         .collect();
-    json!({ "waypoint": s.waypoint.to_string(), "ports": ports })
+    let policies: Vec<String> = s.policies.iter().map(ToString::to_string).collect();
+    json!({ "waypoint": s.waypoint.to_string(), "ports": ports, "policies": policies })
 }
 
 /// How a service is spoken to: the balancer and the most connections, for each port and subset.
@@ -157,6 +158,8 @@ fn change(c: &Change) -> String {
         Change::RemovePolicy(key) => format!("remove policy {key}"),
         Change::SetHttpService(s) => format!("set HTTP service {}", s.service),
         Change::RemoveHttpService(key) => format!("remove HTTP service {key}"),
+        Change::SetHttpPolicy(p) => format!("set HTTP policy {}", p.key),
+        Change::RemoveHttpPolicy(key) => format!("remove HTTP policy {key}"),
         Change::SetTraffic(t) => format!("set traffic {}", t.service),
         Change::RemoveTraffic(key) => format!("remove traffic {key}"),
         Change::SetSettings(_) => "set settings".to_owned(),

@@ -37,6 +37,10 @@ pub enum Change {
     SetHttpService(Arc<HttpService>),
     /// Removes it.
     RemoveHttpService(ServiceKey),
+    /// Adds what waypoints enforce of a policy, or replaces it.
+    SetHttpPolicy(Arc<Policy>),
+    /// Removes it.
+    RemoveHttpPolicy(PolicyKey),
     /// Adds how a service is spoken to, or replaces it.
     SetTraffic(Arc<ServiceTraffic>),
     /// Removes it.
@@ -161,6 +165,7 @@ pub struct Mesh {
     by_hostname: CowMap<Str, Vec<Arc<Service>>>,
     endpoints: CowMap<ServiceKey, Arc<EndpointSet>>,
     http_services: CowMap<ServiceKey, Arc<HttpService>>,
+    http_policies: CowMap<PolicyKey, Arc<Policy>>,
     traffic: CowMap<ServiceKey, Arc<ServiceTraffic>>,
     policies: CowMap<PolicyKey, Arc<Policy>>,
     global_policies: Arc<[Arc<Policy>]>,
@@ -217,6 +222,12 @@ impl Mesh {
                 }
                 Change::RemoveHttpService(key) => {
                     next.http_services.remove(&key);
+                }
+                Change::SetHttpPolicy(policy) => {
+                    next.http_policies.insert(policy.key.clone(), policy);
+                }
+                Change::RemoveHttpPolicy(key) => {
+                    next.http_policies.remove(&key);
                 }
                 Change::SetTraffic(traffic) => {
                     next.traffic.insert(traffic.service.clone(), traffic);
@@ -337,7 +348,7 @@ impl Mesh {
     /// The policies for what reaches a service through its waypoint; `Err` for one that is listed and not known.
     #[must_use]
     pub fn policies_of<'a>(&'a self, service: &'a HttpService) -> Vec<Held<'a>> {
-        service.policies.iter().map(|key| self.policies.get(key).ok_or(key)).collect()
+        service.policies.iter().map(|key| self.http_policies.get(key).ok_or(key)).collect()
     }
 
     /// What the dialled address belongs to: an exact virtual address first, then a workload, then a range.

@@ -111,7 +111,7 @@ impl Compiler {
             ports: ports.collect(),
             service,
             waypoint: WaypointKey { namespace: waypoint.namespace.clone(), name: waypoint.name.clone() },
-            policies: Box::default(),
+            policies: self.policies.through(owner, waypoint).into(),
         })
     }
 
