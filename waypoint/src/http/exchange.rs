@@ -189,15 +189,17 @@ impl Exchange<'_> {
     async fn run(&mut self) -> After {
         self.request.secure = self.connection.secure;
         if self.request.method() == "CONNECT" {
+            self.hop.close = true;
             return self.fail(Failure::new(405, Flag::DownstreamProtocolError, "connect", Class::Final)).await;
         }
         match hygiene::request(self.request, self.connection, self.worker) {
             Ok(hop) => self.hop = hop,
             Err(refusal) => {
                 self.worker.stats.requests_refused.inc();
-                let detail = "hygiene";
                 tracing::debug!(%refusal, "refused a request");
-                let failure = Failure::new(refusal.status(), Flag::DownstreamProtocolError, detail, Class::Final);
+                self.hop.close = true;
+                let (flag, detail) = (Flag::DownstreamProtocolError, "refused");
+                let failure = Failure::new(refusal.status(), flag, detail, Class::Final);
                 return self.fail(failure).await;
             }
         }
@@ -270,6 +272,7 @@ impl Exchange<'_> {
                 return result;
             }
             self.worker.stats.retries.inc();
+            self.reply.clear();
             self.upload.restart(self.framing == Framing::None);
             tried.push(target);
             if let Some(retries) = left {
