@@ -299,14 +299,15 @@ pub(crate) fn decide(policies: &[Held<'_>], connection: &Connection) -> Decision
 }
 
 /// Decides over `request`, that came by `connection`, by `policies`: those that hold for where it goes, `Err` for a
-/// listed but unknown one. The destination of `connection` is the service's.
+/// listed but unknown one. The destination of `connection` is the service's. Without a request, it is decided over the
+/// connection: what is not HTTP shows none.
 #[must_use]
 pub fn decide_request(
     policies: &[Held<'_>],
     connection: &Connection,
-    request: &Request<'_>,
+    request: Option<&Request<'_>>,
 ) -> RequestDecision {
-    let subject = Subject { connection, request: Some(request) };
+    let subject = Subject { connection, request };
     let outcome = enforce(policies, None, subject);
     let dry_run = trials(policies, outcome.is_ok(), subject);
     let ask = custom(policies, subject)

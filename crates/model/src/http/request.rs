@@ -118,7 +118,12 @@ pub struct Claims {
     /// `iss/sub`, the request's principal; `None` without either.
     principal: Option<Box<str>>,
     payload: Map<String, Value>,
+    /// Claims, beside those of [`SPACE_DELIMITED`], whose text is a list.
+    delimited: Box<[Box<str>]>,
 }
+
+/// Claims whose text is a list, separated by spaces (RFC 8693 section 4.2; `permission` by Envoy).
+const SPACE_DELIMITED: [&str; 2] = ["scope", "permission"];
 
 impl Claims {
     /// The claims of a payload whose signature was checked.
@@ -126,7 +131,13 @@ impl Claims {
     pub fn new(payload: Map<String, Value>) -> Self {
         let text = |name: &str| payload.get(name).and_then(Value::as_str);
         let principal = text("iss").zip(text("sub")).map(|(iss, sub)| format!("{iss}/{sub}").into());
-        Self { principal, payload }
+        Self { principal, payload, delimited: Box::default() }
+    }
+
+    /// The same, with more claims whose text is a list (RequestAuthentication `spaceDelimitedClaims`).
+    #[must_use]
+    pub fn with_delimited(self, names: &[Box<str>]) -> Self {
+        Self { delimited: names.into(), ..self }
     }
 
     /// `iss/sub`.
@@ -152,9 +163,13 @@ impl Claims {
     /// Whether a value of the claim at `path` is one that `holds`: its text, or one of a list of texts.
     #[must_use]
     pub fn any<S: AsRef<str>>(&self, path: &[S], holds: impl Fn(&str) -> bool) -> bool {
-        match self.at(path) {
-            Some(Value::String(text)) => holds(text),
-            Some(Value::Array(list)) => list.iter().filter_map(Value::as_str).any(holds),
+        let is_list = |name: &str| {
+            SPACE_DELIMITED.contains(&name) || self.delimited.iter().any(|other| **other == *name)
+        };
+        match (self.at(path), path) {
+            (Some(Value::String(text)), [name]) if is_list(name.as_ref()) => text.split(' ').any(holds),
+            (Some(Value::String(text)), _) => holds(text),
+            (Some(Value::Array(list)), _) => list.iter().filter_map(Value::as_str).any(holds),
             _ => false,
         }
     }
