@@ -15,6 +15,7 @@
 
 pub mod alarm;
 pub mod body;
+pub mod carriers;
 pub mod channel;
 pub mod decide;
 pub mod exchange;

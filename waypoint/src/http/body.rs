@@ -186,6 +186,11 @@ impl Output {
         self.front.len() + self.queued
     }
 
+    /// Whether it is in one piece.
+    pub(crate) fn is_one_piece(&self) -> bool {
+        self.queue.is_empty() || (self.front.is_empty() && self.queue.len() == 1)
+    }
+
     /// Whether all is written.
     #[must_use]
     pub fn is_empty(&self) -> bool {

@@ -136,6 +136,22 @@ impl Channel {
         Ok(())
     }
 
+    /// Sends the last data that [`Channel::poll_room`] has allowed, and ends the body with it.
+    pub(crate) fn send_last(&mut self, data: Bytes) -> io::Result<()> {
+        match self {
+            Self::H1(wire) => {
+                wire.send(data);
+                wire.send_end(None);
+            }
+            Self::H2(stream) => {
+                if let Some(send) = &mut stream.send {
+                    send.send_data(data, true).map_err(io::Error::other)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Ends the body.
     pub(crate) fn send_end(&mut self, trailers: Option<&Fields>) -> io::Result<()> {
         match self {

@@ -538,13 +538,13 @@ impl Exchange<'_> {
         let sent = self.client.send_response(&self.reply, framing, !to_head, close, false);
         let mut left = if to_head { Bytes::new() } else { body };
         self.record.sent = left.len() as u64;
-        let empty = left.is_empty();
         let result = poll_fn(|cx| {
             while !left.is_empty() {
                 let room = ready!(self.client.poll_room(cx, left.len()))?;
-                self.client.send(left.split_to(room))?;
+                let data = left.split_to(room);
+                if left.is_empty() { self.client.send_last(data)? } else { self.client.send(data)? }
             }
-            Poll::Ready(if empty { Ok(()) } else { self.client.send_end(None) })
+            Poll::Ready(std::io::Result::Ok(()))
         })
         .await;
         if sent.and(result).is_err() || self.flush().await.is_err() {

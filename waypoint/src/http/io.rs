@@ -5,7 +5,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 
-use bytes::BytesMut;
+use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_util::io::{poll_read_buf, poll_write_buf};
@@ -43,6 +43,12 @@ impl Io {
         let mut wrote = false;
         while !output.is_empty() {
             let written = ready!(match self {
+                // The kernel takes one piece for less than a list of one.
+                Self::Tcp(stream) if output.is_one_piece() => {
+                    let written = ready!(Pin::new(stream).poll_write(cx, output.chunk()))?;
+                    output.advance(written);
+                    Poll::Ready(Ok(written))
+                }
                 Self::Tcp(stream) => poll_write_buf(Pin::new(stream), cx, output),
                 Self::Layered(stream) => poll_write_buf(Pin::new(stream), cx, output),
             })?;

@@ -94,7 +94,13 @@ impl Pump {
             if !self.pending.is_empty() {
                 let room = ready!(to.poll_room(cx, self.pending.len())).map_err(PumpError::To)?;
                 let data = self.pending.split_to(room);
-                to.send(data).map_err(PumpError::To)?;
+                // The end goes with the last data where it is known already: a frame less of HTTP/2.
+                if self.pending.is_empty() && self.again.is_empty() && !self.read && from.is_read() {
+                    to.send_last(data).map_err(PumpError::To)?;
+                    (self.read, self.done) = (true, true);
+                } else {
+                    to.send(data).map_err(PumpError::To)?;
+                }
                 self.moved = true;
                 if self.owed {
                     from.consumed(room);

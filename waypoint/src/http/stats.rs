@@ -11,6 +11,10 @@ pub struct Stats {
     pub connections_now: Gauge,
     /// Those closed at once, because there were too many.
     pub connections_refused: Counter,
+    /// TLS handshakes that failed or took too long.
+    pub handshakes_failed: Counter,
+    /// Tunnels that were not taken.
+    pub tunnels_refused: Counter,
     /// Requests whose head came.
     pub requests: Counter,
     /// Those under way.
