@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use process::runtimes::Workers;
 use tokio_util::sync::CancellationToken;
-use waypoint::http::decide::{Carrier, Connection, Decide, Decision, Endpoints, Forwarding, Protocol, Target};
+use waypoint::http::decide::{
+    Carrier, Connection, Decide, Decision, Endpoints, Forwarding, Protocol, Target,
+};
 use waypoint::http::head::RequestHead;
 use waypoint::http::io::Io;
 use waypoint::http::{Settings, Worker, serve};

@@ -30,7 +30,12 @@ fn told(read: Option<Read>) -> String {
     match read {
         Some(Ok((head, length, framing))) => {
             let fields: Vec<_> = head.fields.iter().map(|(n, v)| (n.to_vec(), v.to_vec())).collect();
-            format!("{} {} {} {length} {framing:?} {fields:?}", head.method(), head.authority(), head.target())
+            format!(
+                "{} {} {} {length} {framing:?} {fields:?}",
+                head.method(),
+                head.authority(),
+                head.target()
+            )
         }
         Some(Err(refusal)) => format!("{refusal:?}"),
         None => "not whole".into(),
@@ -265,12 +270,21 @@ fn where_a_response_ends_is_known_from_status_and_fields() {
     assert_eq!(read("HTTP/1.1 200 OK\r\n\r\n"), Ok(Some((200, Framing::UntilClose))));
     assert_eq!(read("HTTP/1.1 200\r\nContent-Length: 0\r\n\r\n"), Ok(Some((200, Framing::None))));
     assert_eq!(read("HTTP/1.1 200 \r\nContent-Length: 7\r\n\r\n"), Ok(Some((200, Framing::Length(7)))));
-    assert_eq!(read("HTTP/1.0 404 x\r\nTransfer-Encoding: chunked\r\n\r\n"), Ok(Some((404, Framing::Chunked))));
+    assert_eq!(
+        read("HTTP/1.0 404 x\r\nTransfer-Encoding: chunked\r\n\r\n"),
+        Ok(Some((404, Framing::Chunked)))
+    );
     assert_eq!(read("HTTP/1.1 204 x\r\nContent-Length: 7\r\n\r\n"), Ok(Some((204, Framing::None))));
     assert_eq!(read("HTTP/1.1 304 x\r\nContent-Length: 7\r\n\r\n"), Ok(Some((304, Framing::None))));
     assert_eq!(response("HTTP/1.1 200 x\r\nContent-Length: 7\r\n\r\n", true), Ok(Some((200, Framing::None))));
     assert_eq!(read("HTTP/1.1 200 OK\r\n"), Ok(None));
-    for wrong in ["HTTP/2 200\r\n\r\n", "HTTP/1.1 20\r\n\r\n", "HTTP/1.1  200\r\n\r\n", "HTTP/1.1 099 x\r\n\r\n", "HTTP/1.1 200x\r\n\r\n"] {
+    for wrong in [
+        "HTTP/2 200\r\n\r\n",
+        "HTTP/1.1 20\r\n\r\n",
+        "HTTP/1.1  200\r\n\r\n",
+        "HTTP/1.1 099 x\r\n\r\n",
+        "HTTP/1.1 200x\r\n\r\n",
+    ] {
         assert!(read(wrong).is_err(), "{wrong:?}");
     }
     let both = "HTTP/1.1 200 OK\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n";

@@ -137,9 +137,15 @@ pub(crate) fn connection(bytes: &[u8]) {
     runtime.expect("a runtime").block_on(async {
         let (mut client, server) = duplex(1 << 20);
         let address = "127.0.0.1:80".parse().expect("an address");
-        let facts =
-            Connection { client: address, destination: address, identity: None, server_name: None, secure: false };
-        let worker = Worker::new(Arc::new(Answers), Settings::default(), tokio_util::sync::CancellationToken::new());
+        let facts = Connection {
+            client: address,
+            destination: address,
+            identity: None,
+            server_name: None,
+            secure: false,
+        };
+        let worker =
+            Worker::new(Arc::new(Answers), Settings::default(), tokio_util::sync::CancellationToken::new());
         let served = tokio::spawn(serve(worker, Io::Layered(Box::new(server)), facts));
         let _ = client.write_all(bytes).await;
         let _ = client.shutdown().await;

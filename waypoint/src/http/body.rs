@@ -108,8 +108,11 @@ impl BodyReader {
                 },
                 State::ChunkSize => {
                     let Some(size) = self.chunk_size(input)? else { return Ok(Part::More) };
-                    self.state =
-                        if size == 0 { State::Trailers(HeadParser::default()) } else { State::ChunkData(size) };
+                    self.state = if size == 0 {
+                        State::Trailers(HeadParser::default())
+                    } else {
+                        State::ChunkData(size)
+                    };
                 }
                 State::Trailers(parser) => {
                     let Some(end) = parser.trailers(input, trailers)? else { return Ok(Part::More) };

@@ -7,7 +7,9 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use hbone::{Authority, ConnectRequest, Connector, Control, Incoming, ServerCounters, ServerSettings, TunnelHeaders};
+use hbone::{
+    Authority, ConnectRequest, Connector, Control, Incoming, ServerCounters, ServerSettings, TunnelHeaders,
+};
 use rustls::{ClientConfig, ServerConfig};
 use rustls_pki_types::ServerName;
 use tokio::net::TcpStream;
@@ -89,7 +91,12 @@ impl<C: Connector> Dial for TunnelOut<C> {
 
 /// Serves a connection that begins with TLS; the server name and the protocol are what the handshake says. Its time is
 /// that of a request's head.
-pub async fn serve_tls(worker: Arc<Worker>, tcp: TcpStream, config: Arc<ServerConfig>, mut connection: Connection) {
+pub async fn serve_tls(
+    worker: Arc<Worker>,
+    tcp: TcpStream,
+    config: Arc<ServerConfig>,
+    mut connection: Connection,
+) {
     let limit = worker.settings.head_timeout;
     let stream = match timeout(limit, TlsAcceptor::from(config).accept(tcp)).await {
         Ok(Ok(stream)) => stream,

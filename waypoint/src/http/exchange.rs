@@ -20,7 +20,9 @@ use tokio::time::Instant;
 
 use crate::http::alarm::Alarm;
 use crate::http::channel::Channel;
-use crate::http::decide::{Connection, Decision, Endpoints, Flag, Forwarding, Protocol, Record, Response, Retries, Target};
+use crate::http::decide::{
+    Connection, Decision, Endpoints, Flag, Forwarding, Protocol, Record, Response, Retries, Target,
+};
 use crate::http::h1::Framing;
 use crate::http::head::{RequestHead, ResponseHead};
 use crate::http::hygiene::{self, Hop};
@@ -70,9 +72,11 @@ impl Failure {
         Self { status, flag, detail, class }
     }
 
-    const CLIENT_GONE: Self = Self::new(0, Flag::DownstreamConnectionTermination, "the client has gone", Class::Final);
+    const CLIENT_GONE: Self =
+        Self::new(0, Flag::DownstreamConnectionTermination, "the client has gone", Class::Final);
     const TIMEOUT: Self = Self::new(504, Flag::UpstreamRequestTimeout, "response_timeout", Class::Final);
-    const TRY_TIMEOUT: Self = Self::new(504, Flag::UpstreamRequestTimeout, "upstream_per_try_timeout", Class::TryTimeout);
+    const TRY_TIMEOUT: Self =
+        Self::new(504, Flag::UpstreamRequestTimeout, "upstream_per_try_timeout", Class::TryTimeout);
     const IDLE: Self = Self::new(504, Flag::StreamIdleTimeout, "stream_idle_timeout", Class::Final);
 
     fn of_pool(error: &PoolError) -> Self {
@@ -85,7 +89,9 @@ impl Failure {
             PoolError::Connect(_) | PoolError::Http2(_) => {
                 Self::new(503, Flag::UpstreamConnectionFailure, "connection_failure", Class::Connect)
             }
-            PoolError::Unsendable => Self::new(400, Flag::DownstreamProtocolError, "unsendable", Class::Final),
+            PoolError::Unsendable => {
+                Self::new(400, Flag::DownstreamProtocolError, "unsendable", Class::Final)
+            }
         }
     }
 
@@ -99,8 +105,12 @@ impl Failure {
             if stale { Class::Stale } else { Class::Reset },
         );
         match error {
-            ReadError::Refused(_) => Self::new(502, Flag::UpstreamProtocolError, "protocol_error", Class::Final),
-            ReadError::Stream(error) if error.reason() == Some(h2::Reason::REFUSED_STREAM) || error.is_go_away() => {
+            ReadError::Refused(_) => {
+                Self::new(502, Flag::UpstreamProtocolError, "protocol_error", Class::Final)
+            }
+            ReadError::Stream(error)
+                if error.reason() == Some(h2::Reason::REFUSED_STREAM) || error.is_go_away() =>
+            {
                 Self::new(503, Flag::UpstreamRemoteReset, "remote_refused_stream", Class::Refused)
             }
             ReadError::Stream(error) if error.is_reset() => {
@@ -190,7 +200,9 @@ impl Exchange<'_> {
         self.request.secure = self.connection.secure;
         if self.request.method() == "CONNECT" {
             self.hop.close = true;
-            return self.fail(Failure::new(405, Flag::DownstreamProtocolError, "connect", Class::Final)).await;
+            return self
+                .fail(Failure::new(405, Flag::DownstreamProtocolError, "connect", Class::Final))
+                .await;
         }
         match hygiene::request(self.request, self.connection, self.worker) {
             Ok(hop) => self.hop = hop,
@@ -307,7 +319,8 @@ impl Exchange<'_> {
         fresh: bool,
     ) -> Result<(Lease, Framing), Failure> {
         let try_deadline = per_try.map(|limit| Instant::now() + limit);
-        let idle = if target.protocol == Protocol::Http1 && !fresh { self.worker.pool.idle(target) } else { None };
+        let idle =
+            if target.protocol == Protocol::Http1 && !fresh { self.worker.pool.idle(target) } else { None };
         let mut lease = match idle {
             Some(lease) => lease,
             None => Box::pin(self.connect(target, try_deadline, fresh)).await?,

@@ -7,7 +7,8 @@
 use std::ops::Range;
 
 use crate::http::head::{
-    Fields, Known, MAX_FIELDS, MAX_HEAD, RequestHead, ResponseHead, Span, Version, is_field_name, is_field_value,
+    Fields, Known, MAX_FIELDS, MAX_HEAD, RequestHead, ResponseHead, Span, Version, is_field_name,
+    is_field_value,
 };
 
 /// Why a message is not taken. Each has one status, and Envoy's flag `DPE` where a peer broke the protocol.
@@ -83,13 +84,21 @@ impl HeadParser {
     ///
     /// # Errors
     /// See [`Refusal`]. The connection can't be used after that.
-    pub fn request(&mut self, input: &[u8], head: &mut RequestHead) -> Result<Option<(usize, Framing)>, Refusal> {
+    pub fn request(
+        &mut self,
+        input: &[u8],
+        head: &mut RequestHead,
+    ) -> Result<Option<(usize, Framing)>, Refusal> {
         let RequestHead { fields, method, authority, target, .. } = head;
         let mut spans = (*method, *authority, *target);
         let end = self.lines(input, fields, &mut |line, at| {
             let parts = request_line(line)?;
             let span = |range: &Range<usize>| Span::new(at + range.start, at + range.end);
-            spans = (span(&parts.method), parts.authority.as_ref().map_or(Span::default(), span), span(&parts.target));
+            spans = (
+                span(&parts.method),
+                parts.authority.as_ref().map_or(Span::default(), span),
+                span(&parts.target),
+            );
             Ok(())
         })?;
         (*method, *authority, *target) = spans;
@@ -142,7 +151,12 @@ impl HeadParser {
     }
 
     /// Takes whole lines up to the empty one; returns where that ends.
-    fn lines(&mut self, input: &[u8], fields: &mut Fields, start: OnStart<'_>) -> Result<Option<usize>, Refusal> {
+    fn lines(
+        &mut self,
+        input: &[u8],
+        fields: &mut Fields,
+        start: OnStart<'_>,
+    ) -> Result<Option<usize>, Refusal> {
         loop {
             let rest = input.get(self.searched..).unwrap_or_default();
             let Some(found) = memchr::memchr(b'\n', rest) else {
@@ -267,7 +281,9 @@ fn check_version(version: &[u8]) -> Result<(), Refusal> {
     match version {
         b"HTTP/1.1" => Ok(()),
         b"HTTP/1.0" => Err(Refusal::OldVersion),
-        [b'H', b'T', b'T', b'P', b'/', major, b'.', minor] if major.is_ascii_digit() && minor.is_ascii_digit() => {
+        [b'H', b'T', b'T', b'P', b'/', major, b'.', minor]
+            if major.is_ascii_digit() && minor.is_ascii_digit() =>
+        {
             Err(Refusal::OtherVersion)
         }
         _ => Err(Refusal::Malformed("a version that is none")),
@@ -297,8 +313,24 @@ pub(crate) fn is_authority(authority: &[u8]) -> bool {
         b.is_ascii_alphanumeric()
             || matches!(
                 b,
-                b'-' | b'.' | b'_' | b'~' | b'!' | b'$' | b'&' | b'\'' | b'(' | b')' | b'*' | b'+' | b',' | b';'
-                    | b'=' | b':' | b'[' | b']' | b'%'
+                b'-' | b'.'
+                    | b'_'
+                    | b'~'
+                    | b'!'
+                    | b'$'
+                    | b'&'
+                    | b'\''
+                    | b'('
+                    | b')'
+                    | b'*'
+                    | b'+'
+                    | b','
+                    | b';'
+                    | b'='
+                    | b':'
+                    | b'['
+                    | b']'
+                    | b'%'
             )
     };
     !authority.is_empty() && authority.iter().all(may)
@@ -371,7 +403,8 @@ fn status_line(line: &[u8]) -> Result<u16, Refusal> {
     if !line.starts_with(b"HTTP/1.1 ") && !line.starts_with(b"HTTP/1.0 ") {
         return Err(bad);
     }
-    let [a @ b'1'..=b'9', b @ b'0'..=b'9', c @ b'0'..=b'9', reason @ ..] = line.get(9..).unwrap_or_default() else {
+    let [a @ b'1'..=b'9', b @ b'0'..=b'9', c @ b'0'..=b'9', reason @ ..] = line.get(9..).unwrap_or_default()
+    else {
         return Err(bad);
     };
     if !is_field_value(reason) || !matches!(reason.first(), None | Some(b' ')) {

@@ -3,7 +3,9 @@
 use bytes::Bytes;
 use http::header::{CONTENT_LENGTH, COOKIE, HOST};
 use http::uri::PathAndQuery;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, request, response};
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, request, response,
+};
 
 use crate::http::h1::{Framing, Refusal, check_target, is_authority, parse_length};
 use crate::http::head::{Fields, Known, MAX_FIELDS, RequestHead, ResponseHead, Version};
@@ -12,7 +14,11 @@ use crate::http::head::{Fields, Known, MAX_FIELDS, RequestHead, ResponseHead, Ve
 ///
 /// # Errors
 /// It is one that HTTP/1.1 could not say, or too large.
-pub(crate) fn request(parts: &request::Parts, ended: bool, head: &mut RequestHead) -> Result<Framing, Refusal> {
+pub(crate) fn request(
+    parts: &request::Parts,
+    ended: bool,
+    head: &mut RequestHead,
+) -> Result<Framing, Refusal> {
     head.clear();
     head.version = Version::Http2;
     if parts.headers.len() > MAX_FIELDS {
@@ -25,7 +31,9 @@ pub(crate) fn request(parts: &request::Parts, ended: bool, head: &mut RequestHea
     }
     head.set_target(target);
     let authority = match (parts.uri.authority(), parts.headers.get(HOST)) {
-        (Some(authority), Some(host)) if !authority.as_str().as_bytes().eq_ignore_ascii_case(host.as_bytes()) => {
+        (Some(authority), Some(host))
+            if !authority.as_str().as_bytes().eq_ignore_ascii_case(host.as_bytes()) =>
+        {
             return Err(Refusal::Malformed("a Host that is not the authority"));
         }
         (Some(authority), _) => authority.as_str().as_bytes(),

@@ -473,14 +473,30 @@ const fn is_token(byte: u8) -> bool {
         let mut table = [false; 256];
         let mut byte = 0;
         while byte < 256 {
-            #[allow(clippy::cast_possible_truncation, clippy::indexing_slicing, reason = "constant, in bounds")]
+            #[allow(
+                clippy::cast_possible_truncation,
+                clippy::indexing_slicing,
+                reason = "constant, in bounds"
+            )]
             {
                 let b = byte as u8;
                 table[byte] = b.is_ascii_alphanumeric()
                     || matches!(
                         b,
-                        b'!' | b'#' | b'$' | b'%' | b'&' | b'\'' | b'*' | b'+' | b'-' | b'.' | b'^' | b'_' | b'`'
-                            | b'|' | b'~'
+                        b'!' | b'#'
+                            | b'$'
+                            | b'%'
+                            | b'&'
+                            | b'\''
+                            | b'*'
+                            | b'+'
+                            | b'-'
+                            | b'.'
+                            | b'^'
+                            | b'_'
+                            | b'`'
+                            | b'|'
+                            | b'~'
                     );
             }
             byte += 1;

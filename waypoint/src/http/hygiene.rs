@@ -118,7 +118,8 @@ fn forwarded(head: &mut RequestHead, connection: &Connection, settings: &Setting
     match settings.forwarded_for {
         ForwardedFor::Keep => {}
         ForwardedFor::Append => {
-            let mut value = fields.joined(b"x-forwarded-for").map(std::borrow::Cow::into_owned).unwrap_or_default();
+            let mut value =
+                fields.joined(b"x-forwarded-for").map(std::borrow::Cow::into_owned).unwrap_or_default();
             if !value.is_empty() {
                 value.push(b',');
             }

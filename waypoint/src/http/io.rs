@@ -31,7 +31,11 @@ impl std::fmt::Debug for Io {
 
 impl Io {
     /// Reads once; 0 is the end.
-    pub(crate) fn poll_fill(&mut self, cx: &mut Context<'_>, buffer: &mut BytesMut) -> Poll<io::Result<usize>> {
+    pub(crate) fn poll_fill(
+        &mut self,
+        cx: &mut Context<'_>,
+        buffer: &mut BytesMut,
+    ) -> Poll<io::Result<usize>> {
         match self {
             Self::Tcp(stream) => poll_read_buf(Pin::new(stream), cx, buffer),
             Self::Layered(stream) => poll_read_buf(Pin::new(stream), cx, buffer),

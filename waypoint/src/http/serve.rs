@@ -33,7 +33,8 @@ impl<'a> Counted<'a> {
     /// `None` if there are too many.
     fn new(worker: &'a Worker) -> Option<Self> {
         worker.stats.connections.inc();
-        if usize::try_from(worker.stats.connections_now.get()).unwrap_or(0) >= worker.settings.max_connections {
+        if usize::try_from(worker.stats.connections_now.get()).unwrap_or(0) >= worker.settings.max_connections
+        {
             worker.stats.connections_refused.inc();
             return None;
         }
@@ -146,7 +147,9 @@ impl Session<'_> {
                 }
                 match wire.poll_request(cx, &mut self.request) {
                     Poll::Ready(Ok(framing)) => return Poll::Ready(Next::Request(framing)),
-                    Poll::Ready(Err(ReadError::Refused(refusal))) => return Poll::Ready(Next::Refuse(refusal)),
+                    Poll::Ready(Err(ReadError::Refused(refusal))) => {
+                        return Poll::Ready(Next::Refuse(refusal));
+                    }
                     Poll::Ready(Err(_)) => return Poll::Ready(Next::End),
                     Poll::Pending => {
                         let late = *late.get_or_insert_with(|| Instant::now() + settings.head_timeout);

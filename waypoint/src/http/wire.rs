@@ -130,7 +130,11 @@ impl Wire {
     }
 
     /// Whether what comes begins with `preface`: false as soon as it can't be.
-    pub(crate) fn poll_preface(&mut self, cx: &mut Context<'_>, preface: &[u8]) -> Poll<Result<bool, ReadError>> {
+    pub(crate) fn poll_preface(
+        &mut self,
+        cx: &mut Context<'_>,
+        preface: &[u8],
+    ) -> Poll<Result<bool, ReadError>> {
         loop {
             let length = self.input.len().min(preface.len());
             if self.input.get(..length) != preface.get(..length) {

@@ -287,7 +287,8 @@ impl Pool {
                 Carrier::Via(dial) => dial.dial(target.address).await.map(Io::Layered),
             }
         };
-        let connected = timeout(limit, connected).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+        let connected =
+            timeout(limit, connected).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
         connected.map_err(|error| {
             self.0.stats.connects_failed.inc();
             match error.kind() {

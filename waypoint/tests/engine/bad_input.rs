@@ -28,7 +28,8 @@ fn unescape(text: &str) -> Vec<u8> {
 }
 
 fn corpus() -> Vec<(u16, Vec<u8>, &'static str)> {
-    let lines = include_str!("../cases/requests.txt").lines().filter(|l| !l.is_empty() && !l.starts_with('#'));
+    let lines =
+        include_str!("../cases/requests.txt").lines().filter(|l| !l.is_empty() && !l.starts_with('#'));
     lines
         .map(|line| {
             let (status, text) = line.split_once(" | ").unwrap();
@@ -59,7 +60,9 @@ async fn each_request_of_the_corpus_gets_its_answer_and_no_second_one_is_smuggle
 #[tokio::test]
 async fn what_the_corpus_passes_on_a_second_implementation_reads_in_the_same_way() {
     // nginx, which says how many requests it has seen on a connection.
-    let nginx = crate::peers::Nginx::start("location / { return 200 \"$connection_requests $request_method\"; }").await;
+    let nginx =
+        crate::peers::Nginx::start("location / { return 200 \"$connection_requests $request_method\"; }")
+            .await;
     for (status, request, line) in corpus().into_iter().filter(|(status, ..)| *status == 200) {
         let proxy = Proxy::to(nginx.address).await;
         let mut client = proxy.connect().await;

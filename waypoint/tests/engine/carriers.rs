@@ -4,7 +4,9 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use hbone::{Authority, ConnectRequest, Connector, Control, PoolSettings, ServerSettings, StatusCode, TunnelHeaders};
+use hbone::{
+    Authority, ConnectRequest, Connector, Control, PoolSettings, ServerSettings, StatusCode, TunnelHeaders,
+};
 use identity::{
     CaDirectory, CertificateSettings, Certificates, Clock, ExpectedPeers, HandshakeLimits, LocalIssuer,
     LocalIssuerSettings, TlsStream, Validity,
@@ -14,9 +16,9 @@ use rustls::ServerConfig;
 use rustls_pki_types::{PrivatePkcs8KeyDer, UnixTime};
 use tempfile::TempDir;
 use tokio::net::{TcpListener, TcpStream};
+use waypoint::http::Settings;
 use waypoint::http::carriers::{Admit, TunnelOut, serve_tls, serve_tunnels};
 use waypoint::http::decide::{Carrier, Connection, Dial, Forwarding, Protocol, Target};
-use waypoint::http::Settings;
 
 use crate::lab::{self, Client, Proxy, get, in_turn, target};
 
@@ -110,7 +112,12 @@ impl Admit for To {
 }
 
 /// Listens for tunnels as `own` and hands them to a proxy.
-async fn hbone_in(proxy: &Proxy, certificates: &Arc<Certificates>, own: SpiffeId, service: SocketAddr) -> SocketAddr {
+async fn hbone_in(
+    proxy: &Proxy,
+    certificates: &Arc<Certificates>,
+    own: SpiffeId,
+    service: SocketAddr,
+) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (worker, certificates) = (Arc::clone(&proxy.worker), Arc::clone(certificates));
@@ -118,7 +125,8 @@ async fn hbone_in(proxy: &Proxy, certificates: &Arc<Certificates>, own: SpiffeId
         while let Ok((tcp, client)) = listener.accept().await {
             let (worker, certificates, own) = (Arc::clone(&worker), Arc::clone(&certificates), own.clone());
             tokio::spawn(async move {
-                let stream = identity::accept(tcp, &certificates, &own, HandshakeLimits::default()).await.unwrap();
+                let stream =
+                    identity::accept(tcp, &certificates, &own, HandshakeLimits::default()).await.unwrap();
                 let admit = Arc::new(To { service, peer: stream.peer().id.clone(), client });
                 let settings = ServerSettings::default();
                 serve_tunnels(worker, stream, admit, settings, Control::default(), Arc::default()).await;
@@ -136,7 +144,8 @@ async fn requests_come_and_go_through_tunnels_with_the_clients_identity() {
 
     // The server's side: HBONE in, and on by TCP.
     let settings = Settings { forward_client_cert: true, ..Settings::default() };
-    let inner = Proxy::start(Forwarding::default(), in_turn(vec![target(echo, Protocol::Http1)]), settings).await;
+    let inner =
+        Proxy::start(Forwarding::default(), in_turn(vec![target(echo, Protocol::Http1)]), settings).await;
     let server = hbone_in(&inner, &certificates, id("server"), service).await;
 
     // The waypoint: HBONE in, and out by HBONE as itself, by HTTP/1.1 and by HTTP/2 in the tunnel.
@@ -173,7 +182,10 @@ async fn requests_come_and_go_through_tunnels_with_the_clients_identity() {
             let text = String::from_utf8(client.ask(get("/t")).await.body).unwrap();
             assert!(text.starts_with("GET /t HTTP/1.1\r\n"), "{text}");
             // To the server the waypoint is the client.
-            assert!(text.contains("x-forwarded-client-cert: URI=spiffe://cluster.local/ns/shop/sa/waypoint"), "{text}");
+            assert!(
+                text.contains("x-forwarded-client-cert: URI=spiffe://cluster.local/ns/shop/sa/waypoint"),
+                "{text}"
+            );
         }
         let body = "z".repeat(300_000);
         let request = format!("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n{body}", body.len());

@@ -30,7 +30,9 @@ async fn what_concerns_one_connection_stays_on_it() {
     )
     .await;
     assert!(head.starts_with("GET /a?b HTTP/1.1\r\nhost: a\r\n"), "{head}");
-    for gone in ["connection", "keep-alive", "x-gone", "proxy-connection", "upgrade", "x-forwarded-client-cert"] {
+    for gone in
+        ["connection", "keep-alive", "x-gone", "proxy-connection", "upgrade", "x-forwarded-client-cert"]
+    {
         assert!(field(&head, gone).is_empty(), "{gone}: {head}");
     }
     assert_eq!(field(&head, "x-stays"), ["1"]);
@@ -80,7 +82,10 @@ async fn bodies_of_either_kind_arrive_and_pipelined_requests_are_answered_in_ord
     for (path, body) in [("/1", "first"), ("/2", "second"), ("/3", "")] {
         let response = client.message().await.unwrap();
         let text = String::from_utf8(response.body).unwrap();
-        assert!(text.contains(&format!(" {path} HTTP/1.1")) && text.ends_with(&format!("\r\n{body}")), "{text}");
+        assert!(
+            text.contains(&format!(" {path} HTTP/1.1")) && text.ends_with(&format!("\r\n{body}")),
+            "{text}"
+        );
     }
     // One connection was enough.
     assert_eq!(proxy.worker.stats.upstream_connections.get(), 1);
@@ -98,7 +103,9 @@ async fn a_client_that_waits_is_told_to_go_on_and_the_server_is_not_asked() {
     assert!(text.ends_with("ok") && field(&text, "expect").is_empty(), "{text}");
     // Refused without its body.
     let mut client = proxy.connect().await;
-    client.send("POST /direct HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n").await;
+    client
+        .send("POST /direct HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n")
+        .await;
     assert_eq!(client.message().await.unwrap().status(), 418);
     assert_eq!(client.rest().await, b"");
 }
@@ -187,9 +194,16 @@ async fn a_response_that_is_cut_off_is_seen_as_such() {
 async fn a_websocket_carries_bytes_both_ways_and_ends_on_each_side_alone() {
     let address = lab::server(|_, mut client: Client| async move {
         let head = client.head().await.unwrap().to_lowercase();
-        assert!(head.contains("upgrade: websocket\r\n") && head.contains("connection: upgrade\r\n"), "{head}");
+        assert!(
+            head.contains("upgrade: websocket\r\n") && head.contains("connection: upgrade\r\n"),
+            "{head}"
+        );
         assert!(head.contains("sec-websocket-key: k\r\n"));
-        client.send("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\nhello").await;
+        client
+            .send(
+                "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\nhello",
+            )
+            .await;
         let all = client.rest().await;
         client.send([b"got ", &all[..]].concat()).await;
     })
@@ -287,11 +301,13 @@ async fn a_copy_goes_to_another_whose_failures_nobody_sees() {
         }
     })
     .await;
-    let mirrors = vec![Mirror { endpoints: in_turn(vec![target(mirror, Protocol::Http1)]), share: 1_000_000 }];
+    let mirrors =
+        vec![Mirror { endpoints: in_turn(vec![target(mirror, Protocol::Http1)]), share: 1_000_000 }];
     let how = Forwarding { mirrors, ..Forwarding::default() };
     let endpoints = in_turn(vec![target(lab::echo().await, Protocol::Http1)]);
     let proxy = Proxy::start(how, endpoints, Settings::default()).await;
-    let response = proxy.connect().await.ask("POST /m HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nbody").await;
+    let response =
+        proxy.connect().await.ask("POST /m HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nbody").await;
     assert_eq!(response.status(), 200);
     let copy = tokio::time::timeout(lab::LONG, copies.recv()).await.unwrap().unwrap();
     assert!(copy.head.starts_with("POST /m HTTP/1.1"));

@@ -55,7 +55,8 @@ async fn echo() -> SocketAddr {
                 tokio::spawn(async move {
                     let te = request.headers().get("te").cloned();
                     let mut body = request.into_body();
-                    let response = Response::builder().header("x-te", te.unwrap_or_else(|| "-".parse().unwrap()));
+                    let response =
+                        Response::builder().header("x-te", te.unwrap_or_else(|| "-".parse().unwrap()));
                     let mut send = respond.send_response(response.body(()).unwrap(), false).unwrap();
                     while let Some(Ok(data)) = body.data().await {
                         body.flow_control().release_capacity(data.len()).unwrap();
@@ -119,7 +120,10 @@ async fn what_is_answered_here_is_grpc_for_grpc() {
     let mut send = client(proxy.address).await.ready().await.unwrap();
     let (response, _) = send.send_request(grpc(proxy.address), true).unwrap();
     let response = response.await.unwrap();
-    assert_eq!((response.status().as_u16(), &response.headers()["grpc-status"]), (200, &"14".parse().unwrap()));
+    assert_eq!(
+        (response.status().as_u16(), &response.headers()["grpc-status"]),
+        (200, &"14".parse().unwrap())
+    );
     assert_eq!(response.headers()["grpc-message"], "no_healthy_upstream");
 }
 
@@ -181,7 +185,8 @@ async fn a_large_body_passes_windows_of_both_sides() {
 async fn cookies_become_one_field_for_a_server_of_http1() {
     let proxy = Proxy::to(lab::echo().await).await;
     let mut send = client(proxy.address).await.ready().await.unwrap();
-    let request = Request::get(format!("http://{}/", proxy.address)).header("cookie", "a=1").header("cookie", "b=2");
+    let request =
+        Request::get(format!("http://{}/", proxy.address)).header("cookie", "a=1").header("cookie", "b=2");
     let (response, _) = send.send_request(request.body(()).unwrap(), true).unwrap();
     let mut recv = response.await.unwrap().into_body();
     let text = String::from_utf8(data(&mut recv).await.to_vec()).unwrap();

@@ -25,7 +25,11 @@ pub struct InTurn {
 
 impl Endpoints for InTurn {
     fn pick(&self, _: &RequestHead, tried: &[Arc<Target>]) -> Option<Arc<Target>> {
-        if self.targets.is_empty() { None } else { Some(Arc::clone(&self.targets[tried.len() % self.targets.len()])) }
+        if self.targets.is_empty() {
+            None
+        } else {
+            Some(Arc::clone(&self.targets[tried.len() % self.targets.len()]))
+        }
     }
 
     fn ended(&self, _: &Arc<Target>, status: Option<u16>) {
@@ -79,8 +83,13 @@ impl Proxy {
         let serving = Arc::clone(&worker);
         tokio::spawn(async move {
             while let Ok((stream, client)) = listener.accept().await {
-                let facts =
-                    Connection { client, destination: address, identity: None, server_name: None, secure: false };
+                let facts = Connection {
+                    client,
+                    destination: address,
+                    identity: None,
+                    server_name: None,
+                    secure: false,
+                };
                 tokio::spawn(serve(Arc::clone(&serving), Io::Tcp(stream), facts));
             }
         });

@@ -95,7 +95,11 @@ async fn a_large_body_arrives_whole_in_either_direction() {
     let data = format!("@{}", file.display());
     for version in ["--http1.1", "--http2-prior-knowledge"] {
         let out = directory.path().join("out");
-        run("curl", &["-sS", version, "-o", out.to_str().unwrap(), &format!("http://{}/large", proxy.address)]).await;
+        run(
+            "curl",
+            &["-sS", version, "-o", out.to_str().unwrap(), &format!("http://{}/large", proxy.address)],
+        )
+        .await;
         assert_eq!(std::fs::metadata(&out).unwrap().len(), 8 << 20);
         let url = format!("http://{}/up", proxy.address);
         assert_eq!(run("curl", &["-sS", version, "--data-binary", &data, &url]).await, "5242880");

@@ -38,10 +38,8 @@ async fn refusing() -> std::net::SocketAddr {
 
 #[tokio::test]
 async fn another_endpoint_takes_what_one_refuses() {
-    let endpoints = in_turn(vec![
-        target(refusing().await, Protocol::Http1),
-        target(lab::echo().await, Protocol::Http1),
-    ]);
+    let endpoints =
+        in_turn(vec![target(refusing().await, Protocol::Http1), target(lab::echo().await, Protocol::Http1)]);
     let proxy = through(Arc::clone(&endpoints), Some(retries(1))).await;
     let response = proxy.connect().await.ask(get("/")).await;
     assert_eq!(response.status(), 200);
@@ -197,7 +195,8 @@ async fn each_try_has_its_time_and_all_of_them_have_theirs() {
     .await;
     let timeouts = Timeouts { per_try: Some(Duration::from_millis(30)), ..Timeouts::default() };
     let how = Forwarding { timeouts, retries: Some(retries(1)), ..Forwarding::default() };
-    let endpoints = in_turn(vec![target(silent, Protocol::Http1), target(lab::echo().await, Protocol::Http1)]);
+    let endpoints =
+        in_turn(vec![target(silent, Protocol::Http1), target(lab::echo().await, Protocol::Http1)]);
     let proxy = Proxy::start(how, endpoints, Settings::default()).await;
     assert_eq!(proxy.connect().await.ask(get("/")).await.status(), 200);
     let how = Forwarding { timeouts, retries: Some(retries(1)), ..Forwarding::default() };
