@@ -160,7 +160,7 @@ impl Channel {
                 let Some(send) = &mut stream.send else { return Ok(()) };
                 match trailers {
                     Some(trailers) => {
-                        send.send_trailers(h2_heads::map(trailers)).map_err(io::Error::other)?
+                        send.send_trailers(h2_heads::map(trailers)).map_err(io::Error::other)?;
                     }
                     None => send.send_data(Bytes::new(), true).map_err(io::Error::other)?,
                 }

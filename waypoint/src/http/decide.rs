@@ -209,7 +209,7 @@ pub trait Endpoints: Send + Sync + 'static {
     /// The endpoint for a try, not one of `tried` if there is another. [`Endpoints::ended`] is called for each.
     fn pick(&self, request: &RequestHead, tried: &[Arc<Target>]) -> Option<Arc<Target>>;
 
-    /// A try has ended: with a status, or without one if there was no response. For outlier detection and for those
+    /// A try has ended, with its response's body if that was passed on: with a status, or without one if there was none. For outlier detection and for those
     /// that count requests under way.
     fn ended(&self, target: &Arc<Target>, status: Option<u16>) {
         let _ = (target, status);

@@ -243,6 +243,9 @@ impl Exchange<'_> {
             Err(failure) => return self.fail(failure).await,
         };
         let after = Box::pin(self.relay(lease, how)).await;
+        if let Some(target) = &self.record.target {
+            endpoints.ended(target, Some(self.record.status));
+        }
         mirror::send(self.worker, self.request, &self.upload, how);
         after
     }
@@ -262,7 +265,7 @@ impl Exchange<'_> {
             self.record.tries += 1;
             self.record.target = Some(Arc::clone(&target));
             let result = self.attempt(&target, how.timeouts.per_try, stale).await;
-            endpoints.ended(&target, result.is_ok().then_some(self.reply.status));
+            let status = result.is_ok().then_some(self.reply.status);
             let left = retries.filter(|r| self.record.tries <= r.attempts);
             let again = match &result {
                 // Not one of the retries: nobody has seen it, as far as can be told.
@@ -274,15 +277,23 @@ impl Exchange<'_> {
                 Err(failure) => left.is_some_and(|r| r.take(failure.class)),
                 Ok(_) => left.is_some_and(|r| r.take_response(&self.reply)),
             };
+            // A response that is passed on ends with its body.
             if !again {
+                if status.is_none() {
+                    endpoints.ended(&target, None);
+                }
                 let wanted = retries.is_some_and(|r| r.attempts > 0 && self.record.tries > r.attempts);
                 self.record.retries_exhausted = wanted && !is_good(&result, &self.reply);
                 return result;
             }
             if !self.upload.can_restart() {
                 self.worker.stats.retries_without_body.inc();
+                if status.is_none() {
+                    endpoints.ended(&target, None);
+                }
                 return result;
             }
+            endpoints.ended(&target, status);
             self.worker.stats.retries.inc();
             self.reply.clear();
             self.upload.restart(self.framing == Framing::None);

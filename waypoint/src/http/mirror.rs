@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::timeout;
 
-use crate::http::decide::{Endpoints, Forwarding};
+use crate::http::decide::{Endpoints, Forwarding, Target};
 use crate::http::h1::Framing;
 use crate::http::head::{RequestHead, ResponseHead};
 use crate::http::pump::Pump;
@@ -53,12 +53,26 @@ async fn copy(
     endpoints: Arc<dyn Endpoints>,
 ) -> Result<(), ReadError> {
     let Some(target) = endpoints.pick(&request, &[]) else { return Ok(()) };
+    let mut status = None;
+    let result = exchange(&worker, &request, body, &target, &mut status).await;
+    endpoints.ended(&target, status);
+    result
+}
+
+/// Sends a copy to an endpoint and reads the response; its status is there as soon as its head has come.
+async fn exchange(
+    worker: &Worker,
+    request: &RequestHead,
+    body: Vec<Bytes>,
+    target: &Arc<Target>,
+    status: &mut Option<u16>,
+) -> Result<(), ReadError> {
     let length: usize = body.iter().map(Bytes::len).sum();
     let framing = if length == 0 { Framing::None } else { Framing::Length(length as u64) };
-    let lease = worker.pool.get(&target, &request, framing, false).await;
+    let lease = worker.pool.get(target, request, framing, false).await;
     let mut lease = lease.map_err(std::io::Error::other)?;
     let channel = &mut lease.channel;
-    channel.send_request(&request, framing);
+    channel.send_request(request, framing);
     for mut data in body {
         while !data.is_empty() {
             let room = poll_fn(|cx| channel.poll_room(cx, data.len())).await?;
@@ -75,8 +89,7 @@ async fn copy(
         channel.poll_response(cx, &mut head, to_head)
     })
     .await?;
-    let status = head.status;
-    endpoints.ended(&target, Some(status));
+    *status = Some(head.status);
     poll_fn(|cx| {
         loop {
             match ready!(channel.poll_frame(cx))? {

@@ -306,14 +306,29 @@ impl Pool {
         framing: Framing,
     ) -> Result<Lease, PoolError> {
         let message = h2_heads::to_request(request, framing).ok_or(PoolError::Unsendable)?;
-        let (mut shared, reused) = match self.with_room(target) {
-            Some(shared) => (shared, true),
-            None => (self.share(target).await?, false),
-        };
-        let hold = Hold::Stream { streams: Arc::clone(&shared.streams) };
-        std::future::poll_fn(|cx| shared.send.poll_ready(cx)).await?;
-        let (response, send) = shared.send.send_request(message, framing == Framing::None)?;
-        Ok(Lease { channel: Channel::H2(Stream::of_server(response, send)), reused, hold })
+        loop {
+            let (mut shared, reused) = match self.with_room(target) {
+                Some(shared) => (shared, true),
+                None => (self.share(target).await?, false),
+            };
+            let hold = Hold::Stream { streams: Arc::clone(&shared.streams) };
+            let ready = std::future::poll_fn(|cx| shared.send.poll_ready(cx)).await;
+            match ready.and_then(|()| shared.send.send_request(message.clone(), framing == Framing::None)) {
+                Ok((response, send)) => {
+                    return Ok(Lease {
+                        channel: Channel::H2(Stream::of_server(response, send)),
+                        reused,
+                        hold,
+                    });
+                }
+                // It has ended, or its server said that it will: nothing was sent, another will do.
+                Err(error) if reused => {
+                    tracing::debug!(%error, "a connection of HTTP/2 takes no more requests");
+                    shared.ended.store(true, Ordering::Relaxed);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     /// A connection with a free stream, which is taken.

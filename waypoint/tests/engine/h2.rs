@@ -205,3 +205,29 @@ async fn a_connection_with_requests_under_way_is_drained_in_order() {
     assert_eq!(recv.trailers().await.unwrap().unwrap()["grpc-status"], "0");
     lab::until(|| (proxy.worker.stats.connections_now.get() == 0).then_some(())).await;
 }
+
+#[tokio::test]
+async fn a_server_that_goes_away_is_connected_to_again() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let mut connection = h2::server::handshake(stream).await.unwrap();
+            let (_, mut respond) = connection.accept().await.unwrap().unwrap();
+            respond.send_response(Response::new(()), true).unwrap();
+            // One request, and goodbye.
+            connection.graceful_shutdown();
+            while let Some(Ok((_, mut respond))) = connection.accept().await {
+                respond.send_reset(Reason::REFUSED_STREAM);
+            }
+        }
+    });
+    let endpoints = in_turn(vec![target(address, Protocol::Http2)]);
+    let proxy = Proxy::start(Forwarding::default(), endpoints, Settings::default()).await;
+    let mut client = proxy.connect().await;
+    for count in 1..4 {
+        assert_eq!(client.ask(lab::get("/")).await.status(), 200);
+        lab::until(|| (proxy.worker.stats.upstream_connections_now.get() == 0).then_some(())).await;
+        assert_eq!(proxy.worker.stats.upstream_connections.get(), count);
+    }
+}

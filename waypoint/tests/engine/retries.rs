@@ -45,6 +45,7 @@ async fn another_endpoint_takes_what_one_refuses() {
     assert_eq!(response.status(), 200);
     let record = &proxy.wait_records(1).await[0];
     assert_eq!((record.tries, flags(record).as_str()), (2, "-"));
+    // Told of before the record is written.
     assert_eq!(*endpoints.ended.lock().unwrap(), [None, Some(200)]);
 }
 
