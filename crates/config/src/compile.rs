@@ -371,7 +371,11 @@ impl Compiler {
                 self.take(effects, pool);
             }
             (
-                Kind::HttpRoute | Kind::ReferenceGrant | Kind::DestinationRule | Kind::VirtualService,
+                Kind::HttpRoute
+                | Kind::GrpcRoute
+                | Kind::ReferenceGrant
+                | Kind::DestinationRule
+                | Kind::VirtualService,
                 resource,
             ) => {
                 self.set_route(key, resource);

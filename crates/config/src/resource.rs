@@ -19,7 +19,7 @@ use crate::policy::authorization::{self, PolicyScope};
 use crate::policy::{AuthorizationPolicy, MeshConfig, PeerAuthentication};
 use crate::policy::{mesh_config, peer_authentication};
 use crate::routes::{
-    DestinationRule, Gateway, HttpRoute, ReferenceGrant, VirtualService, destination_rule, gateway,
+    DestinationRule, Gateway, HttpRoute, ReferenceGrant, VirtualService, destination_rule, gateway, grpc_route,
     http_route, reference_grant, virtual_service,
 };
 use crate::tree;
@@ -63,6 +63,8 @@ pub enum Kind {
     VirtualService,
     /// `gateway.networking.k8s.io Gateway`.
     Gateway,
+    /// `gateway.networking.k8s.io GRPCRoute`.
+    GrpcRoute,
 }
 
 /// An object of any kind.
@@ -171,6 +173,7 @@ pub static KINDS: &[&KindSpec] = &[
     &destination_rule::KIND,
     &virtual_service::KIND,
     &gateway::KIND,
+    &grpc_route::KIND,
 ];
 
 impl Kind {

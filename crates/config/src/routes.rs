@@ -8,6 +8,7 @@ pub mod destination_rule;
 mod destinations;
 mod filters;
 pub mod gateway;
+pub mod grpc_route;
 mod hosts;
 pub mod http_route;
 mod precedence;

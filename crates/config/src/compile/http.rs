@@ -120,7 +120,8 @@ impl Compiler {
         let key = match &draft.to {
             Reference::Unknown(reason) => return Err(reason.clone()),
             Reference::Service { namespace, name } => {
-                if !self.grants.allow("HTTPRoute", &route.namespace, namespace, name) {
+                let kind = if route.kind == Kind::GrpcRoute { "GRPCRoute" } else { "HTTPRoute" };
+                if !self.grants.allow(kind, &route.namespace, namespace, name) {
                     let text = format!(
                         "no ReferenceGrant lets {} refer to the Service {namespace}/{name}",
                         route.namespace

@@ -32,6 +32,17 @@ pub(super) static FILTER: Schema = Schema {
     ],
 };
 
+pub(super) static GRPC_FILTER: Schema = Schema {
+    name: "GRPCRoute.spec.rules[].filters[]",
+    fields: &[
+        enforced("type"),
+        nested("requestHeaderModifier", &MODIFIER),
+        nested("responseHeaderModifier", &MODIFIER),
+        nested("requestMirror", &MIRROR),
+        refused("extensionRef", "there is no filter that it could refer to", "remove it"),
+    ],
+};
+
 static MODIFIER: Schema = Schema {
     name: "HTTPHeaderFilter",
     fields: &[nested("set", &HEADER), nested("add", &HEADER), enforced("remove")],
@@ -83,8 +94,9 @@ pub(super) struct Filters {
     pub cors: Option<Cors>,
 }
 
+/// A kind of filter.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Type {
+pub(super) enum Type {
     Request,
     Response,
     Mirror,
@@ -93,7 +105,8 @@ enum Type {
     Cors,
 }
 
-const TYPES: [(&str, Type); 6] = [
+/// The filters of HTTPRoute.
+pub(super) const HTTP: [(&str, Type); 6] = [
     ("RequestHeaderModifier", Type::Request),
     ("ResponseHeaderModifier", Type::Response),
     ("RequestMirror", Type::Mirror),
@@ -102,13 +115,20 @@ const TYPES: [(&str, Type); 6] = [
     ("CORS", Type::Cors),
 ];
 
+/// The filters of GRPCRoute.
+pub(super) const GRPC: [(&str, Type); 3] = [
+    ("RequestHeaderModifier", Type::Request),
+    ("ResponseHeaderModifier", Type::Response),
+    ("RequestMirror", Type::Mirror),
+];
+
 /// Reads `filters` of a rule.
-pub(super) fn read(owner: &mut Fields<'_, '_>, namespace: &Str) -> Filters {
+pub(super) fn read(owner: &mut Fields<'_, '_>, namespace: &Str, types: &[(&str, Type)]) -> Filters {
     let mut filters = Filters::default();
     let mut seen = Vec::new();
     owner.each("filters", |item| {
         let Some(mut fields) = item.fields() else { return };
-        let Some(kind) = fields.required("type").and_then(|c| word(c, &TYPES)) else { return };
+        let Some(kind) = fields.required("type").and_then(|c| word(c, types)) else { return };
         if kind != Type::Mirror && seen.contains(&kind) {
             fields.report(Code::InvalidValue, "a filter of this type is there already", "put both into one");
         }

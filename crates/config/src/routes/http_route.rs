@@ -8,7 +8,7 @@ use model::http::{
     RouteKind, RouteMatch, Timeouts,
 };
 
-use super::filters::{self, FILTER};
+use super::filters::{self, FILTER, HTTP, Type};
 use super::reference::{BackendDraft, PARENT, ParentRef, read_backend, read_parents};
 use super::value::{duration, header_name, path, regex, word};
 use crate::diagnostic::Code;
@@ -74,7 +74,7 @@ static MATCH: Schema = Schema {
     ],
 };
 static PATH: Schema = Schema { name: "HTTPPathMatch", fields: &[enforced("type"), enforced("value")] };
-static NAMED: Schema =
+pub(super) static NAMED: Schema =
     Schema { name: "HTTPHeaderMatch", fields: &[enforced("type"), enforced("name"), enforced("value")] };
 static BACKEND: Schema = Schema {
     name: "HTTPBackendRef",
@@ -122,6 +122,16 @@ pub struct RuleDraft {
 }
 
 fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resource> {
+    read(fields, metadata, RouteKind::HttpRoute, read_rule)
+}
+
+/// Reads a route of either kind, its rules by `read_rule`.
+pub(super) fn read(
+    fields: &mut Fields<'_, '_>,
+    metadata: &Metadata<'_>,
+    kind: RouteKind,
+    read_rule: fn(&mut Fields<'_, '_>, RouteId, &Str) -> RuleDraft,
+) -> Option<Resource> {
     let pool = &mut fields.context().pool;
     let (namespace, name) = (pool.string(metadata.namespace), pool.string(metadata.name));
     let created = pool.string(metadata.created);
@@ -145,13 +155,7 @@ fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resourc
     spec.each("rules", |item| {
         let Some(mut rule) = item.fields() else { return };
         let rule_name = rule.string("name").map(Into::into);
-        let id = RouteId {
-            kind: RouteKind::HttpRoute,
-            namespace: namespace.clone(),
-            name: name.clone(),
-            rule: place,
-            rule_name,
-        };
+        let id = RouteId { kind, namespace: namespace.clone(), name: name.clone(), rule: place, rule_name };
         place += 1;
         rules.push(read_rule(&mut rule, id, &namespace));
     });
@@ -166,26 +170,8 @@ fn read_rule(rule: &mut Fields<'_, '_>, id: RouteId, namespace: &Str) -> RuleDra
         // The CRD's default: all paths.
         matches.push(RouteMatch { path: Some(PathMatch::segments("/")), ..RouteMatch::default() });
     }
-    let filters = filters::read(rule, namespace);
-    let mut backends = Vec::new();
-    rule.each("backendRefs", |item| {
-        let Some(mut fields) = item.fields() else { return };
-        let Some(mut backend) = read_backend(&mut fields, namespace) else { return };
-        backend.weight = fields.integer("weight", 0..=1_000_000).unwrap_or(1);
-        let of_backend = filters::read(&mut fields, namespace);
-        let only_headers = of_backend.mirrors.is_empty()
-            && of_backend.redirect.is_none()
-            && of_backend.path.is_none()
-            && of_backend.host.is_none()
-            && of_backend.cors.is_none();
-        if !only_headers {
-            let message = "a back end's filters may change headers, and nothing else";
-            fields.report(Code::FieldRefused, message, "move the filter to the rule");
-        }
-        backend.request_headers = of_backend.request_headers.unwrap_or_default();
-        backend.response_headers = of_backend.response_headers.unwrap_or_default();
-        backends.push(backend);
-    });
+    let filters = filters::read(rule, namespace, &HTTP);
+    let backends = read_backends(rule, namespace, &HTTP);
     if filters.redirect.is_some() && !backends.is_empty() {
         rule.report(Code::InvalidValue, "a rule that redirects has no back ends", "remove one of both");
     }
@@ -211,7 +197,35 @@ fn read_rule(rule: &mut Fields<'_, '_>, id: RouteId, namespace: &Str) -> RuleDra
     route.cors = filters.cors.map(Box::new);
     route.timeouts = read_timeouts(rule);
     route.retry = rule.object("retry").map(|mut retry| read_retry(&mut retry));
-    RuleDraft { matches: matches.into(), route, backends: backends.into(), mirrors: filters.mirrors.into() }
+    RuleDraft { matches: matches.into(), route, backends, mirrors: filters.mirrors.into() }
+}
+
+/// Reads `backendRefs` of a rule.
+pub(super) fn read_backends(
+    rule: &mut Fields<'_, '_>,
+    namespace: &Str,
+    types: &[(&str, Type)],
+) -> Box<[BackendDraft]> {
+    let mut backends = Vec::new();
+    rule.each("backendRefs", |item| {
+        let Some(mut fields) = item.fields() else { return };
+        let Some(mut backend) = read_backend(&mut fields, namespace) else { return };
+        backend.weight = fields.integer("weight", 0..=1_000_000).unwrap_or(1);
+        let of_backend = filters::read(&mut fields, namespace, types);
+        let only_headers = of_backend.mirrors.is_empty()
+            && of_backend.redirect.is_none()
+            && of_backend.path.is_none()
+            && of_backend.host.is_none()
+            && of_backend.cors.is_none();
+        if !only_headers {
+            let message = "a back end's filters may change headers, and nothing else";
+            fields.report(Code::FieldRefused, message, "move the filter to the rule");
+        }
+        backend.request_headers = of_backend.request_headers.unwrap_or_default();
+        backend.response_headers = of_backend.response_headers.unwrap_or_default();
+        backends.push(backend);
+    });
+    backends.into()
 }
 
 fn read_match(cursor: Cursor<'_, '_>) -> Option<RouteMatch> {
@@ -293,7 +307,7 @@ fn read_path(fields: &mut Fields<'_, '_>) -> Option<PathMatch> {
     }
 }
 
-fn read_pattern(fields: &mut Fields<'_, '_>) -> Option<Pattern> {
+pub(super) fn read_pattern(fields: &mut Fields<'_, '_>) -> Option<Pattern> {
     let by = match fields.take("type") {
         Some(cursor) => word(cursor, &[("Exact", By::Exact), ("RegularExpression", By::Regex)])?,
         None => By::Exact,
