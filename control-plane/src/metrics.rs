@@ -21,6 +21,7 @@ pub struct Streams {
     bytes: Arc<ByType>,
     rejects: Arc<ByType>,
     convergence: Handle<(), Histogram>,
+    queued: Handle<(), Histogram>,
     /// When a refusal was logged last.
     said: Mutex<Option<Instant>>,
 }
@@ -34,6 +35,10 @@ impl Streams {
     pub fn new(registry: &Registry) -> Arc<Self> {
         let latency = registry
             .latencies::<()>("pilot_proxy_convergence_time", "From a change until a proxy answered for it");
+        let queued = registry.latencies::<()>(
+            "pilot_proxy_queue_time",
+            "From when a change was to be sent until it was to a proxy",
+        );
         Arc::new(Self {
             connected: registry.gauge("pilot_xds", "Proxies that are connected"),
             refused: registry.counter("culvertd_xds_refused", "Streams that were refused"),
@@ -43,6 +48,7 @@ impl Streams {
             bytes: registry.counters("culvertd_xds_bytes", "Bytes of resources that went to proxies"),
             rejects: registry.counters("pilot_total_xds_rejects", "Responses that proxies refused"),
             convergence: latency.with(&()),
+            queued: queued.with(&()),
             said: Mutex::default(),
         })
     }
@@ -79,6 +85,7 @@ impl Observer for Streams {
                 self.bytes.with(&labels).add(bytes as u64);
             }
             Event::Rejected { type_url, .. } => self.rejects.with(&[("type", short(type_url))]).inc(),
+            Event::Queued(time) => self.queued.observe(time.as_secs_f64()),
             Event::Converged(time) => self.convergence.observe(time.as_secs_f64()),
         }
     }
@@ -94,7 +101,6 @@ pub fn register(registry: &Registry, overview: &Arc<Mutex<Overview>>, exceptions
         let look = look(read);
         registry.collect(Description { name, help, kind }, move |out| out.integer(&|_| {}, look()));
     };
-    number("pilot_push_triggers", "Commits of what changed in the cluster", Kind::Counter, |o| o.commits);
     number(
         "culvertd_compile_steps",
         "Objects, instances and services looked at: what the changes cost",
@@ -107,6 +113,18 @@ pub fn register(registry: &Registry, overview: &Arc<Mutex<Overview>>, exceptions
         Kind::Counter,
         |o| o.rejected,
     );
+    let triggers = overview.clone();
+    let description = Description {
+        name: "pilot_push_triggers",
+        help: "Commits that had changes of this type",
+        kind: Kind::Counter,
+    };
+    registry.collect(description, move |out| {
+        let triggers = triggers.lock().unwrap_or_else(PoisonError::into_inner).triggers.clone();
+        for (kind, count) in triggers {
+            out.integer(&|labels| labels.pair("type", kind), count);
+        }
+    });
     let objects = overview.clone();
     let description =
         Description { name: "culvertd_objects", help: "Objects that are read", kind: Kind::Gauge };

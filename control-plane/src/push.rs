@@ -25,7 +25,7 @@ use xds::server::{Change as Update, Generation, Resource, Server};
 /// workloads that list them.
 pub const TYPES: [&str; 3] = [MESH_SETTINGS_TYPE_URL, AUTHORIZATION_TYPE_URL, ADDRESS_TYPE_URL];
 
-/// As many as are worth reading.
+/// As many as are worth reading. Those of policies are all kept: their conditions are made of them.
 const MOST_EXCEPTIONS: usize = 1000;
 
 /// Where resources go.
@@ -58,13 +58,17 @@ impl Exceptions {
     }
 
     fn set(&self, name: &Arc<str>, what: Option<String>) {
+        self.set_up_to(MOST_EXCEPTIONS, name, what);
+    }
+
+    fn set_up_to(&self, most: usize, name: &Arc<str>, what: Option<String>) {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match what {
             None => {
                 all.remove(name);
             }
             Some(what) => {
-                if all.get(name) != Some(&what) && (all.len() < MOST_EXCEPTIONS || all.contains_key(name)) {
+                if all.get(name) != Some(&what) && (all.len() < most || all.contains_key(name)) {
                     tracing::warn!(resource = &**name, what, "proxies of another make are told otherwise");
                     all.insert(name.clone(), what);
                 }
@@ -214,7 +218,7 @@ impl<S: Sink> Push<S> {
         let culvert = body(policy, Extensions::Culvert)
             .or_else(|_| body(&refusing_all(policy), Extensions::Culvert))
             .ok();
-        self.exceptions.set(&name, otherwise);
+        self.exceptions.set_up_to(usize::MAX, &name, otherwise);
         Resource {
             type_url: AUTHORIZATION_TYPE_URL,
             name,

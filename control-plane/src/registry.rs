@@ -10,6 +10,8 @@
 //!   namespace becomes selected, the kinds are listed again: what is not read is not kept either. Nothing is given out
 //!   until the policies are listed.
 
+mod report;
+
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
@@ -26,6 +28,8 @@ use config::tree::{self, Entry, Limits, Node, Position, Value};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, timeout_at};
 
+pub use self::report::{ObjectName, ObjectState, ObjectVersion, Report};
+use self::report::{is_reported, version};
 use crate::alive::Nodes;
 use crate::in_force::InForce;
 use crate::pods::PodTable;
@@ -65,54 +69,6 @@ pub struct Committed {
     pub reports: Vec<Report>,
 }
 
-/// What there is to report of an object of istio.io.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Report {
-    /// Which.
-    pub name: ObjectName,
-    /// The object as it stands; `None` when it is gone.
-    pub state: Option<ObjectState>,
-}
-
-/// An object's name.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ObjectName {
-    /// Its kind.
-    pub kind: Kind,
-    /// Its namespace.
-    pub namespace: Arc<str>,
-    /// Its name.
-    pub name: Arc<str>,
-}
-
-impl std::fmt::Display for ObjectName {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}/{}/{}", self.kind.name(), self.namespace, self.name)
-    }
-}
-
-/// An object as it stands.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ObjectState {
-    /// Which version of it.
-    pub version: ObjectVersion,
-    /// What is said of it.
-    pub findings: Vec<Diagnostic>,
-}
-
-/// A version of an object, and what decides who reports on it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ObjectVersion {
-    /// Which object of this name.
-    pub uid: Arc<str>,
-    /// Which version of it.
-    pub generation: i64,
-    /// Its label gives it to this revision: the control planes of others do not read it.
-    pub labelled: bool,
-    /// It has a selector: proxies know from their workloads whether it is for them.
-    pub selects: bool,
-}
-
 /// What the registry tells the rest of the process, beside what it commits.
 #[derive(Clone, Debug, Default, serde::Serialize)]
 pub struct Overview {
@@ -126,6 +82,8 @@ pub struct Overview {
     pub rejected: u64,
     /// Commits so far.
     pub commits: u64,
+    /// Of these, how many had changes of a type: `endpoint`, `service`, `config` or `global`.
+    pub triggers: BTreeMap<&'static str, u64>,
     /// Objects, instances and services looked at so far.
     pub steps: u64,
 }
@@ -205,6 +163,7 @@ pub struct Registry {
     /// The error in the settings that was said last.
     said: Option<String>,
     commits: u64,
+    triggers: BTreeMap<&'static str, u64>,
 }
 
 impl Registry {
@@ -236,6 +195,7 @@ impl Registry {
             given_out: false,
             said: None,
             commits: 0,
+            triggers: BTreeMap::new(),
         }
     }
 
@@ -359,9 +319,12 @@ impl Registry {
             self.pods.set_ready();
         }
         self.commits += 1;
-        self.note();
         let mut changes = std::mem::take(&mut self.early);
         changes.extend(outcome.changes);
+        for trigger in changes.iter().map(trigger).collect::<BTreeSet<_>>() {
+            *self.triggers.entry(trigger).or_default() += 1;
+        }
+        self.note();
         Some(Committed { changes, since, first, reports })
     }
 
@@ -455,6 +418,7 @@ impl Registry {
         overview.rejected = self.rejected;
         overview.waiting = waiting;
         overview.commits = self.commits;
+        overview.triggers.clone_from(&self.triggers);
         overview.steps = self.repository.steps();
     }
 
@@ -704,22 +668,18 @@ impl Registry {
     }
 }
 
-/// A question to the registry, answered between two commits.
-pub type Ask = Box<dyn FnOnce(&Registry) + Send>;
-
-/// Whether the status of a kind's objects is written.
-fn is_reported(kind: Kind) -> bool {
-    kind.spec().is_some_and(|spec| spec.group.ends_with("istio.io"))
-}
-
-fn version(decoded: &Decoded) -> ObjectVersion {
-    ObjectVersion {
-        uid: decoded.bookkeeping.uid.as_str().into(),
-        generation: decoded.bookkeeping.generation,
-        labelled: decoded.label("istio.io/rev").is_some(),
-        selects: decoded.node.get("spec").is_some_and(|spec| spec.get("selector").is_some()),
+/// What a change is, in istiod's words.
+fn trigger(change: &model::Change) -> &'static str {
+    match change {
+        model::Change::SetWorkload(_) | model::Change::RemoveWorkload(_) => "endpoint",
+        model::Change::SetService(_) | model::Change::RemoveService(_) => "service",
+        model::Change::SetPolicy(_) | model::Change::RemovePolicy(_) => "config",
+        model::Change::SetSettings(_) => "global",
     }
 }
+
+/// A question to the registry, answered between two commits.
+pub type Ask = Box<dyn FnOnce(&Registry) + Send>;
 
 /// What an object is called in diagnostics.
 fn origin(kind: Kind, namespace: &Arc<str>, name: &Arc<str>) -> Arc<str> {

@@ -101,13 +101,23 @@ fn pod_of(caller: &Caller) -> Option<(&str, &str)> {
     caller.name.strip_prefix("pod ")?.split_once(' ')
 }
 
-/// Ends the streams of pods that are gone: a token is looked at when a stream begins, and never again. Runs until the
-/// process ends.
-pub async fn end_streams_of_pods_that_are_gone(server: Server, pods: Arc<dyn Pods>) {
+/// Ends the streams of pods that are gone: a token is looked at when a stream begins, and never again. What was said of
+/// their tokens is forgotten, so that none comes back by it. Runs until the process ends.
+pub async fn end_streams_of_pods_that_are_gone(
+    server: Server,
+    pods: Arc<dyn Pods>,
+    authenticator: Arc<Authenticator>,
+) {
     loop {
         tokio::time::sleep(LOOK).await;
         if pods.is_ready() {
-            server.disconnect(|client| is_of_a_pod_that_is_gone(client, &*pods));
+            server.disconnect(|client| {
+                let gone = is_of_a_pod_that_is_gone(client, &*pods);
+                if let Some((_, uid)) = pod_of(&client.caller).filter(|_| gone) {
+                    authenticator.forget(uid);
+                }
+                gone
+            });
         }
     }
 }

@@ -51,6 +51,10 @@ pub struct Flags {
     /// Where the webhook is served, over TLS
     #[arg(long, env = "WEBHOOK_ADDR", default_value = "[::]:15017", value_name = "ADDR:PORT")]
     pub webhook_address: SocketAddr,
+    /// How long the API server may say nothing, to a request or in a watch, before it is asked again, in seconds. It says
+    /// something every minute or so, also where nothing happens
+    #[arg(long, env = "API_SERVER_SILENCE", default_value_t = 120, value_name = "SECONDS")]
+    pub api_server_silence: u64,
     /// What all of the project's binaries understand.
     #[command(flatten)]
     pub shared: process::settings::RawSettings,

@@ -29,7 +29,7 @@ use tokio::time::Instant;
 use answers::attentive;
 
 use crate::objects::{self, Object, Watched};
-pub use answers::ClockSkew;
+pub use answers::{ClockSkew, SILENCE};
 
 /// What happened to the objects of a kind.
 #[derive(Debug)]
@@ -142,6 +142,7 @@ pub struct Source {
     watches: Arc<Watches>,
     out: mpsc::Sender<Event>,
     relist: watch::Receiver<u64>,
+    silence: Duration,
 }
 
 /// The registry's end.
@@ -158,7 +159,14 @@ impl Source {
     pub fn new(client: Client, settings: (String, String), watches: Arc<Watches>) -> (Self, Feed) {
         let (out, events) = mpsc::channel(QUEUE);
         let (relist, relisted) = watch::channel(0);
-        (Self { client, settings, watches, out, relist: relisted }, Feed { events, relist })
+        let silence = SILENCE;
+        (Self { client, settings, watches, out, relist: relisted, silence }, Feed { events, relist })
+    }
+
+    /// How long the server may say nothing before it is asked again.
+    #[must_use]
+    pub fn with_silence(self, silence: Duration) -> Self {
+        Self { silence, ..self }
     }
 
     /// Starts the watches that say which objects are read at all: namespaces and the mesh's settings.
@@ -185,7 +193,7 @@ impl Source {
     }
 
     fn spawn<W: Watched>(&self, config: Config, namespace: Option<String>, relist: Relist) {
-        let (client, answers) = attentive(&self.client, &self.watches.skew);
+        let (client, answers) = attentive(&self.client, &self.watches.skew, self.silence);
         let follower = Follower {
             client,
             answers,
@@ -453,6 +461,9 @@ fn is_stuck(error: &Error) -> bool {
         Error::WatchStartFailed(kube::Error::Api(status)) | Error::WatchFailed(kube::Error::Api(status)) => {
             matches!(status.code, 404 | 410)
         }
+        // A server that does not know the path (any more) answers in plain words: `404 page not found`.
+        Error::WatchStartFailed(kube::Error::SerdeError(_))
+        | Error::WatchFailed(kube::Error::SerdeError(_)) => true,
         _ => false,
     }
 }

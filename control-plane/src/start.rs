@@ -32,7 +32,7 @@ use crate::push::{Exceptions, Push, TYPES};
 use crate::registry::{self, Ask, Committed, Overview, Registry};
 use crate::serve::{self, NodeProxies, Port, Proving, connections};
 use crate::settings::Flags;
-use crate::source::{Source, Watches};
+use crate::source::{SILENCE, Source, Watches};
 use crate::status::exchange::{Exchange, Keys};
 use crate::status::peers::{Peers, Reach};
 use crate::status::{Followers, Keeper, Writer};
@@ -45,11 +45,13 @@ const KEEPALIVE: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Streams of one connection: the mesh's configuration, and certificates of a node's pods.
 const MOST_STREAMS: u32 = 128;
+/// What lies in memory of a request that waits for its turn: thousands of proxies come back at once, and each has a few MB
+/// to say.
+const WINDOW: u32 = 64 << 10;
 /// After it is told to end, for others to learn that it does: new streams still come until then.
 const LAST_WORDS: Duration = Duration::from_secs(1);
-/// How long the API server may take to take a connection, and then to say something; watches are looked after beside.
+/// How long the API server may take to take a connection.
 const CONNECT: Duration = Duration::from_secs(10);
-const SILENCE: Duration = Duration::from_secs(150);
 
 /// Runs until a signal, or the admin port, ends the process in good order.
 ///
@@ -94,8 +96,13 @@ pub async fn client(flags: &Flags) -> anyhow::Result<Client> {
             .context("no API server: this is no pod; outside a cluster say --kubeconfig FILE")?,
     };
     // A server that takes connections and says nothing is not waited for for ever.
-    (config.connect_timeout, config.read_timeout) = (Some(CONNECT), Some(SILENCE));
+    (config.connect_timeout, config.read_timeout) =
+        (Some(CONNECT), Some(silence(flags).max(SILENCE) + CONNECT));
     Ok(Client::try_from(config)?)
+}
+
+fn silence(flags: &Flags) -> Duration {
+    Duration::from_secs(flags.api_server_silence.max(1))
 }
 
 /// The ports, bound before anything else: a second process must not get as far as leading.
@@ -167,6 +174,7 @@ struct Plane {
     metrics: Metrics,
     ca: Ca,
     server: Server,
+    authenticator: Arc<Authenticator>,
 }
 
 /// What is known of the cluster, as views that stay up to date.
@@ -194,17 +202,19 @@ impl Plane {
         build_info(&metrics, "culvertd", env!("CARGO_PKG_VERSION"));
         logs.register(&metrics);
         let ca = ca(flags, &trusted, &metrics);
-        let authenticator = Authenticator::new(KubeReviewer::new(client.clone()), Clock::system());
-        let proxies = NodeProxies::new(Arc::new(authenticator), flags.cluster_id.clone(), trusted.clone());
+        let reviewer = KubeReviewer::new(client.clone());
+        let authenticator = Arc::new(Authenticator::new(reviewer, Clock::system()));
+        let proxies = NodeProxies::new(authenticator.clone(), flags.cluster_id.clone(), trusted.clone());
         let xds = XdsConfig { types: TYPES.to_vec(), ..XdsConfig::default() };
         let server = Server::new(xds, Arc::new(proxies), Streams::new(&metrics));
-        Ok(Self { client, trusted, metrics, ca, server })
+        Ok(Self { client, trusted, metrics, ca, server, authenticator })
     }
 
     /// Starts to read the cluster, to compile it, and to tell proxies.
     fn read_cluster(&self, flags: &Flags) -> anyhow::Result<Known> {
         let map = (flags.namespace.clone(), flags.mesh_config_map.clone());
         let (source, feed) = Source::new(self.client.clone(), map.clone(), Watches::new(&self.metrics));
+        let source = source.with_silence(silence(flags));
         source.start_first();
         let settings = registry::Settings {
             options: options(flags),
@@ -301,13 +311,18 @@ impl Plane {
         shutdown: &Shutdown,
     ) -> anyhow::Result<tokio::task::JoinHandle<Result<(), tonic::transport::Error>>> {
         let port = Port::new(serve::Limits::default(), &self.metrics);
-        let gone =
-            serve::end_streams_of_pods_that_are_gone(self.server.clone(), Arc::new(known.pods.clone()));
+        let gone = serve::end_streams_of_pods_that_are_gone(
+            self.server.clone(),
+            Arc::new(known.pods.clone()),
+            self.authenticator.clone(),
+        );
         tokio::spawn(gone);
         let grpc = tonic::transport::Server::builder()
             .http2_keepalive_interval(Some(KEEPALIVE))
             .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
             .max_concurrent_streams(MOST_STREAMS)
+            .initial_stream_window_size(WINDOW)
+            .initial_connection_window_size(2 * WINDOW)
             .layer(Proving(port.clone()))
             .add_service(self.server.service())
             .add_service(self.ca.service(self.client.clone(), Arc::new(known.pods.clone())));

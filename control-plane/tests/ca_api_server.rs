@@ -393,6 +393,18 @@ impl Lab {
         until("the repair", || roots_in(&self.held()) == [a]).await;
         self.api.kubectl(&[&["delete"], &map[..]].concat());
         until("the ConfigMap, again,", || roots_in(&self.held()) == [a]).await;
+        // An istiod's, by the name of its field manager, is left alone, and made anew when it is gone.
+        let theirs = ["--field-manager=pilot-discovery", "-p", r#"{"data":{"root-cert.pem":"theirs"}}"#];
+        self.api.kubectl(&[&["patch"], &map[..], &theirs].concat());
+        until("whose it is", || self.ca.current().status().of_others.contains_key("pilot-discovery")).await;
+        assert_eq!(self.held(), "theirs");
+        self.api.kubectl(&[&["delete"], &map[..]].concat());
+        until("the ConfigMap of ours", || roots_in(&self.held()) == [a]).await;
+        let own = || {
+            let map = self.api.object(&["configmap", "-n", NAMESPACE, "culvert-ca-root-cert"]);
+            map.and_then(|map| Some(roots_in(map["data"]["root-cert.pem"].as_str()?))).unwrap_or_default()
+        };
+        until("the one of our own pods", || own() == [a]).await;
     }
 
     async fn gives_a_node_its_pods_certificates(&self) {

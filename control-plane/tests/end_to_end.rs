@@ -396,6 +396,14 @@ async fn proxies_of_another_make_never_get_what_they_would_enforce_wrongly() {
     assert_eq!(plane.server.len(AUTHORIZATION_TYPE_URL, theirs), 2);
     assert_eq!(plane.server.len(MESH_SETTINGS_TYPE_URL, theirs), 0);
     assert_eq!(plane.server.len(ADDRESS_TYPE_URL, theirs), 3);
+    // However many there are: the condition of a policy is made of it.
+    for index in 0..1200 {
+        let mut another = tried.clone();
+        another["metadata"]["name"] = json!(format!("tried-{index}"));
+        plane.registry.take(set(Kind::AuthorizationPolicy, &another));
+    }
+    plane.commit();
+    assert_eq!(plane.push.exceptions().list().len(), 1202);
     plane.registry.take(mesh::gone(Kind::AuthorizationPolicy, "shop", "domains"));
     plane.commit();
     assert!(!plane.push.exceptions().list().contains_key("shop/domains"));

@@ -10,16 +10,19 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
 use apiserver::{Cluster, Plane, apply_crds, fill, pod, policy, until_named};
+use base64::Engine as _;
 use control_plane::registry::ObjectVersion;
 use control_plane::status::Followers;
-use control_plane::status::exchange::{Exchange, Keys};
-use control_plane::status::peers::{Peers, Reach, Stand};
+use control_plane::status::exchange::{Exchange, Keys, Question};
+use control_plane::status::peers::{Peers, Place, Reach, Stand, ask_one};
 use http::{Request, Response};
 use http_body_util::Full;
 use identity::Clock;
 use kube::client::Body;
 use mesh::Root;
 use proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use xds::server::{Authorizer, Caller, Config, Server};
@@ -38,6 +41,29 @@ fn set_running(cluster: &Cluster, pod: &str) {
     let status = json!({ "status": { "phase": "Running" } }).to_string();
     let patch = ["patch", "pod", "-n", "culvert-system", pod, "--subresource", "status", "-p", &status];
     cluster.kubectl(&patch, "").unwrap();
+}
+
+/// Who has the CA's key is answered, and nobody else.
+async fn tell_each_other(cluster: &Cluster, plane: &Plane) {
+    let secret = ["get", "secret", "-n", "culvert-system", "culvert-ca-secret", "-o"];
+    let key = [&secret[..], &["jsonpath={.data.ca-key\\.pem}"]].concat();
+    let key = base64::engine::general_purpose::STANDARD.decode(cluster.kubectl(&key, "").unwrap()).unwrap();
+    let key = PrivateKeyDer::from_pem_slice(&key).unwrap();
+    let of = |secret: Vec<u8>| {
+        Keys::new(Arc::new(move |take: &mut dyn FnMut(&[u8])| take(&secret)), Clock::system())
+    };
+    let place =
+        Place { address: plane.webhook, server_name: "localhost".to_owned(), revision: "default".into() };
+    let roots = CertificateDer::pem_file_iter(cluster.at("root.pem")).unwrap().map(Result::unwrap);
+    let mut store = rustls::RootCertStore::empty();
+    store.add_parsable_certificates(roots);
+    let tls = Arc::new(rustls::ClientConfig::builder().with_root_certificates(store).with_no_client_auth());
+    let ask = async |keys: &Keys| ask_one(&place, Some(tls.clone()), keys, &Question::default()).await;
+    let answer = ask(&of(key.secret_der().to_vec())).await.unwrap();
+    assert_eq!((&*answer.revision, answer.ours, answer.versions.len()), ("default", 1, 1));
+    assert_eq!(answer.names.unwrap()[..], ["ztunnel-a.culvert-system".into()]);
+    let refused = ask(&of(b"another".to_vec())).await.unwrap_err();
+    assert!(refused.contains("403"), "{refused}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -66,6 +92,8 @@ async fn a_live_ztunnel_without_a_stream_is_named_and_that_of_a_dead_node_is_not
     };
     let absent = "1/2 proxies enforce it; waiting for ztunnel-b.culvert-system (not connected)";
     cluster.until("ztunnel-b is named", || enforced("False", absent));
+
+    tell_each_other(&cluster, &plane).await;
 
     set_ready(&cluster, "node2", "Unknown");
     let dead =

@@ -109,7 +109,7 @@ async fn serve(
     let work = Arc::new(Work::default());
     work.add(enrolments);
     work.recheck();
-    let pods = follow_pods(mode, zds, &node, &work, enrolled, &shutdown);
+    let pods = follow_pods(mode, zds, (&node, &proxy.state), &work, enrolled, &shutdown);
     tokio::spawn(look_after(proxy.clone()));
     tokio::spawn(follow_trust(proxy.clone(), workers.clone()));
     tokio::spawn(follow(source, proxy.clone(), node.clone(), work.clone(), configured));
@@ -304,10 +304,13 @@ impl Ports {
 
 /// Does the work on pods, and learns of them where the node agent tells. `enrolled` holds when all are served; in a
 /// cluster, when the agent has told of all once: what fails there is told to the agent, which tries it again.
+///
+/// The agent is met once the configuration is there. Until then a pod that starts waits, with a reason that is seen, a pod
+/// that runs is refused or served by the ztunnel before, and no name is looked up outside that may be the mesh's.
 fn follow_pods(
     mode: Mode,
     agent: Option<Arc<ZdsStatus>>,
-    node: &Arc<Node>,
+    (node, state): (&Arc<Node>, &Arc<State>),
     work: &Arc<Work>,
     enrolled: Condition,
     shutdown: &Shutdown,
@@ -316,7 +319,14 @@ fn follow_pods(
     match (mode, agent) {
         (Mode::Cluster(mode), Some(status)) => {
             let zds = Zds::new(mode.zds_socket, mode.here, work.clone(), status, enrolled);
-            tokio::spawn(zds.run(shutdown.clone()));
+            let (state, shutdown) = (state.clone(), shutdown.clone());
+            tokio::spawn(async move {
+                tokio::select! {
+                    () = shutdown.draining() => return,
+                    () = state.completed() => {}
+                }
+                zds.run(shutdown).await;
+            });
             tokio::spawn(node.run(work, |_| ()))
         }
         _ => tokio::spawn(node.run(work, move |node| match node.ready() {

@@ -149,6 +149,14 @@ pub fn node(node: u32, version: u64) -> String {
     )
 }
 
+/// The pod of a node's proxy. Its uid is what reviews of its token say.
+pub fn proxy(name: &str, namespace: &str, node: u32) -> String {
+    let (node, address) = (node_name(node), node_address(node));
+    format!(
+        r#"{{"apiVersion":"v1","kind":"Pod","metadata":{{"name":"{name}","namespace":"{namespace}","uid":"uid-{name}","resourceVersion":"1","labels":{{"app":"ztunnel"}}}},"spec":{{"nodeName":"{node}","hostNetwork":true,"serviceAccountName":"ztunnel","containers":[{{"name":"ztunnel","image":"ztunnel"}}]}},"status":{{"phase":"Running","hostIP":"{address}","podIP":"{address}","podIPs":[{{"ip":"{address}"}}],"conditions":[{{"type":"Ready","status":"True"}}]}}}}"#
+    )
+}
+
 /// A namespace of the mesh.
 pub fn namespace(name: &str, version: u64) -> String {
     format!(
@@ -227,6 +235,7 @@ mod tests {
             account(2, 1),
             policy(0, 1),
             slice(0, &[pod, pending, pod], size, 3),
+            proxy("ztunnel-1", "culvert-system", 1),
         ];
         for text in &texts {
             let value: serde_json::Value = serde_json::from_str(text).unwrap();

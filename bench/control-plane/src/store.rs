@@ -15,6 +15,9 @@ use crate::objects::{self, PODS_A_SERVICE, Pod, Size};
 /// Changes that are remembered of each kind; a watch that was away for longer is told 410.
 const REMEMBERED: usize = 10_000;
 
+/// Real ztunnels at most.
+pub const MOST_ZTUNNELS: u32 = 16;
+
 /// Namespace and name.
 pub type Name = (String, String);
 
@@ -143,6 +146,12 @@ impl Store {
         };
         for node in 0..size.nodes {
             write("/api/v1/nodes", "", objects::node_name(node), objects::node(node, 1))?;
+        }
+        // The pods of the proxies: a stream ends where there is none.
+        let simulated = (0..size.nodes).map(|node| (format!("ztunnel-{node}"), node));
+        let real = (0..MOST_ZTUNNELS).map(|number| (format!("ztunnel-real-{number}"), number % size.nodes));
+        for (name, node) in simulated.chain(real) {
+            write(PODS, root_namespace, name.clone(), objects::proxy(&name, root_namespace, node))?;
         }
         write("/api/v1/namespaces", "", root_namespace.to_owned(), objects::namespace(root_namespace, 1))?;
         write("/api/v1/configmaps", root_namespace, "culvert".to_owned(), objects::settings(root_namespace))?;
@@ -293,10 +302,11 @@ mod tests {
     #[test]
     fn lists_go_in_parts_and_watches_go_on_from_there() {
         let store = Store::new(Size { pods: 250, nodes: 5 }, "culvert-system").unwrap();
-        let first = store.list(PODS, |_| true, (0, 200), None);
+        let pods = |name: &Name| name.0 != "culvert-system";
+        let first = store.list(PODS, pods, (0, 200), None);
         assert_eq!((first.items.len(), first.next), (200, Some(200)));
         let (old, new, _) = store.replace(7).unwrap();
-        let rest = store.list(PODS, |_| true, (200, 200), Some(first.version));
+        let rest = store.list(PODS, pods, (200, 200), Some(first.version));
         assert_eq!((rest.items.len(), rest.next, rest.version), (50, None, first.version));
         let (events, _) = store.since(PODS, |_| true, first.version).unwrap();
         let texts: Vec<_> = events.iter().map(|e| serde_json::from_slice::<Value>(e).unwrap()).collect();

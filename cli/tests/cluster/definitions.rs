@@ -24,148 +24,18 @@ fn object(version: &str, kind: &str, spec: &Value) -> Value {
 
 /// For every kind what is refused, with words of the refusal, and the same put right.
 fn rules(server: &Server) {
-    let star = json!({"matchLabels": {"app": "a*"}});
-    let plain = json!({"matchLabels": {"app": "a"}});
-    let hosts = json!(["a.example.com"]);
-    let policies = "security.istio.io/v1";
-    let networks = "networking.istio.io/v1";
-    let cases = [
-        (
-            policies,
-            "AuthorizationPolicy",
-            json!({"action": "MAYBE"}),
-            "Unsupported value",
-            json!({"action": "DENY"}),
-        ),
-        (
-            policies,
-            "AuthorizationPolicy",
-            json!({"selector": {}, "targetRefs": [{"kind": "Service", "name": "a"}]}),
-            "set only one of its selector",
-            json!({"targetRefs": [{"kind": "Service", "name": "a"}]}),
-        ),
-        (
-            policies,
-            "AuthorizationPolicy",
-            json!({"action": "CUSTOM"}),
-            "CUSTOM needs a provider",
-            json!({"action": "CUSTOM", "provider": {"name": "a"}}),
-        ),
-        (
-            policies,
-            "PeerAuthentication",
-            json!({"selector": star}),
-            "* is no part",
-            json!({"selector": plain}),
-        ),
-        (
-            policies,
-            "PeerAuthentication",
-            json!({"portLevelMtls": {"80": {"mode": "STRICT"}}}),
-            "add a selector",
-            json!({"selector": plain, "portLevelMtls": {"80": {"mode": "STRICT"}}}),
-        ),
-        (
-            policies,
-            "RequestAuthentication",
-            json!({"jwtRules": [{"issuer": "a", "jwksUri": "ftp://a"}]}),
-            "begins with http",
-            json!({"jwtRules": [{"issuer": "a", "jwksUri": "https://a"}]}),
-        ),
-        (
-            networks,
-            "ServiceEntry",
-            json!({"hosts": hosts, "resolution": "NONE", "endpoints": [{"address": "10.0.0.1"}]}),
-            "endpoints need a resolution",
-            json!({"hosts": hosts, "resolution": "STATIC", "endpoints": [{"address": "10.0.0.1"}]}),
-        ),
-        (
-            networks,
-            "WorkloadEntry",
-            json!({"address": "10.0.0.1", "ports": {"a": 70000}}),
-            "1 to 65535",
-            json!({"address": "10.0.0.1", "ports": {"a": 7000}}),
-        ),
-        (
-            networks,
-            "WorkloadGroup",
-            json!({"template": {"ports": {"a_b": 80}}}),
-            "a port's name",
-            json!({"template": {"ports": {"a-b": 80}}}),
-        ),
-        (
-            networks,
-            "VirtualService",
-            json!({"hosts": hosts, "http": [{"corsPolicy": {"maxAge": "0s"}}]}),
-            "at least 1ms",
-            json!({"hosts": hosts, "http": [{"corsPolicy": {"maxAge": "1s"}}]}),
-        ),
-        (
-            networks,
-            "DestinationRule",
-            json!({"host": "a", "workloadSelector": star}),
-            "* is no part",
-            json!({"host": "a", "workloadSelector": plain}),
-        ),
-        (
-            networks,
-            "Gateway",
-            json!({"servers": [{"hosts": hosts, "port": {"name": "a", "number": 443, "protocol": "TLS"},
-                                "tls": {"credentialName": "a", "credentialNames": ["b"]}}]}),
-            "set only one of credentialName",
-            json!({"servers": [{"hosts": hosts, "port": {"name": "a", "number": 443, "protocol": "TLS"},
-                                "tls": {"credentialName": "a"}}]}),
-        ),
-        (
-            networks,
-            "Sidecar",
-            json!({"workloadSelector": {"labels": {"app": "a*"}}}),
-            "* is no part",
-            json!({"workloadSelector": {"labels": {"app": "a"}}}),
-        ),
-        (
-            "networking.istio.io/v1alpha3",
-            "EnvoyFilter",
-            json!({"workloadSelector": {"labels": {}}, "targetRefs": [{"kind": "Service", "name": "a"}]}),
-            "say in one way",
-            json!({"targetRefs": [{"kind": "Service", "name": "a"}]}),
-        ),
-        (
-            "networking.istio.io/v1beta1",
-            "ProxyConfig",
-            json!({"selector": star}),
-            "* is no part",
-            json!({"selector": plain}),
-        ),
-        (
-            "telemetry.istio.io/v1",
-            "Telemetry",
-            json!({"metrics": [{"reportingInterval": "0s"}]}),
-            "at least 1ms",
-            json!({"metrics": [{"reportingInterval": "1s"}]}),
-        ),
-        (
-            "extensions.istio.io/v1alpha1",
-            "WasmPlugin",
-            json!({"url": "ftp://a"}),
-            "begins with",
-            json!({"url": "oci://a"}),
-        ),
-        (
-            "extensions.istio.io/v1alpha1",
-            "TrafficExtension",
-            json!({"selector": plain}),
-            "wasm or lua",
-            json!({"selector": plain, "lua": {"inlineCode": "-"}}),
-        ),
-    ];
-    let mut kinds: Vec<_> = cases.iter().map(|(_, kind, ..)| *kind).collect();
+    let cases: Vec<Value> = serde_json::from_str(include_str!("cases/definitions.json")).unwrap();
+    let text = |case: &Value, field: &str| case[field].as_str().unwrap().to_owned();
+    let mut kinds: Vec<_> = cases.iter().map(|case| text(case, "kind")).collect();
     kinds.dedup();
     assert_eq!(kinds.len(), 15, "every kind has a rule");
-    for (version, kind, wrong, words, right) in &cases {
-        let error = server.apply(&object(version, kind, wrong)).expect_err(kind);
-        assert!(error.contains(words), "{kind}: {error}");
-        server.apply(&object(version, kind, right)).unwrap_or_else(|error| panic!("{kind}: {error}"));
+    for case in &cases {
+        let (version, kind, words) = (text(case, "version"), text(case, "kind"), text(case, "words"));
+        let error = server.apply(&object(&version, &kind, &case["wrong"])).expect_err(&kind);
+        assert!(error.contains(&words), "{kind}: {error}");
+        server
+            .apply(&object(&version, &kind, &case["right"]))
+            .unwrap_or_else(|error| panic!("{kind}: {error}"));
         let plural = kind.to_lowercase();
         let group = version.split('/').next().unwrap();
         let output = server.kubectl(&["-n", "shop", "delete", &format!("{plural}.{group}"), "tried"]);

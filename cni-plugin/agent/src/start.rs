@@ -36,6 +36,8 @@ use crate::zds::Ztunnels;
 pub const TAINT: &str = "culvert.dev/agent-not-ready";
 /// Between attempts to change the node's taints.
 const TAINT_PAUSE: Duration = Duration::from_secs(2);
+/// For a ztunnel to connect, before a node that is ready otherwise loses its taint.
+const TAINT_WAIT: Duration = Duration::from_secs(20);
 
 /// Runs until a signal, or the admin port, ends the process in good order; or cleans up.
 ///
@@ -88,17 +90,10 @@ async fn serve(flags: &Flags, settings: &Settings, logs: &Logs) -> anyhow::Resul
     build_info(&registry, "culvert-node", env!("CARGO_PKG_VERSION"));
     logs.register(&registry);
     metrics::register(&registry, &node, &ztunnels);
-    let with_pods = |routes: http::Routes| {
-        let dumped = node.clone();
-        routes.get("/pods", "the pods of this node", move |_| {
-            let response = http::Response::json(&dumped.dump());
-            async { response }
-        })
-    };
     // The port is the node's, and any process's there: what changes something is behind a socket of root's.
-    let shown = with_pods(pages::shown("culvert-node", logs));
+    let shown = with_pods(pages::shown("culvert-node", logs), &node);
     ports.serve(shown, pages::metrics_routes(&registry), readiness.routes(&shutdown));
-    let admin = with_pods(pages::routes("culvert-node", logs, &shutdown));
+    let admin = with_pods(pages::routes("culvert-node", logs, &shutdown), &node);
     make_room(&flags.plugin_socket)?;
     let socket = plugin::bind(&flags.admin_socket()).context("admin socket, beside --plugin-socket")?;
     tokio::spawn(http::serve_unix(socket, admin, http::Limits::default()));
@@ -134,6 +129,14 @@ async fn serve(flags: &Flags, settings: &Settings, logs: &Logs) -> anyhow::Resul
     Ok(())
 }
 
+fn with_pods(routes: http::Routes, node: &Arc<Node>) -> http::Routes {
+    let node = node.clone();
+    routes.get("/pods", "the pods of this node", move |_| {
+        let response = http::Response::json(&node.dump());
+        async { response }
+    })
+}
+
 /// Follows the cluster, and says when this node is ready for pods.
 fn follow(
     flags: &Flags,
@@ -153,8 +156,18 @@ fn follow(
         if first && !is_ready() {
             taint(&kubernetes, &name, &[TAINT], &[]).await;
         }
-        while !is_ready() {
-            tokio::time::sleep(TAINT_PAUSE / 4).await;
+        let until = async |done: &(dyn Fn() -> bool + Sync)| {
+            while !done() {
+                tokio::time::sleep(TAINT_PAUSE / 4).await;
+            }
+        };
+        until(&|| readiness.is_ready()).await;
+        // Pods of the mesh wait for a ztunnel anyhow. The cluster's DNS must not: without it ztunnel may not find the control
+        // plane, and until it has, it serves nobody.
+        if tokio::time::timeout(TAINT_WAIT, until(&is_ready)).await.is_err() {
+            tracing::warn!(
+                "no ztunnel is connected yet; the node's taint goes all the same, and pods wait for it"
+            );
         }
         let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
         taint(&kubernetes, &name, &[], &keys).await;

@@ -244,6 +244,12 @@ impl Authenticator {
         ))
     }
 
+    /// Believes no earlier review of tokens that are bound to this pod: it is gone.
+    pub fn forget(&self, uid: &str) {
+        let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        cache.retain(|_, (caller, _)| caller.pod.as_ref().is_none_or(|pod| pod.uid != uid));
+    }
+
     fn remembered(&self, key: &[u8; 32]) -> Option<Caller> {
         let cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
         cache.get(key).filter(|(_, until)| Instant::now() < *until).map(|(caller, _)| caller.clone())

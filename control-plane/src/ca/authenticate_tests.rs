@@ -174,3 +174,32 @@ async fn a_refusal_for_its_time_says_whether_clocks_differ() {
         assert!(!error.contains(&token), "{error}");
     }
 }
+
+#[tokio::test]
+async fn the_token_of_a_pod_that_is_gone_is_reviewed_again() {
+    let reviews = Arc::new(AtomicU64::new(0));
+    let authenticator = Authenticator::new(Bound(reviews.clone()), Clock::system());
+    let token = format!("Bearer {}", token(Clock::system().now().as_secs() + 3600));
+    let count = async || {
+        authenticator.caller(Some(&token)).await.unwrap();
+        reviews.load(Ordering::SeqCst)
+    };
+    assert_eq!((count().await, count().await), (1, 1));
+    authenticator.forget("another");
+    assert_eq!(count().await, 1);
+    authenticator.forget("1");
+    assert_eq!(count().await, 2);
+}
+
+/// All tokens are of one pod.
+struct Bound(Arc<AtomicU64>);
+
+impl Reviewer for Bound {
+    fn review<'a>(&'a self, _: &'a str) -> BoxFuture<'a, Result<Caller, AuthenticationError>> {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        Box::pin(async {
+            let pod = BoundPod { name: "p".into(), uid: "1".into(), node: None };
+            Ok(Caller { namespace: "ns".into(), service_account: "sa".into(), pod: Some(pod) })
+        })
+    }
+}

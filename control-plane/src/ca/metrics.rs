@@ -38,33 +38,7 @@ pub(super) fn count(counter: &AtomicU64) {
 
 /// Registers all of them.
 pub fn register(registry: &Registry, counters: &Arc<CaCounters>, current: &Current) {
-    type Read = fn(&CaCounters) -> &AtomicU64;
-    let counts: [(&'static str, &'static str, Read); 8] = [
-        ("citadel_server_csr_count", "Signing requests that were received", |c| &c.requests),
-        ("citadel_server_authentication_failure_count", "Signing requests whose sender is not known", |c| {
-            &c.unauthenticated
-        }),
-        (
-            "citadel_server_id_extraction_err_count",
-            "Signing requests for an identity that the sender does not get",
-            |c| &c.denied,
-        ),
-        ("citadel_server_csr_parsing_err_count", "Signing requests that are malformed or weak", |c| {
-            &c.malformed
-        }),
-        ("citadel_server_csr_sign_err_count", "Certificates that could not be signed", |c| &c.failed),
-        ("citadel_server_success_cert_issuance_count", "Certificates that were issued", |c| &c.issued),
-        ("culvert_ca_limited_count", "Signing requests above a limit", |c| &c.limited),
-        ("culvert_ca_reports_not_kept_count", "Reports of trusted roots that could not be kept", |c| {
-            &c.unrecorded
-        }),
-    ];
-    for (name, help, read) in counts {
-        let counters = counters.clone();
-        registry.collect(Description { name, help, kind: Kind::Gauge }, move |out| {
-            out.integer(&|_| {}, read(&counters).load(Relaxed));
-        });
-    }
+    register_counts(registry, counters);
     type Value = fn(&Current) -> u64;
     let values: [(&'static str, &'static str, Value); 7] = [
         (
@@ -105,6 +79,36 @@ pub fn register(registry: &Registry, counters: &Arc<CaCounters>, current: &Curre
         let current = current.clone();
         registry.collect(Description { name, help, kind: Kind::Gauge }, move |out| {
             out.integer(&|_| {}, read(&current));
+        });
+    }
+}
+
+fn register_counts(registry: &Registry, counters: &Arc<CaCounters>) {
+    type Read = fn(&CaCounters) -> &AtomicU64;
+    let counts: [(&'static str, &'static str, Read); 8] = [
+        ("citadel_server_csr_count", "Signing requests that were received", |c| &c.requests),
+        ("citadel_server_authentication_failure_count", "Signing requests whose sender is not known", |c| {
+            &c.unauthenticated
+        }),
+        (
+            "citadel_server_id_extraction_err_count",
+            "Signing requests for an identity that the sender does not get",
+            |c| &c.denied,
+        ),
+        ("citadel_server_csr_parsing_err_count", "Signing requests that are malformed or weak", |c| {
+            &c.malformed
+        }),
+        ("citadel_server_csr_sign_err_count", "Certificates that could not be signed", |c| &c.failed),
+        ("citadel_server_success_cert_issuance_count", "Certificates that were issued", |c| &c.issued),
+        ("culvert_ca_limited_count", "Signing requests above a limit", |c| &c.limited),
+        ("culvert_ca_reports_not_kept_count", "Reports of trusted roots that could not be kept", |c| {
+            &c.unrecorded
+        }),
+    ];
+    for (name, help, read) in counts {
+        let counters = counters.clone();
+        registry.collect(Description { name, help, kind: Kind::Gauge }, move |out| {
+            out.integer(&|_| {}, read(&counters).load(Relaxed));
         });
     }
 }

@@ -3,7 +3,7 @@
 //! The library that follows a kind says nothing of an answer without events, and waits for the head of an answer as long
 //! as the connection lasts: a server that takes requests and says no more, or a network that swallows packets, would
 //! leave a kind as it was with nobody knowing. Here
-//! * the head of an answer has [`SILENCE`] to come, and its body to go on. The server sends a bookmark each minute or so
+//! * the head of an answer has so long to come, and its body to go on ([`SILENCE`], if nothing else is said). The server sends a bookmark each minute or so
 //!   where nothing happens; a body that stays silent ends, and the watch is asked for again from where it was;
 //! * each good answer is told;
 //! * the server's clock is compared with ours by the date that each answer carries.
@@ -24,8 +24,8 @@ use tokio::sync::watch;
 use tokio::time::{Instant, Sleep, sleep};
 use tower::BoxError;
 
-/// So long a server may say nothing.
-pub(super) const SILENCE: Duration = Duration::from_secs(120);
+/// So long a server may say nothing, unless something else is said.
+pub const SILENCE: Duration = Duration::from_secs(120);
 /// A difference of the clocks that is told. Certificates are valid two minutes before they are made.
 const TOLD: i64 = 30;
 
@@ -64,37 +64,42 @@ impl ClockSkew {
 }
 
 /// The client, and a count of its good answers.
-pub(super) fn attentive(client: &Client, skew: &Arc<ClockSkew>) -> (Client, watch::Receiver<u64>) {
+pub(super) fn attentive(
+    client: &Client,
+    skew: &Arc<ClockSkew>,
+    silence: Duration,
+) -> (Client, watch::Receiver<u64>) {
     let (answered, answers) = watch::channel(0u64);
     let (inner, skew, answered) = (client.clone(), skew.clone(), Arc::new(answered));
     let service = tower::service_fn(move |request: Request<Body>| {
         let (inner, skew, answered) = (inner.clone(), skew.clone(), answered.clone());
         async move {
-            let answer = tokio::time::timeout(SILENCE, inner.send(request)).await;
-            let response: Response<Body> = answer.map_err(|_| silent())??;
+            let answer = tokio::time::timeout(silence, inner.send(request)).await;
+            let response: Response<Body> = answer.map_err(|_| silent(silence))??;
             skew.note(response.headers(), SystemTime::now());
             if response.status().is_success() {
                 answered.send_modify(|count| *count += 1);
             }
-            Ok::<_, BoxError>(response.map(Patient::new))
+            Ok::<_, BoxError>(response.map(|body| Patient::new(body, silence)))
         }
     });
     (Client::new(service, client.default_namespace().to_owned()), answers)
 }
 
-fn silent() -> io::Error {
-    io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {} s", SILENCE.as_secs()))
+fn silent(silence: Duration) -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {} s", silence.as_secs()))
 }
 
 /// A body that ends when it is silent for too long.
 struct Patient {
     body: Body,
+    limit: Duration,
     silence: Pin<Box<Sleep>>,
 }
 
 impl Patient {
-    fn new(body: Body) -> Self {
-        Self { body, silence: Box::pin(sleep(SILENCE)) }
+    fn new(body: Body, limit: Duration) -> Self {
+        Self { body, limit, silence: Box::pin(sleep(limit)) }
     }
 }
 
@@ -107,7 +112,8 @@ impl HttpBody for Patient {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         if let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) {
-            self.silence.as_mut().reset(Instant::now() + SILENCE);
+            let end = Instant::now() + self.limit;
+            self.silence.as_mut().reset(end);
             return Poll::Ready(frame);
         }
         // The end of a watch is nothing unusual; that of a list leaves it incomplete, which is an error.

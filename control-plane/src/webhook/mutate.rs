@@ -12,8 +12,11 @@ use serde_json::{Value, json};
 
 use super::review;
 
-/// Fields with their defaults, by group and kind.
-const DEFAULTS: &[(&str, &str, &[(&str, &str)])] = &[
+/// A field with its default.
+type Default = (&'static str, &'static str);
+
+/// Defaults, by group and kind.
+const DEFAULTS: [(&str, &str, &[Default]); 2] = [
     ("security.istio.io", "AuthorizationPolicy", &[("action", "ALLOW")]),
     ("networking.istio.io", "ServiceEntry", &[("location", "MESH_EXTERNAL"), ("resolution", "NONE")]),
 ];
@@ -42,19 +45,21 @@ pub fn answer(body: &[u8]) -> Result<Mutated, String> {
         }
         _ => ("", Vec::new()),
     };
-    let mut response = json!({ "uid": asked.uid, "allowed": true });
+    let mut response = serde_json::Map::new();
+    response.insert("uid".to_owned(), asked.uid.into());
+    response.insert("allowed".to_owned(), true.into());
     let changed = (!patch.is_empty()).then_some(kind);
     if changed.is_some() {
         let patch = STANDARD.encode(Value::Array(patch).to_string());
-        response["patchType"] = "JSONPatch".into();
-        response["patch"] = patch.into();
+        response.insert("patchType".to_owned(), "JSONPatch".into());
+        response.insert("patch".to_owned(), patch.into());
     }
     if changed == Some("Pod") {
         let warning =
             format!("{REDIRECTION} is removed: the node's agent writes it when it has captured the pod");
-        response["warnings"] = json!([warning]);
+        response.insert("warnings".to_owned(), json!([warning]));
     }
-    Ok(Mutated { body: review::written(response)?, changed })
+    Ok(Mutated { body: review::written(&response)?, changed })
 }
 
 fn without_redirection(pod: &Value) -> Vec<Value> {
@@ -65,7 +70,7 @@ fn without_redirection(pod: &Value) -> Vec<Value> {
 }
 
 /// An absent `spec` stays absent: half an object is to be refused, not filled.
-fn defaults(object: &Value, fields: &[(&str, &str)]) -> Vec<Value> {
+fn defaults(object: &Value, fields: &[Default]) -> Vec<Value> {
     let Some(spec) = object.get("spec").and_then(Value::as_object) else { return Vec::new() };
     let missing = fields.iter().filter(|(field, _)| !spec.contains_key(*field));
     missing

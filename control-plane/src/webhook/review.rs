@@ -61,7 +61,7 @@ pub(super) fn read(body: &[u8]) -> Result<Asked, String> {
 }
 
 /// An answer as it is sent.
-pub(super) fn written(response: Value) -> Result<Vec<u8>, String> {
+pub(super) fn written(response: &serde_json::Map<String, Value>) -> Result<Vec<u8>, String> {
     let review =
         json!({ "apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "response": response });
     serde_json::to_vec(&review).map_err(|e| e.to_string())
@@ -126,7 +126,7 @@ pub fn answer(body: &[u8], options: &Options, settings: Option<&MeshConfig>) -> 
         let warnings: Value = verdict.warnings.iter().take(MOST_WARNINGS).map(cut).collect();
         response.insert("warnings".to_owned(), warnings);
     }
-    Ok(Reviewed { body: written(response.into())?, allowed, kind })
+    Ok(Reviewed { body: written(&response)?, allowed, kind })
 }
 
 fn is_going(object: &Value) -> bool {

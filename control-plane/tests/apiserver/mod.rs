@@ -76,6 +76,11 @@ impl Cluster {
         std::fs::write(at("sa.key"), key.serialize_pem()).unwrap();
         std::fs::write(at("sa.pub"), key.public_key_pem()).unwrap();
         std::fs::write(at("tokens.csv"), "admintoken,admin,1,system:masters\n").unwrap();
+        let asked = json!({
+            "apiVersion": "audit.k8s.io/v1", "kind": "Policy",
+            "rules": [{ "level": "Metadata", "userGroups": ["system:serviceaccounts"] }, { "level": "None" }],
+        });
+        std::fs::write(at("audit.yaml"), asked.to_string()).unwrap();
         let mut cluster =
             Self { programs, files, port: free_port(), etcd_port: client, api: None, _etcd: etcd };
         cluster.start_api();
@@ -100,6 +105,15 @@ impl Cluster {
         self.at("kubeconfig")
     }
 
+    /// A kubeconfig with the token of an account of the control plane's namespace.
+    pub fn kubeconfig_of(&self, account: &str) -> PathBuf {
+        let token = self.kubectl(&["create", "token", account, "-n", "culvert-system"], "").unwrap();
+        let admin = std::fs::read_to_string(self.kubeconfig()).unwrap();
+        let path = self.at(account);
+        std::fs::write(&path, admin.replace("admintoken", token.trim())).unwrap();
+        path
+    }
+
     pub fn start_api(&mut self) {
         let mut api = Command::new(self.programs.join("kube-apiserver"));
         let file = |flag: &str, name: &str| format!("--{flag}={}", self.at(name).display());
@@ -110,6 +124,8 @@ impl Cluster {
             file("service-account-key-file", "sa.pub"),
             file("service-account-signing-key-file", "sa.key"),
             file("token-auth-file", "tokens.csv"),
+            file("audit-policy-file", "audit.yaml"),
+            file("audit-log-path", "audit.log"),
         ]);
         api.args([
             "--bind-address=127.0.0.1",
@@ -118,6 +134,8 @@ impl Cluster {
             "--service-account-issuer=https://kubernetes.default.svc",
             "--api-audiences=https://kubernetes.default.svc,istio-ca",
             "--service-cluster-ip-range=10.96.0.0/16",
+            "--runtime-config=certificates.k8s.io/v1beta1/clustertrustbundles=true",
+            "--feature-gates=ClusterTrustBundle=true",
             "--authorization-mode=RBAC",
             "--disable-admission-plugins=ServiceAccount",
         ]);
@@ -171,6 +189,7 @@ impl Cluster {
 /// A control plane.
 pub struct Plane {
     _process: Process,
+    server_name: String,
     pub grpc: SocketAddr,
     pub webhook: SocketAddr,
     pub readiness: SocketAddr,
@@ -178,20 +197,29 @@ pub struct Plane {
 
 impl Plane {
     pub fn start(cluster: &Cluster, pod: &str) -> Self {
+        // The Service's name is in the certificate: the API server calls the webhook by it.
+        let plane = Self::launch(cluster, pod, &cluster.kubeconfig(), &["--service", "localhost"]);
+        cluster.until("the control plane", || plane.is_ready());
+        plane
+    }
+
+    /// Starts one with a kubeconfig and further flags, and does not wait.
+    pub fn launch(cluster: &Cluster, pod: &str, kubeconfig: &Path, flags: &[&str]) -> Self {
         let ports: Vec<SocketAddr> =
             (0..5).map(|_| SocketAddr::from(([127, 0, 0, 1], free_port()))).collect();
         let mut culvertd = Command::new(env!("CARGO_BIN_EXE_culvertd"));
-        culvertd.arg("--kubeconfig").arg(cluster.kubeconfig()).args(["--namespace", "culvert-system"]);
-        let flags = ["grpc", "webhook", "admin", "metrics", "readiness"];
-        for (flag, port) in flags.iter().zip(&ports) {
+        culvertd.arg("--kubeconfig").arg(kubeconfig).args(["--namespace", "culvert-system"]);
+        for (flag, port) in ["grpc", "webhook", "admin", "metrics", "readiness"].iter().zip(&ports) {
             culvertd.arg(format!("--{flag}-address={port}"));
         }
-        // The Service's name is in the certificate: the API server calls the webhook by it.
-        culvertd.args(["--pod-name", pod, "--service", "localhost", "--log", "info"]);
+        culvertd.args(["--pod-name", pod, "--log", "info"]).args(flags);
         let process = Process::start(&mut culvertd, &cluster.at("culvertd.log"));
-        let plane = Self { _process: process, grpc: ports[0], webhook: ports[1], readiness: ports[4] };
-        cluster.until("the control plane", || plane.is_ready());
-        plane
+        let service = flags.iter().skip_while(|flag| **flag != "--service").nth(1);
+        let server_name = match service.copied().unwrap_or("culvertd") {
+            "localhost" => "localhost".to_owned(),
+            service => format!("{service}.culvert-system.svc"),
+        };
+        Self { _process: process, server_name, grpc: ports[0], webhook: ports[1], readiness: ports[4] }
     }
 
     pub fn is_ready(&self) -> bool {
@@ -231,7 +259,7 @@ impl Plane {
         let settings = Settings {
             addresses: vec![format!("https://{}", self.grpc)],
             root_file: Some(cluster.at("root.pem")),
-            server_name: Some("localhost".to_owned()),
+            server_name: Some(self.server_name.clone()),
             token_file: Some(cluster.at("token")),
             node: node.node(),
             types: TYPES.to_vec(),

@@ -109,10 +109,23 @@ impl<'a> Inventory<'a> {
 
     /// The version of a name, if it is there. Asked for each resource of each client that comes back.
     pub(crate) fn take(&mut self, name: NameKey) -> Option<Version> {
-        let place = self.entries.binary_search_by(|entry| key(entry).cmp(&name)).ok()?;
+        let place = self.find(name)?;
         *self.found.get_mut(place)? = true;
         let (_, version) = self.entries.get(place)?.split_last_chunk()?;
         Some(Version(*version))
+    }
+
+    /// Hashes are spread evenly: a name stands near its share of all, which saves most of the jumps through memory.
+    fn find(&self, name: NameKey) -> Option<usize> {
+        /// Further off stands hardly one in a million entries.
+        const NEAR: usize = 2048;
+        let (share, _) = name.0.split_first_chunk()?;
+        let about = (u128::from(u64::from_be_bytes(*share)) * self.entries.len() as u128) >> 64;
+        let first = usize::try_from(about).ok()?.saturating_sub(NEAR);
+        let near = self.entries.get(first..self.entries.len().min(first + 2 * NEAR))?;
+        let order = |entry: &[u8; ENTRY_BYTES]| key(entry).cmp(&name);
+        let found = near.binary_search_by(order).map(|place| first + place);
+        found.or_else(|_| self.entries.binary_search_by(order)).ok()
     }
 
     /// The names that were not asked for.

@@ -202,6 +202,7 @@ async fn a_change_arrives_over_tls_and_its_acknowledgement_comes_back() {
     assert_eq!(&*client.caller.name, "tester");
     assert!(client.peer.unwrap().ip().is_loopback());
     site.until(|_| !site.counts.converged.lock().unwrap().is_empty()).await;
+    assert!(site.counts.queued.load(Ordering::Relaxed) > 0, "the change waited for its turn");
     let slowest = site.counts.converged.lock().unwrap().iter().max().copied().unwrap();
     assert!(slowest < Duration::from_secs(5), "{slowest:?}");
     assert!(*proxy.seen.bytes.lock().unwrap() > 100);

@@ -99,6 +99,7 @@ fn cluster(name: &str, good: bool, alternative_name: &str) -> Change {
         scope: None,
         plain: body.clone(),
         culvert: body,
+        needs: proto::Features::NONE,
     })
 }
 

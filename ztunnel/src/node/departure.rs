@@ -54,18 +54,16 @@ impl Node {
         self.stopped.fetch_add(1, Ordering::Relaxed);
         let (local, rules) = (enrolled.pod.clone(), Rules { leaving: true, ..enrolled.rules.clone() });
         self.proxy.tunnels.retire(|key| key.netns == local.netns);
-        let open = local.open();
-        let leaving = Leaving::new(pod, local.netns.clone(), Some(local));
-        if open == 0 {
-            self.release(leaving).await;
-        } else {
-            self.leave(leaving, rules, open).await;
-        }
+        // Even if there are none: one that was accepted a moment ago is not counted yet, and would lose its way back
+        // with the rules.
+        let leaving = Leaving::new(pod, local.netns.clone(), Some(local.clone()));
+        self.leave(leaving, rules, local.open()).await;
         enrolled.close().await;
     }
 
-    /// Captures nothing new of a pod that left, and keeps up what its open connections need.
-    async fn leave(&self, leaving: Leaving, rules: Rules, connections: usize) {
+    /// Captures nothing new of a pod that left, and keeps up what its open connections need. The redirection is removed
+    /// after a while, when there are none.
+    async fn leave(&self, mut leaving: Leaving, rules: Rules, connections: usize) {
         if self.is_claimed(&leaving.netns).is_ok_and(|claimed| !claimed) {
             let (redirection, netns, pod) = (self.redirection.clone(), leaving.netns.clone(), &leaving.pod);
             match flatten(tokio::task::spawn_blocking(move || redirection.leave(&netns, &rules)).await) {
@@ -73,6 +71,7 @@ impl Node {
                 Err(error) => tracing::error!(%pod, %error, "the pod's new connections are refused"),
             }
         }
+        leaving.retry_at = Instant::now() + RECONCILE_INTERVAL;
         self.leaving().push(leaving);
     }
 

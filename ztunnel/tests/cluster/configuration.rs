@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use harness::netns::root_or_skip;
 use model::{Action, Clause, Match, Policy, PolicyKey, Rule, Scope, Settings, StringMatch};
+use nix::sys::signal::Signal;
 use proto::AUTHORIZATION_TYPE_URL;
 
 use crate::lab::traffic::{PORT, ask, serve, talk};
@@ -70,52 +71,49 @@ async fn policies_hold_from_their_acknowledgement_on_for_new_and_open_connection
 }
 
 #[tokio::test]
-async fn no_connection_is_decided_before_the_policies_are_there() {
+async fn no_pod_is_taken_before_the_policies_are_there() {
     if !root_or_skip("late policies") {
         return;
     }
     let mut cluster = Cluster::build(&[("a", &["client", "web", "outside"])]);
-    cluster.spawn("a").await;
+    cluster.launch("a");
     let [client, web, old] = ["client", "web", "outside"].map(|n| cluster.pod(n).clone());
     let _servers = [serve(&web, PORT), serve(&old, PORT)];
     let to = SocketAddr::new(web.ipv4.into(), PORT);
-    let inbound = tokio::spawn({
-        let old = old.clone();
-        async move { ask(&old, to).await }
-    });
-    let outbound = tokio::spawn({
-        let client = client.clone();
-        async move { ask(&client, to).await }
-    });
-    tokio::time::sleep(MOMENT).await;
-    assert!(!inbound.is_finished() && !outbound.is_finished(), "a connection was decided on");
+    // Workloads alone are not enough: what denies may be missing.
+    cluster.tell_all();
+    let early = tokio::time::timeout(MOMENT, cluster.agents["a"].accept()).await;
+    assert!(early.is_err(), "it takes pods, and decides by what it doesn't know");
     assert!(cluster.ztunnel("a").get(15021, "/healthz/ready").await.is_err());
-    assert_eq!(cluster.ztunnel("a").metric("culvert_connections_waiting").await, 2.0);
 
     cluster.control_plane.policy(&strict());
-    cluster.tell_all();
     cluster.control_plane.server.ready();
-    // What waited is decided by what has come.
-    inbound.await.unwrap().unwrap_err();
-    outbound.await.unwrap().unwrap();
+    cluster.tell_pods("a").await;
     cluster.ztunnel_mut("a").ready().await;
+    ask(&old, to).await.unwrap_err();
+    ask(&client, to).await.unwrap();
     let tunnel = cluster.ztunnel("a").last(|c| c["carrier"] == "hbone").await;
     assert_eq!(tunnel["source_identity"], "spiffe://cluster.local/ns/shop/sa/client");
 }
 
 #[tokio::test]
-async fn connections_that_nothing_is_told_of_are_refused_in_the_end() {
-    if !root_or_skip("a control plane that says nothing") {
+async fn connections_that_nothing_is_told_of_wait_and_are_refused_in_the_end() {
+    if !root_or_skip("a control plane that knows no pods") {
         return;
     }
     let mut cluster = Cluster::build(&[("a", &["client", "web"])]);
-    cluster.spawn("a").await;
+    cluster.control_plane.server.ready();
+    cluster.run("a").await;
     let (client, web) = (cluster.pod("client").clone(), cluster.pod("web").clone());
     let _server = serve(&web, PORT);
     let started = tokio::time::Instant::now();
-    ask(&client, SocketAddr::new(web.ipv4.into(), PORT)).await.unwrap_err();
+    let asking = tokio::spawn(async move { ask(&client, SocketAddr::new(web.ipv4.into(), PORT)).await });
+    crate::lab::eventually("it waits", async || {
+        cluster.ztunnel("a").metric("culvert_connections_waiting").await == 1.0
+    })
+    .await;
+    asking.await.unwrap().unwrap_err();
     assert!(started.elapsed() > Duration::from_secs(9));
-    cluster.ztunnel("a").says(&["has not told yet"]).await;
     assert_eq!(cluster.ztunnel("a").metric("culvert_connections_not_known_total").await, 1.0);
 }
 
@@ -163,6 +161,30 @@ async fn what_cannot_be_read_is_refused_by_name_and_field_and_its_last_good_vers
     cluster.control_plane.unset(AUTHORIZATION_TYPE_URL, "shop/bad");
     cluster.enforce(&policy("good", Scope::Namespace, Action::Deny, principal("client"))).await;
     ask(client, to).await.unwrap_err();
+}
+
+#[tokio::test]
+async fn what_could_not_be_read_refuses_in_a_successor_without_a_control_plane_too() {
+    if !root_or_skip("an unreadable policy and a restart") {
+        return;
+    }
+    let mut cluster = Cluster::start(&[("a", &["client", "web"])]).await;
+    let (client, web) = (cluster.pod("client").clone(), cluster.pod("web").clone());
+    let _server = serve(&web, PORT);
+    let to = SocketAddr::new(web.ipv4.into(), PORT);
+    ask(&client, to).await.unwrap();
+    let m = [0x2a, 0x05, 0x0a, 0x03, 10, 0, 0]; // an address of three bytes
+    cluster.control_plane.set(AUTHORIZATION_TYPE_URL, "shop/never", hand::policy("never", 1, 1, &m));
+    cluster.in_force().await;
+    ask(&client, to).await.unwrap_err();
+
+    // At once: it was kept before it was answered.
+    cluster.kill_control_plane();
+    cluster.ztunnel_mut("a").signal(Signal::SIGKILL);
+    cluster.ztunnel_mut("a").ended().await;
+    cluster.run("a").await;
+    assert_eq!(cluster.ztunnel("a").metric("culvert_xds_kept_state").await, 1.0);
+    ask(&client, to).await.unwrap_err();
 }
 
 #[tokio::test]

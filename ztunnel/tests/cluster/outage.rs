@@ -85,6 +85,64 @@ async fn a_successor_works_by_what_was_kept_until_the_control_plane_is_back() {
     eventually("what is gone is no longer enforced", async || ask(&old, to).await.is_ok()).await;
 }
 
+/// A file system without room in the place of a directory, until it is dropped.
+struct FullDisk(std::path::PathBuf);
+
+impl FullDisk {
+    fn mount(path: std::path::PathBuf) -> Self {
+        std::fs::create_dir_all(&path).unwrap();
+        let options = ["-t", "tmpfs", "-o", "size=16k,mode=700", "culvert-test"];
+        let status = std::process::Command::new("mount").args(options).arg(&path).status().unwrap();
+        assert!(status.success());
+        let disk = Self(path);
+        let _ = std::fs::write(disk.0.join("filling"), vec![0; 64 << 10]);
+        disk
+    }
+
+    fn names(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(&self.0).unwrap().flatten();
+        entries.map(|entry| entry.file_name().into_string().unwrap()).collect()
+    }
+}
+
+impl Drop for FullDisk {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[tokio::test]
+async fn a_full_disk_stops_nothing_and_keeps_no_old_state() {
+    if !root_or_skip("a full state disk") {
+        return;
+    }
+    let mut cluster = Cluster::build(&[("a", &["client", "web", "outside"])]);
+    let disk = FullDisk::mount(cluster.dir().join("state-a"));
+    cluster.tell_all();
+    cluster.control_plane.server.ready();
+    cluster.run("a").await;
+    let [client, web, old] = ["client", "web", "outside"].map(|n| cluster.pod(n).clone());
+    let _server = serve(&web, PORT);
+    let to = SocketAddr::new(web.ipv4.into(), PORT);
+    ask(&client, to).await.unwrap();
+    ask(&old, to).await.unwrap();
+    cluster.enforce(&crate::configuration::strict()).await;
+    ask(&client, to).await.unwrap();
+    ask(&old, to).await.unwrap_err();
+    cluster.ztunnel("a").says(&["No space left on device"]).await;
+    // What is half there would be taken for the last good state.
+    assert!(!disk.names().iter().any(|name| name.contains("journal")), "{:?}", disk.names());
+
+    // Its successor knows nothing while the control plane is away, and takes no pod.
+    cluster.kill_control_plane();
+    cluster.ztunnel_mut("a").signal(Signal::SIGKILL);
+    cluster.ztunnel_mut("a").ended().await;
+    cluster.launch("a");
+    let early = tokio::time::timeout(std::time::Duration::from_secs(2), cluster.agents["a"].accept()).await;
+    assert!(early.is_err(), "it takes pods without a configuration");
+    ask(&old, to).await.unwrap_err();
+}
+
 #[tokio::test]
 #[ignore = "takes long: what 100,000 workloads take of a ztunnel"]
 async fn a_hundred_thousand_workloads() {

@@ -115,6 +115,11 @@ fn of_istio() -> Vec<Value> {
             "listeners": [{ "name": "mesh", "port": 15008, "protocol": "HBONE" }],
         } }),
         ),
+    ]
+}
+
+fn policies() -> Vec<Value> {
+    vec![
         policy(
             "PeerAuthentication",
             "shop",
@@ -163,6 +168,7 @@ async fn all_kinds_of_objects_are_read_as_istiod_means_them() {
     cluster.run_with_stand_in("b").await;
     cluster.kubernetes.apply(&services());
     cluster.kubernetes.apply(&of_istio());
+    cluster.kubernetes.apply(&policies());
     // That a waypoint is there. istiod would deploy it, had it the chart's templates.
     let way = object("gateway.networking.k8s.io/v1", "Gateway", "way", &json!({}));
     let address = json!({ "type": "Hostname", "value": "way.shop.svc.cluster.local" });

@@ -30,7 +30,8 @@ async fn without_descriptors_it_lives_and_serves_again_when_there_are_some() {
     let mut open = talk(&client, to).await.unwrap();
     let mut held = Vec::new();
     for _ in 0..300 {
-        held.push(dial(&old, to).await.unwrap());
+        // One that is over a limit is reset, now and then before it is seen to be connected.
+        held.extend(dial(&old, to).await.ok());
     }
     mesh.ztunnel("b").says(&["cannot accept connections"]).await;
     open.echo().await.expect("an open connection suffers");

@@ -198,6 +198,16 @@ async fn the_agent_that_is_killed() {
     stop(&directory);
 }
 
+/// What the plugin asks for.
+fn request_of(world: &World, uid: &str) -> serde_json::Value {
+    let host = world.host("web");
+    json!({
+        "Netns": format!("/run/netns/{}", host.namespace), "PodName": "web", "PodNamespace": "shop",
+        "PodUID": uid, "ContainerID": "killed",
+        "IPs": [{ "Address": { "IP": host.ipv4 } }, { "Address": { "IP": host.ipv6 } }],
+    })
+}
+
 #[tokio::test]
 async fn an_agent_that_is_killed_at_any_step_leaves_the_pod_closed_and_the_next_attempt_works() {
     if !root_or_skip("an agent that is killed at any step leaves the pod closed and the next attempt works") {
@@ -208,15 +218,9 @@ async fn an_agent_that_is_killed_at_any_step_leaves_the_pod_closed_and_the_next_
     application(world.host("web"));
     let (uid, state) = (world.uid("web"), world.directory.path().join("state"));
     for at in STEPS {
-        let host = world.host("web");
-        let request = json!({
-            "Netns": format!("/run/netns/{}", host.namespace), "PodName": "web", "PodNamespace": "shop",
-            "PodUID": uid, "ContainerID": "killed",
-            "IPs": [{ "Address": { "IP": host.ipv4 } }, { "Address": { "IP": host.ipv6 } }],
-        });
         // The one before may still be on its way out.
         let _ = std::fs::remove_file(world.socket());
-        let task = json!({ "directory": world.directory.path(), "at": at, "uid": uid, "request": request });
+        let task = json!({ "directory": world.directory.path(), "at": at, "uid": uid, "request": request_of(&world, &uid) });
         let mut agent = Command::new(std::env::current_exe().unwrap());
         agent.args(["--exact", "killed::the_agent_that_is_killed"]).env(TASK, task.to_string());
         let killed = Running(agent.stdout(Stdio::null()).spawn().unwrap());

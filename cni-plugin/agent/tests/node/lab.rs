@@ -342,7 +342,11 @@ async fn serve(
             }
             Payload::Keep(keep) => format!("keep {}", keep.uid),
             Payload::Del(del) => {
-                pods.remove(&del.uid);
+                // The ports are free when it says so.
+                for mut listening in pods.remove(&del.uid).into_iter().flatten() {
+                    listening.0.abort();
+                    let _ = (&mut listening.0).await;
+                }
                 format!("del {}", del.uid)
             }
             Payload::SnapshotSent(_) => "snapshot sent".to_owned(),
@@ -373,7 +377,15 @@ fn listen(netns: OwnedFd) -> Vec<Listening> {
     let options = ListenOptions { mark: Some(ZTUNNEL_MARK), ..ListenOptions::default() };
     [15001, 15006, 15008]
         .map(|port| {
-            let listener = net::listen(&netns, any(port), &options).unwrap();
+            // A process that is being started has copies of our sockets until it runs its own program.
+            let attempt = || net::listen(&netns, any(port), &options).ok();
+            let listener = (0..500).find_map(|_| {
+                attempt().or_else(|| {
+                    std::thread::sleep(Duration::from_millis(10));
+                    None
+                })
+            });
+            let listener = listener.expect("a port of ztunnel's is taken");
             Listening(tokio::spawn(greet(listener, "ztunnel\n")))
         })
         .into()

@@ -7,15 +7,13 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use proto::wire::discovery::DeltaDiscoveryRequest;
 use tonic::body::Body;
-use tonic::codec::Codec;
 use tonic::codegen::{Service, StdError, http};
 use tonic::server::NamedService;
-use tonic::{Request, Status, Streaming};
-use tonic_prost::ProstCodec;
+use tonic::{Request, Status};
 
 use super::body::Frames;
+use super::requests::Requests;
 use super::stream;
 use super::{Event, Shared};
 
@@ -62,9 +60,8 @@ where
                 let status = Status::unimplemented("only DeltaAggregatedResources is served here");
                 return Ok(status.into_http());
             }
-            let mut codec = ProstCodec::<(), DeltaDiscoveryRequest>::default();
-            let limit = Some(shared.config.request_bytes);
-            let request = request.map(|body| Streaming::new_request(codec.decoder(), body, None, limit));
+            let limit = shared.config.request_bytes;
+            let request = request.map(|body| Requests::new(body, limit));
             match stream::open(&shared, Request::from_http(request)).await {
                 Ok(outgoing) => {
                     let mut response = http::Response::new(Body::new(Frames::new(outgoing)));

@@ -37,8 +37,8 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        // Below the 4 MiB that tonic takes where nothing else is said.
-        Self { response_bytes: 3584 * 1024, names: 100_000, types: 16, rejections: 1000 }
+        // What a proxy reads at once it holds several times over meanwhile.
+        Self { response_bytes: 1 << 20, names: 100_000, types: 16, rejections: 1000 }
     }
 }
 

@@ -13,8 +13,9 @@ use proto::wire::discovery::DeltaDiscoveryRequest;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_stream::Stream;
-use tonic::{Request, Status, Streaming};
+use tonic::{Request, Status};
 
+use super::requests::Requests;
 use super::response::Response;
 use super::session::{Answer, Session, Violation, audience, features};
 use super::status::ClientStatus;
@@ -80,10 +81,7 @@ impl Stream for Outgoing {
 }
 
 /// Authenticates a client, and begins to serve it.
-pub(super) async fn open(
-    shared: &Arc<Shared>,
-    request: Request<Streaming<DeltaDiscoveryRequest>>,
-) -> Result<Outgoing, Status> {
+pub(super) async fn open(shared: &Arc<Shared>, request: Request<Requests>) -> Result<Outgoing, Status> {
     let limit = shared.config.start_timeout;
     let peer = request.remote_addr();
     let (metadata, extensions, requests) = request.into_parts();
@@ -108,7 +106,7 @@ pub(super) async fn open(
 
 struct ClientStream {
     shared: Arc<Shared>,
-    requests: Streaming<DeltaDiscoveryRequest>,
+    requests: Requests,
     sender: mpsc::Sender<Result<Response, Status>>,
 }
 
@@ -229,11 +227,12 @@ impl ClientStream {
         let mut published = self.shared.published.subscribe();
         let mut end = client.end.subscribe();
         let mut acked = self.shared.read().published();
+        let mut sent = acked;
         let mut starting = Some(starting);
         let mut next = Some(first);
         loop {
             let sent = match self.hear(client, next.take()).await {
-                Ok(()) => self.send(client),
+                Ok(()) => self.send(client, &mut sent),
                 Err(end) => return end,
             };
             let waiting = match sent {
@@ -325,14 +324,18 @@ impl ClientStream {
         }
     }
 
-    /// Sends what may be sent, and says until when what is under way must be answered.
-    fn send(&self, client: &Client) -> Result<Option<Instant>, End> {
+    /// Sends what may be sent, remembers until which publication, and says until when what is under way must be answered.
+    fn send(&self, client: &Client, sent: &mut Generation) -> Result<Option<Instant>, End> {
         let mut responses = Vec::new();
         let since = {
             let store = self.shared.read();
             let mut session = locked(&client.session);
             while let Some(response) = session.poll(&store, self.shared.now())? {
                 responses.push(response);
+            }
+            if !responses.is_empty() {
+                self.shared.queued(*sent);
+                *sent = store.published();
             }
             session.waiting_since()
         };

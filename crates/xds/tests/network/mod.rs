@@ -44,6 +44,7 @@ pub struct Counts {
     pub pushed: AtomicUsize,
     pub resources: AtomicUsize,
     pub rejected: AtomicUsize,
+    pub queued: AtomicUsize,
     pub converged: Mutex<Vec<Duration>>,
 }
 
@@ -64,6 +65,9 @@ impl Observer for Counts {
             }
             Event::Rejected { .. } => {
                 one(&self.rejected);
+            }
+            Event::Queued(_) => {
+                one(&self.queued);
             }
             Event::Converged(after) => self.converged.lock().unwrap().push(after),
         }

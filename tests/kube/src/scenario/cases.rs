@@ -30,8 +30,6 @@ pub const ALL: &[Scenario] = &[
         "a label enrols running pods, and no connection, request or download is lost",
         enrolment::enrol,
     ),
-    // What others send and are answered goes on under it.
-    beside("root", "the root is exchanged under load, until the old one is gone", upgrade::root),
     beside("dual-stack", "IPv6 beside IPv4, for pods and services, policies too", dual_stack::run),
     beside("commands", "the command line on a mesh at work: what it says is so", commands::commands),
     beside("leave", "the label's removal lets go of them, and nothing is lost", enrolment::leave),
@@ -82,6 +80,7 @@ pub const ALL: &[Scenario] = &[
         "a second revision's control plane gets the proxies under load, and gives them back",
         upgrade::revision,
     ),
+    alone("root", "the root is exchanged under load, until the old one is gone", upgrade::root),
     alone(
         "release",
         "uninstalled under pods of the mesh, installed, upgraded and uninstalled by the command line",

@@ -208,6 +208,7 @@ impl ControlPlane {
             scope: None,
             plain: Some(body.clone()),
             culvert: Some(body),
+            needs: proto::Features::NONE,
         })]);
     }
 

@@ -130,11 +130,21 @@ impl Cluster {
         }
     }
 
-    /// Starts a node's ztunnel and tells it of the node's pods; it need not become ready.
-    pub async fn spawn(&mut self, node: &str) {
+    /// Starts a node's ztunnel, which nobody tells of any pod yet.
+    pub fn launch(&mut self, node: &str) {
         self.ztunnels.remove(node); // it must be gone before its successor starts
         let started = self.another(node, &Options::default());
         self.ztunnels.insert(node.to_owned(), started);
+    }
+
+    /// Starts a node's ztunnel and tells it of the node's pods; it need not become ready.
+    pub async fn spawn(&mut self, node: &str) {
+        self.launch(node);
+        self.tell_pods(node).await;
+    }
+
+    /// Waits for a node's ztunnel and tells it of the node's pods.
+    pub async fn tell_pods(&mut self, node: &str) {
         let agent = self.agents.get_mut(node).unwrap();
         agent.meet().await;
         for pod in self.lab.node(node).pods.iter().filter(|pod| !pod.name.starts_with("outside")) {
