@@ -134,6 +134,13 @@ impl<S: Sink> Push<S> {
             Change::RemoveService(key) => {
                 Some(self.remove(ADDRESS_TYPE_URL, proto::service_name(key).into()))
             }
+            // For waypoints alone: proxies for connections are sent none of it.
+            Change::SetHttpService(_)
+            | Change::RemoveHttpService(_)
+            | Change::SetHttpPolicy(_)
+            | Change::RemoveHttpPolicy(_)
+            | Change::SetTraffic(_)
+            | Change::RemoveTraffic(_) => None,
             Change::RemovePolicy(key) => Some(self.remove(AUTHORIZATION_TYPE_URL, policy_name(key))),
         }
     }

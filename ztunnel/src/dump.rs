@@ -162,7 +162,7 @@ fn policy(p: &Policy) -> Value {
             Scope::Namespace => "Namespace",
             Scope::WorkloadSelector => "WorkloadSelector",
         },
-        "action": match p.action { Action::Allow => "Allow", Action::Deny => "Deny" },
+        "action": match p.action { Action::Allow => "Allow", Action::Deny => "Deny", Action::Custom(_) => "Custom" },
         "dryRun": p.dry_run,
         "rules": p.rules.iter().map(rule).collect::<Vec<_>>(),
     })

@@ -25,9 +25,11 @@
 //! WorkloadGroup's entries, virtual addresses that collide): then `made` lists these too.
 
 mod attach;
+mod binding;
 mod convert;
 mod displace;
 mod enrolment;
+mod http;
 mod index;
 mod instance;
 mod join;
@@ -36,8 +38,10 @@ mod review;
 use std::sync::Arc;
 
 use hashbrown::{HashMap, HashSet};
+use model::http::{HttpService, ServiceTraffic};
 use model::{
-    Change, Locality, Service, ServiceKey, ServiceMembership, Settings, Str, TrustDomain, Vip, Workload,
+    Change, Locality, PolicyKey, Service, ServiceKey, ServiceMembership, Settings, Str, TrustDomain, Vip,
+    Workload,
 };
 
 pub use enrolment::{Enrolment, EnrolmentChange};
@@ -49,8 +53,10 @@ use crate::external::External;
 use crate::kinds::namespace::DATAPLANE_MODE;
 use crate::kinds::{Capture, EndpointSlice, Namespace};
 use crate::labels::{Labels, Pool};
-use crate::policy::{Binding, MeshConfig, NamespaceSelector, Policies};
+use crate::policy::{Binding, MeshConfig, NamespaceSelector, Policies, Waypoint};
 use crate::resource::{Kind, ObjectKey, Resource};
+use crate::routes::gateway::WaypointSpec;
+use crate::routes::{DestinationRules, Grants, Routes, VirtualServices};
 use index::{Addresses, Area, Id, Place};
 
 /// Where the resources come from, which decides what some of them mean.
@@ -183,6 +189,16 @@ pub struct Compiler {
     /// without such are not listed.
     unguarded: HashMap<ServiceKey, u32>,
     by_vip: HashMap<Vip, Vec<ServiceKey>>,
+    /// The Gateways that are waypoints.
+    waypoints: HashMap<Waypoint, WaypointSpec>,
+    /// How many workloads of the model list each policy that lets in only a waypoint.
+    bindings: HashMap<PolicyKey, u32>,
+    routes: Routes,
+    grants: Grants,
+    virtual_services: VirtualServices,
+    destinations: DestinationRules,
+    traffic: HashMap<ServiceKey, Arc<ServiceTraffic>>,
+    http_services: HashMap<ServiceKey, Arc<HttpService>>,
     slices: HashMap<ObjectKey, EndpointSlice>,
     slices_of: HashMap<ServiceKey, HashSet<ObjectKey>>,
     made_instances: HashMap<ObjectKey, Vec<Id>>,
@@ -250,6 +266,14 @@ impl Compiler {
             services: HashMap::new(),
             unguarded: HashMap::new(),
             by_vip: HashMap::new(),
+            waypoints: HashMap::new(),
+            bindings: HashMap::new(),
+            routes: Routes::default(),
+            grants: Grants::default(),
+            virtual_services: VirtualServices::default(),
+            destinations: DestinationRules::default(),
+            traffic: HashMap::new(),
+            http_services: HashMap::new(),
             slices: HashMap::new(),
             slices_of: HashMap::new(),
             made_instances: HashMap::new(),
@@ -307,6 +331,7 @@ impl Compiler {
                 self.set_namespace(&key.name, Some(&namespace));
             }
             (Kind::Namespace, _) => self.set_namespace(&key.name, None),
+            (Kind::Gateway, resource) => self.set_gateway(key, resource),
             (Kind::Node, Some(Resource::Node(node))) => self.set_node(&key.name, Some(node.locality)),
             (Kind::Node, _) => self.set_node(&key.name, None),
             (Kind::Pod, Some(Resource::Pod(pod))) => {
@@ -346,6 +371,16 @@ impl Compiler {
                 self.take(effects, pool);
             }
             (
+                Kind::HttpRoute
+                | Kind::GrpcRoute
+                | Kind::ReferenceGrant
+                | Kind::DestinationRule
+                | Kind::VirtualService,
+                resource,
+            ) => {
+                self.set_route(key, resource);
+            }
+            (
                 Kind::AuthorizationPolicy | Kind::PeerAuthentication | Kind::ConfigMap | Kind::MeshConfig,
                 resource,
             ) => {
@@ -366,8 +401,11 @@ impl Compiler {
             workloads.extend(self.compile_instance(id, pool));
         }
         // After their endpoints: whether a service is closed depends on these.
-        for key in std::mem::take(&mut self.dirty_services) {
-            self.compile_service(&key);
+        // Twice at most: routes to a service that changed are looked at again, and that changes no service.
+        while !self.dirty_services.is_empty() {
+            for key in std::mem::take(&mut self.dirty_services) {
+                self.compile_service(&key);
+            }
         }
         if !std::mem::replace(&mut self.announced, true) {
             self.changes.push(Change::SetSettings(self.policies.settings().clone()));
@@ -403,7 +441,9 @@ impl Compiler {
         let (was_ambient, was_distribution) = (area.ambient, area.distribution);
         (area.ambient, area.distribution) = (ambient, distribution);
         let was_bound = std::mem::replace(&mut area.waypoint, waypoint);
-        let rebound = was_bound != area.waypoint;
+        let labels = namespace.map(|n| n.labels.clone()).unwrap_or_default();
+        let relabelled = std::mem::replace(&mut area.labels, labels) != area.labels;
+        let rebound = was_bound != area.waypoint || (relabelled && area.waypoint != Binding::Inherited);
         if was_ambient != ambient || rebound {
             let instances: Vec<Id> = area.instances.iter().copied().collect();
             instances.into_iter().for_each(|id| self.mark(id));

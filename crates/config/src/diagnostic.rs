@@ -87,7 +87,7 @@ codes! {
     UnknownLabelValue = "unknown-label-value", Warning, "A label that the mesh reads has a value that means nothing to it.";
     MisspeltKey = "misspelt-key", Warning, "The key of a label or annotation looks like one that is read, and is none.";
     MisplacedKey = "misplaced-key", Warning, "A label is read as an annotation only, or an annotation as a label only.";
-    WaypointUnsupported = "waypoint-unsupported", Warning, "Traffic is meant to pass a waypoint, and this version has none.";
+    WaypointNotReady = "waypoint-not-ready", Warning, "Traffic is bound to a waypoint that is not there, or does not take it: it is refused.";
     ExternalName = "external-name", Info, "A service that is an alias of a host name carries no traffic of its own.";
     ServiceWithoutAddress = "service-without-address", Warning, "A service has neither a virtual address nor clusterIP None.";
     SliceUnused = "slice-unused", Warning, "An EndpointSlice, or a part of it, is not used.";

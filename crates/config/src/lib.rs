@@ -14,5 +14,6 @@ pub mod metadata;
 pub mod policy;
 pub mod repository;
 pub mod resource;
+pub mod routes;
 mod store;
 pub mod tree;

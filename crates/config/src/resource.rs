@@ -18,6 +18,10 @@ use crate::metadata::{self, Metadata};
 use crate::policy::authorization::{self, PolicyScope};
 use crate::policy::{AuthorizationPolicy, MeshConfig, PeerAuthentication};
 use crate::policy::{mesh_config, peer_authentication};
+use crate::routes::{
+    DestinationRule, Gateway, HttpRoute, ReferenceGrant, VirtualService, destination_rule, gateway, grpc_route,
+    http_route, reference_grant, virtual_service,
+};
 use crate::tree;
 
 /// A kind that is read.
@@ -49,6 +53,18 @@ pub enum Kind {
     WorkloadEntry,
     /// `networking.istio.io WorkloadGroup`.
     WorkloadGroup,
+    /// `gateway.networking.k8s.io HTTPRoute`.
+    HttpRoute,
+    /// `gateway.networking.k8s.io ReferenceGrant`.
+    ReferenceGrant,
+    /// `networking.istio.io DestinationRule`.
+    DestinationRule,
+    /// `networking.istio.io VirtualService`.
+    VirtualService,
+    /// `gateway.networking.k8s.io Gateway`.
+    Gateway,
+    /// `gateway.networking.k8s.io GRPCRoute`.
+    GrpcRoute,
 }
 
 /// An object of any kind.
@@ -80,6 +96,16 @@ pub enum Resource {
     WorkloadEntry(Box<WorkloadEntry>),
     /// A template for machines.
     WorkloadGroup,
+    /// Routes of HTTP requests.
+    HttpRoute(Box<HttpRoute>),
+    /// Who of other namespaces may refer to objects of this one.
+    ReferenceGrant(Box<ReferenceGrant>),
+    /// How a host is spoken to.
+    DestinationRule(Box<DestinationRule>),
+    /// Routes of a host's requests and connections.
+    VirtualService(Box<VirtualService>),
+    /// A waypoint, or a gateway of another class.
+    Gateway(Box<Gateway>),
 }
 
 impl Resource {
@@ -142,6 +168,12 @@ pub static KINDS: &[&KindSpec] = &[
     &workload_group::KIND,
     &mesh_config::CONFIG_MAP_KIND,
     &mesh_config::KIND,
+    &http_route::KIND,
+    &reference_grant::KIND,
+    &destination_rule::KIND,
+    &virtual_service::KIND,
+    &gateway::KIND,
+    &grpc_route::KIND,
 ];
 
 impl Kind {

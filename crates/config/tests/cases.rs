@@ -12,7 +12,8 @@ use config::compile::{EnrolmentChange, Options};
 use config::diagnostic::Diagnostic;
 use config::repository::{Content, Repository};
 use config::tree::{self, Limits, Node, Value};
-use model::{Change, Mesh, Service, TargetPort, Workload};
+use model::http::{BackendRef, HttpService, Route, RouteAction, RouteMatch};
+use model::{Change, GatewayAddress, GatewayTarget, Mesh, Service, TargetPort, Workload};
 use serde_json::{Map, Value as Json, json};
 
 fn to_json(node: &Node<'_>) -> Json {
@@ -57,7 +58,15 @@ fn workload(w: &Workload) -> Json {
         "services": services,
         "policies": w.policies.iter().map(ToString::to_string).collect::<Vec<_>>(),
         "capacity": w.capacity,
+        "waypoint": w.waypoint.as_ref().map(|w| gateway(w)),
     })
+}
+
+fn gateway(g: &GatewayAddress) -> String {
+    match &g.target {
+        GatewayTarget::Service(key) => format!("{key}:{}", g.hbone_mtls_port),
+        GatewayTarget::Address(address) => format!("{address:?}:{}", g.hbone_mtls_port),
+    }
 }
 
 fn service(s: &Service) -> Json {
@@ -77,8 +86,66 @@ fn service(s: &Service) -> Json {
         "families": format!("{:?}", s.ip_families),
         "affinity_s": s.session_affinity.map(|d| d.as_secs()),
         "source": format!("{:?}", s.source),
+        "waypoint": s.waypoint.as_ref().map(gateway),
         "canonical": s.canonical,
     })
+}
+
+/// What a waypoint does for a service: each port's protocol and routes, in order of precedence.
+fn http_service(s: &HttpService) -> Json {
+    let backend = |b: &model::http::Backend| match &b.to {
+        BackendRef::Service { service, port, subset } => {
+            let subset = subset.as_ref().map(|s| format!("/{s}")).unwrap_or_default();
+            format!("{}%{service}:{port}{subset}", b.weight)
+        }
+        BackendRef::Original => format!("{}%original", b.weight),
+        BackendRef::Unresolved { reason } => format!("{}%500 {reason}", b.weight),
+    };
+    let route = |(when, route): &(RouteMatch, std::sync::Arc<Route>)| {
+        let to = match &route.action {
+            RouteAction::Forward(f) => f.backends().iter().map(backend).collect::<Vec<_>>().join(" "),
+            RouteAction::Redirect(r) => format!("redirect {r:?}"),
+            RouteAction::Respond(r) => format!("respond {}", r.status),
+        };
+        format!("{when} -> {to} ({})", route.id)
+    };
+    let ports: Map<String, Json> = s
+        .ports
+        .iter()
+        .map(|p| {
+            let routes: Vec<String> = p.routes.entries().iter().map(route).collect();
+            (format!("{} {:?}", p.number, p.protocol), json!(routes))
+        })
+        .collect();
+    let policies: Vec<String> = s.policies.iter().map(ToString::to_string).collect();
+    json!({ "waypoint": s.waypoint.to_string(), "ports": ports, "policies": policies })
+}
+
+/// How a service is spoken to: the balancer and the most connections, for each port and subset.
+fn traffic(t: &model::http::ServiceTraffic) -> Json {
+    let policy = |p: &model::http::TrafficPolicy| {
+        let mut text = format!("{:?}", p.load_balancer);
+        if let Some(most) = p.pool.max_connections {
+            text += &format!(", {most} connections");
+        }
+        if p.tls.is_some() {
+            text += ", TLS";
+        }
+        text
+    };
+    let mut all: Map<String, Json> = Map::new();
+    let mut put = |name: &str, default: &_, ports: &[(u16, _)]| {
+        all.insert(name.to_owned(), json!(policy(default)));
+        for (port, p) in ports {
+            all.insert(format!("{name}:{port}"), json!(policy(p)));
+        }
+    };
+    put("default", &t.default, &t.ports);
+    for subset in &t.subsets {
+        let labels: Vec<String> = subset.labels.iter().map(|(k, v)| format!("{k}={v}")).collect();
+        put(&format!("{} {}", subset.name, labels.join(",")), &subset.default, &subset.ports);
+    }
+    Json::Object(all)
 }
 
 fn change(c: &Change) -> String {
@@ -89,6 +156,12 @@ fn change(c: &Change) -> String {
         Change::RemoveService(key) => format!("remove service {key}"),
         Change::SetPolicy(p) => format!("set policy {}", p.key),
         Change::RemovePolicy(key) => format!("remove policy {key}"),
+        Change::SetHttpService(s) => format!("set HTTP service {}", s.service),
+        Change::RemoveHttpService(key) => format!("remove HTTP service {key}"),
+        Change::SetHttpPolicy(p) => format!("set HTTP policy {}", p.key),
+        Change::RemoveHttpPolicy(key) => format!("remove HTTP policy {key}"),
+        Change::SetTraffic(t) => format!("set traffic {}", t.service),
+        Change::RemoveTraffic(key) => format!("remove traffic {key}"),
         Change::SetSettings(_) => "set settings".to_owned(),
     }
 }
@@ -108,10 +181,17 @@ fn dump(mesh: &Mesh, enrolments: &BTreeMap<String, Json>, repository: &Repositor
         "count": { "workloads": workloads.len(), "services": services.len(), "enrolments": enrolments.len() },
         "workloads": workloads,
         "services": services,
+        "http": mesh.http_services().map(|s| (s.service.to_string(), http_service(s))).collect::<Map<_, _>>(),
+        "traffic": all_traffic(mesh),
         "policies": policies,
         "enrolments": enrolments,
         "diagnostics": found,
     })
+}
+
+fn all_traffic(mesh: &Mesh) -> Map<String, Json> {
+    let of = |s: &std::sync::Arc<Service>| Some((s.key().to_string(), traffic(mesh.traffic(&s.key())?)));
+    mesh.services().filter_map(of).collect()
 }
 
 /// Where `actual` is not as `expected`.

@@ -272,7 +272,7 @@ fn a_policy_with_errors_keeps_its_last_good_version_and_fails_closed_without_one
     // New and bad, long after the first batch: refused is everything in its scope.
     let outcome = server.set(Kind::AuthorizationPolicy, &policy(&bad, "1"));
     let Some(Change::SetPolicy(closed)) = outcome.changes.first() else { panic!("{:?}", outcome.changes) };
-    assert_eq!((closed.action, closed.rules.len()), (model::Action::Deny, 1));
+    assert_eq!((&closed.action, closed.rules.len()), (&model::Action::Deny, 1));
     assert!(server.codes(origin).contains(&Code::FailsClosed));
     let outcome = server.set(Kind::AuthorizationPolicy, &policy(&good, "2"));
     assert_eq!(outcome.changes.len(), 1);

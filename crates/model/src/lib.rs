@@ -1,5 +1,5 @@
-//! The language that all crates speak: identities, addresses, workloads, services and policies, and the pure
-//! decisions over them.
+//! The language that all crates speak: identities, addresses, workloads, services, routes and policies,
+//! and the pure decisions over them.
 //!
 //! Invariants of the crate:
 //! * types can only be built valid: an unparsable SPIFFE ID or trust domain never exists as a value;
@@ -10,6 +10,7 @@
 mod address;
 mod cow_map;
 mod holders;
+pub mod http;
 mod identity;
 mod mesh;
 mod name;
@@ -32,7 +33,10 @@ pub use service::{
     ServicePort, ServiceSource, TargetPort, Vip,
 };
 pub use settings::{OutboundMode, Settings};
-pub use verdict::{Allow, Connection, Decision, Deny, DryRun, Field, NearMiss, Permit, RuleRef};
+pub use verdict::{
+    Allow, Connection, Decision, Deny, DryRun, Field, Held, NearMiss, Permit, RequestDecision, RuleRef,
+    decide_request,
+};
 pub use workload::{
     ApplicationTunnel, GatewayAddress, GatewayTarget, Health, Locality, NetworkMode, PortMapping,
     ServiceMembership, TunnelProtocol, Workload, WorkloadKind,

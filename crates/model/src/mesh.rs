@@ -11,7 +11,8 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use prefix_trie::PrefixMap;
 
 use crate::holders::Holders;
-use crate::verdict::{Connection, Decision, decide};
+use crate::http::{HttpService, ServiceTraffic};
+use crate::verdict::{Connection, Decision, Held, decide};
 use crate::{
     CowMap, NetworkAddress, OriginalDst, Policy, PolicyKey, PortMapping, Scope, Service, ServiceKey,
     ServiceSource, Settings, Str, Workload, WorkloadKind, canonical_ip,
@@ -32,6 +33,18 @@ pub enum Change {
     SetPolicy(Arc<Policy>),
     /// Removes a policy.
     RemovePolicy(PolicyKey),
+    /// Adds what a waypoint does for a service, or replaces it.
+    SetHttpService(Arc<HttpService>),
+    /// Removes it.
+    RemoveHttpService(ServiceKey),
+    /// Adds what waypoints enforce of a policy, or replaces it.
+    SetHttpPolicy(Arc<Policy>),
+    /// Removes it.
+    RemoveHttpPolicy(PolicyKey),
+    /// Adds how a service is spoken to, or replaces it.
+    SetTraffic(Arc<ServiceTraffic>),
+    /// Removes it.
+    RemoveTraffic(ServiceKey),
     /// Replaces the settings.
     SetSettings(Settings),
 }
@@ -151,6 +164,9 @@ pub struct Mesh {
     by_range: Arc<Ranges>,
     by_hostname: CowMap<Str, Vec<Arc<Service>>>,
     endpoints: CowMap<ServiceKey, Arc<EndpointSet>>,
+    http_services: CowMap<ServiceKey, Arc<HttpService>>,
+    http_policies: CowMap<PolicyKey, Arc<Policy>>,
+    traffic: CowMap<ServiceKey, Arc<ServiceTraffic>>,
     policies: CowMap<PolicyKey, Arc<Policy>>,
     global_policies: Arc<[Arc<Policy>]>,
     namespace_policies: CowMap<Str, Arc<[Arc<Policy>]>>,
@@ -201,6 +217,24 @@ impl Mesh {
                 Change::RemoveService(key) => next.remove_service(&key),
                 Change::SetPolicy(policy) => next.set_policy(policy),
                 Change::RemovePolicy(key) => next.remove_policy(&key),
+                Change::SetHttpService(service) => {
+                    next.http_services.insert(service.service.clone(), service);
+                }
+                Change::RemoveHttpService(key) => {
+                    next.http_services.remove(&key);
+                }
+                Change::SetHttpPolicy(policy) => {
+                    next.http_policies.insert(policy.key.clone(), policy);
+                }
+                Change::RemoveHttpPolicy(key) => {
+                    next.http_policies.remove(&key);
+                }
+                Change::SetTraffic(traffic) => {
+                    next.traffic.insert(traffic.service.clone(), traffic);
+                }
+                Change::RemoveTraffic(key) => {
+                    next.traffic.remove(&key);
+                }
                 Change::SetSettings(settings) => {
                     next.policy_generation = next.generation;
                     next.settings = Arc::new(settings);
@@ -294,6 +328,29 @@ impl Mesh {
         self.policies.values()
     }
 
+    /// What a waypoint does for a service.
+    #[must_use]
+    pub fn http_service(&self, key: &ServiceKey) -> Option<&Arc<HttpService>> {
+        self.http_services.get(key)
+    }
+
+    /// All services that a waypoint does something for.
+    pub fn http_services(&self) -> impl Iterator<Item = &Arc<HttpService>> {
+        self.http_services.values()
+    }
+
+    /// How a service is spoken to, where something is said of it.
+    #[must_use]
+    pub fn traffic(&self, key: &ServiceKey) -> Option<&Arc<ServiceTraffic>> {
+        self.traffic.get(key)
+    }
+
+    /// The policies for what reaches a service through its waypoint; `Err` for one that is listed and not known.
+    #[must_use]
+    pub fn policies_of<'a>(&'a self, service: &'a HttpService) -> Vec<Held<'a>> {
+        service.policies.iter().map(|key| self.http_policies.get(key).ok_or(key)).collect()
+    }
+
     /// What the dialled address belongs to: an exact virtual address first, then a workload, then a range.
     #[must_use]
     pub fn destination(&self, network: &Str, dialled: OriginalDst) -> Destination {
@@ -309,7 +366,7 @@ impl Mesh {
 
     /// The policies that hold for `workload`; `Err` for one that it lists and that is not known.
     #[must_use]
-    pub fn policies_for<'a>(&'a self, workload: &'a Workload) -> Vec<Result<&'a Arc<Policy>, &'a PolicyKey>> {
+    pub fn policies_for<'a>(&'a self, workload: &'a Workload) -> Vec<Held<'a>> {
         let namespace = self.namespace_policies.get(&workload.namespace).map_or(&[][..], |list| list);
         let selected = workload.policies.iter().map(|key| self.policies.get(key).ok_or(key));
         self.global_policies.iter().chain(namespace).map(Ok).chain(selected).collect()

@@ -1,5 +1,5 @@
-//! L4 authorization policies in their compiled form, the same on the wire (`istio.security.Authorization`) and
-//! in memory. How they decide is in `verdict.rs`.
+//! Authorization policies in their compiled form. Those for connections are the same on the wire
+//! (`istio.security.Authorization`) and in memory. How they decide is in `verdict.rs`.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::Str;
+use crate::http::HttpMatch;
 
 /// A policy's name.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -45,17 +46,20 @@ pub enum Scope {
     Global,
     /// Those of the policy's namespace.
     Namespace,
-    /// Those that list it in [`crate::Workload::policies`].
+    /// Those that list it: [`crate::Workload::policies`], [`crate::http::HttpService::policies`].
     WorkloadSelector,
 }
 
 /// What a match means.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Action {
     /// The connection is let in, unless a DENY policy matches too.
     Allow,
     /// The connection is refused.
     Deny,
+    /// This provider has to agree too (an extension provider of MeshConfig). Only requests can be asked about: a
+    /// connection is refused.
+    Custom(Str),
 }
 
 /// One rule: all its clauses must hold. A rule without clauses matches every connection.
@@ -104,6 +108,9 @@ pub struct Match {
     pub destination_ports: Box<[u16]>,
     /// The negation.
     pub not_destination_ports: Box<[u16]>,
+    /// What is asked of the request. Where there is none, it fails in an ALLOW policy, and holds in others. No
+    /// proxy for connections is sent it.
+    pub http: Option<Box<HttpMatch>>,
 }
 
 /// A pattern for a text. Matching is by bytes and case-sensitive.

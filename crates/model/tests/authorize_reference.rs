@@ -162,6 +162,7 @@ fn to_model(p: &PlainPolicy) -> Policy {
         not_destination_ips: ranges(&m.destinations[1]),
         destination_ports: m.ports[0].clone().into(),
         not_destination_ports: m.ports[1].clone().into(),
+        http: None,
     };
     let to_clause = |c: &Vec<PlainMatch>| Clause { matches: c.iter().map(to_match).collect() };
     let to_rule = |r: &Vec<Vec<PlainMatch>>| Rule { clauses: r.iter().map(to_clause).collect() };

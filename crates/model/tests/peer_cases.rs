@@ -87,6 +87,7 @@ fn match_of(m: &Value) -> Match {
         not_destination_ips: ranges("notDestinationIps"),
         destination_ports: ports("destinationPorts"),
         not_destination_ports: ports("notDestinationPorts"),
+        http: None,
         ..Match::default()
     }
 }
@@ -171,4 +172,34 @@ fn patterns_match_what_they_match_in_istio() {
         let matches = string_match(&case["matcher"]).matches(case["value"].as_str().unwrap());
         assert_eq!(matches, case["expect"].as_bool().unwrap(), "{}", case["id"]);
     }
+}
+
+/// Where we decide otherwise on purpose: input, and why.
+const OTHERWISE: [(&str, &str); 1] =
+    [("/app#foo", "a fragment is never sent by a client that means well; Envoy itself answers 400")];
+
+#[test]
+fn paths_are_normalised_as_in_istio() {
+    use model::http::{Normalization, normalize};
+    let Some(file) = peer_cases("path-normalization.json") else { return };
+    let (mut tried, mut wrong) = (0, Vec::new());
+    for case in file["cases"].as_array().unwrap() {
+        let how = match case["normalization"].as_str().unwrap() {
+            "NONE" => Normalization::None,
+            "BASE" => Normalization::Base,
+            "MERGE_SLASHES" => Normalization::MergeSlashes,
+            "DECODE_AND_MERGE_SLASHES" => Normalization::DecodeAndMergeSlashes,
+            other => panic!("a normalization {other}"),
+        };
+        let (path, expected) = (case["in"].as_str().unwrap(), case["expectPath"].as_str().unwrap());
+        let got = normalize(path, how);
+        tried += 1;
+        if OTHERWISE.iter().any(|(p, _)| *p == path) {
+            assert!(got.is_err(), "{path}");
+        } else if got.as_deref() != Ok(expected) {
+            wrong.push(format!("{path} by {how:?}: expected {expected}, got {got:?}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(tried > 0);
 }

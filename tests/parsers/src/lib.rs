@@ -10,6 +10,7 @@ mod config_files;
 mod config_objects;
 mod discovery;
 mod dns;
+mod http;
 mod identities;
 mod mutate;
 mod tunnels;
@@ -31,7 +32,7 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 15] = [
+pub const TARGETS: [Target; 19] = [
     Target {
         name: "config_manifest",
         run: config_files::manifest,
@@ -71,6 +72,10 @@ pub const TARGETS: [Target; 15] = [
     Target { name: "hbone_client", run: tunnels::client, seeds: tunnels::server_frames, cases: 10_000 },
     Target { name: "wds", run: wire::any, seeds: wire::messages, cases: 20_000 },
     Target { name: "xds_requests", run: discovery::requests, seeds: discovery::conversations, cases: 20_000 },
+    Target { name: "http_request", run: http::request, seeds: http::requests, cases: 20_000 },
+    Target { name: "http_response", run: http::response, seeds: http::responses, cases: 20_000 },
+    Target { name: "http_chunks", run: http::chunks, seeds: http::bodies, cases: 20_000 },
+    Target { name: "http_connection", run: http::connection, seeds: http::conversations, cases: 3000 },
     Target { name: "dns_message", run: dns::message, seeds: dns::messages, cases: 20_000 },
 ];
 

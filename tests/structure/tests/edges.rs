@@ -23,7 +23,7 @@ const LIBRARIES: [(&str, &[&str]); 10] = [
 const IN_TESTS: [(&str, &[&str]); 2] = [("net", &["harness"]), ("capture", &["harness"])];
 
 /// May depend on all libraries, and not on each other.
-const BINARIES: [&str; 5] = ["ztunnel", "control-plane", "cni-plugin", "node-agent", "cli"];
+const BINARIES: [&str; 6] = ["ztunnel", "waypoint", "control-plane", "cni-plugin", "node-agent", "cli"];
 
 /// Directories whose members only test or measure, and may depend on whatever they like.
 const FREE: [&str; 2] = ["tests/", "bench"];

@@ -1,8 +1,7 @@
 //! Which policies a workload lists, and which workloads a change of policies, waypoints or owners concerns.
 
 use model::{
-    GatewayAddress, GatewayTarget, PolicyKey, ServiceKey, ServiceMembership, ServiceSource, Str,
-    TunnelProtocol, Workload,
+    GatewayAddress, PolicyKey, ServiceKey, ServiceMembership, ServiceSource, Str, TunnelProtocol, Workload,
 };
 
 use super::index::Id;
@@ -19,21 +18,27 @@ impl Compiler {
     pub(super) fn policies_of(&self, workload: &Workload, record: &Record) -> Box<[PolicyKey]> {
         let own_services = workload.services.iter().filter(|m| m.service.namespace == workload.namespace);
         let in_force = |m: &ServiceMembership| self.services.get(&m.service)?.definitions.first();
-        let definitions: Vec<&(ObjectKey, Definition)> = own_services.filter_map(in_force).collect();
+        // What a waypoint enforces needs no stand-in here: nobody but the waypoint is let in.
+        let definitions: Vec<&(ObjectKey, Definition)> =
+            own_services.filter_map(in_force).filter(|(by, d)| !self.is_served(by, d)).collect();
         let behind: Vec<ObjectKey> = definitions.iter().map(|(by, _)| by.clone()).collect();
         let inherited = self.areas.get(&workload.namespace).map(|a| &a.waypoint);
         let inherited = inherited.unwrap_or(&Binding::Inherited);
         let own = Binding::of(&record.labels, &workload.namespace);
         let bindings = definitions.iter().map(|(_, d)| &d.waypoint);
+        let own = own.or(inherited).filter(|waypoint| !self.waypoints.contains_key(*waypoint));
         let waypoints: Vec<&Waypoint> =
-            bindings.chain([&own]).filter_map(|binding| binding.or(inherited)).collect();
+            bindings.filter_map(|binding| binding.or(inherited)).chain(own).collect();
         let subject = Subject {
             namespace: &workload.namespace,
             labels: &record.labels,
             behind: &behind,
             waypoints: &waypoints,
         };
-        self.policies.attached(&subject).into()
+        let mut keys = self.policies.attached(&subject);
+        keys.extend(self.binding_policies(workload, record).into_iter().map(|policy| policy.key));
+        keys.sort_unstable();
+        keys.into()
     }
 
     /// Counts the endpoints that don't enforce the policies for their services, when a workload of the model is
@@ -66,9 +71,12 @@ impl Compiler {
         })
     }
 
-    /// Where connections to a service have to go that only a waypoint may let pass: policies are for it, and not all
-    /// that is behind it enforces them. There are no waypoints, so they go nowhere.
-    pub(super) fn closed(&self, owner: &ObjectKey, definition: &Definition) -> Option<GatewayAddress> {
+    /// Where connections to a service have to go: to the waypoint that it is bound to. One that is bound to none goes
+    /// nowhere if only a waypoint could enforce the policies for it, since not all that is behind it enforces them.
+    pub(super) fn passes(&self, owner: &ObjectKey, definition: &Definition) -> Option<GatewayAddress> {
+        if let Some((waypoint, _)) = self.waypoint_of(owner, definition) {
+            return Some(self.gateway_address(waypoint));
+        }
         let inherited = self.areas.get(&owner.namespace).map(|a| &a.waypoint);
         let waypoint = definition.waypoint.or(inherited.unwrap_or(&Binding::Inherited));
         let guarded = !definition.external
@@ -77,12 +85,8 @@ impl Compiler {
         if guarded || !self.policies.guards(owner, waypoint) {
             return None;
         }
-        let (namespace, name) =
-            waypoint.map_or((&*owner.namespace, "waypoint"), |w| (&*w.namespace, &*w.name));
-        let hostname = format!("{name}.{namespace}.svc.{}", self.options.cluster_domain);
-        let target =
-            GatewayTarget::Service(ServiceKey { namespace: namespace.into(), hostname: hostname.into() });
-        Some(GatewayAddress { target, hbone_mtls_port: 15008 })
+        let nowhere = Waypoint { namespace: owner.namespace.clone(), name: "waypoint".into() };
+        Some(self.gateway_address(waypoint.unwrap_or(&nowhere)))
     }
 
     /// Marks the instances that are bound to a waypoint that policies of `namespace` mean by `target`.

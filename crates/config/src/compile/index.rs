@@ -67,6 +67,8 @@ pub(super) struct Area {
     pub(super) distribution: Option<Distribution>,
     /// Which waypoint its traffic is meant to pass, where its objects don't say it themselves.
     pub(super) waypoint: Binding,
+    /// Its labels.
+    pub(super) labels: Labels,
     pub(super) instances: HashSet<Id>,
     pub(super) services: HashSet<ServiceKey>,
     by_label: HashMap<(Str, Str), Members>,
@@ -137,6 +139,7 @@ impl Area {
         !self.ambient
             && self.distribution.is_none()
             && self.waypoint == Binding::Inherited
+            && self.labels == Labels::default()
             && self.instances.is_empty()
             && self.services.is_empty()
             && self.selectors.is_empty()

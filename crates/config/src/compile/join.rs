@@ -154,6 +154,7 @@ impl Compiler {
             self.by_uid.remove(&workload.uid);
             if record.emitted {
                 self.count_unguarded(record.compiled.as_deref(), None);
+                self.count_bindings(record.compiled.as_deref(), &[]);
                 self.removed.push(Change::RemoveWorkload(workload.uid.clone()));
             }
             if record.enrolment.is_some() {
@@ -219,9 +220,13 @@ impl Compiler {
             return None;
         }
         let workload = Arc::new(workload);
+        let record = self.record(id)?;
+        let bindings = self.binding_policies(&workload, record);
+        let record = self.record_mut(id)?;
         let old = record.compiled.replace(workload.clone()).filter(|_| record.emitted);
         record.emitted = true;
         self.count_unguarded(old.as_deref(), Some(&workload));
+        self.count_bindings(old.as_deref(), &bindings);
         Some(Change::SetWorkload(workload))
     }
 
@@ -235,6 +240,7 @@ impl Compiler {
         }
         let old = record.compiled.clone();
         self.count_unguarded(old.as_deref(), None);
+        self.count_bindings(old.as_deref(), &[]);
         Some(Change::RemoveWorkload(uid))
     }
 
@@ -287,6 +293,8 @@ impl Compiler {
                 .unwrap_or_else(|| self.shared.latest.clone());
         workload.services = self.memberships(id, record, pool);
         workload.policies = self.policies_of(&workload, record);
+        let waypoint = self.workload_waypoint(&workload, record);
+        workload.waypoint = waypoint.map(|(waypoint, _)| Box::new(self.gateway_address(waypoint)));
         Some(workload)
     }
 
@@ -485,15 +493,19 @@ impl Compiler {
                 self.removed.push(Change::RemoveService(key.clone()));
             }
             self.services.remove(key);
+            self.follow_http(key, None);
+            self.follow_traffic(key, false);
+            self.touch_leading_to(key);
             return;
         };
+        let http = self.http_service(owner, definition);
         let mut service = definition.service.clone();
         let area = self.areas.get(&key.namespace);
-        service.waypoint = self.closed(owner, definition);
+        service.waypoint = self.passes(owner, definition);
         let distribution = definition.distribution.or(area.and_then(|a| a.distribution));
         (service.load_balancing.mode, service.load_balancing.scopes) =
             preference(definition.local_only, distribution);
-        let mut findings = Vec::new();
+        let mut findings: Vec<Finding> = self.binding_findings(owner, definition).into_iter().collect();
         let holder = |vip: &Vip| self.holder_of_vip(key, owner, vip);
         service.vips = service.vips.iter().filter(|vip| holder(vip).is_none()).cloned().collect();
         for vip in &definition.service.vips {
@@ -521,7 +533,10 @@ impl Compiler {
             let service = Arc::new(service);
             entry.emitted = Some(service.clone());
             self.changes.push(Change::SetService(service));
+            self.touch_leading_to(key);
         }
+        self.follow_http(key, http);
+        self.follow_traffic(key, true);
     }
 }
 

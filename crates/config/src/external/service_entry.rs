@@ -11,7 +11,6 @@ use super::endpoint::{ENDPOINT, EntryEndpoint, read as read_endpoint};
 use super::host::{Address, is_host, is_host_pattern};
 use crate::diagnostic::Code;
 use crate::fields::{Fields, Schema, enforced, nested, silent};
-use crate::kinds::namespace::report_waypoint;
 use crate::kinds::service::{Distribution, distribution_annotation};
 use crate::labels::Selector;
 use crate::metadata::{METADATA, Metadata, is_label};
@@ -127,7 +126,6 @@ pub enum Resolution {
 }
 
 fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resource> {
-    report_waypoint(fields, metadata);
     let distribution = distribution_annotation(fields, metadata);
     let namespace = fields.context().pool.string(metadata.namespace);
     let waypoint = Binding::of(&metadata.labels, &namespace);

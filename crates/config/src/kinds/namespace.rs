@@ -46,7 +46,6 @@ pub static KIND: KindSpec = KindSpec {
 
 fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resource> {
     report_mode(fields, metadata);
-    report_waypoint(fields, metadata);
     for label in SIDECAR_LABELS {
         let Some(value) = metadata.labels.get(label) else { continue };
         let off = label == "istio-injection" && &**value == "disabled";
@@ -67,14 +66,5 @@ pub(crate) fn report_mode(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) 
     if mode.is_some_and(|m| !matches!(&**m, "ambient" | "none")) {
         let message = "the value is neither 'ambient' nor 'none', so it enrols nothing";
         metadata.report_label(DATAPLANE_MODE, fields, Code::UnknownLabelValue, message, "");
-    }
-}
-
-/// Says so when traffic is meant to pass a waypoint: there are none yet.
-pub(crate) fn report_waypoint(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) {
-    const USE_WAYPOINT: &str = "istio.io/use-waypoint";
-    if metadata.labels.get(USE_WAYPOINT).is_some_and(|w| &**w != "none") {
-        let message = "waypoints are not part of this version; traffic passes none";
-        metadata.report_label(USE_WAYPOINT, fields, Code::WaypointUnsupported, message, "");
     }
 }

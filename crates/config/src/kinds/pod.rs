@@ -7,7 +7,7 @@ use model::{Str, WorkloadKind, canonical_ip};
 
 use super::capture;
 use super::capture::Capture;
-use super::namespace::{report_mode, report_waypoint};
+use super::namespace::report_mode;
 use crate::diagnostic::Code;
 use crate::fields::{Cursor, Fields, Schema, enforced, nested, silent};
 use crate::labels::Labels;
@@ -216,7 +216,6 @@ pub static KIND: KindSpec = KindSpec {
 
 fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resource> {
     report_mode(fields, metadata);
-    report_waypoint(fields, metadata);
     let spec = fields.object("spec").map(|mut spec| read_spec(&mut spec, metadata.name)).unwrap_or_default();
     let status = fields.object("status").map(|mut status| read_status(&mut status)).unwrap_or_default();
     let sidecar = metadata.annotation("sidecar.istio.io/status").is_some();

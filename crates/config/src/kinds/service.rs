@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use model::{IpFamilies, Str, canonical_ip};
 
-use super::namespace::report_waypoint;
 use crate::diagnostic::Code;
 use crate::fields::{Cursor, Fields, Schema, enforced, nested, not_applicable, silent};
 use crate::labels::Selector;
@@ -181,7 +180,6 @@ pub static KIND: KindSpec = KindSpec {
 const DEFAULT_AFFINITY: Duration = Duration::from_secs(10_800);
 
 fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resource> {
-    report_waypoint(fields, metadata);
     if !is_label(metadata.name) {
         fields.report(Code::InvalidValue, "a service's name is a DNS label of at most 63 characters", "");
     }

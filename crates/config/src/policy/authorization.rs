@@ -1,9 +1,11 @@
 //! AuthorizationPolicy (`security.istio.io`): reading it with every upstream field, and checking it as Istio's
 //! webhook does, and more strictly where Istio lets through what then matches something else than it says.
 
+use model::http::HttpMatch;
 use model::{Match, Str};
 
 use super::pattern::{self, read_list};
+use super::requests;
 use super::selector::{SELECTOR, TARGET_REF, Target, non_empty, read_selector, read_targets};
 use crate::diagnostic::Code;
 use crate::fields::{Cursor, Fields, Schema, enforced, nested, silent};
@@ -169,6 +171,8 @@ pub struct PolicyMatch {
     pub connection: Match,
     /// Whether it also, or only, has fields that need requests to be told.
     pub needs_requests: bool,
+    /// What these are; `None` where there are none, or nothing here can tell them.
+    pub http: Option<Box<HttpMatch>>,
 }
 
 /// The kind.
@@ -382,15 +386,9 @@ fn read_source(
         not_trust_domains: read_list(&mut source, "notTrustDomains", pattern::text),
         ..Match::default()
     };
-    let mut needs_requests = false;
-    for name in ["requestPrincipals", "notRequestPrincipals"] {
-        needs_requests |= read_beyond(&mut source, name, beyond, pattern::text);
-    }
-    for name in ["remoteIpBlocks", "notRemoteIpBlocks"] {
-        needs_requests |= read_beyond(&mut source, name, beyond, pattern::range);
-    }
+    let http = requests::source(&mut source, beyond);
     check_source(&mut source, &connection, is_empty, action);
-    PolicyMatch { connection, needs_requests }
+    PolicyMatch { connection, needs_requests: http.is_some(), http }
 }
 
 fn check_source(source: &mut Fields<'_, '_>, m: &Match, is_empty: bool, action: RequestedAction) {
@@ -437,20 +435,6 @@ fn read_accounts(
     list
 }
 
-/// Reads a list that connections cannot be matched by, to check it. Returns whether it is there.
-fn read_beyond<'n, T>(
-    fields: &mut Fields<'_, 'n>,
-    name: &'static str,
-    beyond: &mut Vec<String>,
-    read: impl FnMut(Cursor<'_, 'n>) -> Option<T>,
-) -> bool {
-    let is_set = !read_list(fields, name, read).is_empty();
-    if is_set && !beyond.iter().any(|b| b == name) {
-        beyond.push(name.to_owned());
-    }
-    is_set
-}
-
 fn read_operation(mut operation: Fields<'_, '_>, beyond: &mut Vec<String>) -> PolicyMatch {
     let is_empty = operation.is_empty();
     let connection = Match {
@@ -458,11 +442,7 @@ fn read_operation(mut operation: Fields<'_, '_>, beyond: &mut Vec<String>) -> Po
         not_destination_ports: read_list(&mut operation, "notPorts", pattern::port),
         ..Match::default()
     };
-    let mut needs_requests = false;
-    for name in ["methods", "notMethods", "paths", "notPaths", "hosts", "notHosts"] {
-        // Only that there is something: patterns of paths have a syntax of their own.
-        needs_requests |= read_beyond(&mut operation, name, beyond, non_empty);
-    }
+    let http = requests::operation(&mut operation, beyond);
     if is_empty {
         operation.report(
             Code::InvalidValue,
@@ -470,7 +450,7 @@ fn read_operation(mut operation: Fields<'_, '_>, beyond: &mut Vec<String>) -> Po
             "remove it, or fill it",
         );
     }
-    PolicyMatch { connection, needs_requests }
+    PolicyMatch { connection, needs_requests: http.is_some(), http }
 }
 
 fn read_condition(
@@ -494,8 +474,9 @@ fn read_condition(
             "let the provider check the identity",
         );
     }
-    let needs_requests = is_of_requests(name);
-    let mut m = Match::default();
+    let of_requests = requests::key(name);
+    let needs_requests = of_requests.is_some();
+    let (mut m, mut http) = (Match::default(), None);
     match name {
         "source.ip" => both(&mut when, &mut m.source_ips, &mut m.not_source_ips, pattern::range),
         "source.namespace" => both(&mut when, &mut m.namespaces, &mut m.not_namespaces, pattern::text),
@@ -513,20 +494,15 @@ fn read_condition(
         "destination.port" => {
             both(&mut when, &mut m.destination_ports, &mut m.not_destination_ports, pattern::port);
         }
-        "remote.ip" => {
-            let (mut values, mut not_values) = (Box::default(), Box::default());
-            both(&mut when, &mut values, &mut not_values, pattern::range);
-        }
-        _ if needs_requests => {
-            let (mut values, mut not_values) = (Box::default(), Box::default());
-            both(&mut when, &mut values, &mut not_values, non_empty);
-        }
-        _ => {
-            when.take("values");
-            when.take("notValues");
-            unknown_key(when.take("key")?, name);
-            return None;
-        }
+        _ => match of_requests {
+            Some(key) => http = requests::condition(key, &mut when),
+            None => {
+                when.take("values");
+                when.take("notValues");
+                unknown_key(when.take("key")?, name);
+                return None;
+            }
+        },
     }
     let given = |w: &mut Fields<'_, '_>, f| w.take(f).is_some();
     if !given(&mut when, "values") && !given(&mut when, "notValues") {
@@ -536,7 +512,7 @@ fn read_condition(
     if needs_requests && !beyond.iter().any(|b| b == name) {
         beyond.push(name.to_owned());
     }
-    Some(PolicyMatch { connection: m, needs_requests })
+    Some(PolicyMatch { connection: m, needs_requests, http })
 }
 
 fn both<'n, T>(
@@ -547,24 +523,6 @@ fn both<'n, T>(
 ) {
     *values = read_list(when, "values", &read);
     *not_values = read_list(when, "notValues", &read);
-}
-
-/// The keys of conditions that upstream knows and that need requests, or more of a connection than L4 has.
-fn is_of_requests(key: &str) -> bool {
-    let indexed = |prefix: &str| {
-        key.strip_prefix(prefix)
-            .is_some_and(|rest| rest.starts_with('[') && rest.ends_with(']') && rest.len() > 2)
-    };
-    matches!(
-        key,
-        "remote.ip"
-            | "connection.sni"
-            | "request.auth.principal"
-            | "request.auth.audiences"
-            | "request.auth.presenter"
-    ) || indexed("request.headers")
-        || indexed("request.auth.claims")
-        || key.strip_prefix("experimental.envoy.filters.").is_some_and(|rest| !rest.is_empty())
 }
 
 fn unknown_key(mut cursor: Cursor<'_, '_>, key: &str) {

@@ -95,7 +95,8 @@ fn without_destination(m: Match) -> Match {
     }
 }
 
-fn expand(m: &Match, domains: &TrustDomains) -> Match {
+/// A match with the trust domains spelled out.
+pub(super) fn expand(m: &Match, domains: &TrustDomains) -> Match {
     Match {
         principals: expand_principals(&m.principals, domains),
         not_principals: expand_principals(&m.not_principals, domains),

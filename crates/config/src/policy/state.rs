@@ -8,6 +8,7 @@ use model::{Change, Policy, PolicyKey, Settings, Str};
 use super::authorization::{AuthorizationPolicy, PolicyScope};
 use super::discovery::{self, NamespaceSelector};
 use super::l4;
+use super::l7;
 use super::mesh_config::{CONFIG_MAP, MeshConfig};
 use super::mode::Modes;
 use super::providers::Providers;
@@ -68,6 +69,8 @@ impl BySelector {
 struct Entry {
     source: Box<AuthorizationPolicy>,
     compiled: Option<Arc<Policy>>,
+    /// What waypoints enforce of it, where it is for what passes them.
+    http: Option<Arc<Policy>>,
 }
 
 /// What a workload is asked about.
@@ -276,7 +279,9 @@ impl Policies {
         effects: &mut Effects,
     ) {
         let old = self.authorization.remove(key);
-        let new = policy.map(|source| Entry { compiled: self.compile(key, &source), source });
+        let new = policy.map(|source| self.entry(key, source));
+        let http = |entry: Option<&Entry>| entry.and_then(|e| e.http.clone());
+        effects.changes.extend(http_change(key, http(old.as_ref()), http(new.as_ref())));
         let before = old.as_ref().and_then(|e| e.compiled.as_ref());
         let after = new.as_ref().and_then(|e| e.compiled.as_ref());
         if before != after {
@@ -331,8 +336,27 @@ impl Policies {
         }]
     }
 
-    fn compile(&self, key: &PolicyKey, policy: &AuthorizationPolicy) -> Option<Arc<Policy>> {
-        l4::compile(key.clone(), policy, self.is_root(&key.namespace), &self.settings.trust_domains)
+    fn entry(&self, key: &PolicyKey, source: Box<AuthorizationPolicy>) -> Entry {
+        let domains = &self.settings.trust_domains;
+        let compiled = l4::compile(key.clone(), &source, self.is_root(&key.namespace), domains);
+        let targeted = matches!(source.scope, PolicyScope::Targets(_));
+        let http = targeted.then(|| l7::compile(key.clone(), &source, domains)).flatten();
+        Entry { source, compiled, http }
+    }
+
+    /// The policies for what reaches an object through its waypoint, sorted.
+    #[must_use]
+    pub fn through(&self, object: &ObjectKey, waypoint: &Waypoint) -> Vec<PolicyKey> {
+        let target = Target::of(object).map(|target| (object.namespace.clone(), target));
+        let own = target.and_then(|target| self.by_target.get(&target)).into_iter().flatten();
+        let meant = |key: &&PolicyKey, targets: &[Target]| {
+            targets.iter().any(|target| waypoint.is_target(&key.namespace, target))
+        };
+        let all = self.for_waypoints.iter().filter(|(key, targets)| meant(key, targets)).map(|(key, _)| key);
+        let mut keys: Vec<PolicyKey> = own.chain(all).cloned().collect();
+        keys.sort_unstable();
+        keys.dedup();
+        keys
     }
 
     fn index(&mut self, key: &PolicyKey, scope: &PolicyScope) {
@@ -472,11 +496,12 @@ impl Policies {
         }
         self.settings = settings;
         for (key, entry) in all {
-            let compiled = self.compile(&key, &entry.source);
-            if compiled != entry.compiled {
-                effects.changes.extend(compiled.clone().map(Change::SetPolicy));
+            let old = (entry.compiled, entry.http);
+            let entry = self.entry(&key, entry.source);
+            if entry.compiled != old.0 {
+                effects.changes.extend(entry.compiled.clone().map(Change::SetPolicy));
             }
-            let entry = Entry { compiled, source: entry.source };
+            effects.changes.extend(http_change(&key, old.1, entry.http.clone()));
             if entry.compiled.is_some() {
                 self.index(&key, &entry.source.scope);
             }
@@ -490,6 +515,15 @@ impl Policies {
             self.modes.set_root(self.settings.root_namespace.clone(), effects);
         }
         effects.affected.push(Affected::Mesh);
+    }
+}
+
+/// The change from one form for waypoints to another.
+fn http_change(key: &PolicyKey, old: Option<Arc<Policy>>, new: Option<Arc<Policy>>) -> Option<Change> {
+    match new {
+        _ if old == new => None,
+        Some(policy) => Some(Change::SetHttpPolicy(policy)),
+        None => Some(Change::RemoveHttpPolicy(key.clone())),
     }
 }
 

@@ -1,5 +1,4 @@
-//! Which waypoint traffic is meant to pass, by labels. There are none in this version; what is bound to one has to
-//! be known all the same, because policies for a waypoint fail closed for it ([`super::l4`]).
+//! Which waypoint traffic is meant to pass, by labels.
 
 use model::Str;
 
@@ -13,7 +12,7 @@ pub const USE_WAYPOINT: &str = "istio.io/use-waypoint";
 const USE_WAYPOINT_NAMESPACE: &str = "istio.io/use-waypoint-namespace";
 
 /// A waypoint.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct Waypoint {
     /// The Gateway's namespace.
     pub namespace: Str,

@@ -63,6 +63,7 @@ impl Decoder {
             not_destination_ports: each(&m.not_destination_ports, "not_destination_ports", |p| {
                 port(*p, "value")
             })?,
+            http: None,
         })
     }
 

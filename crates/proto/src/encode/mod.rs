@@ -55,6 +55,9 @@ pub enum Reason {
     /// A trust domain by its end has no form as a principal.
     #[error("the trust domain pattern {0:?} has no equivalent among principals")]
     TrustDomainSuffix(String),
+    /// A policy for requests was to go to a proxy for connections.
+    #[error("is about requests, and the receiver sees connections")]
+    NeedsRequests,
     /// The equivalent has too many rules.
     #[error("would come to {wanted} rules, more than {limit}")]
     TooManyRules {

@@ -2,7 +2,7 @@
 
 use model::{Action, IpMatch, Match, Policy, Rule, Scope, ServiceAccountMatch, StringMatch};
 
-use super::{EncodeError, Extensions, Obstacles, bytes};
+use super::{EncodeError, Extensions, Obstacles, Reason, bytes};
 use crate::lower::lower;
 use crate::wire::security as wire;
 
@@ -19,6 +19,7 @@ pub fn encode_policy(policy: &Policy, extensions: Extensions) -> Result<wire::Au
     let mut obstacles = Obstacles::default();
     obstacles.not_empty("name", &policy.key.name);
     obstacles.no_slash("namespace", &policy.key.namespace);
+    only_connections(policy, &mut obstacles);
     let lowered = match extensions {
         Extensions::Culvert => None,
         Extensions::None => match lower(policy) {
@@ -34,7 +35,7 @@ pub fn encode_policy(policy: &Policy, extensions: Extensions) -> Result<wire::Au
         name: p.key.name.to_string(),
         namespace: p.key.namespace.to_string(),
         scope: scope(p.scope).into(),
-        action: action(p.action).into(),
+        action: if p.action == Action::Allow { wire::Action::Allow } else { wire::Action::Deny }.into(),
         groups: p.rules.iter().map(rule).collect(),
         dry_run: p.dry_run,
         extensions: Vec::new(),
@@ -50,10 +51,18 @@ fn scope(scope: Scope) -> wire::Scope {
     }
 }
 
-fn action(action: Action) -> wire::Action {
-    match action {
-        Action::Allow => wire::Action::Allow,
-        Action::Deny => wire::Action::Deny,
+/// What only requests show has no place in this message.
+fn only_connections(policy: &Policy, obstacles: &mut Obstacles) {
+    if matches!(policy.action, Action::Custom(_)) {
+        obstacles.add("action", Reason::NeedsRequests);
+    }
+    for (r, rule) in policy.rules.iter().enumerate() {
+        for (c, clause) in rule.clauses.iter().enumerate() {
+            for m in clause.matches.iter().enumerate().filter(|(_, m)| m.http.is_some()).map(|(m, _)| m) {
+                let field = format!("rules[{r}].clauses[{c}].matches[{m}].http");
+                obstacles.add(field, Reason::NeedsRequests);
+            }
+        }
     }
 }
 

@@ -293,6 +293,7 @@ fn policy_match() -> BoxedStrategy<Match> {
             not_destination_ips: destinations.1,
             destination_ports: ports.0,
             not_destination_ports: ports.1,
+            http: None,
         })
         .boxed()
 }

@@ -1,0 +1,224 @@
+//! The VirtualServices that there are, and the tables that they make: of those for a host the one of the service's own
+//! namespace, or else the oldest that is exported to it. Its entries are tried in order.
+
+use std::sync::Arc;
+
+use hashbrown::{HashMap, HashSet};
+use model::http::{PathMatch, Route, RouteMatch, RouteTable};
+use model::{ServiceKey, ServicePort, Str};
+
+use super::Reference;
+use super::hosts::{ByHost, Concerned, Named, full};
+use super::state::{Resolve, made};
+use super::virtual_service::{HttpEntry, VirtualService};
+use crate::resource::{Kind, ObjectKey};
+
+/// The VirtualServices that there are.
+#[derive(Debug, Default)]
+pub struct VirtualServices {
+    services: HashMap<ObjectKey, Arc<VirtualService>>,
+    hosts: ByHost,
+    by_target: HashMap<Reference, HashSet<ObjectKey>>,
+}
+
+impl VirtualServices {
+    /// Sets a resource, or removes it. `domain` is the cluster's. Gives whom the old one and the new one concern.
+    pub fn set(&mut self, key: &ObjectKey, service: Option<VirtualService>, domain: &str) -> Vec<Concerned> {
+        let mut concerned = Vec::new();
+        let old = self.services.remove(key);
+        for (service, is_new) in
+            old.as_deref().map(|s| (s, false)).into_iter().chain(service.as_ref().map(|s| (s, true)))
+        {
+            for host in service.hosts.iter().map(|host| full(host, &key.namespace, domain)) {
+                let named = Named::new(key, &service.created);
+                if is_new {
+                    self.hosts.insert(host.clone(), named);
+                } else {
+                    self.hosts.remove(&host, &named);
+                }
+                concerned.push(Concerned(host));
+            }
+            for target in targets(service) {
+                let set = self.by_target.entry(target.clone()).or_default();
+                if is_new {
+                    set.insert(key.clone())
+                } else {
+                    set.remove(key)
+                };
+            }
+        }
+        self.by_target.retain(|_, set| !set.is_empty());
+        if let Some(service) = service {
+            self.services.insert(key.clone(), Arc::new(service));
+        }
+        // Who delegates to it has changed with it.
+        concerned.extend(self.delegating_to(key, domain));
+        concerned
+    }
+
+    fn delegating_to(&self, key: &ObjectKey, domain: &str) -> Vec<Concerned> {
+        let target = (key.namespace.clone(), key.name.clone());
+        let delegates = |s: &VirtualService| s.http.iter().any(|e| e.delegate.as_ref() == Some(&target));
+        let roots = self.services.iter().filter(|(_, service)| delegates(service));
+        roots.flat_map(|(by, service)| hosts_of(by, service, domain)).collect()
+    }
+
+    /// The hosts of which routes lead to `target`.
+    #[must_use]
+    pub fn leading_to(&self, target: &Reference, domain: &str) -> Vec<Concerned> {
+        let mut concerned = Vec::new();
+        for key in self.by_target.get(target).into_iter().flatten() {
+            concerned.extend(self.services.get(key).into_iter().flat_map(|s| hosts_of(key, s, domain)));
+            concerned.extend(self.delegating_to(key, domain));
+        }
+        concerned
+    }
+
+    /// The resource that is in force for a service.
+    #[must_use]
+    pub fn of(&self, key: &ServiceKey) -> Option<(ObjectKey, &Arc<VirtualService>)> {
+        let all = || {
+            self.hosts.of(&key.hostname).filter_map(|named| {
+                let (namespace, name) = (named.namespace.clone(), named.name.clone());
+                let by = ObjectKey { kind: Kind::VirtualService, namespace, name };
+                let service = self.services.get(&by)?;
+                let own = by.namespace == key.namespace;
+                let list = service.export_to.as_deref();
+                list.is_none_or(|list| own || list.contains(&key.namespace)).then_some((by, service))
+            })
+        };
+        all().find(|(by, _)| by.namespace == key.namespace).or_else(|| all().next())
+    }
+
+    /// The table of a service's port; `None` when nothing is said of its requests.
+    #[must_use]
+    pub fn table(&self, key: &ServiceKey, port: &ServicePort, resolve: Resolve<'_>) -> Option<RouteTable> {
+        let (by, service) = self.of(key)?;
+        let mut entries: Vec<(RouteMatch, Arc<Route>)> = Vec::new();
+        for entry in &service.http {
+            match &entry.delegate {
+                None => entries.extend(rows(entry, &by, port, resolve)),
+                Some(target) => entries.extend(self.delegated(entry, target, &by, port, resolve)),
+            }
+        }
+        (!service.http.is_empty()).then(|| RouteTable::new(entries))
+    }
+
+    /// The rows of the one that is delegated to, each narrowed by who delegates.
+    fn delegated(
+        &self,
+        root: &HttpEntry,
+        (namespace, name): &(Str, Str),
+        by: &ObjectKey,
+        port: &ServicePort,
+        resolve: Resolve<'_>,
+    ) -> Vec<(RouteMatch, Arc<Route>)> {
+        let (namespace, name) = (namespace.clone(), name.clone());
+        let target = ObjectKey { kind: Kind::VirtualService, namespace, name };
+        let Some(service) = self.services.get(&target).filter(|s| s.hosts.is_empty()) else {
+            return Vec::new();
+        };
+        let visible = service.export_to.as_deref();
+        if !visible.is_none_or(|list| by.namespace == target.namespace || list.contains(&by.namespace)) {
+            return Vec::new();
+        }
+        let mut merged = Vec::new();
+        // One that delegates on would go round in circles, or on without end: it takes nothing.
+        for entry in service.http.iter().filter(|entry| entry.delegate.is_none()) {
+            let inherited = HttpEntry { rule: inherit(root, entry), ..entry.clone() };
+            for (when, route) in rows(&inherited, &target, port, resolve) {
+                let outer = root.rule.matches.iter().zip(&root.ports).filter(|(_, p)| at(**p, port));
+                merged.extend(outer.filter_map(|(outer, _)| Some((both(outer, &when)?, route.clone()))));
+            }
+        }
+        merged
+    }
+}
+
+fn hosts_of(key: &ObjectKey, service: &VirtualService, domain: &str) -> Vec<Concerned> {
+    service.hosts.iter().map(|host| Concerned(full(host, &key.namespace, domain))).collect()
+}
+
+fn targets(service: &VirtualService) -> impl Iterator<Item = &Reference> {
+    let http = service.http.iter().flat_map(|entry| {
+        let mirrors = entry.rule.mirrors.iter().map(|(mirror, _)| &mirror.to);
+        entry.rule.backends.iter().map(|b| &b.to).chain(mirrors)
+    });
+    http.chain(service.streams.iter().flat_map(|entry| entry.backends.iter().map(|b| &b.to)))
+}
+
+/// An entry's matches for a port, each with its route.
+fn rows(
+    entry: &HttpEntry,
+    by: &ObjectKey,
+    port: &ServicePort,
+    resolve: Resolve<'_>,
+) -> Vec<(RouteMatch, Arc<Route>)> {
+    let mut matches = entry.rule.matches.iter().zip(&entry.ports).filter(|(_, p)| at(**p, port)).peekable();
+    if matches.peek().is_none() {
+        return Vec::new();
+    }
+    let route = Arc::new(made(&entry.rule, by, port.port, resolve));
+    matches.map(|(when, _)| (when.clone(), route.clone())).collect()
+}
+
+fn at(wanted: Option<u16>, port: &ServicePort) -> bool {
+    wanted.is_none_or(|number| number == port.port)
+}
+
+/// What a delegate's entry does: what it does not say, the one that delegates does.
+fn inherit(root: &HttpEntry, entry: &HttpEntry) -> super::http_route::RuleDraft {
+    let mut rule = entry.rule.clone();
+    let (own, outer) = (&mut rule.route, &root.rule.route);
+    own.path = own.path.take().or_else(|| outer.path.clone());
+    own.host = own.host.take().or_else(|| outer.host.clone());
+    own.cors = own.cors.take().or_else(|| outer.cors.clone());
+    own.retry = own.retry.take().or_else(|| outer.retry.clone());
+    own.timeouts.request = own.timeouts.request.or(outer.timeouts.request);
+    own.timeouts.per_try = own.timeouts.per_try.or(outer.timeouts.per_try);
+    own.fault.delay = own.fault.delay.or(outer.fault.delay);
+    own.fault.abort = own.fault.abort.or(outer.fault.abort);
+    let edits = |own: &mut model::http::HeaderEdits, outer: &model::http::HeaderEdits| {
+        own.0 = outer.0.iter().chain(&own.0).cloned().collect();
+    };
+    edits(&mut own.request_headers, &outer.request_headers);
+    edits(&mut own.response_headers, &outer.response_headers);
+    if rule.mirrors.is_empty() {
+        rule.mirrors.clone_from(&root.rule.mirrors);
+    }
+    rule
+}
+
+/// A match that holds where both do; `None` where they can't both be told to hold by one.
+fn both(outer: &RouteMatch, inner: &RouteMatch) -> Option<RouteMatch> {
+    fn one<T: Clone + PartialEq>(a: &Option<T>, b: &Option<T>) -> Result<Option<T>, ()> {
+        match (a, b) {
+            (Some(a), Some(b)) if a != b => Err(()),
+            (a, b) => Ok(a.clone().or_else(|| b.clone())),
+        }
+    }
+    let path = match (&outer.path, &inner.path) {
+        (Some(outer), Some(inner)) => Some(narrower(outer, inner)?),
+        (a, b) => a.clone().or_else(|| b.clone()),
+    };
+    Some(RouteMatch {
+        path,
+        method: one(&outer.method, &inner.method).ok()?,
+        scheme: one(&outer.scheme, &inner.scheme).ok()?,
+        authority: one(&outer.authority, &inner.authority).ok()?,
+        headers: outer.headers.iter().chain(&inner.headers).cloned().collect(),
+        query: outer.query.iter().chain(&inner.query).cloned().collect(),
+        source: one(&outer.source, &inner.source).ok()?,
+    })
+}
+
+/// The one of two path matches that the other holds for wherever it holds.
+fn narrower(a: &PathMatch, b: &PathMatch) -> Option<PathMatch> {
+    let within = |inner: &PathMatch, outer: &PathMatch| match (outer, inner) {
+        (PathMatch::Prefix(prefix), PathMatch::Exact(path) | PathMatch::Prefix(path)) => {
+            path.starts_with(&**prefix)
+        }
+        (outer, inner) => outer == inner,
+    };
+    if within(b, a) { Some(b.clone()) } else { within(a, b).then(|| a.clone()) }
+}

@@ -1,0 +1,284 @@
+//! What a policy asks of a request, beside what it asks of the connection.
+
+use std::fmt;
+
+use super::Request;
+use crate::{IpMatch, Str, StringMatch};
+
+/// The part of a [`crate::Match`] that needs requests. All that is set must hold.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct HttpMatch {
+    /// Authorities; case of letters is of no matter.
+    pub hosts: Box<[StringMatch]>,
+    /// The negation.
+    pub not_hosts: Box<[StringMatch]>,
+    /// Methods.
+    pub methods: Box<[StringMatch]>,
+    /// The negation.
+    pub not_methods: Box<[StringMatch]>,
+    /// Paths, without query.
+    pub paths: Box<[PathPattern]>,
+    /// The negation.
+    pub not_paths: Box<[PathPattern]>,
+    /// Addresses of the client as trusted proxies named it.
+    pub remote_ips: Box<[IpMatch]>,
+    /// The negation.
+    pub not_remote_ips: Box<[IpMatch]>,
+    /// `iss/sub` of the token.
+    pub request_principals: Box<[StringMatch]>,
+    /// The negation.
+    pub not_request_principals: Box<[StringMatch]>,
+    /// A condition on something else.
+    pub attribute: Option<AttributeMatch>,
+}
+
+/// A `when` of a rule.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct AttributeMatch {
+    /// Of what.
+    pub attribute: Attribute,
+    /// One of which has to match, if there are any.
+    pub values: Box<[StringMatch]>,
+    /// None of which may.
+    pub not_values: Box<[StringMatch]>,
+}
+
+/// What a `when` is of.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Attribute {
+    /// `request.headers[NAME]`, in lower case.
+    Header(Str),
+    /// `request.auth.claims[A][B]`: a text, or one of a list of texts.
+    Claim(Box<[Str]>),
+    /// `connection.sni`.
+    Sni,
+}
+
+impl fmt::Display for Attribute {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Header(name) => write!(f, "request.headers[{name}]"),
+            Self::Claim(path) => {
+                f.write_str("request.auth.claims")?;
+                path.iter().try_for_each(|key| write!(f, "[{key}]"))
+            }
+            Self::Sni => f.write_str("connection.sni"),
+        }
+    }
+}
+
+impl Attribute {
+    /// Whether a value of it in `request` is one that `holds`.
+    pub(crate) fn any(&self, request: &Request<'_>, holds: impl Fn(&str) -> bool) -> bool {
+        match self {
+            Self::Header(name) => request
+                .headers
+                .field(name)
+                // What is no UTF-8 can be no value of a policy; shown with marks, it matches prefixes and `*` only.
+                .is_some_and(|value| holds(&String::from_utf8_lossy(&value))),
+            Self::Claim(path) => request.claims.is_some_and(|claims| claims.any(path, holds)),
+            Self::Sni => request.sni.is_some_and(holds),
+        }
+    }
+
+    /// For explanations.
+    pub(crate) fn shown(&self, request: &Request<'_>) -> String {
+        match self {
+            Self::Header(name) => request
+                .headers
+                .field(name)
+                .map(|v| String::from_utf8_lossy(&v).into_owned())
+                .unwrap_or_default(),
+            Self::Claim(path) => request
+                .claims
+                .and_then(|claims| claims.at(path))
+                .map(|value| value.as_str().map_or_else(|| value.to_string(), str::to_owned))
+                .unwrap_or_default(),
+            Self::Sni => request.sni.unwrap_or_default().to_owned(),
+        }
+    }
+}
+
+/// A pattern for a path.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum PathPattern {
+    /// As for other texts.
+    Text(StringMatch),
+    /// With `{*}` for one segment and `{**}` for any rest (Istio, "URI templates").
+    Template(Template),
+}
+
+/// A path with wildcards.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Template {
+    source: Str,
+    parts: Box<[Part]>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Part {
+    Literal(Str),
+    /// `{*}`: one segment, not empty.
+    One,
+    /// `{**}`: any number of characters, none included.
+    Any,
+}
+
+/// Why a template was refused.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum InvalidTemplate {
+    /// `{**}` is not the last wildcard.
+    #[error("after {{**}} there may be only text")]
+    AfterAny,
+    /// A wildcard is not a whole segment.
+    #[error("a wildcard has to be a whole segment: /a/{{*}}/b")]
+    PartOfSegment,
+    /// `*`, `{` or `}` elsewhere.
+    #[error("{{, }} and * stand only in the wildcards {{*}} and {{**}}")]
+    Character,
+    /// It does not start with a slash.
+    #[error("a path starts with a slash")]
+    NotAbsolute,
+}
+
+impl Template {
+    /// Reads a template. `None` when `text` has no wildcards of this kind: it is a pattern like others.
+    ///
+    /// # Errors
+    /// When what stands there is no template.
+    pub fn parse(text: &str) -> Result<Option<Self>, InvalidTemplate> {
+        if !text.contains("{*}") && !text.contains("{**}") {
+            return Ok(None);
+        }
+        let rest = text.strip_prefix('/').ok_or(InvalidTemplate::NotAbsolute)?;
+        let mut parts = Vec::new();
+        let mut literal = String::from("/");
+        let mut any = false;
+        for (place, segment) in rest.split('/').enumerate() {
+            if place > 0 {
+                literal.push('/');
+            }
+            let wildcard = match segment {
+                "{*}" => Part::One,
+                "{**}" => Part::Any,
+                _ if segment.contains("{*}") || segment.contains("{**}") => {
+                    return Err(InvalidTemplate::PartOfSegment);
+                }
+                _ if segment.contains(['{', '}', '*']) => return Err(InvalidTemplate::Character),
+                _ => {
+                    literal.push_str(segment);
+                    continue;
+                }
+            };
+            if any {
+                return Err(InvalidTemplate::AfterAny);
+            }
+            any = wildcard == Part::Any;
+            parts.push(Part::Literal(std::mem::take(&mut literal).as_str().into()));
+            parts.push(wildcard);
+        }
+        if !literal.is_empty() {
+            parts.push(Part::Literal(literal.as_str().into()));
+        }
+        Ok(Some(Self { source: text.into(), parts: parts.into() }))
+    }
+
+    fn matches(&self, path: &str) -> bool {
+        let mut rest = path;
+        for (place, part) in self.parts.iter().enumerate() {
+            match part {
+                Part::Literal(text) => match rest.strip_prefix(&**text) {
+                    Some(after) => rest = after,
+                    None => return false,
+                },
+                Part::One => {
+                    let end = rest.find('/').unwrap_or(rest.len());
+                    if end == 0 {
+                        return false;
+                    }
+                    rest = rest.get(end..).unwrap_or_default();
+                }
+                // The last wildcard: what comes after it is one text, and is the end.
+                Part::Any => {
+                    return match self.parts.get(place + 1) {
+                        Some(Part::Literal(end)) => rest.ends_with(&**end),
+                        _ => true,
+                    };
+                }
+            }
+        }
+        rest.is_empty()
+    }
+}
+
+impl PathPattern {
+    /// Whether `path` matches.
+    #[must_use]
+    pub fn matches(&self, path: &str) -> bool {
+        match self {
+            Self::Text(pattern) => pattern.matches(path),
+            Self::Template(template) => template.matches(path),
+        }
+    }
+}
+
+impl fmt::Display for PathPattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Text(pattern) => pattern.fmt(f),
+            Self::Template(template) => f.write_str(&template.source),
+        }
+    }
+}
+
+/// [`StringMatch::matches`], whatever the case of ASCII letters.
+pub(crate) fn matches_host(pattern: &StringMatch, host: &str) -> bool {
+    let text = host.as_bytes();
+    match pattern {
+        StringMatch::Exact(wanted) => wanted.as_bytes().eq_ignore_ascii_case(text),
+        StringMatch::Prefix(wanted) => {
+            text.get(..wanted.len()).is_some_and(|start| start.eq_ignore_ascii_case(wanted.as_bytes()))
+        }
+        StringMatch::Suffix(wanted) => text
+            .len()
+            .checked_sub(wanted.len())
+            .and_then(|at| text.get(at..))
+            .is_some_and(|end| end.eq_ignore_ascii_case(wanted.as_bytes())),
+        StringMatch::Presence => !text.is_empty(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn templates_match_segments_and_rests() {
+        for (template, path, wanted) in [
+            ("/a/{*}", "/a/b", true),
+            ("/a/{*}", "/a/", false),
+            ("/a/{*}", "/a/b/c", false),
+            ("/a/{*}/c", "/a/b/c", true),
+            ("/{*}/c/{**}", "/b/c/d/e", true),
+            ("/{**}/c", "/a/b/c", true),
+            ("/{**}/c", "/c", false),
+            ("/{**}", "/", true),
+            ("/a/{**}", "/a/", true),
+            ("/a/{**}", "/ab", false),
+        ] {
+            let parsed = Template::parse(template).unwrap().unwrap();
+            assert_eq!(parsed.matches(path), wanted, "{template} for {path}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_template_is_refused() {
+        assert_eq!(Template::parse("/a*"), Ok(None));
+        assert_eq!(Template::parse("/{**}/{*}"), Err(InvalidTemplate::AfterAny));
+        assert_eq!(Template::parse("/a{*}"), Err(InvalidTemplate::PartOfSegment));
+        assert_eq!(Template::parse("/{*}/*"), Err(InvalidTemplate::Character));
+        assert_eq!(Template::parse("a/{*}"), Err(InvalidTemplate::NotAbsolute));
+    }
+}

@@ -1,0 +1,70 @@
+//! What a waypoint does for one service.
+
+use std::fmt;
+use std::sync::Arc;
+
+use super::RouteTable;
+use crate::{PolicyKey, ServiceKey, Str};
+
+/// A waypoint, by the Gateway that it is.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct WaypointKey {
+    /// The Gateway's namespace.
+    pub namespace: Str,
+    /// The Gateway's name.
+    pub name: Str,
+}
+
+impl fmt::Display for WaypointKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// What a waypoint does for one service that is bound to it.
+#[derive(Clone, PartialEq, Debug)]
+pub struct HttpService {
+    /// The service.
+    pub service: ServiceKey,
+    /// Who does it.
+    pub waypoint: WaypointKey,
+    /// The ports of the service.
+    pub ports: Box<[HttpPort]>,
+    /// The policies that hold for what reaches it, by name; one that is listed and not known refuses.
+    pub policies: Box<[PolicyKey]>,
+}
+
+impl HttpService {
+    /// The port `number`.
+    #[must_use]
+    pub fn port(&self, number: u16) -> Option<&HttpPort> {
+        self.ports.iter().find(|p| p.number == number)
+    }
+}
+
+/// A port of a service.
+#[derive(Clone, PartialEq, Debug)]
+pub struct HttpPort {
+    /// The service's port.
+    pub number: u16,
+    /// What is spoken there.
+    pub protocol: Protocol,
+    /// The routes of its requests. Without any, requests go to the service itself.
+    pub routes: Arc<RouteTable>,
+}
+
+/// What is spoken at a port: by `appProtocol`, or the name's prefix.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub enum Protocol {
+    /// Nothing is said: the first bytes tell.
+    #[default]
+    Detect,
+    /// HTTP/1.1; HTTP/2 by prior knowledge is taken too.
+    Http,
+    /// HTTP/2 by prior knowledge (h2c, gRPC).
+    Http2,
+    /// Bytes.
+    Tcp,
+    /// Bytes that begin with a TLS handshake.
+    Tls,
+}

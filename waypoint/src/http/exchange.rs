@@ -1,0 +1,658 @@
+//! One request's life: hygiene, decision, tries, response.
+//!
+//! ```text
+//!   hygiene ─▶ Decide ─▶ Respond ─────────────────────────────────────────▶ local answer
+//!                └────▶ Forward ─▶ endpoint ─▶ connection ─▶ response's head ─▶ relay
+//!                          ▲                        │               │
+//!                          └── pause ◀── is it to be tried again? ◀─┘
+//! ```
+//!
+//! The response's body and what is left of the request's pass at the same time, so an endpoint may answer early, and
+//! both may stream for as long as they like.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::Instant;
+
+use crate::http::alarm::Alarm;
+use crate::http::channel::Channel;
+use crate::http::decide::{
+    Connection, Decision, Endpoints, Flag, Forwarding, Protocol, Record, Response, Retries, Target,
+};
+use crate::http::h1::Framing;
+use crate::http::head::{RequestHead, ResponseHead};
+use crate::http::hygiene::{self, Hop};
+use crate::http::mirror;
+use crate::http::pump::{Pump, PumpError};
+use crate::http::wire::ReadError;
+use crate::http::worker::Worker;
+use crate::upstream::pool::{Lease, PoolError};
+
+/// What becomes of the client's connection.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum After {
+    /// The next request can come.
+    Next,
+    /// It ends in good order: the response is whole.
+    Close,
+    /// It ends at once: the client has gone, or must see that the response is not whole.
+    Abort,
+}
+
+/// Informational responses of an endpoint that are passed over.
+const MAX_INFORMATIONAL: u32 = 16;
+
+/// Why a try came to nothing.
+#[derive(Clone, Copy, Debug)]
+struct Failure {
+    status: u16,
+    flag: Flag,
+    detail: &'static str,
+    class: Class,
+}
+
+/// What retries distinguish.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Class {
+    Final,
+    Connect,
+    /// The connection that it was sent on was used before and ended without a byte: it may have ended before the request.
+    Stale,
+    Reset,
+    Refused,
+    TryTimeout,
+}
+
+impl Failure {
+    const fn new(status: u16, flag: Flag, detail: &'static str, class: Class) -> Self {
+        Self { status, flag, detail, class }
+    }
+
+    const CLIENT_GONE: Self =
+        Self::new(0, Flag::DownstreamConnectionTermination, "the client has gone", Class::Final);
+    const TIMEOUT: Self = Self::new(504, Flag::UpstreamRequestTimeout, "response_timeout", Class::Final);
+    const TRY_TIMEOUT: Self =
+        Self::new(504, Flag::UpstreamRequestTimeout, "upstream_per_try_timeout", Class::TryTimeout);
+    const IDLE: Self = Self::new(504, Flag::StreamIdleTimeout, "stream_idle_timeout", Class::Final);
+
+    fn of_pool(error: &PoolError) -> Self {
+        tracing::debug!(%error, "no connection to an endpoint");
+        match error {
+            PoolError::Overflow(_) => Self::new(503, Flag::UpstreamOverflow, "overflow", Class::Final),
+            PoolError::Timeout(_) => {
+                Self::new(503, Flag::UpstreamConnectionFailure, "connection_timeout", Class::Connect)
+            }
+            PoolError::Connect(_) | PoolError::Http2(_) => {
+                Self::new(503, Flag::UpstreamConnectionFailure, "connection_failure", Class::Connect)
+            }
+            PoolError::Unsendable => {
+                Self::new(400, Flag::DownstreamProtocolError, "unsendable", Class::Final)
+            }
+        }
+    }
+
+    /// The response's head did not come.
+    fn of_response(error: &ReadError, stale: bool) -> Self {
+        tracing::debug!(%error, "no response from an endpoint");
+        let ended = Self::new(
+            503,
+            Flag::UpstreamConnectionTermination,
+            "upstream_reset_before_response_started{connection_termination}",
+            if stale { Class::Stale } else { Class::Reset },
+        );
+        match error {
+            ReadError::Refused(_) => {
+                Self::new(502, Flag::UpstreamProtocolError, "protocol_error", Class::Final)
+            }
+            ReadError::Stream(error)
+                if error.reason() == Some(h2::Reason::REFUSED_STREAM) || error.is_go_away() =>
+            {
+                Self::new(503, Flag::UpstreamRemoteReset, "remote_refused_stream", Class::Refused)
+            }
+            ReadError::Stream(error) if error.is_reset() => {
+                Self::new(503, Flag::UpstreamRemoteReset, "remote_reset", Class::Reset)
+            }
+            ReadError::Ended | ReadError::Truncated | ReadError::Io(_) | ReadError::Stream(_) => ended,
+        }
+    }
+
+    /// The request's body did not come.
+    fn of_request(error: &ReadError) -> Self {
+        match error {
+            ReadError::Refused(_) => Self::new(400, Flag::DownstreamProtocolError, "bad_body", Class::Final),
+            _ => Self::CLIENT_GONE,
+        }
+    }
+}
+
+/// A request under way.
+pub(crate) struct Exchange<'a> {
+    worker: &'a Arc<Worker>,
+    connection: &'a Connection,
+    client: &'a mut Channel,
+    request: &'a mut RequestHead,
+    alarm: &'a mut Alarm,
+    framing: Framing,
+    hop: Hop,
+    record: Record,
+    upload: Pump,
+    reply: ResponseHead,
+    deadline: Option<Instant>,
+    idle: Duration,
+    idle_deadline: Instant,
+    drains: bool,
+}
+
+/// Takes a request, whose head has come, to its end.
+pub(crate) async fn exchange(
+    worker: &Arc<Worker>,
+    connection: &Connection,
+    client: &mut Channel,
+    request: &mut RequestHead,
+    alarm: &mut Alarm,
+    framing: Framing,
+) -> After {
+    let started = Instant::now();
+    worker.stats.requests.inc();
+    worker.stats.requests_now.inc();
+    let idle = worker.settings.stream_idle_timeout;
+    let record = Record {
+        started,
+        status: 0,
+        flag: Flag::None,
+        detail: "",
+        retries_exhausted: false,
+        tries: 0,
+        target: None,
+        received: 0,
+        sent: 0,
+        grpc_status: None,
+    };
+    let mut exchange = Exchange {
+        worker,
+        connection,
+        client,
+        request,
+        alarm,
+        framing,
+        hop: Hop::default(),
+        record,
+        upload: Pump::new(framing == Framing::None),
+        reply: ResponseHead::default(),
+        deadline: None,
+        idle,
+        idle_deadline: started + idle,
+        drains: worker.drain.is_cancelled(),
+    };
+    let after = exchange.run().await;
+    exchange.record.received = exchange.upload.bytes;
+    worker.decide.ended(exchange.request, connection, &exchange.record);
+    worker.stats.requests_now.dec();
+    after
+}
+
+impl Exchange<'_> {
+    async fn run(&mut self) -> After {
+        self.request.secure = self.connection.secure;
+        if self.request.method() == "CONNECT" {
+            self.hop.close = true;
+            return self
+                .fail(Failure::new(405, Flag::DownstreamProtocolError, "connect", Class::Final))
+                .await;
+        }
+        match hygiene::request(self.request, self.connection, self.worker) {
+            Ok(hop) => self.hop = hop,
+            Err(refusal) => {
+                self.worker.stats.requests_refused.inc();
+                tracing::debug!(%refusal, "refused a request");
+                self.hop.close = true;
+                let (flag, detail) = (Flag::DownstreamProtocolError, "refused");
+                let failure = Failure::new(refusal.status(), flag, detail, Class::Final);
+                return self.fail(failure).await;
+            }
+        }
+        match self.worker.decide.decide(self.request, self.connection) {
+            Decision::Respond(response) => self.respond(&response, "").await,
+            Decision::Forward { how, endpoints } => self.forward(&how, &*endpoints).await,
+        }
+    }
+
+    async fn forward(&mut self, how: &Forwarding, endpoints: &dyn Endpoints) -> After {
+        self.deadline = how.timeouts.request.map(|limit| self.record.started + limit);
+        if let Some(idle) = how.timeouts.idle {
+            self.idle = idle;
+            self.idle_deadline = self.record.started + idle;
+        }
+        if self.framing != Framing::None {
+            if how.retries.is_some() || !how.mirrors.is_empty() {
+                self.upload.keep(self.worker.settings.replay_limit);
+            }
+            if self.hop.expects_continue {
+                self.client.send_continue();
+                if self.flush().await.is_err() {
+                    return self.gone();
+                }
+            }
+        }
+        let lease = match self.tries(how, endpoints).await {
+            Ok(lease) => lease,
+            Err(failure) => return self.fail(failure).await,
+        };
+        let after = Box::pin(self.relay(lease, how)).await;
+        if let Some(target) = &self.record.target {
+            endpoints.ended(target, Some(self.record.status));
+        }
+        mirror::send(self.worker, self.request, &self.upload, how);
+        after
+    }
+
+    /// Sends the request until there is a response to pass on; its head is in `reply` then.
+    async fn tries(
+        &mut self,
+        how: &Forwarding,
+        endpoints: &dyn Endpoints,
+    ) -> Result<(Lease, Framing), Failure> {
+        let (mut tried, mut stale) = (Vec::new(), false);
+        let retries = how.retries.as_ref();
+        loop {
+            let Some(target) = endpoints.pick(self.request, &tried) else {
+                return Err(Failure::new(503, Flag::NoHealthyUpstream, "no_healthy_upstream", Class::Final));
+            };
+            self.record.tries += 1;
+            self.record.target = Some(Arc::clone(&target));
+            let result = self.attempt(&target, how.timeouts.per_try, stale).await;
+            let status = result.is_ok().then_some(self.reply.status);
+            let left = retries.filter(|r| self.record.tries <= r.attempts);
+            let again = match &result {
+                // Not one of the retries: nobody has seen it, as far as can be told.
+                Err(failure) if failure.class == Class::Stale && !stale && self.request.is_idempotent() => {
+                    stale = true;
+                    self.record.tries -= 1;
+                    true
+                }
+                Err(failure) => left.is_some_and(|r| r.take(failure.class)),
+                Ok(_) => left.is_some_and(|r| r.take_response(&self.reply)),
+            };
+            // A response that is passed on ends with its body.
+            if !again {
+                if status.is_none() {
+                    endpoints.ended(&target, None);
+                }
+                let wanted = retries.is_some_and(|r| r.attempts > 0 && self.record.tries > r.attempts);
+                self.record.retries_exhausted = wanted && !is_good(&result, &self.reply);
+                return result;
+            }
+            if !self.upload.can_restart() {
+                self.worker.stats.retries_without_body.inc();
+                if status.is_none() {
+                    endpoints.ended(&target, None);
+                }
+                return result;
+            }
+            endpoints.ended(&target, status);
+            self.worker.stats.retries.inc();
+            self.reply.clear();
+            self.upload.restart(self.framing == Framing::None);
+            tried.push(target);
+            if let Some(retries) = left {
+                self.pause(retries).await?;
+            }
+        }
+    }
+
+    /// A random pause, which grows with each try.
+    async fn pause(&mut self, retries: &Retries) -> Result<(), Failure> {
+        let most = (retries.backoff * (1 << (self.record.tries - 1).min(10))).min(retries.backoff * 10);
+        let nanos = u64::try_from(most.as_nanos()).unwrap_or(u64::MAX).max(1);
+        let until = Instant::now() + Duration::from_nanos(self.worker.random() % nanos);
+        poll_fn(|cx| {
+            if self.upload.is_read() && self.client.poll_gone(cx).is_ready() {
+                return Poll::Ready(Err(Failure::CLIENT_GONE));
+            }
+            ready!(self.alarm.poll(cx, self.deadline.map_or(until, |deadline| deadline.min(until))));
+            if self.deadline.is_some_and(|deadline| deadline < until) {
+                return Poll::Ready(Err(Failure::TIMEOUT));
+            }
+            Poll::Ready(Ok(()))
+        })
+        .await
+    }
+
+    /// Sends the request once, up to the response's head.
+    async fn attempt(
+        &mut self,
+        target: &Arc<Target>,
+        per_try: Option<Duration>,
+        fresh: bool,
+    ) -> Result<(Lease, Framing), Failure> {
+        let try_deadline = per_try.map(|limit| Instant::now() + limit);
+        let idle =
+            if target.protocol == Protocol::Http1 && !fresh { self.worker.pool.idle(target) } else { None };
+        let mut lease = match idle {
+            Some(lease) => lease,
+            None => Box::pin(self.connect(target, try_deadline, fresh)).await?,
+        };
+        if let (Some(protocol), Channel::H1(_)) = (&self.hop.upgrade, &lease.channel) {
+            lease.channel.send_upgrade(self.request, self.framing, protocol);
+        } else {
+            lease.channel.send_request(self.request, self.framing);
+        }
+        let to_head = self.request.method() == "HEAD";
+        let framing = poll_fn(|cx| self.poll_head(cx, &mut lease, try_deadline, to_head)).await?;
+        Ok((lease, framing))
+    }
+
+    async fn connect(
+        &mut self,
+        target: &Arc<Target>,
+        try_deadline: Option<Instant>,
+        fresh: bool,
+    ) -> Result<Lease, Failure> {
+        let worker = Arc::clone(self.worker);
+        let mut request = std::mem::take(self.request);
+        let result = {
+            let mut getting = Box::pin(worker.pool.get(target, &request, self.framing, fresh));
+            poll_fn(|cx| {
+                if let Poll::Ready(result) = getting.as_mut().poll(cx) {
+                    return Poll::Ready(result.map_err(|error| Failure::of_pool(&error)));
+                }
+                if self.upload.is_read() && self.client.poll_gone(cx).is_ready() {
+                    return Poll::Ready(Err(Failure::CLIENT_GONE));
+                }
+                self.poll_late(cx, try_deadline).map(Err)
+            })
+            .await
+        };
+        std::mem::swap(self.request, &mut request);
+        result
+    }
+
+    /// One step towards the response's head: sends what there is of the request, reads, looks after the client and the
+    /// time.
+    fn poll_head(
+        &mut self,
+        cx: &mut Context<'_>,
+        lease: &mut Lease,
+        try_deadline: Option<Instant>,
+        to_head: bool,
+    ) -> Poll<Result<Framing, Failure>> {
+        match self.upload.poll(cx, self.client, &mut lease.channel) {
+            Poll::Ready(Err(PumpError::From(error))) => return Poll::Ready(Err(Failure::of_request(&error))),
+            // The endpoint takes no more: perhaps it has answered, which reading tells.
+            Poll::Ready(Err(PumpError::To(_)) | Ok(())) | Poll::Pending => {}
+        }
+        for _ in 0..MAX_INFORMATIONAL {
+            match lease.channel.poll_response(cx, &mut self.reply, to_head) {
+                Poll::Ready(Ok(framing)) if self.is_final() => return Poll::Ready(Ok(framing)),
+                Poll::Ready(Ok(_)) => self.reply.clear(),
+                Poll::Ready(Err(error)) => {
+                    let stale = lease.reused && !lease.channel.has_received();
+                    self.reply.clear();
+                    return Poll::Ready(Err(Failure::of_response(&error, stale)));
+                }
+                Poll::Pending => {
+                    if self.upload.is_read() && self.client.poll_gone(cx).is_ready() {
+                        return Poll::Ready(Err(Failure::CLIENT_GONE));
+                    }
+                    return self.poll_late(cx, try_deadline).map(Err);
+                }
+            }
+        }
+        let detail = "too many informational responses";
+        Poll::Ready(Err(Failure::new(502, Flag::UpstreamProtocolError, detail, Class::Final)))
+    }
+
+    /// Whether the head in `reply` is the response, not a word before it.
+    fn is_final(&self) -> bool {
+        self.reply.status >= 200 || (self.reply.status == 101 && self.hop.upgrade.is_some())
+    }
+
+    /// Ready when it has taken too long.
+    fn poll_late(&mut self, cx: &mut Context<'_>, try_deadline: Option<Instant>) -> Poll<Failure> {
+        loop {
+            let mut first = self.idle_deadline;
+            for deadline in [self.deadline, try_deadline].into_iter().flatten() {
+                first = first.min(deadline);
+            }
+            ready!(self.alarm.poll(cx, first));
+            if self.deadline.is_some_and(|deadline| deadline <= first) {
+                return Poll::Ready(Failure::TIMEOUT);
+            }
+            if try_deadline.is_some_and(|deadline| deadline <= first) {
+                return Poll::Ready(Failure::TRY_TIMEOUT);
+            }
+            if !std::mem::take(&mut self.upload.moved) {
+                return Poll::Ready(Failure::IDLE);
+            }
+            // Whether anything moved is looked at once in this time, rather than the clock at each move.
+            self.idle_deadline = Instant::now() + self.idle;
+        }
+    }
+
+    /// Passes the response on, and what is left of the request.
+    async fn relay(&mut self, (mut lease, framing): (Lease, Framing), how: &Forwarding) -> After {
+        let to_head = self.request.method() == "HEAD";
+        let switched = self.reply.status == 101;
+        let keeps_length = to_head || self.reply.status == 304;
+        let ends = hygiene::response(&mut self.reply, keeps_length) && !switched;
+        how.response_edits.apply(&mut self.reply.fields);
+        self.record.status = self.reply.status;
+        self.record.grpc_status = grpc_status(&self.reply.fields);
+        let mut close = self.hop.close || self.drains;
+        if switched {
+            self.switch(&mut lease);
+        } else {
+            let onward = if framing == Framing::UntilClose { Framing::Chunked } else { framing };
+            let has_none = to_head || matches!(self.reply.status, 204 | 304);
+            // What is not read of the request by the time the response is whole is not waited for.
+            close |= !self.upload.is_read() && onward == Framing::None;
+            if self.client.send_response(&self.reply, onward, !has_none, close, self.hop.trailers).is_err() {
+                return self.gone();
+            }
+        }
+        let mut download = Pump::new(framing == Framing::None && !switched);
+        let relayed = poll_fn(|cx| self.poll_relay(cx, &mut lease, &mut download, switched)).await;
+        self.record.sent = download.bytes;
+        if let Some(status) = download.trailers().and_then(grpc_status) {
+            self.record.grpc_status = Some(status);
+        }
+        if let Err(failure) = relayed {
+            self.record.flag = failure.flag;
+            self.record.detail = failure.detail;
+            self.client.abort();
+            return After::Abort;
+        }
+        if switched {
+            return After::Abort;
+        }
+        if self.upload.done && !ends && framing != Framing::UntilClose {
+            self.worker.pool.put(lease);
+        }
+        if !self.client.is_read() {
+            self.client.stop_reading();
+            return After::Close;
+        }
+        if close { After::Close } else { After::Next }
+    }
+
+    /// One step of both bodies.
+    fn poll_relay(
+        &mut self,
+        cx: &mut Context<'_>,
+        lease: &mut Lease,
+        download: &mut Pump,
+        both: bool,
+    ) -> Poll<Result<(), Failure>> {
+        let uploaded = match self.upload.poll(cx, self.client, &mut lease.channel) {
+            Poll::Ready(Err(PumpError::From(error))) if !both => {
+                return Poll::Ready(Err(Failure::of_request(&error)));
+            }
+            // The endpoint reads no more, but may still be answering.
+            Poll::Ready(_) => true,
+            Poll::Pending => false,
+        };
+        match download.poll(cx, &mut lease.channel, self.client) {
+            Poll::Ready(Ok(())) if uploaded || !both => return Poll::Ready(Ok(())),
+            Poll::Ready(Ok(())) | Poll::Pending => {}
+            Poll::Ready(Err(PumpError::To(_))) => return Poll::Ready(Err(Failure::CLIENT_GONE)),
+            Poll::Ready(Err(PumpError::From(error))) => {
+                let mut failure = Failure::of_response(&error, false);
+                failure.detail = "upstream_reset_after_response_started";
+                return Poll::Ready(Err(failure));
+            }
+        }
+        if self.upload.is_read() && !both && self.client.poll_gone(cx).is_ready() {
+            return Poll::Ready(Err(Failure::CLIENT_GONE));
+        }
+        self.upload.moved |= std::mem::take(&mut download.moved);
+        self.poll_late(cx, None).map(Err)
+    }
+
+    /// Passes a switch of protocols on: from here on both connections carry bytes (RFC 9110 section 7.8).
+    fn switch(&mut self, lease: &mut Lease) {
+        let protocol = self.hop.upgrade.take().unwrap_or_default();
+        self.reply.fields.push(b"connection", b"upgrade");
+        self.reply.fields.push(b"upgrade", &protocol);
+        if let (Channel::H1(client), Channel::H1(server)) = (&mut *self.client, &mut lease.channel) {
+            self.reply.write(client.head_output());
+            client.end_head(Framing::None, false, false);
+            client.switch();
+            server.switch();
+        }
+        self.upload = Pump::new(false);
+    }
+
+    fn gone(&mut self) -> After {
+        self.record.flag = Failure::CLIENT_GONE.flag;
+        self.record.detail = Failure::CLIENT_GONE.detail;
+        After::Abort
+    }
+
+    async fn flush(&mut self) -> std::io::Result<()> {
+        poll_fn(|cx| self.client.poll_flush(cx)).await
+    }
+
+    async fn fail(&mut self, failure: Failure) -> After {
+        if failure.status == 0 {
+            return self.gone();
+        }
+        let body = Bytes::from_static(failure.detail.as_bytes());
+        let response = Response { status: failure.status, fields: Box::default(), body, flag: failure.flag };
+        self.respond(&response, failure.detail).await
+    }
+
+    /// Answers here.
+    async fn respond(&mut self, response: &Response, detail: &'static str) -> After {
+        self.record.flag = response.flag;
+        self.record.detail = detail;
+        self.reply.clear();
+        let body = local_head(&mut self.reply, response, self.request.is_grpc());
+        self.record.status = self.reply.status;
+        let to_head = self.request.method() == "HEAD";
+        let framing = match body.len() {
+            0 => Framing::None,
+            length => Framing::Length(length as u64),
+        };
+        let framing = if to_head { Framing::None } else { framing };
+        let close = self.hop.close || self.drains || !self.upload.is_read();
+        let sent = self.client.send_response(&self.reply, framing, !to_head, close, false);
+        let mut left = if to_head { Bytes::new() } else { body };
+        self.record.sent = left.len() as u64;
+        let result = poll_fn(|cx| {
+            while !left.is_empty() {
+                let room = ready!(self.client.poll_room(cx, left.len()))?;
+                let data = left.split_to(room);
+                if left.is_empty() { self.client.send_last(data)? } else { self.client.send(data)? }
+            }
+            Poll::Ready(std::io::Result::Ok(()))
+        })
+        .await;
+        if sent.and(result).is_err() || self.flush().await.is_err() {
+            return self.gone();
+        }
+        if !self.upload.is_read() {
+            self.client.stop_reading();
+        }
+        if close { After::Close } else { After::Next }
+    }
+}
+
+/// Makes the head of an answer of our own; returns its body. What goes to gRPC is a status of gRPC.
+fn local_head(head: &mut ResponseHead, response: &Response, grpc: bool) -> Bytes {
+    head.status = response.status;
+    for (name, value) in &response.fields {
+        head.fields.push(name.as_bytes(), value.as_bytes());
+    }
+    let date = httpdate::fmt_http_date(std::time::SystemTime::now());
+    head.fields.push(b"date", date.as_bytes());
+    if grpc {
+        head.status = 200;
+        head.fields.set(b"content-type", b"application/grpc");
+        let code = grpc_of(response.status).to_string();
+        head.fields.push(b"grpc-status", code.as_bytes());
+        head.fields.push(b"grpc-message", &percent_encoded(&response.body));
+        return Bytes::new();
+    }
+    if !response.body.is_empty() && head.fields.values(b"content-type").next().is_none() {
+        head.fields.push(b"content-type", b"text/plain");
+    }
+    response.body.clone()
+}
+
+/// A text as `grpc-message` has it, the first KiB of it.
+fn percent_encoded(text: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(text.len().min(1024));
+    for byte in text.iter().take(1024) {
+        if matches!(byte, b' '..=b'~') && *byte != b'%' {
+            out.push(*byte);
+        } else {
+            out.extend_from_slice(format!("%{byte:02X}").as_bytes());
+        }
+    }
+    out
+}
+
+/// The code of gRPC that goes with a status of HTTP (as Envoy maps it).
+fn grpc_of(status: u16) -> u8 {
+    match status {
+        400 => 13,
+        401 => 16,
+        403 => 7,
+        404 => 12,
+        429 | 502 | 503 | 504 => 14,
+        _ => 2,
+    }
+}
+
+fn grpc_status(fields: &crate::http::head::Fields) -> Option<u8> {
+    let value = fields.values(b"grpc-status").next()?;
+    std::str::from_utf8(value).ok()?.parse().ok()
+}
+
+fn is_good(result: &Result<(Lease, Framing), Failure>, reply: &ResponseHead) -> bool {
+    result.is_ok() && reply.status < 500
+}
+
+impl Retries {
+    fn take(&self, class: Class) -> bool {
+        match class {
+            Class::Final => false,
+            Class::Connect => self.connect_failure,
+            Class::Stale | Class::Reset | Class::TryTimeout => self.reset,
+            Class::Refused => self.refused_stream || self.reset,
+        }
+    }
+
+    fn take_response(&self, reply: &ResponseHead) -> bool {
+        let status = reply.status;
+        (self.server_errors && status >= 500)
+            || (self.gateway_errors && matches!(status, 502..=504))
+            || self.statuses.contains(&status)
+            || (!self.grpc_codes.is_empty()
+                && grpc_status(&reply.fields).is_some_and(|code| self.grpc_codes.contains(&code)))
+    }
+}

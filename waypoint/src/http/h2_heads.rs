@@ -1,0 +1,142 @@
+//! Heads of HTTP/2, to and from our own form.
+
+use bytes::Bytes;
+use http::header::{CONTENT_LENGTH, COOKIE, HOST};
+use http::uri::PathAndQuery;
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, request, response,
+};
+
+use crate::http::h1::{Framing, Refusal, check_target, is_authority, parse_length};
+use crate::http::head::{Fields, Known, MAX_FIELDS, RequestHead, ResponseHead, Version};
+
+/// Reads a request's head; `ended` says that no body follows.
+///
+/// # Errors
+/// It is one that HTTP/1.1 could not say, or too large.
+pub(crate) fn request(
+    parts: &request::Parts,
+    ended: bool,
+    head: &mut RequestHead,
+) -> Result<Framing, Refusal> {
+    head.clear();
+    head.version = Version::Http2;
+    if parts.headers.len() > MAX_FIELDS {
+        return Err(Refusal::HeadTooLarge);
+    }
+    head.set_method(parts.method.as_str());
+    let target = parts.uri.path_and_query().map_or("", PathAndQuery::as_str);
+    if parts.method != Method::CONNECT {
+        check_target(target.as_bytes())?;
+    }
+    head.set_target(target);
+    let authority = match (parts.uri.authority(), parts.headers.get(HOST)) {
+        (Some(authority), Some(host))
+            if !authority.as_str().as_bytes().eq_ignore_ascii_case(host.as_bytes()) =>
+        {
+            return Err(Refusal::Malformed("a Host that is not the authority"));
+        }
+        (Some(authority), _) => authority.as_str().as_bytes(),
+        (None, Some(host)) => host.as_bytes(),
+        (None, None) => return Err(Refusal::Malformed("no authority")),
+    };
+    if !is_authority(authority) {
+        return Err(Refusal::Malformed("an authority that is none"));
+    }
+    head.set_authority(std::str::from_utf8(authority).unwrap_or_default());
+    if parts.headers.get_all(HOST).iter().count() > 1 {
+        return Err(Refusal::Malformed("more than one Host"));
+    }
+    copy(&parts.headers, &mut head.fields);
+    head.fields.remove_known(|known| known == Known::Host);
+    framing(&parts.headers, ended)
+}
+
+/// Copies fields. Cookies, which HTTP/2 may split, become one again (RFC 9113 section 8.2.3).
+fn copy(map: &HeaderMap, fields: &mut Fields) {
+    let mut cookies = map.get_all(COOKIE).iter();
+    let several = cookies.next().is_some() && cookies.next().is_some();
+    for (name, value) in map {
+        if !(several && name == COOKIE) {
+            fields.push(name.as_str().as_bytes(), value.as_bytes());
+        }
+    }
+    if several {
+        let all: Vec<&[u8]> = map.get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect();
+        fields.push(b"cookie", &all.join(&b"; "[..]));
+    }
+}
+
+/// Reads trailers. What would say something about the message as a whole is left out (RFC 9110 section 6.5.1).
+pub(crate) fn fields(map: &HeaderMap) -> Fields {
+    let mut fields = Fields::default();
+    copy(map, &mut fields);
+    fields.remove_known(|known| known.is_hop_by_hop() || matches!(known, Known::Host | Known::ContentLength));
+    fields
+}
+
+fn framing(map: &HeaderMap, ended: bool) -> Result<Framing, Refusal> {
+    let mut lengths = map.get_all(CONTENT_LENGTH).iter();
+    let (length, more) = (lengths.next(), lengths.next().is_some());
+    if more {
+        return Err(Refusal::Malformed("more than one Content-Length"));
+    }
+    let length = length.map(|value| parse_length(value.as_bytes())).transpose()?;
+    Ok(match length {
+        _ if ended => Framing::None,
+        Some(length) if length > 0 => Framing::Length(length),
+        _ => Framing::Chunked,
+    })
+}
+
+/// Reads a response's head.
+pub(crate) fn response(parts: &response::Parts, ended: bool, head: &mut ResponseHead) -> Framing {
+    head.clear();
+    head.status = parts.status.as_u16();
+    copy(&parts.headers, &mut head.fields);
+    framing(&parts.headers, ended).unwrap_or(if ended { Framing::None } else { Framing::Chunked })
+}
+
+/// The fields as HTTP/2 has them. They share one buffer; what is no field there is left out.
+pub(crate) fn map(fields: &Fields) -> HeaderMap {
+    let mut values = Vec::with_capacity(fields.size());
+    for (_, value) in fields.iter() {
+        values.extend_from_slice(value);
+    }
+    let mut values = Bytes::from(values);
+    let mut map = HeaderMap::with_capacity(fields.count() + 2);
+    for (name, value) in fields.iter() {
+        let value = values.split_to(value.len());
+        if let (Ok(name), Ok(value)) = (HeaderName::from_bytes(name), HeaderValue::from_maybe_shared(value)) {
+            map.append(name, value);
+        }
+    }
+    map
+}
+
+fn put_length(map: &mut HeaderMap, framing: Framing) {
+    if let Framing::Length(length) = framing {
+        map.insert(CONTENT_LENGTH, length.into());
+    }
+}
+
+/// A response's head for a client.
+pub(crate) fn to_response(head: &ResponseHead, framing: Framing) -> Response<()> {
+    let mut message = Response::new(());
+    *message.status_mut() = StatusCode::from_u16(head.status).unwrap_or(StatusCode::BAD_GATEWAY);
+    *message.headers_mut() = map(&head.fields);
+    put_length(message.headers_mut(), framing);
+    message
+}
+
+/// A request's head for a server; `None` if HTTP/2 can't say it.
+pub(crate) fn to_request(head: &RequestHead, framing: Framing) -> Option<Request<()>> {
+    let uri = Uri::builder().scheme(head.scheme()).authority(head.authority()).path_and_query(head.target());
+    let mut message = Request::new(());
+    *message.uri_mut() = uri.build().ok()?;
+    *message.method_mut() = Method::from_bytes(head.method().as_bytes()).ok()?;
+    *message.headers_mut() = map(&head.fields);
+    put_length(message.headers_mut(), framing);
+    *message.version_mut() = http::Version::HTTP_2;
+    Some(message)
+}

@@ -1,0 +1,157 @@
+//! What carries bytes, and the buffers that they are read into.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, BytesMut};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio_util::io::{poll_read_buf, poll_write_buf};
+
+use crate::http::body::Output;
+
+/// A connection's bytes.
+pub enum Io {
+    /// TCP.
+    Tcp(TcpStream),
+    /// Anything above it: TLS, a tunnel, TLS in a tunnel.
+    Layered(Box<dyn net::Io>),
+}
+
+impl std::fmt::Debug for Io {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Tcp(_) => "Tcp",
+            Self::Layered(_) => "Layered",
+        })
+    }
+}
+
+impl Io {
+    /// Reads once; 0 is the end.
+    pub(crate) fn poll_fill(
+        &mut self,
+        cx: &mut Context<'_>,
+        buffer: &mut BytesMut,
+    ) -> Poll<io::Result<usize>> {
+        match self {
+            Self::Tcp(stream) => poll_read_buf(Pin::new(stream), cx, buffer),
+            Self::Layered(stream) => poll_read_buf(Pin::new(stream), cx, buffer),
+        }
+    }
+
+    /// Writes all of `output`.
+    pub(crate) fn poll_drain(&mut self, cx: &mut Context<'_>, output: &mut Output) -> Poll<io::Result<()>> {
+        let mut wrote = false;
+        while !output.is_empty() {
+            let written = ready!(match self {
+                // The kernel takes one piece for less than a list of one.
+                Self::Tcp(stream) if output.is_one_piece() => {
+                    let written = ready!(Pin::new(stream).poll_write(cx, output.chunk()))?;
+                    output.advance(written);
+                    Poll::Ready(Ok(written))
+                }
+                Self::Tcp(stream) => poll_write_buf(Pin::new(stream), cx, output),
+                Self::Layered(stream) => poll_write_buf(Pin::new(stream), cx, output),
+            })?;
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            wrote = true;
+        }
+        match self {
+            // What was written to it is on its way.
+            Self::Tcp(_) => Poll::Ready(Ok(())),
+            Self::Layered(_) if !wrote => Poll::Ready(Ok(())),
+            Self::Layered(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+}
+
+impl AsyncRead for Io {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
+            Self::Layered(stream) => Pin::new(stream).poll_read(cx, buf),
+        }
+    }
+}
+
+impl AsyncWrite for Io {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
+            Self::Layered(stream) => Pin::new(stream).poll_write(cx, buf),
+        }
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Self::Layered(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match self {
+            Self::Tcp(stream) => stream.is_write_vectored(),
+            Self::Layered(stream) => stream.is_write_vectored(),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(_) => Poll::Ready(Ok(())),
+            Self::Layered(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Layered(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}
+
+/// What is read at a time, where nothing says that more will come.
+pub(crate) const BUFFER: usize = 16 * 1024;
+/// What is read at a time from a peer that fills its buffer.
+pub(crate) const LARGE_BUFFER: usize = 64 * 1024;
+/// Buffers that a thread keeps: more than are ever read into at a time; 1 MiB at the most.
+const KEPT: usize = 64;
+
+/// A thread's free buffers. A connection has one only while something is in it.
+#[derive(Clone, Debug, Default)]
+pub struct Buffers(Arc<Mutex<Vec<BytesMut>>>);
+
+impl Buffers {
+    /// An empty buffer with room for [`BUFFER`] bytes.
+    pub(crate) fn take(&self) -> BytesMut {
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        kept.unwrap_or_else(|| BytesMut::with_capacity(BUFFER))
+    }
+
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    /// Takes a buffer back. One that others still look into, or that has grown, is let go of.
+    pub(crate) fn put(&self, mut buffer: BytesMut) {
+        buffer.clear();
+        if !buffer.try_reclaim(BUFFER) || buffer.capacity() > BUFFER {
+            return;
+        }
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.len() < KEPT {
+            kept.push(buffer);
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! Copies of requests for others to look at. What becomes of a copy touches nobody: it has a task, a time limit and a
+//! place of its own, and its response is read and dropped.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::{Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::timeout;
+
+use crate::http::decide::{Endpoints, Forwarding, Target};
+use crate::http::h1::Framing;
+use crate::http::head::{RequestHead, ResponseHead};
+use crate::http::pump::Pump;
+use crate::http::wire::{Frame, ReadError};
+use crate::http::worker::Worker;
+
+/// For a copy and its response.
+const LIMIT: Duration = Duration::from_secs(15);
+
+/// Sends the copies that a route asks for of a request whose body was kept.
+pub(crate) fn send(worker: &Arc<Worker>, request: &RequestHead, upload: &Pump, how: &Forwarding) {
+    for mirror in &how.mirrors {
+        if worker.random() % 1_000_000 >= u64::from(mirror.share) {
+            continue;
+        }
+        let body = if upload.bytes == 0 && upload.is_read() { Some(Vec::new()) } else { upload.whole() };
+        let stats = &worker.stats;
+        let (Some(body), true) = (body, stats.mirrors_now.get() < worker.settings.max_mirrors) else {
+            stats.mirrors_dropped.inc();
+            continue;
+        };
+        stats.mirrored.inc();
+        stats.mirrors_now.inc();
+        let copy = copy(Arc::clone(worker), request.clone(), body, Arc::clone(&mirror.endpoints));
+        let worker = Arc::clone(worker);
+        tokio::spawn(async move {
+            match timeout(LIMIT, copy).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::debug!(%error, "a copy of a request failed"),
+                Err(_) => tracing::debug!("a copy of a request took too long"),
+            }
+            worker.stats.mirrors_now.dec();
+        });
+    }
+}
+
+async fn copy(
+    worker: Arc<Worker>,
+    request: RequestHead,
+    body: Vec<Bytes>,
+    endpoints: Arc<dyn Endpoints>,
+) -> Result<(), ReadError> {
+    let Some(target) = endpoints.pick(&request, &[]) else { return Ok(()) };
+    let mut status = None;
+    let result = exchange(&worker, &request, body, &target, &mut status).await;
+    endpoints.ended(&target, status);
+    result
+}
+
+/// Sends a copy to an endpoint and reads the response; its status is there as soon as its head has come.
+async fn exchange(
+    worker: &Worker,
+    request: &RequestHead,
+    body: Vec<Bytes>,
+    target: &Arc<Target>,
+    status: &mut Option<u16>,
+) -> Result<(), ReadError> {
+    let length: usize = body.iter().map(Bytes::len).sum();
+    let framing = if length == 0 { Framing::None } else { Framing::Length(length as u64) };
+    let lease = worker.pool.get(target, request, framing, false).await;
+    let mut lease = lease.map_err(std::io::Error::other)?;
+    let channel = &mut lease.channel;
+    channel.send_request(request, framing);
+    for mut data in body {
+        while !data.is_empty() {
+            let room = poll_fn(|cx| channel.poll_room(cx, data.len())).await?;
+            channel.send(data.split_to(room))?;
+        }
+    }
+    if framing != Framing::None {
+        channel.send_end(None)?;
+    }
+    let mut head = ResponseHead::default();
+    let to_head = request.method() == "HEAD";
+    poll_fn(|cx| {
+        ready!(channel.poll_flush(cx))?;
+        channel.poll_response(cx, &mut head, to_head)
+    })
+    .await?;
+    *status = Some(head.status);
+    poll_fn(|cx| {
+        loop {
+            match ready!(channel.poll_frame(cx))? {
+                Frame::Data(data) => channel.consumed(data.len()),
+                Frame::End(_) => return Poll::Ready(Ok(())),
+            }
+        }
+    })
+    .await
+}

@@ -1,0 +1,165 @@
+//! Passes a body on, from one channel to another, with back-pressure. A request's body is kept while it may have to be
+//! sent again.
+
+use std::collections::VecDeque;
+use std::io;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+
+use crate::http::channel::Channel;
+use crate::http::head::{Fields, Known};
+use crate::http::wire::{Frame, ReadError};
+
+/// Which side ended it.
+#[derive(Debug)]
+pub(crate) enum PumpError {
+    /// The one that the body comes from.
+    From(ReadError),
+    /// The one that it goes to.
+    To(#[allow(dead_code, reason = "for logs")] io::Error),
+}
+
+/// What is kept of a body.
+#[derive(Debug, Default)]
+struct Kept {
+    parts: Vec<Bytes>,
+    size: usize,
+    limit: usize,
+}
+
+/// One body on its way.
+#[derive(Debug, Default)]
+pub(crate) struct Pump {
+    /// Was read, and is not sent yet.
+    pending: Bytes,
+    /// Whether the sender's window is to be opened again for `pending`.
+    owed: bool,
+    /// Was read for an earlier try.
+    again: VecDeque<Bytes>,
+    kept: Option<Kept>,
+    /// The body's end was read.
+    read: bool,
+    trailers: Option<Box<Fields>>,
+    /// The end was sent.
+    pub done: bool,
+    /// Bytes that were read.
+    pub bytes: u64,
+    /// Whether anything moved since it was last asked.
+    pub moved: bool,
+}
+
+impl Pump {
+    /// For a body that is there or not.
+    pub(crate) fn new(empty: bool) -> Self {
+        Self { read: empty, done: empty, ..Self::default() }
+    }
+
+    /// Keeps the body, up to `limit` bytes.
+    pub(crate) fn keep(&mut self, limit: usize) {
+        self.kept = Some(Kept { limit, ..Kept::default() });
+    }
+
+    /// Whether all that was read is still here.
+    pub(crate) fn can_restart(&self) -> bool {
+        self.kept.is_some() || (self.bytes == 0 && self.pending.is_empty())
+    }
+
+    /// Begins again with what was kept, for another channel.
+    pub(crate) fn restart(&mut self, empty: bool) {
+        self.again = self.kept.iter().flat_map(|kept| kept.parts.iter().cloned()).collect();
+        self.pending = Bytes::new();
+        self.done = empty;
+    }
+
+    /// The whole body, if it was read and kept.
+    pub(crate) fn whole(&self) -> Option<Vec<Bytes>> {
+        let kept = self.kept.as_ref().filter(|_| self.read)?;
+        Some(kept.parts.clone())
+    }
+
+    /// Whether the end was read.
+    pub(crate) fn is_read(&self) -> bool {
+        self.read
+    }
+
+    /// Ready when all is sent and flushed.
+    pub(crate) fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &mut Channel,
+        to: &mut Channel,
+    ) -> Poll<Result<(), PumpError>> {
+        loop {
+            if !self.pending.is_empty() {
+                let room = ready!(to.poll_room(cx, self.pending.len())).map_err(PumpError::To)?;
+                let data = self.pending.split_to(room);
+                // The end goes with the last data where it is known already: a frame less of HTTP/2.
+                if self.pending.is_empty() && self.again.is_empty() && !self.read && from.is_read() {
+                    to.send_last(data).map_err(PumpError::To)?;
+                    (self.read, self.done) = (true, true);
+                } else {
+                    to.send(data).map_err(PumpError::To)?;
+                }
+                self.moved = true;
+                if self.owed {
+                    from.consumed(room);
+                }
+            } else if let Some(data) = self.again.pop_front() {
+                self.pending = data;
+                self.owed = false;
+            } else if self.done {
+                return to.poll_flush(cx).map_err(PumpError::To);
+            } else if self.read {
+                to.send_end(self.trailers.as_deref()).map_err(PumpError::To)?;
+                self.done = true;
+            } else {
+                match from.poll_frame(cx) {
+                    Poll::Ready(frame) => self.take(frame.map_err(PumpError::From)?, from),
+                    Poll::Pending => {
+                        if let Poll::Ready(Err(error)) = to.poll_flush(cx) {
+                            return Poll::Ready(Err(PumpError::To(error)));
+                        }
+                        return Poll::Pending;
+                    }
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, frame: Frame, from: &mut Channel) {
+        self.moved = true;
+        match frame {
+            Frame::Data(data) => {
+                self.bytes += data.len() as u64;
+                self.owed = true;
+                if let Some(kept) = &mut self.kept {
+                    kept.size += data.len();
+                    if kept.size > kept.limit {
+                        self.kept = None;
+                    } else {
+                        kept.parts.push(data.clone());
+                        // It may be sent several times, and is given back once.
+                        from.consumed(data.len());
+                        self.owed = false;
+                    }
+                }
+                self.pending = data;
+            }
+            Frame::End(trailers) => {
+                self.read = true;
+                self.trailers = trailers;
+                if let Some(trailers) = &mut self.trailers {
+                    trailers.remove_known(|known| {
+                        known.is_hop_by_hop() || matches!(known, Known::Host | Known::ContentLength)
+                    });
+                }
+            }
+        }
+    }
+
+    /// The trailers, once the end was read.
+    pub(crate) fn trailers(&self) -> Option<&Fields> {
+        self.trailers.as_deref()
+    }
+}

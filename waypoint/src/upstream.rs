@@ -1,0 +1,3 @@
+//! The servers' side: connections to endpoints.
+
+pub mod pool;

@@ -1,0 +1,233 @@
+//! HTTP/2 on either side: gRPC's ways of streaming, resets, limits.
+
+use std::future::poll_fn;
+use std::net::SocketAddr;
+
+use bytes::Bytes;
+use h2::client::SendRequest;
+use h2::{Reason, RecvStream};
+use http::{HeaderMap, Request, Response};
+use tokio::net::{TcpListener, TcpStream};
+use waypoint::http::Settings;
+use waypoint::http::decide::{Forwarding, Protocol, Retries};
+
+use crate::lab::{self, Proxy, in_turn, target};
+
+async fn client(address: SocketAddr) -> SendRequest<Bytes> {
+    let stream = TcpStream::connect(address).await.unwrap();
+    let (send, connection) = h2::client::handshake(stream).await.unwrap();
+    tokio::spawn(async move {
+        let _ = connection.await;
+    });
+    send
+}
+
+fn grpc(address: SocketAddr) -> Request<()> {
+    let request = Request::post(format!("http://{address}/pkg.Service/Method"));
+    request.header("content-type", "application/grpc").header("te", "trailers").body(()).unwrap()
+}
+
+async fn data(recv: &mut RecvStream) -> Bytes {
+    let data = tokio::time::timeout(lab::LONG, recv.data()).await.unwrap().unwrap().unwrap();
+    recv.flow_control().release_capacity(data.len()).unwrap();
+    data
+}
+
+/// A server that sends each message back as it comes, and ends with trailers; `/refused` it refuses the first time.
+async fn echo() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        let mut refused = false;
+        while let Ok((stream, _)) = listener.accept().await {
+            let mut connection = h2::server::handshake(stream).await.unwrap();
+            while let Some(Ok((request, mut respond))) = connection.accept().await {
+                let path = request.uri().path().to_owned();
+                if path == "/refused" && !std::mem::replace(&mut refused, true) {
+                    respond.send_reset(Reason::REFUSED_STREAM);
+                    continue;
+                }
+                if path == "/trailers-only" {
+                    let response = Response::builder().header("grpc-status", "5").body(()).unwrap();
+                    respond.send_response(response, true).unwrap();
+                    continue;
+                }
+                tokio::spawn(async move {
+                    let te = request.headers().get("te").cloned();
+                    let mut body = request.into_body();
+                    let response =
+                        Response::builder().header("x-te", te.unwrap_or_else(|| "-".parse().unwrap()));
+                    let mut send = respond.send_response(response.body(()).unwrap(), false).unwrap();
+                    while let Some(Ok(data)) = body.data().await {
+                        body.flow_control().release_capacity(data.len()).unwrap();
+                        let mut data = data;
+                        while !data.is_empty() {
+                            send.reserve_capacity(data.len());
+                            let Some(Ok(room)) = poll_fn(|cx| send.poll_capacity(cx)).await else { return };
+                            send.send_data(data.split_to(room.min(data.len())), false).unwrap();
+                        }
+                    }
+                    let mut trailers = HeaderMap::new();
+                    trailers.insert("grpc-status", "0".parse().unwrap());
+                    let _ = send.send_trailers(trailers);
+                });
+            }
+        }
+    });
+    address
+}
+
+async fn proxy(how: Forwarding) -> Proxy {
+    let endpoints = in_turn(vec![target(echo().await, Protocol::Http2)]);
+    Proxy::start(how, endpoints, Settings::default()).await
+}
+
+#[tokio::test]
+async fn both_sides_stream_at_the_same_time_and_trailers_arrive() {
+    let proxy = proxy(Forwarding::default()).await;
+    let mut send = client(proxy.address).await.ready().await.unwrap();
+    let (response, mut body) = send.send_request(grpc(proxy.address), false).unwrap();
+    let response = tokio::time::timeout(lab::LONG, response).await.unwrap().unwrap();
+    assert_eq!(response.headers()["x-te"], "trailers");
+    let mut recv = response.into_body();
+    for message in ["one", "two", "three"] {
+        body.send_data(message.into(), false).unwrap();
+        assert_eq!(data(&mut recv).await, message);
+    }
+    body.send_data(Bytes::new(), true).unwrap();
+    assert!(recv.data().await.is_none());
+    assert_eq!(recv.trailers().await.unwrap().unwrap()["grpc-status"], "0");
+    let record = &proxy.wait_records(1).await[0];
+    assert_eq!((record.grpc_status, record.received, record.sent), (Some(0), 11, 11));
+}
+
+#[tokio::test]
+async fn a_response_that_is_all_trailers_stays_one() {
+    let proxy = proxy(Forwarding::default()).await;
+    let mut send = client(proxy.address).await.ready().await.unwrap();
+    let request = Request::post(format!("http://{}/trailers-only", proxy.address)).body(()).unwrap();
+    let (response, _) = send.send_request(request, true).unwrap();
+    let response = response.await.unwrap();
+    assert_eq!(response.headers()["grpc-status"], "5");
+    assert!(response.body().is_end_stream());
+    assert_eq!(proxy.wait_records(1).await[0].grpc_status, Some(5));
+}
+
+#[tokio::test]
+async fn what_is_answered_here_is_grpc_for_grpc() {
+    let endpoints = in_turn(vec![]);
+    let proxy = Proxy::start(Forwarding::default(), endpoints, Settings::default()).await;
+    let mut send = client(proxy.address).await.ready().await.unwrap();
+    let (response, _) = send.send_request(grpc(proxy.address), true).unwrap();
+    let response = response.await.unwrap();
+    assert_eq!(
+        (response.status().as_u16(), &response.headers()["grpc-status"]),
+        (200, &"14".parse().unwrap())
+    );
+    assert_eq!(response.headers()["grpc-message"], "no_healthy_upstream");
+}
+
+#[tokio::test]
+async fn a_refused_stream_is_tried_again() {
+    let retries = Retries { attempts: 1, refused_stream: true, ..Retries::default() };
+    let proxy = proxy(Forwarding { retries: Some(retries), ..Forwarding::default() }).await;
+    let mut send = client(proxy.address).await.ready().await.unwrap();
+    let request = Request::post(format!("http://{}/refused", proxy.address)).body(()).unwrap();
+    let (response, mut body) = send.send_request(request, false).unwrap();
+    body.send_data("hello".into(), true).unwrap();
+    let mut recv = response.await.unwrap().into_body();
+    assert_eq!(data(&mut recv).await, "hello");
+    assert_eq!(proxy.worker.stats.retries.get(), 1);
+}
+
+#[tokio::test]
+async fn a_stream_that_the_client_resets_ends_upstream_too() {
+    let proxy = proxy(Forwarding::default()).await;
+    let mut send = client(proxy.address).await.ready().await.unwrap();
+    let (response, mut body) = send.send_request(grpc(proxy.address), false).unwrap();
+    response.await.unwrap();
+    body.send_reset(Reason::CANCEL);
+    let record = &proxy.wait_records(1).await[0];
+    assert_eq!(record.flag.to_string(), "DC");
+    // Other streams of the same connections go on.
+    let (response, mut body) = send.send_request(grpc(proxy.address), false).unwrap();
+    let mut recv = response.await.unwrap().into_body();
+    body.send_data("still".into(), true).unwrap();
+    assert_eq!(data(&mut recv).await, "still");
+    assert_eq!(proxy.worker.stats.upstream_connections.get(), 1);
+}
+
+#[tokio::test]
+async fn a_large_body_passes_windows_of_both_sides() {
+    let proxy = proxy(Forwarding::default()).await;
+    let mut send = client(proxy.address).await.ready().await.unwrap();
+    let (response, mut body) = send.send_request(grpc(proxy.address), false).unwrap();
+    let size = 3 << 20;
+    tokio::spawn(async move {
+        let mut left = Bytes::from(vec![b'x'; size]);
+        while !left.is_empty() {
+            body.reserve_capacity(left.len());
+            let room = poll_fn(|cx| body.poll_capacity(cx)).await.unwrap().unwrap();
+            body.send_data(left.split_to(room.min(left.len())), false).unwrap();
+        }
+        body.send_data(Bytes::new(), true).unwrap();
+    });
+    let mut recv = response.await.unwrap().into_body();
+    let mut got = 0;
+    while got < size {
+        got += data(&mut recv).await.len();
+    }
+    assert_eq!(got, size);
+    assert!(recv.data().await.is_none());
+}
+
+#[tokio::test]
+async fn cookies_become_one_field_for_a_server_of_http1() {
+    let proxy = Proxy::to(lab::echo().await).await;
+    let mut send = client(proxy.address).await.ready().await.unwrap();
+    let request =
+        Request::get(format!("http://{}/", proxy.address)).header("cookie", "a=1").header("cookie", "b=2");
+    let (response, _) = send.send_request(request.body(()).unwrap(), true).unwrap();
+    let mut recv = response.await.unwrap().into_body();
+    let text = String::from_utf8(data(&mut recv).await.to_vec()).unwrap();
+    assert!(text.contains("cookie: a=1; b=2\r\n"), "{text}");
+}
+
+#[tokio::test]
+async fn a_connection_with_requests_under_way_is_drained_in_order() {
+    let proxy = proxy(Forwarding::default()).await;
+    let mut send = client(proxy.address).await.ready().await.unwrap();
+    let (response, mut body) = send.send_request(grpc(proxy.address), false).unwrap();
+    let mut recv = response.await.unwrap().into_body();
+    proxy.worker.drain.cancel();
+    body.send_data("after".into(), true).unwrap();
+    assert_eq!(data(&mut recv).await, "after");
+    assert_eq!(recv.trailers().await.unwrap().unwrap()["grpc-status"], "0");
+    lab::until(|| (proxy.worker.stats.connections_now.get() == 0).then_some(())).await;
+}
+
+#[tokio::test]
+async fn a_server_that_goes_away_is_connected_to_again() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let mut connection = h2::server::handshake(stream).await.unwrap();
+            let (_, mut respond) = connection.accept().await.unwrap().unwrap();
+            respond.send_response(Response::new(()), true).unwrap();
+            // One request, and goodbye.
+            connection.graceful_shutdown();
+            while let Some(Ok((_, mut respond))) = connection.accept().await {
+                respond.send_reset(Reason::REFUSED_STREAM);
+            }
+        }
+    });
+    let endpoints = in_turn(vec![target(address, Protocol::Http2)]);
+    let proxy = Proxy::start(Forwarding::default(), endpoints, Settings::default()).await;
+    let mut client = proxy.connect().await;
+    for count in 1..4 {
+        assert_eq!(client.ask(lab::get("/")).await.status(), 200);
+        lab::until(|| (proxy.worker.stats.upstream_connections_now.get() == 0).then_some(())).await;
+        assert_eq!(proxy.worker.stats.upstream_connections.get(), count);
+    }
+}
