@@ -673,7 +673,14 @@ fn trigger(change: &model::Change) -> &'static str {
     match change {
         model::Change::SetWorkload(_) | model::Change::RemoveWorkload(_) => "endpoint",
         model::Change::SetService(_) | model::Change::RemoveService(_) => "service",
-        model::Change::SetPolicy(_) | model::Change::RemovePolicy(_) => "config",
+        model::Change::SetPolicy(_)
+        | model::Change::RemovePolicy(_)
+        | model::Change::SetHttpService(_)
+        | model::Change::RemoveHttpService(_)
+        | model::Change::SetHttpPolicy(_)
+        | model::Change::RemoveHttpPolicy(_)
+        | model::Change::SetTraffic(_)
+        | model::Change::RemoveTraffic(_) => "config",
         model::Change::SetSettings(_) => "global",
     }
 }

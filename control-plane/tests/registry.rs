@@ -21,6 +21,12 @@ fn steps(committed: &Committed) -> Vec<String> {
         Step::RemoveService(key) => format!("no service {key}"),
         Step::SetPolicy(p) => format!("policy {}", p.key),
         Step::RemovePolicy(key) => format!("no policy {key}"),
+        Step::SetHttpService(s) => format!("requests of {}", s.service),
+        Step::RemoveHttpService(key) => format!("no requests of {key}"),
+        Step::SetHttpPolicy(p) => format!("policy over requests {}", p.key),
+        Step::RemoveHttpPolicy(key) => format!("no policy over requests {key}"),
+        Step::SetTraffic(t) => format!("traffic of {}", t.service),
+        Step::RemoveTraffic(key) => format!("no traffic of {key}"),
         Step::SetSettings(s) => format!("settings {} {}", s.trust_domains.own, s.root_namespace),
     };
     let mut steps: Vec<String> = committed.changes.iter().map(step).collect();
