@@ -7,21 +7,32 @@
 //! * a decision allocates nothing unless a header is there more than once;
 //! * nothing here knows a wire format: header names are lower-case, a path has no query.
 
+mod authentication;
+mod authorizer;
+mod format;
 mod matcher;
 mod path;
 mod policy;
+mod rate_limit;
 mod request;
 mod route;
 mod service;
+mod stream;
 mod table;
 mod traffic;
 
+pub use authentication::{ClaimHeader, KeySource, RequestAuthentication, TokenPlace, TokenRule};
+pub use authorizer::{Authorizer, BodyCheck, HttpCheck, ProviderAddress};
+pub use format::{Command, FieldText, Format, FormatPart, InvalidFormat};
 pub use matcher::{
     HeaderMatch, InvalidPattern, PathMatch, Pattern, QueryMatch, Regex, RouteMatch, SourceFacts, SourceMatch,
 };
 pub use path::{InvalidPath, Normalization, normalize};
 pub(crate) use policy::matches_host;
 pub use policy::{Attribute, AttributeMatch, HttpMatch, InvalidTemplate, PathPattern, Template};
+pub use rate_limit::{
+    Bucket, Count, GlobalLimit, Limit, LimitHeaders, LimitKey, LimitMatch, RateLimit,
+};
 pub use request::{Claims, Headers, Request};
 pub use route::{
     Abort, Backend, BackendRef, Cors, Fault, Forward, HeaderEdit, HeaderEdits, HostRewrite, Mirror, Origin,
@@ -29,6 +40,7 @@ pub use route::{
     Substitution, Timeouts,
 };
 pub use service::{HttpPort, HttpService, Protocol, WaypointKey};
+pub use stream::{SelectedStream, ServerName, Stream, StreamMatch, StreamRoute, StreamTable};
 pub use table::{RouteTable, Selected};
 pub use traffic::{
     ConnectionPool, Distribution, HashKey, HashTable, LoadBalancer, LocalitySetting, Outliers, RetryBudget,

@@ -215,12 +215,26 @@ pub struct SourceMatch {
 }
 
 impl SourceMatch {
-    fn holds(&self, source: &SourceFacts<'_>) -> bool {
+    pub(super) fn holds(&self, source: &SourceFacts<'_>) -> bool {
         self.namespace.as_ref().is_none_or(|wanted| Some(&**wanted) == source.namespace)
             && self
                 .labels
                 .iter()
                 .all(|(key, value)| source.labels.iter().any(|(k, v)| k == key && v == value))
+    }
+}
+
+impl fmt::Display for SourceMatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut separator = "";
+        if let Some(namespace) = &self.namespace {
+            write!(f, "from namespace {namespace}")?;
+            separator = ", ";
+        }
+        for (key, value) in &self.labels {
+            write!(f, "{}from label {key}={value}", std::mem::replace(&mut separator, ", "))?;
+        }
+        Ok(())
     }
 }
 
@@ -297,12 +311,7 @@ impl fmt::Display for RouteMatch {
             part(f, format_args!("query {}={}", query.name, query.value))?;
         }
         if let Some(source) = &self.source {
-            if let Some(namespace) = &source.namespace {
-                part(f, format_args!("from namespace {namespace}"))?;
-            }
-            for (key, value) in &source.labels {
-                part(f, format_args!("from label {key}={value}"))?;
-            }
+            part(f, format_args!("{source}"))?;
         }
         if first { f.write_str("every request") } else { Ok(()) }
     }

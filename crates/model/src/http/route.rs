@@ -78,6 +78,8 @@ impl fmt::Display for RouteId {
             RouteKind::HttpRoute => "HTTPRoute",
             RouteKind::GrpcRoute => "GRPCRoute",
             RouteKind::VirtualService => "VirtualService",
+            RouteKind::TcpRoute => "TCPRoute",
+            RouteKind::TlsRoute => "TLSRoute",
         };
         write!(f, "{kind} {}/{} rule {}", self.namespace, self.name, self.rule)?;
         self.rule_name.as_ref().map_or(Ok(()), |name| write!(f, " ({name})"))
@@ -96,6 +98,10 @@ pub enum RouteKind {
     GrpcRoute,
     /// `networking.istio.io` VirtualService.
     VirtualService,
+    /// `gateway.networking.k8s.io` TCPRoute.
+    TcpRoute,
+    /// `gateway.networking.k8s.io` TLSRoute.
+    TlsRoute,
 }
 
 /// Where a request goes.
@@ -218,6 +224,8 @@ pub enum PathRewrite {
 pub struct Substitution {
     source: Str,
     regex: regex::Regex,
+    /// As it was written.
+    written: Str,
     /// In the syntax of the crate `regex`.
     replacement: Box<str>,
 }
@@ -264,7 +272,19 @@ impl Substitution {
                 other => out.push(other),
             }
         }
-        Ok(Self { source: pattern.into(), regex, replacement: out.into() })
+        Ok(Self { source: pattern.into(), regex, written: replacement.into(), replacement: out.into() })
+    }
+
+    /// The pattern, as it was written.
+    #[must_use]
+    pub fn pattern(&self) -> &Str {
+        &self.source
+    }
+
+    /// The replacement, as it was written.
+    #[must_use]
+    pub fn replacement(&self) -> &Str {
+        &self.written
     }
 
     /// `text`, with all that is found replaced.

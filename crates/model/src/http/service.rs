@@ -3,7 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 
-use super::RouteTable;
+use super::{RouteTable, StreamTable};
+use crate::telemetry::Telemetry;
 use crate::{PolicyKey, ServiceKey, Str};
 
 /// A waypoint, by the Gateway that it is.
@@ -32,6 +33,16 @@ pub struct HttpService {
     pub ports: Box<[HttpPort]>,
     /// The policies that hold for what reaches it, by name; one that is listed and not known refuses.
     pub policies: Box<[PolicyKey]>,
+    /// The policies of the workloads behind it that are enforced here, for the client and not for the waypoint: one set
+    /// for each combination that there is among the workloads. Which of them takes a request is not known when it is
+    /// decided, so each set must let it in. Nearly always there is one, or none.
+    pub selected: Box<[Box<[PolicyKey]>]>,
+    /// Whose tokens are looked for in what reaches it, by name; one that is listed and not known refuses.
+    pub authentication: Box<[PolicyKey]>,
+    /// The rate limits that hold for what reaches it, by name; one that is listed and not known refuses.
+    pub rate_limits: Box<[PolicyKey]>,
+    /// What is told of its requests. Shared by services of which the same is told.
+    pub telemetry: Arc<Telemetry>,
 }
 
 impl HttpService {
@@ -51,6 +62,8 @@ pub struct HttpPort {
     pub protocol: Protocol,
     /// The routes of its requests. Without any, requests go to the service itself.
     pub routes: Arc<RouteTable>,
+    /// The routes of connections that are not HTTP, or of which nobody looks for it.
+    pub streams: Arc<StreamTable>,
 }
 
 /// What is spoken at a port: by `appProtocol`, or the name's prefix.
