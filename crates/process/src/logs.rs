@@ -20,7 +20,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Registry as Spans, reload};
 
 pub use access::{AccessLog, AccessLogLimits, AccessRecord, Direction, Refusal};
-pub use line::{Format, Line, push_time};
+pub use line::{Format, Line, push_escaped, push_time};
 pub use writer::{BUFFER_LIMIT_BYTES, LogWriter, Target};
 
 use crate::metrics::{Description, Kind, Registry};
@@ -138,6 +138,12 @@ impl Logs {
     #[must_use]
     pub fn access(&self) -> &Arc<AccessLog> {
         &self.access
+    }
+
+    /// What all lines go through, for those who make lines of their own.
+    #[must_use]
+    pub fn writer(&self) -> &LogWriter {
+        &self.writer
     }
 
     /// The filter in force.

@@ -12,6 +12,7 @@
 //! The text is Prometheus 0.0.4 or OpenMetrics 1.0.0, see [`Registry::encode`].
 
 mod family;
+pub mod http;
 mod process;
 pub mod tcp;
 mod text;

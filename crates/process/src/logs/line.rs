@@ -161,8 +161,9 @@ fn is_unsafe(c: char) -> bool {
         || matches!(c, '"' | '\\' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
 
-/// Escapes as JSON does (RFC 8259, section 7), which reads well in text lines too.
-fn push_escaped(text: &mut String, value: &str) {
+/// Appends `value` escaped as JSON does (RFC 8259, section 7), which reads well in text lines too; the first 16 KiB of
+/// it.
+pub fn push_escaped(text: &mut String, value: &str) {
     let value = value.get(..value.floor_char_boundary(LINE_LIMIT)).unwrap_or_default();
     if value.bytes().all(|b| matches!(b, 0x20..0x7f) && b != b'"' && b != b'\\') {
         text.push_str(value);

@@ -140,6 +140,27 @@ impl Party {
     pub fn unknown() -> Arc<Self> {
         UNKNOWN.clone()
     }
+
+    /// Without what no label shows that is left when labels are hidden; `None` when that is all of it.
+    pub(super) fn without(&self, end: &str, hidden: &dyn Fn(&str) -> bool) -> Option<Self> {
+        let all = |labels: &[&str]| labels.iter().all(|label| hidden(&format!("{end}_{label}")));
+        let mut left = self.clone();
+        for (field, labels) in [
+            (&mut left.workload, &["workload"][..]),
+            (&mut left.canonical_service, &["canonical_service", "app"]),
+            (&mut left.canonical_revision, &["canonical_revision", "version"]),
+            (&mut left.namespace, &["workload_namespace"]),
+            (&mut left.principal, &["principal"]),
+            (&mut left.cluster, &["cluster"]),
+            (&mut left.region, &["region"]),
+            (&mut left.zone, &["zone"]),
+        ] {
+            if all(labels) {
+                *field = EMPTY.clone();
+            }
+        }
+        (left != *self).then_some(left)
+    }
 }
 
 /// The service that a connection was made to. Empty texts read `unknown`.
@@ -178,36 +199,53 @@ fn known(value: &str) -> &str {
     if value.is_empty() { "unknown" } else { value }
 }
 
+/// Writes the labels that connections and requests share, but for the protocol, the flags, how it was protected, and
+/// where the two ends are.
+pub(super) fn write_parties(
+    reporter: Reporter,
+    (source, destination): (&Party, &Party),
+    service: &ServiceLabels,
+    pair: &mut dyn FnMut(&str, &str),
+) {
+    pair("reporter", reporter.as_str());
+    pair("source_workload", known(&source.workload));
+    pair("source_canonical_service", known(&source.canonical_service));
+    pair("source_canonical_revision", known(&source.canonical_revision));
+    pair("source_workload_namespace", known(&source.namespace));
+    pair("source_principal", known(&source.principal));
+    pair("source_app", known(&source.canonical_service));
+    pair("source_version", known(&source.canonical_revision));
+    pair("source_cluster", known(&source.cluster));
+    pair("destination_service", known(&service.hostname));
+    pair("destination_service_namespace", known(&service.namespace));
+    pair("destination_service_name", known(&service.name));
+    pair("destination_workload", known(&destination.workload));
+    pair("destination_canonical_service", known(&destination.canonical_service));
+    pair("destination_canonical_revision", known(&destination.canonical_revision));
+    pair("destination_workload_namespace", known(&destination.namespace));
+    pair("destination_principal", known(&destination.principal));
+    pair("destination_app", known(&destination.canonical_service));
+    pair("destination_version", known(&destination.canonical_revision));
+    pair("destination_cluster", known(&destination.cluster));
+}
+
+/// Writes the labels of where the two ends are.
+pub(super) fn write_localities((source, destination): (&Party, &Party), pair: &mut dyn FnMut(&str, &str)) {
+    pair("source_region", known(&source.region));
+    pair("source_zone", known(&source.zone));
+    pair("destination_region", known(&destination.region));
+    pair("destination_zone", known(&destination.zone));
+}
+
 impl TcpLabels {
     fn write_with(&self, out: &mut LabelWriter<'_>, flags: &str) {
-        let (source, destination, service) = (&self.source, &self.destination, &self.service);
-        out.pair("reporter", self.reporter.as_str());
-        out.pair("source_workload", known(&source.workload));
-        out.pair("source_canonical_service", known(&source.canonical_service));
-        out.pair("source_canonical_revision", known(&source.canonical_revision));
-        out.pair("source_workload_namespace", known(&source.namespace));
-        out.pair("source_principal", known(&source.principal));
-        out.pair("source_app", known(&source.canonical_service));
-        out.pair("source_version", known(&source.canonical_revision));
-        out.pair("source_cluster", known(&source.cluster));
-        out.pair("destination_service", known(&service.hostname));
-        out.pair("destination_service_namespace", known(&service.namespace));
-        out.pair("destination_service_name", known(&service.name));
-        out.pair("destination_workload", known(&destination.workload));
-        out.pair("destination_canonical_service", known(&destination.canonical_service));
-        out.pair("destination_canonical_revision", known(&destination.canonical_revision));
-        out.pair("destination_workload_namespace", known(&destination.namespace));
-        out.pair("destination_principal", known(&destination.principal));
-        out.pair("destination_app", known(&destination.canonical_service));
-        out.pair("destination_version", known(&destination.canonical_revision));
-        out.pair("destination_cluster", known(&destination.cluster));
-        out.pair("request_protocol", "tcp");
-        out.pair("response_flags", flags);
-        out.pair("connection_security_policy", self.security.as_str());
-        out.pair("source_region", known(&source.region));
-        out.pair("source_zone", known(&source.zone));
-        out.pair("destination_region", known(&destination.region));
-        out.pair("destination_zone", known(&destination.zone));
+        let mut pair = |name: &str, value: &str| out.pair(name, value);
+        let ends = (&*self.source, &*self.destination);
+        write_parties(self.reporter, ends, &self.service, &mut pair);
+        pair("request_protocol", "tcp");
+        pair("response_flags", flags);
+        pair("connection_security_policy", self.security.as_str());
+        write_localities(ends, &mut pair);
     }
 }
 
