@@ -11,7 +11,7 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use prefix_trie::PrefixMap;
 
 use crate::holders::Holders;
-use crate::http::{HttpService, ServiceTraffic};
+use crate::http::{Authorizer, HttpService, RateLimit, RequestAuthentication, ServiceTraffic};
 use crate::verdict::{Connection, Decision, Held, decide};
 use crate::{
     CowMap, NetworkAddress, OriginalDst, Policy, PolicyKey, PortMapping, Scope, Service, ServiceKey,
@@ -45,6 +45,18 @@ pub enum Change {
     SetTraffic(Arc<ServiceTraffic>),
     /// Removes it.
     RemoveTraffic(ServiceKey),
+    /// Adds whose tokens are taken, or replaces it.
+    SetAuthentication(Arc<RequestAuthentication>),
+    /// Removes it.
+    RemoveAuthentication(PolicyKey),
+    /// Adds rate limits, or replaces those of the same key.
+    SetRateLimit(Arc<RateLimit>),
+    /// Removes them.
+    RemoveRateLimit(PolicyKey),
+    /// Adds an external authorizer, or replaces the one of the same name.
+    SetAuthorizer(Arc<Authorizer>),
+    /// Removes it.
+    RemoveAuthorizer(Str),
     /// Replaces the settings.
     SetSettings(Settings),
 }
@@ -167,6 +179,9 @@ pub struct Mesh {
     http_services: CowMap<ServiceKey, Arc<HttpService>>,
     http_policies: CowMap<PolicyKey, Arc<Policy>>,
     traffic: CowMap<ServiceKey, Arc<ServiceTraffic>>,
+    authentications: CowMap<PolicyKey, Arc<RequestAuthentication>>,
+    rate_limits: CowMap<PolicyKey, Arc<RateLimit>>,
+    authorizers: CowMap<Str, Arc<Authorizer>>,
     policies: CowMap<PolicyKey, Arc<Policy>>,
     global_policies: Arc<[Arc<Policy>]>,
     namespace_policies: CowMap<Str, Arc<[Arc<Policy>]>>,
@@ -234,6 +249,24 @@ impl Mesh {
                 }
                 Change::RemoveTraffic(key) => {
                     next.traffic.remove(&key);
+                }
+                Change::SetAuthentication(authentication) => {
+                    next.authentications.insert(authentication.key.clone(), authentication);
+                }
+                Change::RemoveAuthentication(key) => {
+                    next.authentications.remove(&key);
+                }
+                Change::SetRateLimit(limit) => {
+                    next.rate_limits.insert(limit.key.clone(), limit);
+                }
+                Change::RemoveRateLimit(key) => {
+                    next.rate_limits.remove(&key);
+                }
+                Change::SetAuthorizer(authorizer) => {
+                    next.authorizers.insert(authorizer.name.clone(), authorizer);
+                }
+                Change::RemoveAuthorizer(name) => {
+                    next.authorizers.remove(&name);
                 }
                 Change::SetSettings(settings) => {
                     next.policy_generation = next.generation;
@@ -345,10 +378,49 @@ impl Mesh {
         self.traffic.get(key)
     }
 
+    /// What waypoints enforce of the policy of a key.
+    #[must_use]
+    pub fn http_policy(&self, key: &PolicyKey) -> Option<&Arc<Policy>> {
+        self.http_policies.get(key)
+    }
+
     /// The policies for what reaches a service through its waypoint; `Err` for one that is listed and not known.
     #[must_use]
     pub fn policies_of<'a>(&'a self, service: &'a HttpService) -> Vec<Held<'a>> {
         service.policies.iter().map(|key| self.http_policies.get(key).ok_or(key)).collect()
+    }
+
+    /// Whose tokens are taken, by the name of the RequestAuthentication.
+    #[must_use]
+    pub fn authentication(&self, key: &PolicyKey) -> Option<&Arc<RequestAuthentication>> {
+        self.authentications.get(key)
+    }
+
+    /// All RequestAuthentications.
+    pub fn authentications(&self) -> impl Iterator<Item = &Arc<RequestAuthentication>> {
+        self.authentications.values()
+    }
+
+    /// Rate limits, by the name of their resource.
+    #[must_use]
+    pub fn rate_limit(&self, key: &PolicyKey) -> Option<&Arc<RateLimit>> {
+        self.rate_limits.get(key)
+    }
+
+    /// All rate limits.
+    pub fn rate_limits(&self) -> impl Iterator<Item = &Arc<RateLimit>> {
+        self.rate_limits.values()
+    }
+
+    /// The external authorizer of a name.
+    #[must_use]
+    pub fn authorizer(&self, name: &str) -> Option<&Arc<Authorizer>> {
+        self.authorizers.get(name)
+    }
+
+    /// All external authorizers.
+    pub fn authorizers(&self) -> impl Iterator<Item = &Arc<Authorizer>> {
+        self.authorizers.values()
     }
 
     /// What the dialled address belongs to: an exact virtual address first, then a workload, then a range.
