@@ -17,6 +17,7 @@ mod name;
 mod policy;
 mod service;
 mod settings;
+pub mod telemetry;
 mod verdict;
 mod workload;
 
