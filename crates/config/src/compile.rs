@@ -25,16 +25,20 @@
 //! WorkloadGroup's entries, virtual addresses that collide): then `made` lists these too.
 
 mod attach;
+mod authenticate;
 mod binding;
 mod convert;
 mod displace;
 mod enrolment;
+mod hosts;
 mod http;
 mod index;
 mod instance;
 mod join;
 mod review;
+mod standing;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use hashbrown::{HashMap, HashSet};
@@ -48,6 +52,7 @@ pub use enrolment::{Enrolment, EnrolmentChange};
 pub use instance::{
     Affected, Definition, Effects, Finding, Instance, Made, Membership, Names, PortRule, Rank, RuleTarget,
 };
+pub use standing::{Judgement, RouteStanding};
 
 use crate::external::External;
 use crate::kinds::namespace::DATAPLANE_MODE;
@@ -57,6 +62,7 @@ use crate::policy::{Binding, MeshConfig, NamespaceSelector, Policies, Waypoint};
 use crate::resource::{Kind, ObjectKey, Resource};
 use crate::routes::gateway::WaypointSpec;
 use crate::routes::{DestinationRules, Grants, Routes, VirtualServices};
+use hosts::Hosts;
 use index::{Addresses, Area, Id, Place};
 
 /// Where the resources come from, which decides what some of them mean.
@@ -119,7 +125,8 @@ pub struct Batch {
     pub changes: Vec<Change>,
     /// The same for the node's enrolments.
     pub enrolments: Vec<EnrolmentChange>,
-    /// The objects whose findings changed.
+    /// The objects whose findings changed, or how they stand with what they name ([`Compiler::route_standing`] and its
+    /// like).
     pub found: Vec<ObjectKey>,
 }
 
@@ -147,6 +154,8 @@ struct Record {
     services: Box<[ServiceMembership]>,
     capture: Option<Box<Capture>>,
     enrolment: Option<Box<Enrolment>>,
+    /// The RequestAuthentications that were counted for its services.
+    authenticated: Box<[(ServiceKey, PolicyKey)]>,
 }
 
 /// A service: all that define it, the one in force first.
@@ -185,14 +194,19 @@ pub struct Compiler {
     by_address: Addresses,
     arrivals: u64,
     services: HashMap<ServiceKey, Entry>,
+    hosts: Hosts,
     /// How many workloads of the model are endpoints of a service and don't enforce the policies for it; services
     /// without such are not listed.
     unguarded: HashMap<ServiceKey, u32>,
     by_vip: HashMap<Vip, Vec<ServiceKey>>,
     /// The Gateways that are waypoints.
     waypoints: HashMap<Waypoint, WaypointSpec>,
+    /// What names a waypoint, itself or by its namespace, as of when it was compiled last.
+    bound: HashMap<ObjectKey, Waypoint>,
     /// How many workloads of the model list each policy that lets in only a waypoint.
     bindings: HashMap<PolicyKey, u32>,
+    /// How many workloads of a service each RequestAuthentication selects.
+    authenticated: HashMap<ServiceKey, BTreeMap<PolicyKey, u32>>,
     routes: Routes,
     grants: Grants,
     virtual_services: VirtualServices,
@@ -264,10 +278,13 @@ impl Compiler {
             by_address: Addresses::default(),
             arrivals: 0,
             services: HashMap::new(),
+            hosts: Hosts::default(),
             unguarded: HashMap::new(),
             by_vip: HashMap::new(),
             waypoints: HashMap::new(),
+            bound: HashMap::new(),
             bindings: HashMap::new(),
+            authenticated: HashMap::new(),
             routes: Routes::default(),
             grants: Grants::default(),
             virtual_services: VirtualServices::default(),
@@ -373,6 +390,8 @@ impl Compiler {
             (
                 Kind::HttpRoute
                 | Kind::GrpcRoute
+                | Kind::TcpRoute
+                | Kind::TlsRoute
                 | Kind::ReferenceGrant
                 | Kind::DestinationRule
                 | Kind::VirtualService,
@@ -381,7 +400,12 @@ impl Compiler {
                 self.set_route(key, resource);
             }
             (
-                Kind::AuthorizationPolicy | Kind::PeerAuthentication | Kind::ConfigMap | Kind::MeshConfig,
+                Kind::AuthorizationPolicy
+                | Kind::PeerAuthentication
+                | Kind::RequestAuthentication
+                | Kind::RateLimit
+                | Kind::ConfigMap
+                | Kind::MeshConfig,
                 resource,
             ) => {
                 let effects = match resource {
@@ -569,6 +593,11 @@ impl Compiler {
                 self.change_service(&key, by, None, pool);
             }
         }
+        self.note_standing(by);
+        let waypoint = Waypoint { namespace: by.namespace.clone(), name: by.name.clone() };
+        if by.kind == Kind::Service && self.waypoints.contains_key(&waypoint) {
+            self.note_bound(&waypoint);
+        }
     }
 
     /// Looks at what depends on a change again.
@@ -589,6 +618,15 @@ impl Compiler {
             }
             Affected::Behind(key) => {
                 self.mark_behind(key);
+                return;
+            }
+            Affected::Services(None) => {
+                self.dirty_services.extend(self.services.keys().cloned());
+                return;
+            }
+            Affected::Services(Some(namespace)) => {
+                let services = self.areas.get(namespace).into_iter().flat_map(|a| a.services.iter().cloned());
+                self.dirty_services.extend(services);
                 return;
             }
             Affected::Namespace(namespace) => {

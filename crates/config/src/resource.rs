@@ -16,11 +16,11 @@ use crate::kinds::{
 };
 use crate::metadata::{self, Metadata};
 use crate::policy::authorization::{self, PolicyScope};
-use crate::policy::{AuthorizationPolicy, MeshConfig, PeerAuthentication};
-use crate::policy::{mesh_config, peer_authentication};
+use crate::policy::{AuthorizationPolicy, MeshConfig, PeerAuthentication, RateLimit, RequestAuthentication};
+use crate::policy::{mesh_config, peer_authentication, rate_limit, request_authentication};
 use crate::routes::{
-    DestinationRule, Gateway, HttpRoute, ReferenceGrant, VirtualService, destination_rule, gateway, grpc_route,
-    http_route, reference_grant, virtual_service,
+    DestinationRule, Gateway, HttpRoute, ReferenceGrant, StreamRoute, VirtualService, destination_rule,
+    gateway, grpc_route, http_route, reference_grant, stream_route, virtual_service,
 };
 use crate::tree;
 
@@ -65,6 +65,14 @@ pub enum Kind {
     Gateway,
     /// `gateway.networking.k8s.io GRPCRoute`.
     GrpcRoute,
+    /// `security.istio.io RequestAuthentication`.
+    RequestAuthentication,
+    /// `culvert.dev RateLimit`.
+    RateLimit,
+    /// `gateway.networking.k8s.io TCPRoute`.
+    TcpRoute,
+    /// `gateway.networking.k8s.io TLSRoute`.
+    TlsRoute,
 }
 
 /// An object of any kind.
@@ -98,6 +106,8 @@ pub enum Resource {
     WorkloadGroup,
     /// Routes of HTTP requests.
     HttpRoute(Box<HttpRoute>),
+    /// Routes of connections.
+    StreamRoute(Box<StreamRoute>),
     /// Who of other namespaces may refer to objects of this one.
     ReferenceGrant(Box<ReferenceGrant>),
     /// How a host is spoken to.
@@ -106,6 +116,10 @@ pub enum Resource {
     VirtualService(Box<VirtualService>),
     /// A waypoint, or a gateway of another class.
     Gateway(Box<Gateway>),
+    /// Whose tokens are taken.
+    RequestAuthentication(Box<RequestAuthentication>),
+    /// How many requests there may be.
+    RateLimit(Box<RateLimit>),
 }
 
 impl Resource {
@@ -124,6 +138,20 @@ impl Resource {
             }
             (Kind::PeerAuthentication, _) => {
                 Some(Self::PeerAuthentication(Box::new(PeerAuthentication::strict(None))))
+            }
+            (Kind::RequestAuthentication, read) => {
+                let scope = match read {
+                    Some(Self::RequestAuthentication(read)) => read.scope,
+                    _ => PolicyScope::Namespace,
+                };
+                Some(Self::RequestAuthentication(Box::new(RequestAuthentication::closed(scope))))
+            }
+            (Kind::RateLimit, read) => {
+                let scope = match read {
+                    Some(Self::RateLimit(read)) => read.scope,
+                    _ => PolicyScope::Targets(Box::default()),
+                };
+                Some(Self::RateLimit(Box::new(RateLimit::closed(scope))))
             }
             _ => None,
         }
@@ -153,6 +181,14 @@ pub struct KindSpec {
     pub parse: Parse,
 }
 
+impl KindSpec {
+    /// Whether it is a custom resource. A cluster may not have it, and its server does not know what its fields mean.
+    #[must_use]
+    pub fn is_custom(&self) -> bool {
+        !matches!(self.group, "" | "discovery.k8s.io")
+    }
+}
+
 /// Every kind that is read.
 pub static KINDS: &[&KindSpec] = &[
     &pod::KIND,
@@ -163,6 +199,8 @@ pub static KINDS: &[&KindSpec] = &[
     &node::KIND,
     &authorization::KIND,
     &peer_authentication::KIND,
+    &request_authentication::KIND,
+    &rate_limit::KIND,
     &service_entry::KIND,
     &workload_entry::KIND,
     &workload_group::KIND,
@@ -174,6 +212,8 @@ pub static KINDS: &[&KindSpec] = &[
     &virtual_service::KIND,
     &gateway::KIND,
     &grpc_route::KIND,
+    &stream_route::TCP,
+    &stream_route::TLS,
 ];
 
 impl Kind {

@@ -12,7 +12,7 @@ use config::compile::{EnrolmentChange, Options};
 use config::diagnostic::Diagnostic;
 use config::repository::{Content, Repository};
 use config::tree::{self, Limits, Node, Value};
-use model::http::{BackendRef, HttpService, Route, RouteAction, RouteMatch};
+use model::http::{BackendRef, HttpService, Route, RouteAction, RouteMatch, StreamMatch, StreamRoute};
 use model::{Change, GatewayAddress, GatewayTarget, Mesh, Service, TargetPort, Workload};
 use serde_json::{Map, Value as Json, json};
 
@@ -118,7 +118,26 @@ fn http_service(s: &HttpService) -> Json {
         })
         .collect();
     let policies: Vec<String> = s.policies.iter().map(ToString::to_string).collect();
-    json!({ "waypoint": s.waypoint.to_string(), "ports": ports, "policies": policies })
+    let stream = |(when, route): &(StreamMatch, std::sync::Arc<StreamRoute>)| {
+        let to = route.to.backends().iter().map(backend).collect::<Vec<_>>().join(" ");
+        format!("{when} -> {to} ({})", route.id)
+    };
+    let streams = s.ports.iter().filter(|p| !p.streams.entries().is_empty());
+    let streams: Map<String, Json> = streams
+        .map(|p| (p.number.to_string(), json!(p.streams.entries().iter().map(stream).collect::<Vec<_>>())))
+        .collect();
+    let selected: Vec<String> = s
+        .selected
+        .iter()
+        .map(|set| set.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "))
+        .collect();
+    json!({
+        "waypoint": s.waypoint.to_string(),
+        "ports": ports,
+        "streams": streams,
+        "policies": policies,
+        "selected": selected,
+    })
 }
 
 /// How a service is spoken to: the balancer and the most connections, for each port and subset.
@@ -162,6 +181,12 @@ fn change(c: &Change) -> String {
         Change::RemoveHttpPolicy(key) => format!("remove HTTP policy {key}"),
         Change::SetTraffic(t) => format!("set traffic {}", t.service),
         Change::RemoveTraffic(key) => format!("remove traffic {key}"),
+        Change::SetAuthentication(a) => format!("set authentication {}", a.key),
+        Change::RemoveAuthentication(key) => format!("remove authentication {key}"),
+        Change::SetRateLimit(l) => format!("set rate limit {}", l.key),
+        Change::RemoveRateLimit(key) => format!("remove rate limit {key}"),
+        Change::SetAuthorizer(a) => format!("set authorizer {}", a.name),
+        Change::RemoveAuthorizer(name) => format!("remove authorizer {name}"),
         Change::SetSettings(_) => "set settings".to_owned(),
     }
 }

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use model::http::{BackendRef, HttpPort, HttpService, Protocol, WaypointKey};
-use model::{Change, ServiceKey, Str};
+use model::{Change, ServiceKey};
 
 use super::instance::Definition;
 use super::{Compiler, convert};
 use crate::resource::{Kind, ObjectKey, Resource};
-use crate::routes::{BackendDraft, Concerned, Parent, ParentKind, Reference};
+use crate::routes::{BackendDraft, Concerned, Parent, Reference, RouteDraft, Unresolved, Why};
 
 impl Compiler {
     pub(super) fn set_route(&mut self, key: &ObjectKey, resource: Option<Resource>) {
@@ -20,9 +20,8 @@ impl Compiler {
                 };
                 self.grants.set(key, grant);
                 // Few, and seldom changed: what leads into the namespace is looked at again.
-                for parent in self.routes.leading_into(&key.namespace) {
-                    self.touch(&parent);
-                }
+                let routes = self.routes.leading_into(&key.namespace).map(named).collect();
+                self.touch_routes(routes);
             }
             (Kind::DestinationRule, resource) => {
                 let rule = match resource {
@@ -42,9 +41,11 @@ impl Compiler {
             }
             (_, resource) => {
                 let route = match resource {
-                    Some(Resource::HttpRoute(route)) => Some(*route),
+                    Some(Resource::HttpRoute(route)) => Some(RouteDraft::Http(route)),
+                    Some(Resource::StreamRoute(route)) => Some(RouteDraft::Stream(route)),
                     _ => None,
                 };
+                self.found.insert(key.clone());
                 for parent in self.routes.set(key, route) {
                     self.touch(&parent);
                 }
@@ -54,21 +55,23 @@ impl Compiler {
 
     /// Has the services of these hosts compiled by the next commit.
     fn touch_hosts(&mut self, concerned: &[Concerned]) {
-        for key in self.services.keys().filter(|key| concerned.iter().any(|c| c.has(key))) {
-            self.dirty_services.insert(key.clone());
+        for by in concerned {
+            self.dirty_services.extend(self.hosts.concerned(by));
         }
     }
 
     /// Has the services that an object defines compiled by the next commit.
     fn touch(&mut self, parent: &Parent) {
-        let key = |kind| ObjectKey { kind, namespace: parent.namespace.clone(), name: parent.name.clone() };
-        let owner = match parent.kind {
-            ParentKind::Service => key(Kind::Service),
-            ParentKind::ServiceEntry => key(Kind::ServiceEntry),
-            ParentKind::Gateway => return,
-        };
-        let services = self.made_services.get(&owner).cloned().unwrap_or_default();
-        self.dirty_services.extend(services);
+        let services = parent.object().and_then(|owner| self.made_services.get(&owner));
+        self.dirty_services.extend(services.cloned().unwrap_or_default());
+    }
+
+    /// Has the tables of these routes made again by the next commit.
+    fn touch_routes(&mut self, routes: Vec<(ObjectKey, Vec<Parent>)>) {
+        for (key, parents) in routes {
+            self.found.insert(key);
+            parents.iter().for_each(|parent| self.touch(parent));
+        }
     }
 
     /// Has the services compiled whose routes lead to the service `key`, which came, went, or changed its ports.
@@ -79,13 +82,10 @@ impl Compiler {
             references.push(Reference::Service { namespace: key.namespace.clone(), name: name.into() });
         }
         for reference in &references {
-            for parent in self.routes.leading_to(reference) {
-                self.touch(&parent);
-            }
+            let routes = self.routes.leading_to(reference).map(named).collect();
+            self.touch_routes(routes);
             let hosts = self.virtual_services.leading_to(reference, &self.options.cluster_domain);
-            if !hosts.is_empty() {
-                self.touch_hosts(&hosts);
-            }
+            self.touch_hosts(&hosts);
         }
     }
 
@@ -96,37 +96,55 @@ impl Compiler {
         let parent = Parent::owner(owner)?;
         let service = definition.service.key();
         let resolve = |draft: &BackendDraft, route: &ObjectKey, port: u16| self.resolve(draft, route, port);
-        let ports = definition.service.ports.iter().map(|port| HttpPort {
-            number: port.port,
-            protocol: protocol(&port.app_protocol),
+        let ports = definition.service.ports.iter().map(|port| {
             // A route of the Gateway API goes before a VirtualService: its parent is named, the other's host is looked up.
-            routes: Arc::new(
-                self.routes
-                    .table(&parent, port, &resolve)
-                    .or_else(|| self.virtual_services.table(&service, port, &resolve))
-                    .unwrap_or_default(),
-            ),
+            let routes = self.routes.table(&parent, port, &resolve);
+            let streams = self.routes.streams(&parent, port, &resolve);
+            let mut spoken = protocol(&port.app_protocol);
+            // All connections are those of routes of connections, where there are no others: none may get past them by
+            // being HTTP.
+            if let (Protocol::Detect, None, Some(streams)) = (spoken, &routes, &streams) {
+                spoken = if streams.asks_for_tls() { Protocol::Tls } else { Protocol::Tcp };
+            }
+            let routes = routes.or_else(|| self.virtual_services.table(&service, port, &resolve));
+            let streams = streams.or_else(|| self.virtual_services.streams(&service, port, &resolve));
+            HttpPort {
+                number: port.port,
+                protocol: spoken,
+                routes: Arc::new(routes.unwrap_or_default()),
+                streams: Arc::new(streams.unwrap_or_default()),
+            }
         });
         Some(HttpService {
             ports: ports.collect(),
             service,
             waypoint: WaypointKey { namespace: waypoint.namespace.clone(), name: waypoint.name.clone() },
             policies: self.policies.through(owner, waypoint).into(),
+            telemetry: Arc::default(),
+            selected: Box::default(),
+            authentication: self.authentication(owner, &definition.service.key(), waypoint),
+            rate_limits: self.policies.rate_limits(owner, waypoint).into(),
         })
     }
 
     /// What a back end's reference comes to.
-    fn resolve(&self, draft: &BackendDraft, route: &ObjectKey, port: u16) -> Result<BackendRef, Str> {
+    pub(super) fn resolve(
+        &self,
+        draft: &BackendDraft,
+        route: &ObjectKey,
+        port: u16,
+    ) -> Result<BackendRef, Unresolved> {
+        let wrong = |why, text: String| Unresolved { why, message: text.as_str().into() };
         let key = match &draft.to {
-            Reference::Unknown(reason) => return Err(reason.clone()),
+            Reference::Unknown(reason) => {
+                return Err(Unresolved { why: Why::InvalidKind, message: reason.clone() });
+            }
             Reference::Service { namespace, name } => {
-                let kind = if route.kind == Kind::GrpcRoute { "GRPCRoute" } else { "HTTPRoute" };
-                if !self.grants.allow(kind, &route.namespace, namespace, name) {
-                    let text = format!(
-                        "no ReferenceGrant lets {} refer to the Service {namespace}/{name}",
-                        route.namespace
-                    );
-                    return Err(text.as_str().into());
+                if !self.grants.allow(route.kind.name(), &route.namespace, namespace, name) {
+                    let from = &route.namespace;
+                    let text =
+                        format!("no ReferenceGrant lets {from} refer to the Service {namespace}/{name}");
+                    return Err(wrong(Why::NotPermitted, text));
                 }
                 let service =
                     ObjectKey { kind: Kind::Service, namespace: namespace.clone(), name: name.clone() };
@@ -138,23 +156,21 @@ impl Compiler {
                 if self.services.contains_key(&here) {
                     here
                 } else {
-                    let mut all = self.services.keys().filter(|k| k.hostname == *host);
-                    all.next()
-                        .cloned()
-                        .ok_or_else(|| Str::from(format!("there is no host {host}").as_str()))?
+                    let first = self.hosts.named(host).next().cloned();
+                    first.ok_or_else(|| wrong(Why::NotFound, format!("there is no host {host}")))?
                 }
             }
         };
         let definition = self.services.get(&key).and_then(|e| e.definitions.first());
         let Some((_, definition)) = definition else {
-            return Err(format!("there is no service {key}").as_str().into());
+            return Err(wrong(Why::NotFound, format!("there is no service {key}")));
         };
         // Where no port is named, it is the only one, or the one that the request came to (VirtualService).
         let ports = &definition.service.ports;
         let only = || ports.first().filter(|_| ports.len() == 1).map_or(port, |p| p.port);
         let port = draft.port.unwrap_or_else(only);
         if !ports.iter().any(|p| p.port == port) {
-            return Err(format!("the service {key} has no port {port}").as_str().into());
+            return Err(wrong(Why::NotFound, format!("the service {key} has no port {port}")));
         }
         Ok(BackendRef::Service { service: key, port, subset: draft.subset.clone() })
     }
@@ -196,13 +212,12 @@ impl Compiler {
     }
 }
 
+/// A route's name, and what it hangs on.
+fn named((key, route): (&ObjectKey, &RouteDraft)) -> (ObjectKey, Vec<Parent>) {
+    (key.clone(), route.parents().iter().map(Parent::of).collect())
+}
+
 /// What is spoken at a port of this application protocol (`appProtocol`, or the prefix of the port's name).
-fn protocol(app: &str) -> Protocol {
-    match app.to_ascii_lowercase().as_str() {
-        "" => Protocol::Detect,
-        "http" | "kubernetes.io/ws" => Protocol::Http,
-        "http2" | "grpc" | "grpc-web" | "kubernetes.io/h2c" => Protocol::Http2,
-        "https" | "tls" => Protocol::Tls,
-        _ => Protocol::Tcp,
-    }
+pub(super) fn protocol(app: &str) -> Protocol {
+    Protocol::of(app)
 }

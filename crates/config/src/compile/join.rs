@@ -36,6 +36,7 @@ impl Record {
             services: Box::new([]),
             capture: None,
             enrolment: None,
+            authenticated: Box::new([]),
         }
     }
 
@@ -147,6 +148,7 @@ impl Compiler {
         self.steps += 1;
         let Some(record) = self.records.get_mut(id as usize).and_then(Option::take) else { return };
         self.unindex(id, &record);
+        self.forget_authenticated(&record.authenticated);
         for address in record.addresses() {
             self.leave_address(id, &address);
         }
@@ -216,6 +218,8 @@ impl Compiler {
         let record = self.record_mut(id)?;
         record.dirty = false;
         record.draft = None;
+        self.count_authenticated(id, Some(&workload));
+        let record = self.record_mut(id)?;
         if record.emitted && record.compiled.as_deref() == Some(&workload) {
             return None;
         }
@@ -239,6 +243,7 @@ impl Compiler {
             return None;
         }
         let old = record.compiled.clone();
+        self.count_authenticated(id, None);
         self.count_unguarded(old.as_deref(), None);
         self.count_bindings(old.as_deref(), &[]);
         Some(Change::RemoveWorkload(uid))
@@ -394,8 +399,10 @@ impl Compiler {
         let area = self.area(&key.namespace);
         if new.is_some() {
             area.services.insert(key.clone());
+            self.hosts.insert(key);
         } else {
             area.services.remove(key);
+            self.hosts.remove(key);
         }
         self.dirty_services.insert(key.clone());
         self.reselect(key, old.as_ref(), new.as_ref(), owner_changed);
@@ -537,6 +544,7 @@ impl Compiler {
         }
         self.follow_http(key, http);
         self.follow_traffic(key, true);
+        self.note_standing(&owner);
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use hashbrown::HashMap;
-use model::{ServiceKey, Str};
+use model::Str;
 
 use crate::resource::ObjectKey;
 
@@ -64,15 +64,3 @@ pub(super) fn full(host: &str, namespace: &str, domain: &str) -> Str {
 /// A host that a change concerns, as [`full`] gives it.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Concerned(pub Str);
-
-impl Concerned {
-    /// Whether the service is one of the host's.
-    #[must_use]
-    pub fn has(&self, key: &ServiceKey) -> bool {
-        if self.0.is_empty() || self.0.starts_with('.') {
-            key.hostname.ends_with(&*self.0)
-        } else {
-            key.hostname == self.0
-        }
-    }
-}

@@ -9,7 +9,7 @@ use model::http::{
 };
 
 use super::filters::{self, FILTER, HTTP, Type};
-use super::reference::{BackendDraft, PARENT, ParentRef, read_backend, read_parents};
+use super::reference::{BackendDraft, PARENT, ParentRef, read_parents, read_weighted};
 use super::value::{duration, header_name, path, regex, word};
 use crate::diagnostic::Code;
 use crate::fields::{Cursor, Fields, Schema, enforced, nested, refused, silent};
@@ -137,6 +137,22 @@ pub(super) fn read(
     let created = pool.string(metadata.created);
     let mut spec = fields.required("spec")?.fields()?;
     let parents = read_parents(&mut spec, &namespace);
+    let hostnames = read_hostnames(&mut spec);
+    let mut rules = Vec::new();
+    let mut place = 0;
+    spec.each("rules", |item| {
+        let Some(mut rule) = item.fields() else { return };
+        let rule_name = rule.string("name").map(Into::into);
+        let id = RouteId { kind, namespace: namespace.clone(), name: name.clone(), rule: place, rule_name };
+        place += 1;
+        rules.push(read_rule(&mut rule, id, &namespace));
+    });
+    let route = HttpRoute { parents, hostnames, rules: rules.into(), created };
+    Some(Resource::HttpRoute(Box::new(route)))
+}
+
+/// Reads `hostnames`, in lower case.
+pub(super) fn read_hostnames(spec: &mut Fields<'_, '_>) -> Box<[Str]> {
     let mut hostnames = Vec::new();
     spec.each("hostnames", |mut item| {
         let node = item.node();
@@ -150,17 +166,7 @@ pub(super) fn read(
             }
         }
     });
-    let mut rules = Vec::new();
-    let mut place = 0;
-    spec.each("rules", |item| {
-        let Some(mut rule) = item.fields() else { return };
-        let rule_name = rule.string("name").map(Into::into);
-        let id = RouteId { kind, namespace: namespace.clone(), name: name.clone(), rule: place, rule_name };
-        place += 1;
-        rules.push(read_rule(&mut rule, id, &namespace));
-    });
-    let route = HttpRoute { parents, hostnames: hostnames.into(), rules: rules.into(), created };
-    Some(Resource::HttpRoute(Box::new(route)))
+    hostnames.into()
 }
 
 fn read_rule(rule: &mut Fields<'_, '_>, id: RouteId, namespace: &Str) -> RuleDraft {
@@ -209,8 +215,7 @@ pub(super) fn read_backends(
     let mut backends = Vec::new();
     rule.each("backendRefs", |item| {
         let Some(mut fields) = item.fields() else { return };
-        let Some(mut backend) = read_backend(&mut fields, namespace) else { return };
-        backend.weight = fields.integer("weight", 0..=1_000_000).unwrap_or(1);
+        let Some(mut backend) = read_weighted(&mut fields, namespace) else { return };
         let of_backend = filters::read(&mut fields, namespace, types);
         let only_headers = of_backend.mirrors.is_empty()
             && of_backend.redirect.is_none()

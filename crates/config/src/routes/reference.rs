@@ -45,6 +45,15 @@ pub struct ParentRef {
     pub port: Option<u16>,
 }
 
+impl ParentRef {
+    /// Whether it is about this port of the object that it names.
+    #[must_use]
+    pub fn means(&self, port: &model::ServicePort) -> bool {
+        self.port.is_none_or(|number| number == port.port)
+            && self.section.as_ref().is_none_or(|name| *name == port.name)
+    }
+}
+
 /// Reads `parentRefs`. A kind that is none of ours has no effect here, and is another controller's business.
 pub(super) fn read_parents(spec: &mut Fields<'_, '_>, namespace: &Str) -> Box<[ParentRef]> {
     let mut parents: Vec<ParentRef> = Vec::new();
@@ -100,6 +109,32 @@ pub enum Reference {
     Unknown(Str),
 }
 
+/// Why a reference leads nowhere.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Unresolved {
+    /// What kind of reason.
+    pub why: Why,
+    /// In words.
+    pub message: Str,
+}
+
+impl std::fmt::Display for Unresolved {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+/// What kind of reason it is that a reference leads nowhere.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Why {
+    /// It is to what is no back end.
+    InvalidKind,
+    /// It is to another namespace, which does not allow it.
+    NotPermitted,
+    /// What it is to is not there.
+    NotFound,
+}
+
 /// A back end as it is written.
 #[derive(Clone, PartialEq, Debug)]
 pub struct BackendDraft {
@@ -122,6 +157,13 @@ pub(super) static MIRRORED: Schema = Schema {
     name: "BackendObjectReference",
     fields: &[enforced("group"), enforced("kind"), enforced("name"), enforced("namespace"), enforced("port")],
 };
+
+/// Reads a reference to a back end, and its weight.
+pub(super) fn read_weighted(fields: &mut Fields<'_, '_>, namespace: &Str) -> Option<BackendDraft> {
+    let backend = read_backend(fields, namespace);
+    let weight = fields.integer("weight", 0..=1_000_000).unwrap_or(1);
+    Some(BackendDraft { weight, ..backend? })
+}
 
 /// Reads a reference to a back end.
 pub(super) fn read_backend(fields: &mut Fields<'_, '_>, namespace: &Str) -> Option<BackendDraft> {

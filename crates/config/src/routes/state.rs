@@ -10,8 +10,8 @@ use model::http::{
 use model::{ServicePort, Str};
 
 use super::precedence::Precedence;
-use super::reference::{BackendDraft, ParentKind, ParentRef, Reference};
-use super::{HttpRoute, http_route::RuleDraft};
+use super::reference::{BackendDraft, ParentKind, ParentRef, Reference, Unresolved};
+use super::{HttpRoute, StreamRoute, http_route::RuleDraft};
 use crate::resource::{Kind, ObjectKey};
 
 /// The object that a route hangs on.
@@ -26,8 +26,21 @@ pub struct Parent {
 }
 
 impl Parent {
-    fn of(parent: &ParentRef) -> Self {
+    /// The one that a reference is to.
+    #[must_use]
+    pub fn of(parent: &ParentRef) -> Self {
         Self { kind: parent.kind, namespace: parent.namespace.clone(), name: parent.name.clone() }
+    }
+
+    /// The object that it is, where it is one that defines services.
+    #[must_use]
+    pub fn object(&self) -> Option<ObjectKey> {
+        let kind = match self.kind {
+            ParentKind::Service => Kind::Service,
+            ParentKind::ServiceEntry => Kind::ServiceEntry,
+            ParentKind::Gateway => return None,
+        };
+        Some(ObjectKey { kind, namespace: self.namespace.clone(), name: self.name.clone() })
     }
 
     /// The parent that defines a service, if routes can hang on it.
@@ -44,55 +57,114 @@ impl Parent {
 
 /// What a back end's reference comes to in the light of what there is; `Err` says what is wrong with it.
 /// The port is the one that the request came to.
-pub type Resolve<'r> = &'r dyn Fn(&BackendDraft, &ObjectKey, u16) -> Result<BackendRef, Str>;
+pub type Resolve<'r> = &'r dyn Fn(&BackendDraft, &ObjectKey, u16) -> Result<BackendRef, Unresolved>;
+
+/// A route of any kind of the Gateway API, as it is written.
+#[derive(Clone, PartialEq, Debug)]
+pub enum RouteDraft {
+    /// An HTTPRoute or GRPCRoute.
+    Http(Box<HttpRoute>),
+    /// A TCPRoute or TLSRoute.
+    Stream(Box<StreamRoute>),
+}
+
+impl RouteDraft {
+    /// What it hangs on.
+    #[must_use]
+    pub fn parents(&self) -> &[ParentRef] {
+        match self {
+            Self::Http(route) => &route.parents,
+            Self::Stream(route) => &route.parents,
+        }
+    }
+
+    /// All that it leads to.
+    #[must_use]
+    pub fn backends(&self) -> Vec<&BackendDraft> {
+        match self {
+            Self::Http(route) => {
+                let forwarded = route.rules.iter().flat_map(|rule| &rule.backends);
+                let mirrored = route.rules.iter().flat_map(|rule| &rule.mirrors).map(|(mirror, _)| mirror);
+                forwarded.chain(mirrored).collect()
+            }
+            Self::Stream(route) => route.rule.iter().flat_map(|rule| &rule.backends).collect(),
+        }
+    }
+}
 
 /// The routes that there are.
 #[derive(Debug, Default)]
 pub struct Routes {
-    http: HashMap<ObjectKey, Arc<HttpRoute>>,
+    all: HashMap<ObjectKey, RouteDraft>,
     by_parent: HashMap<Parent, BTreeSet<ObjectKey>>,
     by_target: HashMap<Reference, HashSet<ObjectKey>>,
 }
 
 impl Routes {
     /// Sets a route, or removes it. Gives what it hung on and hangs on now.
-    pub fn set(&mut self, key: &ObjectKey, route: Option<HttpRoute>) -> HashSet<Parent> {
+    pub fn set(&mut self, key: &ObjectKey, route: Option<RouteDraft>) -> HashSet<Parent> {
         let mut touched = HashSet::new();
-        if let Some(old) = self.http.remove(key) {
-            for parent in old.parents.iter().map(Parent::of) {
+        if let Some(old) = self.all.remove(key) {
+            for parent in old.parents().iter().map(Parent::of) {
                 remove_from(&mut self.by_parent, &parent, |set| set.remove(key), BTreeSet::is_empty);
                 touched.insert(parent);
             }
-            for target in targets(&old) {
+            for target in old.backends().into_iter().map(|backend| &backend.to) {
                 remove_from(&mut self.by_target, target, |set| set.remove(key), HashSet::is_empty);
             }
         }
         if let Some(route) = route {
-            for parent in route.parents.iter().map(Parent::of) {
+            for parent in route.parents().iter().map(Parent::of) {
                 self.by_parent.entry(parent.clone()).or_default().insert(key.clone());
                 touched.insert(parent);
             }
-            for target in targets(&route) {
+            for target in route.backends().into_iter().map(|backend| &backend.to) {
                 self.by_target.entry(target.clone()).or_default().insert(key.clone());
             }
-            self.http.insert(key.clone(), Arc::new(route));
+            self.all.insert(key.clone(), route);
         }
         touched
     }
 
-    /// What routes hang on that lead to `target`.
-    pub fn leading_to(&self, target: &Reference) -> HashSet<Parent> {
-        let routes = self.by_target.get(target).into_iter().flatten().filter_map(|key| self.http.get(key));
-        routes.flat_map(|route| route.parents.iter().map(Parent::of)).collect()
+    /// The back ends that a route names, those of its mirrors included.
+    pub fn backends<'a>(&'a self, key: &ObjectKey) -> impl Iterator<Item = &'a BackendDraft> + use<'a> {
+        self.all.get(key).into_iter().flat_map(RouteDraft::backends)
     }
 
-    /// What routes hang on that lead to Services of `namespace`.
-    pub fn leading_into(&self, namespace: &str) -> HashSet<Parent> {
+    /// The routes that hang on `parent`.
+    pub fn on(&self, parent: &Parent) -> impl Iterator<Item = &ObjectKey> {
+        self.by_parent.get(parent).into_iter().flatten()
+    }
+
+    /// The route of this name.
+    #[must_use]
+    pub fn get(&self, key: &ObjectKey) -> Option<&RouteDraft> {
+        self.all.get(key)
+    }
+
+    /// The routes that lead to `target`.
+    pub fn leading_to(&self, target: &Reference) -> impl Iterator<Item = (&ObjectKey, &RouteDraft)> {
+        let keys = self.by_target.get(target).into_iter().flatten();
+        keys.filter_map(|key| self.all.get_key_value(key))
+    }
+
+    /// The routes that lead to Services of `namespace`.
+    pub fn leading_into(&self, namespace: &str) -> impl Iterator<Item = (&ObjectKey, &RouteDraft)> {
         let into = self.by_target.iter().filter(
-            |(target, _)| matches!(target, Reference::Service { namespace: n, .. } if **n == *namespace),
+            move |(target, _)| matches!(target, Reference::Service { namespace: n, .. } if **n == *namespace),
         );
-        let routes = into.flat_map(|(_, keys)| keys).filter_map(|key| self.http.get(key));
-        routes.flat_map(|route| route.parents.iter().map(Parent::of)).collect()
+        into.flat_map(|(_, keys)| keys).filter_map(|key| self.all.get_key_value(key))
+    }
+
+    /// The routes that hang on a port of `parent`.
+    pub(super) fn at(
+        &self,
+        parent: &Parent,
+        port: &ServicePort,
+    ) -> impl Iterator<Item = (&ObjectKey, &RouteDraft)> {
+        let hangs = |p: &ParentRef| Parent::of(p) == *parent && p.means(port);
+        let here = self.on(parent).filter_map(|key| self.all.get_key_value(key));
+        here.filter(move |(_, route)| route.parents().iter().any(hangs))
     }
 
     /// The table of `parent`'s `port`: `None` when no route hangs on it, so that requests go to the service itself.
@@ -102,19 +174,10 @@ impl Routes {
     /// routes").
     #[must_use]
     pub fn table(&self, parent: &Parent, port: &ServicePort, resolve: Resolve<'_>) -> Option<RouteTable> {
-        let keys = self.by_parent.get(parent)?;
         let mut entries = Vec::new();
         let mut consumers = BTreeSet::new();
-        for key in keys {
-            let Some(route) = self.http.get(key) else { continue };
-            let hangs = |p: &&ParentRef| {
-                Parent::of(p) == *parent
-                    && p.port.is_none_or(|number| number == port.port)
-                    && p.section.as_ref().is_none_or(|name| *name == port.name)
-            };
-            if !route.parents.iter().any(|p| hangs(&p)) {
-                continue;
-            }
+        for (key, route) in self.at(parent, port) {
+            let RouteDraft::Http(route) = route else { continue };
             let consumer = (key.namespace != parent.namespace).then(|| key.namespace.clone());
             consumers.extend(consumer.clone());
             for (place, rule) in route.rules.iter().enumerate() {
@@ -165,7 +228,7 @@ impl Routes {
 
 impl BackendDraft {
     /// The service that a route hangs on.
-    fn itself(parent: &Parent, port: u16) -> Self {
+    pub(super) fn itself(parent: &Parent, port: u16) -> Self {
         let (namespace, name) = (parent.namespace.clone(), parent.name.clone());
         Self {
             to: match parent.kind {
@@ -195,19 +258,17 @@ fn remove_from<K: std::hash::Hash + Eq, S>(
     }
 }
 
-fn targets(route: &HttpRoute) -> impl Iterator<Item = &Reference> {
-    route.rules.iter().flat_map(|rule| {
-        rule.backends.iter().map(|b| &b.to).chain(rule.mirrors.iter().map(|(mirror, _)| &mirror.to))
-    })
-}
-
 fn narrowed(when: &RouteMatch, consumer: Option<&Str>) -> RouteMatch {
     let mut when = when.clone();
-    if let Some(namespace) = consumer {
-        let source = SourceMatch { namespace: Some(namespace.clone()), labels: Box::default() };
-        when.source = Some(Box::new(source));
+    if consumer.is_some() {
+        when.source = consumer.map(of_namespace);
     }
     when
+}
+
+/// The clients of a namespace.
+pub(super) fn of_namespace(namespace: &Str) -> Box<SourceMatch> {
+    Box::new(SourceMatch { namespace: Some(namespace.clone()), labels: Box::default() })
 }
 
 /// The route of a rule, with its back ends looked up.
@@ -224,9 +285,16 @@ pub(super) fn made(rule: &RuleDraft, key: &ObjectKey, port: u16, resolve: Resolv
     route
 }
 
-fn forward(backends: &[BackendDraft], key: &ObjectKey, port: u16, resolve: Resolve<'_>) -> Forward {
+/// Back ends, looked up.
+pub(super) fn forward(
+    backends: &[BackendDraft],
+    key: &ObjectKey,
+    port: u16,
+    resolve: Resolve<'_>,
+) -> Forward {
     let backend = |draft: &BackendDraft| Backend {
-        to: resolve(draft, key, port).unwrap_or_else(|reason| BackendRef::Unresolved { reason }),
+        to: resolve(draft, key, port)
+            .unwrap_or_else(|unresolved| BackendRef::Unresolved { reason: unresolved.message }),
         weight: draft.weight,
         request_headers: draft.request_headers.clone(),
         response_headers: draft.response_headers.clone(),

@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use http::HeaderValue;
-use ipnet::IpNet;
 use model::Str;
 use model::http::{
     Abort, Cors, Fault, HeaderEdit, HeaderEdits, HeaderMatch, HostRewrite, Origin, PathMatch, PathRewrite,
@@ -18,10 +17,13 @@ use super::value::{go_duration, number, regex, word};
 use crate::diagnostic::Code;
 use crate::fields::{Cursor, Fields, Schema, enforced, nested, refused, silent};
 use crate::metadata::{METADATA, Metadata};
-use crate::policy::pattern::parse_range;
 use crate::policy::selector::non_empty;
 use crate::resource::{Kind, KindSpec, Resource};
 use crate::tree::Value;
+
+mod streams;
+
+pub use streams::{StreamEntry, StreamMatchDraft};
 
 /// The kind.
 pub static KIND: KindSpec = KindSpec {
@@ -50,8 +52,8 @@ static SPEC: Schema = Schema {
         enforced("hosts"),
         enforced("gateways"),
         nested("http", &HTTP),
-        nested("tls", &TLS),
-        nested("tcp", &TCP),
+        nested("tls", &streams::TLS),
+        nested("tcp", &streams::TCP),
         enforced("exportTo"),
     ],
 };
@@ -180,35 +182,6 @@ static CORS: Schema = Schema {
         enforced("unmatchedPreflights"),
     ],
 };
-static TLS: Schema =
-    Schema { name: "TLSRoute", fields: &[nested("match", &TLS_MATCH), nested("route", &ROUTE_DESTINATION)] };
-static TLS_MATCH: Schema = Schema {
-    name: "TLSMatchAttributes",
-    fields: &[
-        enforced("sniHosts"),
-        enforced("destinationSubnets"),
-        enforced("port"),
-        enforced("sourceLabels"),
-        enforced("sourceNamespace"),
-        enforced("gateways"),
-    ],
-};
-static TCP: Schema =
-    Schema { name: "TCPRoute", fields: &[nested("match", &TCP_MATCH), nested("route", &ROUTE_DESTINATION)] };
-static TCP_MATCH: Schema = Schema {
-    name: "L4MatchAttributes",
-    fields: &[
-        enforced("destinationSubnets"),
-        enforced("port"),
-        enforced("sourceLabels"),
-        enforced("sourceNamespace"),
-        enforced("gateways"),
-        refused("sourceSubnet", "upstream ignores it", "use sourceNamespace or sourceLabels"),
-    ],
-};
-static ROUTE_DESTINATION: Schema =
-    Schema { name: "RouteDestination", fields: &[nested("destination", &DESTINATION), enforced("weight")] };
-
 /// A VirtualService.
 #[derive(Clone, PartialEq, Debug)]
 pub struct VirtualService {
@@ -233,28 +206,6 @@ pub struct HttpEntry {
     pub rule: RuleDraft,
     /// Whose routes take the requests, rather than `rule`: namespace and name.
     pub delegate: Option<(Str, Str)>,
-}
-
-/// An entry of `tls` or `tcp`.
-#[derive(Clone, PartialEq, Debug)]
-pub struct StreamEntry {
-    /// What it asks of a connection; one must hold.
-    pub matches: Box<[StreamMatchDraft]>,
-    /// Where connections go.
-    pub backends: Box<[BackendDraft]>,
-}
-
-/// What an entry of `tls` or `tcp` asks of a connection.
-#[derive(Clone, PartialEq, Debug, Default)]
-pub struct StreamMatchDraft {
-    /// The port.
-    pub port: Option<u16>,
-    /// Server names that the client may name: one, or `*.` and what it ends with. Empty: any, or none.
-    pub sni: Box<[Str]>,
-    /// Where it may go to.
-    pub destinations: Box<[IpNet]>,
-    /// The client.
-    pub source: Option<Box<SourceMatch>>,
 }
 
 /// The gateway that stands for all proxies of the mesh.
@@ -300,21 +251,30 @@ fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resourc
         place += 1;
         http.extend(read_http(&mut entry, id, &namespace, mesh));
     });
-    let mut streams = Vec::new();
+    let mut stream_entries = Vec::new();
     for kind in ["tls", "tcp"] {
+        let mut place = 0;
         spec.each(kind, |item| {
             let Some(mut entry) = item.fields() else { return };
-            streams.extend(read_stream(&mut entry, &namespace, kind == "tls", mesh));
+            let id = RouteId {
+                kind: RouteKind::VirtualService,
+                namespace: namespace.clone(),
+                name: name.clone(),
+                rule: place,
+                rule_name: Some(kind.into()),
+            };
+            place += 1;
+            stream_entries.extend(streams::read(&mut entry, id, &namespace, kind == "tls", mesh));
         });
     }
-    if http.is_empty() && streams.is_empty() && mesh {
+    if http.is_empty() && stream_entries.is_empty() && mesh {
         spec.report(Code::WithoutEffect, "it has no routes for the mesh", "");
     }
     let export_to = read_export(&mut spec, metadata.namespace);
     let service = VirtualService {
         hosts: hosts.into(),
         http: http.into(),
-        streams: streams.into(),
+        streams: stream_entries.into(),
         export_to,
         created,
     };
@@ -751,47 +711,4 @@ fn read_retries(fields: &mut Fields<'_, '_>) -> Retry {
     let other_hosts = fields.boolean("retryIgnorePreviousHosts").unwrap_or(true);
     let backoff = fields.take("backoff").and_then(go_duration).unwrap_or(Duration::from_millis(25));
     Retry { attempts, on, statuses: statuses.into(), backoff, remote_localities, other_hosts }
-}
-
-/// Reads an entry of `tls` or `tcp`; `None` when none of its matches is for the mesh.
-fn read_stream(entry: &mut Fields<'_, '_>, namespace: &Str, tls: bool, mesh: bool) -> Option<StreamEntry> {
-    let (mut matches, mut any) = (Vec::new(), false);
-    entry.each("match", |item| {
-        any = true;
-        let Some(mut fields) = item.fields() else { return };
-        let sni = if tls { fields.string_list("sniHosts") } else { Vec::new() };
-        if tls && sni.is_empty() {
-            fields.report(Code::MissingField, "a match of a TLS route needs sniHosts", "");
-        }
-        let mut destinations = Vec::new();
-        fields.each("destinationSubnets", |mut item| match item.node().as_str().and_then(parse_range) {
-            Some(range) => destinations.push(range),
-            None => item.invalid("is neither an IP address nor a range", ""),
-        });
-        let port = fields.integer("port", 1..=u16::MAX);
-        let source = read_source(&mut fields);
-        let gateways = fields.string_list("gateways");
-        if if gateways.is_empty() { mesh } else { gateways.contains(&MESH) } {
-            let sni = sni.into_iter().map(|s| Str::from(s.to_ascii_lowercase().as_str())).collect();
-            matches.push(StreamMatchDraft { port, sni, destinations: destinations.into(), source });
-        }
-    });
-    if tls && !any {
-        entry.report(Code::MissingField, "a TLS route needs a match with sniHosts", "");
-    }
-    if !any && mesh {
-        matches.push(StreamMatchDraft::default());
-    }
-    let mut backends = Vec::new();
-    entry.each("route", |item| {
-        let Some(mut fields) = item.fields() else { return };
-        let backend = fields.required("destination").and_then(|c| destination(c, namespace));
-        let weight = fields.integer("weight", 0..=i32::MAX.unsigned_abs());
-        backends.extend(backend.map(|b| (weight, BackendDraft { weight: weight.unwrap_or(0), ..b })));
-    });
-    if backends.is_empty() {
-        entry.report(Code::MissingField, "a route needs a destination", "");
-    }
-    let backends = weighted(entry, backends);
-    (!matches.is_empty()).then(|| StreamEntry { matches: matches.into(), backends })
 }

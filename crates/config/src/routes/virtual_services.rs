@@ -19,6 +19,8 @@ pub struct VirtualServices {
     services: HashMap<ObjectKey, Arc<VirtualService>>,
     hosts: ByHost,
     by_target: HashMap<Reference, HashSet<ObjectKey>>,
+    /// Who delegates to which, by namespace and name.
+    delegating: HashMap<(Str, Str), HashSet<ObjectKey>>,
 }
 
 impl VirtualServices {
@@ -39,15 +41,12 @@ impl VirtualServices {
                 concerned.push(Concerned(host));
             }
             for target in targets(service) {
-                let set = self.by_target.entry(target.clone()).or_default();
-                if is_new {
-                    set.insert(key.clone())
-                } else {
-                    set.remove(key)
-                };
+                list(&mut self.by_target, target, key, is_new);
+            }
+            for target in service.http.iter().filter_map(|entry| entry.delegate.as_ref()) {
+                list(&mut self.delegating, target, key, is_new);
             }
         }
-        self.by_target.retain(|_, set| !set.is_empty());
         if let Some(service) = service {
             self.services.insert(key.clone(), Arc::new(service));
         }
@@ -58,8 +57,8 @@ impl VirtualServices {
 
     fn delegating_to(&self, key: &ObjectKey, domain: &str) -> Vec<Concerned> {
         let target = (key.namespace.clone(), key.name.clone());
-        let delegates = |s: &VirtualService| s.http.iter().any(|e| e.delegate.as_ref() == Some(&target));
-        let roots = self.services.iter().filter(|(_, service)| delegates(service));
+        let roots = self.delegating.get(&target).into_iter().flatten();
+        let roots = roots.filter_map(|by| self.services.get_key_value(by));
         roots.flat_map(|(by, service)| hosts_of(by, service, domain)).collect()
     }
 
@@ -132,6 +131,23 @@ impl VirtualServices {
             }
         }
         merged
+    }
+}
+
+/// Lists `key` under `slot`, or no more.
+fn list<K: std::hash::Hash + Eq + Clone>(
+    index: &mut HashMap<K, HashSet<ObjectKey>>,
+    slot: &K,
+    key: &ObjectKey,
+    is_new: bool,
+) {
+    if is_new {
+        index.entry(slot.clone()).or_default().insert(key.clone());
+    } else if let Some(set) = index.get_mut(slot) {
+        set.remove(key);
+        if set.is_empty() {
+            index.remove(slot);
+        }
     }
 }
 

@@ -102,8 +102,11 @@ impl fmt::Display for StreamMatch {
         if self.tls && self.names.is_empty() {
             part(f, format_args!("TLS"))?;
         }
-        for name in &self.names {
-            part(f, format_args!("server name {name}"))?;
+        for (place, name) in self.names.iter().enumerate() {
+            match place {
+                0 => part(f, format_args!("server name {name}"))?,
+                _ => write!(f, " or {name}")?,
+            }
         }
         for range in &self.destinations {
             part(f, format_args!("to {range}"))?;
