@@ -1,0 +1,251 @@
+//! What is told of requests: metrics, log lines, spans.
+//!
+//! ```text
+//!   decide ─▶ request_started   the trace's context: read, decided over, passed on
+//!   ended  ─▶ request_ended     one look-up and six counters; the lines of logs; the span
+//!   refused ─▶ request_refused  what could not be read has a line and a reason too
+//! ```
+//!
+//! Invariants:
+//! * nothing here waits: lines and spans go to queues with a limit, and what is dropped is counted;
+//! * label sets are limited, see [`process::metrics::Family`], and a thread remembers those it sees often;
+//! * what is told of a service is resolved once, by its [`model::telemetry::Telemetry`].
+
+mod ended;
+mod engine;
+mod export;
+mod log;
+mod plan;
+mod series;
+mod trace;
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::fmt::Display;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use model::{Mesh, Str};
+use process::logs::{Format, LogWriter};
+use process::metrics::http::{HttpMetrics, HttpObservation};
+use process::metrics::{Counter, DEFAULT_SERIES_LIMIT, Description, Family, Kind, Registry};
+
+use self::ended::Ended;
+use self::log::{Log, Sinks};
+use self::plan::Plan;
+use self::series::Memory;
+use crate::http::decide::{Connection, Decided, Record};
+use crate::http::head::{Fields, RequestHead};
+
+pub use self::engine::register_engine;
+pub use self::export::{Connect, Connecting, Exporters};
+pub use self::trace::Span;
+
+/// As many services' settings a thread remembers.
+const RESOLVED: usize = 4096;
+
+/// What telemetry is told of the program.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The network that addresses are on.
+    pub network: Str,
+    /// Whether, and how, requests are logged where no resource says anything of logs.
+    pub access_log: Option<Format>,
+    /// Label sets that are kept of each metric.
+    pub series: usize,
+    /// The waypoint's own name, which spans have as that of the service.
+    pub name: Str,
+    /// Its namespace.
+    pub namespace: Str,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            network: "".into(),
+            access_log: None,
+            series: DEFAULT_SERIES_LIMIT,
+            name: "waypoint".into(),
+            namespace: "default".into(),
+        }
+    }
+}
+
+/// What is told of requests. One for the program.
+#[derive(Debug)]
+pub struct Telemetry {
+    /// Tells this one from others in the memory of threads.
+    id: u64,
+    settings: Settings,
+    metrics: HttpMetrics,
+    refused: Arc<Family<[(&'static str, &'static str); 1], Counter>>,
+    dry_runs: Arc<Family<[(&'static str, Arc<str>); 2], Counter>>,
+    sinks: Sinks,
+    exporters: Arc<Exporters>,
+    random: trace::Random,
+    plain: Arc<model::telemetry::Telemetry>,
+}
+
+/// What is told of the requests of one service, with everything looked up.
+struct Resolved {
+    plan: Plan,
+    logs: Box<[Log]>,
+}
+
+/// What one thread remembers.
+#[derive(Default)]
+struct Local {
+    of: u64,
+    resolved: HashMap<usize, (Arc<model::telemetry::Telemetry>, Arc<Resolved>)>,
+    memory: Memory,
+}
+
+thread_local! {
+    static LOCAL: RefCell<Local> = RefCell::default();
+}
+
+impl Telemetry {
+    /// Registers the metrics. `output` is what lines go through, `exporters` are what takes spans.
+    #[must_use]
+    pub fn new(
+        registry: &Registry,
+        settings: Settings,
+        output: LogWriter,
+        exporters: Arc<Exporters>,
+    ) -> Arc<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let metrics = HttpMetrics::new(registry, settings.series);
+        let refused = registry.counters(
+            "culvert_requests_refused",
+            "Requests that could not be read, by the status that they were answered with",
+        );
+        let dry_runs = registry.counters(
+            "culvert_dry_run_changes",
+            "Requests that a dry-run policy would have decided otherwise, by the policy and what it would have done",
+        );
+        let telemetry = Arc::new(Self {
+            id: NEXT.fetch_add(1, Relaxed),
+            settings,
+            metrics,
+            refused,
+            dry_runs,
+            sinks: Sinks::new(output),
+            exporters,
+            random: trace::Random::new(),
+            plain: Arc::default(),
+        });
+        telemetry.register(registry);
+        telemetry
+    }
+
+    fn register(self: &Arc<Self>, registry: &Registry) {
+        let counter = |name, help, read: fn(&Self) -> u64| {
+            let telemetry = self.clone();
+            registry.collect(Description { name, help, kind: Kind::Counter }, move |out| {
+                out.integer(&|_| {}, read(&telemetry));
+            });
+        };
+        let help = "Access logs that are not written, for want of their file or because there are too many";
+        counter("culvert_access_logs_refused", help, |t| t.sinks.refused());
+        let help = "Lines of access logs in files of their own that could not be written";
+        counter("culvert_access_log_lines_dropped", help, |t| t.sinks.dropped());
+        counter("culvert_spans", "Spans that were handed to an exporter", |t| t.exporters.counts().taken);
+        let help = "Spans that were dropped because their exporter's queue was full, or there was none";
+        counter("culvert_spans_dropped", help, |t| t.exporters.counts().dropped);
+        counter("culvert_spans_sent", "Spans that a collector took", |t| t.exporters.counts().sent);
+        let help = "Spans that no collector took";
+        counter("culvert_spans_failed", help, |t| t.exporters.counts().failed);
+    }
+
+    /// Begins the request's span, if somebody takes spans of its service: to be called once `decided.service` is known,
+    /// before the request is sent. The context goes into the request's head.
+    pub fn request_started(&self, request: &mut RequestHead, decided: &mut Decided) {
+        let tracing = decided.service.as_ref().and_then(|service| service.telemetry.tracing.as_deref());
+        if let Some(tracing) = tracing {
+            decided.trace = Some(Box::new(trace::begin(request, tracing, &self.random)));
+        }
+    }
+
+    /// A request has ended: `response` are the fields of what the client was sent.
+    pub fn request_ended(
+        &self,
+        mesh: &Mesh,
+        (request, response): (&RequestHead, &Fields),
+        connection: &Connection,
+        decided: &Decided,
+        record: &Record,
+    ) {
+        let place = (mesh, &self.settings.network);
+        let ended = Ended::new(place, (request, response), connection, decided, record);
+        let told = decided.service.as_ref().map_or(&self.plain, |service| &service.telemetry);
+        LOCAL.with_borrow_mut(|local| {
+            if local.of != self.id {
+                *local = Local { of: self.id, ..Local::default() };
+            }
+            let resolved = self.resolved(local, told);
+            let what = HttpObservation {
+                duration: ended.duration,
+                request_bytes: record.received,
+                response_bytes: record.sent,
+                request_messages: record.request_messages,
+                response_messages: record.response_messages,
+            };
+            local.memory.count(&self.metrics, &resolved.plan, &ended, &what);
+            for log in &resolved.logs {
+                log.write(&ended);
+            }
+        });
+        for dry_run in decided.verdict.iter().flat_map(|verdict| &verdict.dry_run) {
+            let would = if dry_run.would.is_ok() { "allow" } else { "deny" };
+            let labels = [("policy", dry_run.policy.to_string().into()), ("would", would.into())];
+            self.dry_runs.with(&labels).inc();
+        }
+        if let (Some(span), Some(tracing)) = (&decided.trace, &told.tracing)
+            && span.sampled
+            && tracing.report
+        {
+            self.exporters.take(tracing, export::finished(span, tracing, &ended));
+        }
+    }
+
+    /// A request could not be read, and was answered with `status`.
+    pub fn request_refused(&self, connection: &Connection, status: u16, why: &dyn Display) {
+        let label = match status {
+            400 => "400",
+            408 => "408",
+            426 => "426",
+            431 => "431",
+            501 => "501",
+            505 => "505",
+            _ => "other",
+        };
+        self.refused.with(&[("status", label)]).inc();
+        // Nobody can say for which service it was, so the program's own setting holds.
+        if let Some(format) = self.settings.access_log {
+            self.sinks.unreadable(format, connection, status, why);
+        }
+    }
+
+    /// How many label sets of requests there are.
+    #[must_use]
+    pub fn series(&self) -> usize {
+        self.metrics.series()
+    }
+
+    fn resolved(&self, local: &mut Local, told: &Arc<model::telemetry::Telemetry>) -> Arc<Resolved> {
+        let key = Arc::as_ptr(told).addr();
+        if let Some((_, resolved)) = local.resolved.get(&key) {
+            return Arc::clone(resolved);
+        }
+        if local.resolved.len() >= RESOLVED {
+            local.resolved.clear();
+        }
+        let logs = match &told.logs {
+            Some(logs) => logs.iter().filter_map(|log| self.sinks.open(log)).collect(),
+            None => self.settings.access_log.iter().map(|format| self.sinks.own(*format)).collect(),
+        };
+        let resolved = Arc::new(Resolved { plan: Plan::of(&told.metrics), logs });
+        local.resolved.insert(key, (Arc::clone(told), Arc::clone(&resolved)));
+        resolved
+    }
+}

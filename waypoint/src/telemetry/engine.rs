@@ -1,0 +1,50 @@
+//! The engine's own metrics: read from where each thread keeps its numbers when somebody scrapes.
+
+use std::sync::Arc;
+
+use process::metrics::{Description, Kind, Registry};
+
+use crate::http::stats::Stats;
+
+/// Registers the metrics of the engine's threads.
+pub fn register_engine(registry: &Registry, threads: &[Arc<Stats>]) {
+    let number = |name, help, kind, read: fn(&Stats) -> i64| {
+        let threads = threads.to_vec();
+        registry.collect(Description { name, help, kind }, move |out| {
+            out.integer(&|_| {}, threads.iter().map(|stats| read(stats)).sum::<i64>());
+        });
+    };
+    macro_rules! counters {
+        ($($name:literal $help:literal $field:ident;)*) => {
+            $(number($name, $help, Kind::Counter, |stats| i64::try_from(stats.$field.get()).unwrap_or(i64::MAX));)*
+        };
+    }
+    macro_rules! gauges {
+        ($($name:literal $help:literal $field:ident;)*) => {
+            $(number($name, $help, Kind::Gauge, |stats| stats.$field.get());)*
+        };
+    }
+    counters! {
+        "culvert_client_connections" "Connections that clients made" connections;
+        "culvert_client_connections_refused" "Connections closed because there were too many" connections_refused;
+        "culvert_client_connections_idle_closed" "Connections closed for idleness" idle_closed;
+        "culvert_client_handshakes_failed" "TLS handshakes that failed or took too long" handshakes_failed;
+        "culvert_tunnels_refused" "Tunnels that were not taken" tunnels_refused;
+        "culvert_requests" "Requests whose head came" requests;
+        "culvert_request_heads_refused" "Requests refused as no HTTP, or as too large" requests_refused;
+        "culvert_request_heads_timed_out" "Clients that did not send a request's head in time" heads_timed_out;
+        "culvert_retries" "Requests that were sent again" retries;
+        "culvert_retries_without_body" "Retries not made because the body was too large to be kept" retries_without_body;
+        "culvert_mirrored" "Copies of requests that were sent" mirrored;
+        "culvert_mirrors_dropped" "Copies of requests that were not sent, for a limit" mirrors_dropped;
+        "culvert_upstream_connections" "Connections made to endpoints" upstream_connections;
+        "culvert_upstream_connects_failed" "Attempts to connect to an endpoint that failed" connects_failed;
+        "culvert_upstream_overflows" "Requests refused because of a limit of connections or requests" pool_overflows;
+    }
+    gauges! {
+        "culvert_client_connections_open" "Clients' connections there are" connections_now;
+        "culvert_requests_active" "Requests under way" requests_now;
+        "culvert_mirrors_active" "Copies of requests under way" mirrors_now;
+        "culvert_upstream_connections_open" "Connections to endpoints there are" upstream_connections_now;
+    }
+}

@@ -1,0 +1,299 @@
+//! The access log: a line for each request that passes the filter, in the program's own form or in a format of Envoy's.
+//!
+//! Nobody waits for a line: see [`process::logs::LogWriter`].
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
+use std::time::SystemTime;
+
+use model::http::{Command, FormatPart};
+use model::telemetry::{AccessLog, Expression, LogFormat, LogSink, LogText};
+use model::{RequestDecision, Str};
+use process::logs::{Format, Line, LogWriter, Target, push_escaped};
+use tracing::Level;
+
+use super::ended::{Ended, details, protocol};
+use super::trace;
+use crate::http::decide::{Connection, Flag};
+use crate::http::edits::{self, command_value};
+
+const SCOPE: &str = "access";
+/// The program's own output, as Istio's settings name it.
+const OUTPUT: &str = "/dev/stdout";
+/// As many log files are written at most.
+const FILES: usize = 16;
+
+/// Where lines go.
+#[derive(Debug)]
+pub(super) struct Sinks {
+    output: LogWriter,
+    files: Mutex<HashMap<Str, Option<LogWriter>>>,
+    refused: AtomicU64,
+}
+
+/// A log, with its sink opened.
+#[derive(Debug)]
+pub(super) struct Log {
+    writer: LogWriter,
+    format: LogFormat,
+    filter: Option<Expression>,
+}
+
+impl Sinks {
+    pub fn new(output: LogWriter) -> Self {
+        Self { output, files: Mutex::default(), refused: AtomicU64::new(0) }
+    }
+
+    /// The log that goes to the program's own output.
+    pub fn own(&self, format: Format) -> Log {
+        let format = match format {
+            Format::Text => LogFormat::Text,
+            Format::Json => LogFormat::Json,
+        };
+        Log { writer: self.output.clone(), format, filter: None }
+    }
+
+    /// Opens a log. One that can't be opened is left out, and said so.
+    pub fn open(&self, log: &AccessLog) -> Option<Log> {
+        let LogSink::File { path, format } = &log.sink;
+        let writer = self.writer(path)?;
+        Some(Log { writer, format: format.clone(), filter: log.filter.clone() })
+    }
+
+    fn writer(&self, path: &Str) -> Option<LogWriter> {
+        if &**path == OUTPUT {
+            return Some(self.output.clone());
+        }
+        let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = files.get(path) {
+            return known.clone();
+        }
+        if files.len() >= FILES {
+            self.refused.fetch_add(1, Relaxed);
+            tracing::error!(path = &**path, FILES, "an access log is not written: there are too many files");
+            return None;
+        }
+        let opened = LogWriter::start(&Target::File(PathBuf::from(&**path)), |lines| {
+            format!("{lines} lines were dropped\n")
+        });
+        let writer = opened.inspect_err(|error| {
+            self.refused.fetch_add(1, Relaxed);
+            tracing::error!(path = &**path, %error, "an access log is not written: its file can't be opened");
+        });
+        // A failure is remembered too: it would be one for each request.
+        files.entry(path.clone()).or_insert(writer.ok()).clone()
+    }
+
+    /// Logs that are not written.
+    pub fn refused(&self) -> u64 {
+        self.refused.load(Relaxed)
+    }
+
+    /// Lines of files that were dropped; those of the program's own output are counted there.
+    pub fn dropped(&self) -> u64 {
+        let files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        files.values().flatten().map(LogWriter::dropped).sum()
+    }
+
+    /// A request that could not be read.
+    pub fn unreadable(
+        &self,
+        format: Format,
+        connection: &Connection,
+        status: u16,
+        why: &dyn std::fmt::Display,
+    ) {
+        with_text(|text| {
+            let message = "request refused";
+            let mut line = Line::start(text, format, SystemTime::now(), Level::INFO, SCOPE, message);
+            line.plain("src.addr", &connection.client);
+            if let Some(identity) = &connection.identity {
+                line.display("src.identity", identity);
+            }
+            line.plain("dst.addr", &connection.destination);
+            line.bare("status", &status);
+            line.text("flags", &Flag::DownstreamProtocolError.to_string());
+            line.display("details", why);
+            line.finish();
+            self.output.write_line(text.as_bytes());
+        });
+    }
+}
+
+fn with_text(write: impl FnOnce(&mut String)) {
+    thread_local! {
+        static TEXT: RefCell<String> = const { RefCell::new(String::new()) };
+    }
+    let mut text = TEXT.take(); // taken, not borrowed: a value's `Display` might log
+    write(&mut text);
+    TEXT.set(text);
+}
+
+impl Log {
+    /// Writes the request's line, unless the filter leaves it out.
+    pub fn write(&self, ended: &Ended<'_>) {
+        if self.filter.as_ref().is_some_and(|filter| !filter.holds(ended)) {
+            return;
+        }
+        with_text(|text| {
+            text.clear();
+            match &self.format {
+                LogFormat::Text => own_line(text, Format::Text, ended),
+                LogFormat::Json => own_line(text, Format::Json, ended),
+                LogFormat::TextOf(format) => {
+                    of_format(text, format, ended);
+                    if !text.ends_with('\n') {
+                        text.push('\n');
+                    }
+                }
+                LogFormat::JsonOf(fields) => json_line(text, fields, ended),
+            }
+            self.writer.write_line(text.as_bytes());
+        });
+    }
+}
+
+/// Everything that is known, by name.
+fn own_line(text: &mut String, format: Format, ended: &Ended<'_>) {
+    let (request, record, connection) = (ended.request, ended.record, ended.connection);
+    let message = "request complete";
+    let mut line = Line::start(text, format, SystemTime::now(), Level::INFO, SCOPE, message);
+    line.plain("src.addr", &connection.client);
+    if let Some(source) = ended.source() {
+        line.text("src.workload", &source.name);
+        line.text("src.namespace", &source.namespace);
+    }
+    if let Some(identity) = &connection.identity {
+        line.display("src.identity", identity);
+    }
+    line.plain("dst.addr", &connection.destination);
+    let about = ended.about();
+    let service = about.and_then(|about| about.service.as_ref());
+    if let Some(service) = service.or_else(|| ended.decided.service.as_ref().map(|s| &s.service)) {
+        line.text("dst.service", &service.hostname);
+    }
+    if let Some(target) = &record.target {
+        line.plain("upstream", &target.address);
+    }
+    if let Some(workload) = about.and_then(|about| about.workload.as_ref()) {
+        line.text("dst.workload", &workload.name);
+        line.text("dst.namespace", &workload.namespace);
+    }
+    line.text("method", request.method());
+    line.text("authority", request.authority());
+    line.text("path", request.target());
+    line.text("protocol", protocol(request.version));
+    line.bare("status", &record.status);
+    if let Some(status) = record.grpc_status {
+        line.bare("grpc_status", &status);
+    }
+    line.text("flags", &ended.flags());
+    line.text("details", details(record));
+    if let Some(route) = ended.decided.route.as_ref() {
+        line.display("route", &route.id);
+    }
+    if let Some(verdict) = &ended.decided.verdict {
+        of_verdict(&mut line, verdict);
+    }
+    line.bare("bytes_recv", &record.received);
+    line.bare("bytes_sent", &record.sent);
+    line.text("duration", &format!("{}ms", ended.duration.as_millis()));
+    if record.tries > 1 {
+        line.bare("attempts", &record.tries);
+    }
+    for (key, name) in [("request_id", "x-request-id"), ("user_agent", "user-agent")] {
+        if let Ok(value) = model::telemetry::Facts::header(ended, model::telemetry::Headers::Request, name) {
+            line.text(key, &value);
+        }
+    }
+    if let Some(trace) = &ended.decided.trace {
+        line.display("trace", &trace::Id(trace.trace));
+    }
+    line.finish();
+}
+
+/// What policies said that made, or would have made, a difference.
+fn of_verdict(line: &mut Line<'_>, verdict: &RequestDecision) {
+    match &verdict.outcome {
+        Ok(model::Allow::NoAllowPolicies) => {}
+        Ok(allow) => line.display("policy", allow),
+        Err(deny) => line.display("policy", deny),
+    }
+    if let Some(dry_run) = verdict.dry_run.first() {
+        let would = match &dry_run.would {
+            Ok(allow) => format!("{}: would be {allow}", dry_run.policy),
+            Err(deny) => format!("{}: would be {deny}", dry_run.policy),
+        };
+        line.text("dry_run", &would);
+    }
+}
+
+fn facts<'a>(ended: &Ended<'a>) -> edits::Facts<'a> {
+    edits::Facts {
+        request: ended.request,
+        connection: ended.connection,
+        decided: ended.decided,
+        record: Some(ended.record),
+    }
+}
+
+fn value(command: &Command, ended: &Ended<'_>) -> String {
+    let mut value = Vec::new();
+    command_value(command, &facts(ended), Some(ended.response), &mut value);
+    match (command, value.is_empty()) {
+        (Command::StatusDetails, true) => details(ended.record).to_owned(),
+        (Command::Flags, _) => ended.flags().into_owned(),
+        (_, true) => "-".to_owned(),
+        (_, false) => String::from_utf8_lossy(&value).into_owned(),
+    }
+}
+
+/// What a format comes to. A quote in a value is escaped, so that none ends the text that it stands in.
+pub(super) fn of_format(out: &mut String, format: &LogText, ended: &Ended<'_>) {
+    for part in format.format().parts() {
+        match part {
+            FormatPart::Text(text) => out.push_str(text),
+            FormatPart::Command(command) => push_escaped(out, &value(command, ended)),
+        }
+    }
+}
+
+fn json_line(out: &mut String, fields: &[(Str, LogText)], ended: &Ended<'_>) {
+    out.push('{');
+    for (place, (name, format)) in fields.iter().enumerate() {
+        out.push_str(if place == 0 { "\"" } else { ",\"" });
+        push_escaped(out, name);
+        out.push_str("\":");
+        match format.format().parts() {
+            // As Envoy has it: what is a number stays one.
+            [FormatPart::Command(command)] if is_number(command) => match value(command, ended) {
+                none if none == "-" => out.push_str("null"),
+                number => out.push_str(&number),
+            },
+            [FormatPart::Command(command)] if value(command, ended) == "-" => out.push_str("null"),
+            _ => {
+                out.push('"');
+                of_format(out, format, ended);
+                out.push('"');
+            }
+        }
+    }
+    out.push_str("}\n");
+}
+
+fn is_number(command: &Command) -> bool {
+    matches!(
+        command,
+        Command::Status
+            | Command::Duration
+            | Command::BytesReceived
+            | Command::BytesSent
+            | Command::GrpcStatus
+            | Command::Attempts
+            | Command::ClientPort
+            | Command::DestinationPort
+    )
+}
