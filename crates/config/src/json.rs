@@ -5,8 +5,8 @@
 //! Reading what is left gives the same object and the same diagnostics as reading the whole; a test holds that.
 //!
 //! The server has checked its own kinds, and a newer server has fields that the table does not know. Of those kinds
-//! (and in `metadata` of all) such a field is left out and told to the caller, not an error as in a file. Of istio.io's
-//! kinds all is kept: a field that is not known could ask for a restriction.
+//! (and in `metadata` of all) such a field is left out and told to the caller, not an error as in a file. Of custom
+//! resources all is kept: a field that is not known could ask for a restriction.
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -84,7 +84,7 @@ impl<'de> DeserializeSeed<'de> for ObjectSeed<'_> {
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
         let spec = self.kind.spec().ok_or_else(|| D::Error::custom("a kind without a table of fields"))?;
-        let checked = !spec.group.ends_with("istio.io");
+        let checked = !spec.is_custom();
         let notes = RefCell::default();
         let seed =
             NodeSeed { schema: Some(spec.schema), checked, depth: 0, unknown: self.unknown, notes: &notes };

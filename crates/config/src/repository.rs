@@ -100,6 +100,12 @@ impl Repository {
         self.store.about(origin, &|key| findings(&self.compiler, key))
     }
 
+    /// What was compiled, to ask how objects stand with what they name.
+    #[must_use]
+    pub fn standing(&self) -> &Compiler {
+        &self.compiler
+    }
+
     /// The same, and what is said of an object in order that may still not do what it is meant to, see
     /// [`Repository::review`].
     #[must_use]
