@@ -38,16 +38,21 @@ impl Compiler {
         };
         let waypoint = Waypoint { namespace: key.namespace.clone(), name: key.name.clone() };
         let old = match &spec {
-            Some(spec) => self.waypoints.insert(waypoint, spec.clone()),
+            Some(spec) => self.waypoints.insert(waypoint.clone(), spec.clone()),
             None => self.waypoints.remove(&waypoint),
         };
         if old != spec {
             self.mark_bound(&key.namespace, &Target { kind: TargetKind::Gateway, name: key.name.clone() });
+            self.note_gateway(&waypoint);
         }
     }
 
     /// The waypoint that an object names, itself or by its namespace; never the one that it is a part of.
-    fn named_waypoint<'a>(&'a self, owner: &ObjectKey, binding: &'a Binding) -> Option<&'a Waypoint> {
+    pub(super) fn named_waypoint<'a>(
+        &'a self,
+        owner: &ObjectKey,
+        binding: &'a Binding,
+    ) -> Option<&'a Waypoint> {
         let inherited = self.areas.get(&owner.namespace).map_or(&Binding::Inherited, |a| &a.waypoint);
         let waypoint = binding.or(inherited)?;
         let itself = owner.kind == Kind::Service
