@@ -4,9 +4,11 @@
 //! scope that the policy names, and says so. How, for each kind of policy, stands in [`l4`].
 
 pub mod age;
+mod attachments;
 pub mod authorization;
 pub mod discovery;
 mod embedded;
+mod guards;
 pub mod l4;
 mod l7;
 pub mod mesh_config;
@@ -14,6 +16,8 @@ pub mod mode;
 pub mod pattern;
 pub mod peer_authentication;
 pub mod providers;
+pub mod rate_limit;
+pub mod request_authentication;
 mod requests;
 pub mod review;
 pub mod selector;
@@ -25,5 +29,7 @@ pub use discovery::NamespaceSelector;
 pub use mesh_config::MeshConfig;
 pub use peer_authentication::PeerAuthentication;
 pub use providers::Providers;
+pub use rate_limit::RateLimit;
+pub use request_authentication::RequestAuthentication;
 pub use state::{Policies, Subject};
 pub use waypoint::{Binding, Waypoint};

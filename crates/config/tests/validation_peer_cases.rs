@@ -13,9 +13,10 @@ use serde_json::Value;
 mod peer;
 use peer::peer_cases;
 
-const KINDS: [&str; 6] = [
+const KINDS: [&str; 7] = [
     "AuthorizationPolicy",
     "PeerAuthentication",
+    "RequestAuthentication",
     "Service",
     "ServiceEntry",
     "WorkloadEntry",

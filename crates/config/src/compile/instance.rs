@@ -156,6 +156,8 @@ pub enum Affected {
     Bound(Str, Target),
     /// Those of a namespace.
     Namespace(Str),
+    /// The services of a namespace, or all.
+    Services(Option<Str>),
     /// All.
     Mesh,
 }

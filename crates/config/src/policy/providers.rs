@@ -5,9 +5,12 @@
 //! settings is found when they are written, and a policy with the action CUSTOM that names a provider which there is not
 //! is told so, see [`Providers::for_custom`].
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use model::Str;
+use http::{HeaderName, HeaderValue};
+use model::http::{Authorizer, BodyCheck, HttpCheck, ProviderAddress};
+use model::{Change, Str, StringMatch};
 
 use crate::compile::Finding;
 use crate::diagnostic::Code;
@@ -15,24 +18,13 @@ use crate::external::host::is_host;
 use crate::fields::{Cursor, Field, Fields, Schema, enforced, nested};
 use crate::metadata::is_label;
 
-/// A service that a provider is reached by.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Backend {
-    /// The namespace of who defines it, where several define one host name.
-    pub namespace: Option<Str>,
-    /// Its host name, in lower case, such as `authz.shop.svc.cluster.local`.
-    pub host: Str,
-    /// Its port.
-    pub port: u16,
-}
-
 /// A provider.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Provider {
     /// Its name, the only one of its kind.
     pub name: Str,
     /// Where it is; `None` for kinds that are not reached over the network.
-    pub backend: Option<Backend>,
+    pub backend: Option<ProviderAddress>,
     /// What it does.
     pub kind: ProviderKind,
 }
@@ -41,54 +33,9 @@ pub struct Provider {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum ProviderKind {
     /// Decides over requests (`envoyExtAuthzHttp`, `envoyExtAuthzGrpc`).
-    Authorizer(Box<Authorizer>),
+    Authorizer(Arc<Authorizer>),
     /// Takes traces, metrics or logs of requests, or gives secrets; under its field's name.
     Other(&'static str),
-}
-
-/// How an external authorizer is asked.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Authorizer {
-    /// How requests are given to it over HTTP; `None` for gRPC.
-    pub http: Option<HttpCheck>,
-    /// How long its answer is waited for.
-    pub timeout: Option<Duration>,
-    /// Whether requests pass that it does not answer for.
-    pub fail_open: bool,
-    /// Whether the route is chosen again after it has answered.
-    pub clear_route_cache: bool,
-    /// The status of requests that it does not answer for.
-    pub status_on_error: Option<u16>,
-    /// How much of a request's body it is given, in bytes; nothing if left out.
-    pub body: Option<BodyCheck>,
-}
-
-/// What of a body an authorizer is given.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct BodyCheck {
-    /// At most so many bytes.
-    pub max_bytes: u32,
-    /// Whether it is given a part of a larger one, which is refused otherwise.
-    pub allow_partial: bool,
-    /// Whether it is given as bytes, not as text.
-    pub as_bytes: bool,
-}
-
-/// What of a request an authorizer over HTTP is given, and what of its answer is kept.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct HttpCheck {
-    /// What its path begins with.
-    pub path_prefix: Option<Str>,
-    /// Headers of the request that it is given, as patterns.
-    pub request_headers: Vec<Str>,
-    /// Headers that it is given besides.
-    pub additional_headers: Vec<(Str, Str)>,
-    /// Headers of its answer that the service gets when it allows.
-    pub to_upstream_on_allow: Vec<Str>,
-    /// Headers of its answer that the client gets when it refuses.
-    pub to_downstream_on_deny: Vec<Str>,
-    /// Headers of its answer that the client gets when it allows.
-    pub to_downstream_on_allow: Vec<Str>,
 }
 
 /// All providers.
@@ -129,6 +76,21 @@ impl Providers {
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&Provider> {
         self.all.iter().find(|provider| &*provider.name == name)
+    }
+
+    fn authorizers(&self) -> impl Iterator<Item = &Arc<Authorizer>> {
+        self.all.iter().filter_map(|provider| match &provider.kind {
+            ProviderKind::Authorizer(authorizer) => Some(authorizer),
+            ProviderKind::Other(_) => None,
+        })
+    }
+
+    /// What changes for waypoints where `new` take the place of these.
+    pub(super) fn authorizer_changes(&self, new: &Self) -> Vec<Change> {
+        let gone = self.authorizers().filter(|old| new.authorizers().all(|new| new.name != old.name));
+        let gone = gone.map(|old| Change::RemoveAuthorizer(old.name.clone()));
+        let set = new.authorizers().filter(|new| self.authorizers().all(|old| old != *new));
+        gone.chain(set.map(|new| Change::SetAuthorizer(new.clone()))).collect()
     }
 
     /// What to say of a policy that has this provider decide.
@@ -372,7 +334,7 @@ fn provider(mut fields: Fields<'_, '_>, all: &mut Vec<Provider>) {
     let mut kinds = Vec::new();
     for field in PROVIDER.fields {
         if let (Some(schema), Some(cursor)) = (field.nested, fields.take(field.name)) {
-            kinds.extend(of_kind(field.name, schema, cursor));
+            kinds.extend(of_kind(field.name, schema, cursor, name));
         }
     }
     let count = kinds.len();
@@ -400,7 +362,8 @@ fn of_kind(
     name: &'static str,
     schema: &'static Schema,
     mut cursor: Cursor<'_, '_>,
-) -> Option<(Option<Backend>, ProviderKind)> {
+    provider: Option<&str>,
+) -> Option<(Option<ProviderAddress>, ProviderKind)> {
     let authorizer = name.starts_with("envoyExtAuthz");
     if !authorizer {
         let message = format!("a provider of the kind {name} has no effect: the node proxy sees no requests");
@@ -410,7 +373,9 @@ fn of_kind(
     let has = |wanted: &str| schema.fields.iter().any(|field| field.name == wanted);
     let backend = if has("service") { backend(&mut fields) } else { None };
     let kind = if authorizer {
-        ProviderKind::Authorizer(Box::new(read_authorizer(&mut fields, name.ends_with("Http"))))
+        let read = read_authorizer(&mut fields, name.ends_with("Http"));
+        let (address, name) = (backend.clone()?, provider.unwrap_or_default().into());
+        ProviderKind::Authorizer(Arc::new(Authorizer { name, address, ..read }))
     } else {
         for field in schema.fields {
             check(&mut fields, field.name, field.nested);
@@ -420,7 +385,7 @@ fn of_kind(
     Some((backend, kind))
 }
 
-fn backend(fields: &mut Fields<'_, '_>) -> Option<Backend> {
+pub(super) fn backend(fields: &mut Fields<'_, '_>) -> Option<ProviderAddress> {
     let service = fields.required("service").and_then(|mut cursor| {
         let text = cursor.node().as_str().unwrap_or_default();
         let (namespace, host) = match text.split_once('/') {
@@ -436,15 +401,15 @@ fn backend(fields: &mut Fields<'_, '_>) -> Option<Backend> {
     });
     let port = fields.required("port").and_then(|cursor| cursor.integer(1..=u16::MAX));
     let (namespace, host) = service?;
-    Some(Backend { namespace, host, port: port? })
+    Some(ProviderAddress { namespace, host, port: port? })
 }
 
+/// Reads how an authorizer is asked; its name and address are the caller's to fill in.
 fn read_authorizer(fields: &mut Fields<'_, '_>, http: bool) -> Authorizer {
-    let strings = |fields: &mut Fields<'_, '_>, name| {
-        fields.string_list(name).into_iter().map(Str::from).collect::<Vec<_>>()
-    };
-    let mut authorizer = Authorizer {
-        http: None,
+    let address = ProviderAddress { namespace: None, host: "".into(), port: 0 };
+    Authorizer {
+        name: "".into(),
+        address,
         timeout: fields.take("timeout").and_then(duration),
         fail_open: fields.boolean("failOpen").unwrap_or(false),
         clear_route_cache: fields.boolean("clearRouteCache").unwrap_or(false),
@@ -455,31 +420,46 @@ fn read_authorizer(fields: &mut Fields<'_, '_>, http: bool) -> Authorizer {
             let as_bytes = body.boolean("packAsBytes").unwrap_or(false);
             Some(BodyCheck { max_bytes: max_bytes?, allow_partial, as_bytes })
         }),
+        http: http.then(|| read_http_check(fields)),
+    }
+}
+
+fn read_http_check(fields: &mut Fields<'_, '_>) -> HttpCheck {
+    let names = |fields: &mut Fields<'_, '_>, name| -> Box<[StringMatch]> {
+        let list = fields.string_list(name).into_iter();
+        list.map(|name| StringMatch::parse(&name.to_ascii_lowercase())).collect()
     };
-    if http {
-        let path_prefix = fields.take("pathPrefix").and_then(|mut cursor| {
-            if cursor.node().as_str().is_some_and(|path| !path.starts_with('/')) {
-                cursor.invalid("a path begins with /", "");
-            }
-            cursor.string()
-        });
-        let mut request_headers = strings(fields, "includeRequestHeadersInCheck");
-        let older = strings(fields, "includeHeadersInCheck");
-        // As upstream: the older field counts where the newer is not set.
-        if request_headers.is_empty() {
-            request_headers = older;
+    let path_prefix = fields.take("pathPrefix").and_then(|mut cursor| {
+        if cursor.node().as_str().is_some_and(|path| !path.starts_with('/')) {
+            cursor.invalid("a path begins with /", "");
         }
-        let additional = fields.string_map("includeAdditionalHeadersInCheck").into_iter();
-        authorizer.http = Some(HttpCheck {
-            path_prefix: path_prefix.map(Str::from),
-            request_headers,
-            additional_headers: additional.map(|(name, value)| (name.into(), value.into())).collect(),
-            to_upstream_on_allow: strings(fields, "headersToUpstreamOnAllow"),
-            to_downstream_on_deny: strings(fields, "headersToDownstreamOnDeny"),
-            to_downstream_on_allow: strings(fields, "headersToDownstreamOnAllow"),
+        cursor.string()
+    });
+    let mut request_headers = names(fields, "includeRequestHeadersInCheck");
+    let older = names(fields, "includeHeadersInCheck");
+    // As upstream: the older field counts where the newer is not set.
+    if request_headers.is_empty() {
+        request_headers = older;
+    }
+    let mut additional = Vec::new();
+    if let Some(cursor) = fields.take("includeAdditionalHeadersInCheck") {
+        cursor.entries(|name, mut value| {
+            let good = HeaderName::from_bytes(name.as_bytes()).is_ok()
+                && value.node().as_str().is_none_or(|text| HeaderValue::from_str(text).is_ok());
+            if !good {
+                value.invalid("is no header field", "");
+            }
+            additional.extend(value.string().map(|text| (name.to_ascii_lowercase().into(), text.into())));
         });
     }
-    authorizer
+    HttpCheck {
+        path_prefix: path_prefix.map(Str::from),
+        request_headers,
+        additional_headers: additional.into(),
+        to_upstream_on_allow: names(fields, "headersToUpstreamOnAllow"),
+        to_downstream_on_deny: names(fields, "headersToDownstreamOnDeny"),
+        to_downstream_on_allow: names(fields, "headersToDownstreamOnAllow"),
+    }
 }
 
 /// Checks a field of a provider that has no effect here; a name means the same type in all of them.
@@ -555,7 +535,7 @@ fn choice(cursor: Option<Cursor<'_, '_>>, values: &[&str]) {
 }
 
 /// A time as it is written in settings: a number and its unit, such as `0.5s` or `200ms`.
-fn duration(mut cursor: Cursor<'_, '_>) -> Option<Duration> {
+pub(super) fn duration(mut cursor: Cursor<'_, '_>) -> Option<Duration> {
     let text = cursor.node().as_str();
     let seconds = text.and_then(|text| {
         let units = [("ms", 0.001), ("s", 1.0), ("m", 60.0), ("h", 3600.0)];

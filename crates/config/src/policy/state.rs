@@ -7,6 +7,7 @@ use model::{Change, Policy, PolicyKey, Settings, Str};
 
 use super::authorization::{AuthorizationPolicy, PolicyScope};
 use super::discovery::{self, NamespaceSelector};
+use super::guards::Guards;
 use super::l4;
 use super::l7;
 use super::mesh_config::{CONFIG_MAP, MeshConfig};
@@ -26,7 +27,7 @@ pub const SYSTEM_NAMESPACE: &str = "istio-system";
 
 /// Policies with a selector, found by the labels of a workload.
 #[derive(Debug, Default)]
-struct BySelector {
+pub(super) struct BySelector {
     /// Each under one of its labels. The namespace is `None` for those of the root namespace.
     entries: HashMap<(Option<Str>, Str, Str), BTreeMap<PolicyKey, Selector>>,
 }
@@ -37,13 +38,13 @@ impl BySelector {
         Some((namespace.cloned(), key.clone(), value.clone()))
     }
 
-    fn insert(&mut self, namespace: Option<&Str>, selector: &Selector, key: &PolicyKey) {
+    pub(super) fn insert(&mut self, namespace: Option<&Str>, selector: &Selector, key: &PolicyKey) {
         if let Some(slot) = Self::slot(namespace, selector) {
             self.entries.entry(slot).or_default().insert(key.clone(), selector.clone());
         }
     }
 
-    fn remove(&mut self, namespace: Option<&Str>, selector: &Selector, key: &PolicyKey) {
+    pub(super) fn remove(&mut self, namespace: Option<&Str>, selector: &Selector, key: &PolicyKey) {
         let Some(slot) = Self::slot(namespace, selector) else { return };
         if let Some(list) = self.entries.get_mut(&slot) {
             list.remove(key);
@@ -53,7 +54,7 @@ impl BySelector {
         }
     }
 
-    fn attached<'a>(
+    pub(super) fn attached<'a>(
         &'a self,
         namespace: Option<&'a Str>,
         labels: &'a Labels,
@@ -103,6 +104,7 @@ pub struct Policies {
     /// Policies for what passes a waypoint.
     for_waypoints: BTreeMap<PolicyKey, Box<[Target]>>,
     modes: Modes,
+    guards: Guards,
     origin: Origin,
 }
 
@@ -153,6 +155,7 @@ impl Policies {
             by_selector: BySelector::default(),
             by_target: HashMap::new(),
             for_waypoints: BTreeMap::new(),
+            guards: Guards::default(),
             origin,
         }
     }
@@ -185,6 +188,14 @@ impl Policies {
             Resource::PeerAuthentication(policy) => {
                 self.modes.set(key, Some(Arc::new(*policy)), &mut effects);
             }
+            Resource::RequestAuthentication(new) => {
+                let root = &self.settings.root_namespace;
+                self.guards.set_authentication(&policy_key(key), Some(*new), root, &mut effects);
+            }
+            Resource::RateLimit(new) => {
+                let root = &self.settings.root_namespace;
+                self.guards.set_limit(&policy_key(key), Some(*new), root, &mut effects);
+            }
             Resource::MeshConfig(config) => self.set_config(key, Some(config), &mut effects),
             Resource::ConfigMap(config) => self.set_config(key, config, &mut effects),
             _ => {}
@@ -198,10 +209,37 @@ impl Policies {
         match key.kind {
             Kind::AuthorizationPolicy => self.set_authorization(&policy_key(key), None, &mut effects),
             Kind::PeerAuthentication => self.modes.set(key, None, &mut effects),
+            Kind::RequestAuthentication => {
+                let root = &self.settings.root_namespace;
+                self.guards.set_authentication(&policy_key(key), None, root, &mut effects);
+            }
+            Kind::RateLimit => {
+                let root = &self.settings.root_namespace;
+                self.guards.set_limit(&policy_key(key), None, root, &mut effects);
+            }
             Kind::MeshConfig | Kind::ConfigMap => self.set_config(key, None, &mut effects),
             _ => {}
         }
         effects
+    }
+
+    /// The RequestAuthentications for what reaches an object through its waypoint, without those that select workloads
+    /// behind it.
+    #[must_use]
+    pub fn authentications(&self, object: &ObjectKey, waypoint: &Waypoint) -> Vec<PolicyKey> {
+        self.guards.authentications(object, waypoint, &self.settings.root_namespace)
+    }
+
+    /// The RequestAuthentications that select a workload by its labels, sorted.
+    #[must_use]
+    pub fn authenticating(&self, namespace: &Str, labels: &Labels) -> Vec<PolicyKey> {
+        self.guards.authenticating(namespace, labels)
+    }
+
+    /// The RateLimits for what reaches an object through its waypoint, sorted.
+    #[must_use]
+    pub fn rate_limits(&self, object: &ObjectKey, waypoint: &Waypoint) -> Vec<PolicyKey> {
+        self.guards.limits(object, waypoint, &self.settings.root_namespace)
     }
 
     /// The policies that a workload lists, sorted: those that select it, those for what it is behind, and the one
@@ -240,6 +278,32 @@ impl Policies {
         };
         let through = self.for_waypoints.iter().filter(|(key, targets)| meant(key, targets));
         target.into_iter().flatten().chain(through.map(|(key, _)| key)).any(enforced)
+    }
+
+    /// What an AuthorizationPolicy names by `targetRefs`; `None` if it names nothing so.
+    pub(crate) fn targets_of(&self, key: &ObjectKey) -> Option<&[Target]> {
+        if key.kind != Kind::AuthorizationPolicy {
+            return None;
+        }
+        match &self.authorization.get(&policy_key(key))?.source.scope {
+            PolicyScope::Targets(targets) => Some(targets),
+            PolicyScope::Namespace | PolicyScope::Selector(_) => None,
+        }
+    }
+
+    /// The AuthorizationPolicies that name a Service or ServiceEntry.
+    pub(crate) fn naming(&self, object: &ObjectKey) -> impl Iterator<Item = ObjectKey> {
+        let target = Target::of(object).and_then(|t| self.by_target.get(&(object.namespace.clone(), t)));
+        target.into_iter().flatten().map(object_key)
+    }
+
+    /// The AuthorizationPolicies that name a waypoint.
+    pub(crate) fn for_waypoint(&self, waypoint: &Waypoint) -> impl Iterator<Item = ObjectKey> {
+        let meant = move |key: &PolicyKey, targets: &[Target]| {
+            targets.iter().any(|target| waypoint.is_target(&key.namespace, target))
+        };
+        let all = self.for_waypoints.iter().filter(move |(key, targets)| meant(key, targets));
+        all.map(|(key, _)| object_key(key))
     }
 
     /// What to say of a policy in the light of all that there is.
@@ -438,6 +502,10 @@ impl Policies {
             None => self.configs.remove(&source),
         };
         if providers.as_ref() != self.config().map(MeshConfig::providers) {
+            let nothing = Providers::default();
+            let (old, new) =
+                (providers.as_ref().unwrap_or(&nothing), self.config().map(MeshConfig::providers));
+            effects.changes.extend(old.authorizer_changes(new.unwrap_or(&nothing)));
             let named = self.authorization.iter().filter(|(_, entry)| entry.source.provider.is_some());
             let said = named.map(|(key, entry)| (object_key(key), self.about(key, Some(entry))));
             effects.findings.extend(said.collect::<Vec<_>>());
@@ -512,6 +580,7 @@ impl Policies {
             self.authorization.insert(key, entry);
         }
         if root_changed {
+            self.guards.set_root(&self.settings.root_namespace, effects);
             self.modes.set_root(self.settings.root_namespace.clone(), effects);
         }
         effects.affected.push(Affected::Mesh);

@@ -1,0 +1,328 @@
+//! RateLimit (`culvert.dev`): how many requests there may be to what `targetRefs` name. A resource of ours, since Istio
+//! has none; it speaks Envoy's rate-limit protocol to services that count for all waypoints.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::HeaderName;
+use model::http::{
+    Bucket, Count, GlobalLimit, Limit, LimitHeaders, LimitKey, LimitMatch, PathPattern, Template,
+};
+use model::{Str, StringMatch};
+
+use super::authorization::PolicyScope;
+use super::pattern;
+use super::selector::{TARGET_REF, non_empty, read_targets};
+use crate::diagnostic::Code;
+use crate::fields::{Cursor, Fields, Schema, enforced, nested, silent};
+use crate::metadata::{METADATA, Metadata};
+use crate::resource::{Kind, KindSpec, Resource};
+
+/// The kind.
+pub static KIND: KindSpec = KindSpec {
+    kind: Kind::RateLimit,
+    group: "culvert.dev",
+    versions: &["v1alpha1"],
+    name: "RateLimit",
+    namespaced: true,
+    schema: &SCHEMA,
+    parse,
+};
+
+static SCHEMA: Schema = Schema {
+    name: "RateLimit",
+    fields: &[
+        enforced("apiVersion"),
+        enforced("kind"),
+        nested("metadata", &METADATA),
+        nested("spec", &SPEC),
+        silent("status", "it is written by the control plane"),
+    ],
+};
+
+static SPEC: Schema = Schema {
+    name: "RateLimit.spec",
+    fields: &[
+        nested("targetRefs", &TARGET_REF),
+        nested("targetRef", &TARGET_REF),
+        enforced("headers"),
+        nested("global", &GLOBAL),
+        nested("limits", &LIMIT),
+    ],
+};
+
+static GLOBAL: Schema = Schema {
+    name: "RateLimit.spec.global",
+    fields: &[
+        enforced("service"),
+        enforced("port"),
+        enforced("domain"),
+        enforced("timeout"),
+        enforced("onFailure"),
+    ],
+};
+
+static LIMIT: Schema = Schema {
+    name: "RateLimit.spec.limits[]",
+    fields: &[
+        enforced("name"),
+        nested("match", &MATCH),
+        nested("by", &BY),
+        nested("local", &LOCAL),
+        nested("global", &HITS),
+        enforced("dryRun"),
+    ],
+};
+
+static MATCH: Schema = Schema {
+    name: "RateLimit.spec.limits[].match",
+    fields: &[enforced("methods"), enforced("paths"), nested("headers", &HEADER)],
+};
+static HEADER: Schema = Schema {
+    name: "RateLimit.spec.limits[].match.headers[]",
+    fields: &[enforced("name"), enforced("value")],
+};
+static BY: Schema = Schema {
+    name: "RateLimit.spec.limits[].by[]",
+    fields: &[enforced("type"), enforced("name"), enforced("value")],
+};
+static LOCAL: Schema = Schema {
+    name: "RateLimit.spec.limits[].local",
+    fields: &[enforced("requests"), enforced("per"), enforced("burst"), enforced("maxKeys")],
+};
+static HITS: Schema = Schema { name: "RateLimit.spec.limits[].global", fields: &[enforced("hits")] };
+
+/// How long a service that counts is waited for, unless it is said.
+const TIMEOUT: Duration = Duration::from_millis(100);
+/// How many values are counted at a time, unless it is said.
+const MAX_KEYS: u32 = 10_000;
+/// The most limits of a resource: each costs something for each request.
+const MAX_LIMITS: usize = 64;
+
+/// What a RateLimit says.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RateLimit {
+    /// What it is for.
+    pub scope: PolicyScope,
+    /// Which headers tell clients of it.
+    pub headers: LimitHeaders,
+    /// Its limits; `None` if it has errors and nothing is known of it from before: no request passes.
+    pub limits: Option<Box<[Arc<Limit>]>>,
+}
+
+impl RateLimit {
+    /// One that lets no request to what is in `scope` pass.
+    pub(crate) fn closed(scope: PolicyScope) -> Self {
+        Self { scope, headers: LimitHeaders::None, limits: None }
+    }
+}
+
+fn parse(fields: &mut Fields<'_, '_>, _: &Metadata<'_>) -> Option<Resource> {
+    let mut spec = fields.required("spec")?.fields()?.without_nulls();
+    let targets = read_targets(&mut spec);
+    if targets.is_empty() {
+        let message = "spec.targetRefs is missing: a limit is for a Service, a ServiceEntry or a Gateway";
+        spec.report(Code::MissingField, message, "name what it is for");
+    }
+    let headers = spec.take("headers").and_then(|cursor| {
+        let words = [
+            ("Standard", LimitHeaders::Standard),
+            ("Legacy", LimitHeaders::Legacy),
+            ("None", LimitHeaders::None),
+        ];
+        word(cursor, &words)
+    });
+    let global = spec.object("global").and_then(|fields| read_global(fields.without_nulls())).map(Arc::new);
+    let mut limits: Vec<Arc<Limit>> = Vec::new();
+    if let Some(cursor) = spec.required("limits") {
+        cursor.each(|mut item| {
+            if limits.len() == MAX_LIMITS {
+                item.invalid(format_args!("is one of more than {MAX_LIMITS} limits"), "split the resource");
+                return;
+            }
+            let limit = item.fields().and_then(|f| read_limit(f.without_nulls(), global.as_ref(), &limits));
+            limits.extend(limit.map(Arc::new));
+        });
+    }
+    Some(Resource::RateLimit(Box::new(RateLimit {
+        scope: PolicyScope::Targets(targets.into()),
+        headers: headers.unwrap_or_default(),
+        limits: Some(limits.into()),
+    })))
+}
+
+fn read_global(mut fields: Fields<'_, '_>) -> Option<GlobalLimit> {
+    let address = super::providers::backend(&mut fields);
+    let domain = fields.required("domain").and_then(non_empty).map(Str::from);
+    let timeout = fields.take("timeout").and_then(super::providers::duration);
+    // What happens when nobody counts has no answer that is right for all: it is said.
+    let fail_open =
+        fields.required("onFailure").and_then(|cursor| word(cursor, &[("Allow", true), ("Deny", false)]));
+    Some(GlobalLimit {
+        address: address?,
+        domain: domain?,
+        timeout: timeout.unwrap_or(TIMEOUT),
+        fail_open: fail_open?,
+        hits: 1,
+    })
+}
+
+fn read_limit(
+    mut fields: Fields<'_, '_>,
+    global: Option<&Arc<GlobalLimit>>,
+    others: &[Arc<Limit>],
+) -> Option<Limit> {
+    let name = fields.required("name").and_then(|mut cursor| {
+        let text = cursor.node().as_str();
+        let good = |name: &str| crate::metadata::is_label(name) && others.iter().all(|o| &*o.name != name);
+        if text.is_some_and(|name| !good(name)) {
+            cursor.invalid("a limit has a name of letters, digits and -, which no other has", "");
+            return None;
+        }
+        cursor.string().map(Str::from)
+    });
+    let on = fields.object("match").map(|f| read_match(f.without_nulls())).unwrap_or_default();
+    let mut by = Vec::new();
+    fields.each("by", |item| by.extend(item.fields().and_then(|f| read_key(f.without_nulls()))));
+    if by.len() > 16 {
+        fields.report(Code::InvalidValue, "a limit has more than 16 parts in `by`", "split it");
+    }
+    let local = fields.object("local").map(|f| read_bucket(f.without_nulls()));
+    let hits = fields.object("global").map(|f| {
+        let mut f = f.without_nulls();
+        f.integer("hits", 1..=1_000_000_u32).unwrap_or(1)
+    });
+    let dry_run = fields.boolean("dryRun").unwrap_or(false);
+    let count = match (local, hits, global) {
+        (Some(bucket), None, _) => Count::Local(bucket?),
+        (None, Some(hits), Some(global)) => {
+            let limit = GlobalLimit { hits, ..(**global).clone() };
+            if by.is_empty() {
+                let message = "a global limit needs something in `by`: its service knows limits by it";
+                fields.report(Code::MissingField, message, "add one, such as {type: Constant, name: …}");
+            }
+            Count::Global(if hits == 1 { global.clone() } else { Arc::new(limit) })
+        }
+        (None, Some(_), None) => {
+            let message = "the limit is counted by a service, and spec.global names none";
+            fields.report(Code::MissingField, message, "name it, or write local");
+            return None;
+        }
+        (Some(_), Some(_), _) | (None, None, _) => {
+            let message = "a limit is counted either by each waypoint or by a service";
+            fields.report(Code::InvalidValue, message, "set one of local and global");
+            return None;
+        }
+    };
+    Some(Limit { name: name?, on, by: by.into(), count, dry_run })
+}
+
+fn read_bucket(mut fields: Fields<'_, '_>) -> Option<Bucket> {
+    let requests = fields.required("requests").and_then(|c| c.integer(1..=1_000_000_000_u32));
+    let per = fields.required("per").and_then(super::providers::duration);
+    let burst = fields.integer("burst", 1..=1_000_000_000_u32);
+    let max_keys = fields.integer("maxKeys", 1..=1_000_000_u32);
+    Some(Bucket {
+        requests: requests?,
+        per: per?,
+        burst: burst.or(requests)?,
+        max_keys: max_keys.unwrap_or(MAX_KEYS),
+    })
+}
+
+fn read_match(mut fields: Fields<'_, '_>) -> LimitMatch {
+    let methods = pattern::read_list(&mut fields, "methods", |c| non_empty(c).map(Str::from));
+    let paths = pattern::read_list(&mut fields, "paths", path);
+    let mut headers = Vec::new();
+    fields.each("headers", |item| {
+        let Some(mut fields) = item.fields().map(Fields::without_nulls) else { return };
+        let name = fields.required("name").and_then(header_name);
+        let value = match fields.take("value") {
+            Some(cursor) => non_empty(cursor).map(StringMatch::parse),
+            None => Some(StringMatch::Presence),
+        };
+        headers.extend(name.zip(value));
+    });
+    LimitMatch { methods, paths, headers: headers.into() }
+}
+
+fn path(mut cursor: Cursor<'_, '_>) -> Option<PathPattern> {
+    let Some(text) = cursor.node().as_str() else {
+        cursor.string();
+        return None;
+    };
+    match Template::parse(text) {
+        Ok(Some(template)) => Some(PathPattern::Template(template)),
+        Ok(None) => pattern::text(cursor).map(PathPattern::Text),
+        Err(error) => {
+            cursor.invalid(format_args!("{text:?}: {error}"), "");
+            None
+        }
+    }
+}
+
+fn read_key(mut fields: Fields<'_, '_>) -> Option<LimitKey> {
+    #[derive(Clone, Copy, PartialEq, Eq)]
+    enum Type {
+        Path,
+        Method,
+        Header,
+        Claim,
+        Identity,
+        Address,
+        Constant,
+    }
+    let words = [
+        ("Path", Type::Path),
+        ("Method", Type::Method),
+        ("Header", Type::Header),
+        ("Claim", Type::Claim),
+        ("Identity", Type::Identity),
+        ("Address", Type::Address),
+        ("Constant", Type::Constant),
+    ];
+    let kind = fields.required("type").and_then(|cursor| word(cursor, &words))?;
+    let named = matches!(kind, Type::Header | Type::Claim | Type::Constant);
+    for (name, meant) in [("name", named), ("value", kind == Type::Constant)] {
+        if let (false, Some(mut cursor)) = (meant, fields.take(name)) {
+            cursor.invalid("means nothing to this type", "remove it");
+        }
+    }
+    Some(match kind {
+        Type::Path => LimitKey::Path,
+        Type::Method => LimitKey::Method,
+        Type::Identity => LimitKey::Identity,
+        Type::Address => LimitKey::Address,
+        Type::Header => LimitKey::Header(fields.required("name").and_then(header_name)?),
+        Type::Claim => {
+            let claim = fields.required("name").and_then(non_empty)?;
+            LimitKey::Claim(claim.split('.').map(Str::from).collect())
+        }
+        Type::Constant => LimitKey::Constant {
+            key: fields.required("name").and_then(non_empty)?.into(),
+            value: fields.required("value").and_then(non_empty)?.into(),
+        },
+    })
+}
+
+fn header_name(mut cursor: Cursor<'_, '_>) -> Option<Str> {
+    let text = cursor.node().as_str();
+    let name = text.and_then(|text| HeaderName::from_bytes(text.as_bytes()).ok());
+    if name.is_none() && text.is_some() {
+        cursor.invalid("is no name of a header field", "");
+    }
+    cursor.string()?;
+    name.map(|name| name.as_str().into())
+}
+
+/// One of a few words.
+fn word<T: Copy>(mut cursor: Cursor<'_, '_>, words: &[(&str, T)]) -> Option<T> {
+    let text = cursor.node().as_str();
+    let found = words.iter().find(|(word, _)| Some(*word) == text).map(|(_, value)| *value);
+    if found.is_none() && text.is_some() {
+        let all: Vec<&str> = words.iter().map(|(word, _)| *word).collect();
+        cursor.invalid("is none of the values", format!("write one of {}", all.join(", ")));
+    }
+    cursor.string()?;
+    found
+}
