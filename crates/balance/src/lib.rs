@@ -15,6 +15,7 @@
 
 mod balancer;
 mod partition;
+pub mod requests;
 mod second_chance;
 mod stats;
 mod sums;

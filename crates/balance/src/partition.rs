@@ -420,7 +420,7 @@ fn draw(pool: &Sums, holes: &[Hole], random: u64) -> Option<usize> {
 }
 
 /// The next number of SplitMix64 (G. Steele et al., "Fast splittable pseudorandom number generators", 2014).
-fn mixed(seed: u64) -> u64 {
+pub(crate) fn mixed(seed: u64) -> u64 {
     let z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -440,7 +440,7 @@ fn target_port(endpoint: &Endpoint, port: u16, target: &TargetPort) -> Option<u1
 /// A part of a locality that neither side knows is no difference: in most clusters nobody has a subzone, in many nobody
 /// a region, and what comes after it in the order counts all the same. An unknown node or cluster is like none. Where
 /// an endpoint says its zone and no region (an EndpointSlice can't), the zone tells the region.
-fn agrees(scope: LocalityScope, client: &Client, workload: &Workload) -> bool {
+pub(crate) fn agrees(scope: LocalityScope, client: &Client, workload: &Workload) -> bool {
     let known = |a: &str, b: &str| !a.is_empty() && a == b;
     let (near, there) = (&client.locality, &workload.locality);
     match scope {

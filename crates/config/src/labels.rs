@@ -28,6 +28,12 @@ impl Labels {
     pub fn iter(&self) -> impl Iterator<Item = &(Str, Str)> {
         self.0.iter()
     }
+
+    /// The same, as the model has them.
+    #[must_use]
+    pub fn shared(&self) -> Arc<[(Str, Str)]> {
+        self.0.clone()
+    }
 }
 
 /// What selects objects by labels that they must have, all of them (`matchLabels`). Never empty: an empty

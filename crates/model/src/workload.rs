@@ -56,6 +56,9 @@ pub struct Workload {
     pub application_tunnel: Option<ApplicationTunnel>,
     /// Its weight among the endpoints of a service; 1 when nothing else is said, 0 takes no traffic.
     pub capacity: u32,
+    /// Its labels, sorted by key, where whoever tells of it knows them (WDS does not): what subsets and `sourceLabels` ask
+    /// for. Shared between equal workloads.
+    pub labels: Arc<[(Str, Str)]>,
 }
 
 impl Workload {
@@ -65,6 +68,13 @@ impl Workload {
     /// Namespace or service account hold a character that a SPIFFE ID may not.
     pub fn identity(&self) -> Result<SpiffeId, InvalidIdentity> {
         SpiffeId::new(self.trust_domain.clone(), self.namespace.clone(), self.service_account.clone())
+    }
+
+    /// The value of a label.
+    #[must_use]
+    pub fn label(&self, key: &str) -> Option<&Str> {
+        let at = self.labels.binary_search_by(|(k, _)| (**k).cmp(key)).ok()?;
+        self.labels.get(at).map(|(_, value)| value)
     }
 
     /// The keys that it is found by.

@@ -91,6 +91,7 @@ fn endpoint(name: &str, service: &Service, addresses: &[&str], health: Health) -
         network_gateway: None,
         application_tunnel: None,
         capacity: 1,
+        labels: Arc::default(),
     }
 }
 

@@ -71,6 +71,7 @@ impl Claim {
             network_gateway: None,
             application_tunnel: None,
             capacity: 1,
+            labels: Arc::default(),
         }
     }
 }

@@ -66,6 +66,7 @@ pub fn workload(uid: &str, place: &str) -> Workload {
         network_gateway: None,
         application_tunnel: None,
         capacity: 1,
+        labels: Arc::default(),
     }
 }
 

@@ -51,6 +51,7 @@ pub(super) fn pod(key: &ObjectKey, pod: Pod, context: &Context<'_>) -> Option<In
             health: if pod.ready { Health::Healthy } else { Health::Unhealthy },
             workload_name: pod.workload_name,
             workload_kind: pod.workload_kind,
+            labels: pod.labels.shared(),
             ..context.blank()
         },
         labels: pod.labels,
@@ -206,6 +207,7 @@ impl Context<'_> {
             network_gateway: None,
             application_tunnel: None,
             capacity: 1,
+            labels: Arc::default(),
         }
     }
 }

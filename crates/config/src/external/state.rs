@@ -380,6 +380,7 @@ fn entry_instance(
             locality: endpoint.locality.clone(),
             workload_name: workload_name.clone(),
             capacity: endpoint.weight,
+            labels: labels.shared(),
             ..blank
         },
         labels,

@@ -81,3 +81,17 @@ pub enum Protocol {
     /// Bytes that begin with a TLS handshake.
     Tls,
 }
+
+impl Protocol {
+    /// What is spoken at a port of this application protocol (`appProtocol`, or the prefix of the port's name).
+    #[must_use]
+    pub fn of(app: &str) -> Self {
+        match app.to_ascii_lowercase().as_str() {
+            "" => Self::Detect,
+            "http" | "kubernetes.io/ws" => Self::Http,
+            "http2" | "grpc" | "grpc-web" | "kubernetes.io/h2c" => Self::Http2,
+            "https" | "tls" => Self::Tls,
+            _ => Self::Tcp,
+        }
+    }
+}

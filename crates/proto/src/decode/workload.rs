@@ -66,6 +66,7 @@ impl Decoder {
                 .transpose()
                 .map_err(|f| f.within("application_tunnel"))?,
             capacity: w.capacity.unwrap_or(1),
+            labels: Arc::default(),
         })
     }
 

@@ -127,6 +127,7 @@ impl Cluster {
             network_gateway: None,
             application_tunnel: None,
             capacity: 1,
+            labels: Arc::default(),
         }
     }
 
