@@ -3,14 +3,17 @@
 
 use std::error::Error;
 
-const FILES: [&str; 8] = [
+const FILES: [&str; 11] = [
     "envoy/config/core/v3/base.proto",
     "envoy/service/discovery/v3/discovery.proto",
+    "envoy/service/auth/v3/external_auth.proto",
+    "envoy/service/ratelimit/v3/rls.proto",
     "google/rpc/status.proto",
     "istio/workload.proto",
     "istio/authorization.proto",
     "istio/zds.proto",
     "istio/ca.proto",
+    "culvert/waypoint.proto",
     "culvert/wire.proto",
 ];
 

@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use model::http::WaypointKey;
 use model::{NetworkAddress, NetworkMode, PolicyKey, Service, ServiceKey, Workload};
 
 /// The type of workloads and services.
@@ -15,6 +16,36 @@ pub const AUTHORIZATION_TYPE_URL: &str = "type.googleapis.com/istio.security.Aut
 pub const MESH_SETTINGS_TYPE_URL: &str = "type.googleapis.com/culvert.wire.v1.MeshSettings";
 /// The name of the only resource of that type.
 pub const MESH_SETTINGS_NAME: &str = "mesh";
+
+/// The type of what waypoints do for services; Culvert's own, as the next ones, see `culvert/waypoint.proto`.
+pub const HTTP_SERVICE_TYPE_URL: &str = "type.googleapis.com/culvert.waypoint.v1.HttpService";
+/// The type of what waypoints enforce of policies.
+pub const HTTP_POLICY_TYPE_URL: &str = "type.googleapis.com/culvert.waypoint.v1.HttpPolicy";
+/// The type of how services are spoken to.
+pub const TRAFFIC_TYPE_URL: &str = "type.googleapis.com/culvert.waypoint.v1.ServiceTraffic";
+
+/// The type of whose tokens are taken.
+pub const AUTHENTICATION_TYPE_URL: &str = "type.googleapis.com/culvert.waypoint.v1.Authentication";
+/// The type of rate limits.
+pub const RATE_LIMIT_TYPE_URL: &str = "type.googleapis.com/culvert.waypoint.v1.RateLimit";
+/// The type of external authorizers.
+pub const AUTHORIZER_TYPE_URL: &str = "type.googleapis.com/culvert.waypoint.v1.Authorizer";
+
+/// What a waypoint is interested in: `namespace/name`. Namespaces, which other resources have, have no slash.
+#[must_use]
+pub fn waypoint_scope(waypoint: &WaypointKey) -> String {
+    waypoint.to_string()
+}
+
+/// The name of a resource that several waypoints may have, as this one has it: what comes behind its own.
+///
+/// ```text
+///   WAYPOINT-NAMESPACE/WAYPOINT/NAMESPACE/NAME
+/// ```
+#[must_use]
+pub fn waypoint_part(name: &str) -> Option<&str> {
+    name.splitn(3, '/').nth(2)
+}
 
 /// The primary name of a workload: its uid.
 #[must_use]

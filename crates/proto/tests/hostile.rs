@@ -6,7 +6,10 @@ mod strategies;
 use proptest::prelude::*;
 use prost::Message;
 use proto::wire::{culvert, security, workload};
-use proto::{Decoder, Extensions, Problem, encode_policy, encode_service, encode_workload};
+use proto::{
+    Decoder, Extensions, Problem, encode_authentication, encode_authorizer, encode_http_policy,
+    encode_http_service, encode_policy, encode_rate_limit, encode_service, encode_traffic, encode_workload,
+};
 
 /// Reads `bytes` as everything that they could be.
 fn read_all(bytes: &[u8]) {
@@ -26,6 +29,12 @@ fn read_all(bytes: &[u8]) {
         let _ = message.not_applied();
         let _ = decoder.policy(&message);
     }
+    let _ = decoder.http_service(bytes);
+    let _ = decoder.http_policy(bytes);
+    let _ = decoder.traffic(bytes);
+    let _ = decoder.authentication(bytes);
+    let _ = decoder.rate_limit(bytes);
+    let _ = decoder.authorizer(bytes);
     let _ = proto::wire::zds::WorkloadRequest::decode(bytes);
     let _ = proto::wire::zds::WorkloadResponse::decode(bytes);
     let _ = proto::wire::zds::ZdsHello::decode(bytes);
@@ -104,6 +113,42 @@ proptest! {
             for (at, value) in &damage {
                 let at = at.index(bytes.len());
                 bytes[at] = *value;
+            }
+            read_all(&bytes);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+    #[test]
+    fn damaged_messages_of_waypoints_are_read_or_refused(
+        (h, r, t) in (
+            strategies::http::http_service(), strategies::http::http_policy(), strategies::http::traffic()
+        ),
+        (a, l, e) in (
+            strategies::checks::authentication(),
+            strategies::checks::rate_limit(),
+            strategies::checks::authorizer(),
+        ),
+        damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+        cut in any::<prop::sample::Index>(),
+    ) {
+        for mut bytes in [
+            encode_http_service(&h).encode_to_vec(),
+            encode_http_policy(&r).encode_to_vec(),
+            encode_traffic(&t).encode_to_vec(),
+            encode_authentication(&a).encode_to_vec(),
+            encode_rate_limit(&l).encode_to_vec(),
+            encode_authorizer(&e).encode_to_vec(),
+        ] {
+            read_all(&bytes[..cut.index(bytes.len() + 1)]);
+            for (at, value) in &damage {
+                let at = at.index(bytes.len().max(1));
+                if let Some(byte) = bytes.get_mut(at) {
+                    *byte = *value;
+                }
             }
             read_all(&bytes);
         }
@@ -366,4 +411,108 @@ fn what_the_wire_would_read_as_something_else_is_refused() {
 fn an_address_without_content_is_refused() {
     let error = Decoder::default().address(&workload::Address { r#type: None }).unwrap_err();
     assert_eq!(error.problem, Problem::Missing);
+}
+
+/// Of what a waypoint is told nothing is skipped, wherever it stands.
+#[test]
+fn a_field_of_tomorrow_is_refused_at_any_depth() {
+    use proto::wire::waypoint as wire;
+    let newer = [0xf8, 0x3f, 0x01]; // field 1023, a varint
+    let hosts = vec![security::StringMatch {
+        match_type: Some(security::string_match::MatchType::Exact("a".into())),
+    }];
+    let http = wire::HttpMatch { hosts, ..Default::default() };
+    let policy = |http: &[u8]| {
+        let matches = message(1, &security::Match::default().encode_to_vec(), &message(2, http, &[]));
+        let name = wire::Name { namespace: "shop".into(), name: "p".into() }.encode_to_vec();
+        let rules = message(1, &message(1, &matches, &[]), &[]);
+        let rest = message(6, &rules, &[]);
+        message(1, &name, &message(4, &[], &rest))
+    };
+    let known = http.encode_to_vec();
+    assert!(Decoder::default().http_policy(&policy(&known)).is_ok());
+    let error = Decoder::default().http_policy(&policy(&[&known[..], &newer].concat())).unwrap_err();
+    assert_eq!(error.problem, Problem::Newer);
+    assert!(error.to_string().contains("who sent it is newer"), "{error}");
+    for empty in [&newer[..], &[0x08, 0x00]] {
+        assert!(Decoder::default().http_service(empty).is_err());
+        assert!(Decoder::default().traffic(empty).is_err());
+    }
+}
+
+/// A field with bytes, and what comes after it.
+fn message(number: u8, content: &[u8], rest: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![number << 3 | 2];
+    prost::encoding::encode_varint(content.len() as u64, &mut bytes);
+    [&bytes[..], content, rest].concat()
+}
+
+#[test]
+fn errors_name_the_service_the_route_and_the_field() {
+    use proto::wire::waypoint as wire;
+    let service = || wire::HttpService {
+        service: Some(wire::ServiceKey { namespace: "shop".into(), hostname: "cart".into() }),
+        waypoint: Some(wire::Name { namespace: "shop".into(), name: "w".into() }),
+        telemetry: Some(Default::default()),
+        ..Default::default()
+    };
+    let route = || wire::Route {
+        id: Some(Default::default()),
+        action: Some(wire::route::Action::Forward(Default::default())),
+        ..Default::default()
+    };
+    let with = |port: wire::Port| wire::HttpService { ports: vec![port], ..service() };
+    let of = |route: wire::Route| with(wire::Port { routes: vec![route], ..Default::default() });
+    let entry = |when: wire::RouteMatch, route| {
+        with(wire::Port { entries: vec![wire::Entry { when: Some(when), route }], ..Default::default() })
+    };
+    let path =
+        |kind| wire::RouteMatch { path: Some(wire::PathMatch { kind: Some(kind) }), ..Default::default() };
+    let regex = wire::path_match::Kind::Regex("(".into());
+    let header = wire::HeaderMatch { name: "X-A".into(), ..Default::default() };
+    let retry = wire::Retry { on: 1 << 14, ..Default::default() };
+    let mirror = wire::Mirror {
+        to: Some(wire::BackendRef { kind: Some(wire::backend_ref::Kind::Original(())) }),
+        share: 1_000_001,
+    };
+    let cases = [
+        (wire::HttpService { waypoint: None, ..service() }, "http service shop/cart: waypoint: is missing"),
+        (
+            with(wire::Port { protocol: 9, ..Default::default() }),
+            "http service shop/cart: ports[0].protocol: has the value 9, which is not known",
+        ),
+        (
+            entry(Default::default(), 3),
+            "http service shop/cart: ports[0].entries[0].route: points to the route 3, which is not there",
+        ),
+        (
+            entry(path(wire::path_match::Kind::Segments("/a/".into())), 0),
+            "http service shop/cart: ports[0].entries[0].when.path.segments: is \"/a/\", which ends with a slash",
+        ),
+        (
+            entry(wire::RouteMatch { headers: vec![header], ..Default::default() }, 0),
+            "http service shop/cart: ports[0].entries[0].when.headers[0].name: is \"X-A\", which is no name of a \
+             header field in lower case",
+        ),
+        (
+            of(wire::Route { action: None, ..route() }),
+            "http service shop/cart: ports[0].routes[0].action: is missing",
+        ),
+        (
+            of(wire::Route { retry: Some(retry), ..route() }),
+            "http service shop/cart: ports[0].routes[0].retry.on: is 16384, which means nothing there",
+        ),
+        (
+            of(wire::Route { mirrors: vec![mirror], ..route() }),
+            "http service shop/cart: ports[0].routes[0].mirrors[0].share: is 1000001 millionths, more than all",
+        ),
+    ];
+    for (message, wanted) in cases {
+        let error = Decoder::default().http_service(&message.encode_to_vec()).unwrap_err();
+        assert_eq!(error.to_string(), wanted);
+    }
+    let error = Decoder::default().http_service(&entry(path(regex), 0).encode_to_vec()).unwrap_err();
+    let wanted =
+        "http service shop/cart: ports[0].entries[0].when.path.regex: \"(\" is no regular expression";
+    assert!(error.to_string().starts_with(wanted), "{error}");
 }

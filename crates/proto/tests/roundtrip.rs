@@ -6,7 +6,10 @@ mod strategies;
 use proptest::prelude::*;
 use prost::Message;
 use proto::wire::{culvert, security, workload};
-use proto::{Decoder, Extensions, encode_policy, encode_service, encode_workload};
+use proto::{
+    Decoder, Extensions, encode_authentication, encode_authorizer, encode_http_policy, encode_http_service,
+    encode_policy, encode_rate_limit, encode_service, encode_traffic, encode_workload,
+};
 
 /// Through bytes, not only through the message.
 fn sent<M: Message + Default>(message: &M) -> M {
@@ -30,6 +33,49 @@ proptest! {
     fn a_policy_reads_back_as_it_was(p in strategies::policy()) {
         let message: security::Authorization = sent(&encode_policy(&p, Extensions::Culvert).unwrap());
         prop_assert_eq!(Decoder::default().policy(&message).unwrap(), p);
+    }
+
+    #[test]
+    fn what_a_waypoint_does_for_a_service_reads_back_as_it_was(s in strategies::http::http_service()) {
+        let bytes = encode_http_service(&s).encode_to_vec();
+        let read = Decoder::default().http_service(&bytes).unwrap();
+        // Entries that led to one route do so again.
+        for (port, was) in read.ports.iter().zip(&s.ports) {
+            let of = |port: &model::http::HttpPort| {
+                let entries = port.routes.entries();
+                let same = |i: usize, j: usize| std::sync::Arc::ptr_eq(&entries[i].1, &entries[j].1);
+                (0..entries.len()).map(|i| (0..i).map(|j| same(i, j)).collect()).collect::<Vec<Vec<_>>>()
+            };
+            prop_assert_eq!(of(port), of(was));
+        }
+        prop_assert_eq!(read, s);
+    }
+
+    #[test]
+    fn a_policy_over_requests_reads_back_as_it_was(p in strategies::http::http_policy()) {
+        let bytes = encode_http_policy(&p).encode_to_vec();
+        prop_assert_eq!(Decoder::default().http_policy(&bytes).unwrap(), p);
+    }
+
+    #[test]
+    fn how_a_service_is_spoken_to_reads_back_as_it_was(t in strategies::http::traffic()) {
+        let bytes = encode_traffic(&t).encode_to_vec();
+        prop_assert_eq!(Decoder::default().traffic(&bytes).unwrap(), t);
+    }
+
+    #[test]
+    fn what_else_is_asked_of_requests_reads_back_as_it_was(
+        authentication in strategies::checks::authentication(),
+        limit in strategies::checks::rate_limit(),
+        authorizer in strategies::checks::authorizer(),
+    ) {
+        let mut decoder = Decoder::default();
+        let bytes = encode_authentication(&authentication).encode_to_vec();
+        prop_assert_eq!(decoder.authentication(&bytes).unwrap(), authentication);
+        let bytes = encode_rate_limit(&limit).encode_to_vec();
+        prop_assert_eq!(decoder.rate_limit(&bytes).unwrap(), limit);
+        let bytes = encode_authorizer(&authorizer).encode_to_vec();
+        prop_assert_eq!(decoder.authorizer(&bytes).unwrap(), authorizer);
     }
 
     /// The parts of a service that decide over connections survive Istio's wire; the rest is refused or only
@@ -67,6 +113,7 @@ fn settings_read_back_as_they_were_and_what_is_left_out_is_the_default() {
         cluster_domain: "k8s.example.org".into(),
         outbound: model::OutboundMode::RegistryOnly,
         mesh_id: Some("mesh-1".into()),
+        path_normalization: model::http::Normalization::MergeSlashes,
     };
     let message: culvert::MeshSettings = sent(&proto::encode_settings(&settings));
     assert_eq!(Decoder::default().settings(&message).unwrap(), settings);

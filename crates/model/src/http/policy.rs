@@ -183,6 +183,12 @@ impl Template {
         Ok(Some(Self { source: text.into(), parts: parts.into() }))
     }
 
+    /// As it was written.
+    #[must_use]
+    pub fn source(&self) -> &Str {
+        &self.source
+    }
+
     fn matches(&self, path: &str) -> bool {
         let mut rest = path;
         for (place, part) in self.parts.iter().enumerate() {

@@ -4,11 +4,18 @@
 //! leaving it out would change what the rest means (a match whose only address is left out matches everything).
 //! What is only shown (the kind of a workload's owner, an application protocol) falls back to its default, so
 //! that a newer control plane does not lose us a workload. Unknown fields are skipped; fields that are known and
-//! have no place in the model are named by `not_applied`.
+//! have no place in the model are named by `not_applied`. Of what waypoints are told not even these are skipped
+//! (`strict.rs`).
 
+mod checks;
+mod http;
+mod http_policy;
 mod policy;
 mod service;
 mod settings;
+mod strict;
+mod telemetry;
+mod traffic;
 mod workload;
 
 use std::collections::HashSet;
@@ -17,6 +24,8 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use model::http::{InvalidPattern, InvalidTemplate};
+use model::telemetry::Telemetry;
 use model::{
     GatewayAddress, GatewayTarget, Interner, InvalidIdentity, Locality, NetworkAddress, PortMapping, Service,
     ServiceKey, ServiceMembership, Str, TrustDomain, Workload,
@@ -77,6 +86,48 @@ pub enum Problem {
     /// A duration is negative or out of range.
     #[error("is not a duration of 0 or more")]
     Duration,
+    /// These are no bytes of a message.
+    #[error("can't be read: {0}")]
+    Bytes(String),
+    /// A message of a type of our own would be written otherwise than it came.
+    #[error("has fields or values that this version does not know: who sent it is newer")]
+    Newer,
+    /// An entry points to a route that is not there.
+    #[error("points to the route {0}, which is not there")]
+    NoRoute(u32),
+    /// No regular expression, or no replacement for what it finds.
+    #[error(transparent)]
+    Pattern(#[from] InvalidPattern),
+    /// A path with wildcards is none.
+    #[error(transparent)]
+    Template(#[from] InvalidTemplate),
+    /// It has no wildcards at all.
+    #[error("is {0:?}, which has no wildcards")]
+    NoTemplate(String),
+    /// No name of a header field, or one with capitals where there are none.
+    #[error("is {0:?}, which is no name of a header field in lower case")]
+    HeaderName(String),
+    /// No value of a header field.
+    #[error("is no value of a header field")]
+    HeaderValue,
+    /// A path that is compared segment by segment ends with a slash.
+    #[error("is {0:?}, which ends with a slash")]
+    TrailingSlash(String),
+    /// More than all.
+    #[error("is {0} millionths, more than all")]
+    Share(u32),
+    /// A number that means nothing there.
+    #[error("is {0}, which means nothing there")]
+    Number(u32),
+    /// A name that is not known.
+    #[error("is {0:?}, which is not known")]
+    NotKnown(String),
+    /// A text of a form of its own is none.
+    #[error("{0}")]
+    Text(String),
+    /// Not a number, or no finite one, or a negative one.
+    #[error("is no finite number of 0 or more")]
+    Finite,
 }
 
 /// A problem and the path to it, as far as it is known on the way up.
@@ -153,6 +204,8 @@ pub struct Decoder {
     localities: HashSet<Arc<Locality>>,
     ports: HashSet<Arc<[PortMapping]>>,
     memberships: HashSet<Arc<[ServiceMembership]>>,
+    /// What was read last, and what it came to.
+    telemetry: Option<(Box<wire::waypoint::Telemetry>, Arc<Telemetry>)>,
 }
 
 impl Decoder {
@@ -180,6 +233,7 @@ impl Decoder {
         self.memberships.retain(|m| Arc::strong_count(m) > 1);
         self.localities.retain(|l| Arc::strong_count(l) > 1);
         self.ports.retain(|p| Arc::strong_count(p) > 1);
+        self.telemetry.take_if(|(_, shared)| Arc::strong_count(shared) == 1);
         self.strings.sweep();
     }
 

@@ -24,12 +24,7 @@ impl Decoder {
         }
         Ok(Policy {
             key: PolicyKey { namespace: self.text(&p.namespace), name: self.text(&p.name) },
-            scope: match wire::Scope::try_from(p.scope) {
-                Ok(wire::Scope::Global) => Scope::Global,
-                Ok(wire::Scope::Namespace) => Scope::Namespace,
-                Ok(wire::Scope::WorkloadSelector) => Scope::WorkloadSelector,
-                Err(_) => return Err(Fault::new("scope", Problem::Enum(p.scope))),
-            },
+            scope: scope(p.scope)?,
             action: match wire::Action::try_from(p.action) {
                 Ok(wire::Action::Allow) => Action::Allow,
                 Ok(wire::Action::Deny) => Action::Deny,
@@ -45,7 +40,7 @@ impl Decoder {
         })
     }
 
-    fn policy_match(&mut self, m: &wire::Match) -> Result<Match, Fault> {
+    pub(super) fn policy_match(&mut self, m: &wire::Match) -> Result<Match, Fault> {
         Ok(Match {
             namespaces: self.patterns(&m.namespaces, "namespaces")?,
             not_namespaces: self.patterns(&m.not_namespaces, "not_namespaces")?,
@@ -67,15 +62,23 @@ impl Decoder {
         })
     }
 
-    fn patterns(&mut self, list: &[wire::StringMatch], field: &str) -> Result<Box<[StringMatch]>, Fault> {
+    pub(super) fn patterns(
+        &mut self,
+        list: &[wire::StringMatch],
+        field: &str,
+    ) -> Result<Box<[StringMatch]>, Fault> {
+        each(list, field, |pattern| self.string_match(pattern))
+    }
+
+    pub(super) fn string_match(&mut self, pattern: &wire::StringMatch) -> Result<StringMatch, Fault> {
         use wire::string_match::MatchType;
-        each(list, field, |pattern| match &pattern.match_type {
+        match &pattern.match_type {
             Some(MatchType::Exact(text)) => Ok(StringMatch::Exact(self.text(text))),
             Some(MatchType::Prefix(text)) => Ok(StringMatch::Prefix(self.text(text))),
             Some(MatchType::Suffix(text)) => Ok(StringMatch::Suffix(self.text(text))),
             Some(MatchType::Presence(_)) => Ok(StringMatch::Presence),
             None => Err(Fault::new("match_type", Problem::Missing)),
-        })
+        }
     }
 
     fn accounts(&mut self, list: &[wire::ServiceAccountMatch]) -> Box<[ServiceAccountMatch]> {
@@ -88,7 +91,16 @@ impl Decoder {
     }
 }
 
-fn ranges(list: &[wire::Address], field: &str) -> Result<Box<[IpMatch]>, Fault> {
+pub(super) fn scope(scope: i32) -> Result<Scope, Fault> {
+    match wire::Scope::try_from(scope) {
+        Ok(wire::Scope::Global) => Ok(Scope::Global),
+        Ok(wire::Scope::Namespace) => Ok(Scope::Namespace),
+        Ok(wire::Scope::WorkloadSelector) => Ok(Scope::WorkloadSelector),
+        Err(_) => Err(Fault::new("scope", Problem::Enum(scope))),
+    }
+}
+
+pub(super) fn ranges(list: &[wire::Address], field: &str) -> Result<Box<[IpMatch]>, Fault> {
     each(list, field, |a| range(&a.address, Some(a.length)).map(IpMatch))
 }
 

@@ -1,20 +1,30 @@
 //! From the model to the wire.
 
+mod checks;
+mod http;
+mod http_policy;
 mod policy;
 mod service;
 mod settings;
+mod telemetry;
+mod traffic;
 mod workload;
 
 use std::net::IpAddr;
 
-use model::{GatewayAddress, GatewayTarget};
+use ipnet::IpNet;
+use model::{GatewayAddress, GatewayTarget, Str};
 
+pub use checks::{encode_authentication, encode_authorizer, encode_rate_limit};
+pub use http::encode_http_service;
+pub use http_policy::encode_http_policy;
 pub use policy::encode_policy;
 pub use service::encode_service;
 pub use settings::encode_settings;
+pub use traffic::encode_traffic;
 pub use workload::encode_workload;
 
-use crate::wire::workload as wire;
+use crate::wire::{security, workload as wire};
 
 /// What the receiver knows beyond Istio's wire.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -119,6 +129,14 @@ fn bytes(ip: IpAddr) -> Vec<u8> {
         IpAddr::V4(v4) => v4.octets().to_vec(),
         IpAddr::V6(v6) => v6.octets().to_vec(),
     }
+}
+
+fn texts(list: &[Str]) -> Vec<String> {
+    list.iter().map(ToString::to_string).collect()
+}
+
+fn network(range: IpNet) -> security::Address {
+    security::Address { address: bytes(range.addr()), length: range.prefix_len().into() }
 }
 
 fn gateway(gateway: &GatewayAddress) -> wire::GatewayAddress {

@@ -2,7 +2,7 @@
 
 use model::{Action, IpMatch, Match, Policy, Rule, Scope, ServiceAccountMatch, StringMatch};
 
-use super::{EncodeError, Extensions, Obstacles, Reason, bytes};
+use super::{EncodeError, Extensions, Obstacles, Reason, network};
 use crate::lower::lower;
 use crate::wire::security as wire;
 
@@ -43,7 +43,7 @@ pub fn encode_policy(policy: &Policy, extensions: Extensions) -> Result<wire::Au
     obstacles.result("policy", &name, message)
 }
 
-fn scope(scope: Scope) -> wire::Scope {
+pub(super) fn scope(scope: Scope) -> wire::Scope {
     match scope {
         Scope::Global => wire::Scope::Global,
         Scope::Namespace => wire::Scope::Namespace,
@@ -71,7 +71,7 @@ fn rule(rule: &Rule) -> wire::Group {
     wire::Group { rules: rule.clauses.iter().map(clause).collect() }
 }
 
-fn one(m: &Match) -> wire::Match {
+pub(super) fn one(m: &Match) -> wire::Match {
     wire::Match {
         namespaces: patterns(&m.namespaces),
         not_namespaces: patterns(&m.not_namespaces),
@@ -91,18 +91,20 @@ fn one(m: &Match) -> wire::Match {
     }
 }
 
-fn patterns(list: &[StringMatch]) -> Vec<wire::StringMatch> {
+pub(super) fn patterns(list: &[StringMatch]) -> Vec<wire::StringMatch> {
+    list.iter().map(pattern).collect()
+}
+
+pub(super) fn pattern(pattern: &StringMatch) -> wire::StringMatch {
     use wire::string_match::MatchType;
-    list.iter()
-        .map(|pattern| wire::StringMatch {
-            match_type: Some(match pattern {
-                StringMatch::Exact(text) => MatchType::Exact(text.to_string()),
-                StringMatch::Prefix(text) => MatchType::Prefix(text.to_string()),
-                StringMatch::Suffix(text) => MatchType::Suffix(text.to_string()),
-                StringMatch::Presence => MatchType::Presence(()),
-            }),
-        })
-        .collect()
+    wire::StringMatch {
+        match_type: Some(match pattern {
+            StringMatch::Exact(text) => MatchType::Exact(text.to_string()),
+            StringMatch::Prefix(text) => MatchType::Prefix(text.to_string()),
+            StringMatch::Suffix(text) => MatchType::Suffix(text.to_string()),
+            StringMatch::Presence => MatchType::Presence(()),
+        }),
+    }
 }
 
 fn accounts(list: &[ServiceAccountMatch]) -> Vec<wire::ServiceAccountMatch> {
@@ -114,8 +116,6 @@ fn accounts(list: &[ServiceAccountMatch]) -> Vec<wire::ServiceAccountMatch> {
         .collect()
 }
 
-fn ranges(list: &[IpMatch]) -> Vec<wire::Address> {
-    list.iter()
-        .map(|r| wire::Address { address: bytes(r.0.addr()), length: r.0.prefix_len().into() })
-        .collect()
+pub(super) fn ranges(list: &[IpMatch]) -> Vec<wire::Address> {
+    list.iter().map(|range| network(range.0)).collect()
 }

@@ -1,6 +1,9 @@
 //! Random objects of the model. Texts come from small vocabularies, so that policies and connections meet.
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
+pub mod checks;
+pub mod http;
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -126,6 +129,7 @@ pub fn workload() -> BoxedStrategy<Workload> {
             cluster: place.3,
             locality: place.4,
             capacity: place.5,
+            labels: Arc::default(),
             tunnel: how.0,
             network_mode: how.1,
             health: how.2,
