@@ -15,9 +15,9 @@ use model::{Allow, Decision, Deny, DryRun, PolicyKey, Service, SpiffeId, Workloa
 use net::ByteCounts;
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
+use telemetry::Meter;
 use tokio::sync::Notify;
 
-use crate::telemetry::Meter;
 
 /// How many ended or refused connections are remembered for `culvert why`.
 const REMEMBERED: usize = 4096;

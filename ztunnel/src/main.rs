@@ -13,11 +13,8 @@ mod metrics;
 mod node;
 mod proxy;
 mod settings;
-mod source;
 mod start;
-mod state;
 mod telemetry;
-mod tls;
 mod zds;
 
 use std::process::ExitCode;

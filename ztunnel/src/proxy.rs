@@ -25,6 +25,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ::telemetry::Meter;
 use balance::Balancer;
 use futures_util::FutureExt;
 use hbone::PumpLimits;
@@ -34,6 +35,7 @@ use net::AcceptStats;
 use process::logs::{AccessLog, AccessRecord, Refusal};
 use process::metrics::tcp::TcpMetrics;
 use process::shutdown::Shutdown;
+use source::{State, Tls};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::Instant;
 
@@ -43,9 +45,7 @@ use self::pod::LocalPod;
 use self::resolve::Route;
 use crate::connections::{Carrier, Direction, Entered, Open, Recheck, Registry, Story};
 use crate::settings::Limits;
-use crate::state::State;
-use crate::telemetry::{self, Meter};
-use crate::tls::Tls;
+use crate::telemetry;
 
 /// The port that outbound connections are redirected to.
 pub const OUTBOUND_PORT: u16 = 15001;

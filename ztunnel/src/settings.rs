@@ -1,14 +1,12 @@
 //! Flags and environment, and what the data plane's limits are.
 
-mod mode;
-
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use anyhow::ensure;
 use clap::Parser;
-
-pub use self::mode::{ClusterMode, FileMode, Mode};
+use source::Mode;
 
 use crate::proxy::handshakes::Places;
 use crate::proxy::peers::Most;
@@ -25,69 +23,15 @@ use crate::proxy::pod::RoomLimits;
 #[derive(Parser, Debug, Clone)]
 #[command(name = "ztunnel", version)]
 pub struct Flags {
-    /// File mode: directory of manifests (Kubernetes and istio.io YAML); watched for changes
-    #[arg(long, env = "CULVERT_CONFIG_DIR", value_name = "DIR")]
-    pub config_dir: Option<PathBuf>,
-    /// Control planes, the preferred one first; turns file mode off
-    #[arg(long, env = "XDS_ADDRESS", value_name = "https://HOST:PORT", value_delimiter = ',')]
-    pub xds_address: Vec<String>,
-    /// In a cluster: where the CA is; by default where the control plane is
-    #[arg(long, env = "CA_ADDRESS", value_name = "https://HOST:PORT", value_delimiter = ',')]
-    pub ca_address: Vec<String>,
-    /// In a cluster: the token that says who we are; its audience is istio-ca
-    #[arg(
-        long,
-        env = "CULVERT_TOKEN_FILE",
-        value_name = "FILE",
-        default_value = "/var/run/secrets/tokens/istio-token"
-    )]
-    pub token_file: PathBuf,
-    /// In a cluster: the roots that control plane, CA and peers are judged by
-    #[arg(
-        long,
-        env = "CULVERT_ROOT_FILE",
-        value_name = "FILE",
-        default_value = "/var/run/secrets/istio/root-cert.pem"
-    )]
-    pub root_file: PathBuf,
+    /// Where configuration and certificates come from.
+    #[command(flatten)]
+    pub source: source::RawSettings,
     /// In a cluster: where the node agent listens
     #[arg(long, env = "INPOD_UDS", value_name = "SOCKET", default_value = "/var/run/ztunnel/ztunnel.sock")]
     pub zds_socket: PathBuf,
-    /// In a cluster: its name, as the control plane knows it
-    #[arg(long, env = "CLUSTER_ID", value_name = "NAME", default_value = "Kubernetes")]
-    pub cluster_id: String,
-    /// In a cluster: the network that this node's pods are on, where there are several
-    #[arg(long, env = "NETWORK", value_name = "NAME", default_value = "")]
-    pub network: String,
-    /// In a cluster: the mesh's trust domain, for as long as the control plane does not say it (Istio's doesn't)
-    #[arg(long, env = "TRUST_DOMAIN", value_name = "DOMAIN", default_value = "cluster.local")]
-    pub trust_domain: String,
-    /// In a cluster: the name of ztunnel's own pod
-    #[arg(long, env = "POD_NAME", value_name = "NAME")]
-    pub pod_name: Option<String>,
-    /// In a cluster: the namespace of ztunnel's own pod
-    #[arg(long, env = "POD_NAMESPACE", value_name = "NAMESPACE")]
-    pub pod_namespace: Option<String>,
-    /// In a cluster: the address of ztunnel's own pod
-    #[arg(long, env = "INSTANCE_IP", value_name = "ADDR")]
-    pub instance_ip: Option<IpAddr>,
     /// The node whose pods this process serves (`spec.nodeName`)
     #[arg(long, env = "NODE_NAME", value_name = "NAME")]
     pub node: String,
-    /// File mode: directory of the CA: roots.pem, ca.pem, ca.key; made on first use, best on a tmpfs
-    #[arg(long, env = "CULVERT_CA_DIR", value_name = "DIR")]
-    pub ca_dir: Option<PathBuf>,
-    /// Lifetime of workload certificates, in seconds; they are renewed at half of it
-    #[arg(long, env = "CULVERT_CERTIFICATE_TTL", default_value_t = 86_400, value_name = "SECONDS",
-          value_parser = clap::value_parser!(u64).range(10..=31_536_000))]
-    pub certificate_ttl: u64,
-    /// Directory on a tmpfs that only root can enter: keeps certificates over a restart
-    #[arg(long, env = "CULVERT_KEY_DIR", value_name = "DIR")]
-    pub key_dir: Option<PathBuf>,
-    /// Directory of what the next process has to know of this one. File mode: which pods are captured, best on a file
-    /// system that is empty after a restart of the machine. In a cluster: the last good configuration
-    #[arg(long, env = "CULVERT_STATE_DIR", value_name = "DIR", default_value = "/run/culvert")]
-    pub state_dir: PathBuf,
     /// File mode: how pods' traffic is redirected: auto, nftables, iptables-nft or iptables-legacy
     #[arg(long, env = "CULVERT_CAPTURE", default_value = "auto", value_name = "BACKEND")]
     pub capture: String,
@@ -112,6 +56,25 @@ pub struct Flags {
     /// What all of the project's binaries understand.
     #[command(flatten)]
     pub shared: process::settings::RawSettings,
+}
+
+impl Flags {
+    /// What is served, and by whose word.
+    ///
+    /// # Errors
+    /// What is missing, or contradicts another.
+    pub fn mode(&self) -> anyhow::Result<Mode> {
+        let mode = Mode::of(&self.source)?;
+        if matches!(mode, Mode::Cluster(_)) {
+            for (flag, is_set, instead) in [
+                ("--cleanup", self.cleanup, "the node agent removes the redirection"),
+                ("--capture (or CULVERT_CAPTURE)", self.capture != "auto", "the node agent redirects"),
+            ] {
+                ensure!(!is_set, "{flag} is set beside --xds-address, and belongs to file mode: {instead}");
+            }
+        }
+        Ok(mode)
+    }
 }
 
 /// Limits and times of the data plane.
@@ -173,6 +136,18 @@ impl Limits {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_node_agent_does_is_not_asked_of_ztunnel() {
+        let pod = "--pod-name zt-1 --pod-namespace culvert-system --instance-ip 10.0.0.1";
+        for (arguments, words) in
+            [("--cleanup", ["--cleanup", "node agent"]), ("--capture nftables", ["--capture", "node agent"])]
+        {
+            let arguments = format!("ztunnel --node n1 --xds-address a {pod} {arguments}");
+            let error = Flags::try_parse_from(arguments.split(' ')).unwrap().mode().unwrap_err().to_string();
+            assert!(words.iter().all(|word| error.contains(word)), "{arguments}: {error}");
+        }
+    }
 
     #[test]
     fn connections_leave_descriptors_for_all_else() {

@@ -1,28 +1,25 @@
 //! Start-up and the end of the process, in order.
 
 use std::collections::{HashMap, HashSet};
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use identity::{
-    CaDirectory, CertificateSettings, Certificates, Clock, KeyStore, LocalIssuer, LocalIssuerSettings,
-    Validity,
-};
+use identity::Certificates;
 use model::{Change, SpiffeId};
+use process::admin as pages;
 use process::logs::Logs;
 use process::metrics::tcp::TcpMetrics;
 use process::metrics::{Registry as Metrics, build_info, register_process};
+use process::ports::Ports;
 use process::readiness::{Condition, Readiness};
 use process::runtimes::{self, Workers};
 use process::shutdown::Shutdown;
-use process::{admin as pages, http};
-use tokio::net::TcpListener;
+use source::{ClusterMode, FileMode, Files, Mode, Source, State, Tls, Update};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use crate::cluster::{self, ClusterStatus};
+use crate::cluster::ClusterStatus;
 use crate::connections::Registry;
 use crate::dns::{DnsMetrics, DnsProxy, DnsSettings, Upstreams};
 use crate::node::{EnrolmentChange, Node, Record, Redirection, Work};
@@ -31,11 +28,8 @@ use crate::proxy::dialer::Tunnels;
 use crate::proxy::handshakes::Handshakes;
 use crate::proxy::peers::Peers;
 use crate::proxy::pod::Room;
-use crate::settings::{ClusterMode, FileMode, Flags, Limits, Mode};
-use crate::source::{Files, Source, Update};
-use crate::state::State;
-use crate::tls::Tls;
-use crate::zds::{Zds, ZdsStatus};
+use crate::settings::{Flags, Limits};
+use crate::zds::{Here, Zds, ZdsStatus};
 use crate::{admin, metrics};
 
 /// How often the metrics of open connections are brought up to date.
@@ -72,7 +66,7 @@ async fn serve(
     logs: &Logs,
     workers: &Arc<Workers>,
 ) -> anyhow::Result<()> {
-    let mode = Mode::of(flags)?;
+    let mode = flags.mode()?;
     let shutdown = Shutdown::new(settings.grace);
     shutdown.on_signals().context("signal handlers")?;
     logs.on_hangup().context("signal handlers")?;
@@ -109,7 +103,7 @@ async fn serve(
     let work = Arc::new(Work::default());
     work.add(enrolments);
     work.recheck();
-    let pods = follow_pods(mode, zds, (&node, &proxy.state), &work, enrolled, &shutdown);
+    let pods = follow_pods(flags, mode, zds, (&node, &proxy.state), &work, enrolled, &shutdown);
     tokio::spawn(look_after(proxy.clone()));
     tokio::spawn(follow_trust(proxy.clone(), workers.clone()));
     tokio::spawn(follow(source, proxy.clone(), node.clone(), work.clone(), configured));
@@ -143,18 +137,18 @@ struct Parts {
 
 impl Parts {
     fn of_files(flags: &Flags, files: &FileMode) -> anyhow::Result<Self> {
-        let (source, first) = Files::open(&files.config_dir, &flags.node)?;
+        let (source, first) = Files::open(&files.config_dir, Some(&flags.node))?;
         let Update { changes, enrolments, .. } = first;
         let state = Arc::new(State::default());
         state.apply(changes);
         state.set_complete();
-        let tls = local_tls(flags, files, &state)?;
+        let tls = files.tls(&flags.source, &state)?;
         let capture = capture(flags)?;
-        let record = Arc::new(Record::open(&flags.state_dir, &flags.node)?);
+        let record = Arc::new(Record::open(&flags.source.state_dir, &flags.node)?);
         Ok(Self {
             state,
             source: Source::Files(Box::new(source)),
-            enrolments,
+            enrolments: enrolments.into_iter().map(Into::into).collect(),
             tls,
             redirection: Redirection::Own { capture, record },
             cluster: None,
@@ -163,9 +157,10 @@ impl Parts {
 
     fn of_cluster(flags: &Flags, mode: &ClusterMode, registry: &Metrics) -> anyhow::Result<Self> {
         let state = Arc::new(State::default());
-        state.apply(vec![Change::SetSettings(cluster::defaults(mode))]);
-        let tls = cluster::tls(flags, mode)?;
-        let source = cluster::source(flags, mode, &state, registry)?;
+        state.apply(vec![Change::SetSettings(mode.defaults())]);
+        let tls = mode.tls(&flags.source)?;
+        let types = source::NODE_TYPES.to_vec();
+        let source = mode.source(&flags.source, &flags.node, types, &state, registry)?;
         let status = ClusterStatus { xds: source.status(), zds: Arc::new(ZdsStatus::default()) };
         Ok(Self {
             state,
@@ -258,56 +253,13 @@ fn capture(flags: &Flags) -> anyhow::Result<Arc<dyn capture::Capture>> {
     Ok(selected.capture)
 }
 
-/// The CA of the directory, and the certificates that it issues; what --key-dir kept, while the CA is away.
-fn local_tls(flags: &Flags, files: &FileMode, state: &State) -> anyhow::Result<Tls> {
-    let domains = state.mesh().settings().trust_domains.clone();
-    let clock = Clock::system();
-    let store = flags.key_dir.as_deref().map(KeyStore::open).transpose().context("--key-dir")?;
-    let validity =
-        Validity { lifetime: Duration::from_secs(flags.certificate_ttl), ..Validity::of_workloads() };
-    let issuer_settings = LocalIssuerSettings { validity, ..LocalIssuerSettings::default() };
-    let directory = CaDirectory::named(&files.ca_dir);
-    let issuer = LocalIssuer::start_kept(directory, store.clone(), domains, issuer_settings, clock.clone())
-        .with_context(|| format!("certificate authority {}", files.ca_dir.display()))?;
-    let bundle = issuer.bundle().clone();
-    // With its own random seed: a process has the same number in the containers of all nodes.
-    let settings = CertificateSettings::default();
-    Ok(Tls::new(Arc::new(Certificates::new(Arc::new(issuer), bundle, settings, store, clock))))
-}
-
-/// The local ports. Bound before anything else, so that a taken one is told at once.
-struct Ports {
-    admin: TcpListener,
-    metrics: TcpListener,
-    readiness: TcpListener,
-}
-
-impl Ports {
-    async fn bind(settings: &process::settings::Settings) -> anyhow::Result<Self> {
-        async fn on(what: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
-            let listening = http::listen(address).await;
-            listening.with_context(|| format!("{what} port (--{what}-address chooses another)"))
-        }
-        Ok(Self {
-            admin: on("admin", settings.admin).await?,
-            metrics: on("metrics", settings.metrics).await?,
-            readiness: on("readiness", settings.readiness).await?,
-        })
-    }
-
-    fn serve(self, admin: http::Routes, metrics: http::Routes, readiness: http::Routes) {
-        tokio::spawn(http::serve(self.admin, admin, pages::limits()));
-        tokio::spawn(http::serve(self.metrics, metrics, http::Limits::default()));
-        tokio::spawn(http::serve(self.readiness, readiness, http::Limits::default()));
-    }
-}
-
 /// Does the work on pods, and learns of them where the node agent tells. `enrolled` holds when all are served; in a
 /// cluster, when the agent has told of all once: what fails there is told to the agent, which tries it again.
 ///
 /// The agent is met once the configuration is there. Until then a pod that starts waits, with a reason that is seen, a pod
 /// that runs is refused or served by the ztunnel before, and no name is looked up outside that may be the mesh's.
 fn follow_pods(
+    flags: &Flags,
     mode: Mode,
     agent: Option<Arc<ZdsStatus>>,
     (node, state): (&Arc<Node>, &Arc<State>),
@@ -318,7 +270,12 @@ fn follow_pods(
     let (node, work) = (node.clone(), work.clone());
     match (mode, agent) {
         (Mode::Cluster(mode), Some(status)) => {
-            let zds = Zds::new(mode.zds_socket, mode.here, work.clone(), status, enrolled);
+            let here = Here {
+                node: flags.node.as_str().into(),
+                cluster: mode.cluster.clone(),
+                network: mode.network.clone(),
+            };
+            let zds = Zds::new(flags.zds_socket.clone(), here, work.clone(), status, enrolled);
             let (state, shutdown) = (state.clone(), shutdown.clone());
             tokio::spawn(async move {
                 tokio::select! {
@@ -362,7 +319,7 @@ async fn follow(
             work.recheck();
         }
         if !change.enrolments.is_empty() {
-            work.add(change.enrolments);
+            work.add(change.enrolments.into_iter().map(Into::into));
         }
         proxy.balancer.sweep(proxy.started.elapsed(), |key| mesh.service(key).is_some());
         if change.complete && !proxy.state.is_complete() {
@@ -377,7 +334,7 @@ async fn follow(
 }
 
 /// When the roots change, pooled connections are made anew, which proves both ends to each other again; what is
-/// not proved in time is cut. See [`crate::tls`].
+/// not proved in time is cut. See [`source::Tls`].
 async fn follow_trust(proxy: Arc<Proxy>, workers: Arc<Workers>) {
     let mut generation = proxy.tls.bundle().subscribe();
     while generation.changed().await.is_ok() {
@@ -400,7 +357,7 @@ async fn follow_trust(proxy: Arc<Proxy>, workers: Arc<Workers>) {
             });
         }
         tracing::info!(retired, proving_anew = in_use.len(), "the trust bundle changed");
-        tokio::time::sleep(crate::tls::REAUTHENTICATION).await;
+        tokio::time::sleep(source::REAUTHENTICATION).await;
         let cut = proxy.registry.recheck();
         if cut > 0 {
             tracing::warn!(connections = cut, "cut connections whose peer is no longer trusted");

@@ -10,6 +10,7 @@ pub mod admin;
 pub mod http;
 pub mod logs;
 pub mod metrics;
+pub mod ports;
 pub mod readiness;
 pub mod runtimes;
 pub mod settings;

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use structure::{Member, Workspace};
 
 /// A library, and the libraries that it may depend on.
-const LIBRARIES: [(&str, &[&str]); 10] = [
+const LIBRARIES: [(&str, &[&str]); 12] = [
     ("model", &[]),
     ("config", &["model"]),
     ("balance", &["model"]),
@@ -17,6 +17,9 @@ const LIBRARIES: [(&str, &[&str]); 10] = [
     ("hbone", &["net", "model"]),
     ("capture", &["net"]),
     ("process", &[]),
+    ("telemetry", &["model", "process"]),
+    // What both proxies begin with: neither may depend on the other, and both follow files or a control plane.
+    ("source", &["model", "config", "proto", "xds", "identity", "process"]),
 ];
 
 /// What a library's tests may depend on beside that.

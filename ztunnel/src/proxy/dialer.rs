@@ -12,12 +12,12 @@ use identity::{ExpectedPeers, PeerInfo, TlsStream};
 use model::{HboneAddr, SpiffeId};
 use net::{ConnectOptions, Netns};
 use process::runtimes::Workers;
+use source::Tls;
 use tokio::net::TcpStream;
 
 use super::Proxy;
 use super::failure::Failure;
 use crate::settings::Limits;
-use crate::tls::Tls;
 
 /// What tunnels share a connection by. It is dialled in the pod's own namespace, from the pod's own address, as
 /// the pod's identity: two pods never share one, also when they run as one service account.
@@ -59,7 +59,8 @@ impl Connector for Dialer {
             .await
             .map_err(|e| Failure::Connect { to, reason: e.source.to_string() })?;
         let expected = ExpectedPeers::OneOf(key.expected.clone());
-        let tls = self.tls.connect(tcp, to, &key.source, expected).await?;
+        let secured = self.tls.connect(tcp, to.ip(), &key.source, expected).await;
+        let tls = secured.map_err(|e| Failure::of_handshake(to, &key.source, &e))?;
         let peer = Arc::new(tls.peer().clone());
         Ok((tls, peer))
     }

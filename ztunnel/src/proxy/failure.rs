@@ -1,6 +1,9 @@
 //! Why a connection failed, and what each failure is called outside: the response flag of metrics, the status of
 //! a CONNECT, the words of the log. They are chosen here and nowhere else.
 
+use std::net::SocketAddr;
+
+use identity::HandshakeError;
 use model::{Deny, SpiffeId};
 use process::metrics::tcp::FailureFlag;
 
@@ -95,6 +98,14 @@ pub enum Failure {
 }
 
 impl Failure {
+    /// What the failure of a handshake with `peer`, as `own`, is called here.
+    pub fn of_handshake(peer: SocketAddr, own: &SpiffeId, error: &HandshakeError) -> Self {
+        match error {
+            HandshakeError::OwnCertificate(reason) => Self::Identity(own.clone(), reason.to_string()),
+            other => Self::Tls { to: peer, reason: other.to_string() },
+        }
+    }
+
     /// The value of the `response_flags` label.
     pub fn flag(&self) -> FailureFlag {
         match self {

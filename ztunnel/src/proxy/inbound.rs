@@ -99,7 +99,8 @@ async fn secure(
         workload.identity().map_err(|e| super::resolve::Refusal::NoIdentity(workload.uid.clone(), e))?;
     let place = proxy.handshakes.place(peer.ip()).await;
     let _place = place.map_err(|e| Failure::Tls { to: peer, reason: e.to_string() })?;
-    proxy.tls.accept(stream, peer, &own).await
+    let accepted = proxy.tls.accept(stream, peer.ip(), &own).await;
+    accepted.map_err(|e| Failure::of_handshake(peer, &own, &e))
 }
 
 /// A secured connection of a peer.

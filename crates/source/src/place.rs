@@ -41,6 +41,7 @@ impl Place {
     }
 
     /// The directory.
+    #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }

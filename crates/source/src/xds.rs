@@ -28,8 +28,7 @@ use proto::{
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use super::{Place, Update};
-use crate::state::State;
+use crate::{Place, State, Update};
 
 /// Changes that are worth a look for what is no longer shared.
 const SWEEP_LEAST: usize = 1000;
@@ -49,32 +48,38 @@ pub struct XdsStatus {
 
 impl XdsStatus {
     /// Whether a control plane is connected.
+    #[must_use]
     pub fn is_connected(&self) -> bool {
         matches!(&*self.link.borrow(), Link::Connected { .. })
     }
 
     /// Whether this node works by what an earlier process kept, because no control plane is there.
+    #[must_use]
     pub fn runs_from_kept_state(&self) -> bool {
         let is_fresh = self.is_fresh.load(Ordering::Relaxed) || self.is_connected();
         self.is_complete.load(Ordering::Relaxed) && !is_fresh
     }
 
     /// Updates that were put in force.
+    #[must_use]
     pub fn updates(&self) -> u64 {
         self.updates.load(Ordering::Relaxed)
     }
 
     /// Resources that came in them.
+    #[must_use]
     pub fn resources(&self) -> u64 {
         self.resources.load(Ordering::Relaxed)
     }
 
     /// Resources that could not be read.
+    #[must_use]
     pub fn rejected(&self) -> u64 {
         self.rejected.load(Ordering::Relaxed)
     }
 
     /// As JSON, for `/config_dump`.
+    #[must_use]
     pub fn dump(&self) -> Value {
         let (state, address, error) = match &*self.link.borrow() {
             Link::Starting => ("starting", None, None),
@@ -121,7 +126,7 @@ struct Whole {
 
 impl Xds {
     /// Follows `updates`, which are kept in `place`. `state` is the snapshot that they are put into; `defaults` hold until settings arrive.
-    pub fn new(
+    pub(crate) fn new(
         updates: Updates,
         place: Option<Place>,
         link: watch::Receiver<Link>,
@@ -152,6 +157,7 @@ impl Xds {
     }
 
     /// How it goes.
+    #[must_use]
     pub fn status(&self) -> Arc<XdsStatus> {
         self.status.clone()
     }
@@ -238,6 +244,7 @@ impl Xds {
     }
 
     /// What could not be read, and is not in force.
+    #[must_use]
     pub fn diagnostics(&self) -> Value {
         let one = |(name, reason): (&Arc<str>, &String)| json!({ "severity": "error", "code": "refused-resource", "resource": **name, "message": reason });
         self.unread.iter().map(one).collect()

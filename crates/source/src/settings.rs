@@ -1,21 +1,81 @@
-//! File mode or a cluster: which of the flags belong together, and what is missing of them.
+//! File mode or a cluster: the flags of each, which of them belong together, and what is missing of them.
 
 use std::net::IpAddr;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, bail, ensure};
+use clap::Args;
 use identity::ServerAddress;
 use model::TrustDomain;
 
-use super::Flags;
-use crate::zds::Here;
+/// Flags and variables as they were given.
+#[derive(Args, Debug, Clone)]
+pub struct RawSettings {
+    /// File mode: directory of manifests (Kubernetes and istio.io YAML); watched for changes
+    #[arg(long, env = "CULVERT_CONFIG_DIR", value_name = "DIR")]
+    pub config_dir: Option<PathBuf>,
+    /// Control planes, the preferred one first; turns file mode off
+    #[arg(long, env = "XDS_ADDRESS", value_name = "https://HOST:PORT", value_delimiter = ',')]
+    pub xds_address: Vec<String>,
+    /// In a cluster: where the CA is; by default where the control plane is
+    #[arg(long, env = "CA_ADDRESS", value_name = "https://HOST:PORT", value_delimiter = ',')]
+    pub ca_address: Vec<String>,
+    /// In a cluster: the token that says who we are; its audience is istio-ca
+    #[arg(
+        long,
+        env = "CULVERT_TOKEN_FILE",
+        value_name = "FILE",
+        default_value = "/var/run/secrets/tokens/istio-token"
+    )]
+    pub token_file: PathBuf,
+    /// In a cluster: the roots that control plane, CA and peers are judged by
+    #[arg(
+        long,
+        env = "CULVERT_ROOT_FILE",
+        value_name = "FILE",
+        default_value = "/var/run/secrets/istio/root-cert.pem"
+    )]
+    pub root_file: PathBuf,
+    /// In a cluster: its name, as the control plane knows it
+    #[arg(long, env = "CLUSTER_ID", value_name = "NAME", default_value = "Kubernetes")]
+    pub cluster_id: String,
+    /// In a cluster: the network that the pods here are on, where there are several
+    #[arg(long, env = "NETWORK", value_name = "NAME", default_value = "")]
+    pub network: String,
+    /// In a cluster: the mesh's trust domain, for as long as the control plane does not say it (Istio's doesn't)
+    #[arg(long, env = "TRUST_DOMAIN", value_name = "DOMAIN", default_value = "cluster.local")]
+    pub trust_domain: String,
+    /// In a cluster: the name of the proxy's own pod
+    #[arg(long, env = "POD_NAME", value_name = "NAME")]
+    pub pod_name: Option<String>,
+    /// In a cluster: the namespace of the proxy's own pod
+    #[arg(long, env = "POD_NAMESPACE", value_name = "NAMESPACE")]
+    pub pod_namespace: Option<String>,
+    /// In a cluster: the address of the proxy's own pod
+    #[arg(long, env = "INSTANCE_IP", value_name = "ADDR")]
+    pub instance_ip: Option<IpAddr>,
+    /// File mode: directory of the CA: roots.pem, ca.pem, ca.key; made on first use, best on a tmpfs
+    #[arg(long, env = "CULVERT_CA_DIR", value_name = "DIR")]
+    pub ca_dir: Option<PathBuf>,
+    /// Lifetime of workload certificates, in seconds; they are renewed at half of it
+    #[arg(long, env = "CULVERT_CERTIFICATE_TTL", default_value_t = 86_400, value_name = "SECONDS",
+          value_parser = clap::value_parser!(u64).range(10..=31_536_000))]
+    pub certificate_ttl: u64,
+    /// Directory on a tmpfs that only root can enter: keeps certificates over a restart
+    #[arg(long, env = "CULVERT_KEY_DIR", value_name = "DIR")]
+    pub key_dir: Option<PathBuf>,
+    /// Directory of what the next process has to know of this one. ztunnel in file mode: which pods are captured, best on
+    /// a file system that is empty after a restart of the machine. In a cluster: the last good configuration
+    #[arg(long, env = "CULVERT_STATE_DIR", value_name = "DIR", default_value = "/run/culvert")]
+    pub state_dir: PathBuf,
+}
 
 /// What is served, and by whose word.
 #[derive(Clone, Debug)]
 pub enum Mode {
     /// A directory of manifests.
     Files(FileMode),
-    /// A control plane, its CA and the node agent.
+    /// A control plane and its CA.
     Cluster(Box<ClusterMode>),
 }
 
@@ -39,10 +99,10 @@ pub struct ClusterMode {
     pub token_file: PathBuf,
     /// The roots.
     pub root_file: PathBuf,
-    /// The node agent.
-    pub zds_socket: PathBuf,
-    /// Where we are.
-    pub here: Here,
+    /// The cluster's name.
+    pub cluster: model::Str,
+    /// The network that the pods here are on.
+    pub network: model::Str,
     /// The trust domain, for as long as nobody else says it.
     pub trust_domain: TrustDomain,
     /// Our own pod's name.
@@ -58,7 +118,7 @@ impl Mode {
     ///
     /// # Errors
     /// What is missing, or contradicts another.
-    pub fn of(flags: &Flags) -> anyhow::Result<Self> {
+    pub fn of(flags: &RawSettings) -> anyhow::Result<Self> {
         match (&flags.config_dir, flags.xds_address.is_empty()) {
             (Some(config_dir), true) => Self::files(flags, config_dir.clone()),
             (None, false) => Self::cluster(flags),
@@ -73,7 +133,7 @@ impl Mode {
         }
     }
 
-    fn files(flags: &Flags, config_dir: PathBuf) -> anyhow::Result<Self> {
+    fn files(flags: &RawSettings, config_dir: PathBuf) -> anyhow::Result<Self> {
         let ca_dir = flags.ca_dir.clone();
         let ca_dir =
             ca_dir.context("--ca-dir (or CULVERT_CA_DIR) is missing: file mode has a CA of its own")?;
@@ -84,14 +144,12 @@ impl Mode {
         Ok(Self::Files(FileMode { config_dir, ca_dir }))
     }
 
-    fn cluster(flags: &Flags) -> anyhow::Result<Self> {
-        for (flag, is_set, instead) in [
-            ("--ca-dir (or CULVERT_CA_DIR)", flags.ca_dir.is_some(), "certificates come from --ca-address"),
-            ("--cleanup", flags.cleanup, "the node agent removes the redirection"),
-            ("--capture (or CULVERT_CAPTURE)", flags.capture != "auto", "the node agent redirects"),
-        ] {
-            ensure!(!is_set, "{flag} is set beside --xds-address, and belongs to file mode: {instead}");
-        }
+    fn cluster(flags: &RawSettings) -> anyhow::Result<Self> {
+        ensure!(
+            flags.ca_dir.is_none(),
+            "--ca-dir (or CULVERT_CA_DIR) is set beside --xds-address, and belongs to file mode: certificates come from \
+             --ca-address"
+        );
         let addresses = |flag: &'static str, list: &[String]| -> anyhow::Result<Vec<ServerAddress>> {
             list.iter().map(|text| text.parse().context(flag)).collect()
         };
@@ -109,12 +167,8 @@ impl Mode {
             authorities,
             token_file: flags.token_file.clone(),
             root_file: flags.root_file.clone(),
-            zds_socket: flags.zds_socket.clone(),
-            here: Here {
-                node: flags.node.as_str().into(),
-                cluster: flags.cluster_id.as_str().into(),
-                network: flags.network.as_str().into(),
-            },
+            cluster: flags.cluster_id.as_str().into(),
+            network: flags.network.as_str().into(),
             trust_domain: flags.trust_domain.parse().context("--trust-domain (or TRUST_DOMAIN)")?,
             pod_name: text(&flags.pod_name, "--pod-name (or POD_NAME)")?,
             pod_namespace: text(&flags.pod_namespace, "--pod-namespace (or POD_NAMESPACE)")?,
@@ -127,15 +181,19 @@ impl Mode {
 
 #[cfg(test)]
 mod tests {
-    use clap::Parser as _;
+    use clap::Parser;
 
     use super::*;
 
+    #[derive(Parser)]
+    struct Flags {
+        #[command(flatten)]
+        source: RawSettings,
+    }
+
     fn mode(arguments: &str) -> Result<Mode, String> {
-        let flags = Flags::try_parse_from(
-            ["ztunnel", "--node", "n1"].into_iter().chain(arguments.split_whitespace()),
-        );
-        Mode::of(&flags.unwrap()).map_err(|error| format!("{error:#}"))
+        let flags = Flags::try_parse_from(["proxy"].into_iter().chain(arguments.split_whitespace()));
+        Mode::of(&flags.unwrap().source).map_err(|error| format!("{error:#}"))
     }
 
     const POD: &str = "--pod-name zt-1 --pod-namespace culvert-system --instance-ip 10.0.0.1";
@@ -149,7 +207,7 @@ mod tests {
         };
         assert_eq!(cluster.control_planes, cluster.authorities);
         assert_eq!(cluster.control_planes[0].port(), 15012);
-        assert_eq!(&*cluster.here.cluster, "Kubernetes");
+        assert_eq!(&*cluster.cluster, "Kubernetes");
         let several = format!("--xds-address https://a:1,https://b:2 --xds-address c --ca-address d:4 {POD}");
         let Mode::Cluster(cluster) = mode(&several).unwrap() else { panic!("not a cluster") };
         assert_eq!((cluster.control_planes.len(), cluster.authorities[0].port()), (3, 4));
@@ -163,8 +221,6 @@ mod tests {
             ("--config-dir d", ["--ca-dir", "CULVERT_CA_DIR"]),
             ("--config-dir d --ca-dir c --ca-address a", ["--ca-address", "--ca-dir"]),
             (&format!("--xds-address a --ca-dir c {POD}"), ["--ca-dir", "--ca-address"]),
-            (&format!("--xds-address a --cleanup {POD}"), ["--cleanup", "node agent"]),
-            (&format!("--xds-address a --capture nftables {POD}"), ["--capture", "node agent"]),
             (&format!("--xds-address http://a {POD}"), ["--xds-address", "https"]),
             (&format!("--xds-address a --trust-domain No! {POD}"), ["--trust-domain", "No!"]),
             ("--xds-address a", ["--pod-name", "POD_NAME"]),

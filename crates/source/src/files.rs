@@ -8,7 +8,7 @@ use config::directory::{Directory, Options};
 use config::repository::Outcome;
 use serde_json::Value;
 
-use super::Update;
+use crate::Update;
 
 /// A directory that is followed.
 pub struct Files {
@@ -16,12 +16,12 @@ pub struct Files {
 }
 
 impl Files {
-    /// Reads the directory, for the pods of `node`.
+    /// Reads the directory; with `node`, as one that enrols its pods.
     ///
     /// # Errors
     /// It can't be read, or something in it has an error: nothing was in force before that could stay.
-    pub fn open(directory: &Path, node: &str) -> anyhow::Result<(Self, Update)> {
-        let compile = compile::Options { node: Some(node.into()), ..compile::Options::default() };
+    pub fn open(directory: &Path, node: Option<&str>) -> anyhow::Result<(Self, Update)> {
+        let compile = compile::Options { node: node.map(Into::into), ..compile::Options::default() };
         let (directory, first) = Directory::open(directory, Options { compile, ..Options::default() })?;
         say(&first);
         Ok((Self { directory }, first.into()))
@@ -35,6 +35,7 @@ impl Files {
     }
 
     /// All there is to say of the directory as it is.
+    #[must_use]
     pub fn diagnostics(&self) -> Value {
         serde_json::to_value(self.directory.diagnostics()).unwrap_or_default()
     }
@@ -42,8 +43,7 @@ impl Files {
 
 impl From<Outcome> for Update {
     fn from(outcome: Outcome) -> Self {
-        let enrolments = outcome.enrolments.into_iter().map(Into::into).collect();
-        Self { changes: outcome.changes, enrolments, complete: true }
+        Self { changes: outcome.changes, enrolments: outcome.enrolments, complete: true }
     }
 }
 

@@ -1,5 +1,4 @@
-//! TLS as one of this node's pods: handshakes with their failures put in the data plane's words, and whether a peer
-//! is still trusted after the roots have changed.
+//! TLS as a workload: handshakes, and whether a peer is still trusted after the roots have changed.
 //!
 //! # Roots that go
 //! A connection that was secured under a root that is no longer trusted may go on only if its peer has proved the
@@ -9,7 +8,7 @@
 //! and a peer that holds nothing but a certificate of the old root is out after that time.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -22,9 +21,7 @@ use serde_json::{Value, json};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
-use crate::proxy::failure::Failure;
-
-/// The certificates of this node's pods, and whom they trust. Clones share them.
+/// The certificates of the workloads that this process stands for, and whom they trust. Clones share them.
 #[derive(Clone)]
 pub struct Tls {
     certificates: Arc<Certificates>,
@@ -50,6 +47,7 @@ struct Counts {
 
 impl Tls {
     /// Handshakes with `certificates`.
+    #[must_use]
     pub fn new(certificates: Arc<Certificates>) -> Self {
         Self {
             certificates,
@@ -61,42 +59,44 @@ impl Tls {
     }
 
     /// Whom we trust.
+    #[must_use]
     pub fn bundle(&self) -> &TrustBundle {
         self.certificates.bundle()
     }
 
     /// The certificates.
+    #[must_use]
     pub fn certificates(&self) -> &Arc<Certificates> {
         &self.certificates
     }
 
-    /// Accepts a connection as `own`.
+    /// Accepts a connection from `peer` as `own`.
     ///
     /// # Errors
     /// See [`HandshakeError`].
     pub async fn accept(
         &self,
         stream: TcpStream,
-        peer: SocketAddr,
+        peer: IpAddr,
         own: &SpiffeId,
-    ) -> Result<TlsStream<TcpStream>, Failure> {
+    ) -> Result<TlsStream<TcpStream>, HandshakeError> {
         let accepted = identity::accept(stream, &self.certificates, own, self.limits).await;
-        self.counted(peer.ip(), accepted).map_err(|e| failure(peer, own, &e))
+        self.counted(peer, accepted)
     }
 
-    /// Connects as `own` to one of `expected`.
+    /// Connects as `own` to one of `expected`, over a connection to the address `to`.
     ///
     /// # Errors
     /// See [`HandshakeError`].
     pub async fn connect(
         &self,
         stream: TcpStream,
-        to: SocketAddr,
+        to: IpAddr,
         own: &SpiffeId,
         expected: ExpectedPeers,
-    ) -> Result<TlsStream<TcpStream>, Failure> {
+    ) -> Result<TlsStream<TcpStream>, HandshakeError> {
         let connected = identity::connect(stream, &self.certificates, own, expected, self.limits).await;
-        self.counted(to.ip(), connected).map_err(|e| failure(to, own, &e))
+        self.counted(to, connected)
     }
 
     fn counted<T, E>(&self, peer: IpAddr, outcome: Result<TlsStream<T>, E>) -> Result<TlsStream<T>, E> {
@@ -118,6 +118,7 @@ impl Tls {
     }
 
     /// Whether the peer's chain is no longer valid: what it opened may go on, it opens nothing more.
+    #[must_use]
     pub fn is_expired(&self, info: &PeerInfo) -> bool {
         info.not_after < self.certificates.clock().now()
     }
@@ -154,16 +155,19 @@ impl Tls {
     }
 
     /// Handshakes that succeeded.
+    #[must_use]
     pub fn handshakes(&self) -> u64 {
         self.counts.done.load(Ordering::Relaxed)
     }
 
     /// Handshakes that failed.
+    #[must_use]
     pub fn failed_handshakes(&self) -> u64 {
         self.counts.failed.load(Ordering::Relaxed)
     }
 
     /// The certificates as JSON, for `/config_dump`.
+    #[must_use]
     pub fn dump(&self) -> Value {
         let status = |s: identity::CertificateStatus| {
             let c = s.certificate.as_ref();
@@ -187,12 +191,5 @@ impl Tls {
             })).collect::<Vec<_>>(),
             "generation": bundle.generation(),
         })
-    }
-}
-
-fn failure(to: SocketAddr, own: &SpiffeId, error: &HandshakeError) -> Failure {
-    match error {
-        HandshakeError::OwnCertificate(reason) => Failure::Identity(own.clone(), reason.to_string()),
-        other => Failure::Tls { to, reason: other.to_string() },
     }
 }

@@ -38,11 +38,13 @@ impl Default for State {
 
 impl State {
     /// The current snapshot.
+    #[must_use]
     pub fn mesh(&self) -> Guard<Arc<Mesh>> {
         self.mesh.load()
     }
 
     /// The current snapshot, to keep for longer than a decision.
+    #[must_use]
     pub fn mesh_owned(&self) -> Arc<Mesh> {
         self.mesh.load_full()
     }
@@ -62,6 +64,7 @@ impl State {
     }
 
     /// Whether the snapshot may be worked by.
+    #[must_use]
     pub fn is_complete(&self) -> bool {
         self.complete.load(Ordering::Acquire)
     }
@@ -94,11 +97,13 @@ impl State {
     }
 
     /// Connections that wait now for what is not known yet.
+    #[must_use]
     pub fn waiting(&self) -> usize {
         WAITING_LIMIT - self.waiting.available_permits()
     }
 
     /// Connections that were refused because what they needed did not become known in time.
+    #[must_use]
     pub fn given_up(&self) -> u64 {
         self.given_up.load(Ordering::Relaxed)
     }
