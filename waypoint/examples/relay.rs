@@ -7,7 +7,8 @@ use std::sync::Arc;
 use process::runtimes::Workers;
 use tokio_util::sync::CancellationToken;
 use waypoint::http::decide::{
-    Carrier, Connection, Decide, Decision, Endpoints, Forwarding, Protocol, Target,
+    Call, Carrier, Connection, Decide, Decided, Decision, Endpoints, Forwarding, NoEndpoint, Picked, Protocol,
+    Target,
 };
 use waypoint::http::head::RequestHead;
 use waypoint::http::io::Io;
@@ -16,8 +17,8 @@ use waypoint::http::{Settings, Worker, serve};
 struct One(Arc<Target>);
 
 impl Endpoints for One {
-    fn pick(&self, _: &RequestHead, _: &[Arc<Target>]) -> Option<Arc<Target>> {
-        Some(Arc::clone(&self.0))
+    fn pick(&self, _: &Call<'_>) -> Result<Picked, NoEndpoint> {
+        Ok(Picked::new(Arc::clone(&self.0)))
     }
 }
 
@@ -27,8 +28,9 @@ struct Fixed {
 }
 
 impl Decide for Fixed {
-    fn decide(&self, _: &mut RequestHead, _: &Connection) -> Decision {
-        Decision::Forward { how: Arc::clone(&self.how), endpoints: Arc::clone(&self.endpoints) }
+    fn decide(&self, _: &mut RequestHead, _: &Connection, _: &mut Decided) -> Decision {
+        let (how, endpoints) = (Arc::clone(&self.how), Arc::clone(&self.endpoints));
+        Decision::Forward { how, endpoints, more: None }
     }
 }
 
@@ -37,7 +39,7 @@ fn main() {
     let mut address = || args.next().and_then(|a| a.parse::<SocketAddr>().ok()).expect("an address");
     let (listen, address) = (address(), address());
     let protocol = if args.next().as_deref() == Some("h2") { Protocol::Http2 } else { Protocol::Http1 };
-    let target = Arc::new(Target { address, protocol, carrier: Carrier::Tcp });
+    let target = Arc::new(Target::new(address, protocol, Carrier::Tcp));
     let decide = Arc::new(Fixed { how: Arc::default(), endpoints: Arc::new(One(target)) });
     let workers = Workers::start("1".parse().expect("a number")).expect("threads");
     let task = workers.handles()[0].spawn(async move {

@@ -30,9 +30,7 @@ pub use matcher::{
 pub use path::{InvalidPath, Normalization, normalize};
 pub(crate) use policy::matches_host;
 pub use policy::{Attribute, AttributeMatch, HttpMatch, InvalidTemplate, PathPattern, Template};
-pub use rate_limit::{
-    Bucket, Count, GlobalLimit, Limit, LimitHeaders, LimitKey, LimitMatch, RateLimit,
-};
+pub use rate_limit::{Bucket, Count, GlobalLimit, Limit, LimitHeaders, LimitKey, LimitMatch, RateLimit};
 pub use request::{Claims, Headers, Request};
 pub use route::{
     Abort, Backend, BackendRef, Cors, Fault, Forward, HeaderEdit, HeaderEdits, HostRewrite, Mirror, Origin,

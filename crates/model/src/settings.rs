@@ -1,5 +1,6 @@
 //! Settings of the whole mesh.
 
+use crate::http::Normalization;
 use crate::{Str, TrustDomain, TrustDomains};
 
 /// What the mesh is set to (`meshConfig`), as far as the decisions of this crate depend on it.
@@ -15,6 +16,8 @@ pub struct Settings {
     pub outbound: OutboundMode,
     /// The name of the mesh among others (`defaultConfig.meshId`), where it has one; see [`Settings::mesh_id`].
     pub mesh_id: Option<Str>,
+    /// How far waypoints normalise the paths of requests before they compare them.
+    pub path_normalization: Normalization,
 }
 
 impl Settings {
@@ -33,6 +36,7 @@ impl Default for Settings {
             cluster_domain: "cluster.local".into(),
             outbound: OutboundMode::AllowAny,
             mesh_id: None,
+            path_normalization: Normalization::default(),
         }
     }
 }

@@ -24,6 +24,22 @@ proptest! {
     }
 
     #[test]
+    fn of_a_workloads_labels_those_are_sent_that_are_asked_for(
+        w in strategies::workload(),
+        labels in prop::collection::btree_map("[a-c/.]{1,3}", "[a-z]{0,3}", 0..6),
+        wanted in prop::collection::btree_set("[a-c/.]{1,3}", 0..6),
+    ) {
+        let labels = |all: bool| -> std::sync::Arc<[(model::Str, model::Str)]> {
+            let those = labels.iter().filter(|(key, _)| all || wanted.contains(*key));
+            those.map(|(key, value)| (key.as_str().into(), value.as_str().into())).collect()
+        };
+        let message = encode_workload(&w).unwrap();
+        let message = sent(&proto::with_labels(message, &labels(true), |key| wanted.contains(key)));
+        let read = Decoder::default().workload(&message).unwrap();
+        prop_assert_eq!(read, model::Workload { labels: labels(false), ..w });
+    }
+
+    #[test]
     fn a_service_reads_back_as_it_was(s in strategies::service()) {
         let message: workload::Service = sent(&encode_service(&s, Extensions::Culvert).unwrap());
         prop_assert_eq!(Decoder::default().service(&message).unwrap(), s);

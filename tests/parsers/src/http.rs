@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::BytesMut;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 use waypoint::http::body::{BodyReader, Part};
-use waypoint::http::decide::{Connection, Decide, Decision, Flag, Response};
+use waypoint::http::decide::{Connection, Decide, Decided, Decision, Flag, Response};
 use waypoint::http::h1::{Framing, HeadParser, Refusal};
 use waypoint::http::head::{Fields, RequestHead, ResponseHead};
 use waypoint::http::io::Io;
@@ -125,7 +125,7 @@ pub(crate) fn bodies() -> Vec<Vec<u8>> {
 struct Answers;
 
 impl Decide for Answers {
-    fn decide(&self, _: &mut RequestHead, _: &Connection) -> Decision {
+    fn decide(&self, _: &mut RequestHead, _: &Connection, _: &mut Decided) -> Decision {
         let body = bytes::Bytes::from_static(b"ok");
         Decision::Respond(Arc::new(Response { status: 200, fields: Box::default(), body, flag: Flag::None }))
     }

@@ -1,15 +1,12 @@
 //! What carries HTTP beside plain TCP: TLS, and HBONE tunnels, on either side.
 //!
-//! A tunnel's client is whoever has proved an identity on the connection that carries the tunnel; what the tunnel's
-//! headers say of a client is believed only if that peer may speak for others.
+//! Who opens tunnels to us is the affair of [`crate::listen`].
 
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use hbone::{
-    Authority, ConnectRequest, Connector, Control, Incoming, ServerCounters, ServerSettings, TunnelHeaders,
-};
+use hbone::{Authority, ConnectRequest, Connector, TunnelHeaders};
 use rustls::{ClientConfig, ServerConfig};
 use rustls_pki_types::ServerName;
 use tokio::net::TcpStream;
@@ -57,7 +54,8 @@ impl Dial for TlsOut {
 /// Connections through tunnels to endpoints that speak HBONE. One is made for a key, and kept: the pool of HTTP
 /// connections tells carriers apart by their place in memory.
 pub struct TunnelOut<C: Connector> {
-    pool: hbone::Pool<C>,
+    /// One for each thread of the data plane.
+    pools: Arc<[hbone::Pool<C>]>,
     key: C::Key,
     headers: TunnelHeaders,
 }
@@ -69,18 +67,20 @@ impl<C: Connector> std::fmt::Debug for TunnelOut<C> {
 }
 
 impl<C: Connector> TunnelOut<C> {
-    /// Tunnels over the connections of `pool` that `key` stands for. `headers` say who we are: requests of many clients
-    /// go through one tunnel, so they can't say who these are.
+    /// Tunnels over the connections that `key` stands for. `headers` say who we are: requests of many clients go through
+    /// one tunnel, so they can't say who these are.
     #[must_use]
-    pub fn new(pool: hbone::Pool<C>, key: C::Key, headers: TunnelHeaders) -> Self {
-        Self { pool, key, headers }
+    pub fn new(pools: Arc<[hbone::Pool<C>]>, key: C::Key, headers: TunnelHeaders) -> Self {
+        Self { pools, key, headers }
     }
 }
 
 impl<C: Connector> Dial for TunnelOut<C> {
     fn dial(&self, address: SocketAddr) -> Dialing {
-        let (pool, key, headers) = (self.pool.clone(), self.key.clone(), self.headers.clone());
+        let pool = crate::tunnels::here(&self.pools).cloned();
+        let (key, headers) = (self.key.clone(), self.headers.clone());
         Box::pin(async move {
+            let pool = pool.ok_or(io::ErrorKind::NotConnected)?;
             let authority = Authority::from_addr(address).ok_or(io::ErrorKind::AddrNotAvailable)?;
             let request = ConnectRequest { authority, headers };
             let opened = pool.open(&key, &request).await.map_err(io::Error::other)?;
@@ -113,39 +113,4 @@ pub async fn serve_tls(
     connection.secure = true;
     connection.server_name = stream.get_ref().1.server_name().map(Arc::from);
     serve(worker, Io::Layered(Box::new(stream)), connection).await;
-}
-
-/// Says which tunnels are taken.
-pub trait Admit: Send + Sync + 'static {
-    /// What is known of the requests in a tunnel, if it is taken; otherwise the status that it is refused with: 400 for a
-    /// destination that is not served here, 401 for one that this peer may not reach.
-    ///
-    /// # Errors
-    /// The status.
-    fn admit(&self, authority: &Authority, headers: &TunnelHeaders) -> Result<Connection, hbone::StatusCode>;
-}
-
-/// Serves the tunnels of one secured connection, whose peer `admit` stands for; each tunnel is a connection of HTTP.
-pub async fn serve_tunnels<T: net::Io>(
-    worker: Arc<Worker>,
-    io: T,
-    admit: Arc<dyn Admit>,
-    settings: ServerSettings,
-    control: Control,
-    counters: Arc<ServerCounters>,
-) -> hbone::Closed {
-    let take = |incoming: Incoming| match admit.admit(&incoming.authority, &incoming.headers) {
-        Ok(connection) => match incoming.accept(&TunnelHeaders::default()) {
-            Ok(tunnel) => {
-                let io = Io::Layered(Box::new(tunnel));
-                tokio::spawn(serve(Arc::clone(&worker), io, connection));
-            }
-            Err(error) => tracing::debug!(%error, "a tunnel was given up"),
-        },
-        Err(status) => {
-            worker.stats.tunnels_refused.inc();
-            incoming.refuse(status, &TunnelHeaders::default());
-        }
-    };
-    hbone::serve(io, &settings, &control, &counters, take).await
 }

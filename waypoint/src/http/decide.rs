@@ -9,7 +9,10 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::http::head::RequestHead;
+use crate::http::head::{Fields, RequestHead};
+use crate::upstream::circuit::Circuit;
+
+pub use crate::http::edits::{Edit, Edits, Facts, Value};
 
 /// What is known of the connection that a request came by.
 #[derive(Clone, Debug)]
@@ -28,17 +31,29 @@ pub struct Connection {
 
 /// What decides. It is asked once for a request, and told how it ended.
 pub trait Decide: Send + Sync + 'static {
-    /// Says what is done with a request, and edits it: what stands in the head afterwards is what is sent.
-    fn decide(&self, request: &mut RequestHead, connection: &Connection) -> Decision;
+    /// Says what is done with a request, and edits it: what stands in the head afterwards is what is sent. What is to be
+    /// known of it at its end goes into `decided`.
+    fn decide(&self, request: &mut RequestHead, connection: &Connection, decided: &mut Decided) -> Decision;
 
-    /// A request has ended: for logs and metrics.
-    fn ended(&self, request: &RequestHead, connection: &Connection, record: &Record) {
-        let _ = (request, connection, record);
+    /// A request has ended: for logs and metrics. `response` are the fields of what the client was sent.
+    fn ended(
+        &self,
+        request: &RequestHead,
+        response: &Fields,
+        connection: &Connection,
+        decided: &Decided,
+        record: &Record,
+    ) {
+        let _ = (request, response, connection, decided, record);
+    }
+
+    /// A request could not be read, and was answered with `status`.
+    fn refused(&self, connection: &Connection, status: u16, why: &dyn fmt::Display) {
+        let _ = (connection, status, why);
     }
 }
 
 /// What is done with a request.
-#[derive(Clone)]
 pub enum Decision {
     /// It is sent on.
     Forward {
@@ -46,9 +61,79 @@ pub enum Decision {
         how: Arc<Forwarding>,
         /// Whereto.
         endpoints: Arc<dyn Endpoints>,
+        /// What is of this request alone, if there is anything.
+        more: Option<Box<More>>,
     },
     /// It is answered here.
     Respond(Arc<Response>),
+    /// Something has to be waited for first: an answer of somebody else, or a delay. Whoever makes it limits the time.
+    Later(Waiting),
+    /// The beginning of the request's body has to be seen first. It is sent on all the same.
+    Read(Reading),
+}
+
+/// A decision for which the body is read.
+pub struct Reading {
+    /// So many bytes, or all if there are fewer.
+    pub limit: usize,
+    /// What comes of it.
+    pub then: Box<dyn FnOnce(Ahead, &mut RequestHead, &Connection, &mut Decided) -> Decision + Send>,
+}
+
+/// The beginning of a body.
+#[derive(Clone, Debug, Default)]
+pub struct Ahead {
+    /// Its first bytes, as many as were asked for at most.
+    pub bytes: bytes::Bytes,
+    /// Whether these are all.
+    pub whole: bool,
+}
+
+/// A decision that waits. What comes of it decides on, with the request at hand again.
+pub type Waiting = Pin<Box<dyn Future<Output = Then> + Send>>;
+
+/// The rest of a decision that had to wait.
+pub type Then = Box<dyn FnOnce(&mut RequestHead, &Connection, &mut Decided) -> Decision + Send>;
+
+/// What of a decision to send a request on is of that request alone.
+#[derive(Default)]
+pub struct More {
+    /// Who gets a copy.
+    pub mirrors: Vec<Mirror>,
+    /// Changes of the response's fields, before those of the route.
+    pub response_edits: Edits,
+}
+
+/// What was found out while a request was decided: for logs, metrics, and for edits of the response.
+#[derive(Clone, Debug, Default)]
+pub struct Decided {
+    /// What is done for the service that the request is for.
+    pub service: Option<Arc<model::http::HttpService>>,
+    /// The service's port.
+    pub port: u16,
+    /// The route that took it.
+    pub route: Option<Arc<model::http::Route>>,
+    /// The place of the back end among those of the route.
+    pub backend: Option<usize>,
+    /// What its token says, if it has one that was verified.
+    pub claims: Option<Arc<model::http::Claims>>,
+    /// Whether the policies let it in, and why; with what dry-run policies would have changed.
+    pub verdict: Option<Box<model::RequestDecision>>,
+    /// The request's span, where somebody takes spans.
+    pub trace: Option<Box<crate::telemetry::Span>>,
+    /// Authority, path and query as they came, where they are sent in another form.
+    pub original: Option<Box<Original>>,
+    /// Why it is answered here, for the log.
+    pub detail: &'static str,
+}
+
+/// What a request asked for before it was rewritten.
+#[derive(Clone, Debug, Default)]
+pub struct Original {
+    /// `:authority` or `Host`.
+    pub authority: Box<str>,
+    /// Path and query.
+    pub target: Box<str>,
 }
 
 /// An answer of our own.
@@ -125,8 +210,6 @@ pub struct Forwarding {
     pub retries: Option<Retries>,
     /// What is changed of the response.
     pub response_edits: Edits,
-    /// Who gets a copy.
-    pub mirrors: Vec<Mirror>,
 }
 
 /// Time limits; `None` is without one.
@@ -161,6 +244,8 @@ pub struct Retries {
     pub grpc_codes: Vec<u8>,
     /// The first pause is random up to this; each further one up to twice as long, ten times at most.
     pub backoff: Duration,
+    /// Whether further tries go to another locality, where there is one.
+    pub remote_localities: bool,
 }
 
 /// Who gets a copy of requests. What becomes of it touches nobody.
@@ -178,41 +263,115 @@ impl fmt::Debug for Mirror {
     }
 }
 
-/// Changes of fields: removed first, then set, then added. Names and values are valid ones.
-#[derive(Clone, Debug, Default)]
-pub struct Edits {
-    /// Names.
-    pub remove: Vec<Box<str>>,
-    /// In the place of what is there.
-    pub set: Vec<(Box<str>, Box<str>)>,
-    /// Beside it.
-    pub add: Vec<(Box<str>, Box<str>)>,
+/// Where requests of a destination go.
+pub trait Endpoints: Send + Sync + 'static {
+    /// The endpoint for a try, not one of `tried` if there is another.
+    ///
+    /// # Errors
+    /// There is none, or there are as many requests under way as may be.
+    fn pick(&self, call: &Call<'_>) -> Result<Picked, NoEndpoint>;
+
+    /// Whether one more try may be made now: asked before each but the first. What is returned is kept until that try
+    /// has ended.
+    fn may_retry(&self) -> Option<Retrying> {
+        Some(Retrying::default())
+    }
 }
 
-impl Edits {
-    /// Makes the changes.
-    pub fn apply(&self, fields: &mut crate::http::head::Fields) {
-        for name in &self.remove {
-            fields.remove(name.as_bytes());
-        }
-        for (name, value) in &self.set {
-            fields.set(name.as_bytes(), value.as_bytes());
-        }
-        for (name, value) in &self.add {
-            fields.push(name.as_bytes(), value.as_bytes());
+/// A try that an endpoint is asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Call<'a> {
+    /// The request.
+    pub request: &'a RequestHead,
+    /// The connection that it came by.
+    pub connection: &'a Connection,
+    /// The endpoints of the tries before.
+    pub tried: &'a [Arc<Target>],
+    /// Whether it should go to another locality than those, see [`Retries::remote_localities`].
+    pub elsewhere: bool,
+}
+
+/// Why there is no endpoint for a try.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct NoEndpoint {
+    /// For the log; the status is 503.
+    pub flag: Flag,
+    /// The same in words.
+    pub detail: &'static str,
+}
+
+impl NoEndpoint {
+    /// There is no endpoint that could take it.
+    pub const NONE: Self = Self { flag: Flag::NoHealthyUpstream, detail: "no_healthy_upstream" };
+    /// As many requests are under way as may be.
+    pub const OVERFLOW: Self = Self { flag: Flag::UpstreamOverflow, detail: "overflow" };
+}
+
+/// Leave for one more try; given back when this is dropped.
+#[derive(Debug, Default)]
+pub struct Retrying(pub Option<crate::upstream::circuit::Retry>);
+
+/// How a try went, as far as that says something of its endpoint.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// The endpoint has answered with this status; that of gRPC counts as the status of HTTP that goes with it.
+    Status(u16),
+    /// No connection could be made, or it ended before the response.
+    Failed,
+    /// It took too long to connect, or to answer.
+    TimedOut,
+}
+
+/// Who wants to know of tries, for outlier detection and for those that count what is under way.
+pub trait Watch: Send + Sync + 'static {
+    /// It is known how a try went. Not called where that says nothing of the endpoint.
+    fn reported(&self, outcome: Outcome);
+
+    /// A try has ended, with its response's body if that was passed on. Called once for each.
+    fn ended(&self);
+}
+
+/// A try's endpoint, which has one more under way for as long as this lives.
+pub struct Picked {
+    /// The endpoint.
+    pub target: Arc<Target>,
+    /// A `Set-Cookie` that the response gets, so that the client comes back to this endpoint.
+    pub cookie: Option<Box<str>>,
+    watch: Option<Arc<dyn Watch>>,
+}
+
+impl Picked {
+    /// One that nobody watches.
+    #[must_use]
+    pub fn new(target: Arc<Target>) -> Self {
+        Self { target, cookie: None, watch: None }
+    }
+
+    /// One that `watch` is told of.
+    #[must_use]
+    pub fn watched(target: Arc<Target>, watch: Arc<dyn Watch>) -> Self {
+        Self { target, cookie: None, watch: Some(watch) }
+    }
+
+    /// Says how the try went.
+    pub fn report(&self, outcome: Outcome) {
+        if let Some(watch) = &self.watch {
+            watch.reported(outcome);
         }
     }
 }
 
-/// Where requests of a destination go.
-pub trait Endpoints: Send + Sync + 'static {
-    /// The endpoint for a try, not one of `tried` if there is another. [`Endpoints::ended`] is called for each.
-    fn pick(&self, request: &RequestHead, tried: &[Arc<Target>]) -> Option<Arc<Target>>;
+impl Drop for Picked {
+    fn drop(&mut self) {
+        if let Some(watch) = self.watch.take() {
+            watch.ended();
+        }
+    }
+}
 
-    /// A try has ended, with its response's body if that was passed on: with a status, or without one if there was none. For outlier detection and for those
-    /// that count requests under way.
-    fn ended(&self, target: &Arc<Target>, status: Option<u16>) {
-        let _ = (target, status);
+impl fmt::Debug for Picked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Picked").field("target", &self.target).finish_non_exhaustive()
     }
 }
 
@@ -234,6 +393,37 @@ pub struct Target {
     pub protocol: Protocol,
     /// What carries it.
     pub carrier: Carrier,
+    /// What holds for connections to its destination; `None` is what holds for all.
+    pub circuit: Option<Arc<Circuit>>,
+    /// What it is, for logs and metrics.
+    pub about: Option<Arc<About>>,
+}
+
+/// What an endpoint is, for logs and metrics.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct About {
+    /// The service that it is an endpoint of, unless the client dialled it itself.
+    pub service: Option<model::ServiceKey>,
+    /// The service's port, or the one that was dialled.
+    pub port: u16,
+    /// The subset of the service.
+    pub subset: Option<model::Str>,
+    /// What runs there; `None` for an address that the mesh knows nothing of.
+    pub workload: Option<Arc<model::Workload>>,
+    /// Whether it is reached by a tunnel, so that both ends have proved who they are.
+    pub tunnelled: bool,
+}
+
+impl Target {
+    /// One of which nothing more is known.
+    #[must_use]
+    pub fn new(address: SocketAddr, protocol: Protocol, carrier: Carrier) -> Self {
+        Self { address, protocol, carrier, circuit: None, about: None }
+    }
+
+    fn circuit_identity(&self) -> usize {
+        self.circuit.as_ref().map_or(0, |circuit| Arc::as_ptr(circuit).addr())
+    }
 }
 
 /// What carries an upstream connection.
@@ -269,6 +459,7 @@ impl PartialEq for Target {
         self.address == other.address
             && self.protocol == other.protocol
             && self.carrier.identity() == other.carrier.identity()
+            && self.circuit_identity() == other.circuit_identity()
     }
 }
 
@@ -279,6 +470,7 @@ impl Hash for Target {
         self.address.hash(state);
         self.protocol.hash(state);
         self.carrier.identity().hash(state);
+        self.circuit_identity().hash(state);
     }
 }
 
@@ -314,4 +506,8 @@ pub struct Record {
     pub sent: u64,
     /// `grpc-status`, where the response had one.
     pub grpc_status: Option<u8>,
+    /// Messages of gRPC in the request.
+    pub request_messages: u64,
+    /// Messages of gRPC in the response.
+    pub response_messages: u64,
 }

@@ -21,7 +21,8 @@ use tokio::time::Instant;
 use crate::http::alarm::Alarm;
 use crate::http::channel::Channel;
 use crate::http::decide::{
-    Connection, Decision, Endpoints, Flag, Forwarding, Protocol, Record, Response, Retries, Target,
+    Call, Connection, Decided, Decision, Endpoints, Facts, Flag, Forwarding, More, Outcome, Picked, Protocol, Reading,
+    Record, Response, Retries, Retrying, Target, Waiting,
 };
 use crate::http::h1::Framing;
 use crate::http::head::{RequestHead, ResponseHead};
@@ -43,8 +44,14 @@ pub enum After {
     Abort,
 }
 
+/// A response's way, the endpoint that it is of, and the leave for the try that it is of.
+type Answered = ((Lease, Framing), Picked, Retrying);
+
 /// Informational responses of an endpoint that are passed over.
 const MAX_INFORMATIONAL: u32 = 16;
+
+/// What the log says where a connection was not made in time.
+const CONNECT_TIMEOUT: &str = "connection_timeout";
 
 /// Why a try came to nothing.
 #[derive(Clone, Copy, Debug)]
@@ -82,9 +89,9 @@ impl Failure {
     fn of_pool(error: &PoolError) -> Self {
         tracing::debug!(%error, "no connection to an endpoint");
         match error {
-            PoolError::Overflow(_) => Self::new(503, Flag::UpstreamOverflow, "overflow", Class::Final),
+            PoolError::Overflow(_) | PoolError::Pending => Self::new(503, Flag::UpstreamOverflow, "overflow", Class::Final),
             PoolError::Timeout(_) => {
-                Self::new(503, Flag::UpstreamConnectionFailure, "connection_timeout", Class::Connect)
+                Self::new(503, Flag::UpstreamConnectionFailure, CONNECT_TIMEOUT, Class::Connect)
             }
             PoolError::Connect(_) | PoolError::Http2(_) => {
                 Self::new(503, Flag::UpstreamConnectionFailure, "connection_failure", Class::Connect)
@@ -138,6 +145,7 @@ pub(crate) struct Exchange<'a> {
     alarm: &'a mut Alarm,
     framing: Framing,
     hop: Hop,
+    decided: Decided,
     record: Record,
     upload: Pump,
     reply: ResponseHead,
@@ -171,6 +179,8 @@ pub(crate) async fn exchange(
         received: 0,
         sent: 0,
         grpc_status: None,
+        request_messages: 0,
+        response_messages: 0,
     };
     let mut exchange = Exchange {
         worker,
@@ -180,6 +190,7 @@ pub(crate) async fn exchange(
         alarm,
         framing,
         hop: Hop::default(),
+        decided: Decided::default(),
         record,
         upload: Pump::new(framing == Framing::None),
         reply: ResponseHead::default(),
@@ -190,7 +201,8 @@ pub(crate) async fn exchange(
     };
     let after = exchange.run().await;
     exchange.record.received = exchange.upload.bytes;
-    worker.decide.ended(exchange.request, connection, &exchange.record);
+    let (response, decided) = (&exchange.reply.fields, &exchange.decided);
+    worker.decide.ended(exchange.request, response, connection, decided, &exchange.record);
     worker.stats.requests_now.dec();
     after
 }
@@ -215,20 +227,69 @@ impl Exchange<'_> {
                 return self.fail(failure).await;
             }
         }
-        match self.worker.decide.decide(self.request, self.connection) {
-            Decision::Respond(response) => self.respond(&response, "").await,
-            Decision::Forward { how, endpoints } => self.forward(&how, &*endpoints).await,
+        let mut decision = self.worker.decide.decide(self.request, self.connection, &mut self.decided);
+        loop {
+            match decision {
+                Decision::Respond(response) => {
+                    let detail = self.decided.detail;
+                    return self.respond(&response, detail).await;
+                }
+                Decision::Forward { how, endpoints, more } => {
+                    return self.forward(&how, &*endpoints, more.as_deref()).await;
+                }
+                Decision::Later(waiting) => match self.wait(waiting).await {
+                    Ok(next) => decision = next,
+                    Err(failure) => return self.fail(failure).await,
+                },
+                Decision::Read(reading) => match Box::pin(self.read_ahead(reading)).await {
+                    Ok(next) => decision = next,
+                    Err(failure) => return self.fail(failure).await,
+                },
+            }
         }
     }
 
-    async fn forward(&mut self, how: &Forwarding, endpoints: &dyn Endpoints) -> After {
+    /// Waits for a decision; while the client has not given up.
+    async fn wait(&mut self, mut waiting: Waiting) -> Result<Decision, Failure> {
+        let then = poll_fn(|cx| {
+            if let Poll::Ready(then) = waiting.as_mut().poll(cx) {
+                return Poll::Ready(Ok(then));
+            }
+            if self.upload.is_read() && self.client.poll_gone(cx).is_ready() {
+                return Poll::Ready(Err(Failure::CLIENT_GONE));
+            }
+            self.poll_late(cx, None).map(Err)
+        });
+        let then = then.await?;
+        Ok(then(self.request, self.connection, &mut self.decided))
+    }
+
+    /// Reads the beginning of the body, which stays to be sent on.
+    async fn read_ahead(&mut self, reading: Reading) -> Result<Decision, Failure> {
+        if std::mem::take(&mut self.hop.expects_continue) && self.framing != Framing::None {
+            self.client.send_continue();
+            self.flush().await.map_err(|_| Failure::CLIENT_GONE)?;
+        }
+        poll_fn(|cx| {
+            match self.upload.poll_ahead(cx, self.client, reading.limit) {
+                Poll::Ready(read) => return Poll::Ready(read.map_err(|error| Failure::of_request(&error))),
+                Poll::Pending => {}
+            }
+            self.poll_late(cx, None).map(Err)
+        })
+        .await?;
+        let ahead = self.upload.ahead(reading.limit);
+        Ok((reading.then)(ahead, self.request, self.connection, &mut self.decided))
+    }
+
+    async fn forward(&mut self, how: &Forwarding, endpoints: &dyn Endpoints, more: Option<&More>) -> After {
         self.deadline = how.timeouts.request.map(|limit| self.record.started + limit);
         if let Some(idle) = how.timeouts.idle {
             self.idle = idle;
             self.idle_deadline = self.record.started + idle;
         }
         if self.framing != Framing::None {
-            if how.retries.is_some() || !how.mirrors.is_empty() {
+            if how.retries.is_some() || more.is_some_and(|more| !more.mirrors.is_empty()) {
                 self.upload.keep(self.worker.settings.replay_limit);
             }
             if self.hop.expects_continue {
@@ -238,34 +299,34 @@ impl Exchange<'_> {
                 }
             }
         }
-        let lease = match self.tries(how, endpoints).await {
-            Ok(lease) => lease,
+        let (answer, picked, _retrying) = match self.tries(how, endpoints).await {
+            Ok(answered) => answered,
             Err(failure) => return self.fail(failure).await,
         };
-        let after = Box::pin(self.relay(lease, how)).await;
-        if let Some(target) = &self.record.target {
-            endpoints.ended(target, Some(self.record.status));
+        if let Some(cookie) = &picked.cookie {
+            self.reply.fields.push(b"set-cookie", cookie.as_bytes());
         }
-        mirror::send(self.worker, self.request, &self.upload, how);
+        let after = Box::pin(self.relay(answer, how, more)).await;
+        drop(picked);
+        if let Some(more) = more {
+            mirror::send(self.worker, self.request, self.connection, &self.upload, &more.mirrors);
+        }
         after
     }
 
     /// Sends the request until there is a response to pass on; its head is in `reply` then.
-    async fn tries(
-        &mut self,
-        how: &Forwarding,
-        endpoints: &dyn Endpoints,
-    ) -> Result<(Lease, Framing), Failure> {
-        let (mut tried, mut stale) = (Vec::new(), false);
+    async fn tries(&mut self, how: &Forwarding, endpoints: &dyn Endpoints) -> Result<Answered, Failure> {
+        let (mut tried, mut stale, mut retrying) = (Vec::new(), false, Retrying::default());
         let retries = how.retries.as_ref();
         loop {
-            let Some(target) = endpoints.pick(self.request, &tried) else {
-                return Err(Failure::new(503, Flag::NoHealthyUpstream, "no_healthy_upstream", Class::Final));
-            };
+            let picked = self.pick(endpoints, &tried, retries)?;
+            let target = &picked.target;
             self.record.tries += 1;
-            self.record.target = Some(Arc::clone(&target));
-            let result = self.attempt(&target, how.timeouts.per_try, stale).await;
-            let status = result.is_ok().then_some(self.reply.status);
+            self.record.target = Some(Arc::clone(target));
+            let result = self.attempt(target, how.timeouts.per_try, stale).await;
+            if let Some(outcome) = outcome(&result, &self.reply) {
+                picked.report(outcome);
+            }
             let left = retries.filter(|r| self.record.tries <= r.attempts);
             let again = match &result {
                 // Not one of the retries: nobody has seen it, as far as can be told.
@@ -277,31 +338,44 @@ impl Exchange<'_> {
                 Err(failure) => left.is_some_and(|r| r.take(failure.class)),
                 Ok(_) => left.is_some_and(|r| r.take_response(&self.reply)),
             };
-            // A response that is passed on ends with its body.
             if !again {
-                if status.is_none() {
-                    endpoints.ended(&target, None);
-                }
                 let wanted = retries.is_some_and(|r| r.attempts > 0 && self.record.tries > r.attempts);
                 self.record.retries_exhausted = wanted && !is_good(&result, &self.reply);
-                return result;
+                return result.map(|answer| (answer, picked, retrying));
             }
             if !self.upload.can_restart() {
                 self.worker.stats.retries_without_body.inc();
-                if status.is_none() {
-                    endpoints.ended(&target, None);
-                }
-                return result;
+                return result.map(|answer| (answer, picked, retrying));
             }
-            endpoints.ended(&target, status);
+            match endpoints.may_retry() {
+                Some(leave) => retrying = leave,
+                None => {
+                    self.worker.stats.retries_over_budget.inc();
+                    self.record.flag = Flag::UpstreamOverflow;
+                    self.record.detail = "retry_overflow";
+                    return result.map(|answer| (answer, picked, retrying));
+                }
+            }
             self.worker.stats.retries.inc();
             self.reply.clear();
             self.upload.restart(self.framing == Framing::None);
-            tried.push(target);
+            tried.push(Arc::clone(target));
+            drop(picked);
             if let Some(retries) = left {
                 self.pause(retries).await?;
             }
         }
+    }
+
+    fn pick(
+        &self,
+        endpoints: &dyn Endpoints,
+        tried: &[Arc<Target>],
+        retries: Option<&Retries>,
+    ) -> Result<Picked, Failure> {
+        let elsewhere = !tried.is_empty() && retries.is_some_and(|r| r.remote_localities);
+        let call = Call { request: self.request, connection: self.connection, tried, elsewhere };
+        endpoints.pick(&call).map_err(|none| Failure::new(503, none.flag, none.detail, Class::Final))
     }
 
     /// A random pause, which grows with each try.
@@ -434,13 +508,18 @@ impl Exchange<'_> {
     }
 
     /// Passes the response on, and what is left of the request.
-    async fn relay(&mut self, (mut lease, framing): (Lease, Framing), how: &Forwarding) -> After {
+    async fn relay(
+        &mut self,
+        (mut lease, framing): (Lease, Framing),
+        how: &Forwarding,
+        more: Option<&More>,
+    ) -> After {
         let to_head = self.request.method() == "HEAD";
         let switched = self.reply.status == 101;
         let keeps_length = to_head || self.reply.status == 304;
         let ends = hygiene::response(&mut self.reply, keeps_length) && !switched;
-        how.response_edits.apply(&mut self.reply.fields);
         self.record.status = self.reply.status;
+        self.edit(how, more);
         self.record.grpc_status = grpc_status(&self.reply.fields);
         let mut close = self.hop.close || self.drains;
         if switched {
@@ -477,6 +556,20 @@ impl Exchange<'_> {
             return After::Close;
         }
         if close { After::Close } else { After::Next }
+    }
+
+    /// Changes the response's head as the decision has it.
+    fn edit(&mut self, how: &Forwarding, more: Option<&More>) {
+        let edits = more.map(|more| &more.response_edits).into_iter().chain([&how.response_edits]);
+        for edits in edits.filter(|edits| !edits.0.is_empty()) {
+            let facts = Facts {
+                request: self.request,
+                connection: self.connection,
+                decided: &self.decided,
+                record: Some(&self.record),
+            };
+            edits.apply(&mut self.reply.fields, &facts);
+        }
     }
 
     /// One step of both bodies.
@@ -631,6 +724,36 @@ fn grpc_of(status: u16) -> u8 {
 fn grpc_status(fields: &crate::http::head::Fields) -> Option<u8> {
     let value = fields.values(b"grpc-status").next()?;
     std::str::from_utf8(value).ok()?.parse().ok()
+}
+
+/// What a try says of its endpoint.
+fn outcome(result: &Result<(Lease, Framing), Failure>, reply: &ResponseHead) -> Option<Outcome> {
+    match result {
+        Ok(_) => Some(Outcome::Status(grpc_status(&reply.fields).map_or(reply.status, http_of))),
+        Err(Failure { flag: Flag::UpstreamRequestTimeout, .. }) => Some(Outcome::TimedOut),
+        Err(failure) if failure.detail == CONNECT_TIMEOUT => Some(Outcome::TimedOut),
+        Err(Failure { class: Class::Stale, .. }) => None,
+        Err(failure) if failure.class != Class::Final || failure.status == 502 => Some(Outcome::Failed),
+        Err(_) => None,
+    }
+}
+
+/// The status of HTTP that goes with a code of gRPC (as Envoy maps it).
+fn http_of(code: u8) -> u16 {
+    match code {
+        0 => 200,
+        1 => 499,
+        3 | 9 | 11 => 400,
+        4 => 504,
+        5 => 404,
+        6 | 10 => 409,
+        7 => 403,
+        8 => 429,
+        12 => 501,
+        14 => 503,
+        16 => 401,
+        _ => 500,
+    }
 }
 
 fn is_good(result: &Result<(Lease, Framing), Failure>, reply: &ResponseHead) -> bool {

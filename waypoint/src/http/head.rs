@@ -210,8 +210,8 @@ impl Fields {
 
     /// The value of the field `name`, in any case; several joined by commas (RFC 9110 section 5.3).
     #[must_use]
-    pub fn joined<'a>(&'a self, name: &'a [u8]) -> Option<Cow<'a, [u8]>> {
-        let mut values = self.values(name);
+    pub fn joined(&self, name: &[u8]) -> Option<Cow<'_, [u8]>> {
+        let mut values = self.iter().filter(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| value);
         let first = values.next()?;
         Some(values.fold(Cow::Borrowed(first), |mut joined, next| {
             let all = joined.to_mut();
@@ -282,6 +282,12 @@ impl Fields {
     pub fn members(&self, known: Known) -> impl Iterator<Item = &[u8]> {
         let parts = self.known(known).flat_map(|value| value.split(|b| *b == b','));
         parts.map(<[u8]>::trim_ascii).filter(|part| !part.is_empty())
+    }
+}
+
+impl model::http::Headers for Fields {
+    fn field(&self, name: &str) -> Option<Cow<'_, [u8]>> {
+        self.joined(name.as_bytes())
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::timeout;
 
-use crate::http::decide::{Endpoints, Forwarding, Target};
+use crate::http::decide::{Call, Connection, Endpoints, Mirror, Outcome, Picked};
 use crate::http::h1::Framing;
 use crate::http::head::{RequestHead, ResponseHead};
 use crate::http::pump::Pump;
@@ -20,8 +20,14 @@ use crate::http::worker::Worker;
 const LIMIT: Duration = Duration::from_secs(15);
 
 /// Sends the copies that a route asks for of a request whose body was kept.
-pub(crate) fn send(worker: &Arc<Worker>, request: &RequestHead, upload: &Pump, how: &Forwarding) {
-    for mirror in &how.mirrors {
+pub(crate) fn send(
+    worker: &Arc<Worker>,
+    request: &RequestHead,
+    connection: &Connection,
+    upload: &Pump,
+    mirrors: &[Mirror],
+) {
+    for mirror in mirrors {
         if worker.random() % 1_000_000 >= u64::from(mirror.share) {
             continue;
         }
@@ -33,7 +39,8 @@ pub(crate) fn send(worker: &Arc<Worker>, request: &RequestHead, upload: &Pump, h
         };
         stats.mirrored.inc();
         stats.mirrors_now.inc();
-        let copy = copy(Arc::clone(worker), request.clone(), body, Arc::clone(&mirror.endpoints));
+        let (request, connection) = (request.clone(), connection.clone());
+        let copy = copy(Arc::clone(worker), request, connection, body, Arc::clone(&mirror.endpoints));
         let worker = Arc::clone(worker);
         tokio::spawn(async move {
             match timeout(LIMIT, copy).await {
@@ -49,27 +56,25 @@ pub(crate) fn send(worker: &Arc<Worker>, request: &RequestHead, upload: &Pump, h
 async fn copy(
     worker: Arc<Worker>,
     request: RequestHead,
+    connection: Connection,
     body: Vec<Bytes>,
     endpoints: Arc<dyn Endpoints>,
 ) -> Result<(), ReadError> {
-    let Some(target) = endpoints.pick(&request, &[]) else { return Ok(()) };
-    let mut status = None;
-    let result = exchange(&worker, &request, body, &target, &mut status).await;
-    endpoints.ended(&target, status);
-    result
+    let call = Call { request: &request, connection: &connection, tried: &[], elsewhere: false };
+    let Ok(picked) = endpoints.pick(&call) else { return Ok(()) };
+    exchange(&worker, &request, body, &picked).await
 }
 
-/// Sends a copy to an endpoint and reads the response; its status is there as soon as its head has come.
+/// Sends a copy to an endpoint and reads the response.
 async fn exchange(
     worker: &Worker,
     request: &RequestHead,
     body: Vec<Bytes>,
-    target: &Arc<Target>,
-    status: &mut Option<u16>,
+    picked: &Picked,
 ) -> Result<(), ReadError> {
     let length: usize = body.iter().map(Bytes::len).sum();
     let framing = if length == 0 { Framing::None } else { Framing::Length(length as u64) };
-    let lease = worker.pool.get(target, request, framing, false).await;
+    let lease = worker.pool.get(&picked.target, request, framing, false).await;
     let mut lease = lease.map_err(std::io::Error::other)?;
     let channel = &mut lease.channel;
     channel.send_request(request, framing);
@@ -89,7 +94,7 @@ async fn exchange(
         channel.poll_response(cx, &mut head, to_head)
     })
     .await?;
-    *status = Some(head.status);
+    picked.report(Outcome::Status(head.status));
     poll_fn(|cx| {
         loop {
             match ready!(channel.poll_frame(cx))? {

@@ -5,9 +5,10 @@ use std::collections::VecDeque;
 use std::io;
 use std::task::{Context, Poll, ready};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 
 use crate::http::channel::Channel;
+use crate::http::decide::Ahead;
 use crate::http::head::{Fields, Known};
 use crate::http::wire::{Frame, ReadError};
 
@@ -57,7 +58,43 @@ impl Pump {
 
     /// Keeps the body, up to `limit` bytes.
     pub(crate) fn keep(&mut self, limit: usize) {
-        self.kept = Some(Kept { limit, ..Kept::default() });
+        // What was read ahead is the beginning of it.
+        let parts: Vec<Bytes> = self.again.iter().cloned().collect();
+        let size = parts.iter().map(Bytes::len).sum();
+        self.kept = (size <= limit).then_some(Kept { parts, size, limit });
+    }
+
+    /// Reads the body's beginning, `limit` bytes and what comes with them, and keeps it to be sent. Ready when it is there,
+    /// or all of the body is.
+    pub(crate) fn poll_ahead(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &mut Channel,
+        limit: usize,
+    ) -> Poll<Result<(), ReadError>> {
+        while !self.read && self.again.iter().map(Bytes::len).sum::<usize>() <= limit {
+            let frame = ready!(from.poll_frame(cx))?;
+            self.take(frame, from);
+            let data = std::mem::take(&mut self.pending);
+            if !data.is_empty() {
+                // It waits here, and is little: the sender may go on.
+                from.consumed(data.len());
+                self.again.push_back(data);
+            }
+            self.owed = false;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// The first `limit` bytes of what was read ahead.
+    pub(crate) fn ahead(&self, limit: usize) -> Ahead {
+        let size: usize = self.again.iter().map(Bytes::len).sum();
+        let mut bytes = BytesMut::with_capacity(size.min(limit));
+        for part in &self.again {
+            let room = limit - bytes.len();
+            bytes.extend_from_slice(part.get(..room.min(part.len())).unwrap_or_default());
+        }
+        Ahead { bytes: bytes.freeze(), whole: self.read && size <= limit }
     }
 
     /// Whether all that was read is still here.

@@ -51,8 +51,13 @@ impl Drop for Counted<'_> {
 
 /// Serves one connection to its end. Whether it is HTTP/1.1 or HTTP/2 its first bytes tell.
 pub async fn serve(worker: Arc<Worker>, io: Io, connection: Connection) {
+    serve_begun(worker, io, BytesMut::new(), connection).await;
+}
+
+/// The same for a connection of which `input` has been read already.
+pub async fn serve_begun(worker: Arc<Worker>, io: Io, input: BytesMut, connection: Connection) {
     let Some(_counted) = Counted::new(&worker) else { return };
-    let mut wire = Wire::new(io, &worker.buffers);
+    let mut wire = Wire::begun(io, input, &worker.buffers);
     let mut alarm = Alarm::default();
     let late = Instant::now() + worker.settings.head_timeout;
     let preface = poll_fn(|cx| {
@@ -122,10 +127,12 @@ impl Session<'_> {
                 Next::Refuse(refusal) => {
                     self.worker.stats.requests_refused.inc();
                     tracing::debug!(%refusal, client = %connection.client, "refused a request");
+                    self.worker.decide.refused(connection, refusal.status(), &refusal);
                     return self.refuse(refusal.status()).await;
                 }
                 Next::Late => {
                     self.worker.stats.heads_timed_out.inc();
+                    self.worker.decide.refused(connection, 408, &"the head did not come in time");
                     return self.refuse(408).await;
                 }
                 Next::End => return,
@@ -327,6 +334,7 @@ async fn serve_stream(
         Err(refusal) => {
             worker.stats.requests_refused.inc();
             tracing::debug!(%refusal, client = %connection.client, "refused a request");
+            worker.decide.refused(&connection, refusal.status(), &refusal);
             let mut response = http::Response::new(());
             *response.status_mut() =
                 http::StatusCode::from_u16(refusal.status()).unwrap_or(http::StatusCode::BAD_REQUEST);

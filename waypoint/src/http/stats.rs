@@ -29,6 +29,8 @@ pub struct Stats {
     pub retries: Counter,
     /// Retries that were not made because the body was too large to be kept.
     pub retries_without_body: Counter,
+    /// Retries that were not made because there were as many as may be.
+    pub retries_over_budget: Counter,
     /// Copies sent.
     pub mirrored: Counter,
     /// Copies that were not sent: too many under way, or a body too large to be kept.

@@ -77,9 +77,15 @@ pub struct Wire {
 
 impl Wire {
     pub(crate) fn new(io: Io, buffers: &Buffers) -> Self {
+        Self::begun(io, BytesMut::new(), buffers)
+    }
+
+    /// Of a connection of which `input` has been read already.
+    pub(crate) fn begun(io: Io, input: BytesMut, buffers: &Buffers) -> Self {
+        let received = input.len() as u64;
         Self {
             io,
-            input: BytesMut::new(),
+            input,
             output: Output::default(),
             buffers: buffers.clone(),
             parser: HeadParser::default(),
@@ -90,7 +96,7 @@ impl Wire {
             shuts: false,
             shut: false,
             read_size: BUFFER,
-            received: 0,
+            received,
         }
     }
 

@@ -5,7 +5,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use hbone::{
-    Authority, ConnectRequest, Connector, Control, PoolSettings, ServerSettings, StatusCode, TunnelHeaders,
+    Authority, ConnectRequest, Connector, Control, Incoming, PoolSettings, ServerSettings, StatusCode,
+    TunnelHeaders,
 };
 use identity::{
     CaDirectory, CertificateSettings, Certificates, Clock, ExpectedPeers, HandshakeLimits, LocalIssuer,
@@ -16,9 +17,10 @@ use rustls::ServerConfig;
 use rustls_pki_types::{PrivatePkcs8KeyDer, UnixTime};
 use tempfile::TempDir;
 use tokio::net::{TcpListener, TcpStream};
-use waypoint::http::Settings;
-use waypoint::http::carriers::{Admit, TunnelOut, serve_tls, serve_tunnels};
+use waypoint::http::carriers::{TunnelOut, serve_tls};
 use waypoint::http::decide::{Carrier, Connection, Dial, Forwarding, Protocol, Target};
+use waypoint::http::io::Io;
+use waypoint::http::{Settings, Worker, serve};
 
 use crate::lab::{self, Client, Proxy, get, in_turn, target};
 
@@ -100,14 +102,16 @@ struct To {
     client: SocketAddr,
 }
 
-impl Admit for To {
-    fn admit(&self, authority: &Authority, _: &TunnelHeaders) -> Result<Connection, StatusCode> {
-        match authority.socket_addr() {
-            Some(address) if address == self.service => {
-                Ok(Connection { identity: Some(Arc::new(self.peer.clone())), ..facts(self.client, address) })
-            }
-            _ => Err(StatusCode::BAD_REQUEST),
+impl To {
+    fn take(&self, worker: &Arc<Worker>, incoming: Incoming) {
+        if incoming.authority.socket_addr() != Some(self.service) {
+            worker.stats.tunnels_refused.inc();
+            return incoming.refuse(StatusCode::BAD_REQUEST, &TunnelHeaders::default());
         }
+        let identity = Some(Arc::new(self.peer.clone()));
+        let connection = Connection { identity, ..facts(self.client, self.service) };
+        let tunnel = incoming.accept(&TunnelHeaders::default()).unwrap();
+        tokio::spawn(serve(Arc::clone(worker), Io::Layered(Box::new(tunnel)), connection));
     }
 }
 
@@ -127,9 +131,10 @@ async fn hbone_in(
             tokio::spawn(async move {
                 let stream =
                     identity::accept(tcp, &certificates, &own, HandshakeLimits::default()).await.unwrap();
-                let admit = Arc::new(To { service, peer: stream.peer().id.clone(), client });
-                let settings = ServerSettings::default();
-                serve_tunnels(worker, stream, admit, settings, Control::default(), Arc::default()).await;
+                let to = To { service, peer: stream.peer().id.clone(), client };
+                let (settings, control) = (ServerSettings::default(), Control::default());
+                let take = |incoming| to.take(&worker, incoming);
+                hbone::serve(stream, &settings, &control, &Arc::default(), take).await;
             });
         }
     });
@@ -153,8 +158,8 @@ async fn requests_come_and_go_through_tunnels_with_the_clients_identity() {
         let connector = Mesh { certificates: Arc::clone(&certificates), own: id("waypoint") };
         let pool = hbone::Pool::new(connector, PoolSettings::default());
         let dial: Arc<dyn Dial> =
-            Arc::new(TunnelOut::new(pool, (server, id("server")), TunnelHeaders::default()));
-        let onward = Arc::new(Target { address: service, protocol, carrier: Carrier::Via(dial) });
+            Arc::new(TunnelOut::new([pool].into(), (server, id("server")), TunnelHeaders::default()));
+        let onward = Arc::new(Target::new(service, protocol, Carrier::Via(dial)));
         let settings = Settings { forward_client_cert: true, ..Settings::default() };
         let waypoint = Proxy::start(Forwarding::default(), in_turn(vec![onward]), settings).await;
         let address = hbone_in(&waypoint, &certificates, id("waypoint"), service).await;

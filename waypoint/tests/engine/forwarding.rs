@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use waypoint::http::decide::{Edits, Forwarding, Mirror, Protocol, Timeouts};
+use waypoint::http::decide::{Edit, Edits, Forwarding, Mirror, Protocol, Timeouts, Value};
 use waypoint::http::{ForwardedFor, Settings, Underscores};
 
 use crate::lab::{self, Client, Proxy, get, in_turn, target, until};
@@ -264,17 +264,22 @@ async fn a_client_that_goes_ends_its_request() {
 
 #[tokio::test]
 async fn fields_of_a_response_are_edited() {
-    let edits = Edits {
-        remove: vec!["x-echo".into()],
-        set: vec![("content-type".into(), "a/b".into())],
-        add: vec![("x-more".into(), "1".into())],
-    };
+    let edits = Edits(vec![
+        Edit::Remove("x-echo".into()),
+        Edit::Set("content-type".into(), Value::of(b"a/b")),
+        Edit::Add("x-more".into(), Value::of(b"%RESPONSE_CODE% %REQ(:method)% 100%%")),
+        Edit::Add("x-none".into(), Value::of(b"%REQ(x-none)%")),
+    ]);
     let how = Forwarding { response_edits: edits, ..Forwarding::default() };
     let endpoints = in_turn(vec![target(lab::echo().await, Protocol::Http1)]);
     let proxy = Proxy::start(how, endpoints, Settings::default()).await;
     let response = proxy.connect().await.ask(get("/")).await;
     assert_eq!(response.field("x-echo"), None);
-    assert_eq!((response.field("content-type"), response.field("x-more")), (Some("a/b"), Some("1")));
+    assert_eq!(
+        (response.field("content-type"), response.field("x-more")),
+        (Some("a/b"), Some("200 GET 100%"))
+    );
+    assert_eq!(response.field("x-none"), None);
 }
 
 #[tokio::test]
@@ -303,9 +308,8 @@ async fn a_copy_goes_to_another_whose_failures_nobody_sees() {
     .await;
     let mirrors =
         vec![Mirror { endpoints: in_turn(vec![target(mirror, Protocol::Http1)]), share: 1_000_000 }];
-    let how = Forwarding { mirrors, ..Forwarding::default() };
     let endpoints = in_turn(vec![target(lab::echo().await, Protocol::Http1)]);
-    let proxy = Proxy::start(how, endpoints, Settings::default()).await;
+    let proxy = Proxy::start_mirrored(mirrors, endpoints).await;
     let response =
         proxy.connect().await.ask("POST /m HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nbody").await;
     assert_eq!(response.status(), 200);

@@ -8,9 +8,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use waypoint::http::decide::{
-    Carrier, Connection, Decide, Decision, Endpoints, Forwarding, Protocol, Record, Response, Target,
+    Call, Carrier, Connection, Decide, Decided, Decision, Endpoints, Forwarding, Mirror, More, NoEndpoint,
+    Outcome, Picked, Protocol, Record, Response, Target, Watch,
 };
-use waypoint::http::head::RequestHead;
+use waypoint::http::head::{Fields, RequestHead};
 use waypoint::http::io::Io;
 use waypoint::http::{Settings, Worker, serve};
 
@@ -20,49 +21,66 @@ pub const LONG: Duration = Duration::from_secs(60);
 /// Endpoints in turn.
 pub struct InTurn {
     pub targets: Vec<Arc<Target>>,
-    pub ended: Mutex<Vec<Option<u16>>>,
+    pub ended: Arc<Mutex<Vec<Option<Outcome>>>>,
 }
 
 impl Endpoints for InTurn {
-    fn pick(&self, _: &RequestHead, tried: &[Arc<Target>]) -> Option<Arc<Target>> {
+    fn pick(&self, call: &Call<'_>) -> Result<Picked, NoEndpoint> {
         if self.targets.is_empty() {
-            None
-        } else {
-            Some(Arc::clone(&self.targets[tried.len() % self.targets.len()]))
+            return Err(NoEndpoint::NONE);
         }
+        let target = Arc::clone(&self.targets[call.tried.len() % self.targets.len()]);
+        let watch = Ends { ended: Arc::clone(&self.ended), outcome: Mutex::default() };
+        Ok(Picked::watched(target, Arc::new(watch)))
+    }
+}
+
+/// Writes down how a try went, when it has ended.
+struct Ends {
+    ended: Arc<Mutex<Vec<Option<Outcome>>>>,
+    outcome: Mutex<Option<Outcome>>,
+}
+
+impl Watch for Ends {
+    fn reported(&self, outcome: Outcome) {
+        *self.outcome.lock().unwrap() = Some(outcome);
     }
 
-    fn ended(&self, _: &Arc<Target>, status: Option<u16>) {
-        self.ended.lock().unwrap().push(status);
+    fn ended(&self) {
+        self.ended.lock().unwrap().push(*self.outcome.lock().unwrap());
     }
 }
 
 pub fn target(address: SocketAddr, protocol: Protocol) -> Arc<Target> {
-    Arc::new(Target { address, protocol, carrier: Carrier::Tcp })
+    Arc::new(Target::new(address, protocol, Carrier::Tcp))
 }
 
 pub fn in_turn(targets: Vec<Arc<Target>>) -> Arc<InTurn> {
-    Arc::new(InTurn { targets, ended: Mutex::default() })
+    Arc::new(InTurn { targets, ended: Arc::default() })
 }
 
 /// Sends all to the same endpoints; `/direct` is answered here.
 struct Fixed {
     how: Arc<Forwarding>,
     endpoints: Arc<dyn Endpoints>,
+    mirrors: Vec<Mirror>,
     records: Mutex<Vec<Record>>,
 }
 
 impl Decide for Fixed {
-    fn decide(&self, request: &mut RequestHead, _: &Connection) -> Decision {
+    fn decide(&self, request: &mut RequestHead, _: &Connection, _: &mut Decided) -> Decision {
         if request.path() == "/direct" {
             let body = bytes::Bytes::from_static(b"direct");
             let flag = waypoint::http::decide::Flag::Decided("DI");
             return Decision::Respond(Arc::new(Response { status: 418, fields: Box::default(), body, flag }));
         }
-        Decision::Forward { how: Arc::clone(&self.how), endpoints: Arc::clone(&self.endpoints) }
+        let more = More { mirrors: self.mirrors.clone(), ..More::default() };
+        let more = (!self.mirrors.is_empty()).then(|| Box::new(more));
+        let (how, endpoints) = (Arc::clone(&self.how), Arc::clone(&self.endpoints));
+        Decision::Forward { how, endpoints, more }
     }
 
-    fn ended(&self, _: &RequestHead, _: &Connection, record: &Record) {
+    fn ended(&self, _: &RequestHead, _: &Fields, _: &Connection, _: &Decided, record: &Record) {
         self.records.lock().unwrap().push(record.clone());
     }
 }
@@ -75,8 +93,17 @@ pub struct Proxy {
 
 impl Proxy {
     pub async fn start(how: Forwarding, endpoints: Arc<dyn Endpoints>, settings: Settings) -> Self {
-        let records = Mutex::default();
-        let decide = Arc::new(Fixed { how: Arc::new(how), endpoints, records });
+        let (mirrors, records) = (Vec::new(), Mutex::default());
+        Self::of(Fixed { how: Arc::new(how), endpoints, mirrors, records }, settings).await
+    }
+
+    pub async fn start_mirrored(mirrors: Vec<Mirror>, endpoints: Arc<dyn Endpoints>) -> Self {
+        let (how, records) = (Arc::default(), Mutex::default());
+        Self::of(Fixed { how, endpoints, mirrors, records }, Settings::default()).await
+    }
+
+    async fn of(decide: Fixed, settings: Settings) -> Self {
+        let decide = Arc::new(decide);
         let worker = Worker::new(Arc::clone(&decide) as Arc<dyn Decide>, settings, CancellationToken::new());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();

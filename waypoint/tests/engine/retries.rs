@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use waypoint::http::Settings;
-use waypoint::http::decide::{Forwarding, Protocol, Record, Retries, Timeouts};
+use waypoint::http::decide::{Forwarding, Outcome, Protocol, Record, Retries, Timeouts};
 
 use crate::lab::{self, Client, Proxy, get, in_turn, server, target};
 
@@ -46,7 +46,7 @@ async fn another_endpoint_takes_what_one_refuses() {
     let record = &proxy.wait_records(1).await[0];
     assert_eq!((record.tries, flags(record).as_str()), (2, "-"));
     // Told of before the record is written.
-    assert_eq!(*endpoints.ended.lock().unwrap(), [None, Some(200)]);
+    assert_eq!(*endpoints.ended.lock().unwrap(), [Some(Outcome::Failed), Some(Outcome::Status(200))]);
 }
 
 #[tokio::test]

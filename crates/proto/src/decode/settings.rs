@@ -1,5 +1,6 @@
 //! Reading the mesh's settings.
 
+use model::http::Normalization;
 use model::{OutboundMode, Settings, TrustDomain, TrustDomains};
 
 use super::{DecodeError, Decoder, Fault, Problem, each};
@@ -16,7 +17,7 @@ impl Decoder {
     }
 
     fn read_settings(&mut self, s: &wire::MeshSettings) -> Result<Settings, Fault> {
-        use wire::mesh_settings::OutboundMode as Wire;
+        use wire::mesh_settings::{OutboundMode as Wire, PathNormalization as Path};
         let defaults = Settings::default();
         let mut domain = |name: &str| {
             TrustDomain::new(self.text(name)).map_err(|invalid| Fault::new("trust_domain", invalid))
@@ -35,6 +36,13 @@ impl Decoder {
                 Ok(Wire::AllowAny) => OutboundMode::AllowAny,
                 Ok(Wire::RegistryOnly) => OutboundMode::RegistryOnly,
                 Err(_) => return Err(Fault::new("outbound", Problem::Enum(s.outbound))),
+            },
+            path_normalization: match Path::try_from(s.path_normalization) {
+                Ok(Path::Base) => Normalization::Base,
+                Ok(Path::None) => Normalization::None,
+                Ok(Path::MergeSlashes) => Normalization::MergeSlashes,
+                Ok(Path::DecodeAndMergeSlashes) => Normalization::DecodeAndMergeSlashes,
+                Err(_) => return Err(Fault::new("path_normalization", Problem::Enum(s.path_normalization))),
             },
         })
     }

@@ -1,0 +1,312 @@
+//! What is decided for a request: the fixed order of the filters, over one snapshot of the mesh.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use arc_swap::{ArcSwap, Guard};
+use model::http::{BackendRef, RouteAction, SourceFacts, WaypointKey};
+use model::{Mesh, NetworkAddress, SpiffeId, Str, Workload};
+
+use crate::filters::cors::Crossing;
+use crate::filters::route::RouteRules;
+use crate::filters::{Refusal, answer, authorize, cors, fault, path, redirect, rewrite, view};
+use crate::http::decide::{
+    Connection, Decide, Decided, Decision, Edits, Endpoints, Flag, Forwarding, Mirror, More, Record,
+};
+use crate::http::head::{Fields, RequestHead};
+use crate::rules::{Rules, ServiceRules};
+use crate::telemetry::Telemetry;
+use crate::upstream::{Backend, Clusters};
+
+/// Decides over requests. Clones share the snapshot.
+#[derive(Clone)]
+pub struct Deciding(Arc<Inner>);
+
+struct Inner {
+    rules: ArcSwap<Rules>,
+    own: WaypointKey,
+    network: Str,
+    clusters: Clusters,
+    telemetry: Arc<Telemetry>,
+    /// How requests to workloads are sent on.
+    plain: Arc<Forwarding>,
+}
+
+impl Deciding {
+    /// For the waypoint `own`, on `network`. Knows nothing yet.
+    #[must_use]
+    pub fn new(own: WaypointKey, network: Str, clusters: Clusters, telemetry: Arc<Telemetry>) -> Self {
+        let (rules, plain) = (ArcSwap::default(), Arc::new(Forwarding::default()));
+        Self(Arc::new(Inner { rules, own, network, clusters, telemetry, plain }))
+    }
+
+    /// Puts a snapshot in force, whole. There is one caller, the source of configuration.
+    pub fn update(&self, mesh: Arc<Mesh>) {
+        let next = Rules::new(mesh, &self.0.own, &self.0.rules.load());
+        self.0.clusters.prepare(&next.mesh);
+        self.0.rules.store(Arc::new(next));
+    }
+
+    /// The snapshot.
+    #[must_use]
+    pub fn rules(&self) -> Guard<Arc<Rules>> {
+        self.0.rules.load()
+    }
+
+    /// The waypoint that this is.
+    #[must_use]
+    pub fn own(&self) -> &WaypointKey {
+        &self.0.own
+    }
+
+    /// The network that this waypoint is on.
+    #[must_use]
+    pub fn network(&self) -> &Str {
+        &self.0.network
+    }
+
+    /// The back ends' endpoints.
+    #[must_use]
+    pub fn clusters(&self) -> &Clusters {
+        &self.0.clusters
+    }
+
+    /// The identity that the waypoint has: that of the service account with the Gateway's name. `None` where its names make
+    /// none.
+    #[must_use]
+    pub fn identity(&self, mesh: &Mesh) -> Option<SpiffeId> {
+        crate::start::identity(mesh, &self.0.own)
+    }
+
+    /// What is done for where a connection goes.
+    fn find(&self, rules: &Rules, to: SocketAddr) -> Option<Arc<ServiceRules>> {
+        rules.service_at(&self.0.network, to).cloned()
+    }
+
+    fn admitted(
+        &self,
+        rules: &Rules,
+        service: &ServiceRules,
+        request: &mut RequestHead,
+        connection: &Connection,
+        decided: &mut Decided,
+    ) -> Result<Decision, Refusal> {
+        path::apply(request, rules.mesh.settings().path_normalization)?;
+        authorize::apply(&service.policies, request, connection, decided)?;
+        self.routed(rules, service, request, connection, decided)
+    }
+
+    /// A request to a workload's own address: its policies hold, and it goes there.
+    fn to_workload(
+        &self,
+        rules: &Rules,
+        request: &mut RequestHead,
+        connection: &Connection,
+        decided: &mut Decided,
+    ) -> Result<Decision, Refusal> {
+        let not_bound = || answer(404, "not_bound", Flag::NoRoute);
+        let workload = self.workload(rules, connection.destination).ok_or_else(not_bound)?;
+        path::apply(request, rules.mesh.settings().path_normalization)?;
+        authorize::apply(&authorize::of_workload(&rules.mesh, &workload), request, connection, decided)?;
+        Ok(Decision::Forward {
+            how: self.0.plain.clone(),
+            endpoints: self.0.clusters.original(&rules.mesh, connection),
+            more: None,
+        })
+    }
+
+    /// The workload that a connection comes from.
+    pub(crate) fn client(&self, rules: &Rules, connection: &Connection) -> Option<Arc<Workload>> {
+        let address = NetworkAddress::new(self.0.network.clone(), connection.client.ip());
+        rules.mesh.workload_at(&address).cloned()
+    }
+
+    /// The workload of ours that has an address.
+    pub(crate) fn workload(&self, rules: &Rules, to: SocketAddr) -> Option<Arc<Workload>> {
+        let address = NetworkAddress::new(self.0.network.clone(), to.ip());
+        let workload = rules.mesh.workload_at(&address)?;
+        rules.is_own(&workload.waypoint.as_ref()?.target).then(|| workload.clone())
+    }
+
+    /// From the route on: the request may go to the service.
+    fn routed(
+        &self,
+        rules: &Rules,
+        service: &ServiceRules,
+        request: &mut RequestHead,
+        connection: &Connection,
+        decided: &mut Decided,
+    ) -> Result<Decision, Refusal> {
+        let no_route = || answer(404, "route_not_found", Flag::NoRoute);
+        let port = service.port(decided.port).ok_or_else(no_route)?;
+        let client = self.client(rules, connection);
+        let source = source(connection, client.as_deref());
+        let found = port.find(&view(request, connection, decided.claims.as_deref()), &source);
+        let found = found.ok_or_else(no_route)?;
+        let (route, matched) = (found.rules, found.matched);
+        decided.route.clone_from(&route.route);
+        let mut more = More::default();
+        let Some(of) = &route.route else {
+            return self.forwarded(rules, route, None, request, connection, decided, more);
+        };
+        if let Some(cors) = &of.cors {
+            match cors::apply(cors, request) {
+                Crossing::Pass => {}
+                Crossing::Allow(edits) => more.response_edits = Edits(edits),
+                Crossing::Answer(answer) => return Err(answer),
+            }
+        }
+        let delay = fault::delay(&of.fault, random());
+        let decision = match fault::abort(&of.fault, random()) {
+            Some(abort) => Ok(Decision::Respond(abort)),
+            None => match &of.action {
+                RouteAction::Redirect(to) => Err(redirect::response(to, matched, request)),
+                RouteAction::Respond(_) => Err(route.respond.clone().unwrap_or_else(no_route)),
+                RouteAction::Forward(_) => {
+                    self.forwarded(rules, route, matched, request, connection, decided, more)
+                }
+            },
+        };
+        let Some(delay) = delay else { return decision };
+        let decision = decision.unwrap_or_else(Decision::Respond);
+        Ok(Decision::Later(Box::pin(async move {
+            tokio::time::sleep(delay).await;
+            already(decision)
+        })))
+    }
+
+    /// Chooses the back end, makes the request what it gets, and finds its endpoints.
+    #[allow(clippy::too_many_arguments)]
+    fn forwarded(
+        &self,
+        rules: &Rules,
+        route: &RouteRules,
+        matched: Option<&model::http::RouteMatch>,
+        request: &mut RequestHead,
+        connection: &Connection,
+        decided: &mut Decided,
+        mut more: More,
+    ) -> Result<Decision, Refusal> {
+        let no_backend = || answer(500, "no_backend", Flag::NoRoute);
+        let chosen = choose(route).ok_or_else(no_backend)?;
+        let backend = route.backends.get(chosen).ok_or_else(no_backend)?;
+        decided.backend = Some(chosen);
+        let endpoints = self.endpoints(rules, &backend.to, connection)?;
+        route.request_edits.apply_to_request(request, connection, decided);
+        backend.request_edits.apply_to_request(request, connection, decided);
+        if let Some(of) = &route.route {
+            if let Some(to) = &of.path {
+                rewrite::path(to, matched, request, decided)?;
+            }
+            if let Some(to) = &of.host {
+                let name = match &backend.to {
+                    BackendRef::Service { service, .. } => Some(&*service.hostname),
+                    BackendRef::Original | BackendRef::Unresolved { .. } => None,
+                };
+                rewrite::host(to, name, request, decided);
+            }
+            for mirror in &of.mirrors {
+                // What becomes of copies touches nobody, also where there is nobody to copy to.
+                if let Ok(endpoints) = self.endpoints(rules, &mirror.to, connection) {
+                    more.mirrors.push(Mirror { endpoints, share: mirror.share.millionths() });
+                }
+            }
+        }
+        let has_more = !more.mirrors.is_empty() || !more.response_edits.0.is_empty();
+        Ok(Decision::Forward {
+            how: backend.forwarding.clone(),
+            endpoints,
+            more: has_more.then(|| Box::new(more)),
+        })
+    }
+
+    /// The endpoints of a back end.
+    pub(crate) fn endpoints(
+        &self,
+        rules: &Rules,
+        to: &BackendRef,
+        connection: &Connection,
+    ) -> Result<Arc<dyn Endpoints>, Refusal> {
+        let missing = |reason: &dyn std::fmt::Display| {
+            tracing::debug!(%reason, "a back end is not there");
+            answer(500, "backend_not_found", Flag::Decided("NC"))
+        };
+        match to {
+            BackendRef::Service { service, port, subset } => {
+                let backend = Backend { service: service.clone(), port: *port, subset: subset.clone() };
+                self.0.clusters.endpoints(&rules.mesh, &backend).map_err(|error| missing(&error))
+            }
+            BackendRef::Original => Ok(self.0.clusters.original(&rules.mesh, connection)),
+            BackendRef::Unresolved { reason } => Err(missing(reason)),
+        }
+    }
+}
+
+/// What routes ask of the client. Labels are those of the workload that has its address, if that is who it has proved to be.
+pub(crate) fn source<'a>(connection: &'a Connection, client: Option<&'a Workload>) -> SourceFacts<'a> {
+    let identity = connection.identity.as_deref();
+    let is_client = |w: &&Workload| identity.is_some_and(|id| w.identity().as_ref() == Ok(id));
+    SourceFacts {
+        namespace: identity.map(|id| &**id.namespace()),
+        labels: client.filter(is_client).map(|w| &*w.labels).unwrap_or_default(),
+    }
+}
+
+/// A number that nobody can foresee well enough to steer a choice by.
+pub(crate) fn random() -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    thread_local! {
+        static SEED: (RandomState, std::cell::Cell<u64>) = (RandomState::new(), std::cell::Cell::new(0));
+    }
+    SEED.with(|(state, count)| {
+        count.set(count.get().wrapping_add(1));
+        state.hash_one(count.get())
+    })
+}
+
+/// The rest of a decision that is made already.
+fn already(decision: Decision) -> crate::http::decide::Then {
+    Box::new(move |_, _, _| decision)
+}
+
+/// The place of the back end that takes a request, by weight.
+fn choose(route: &RouteRules) -> Option<usize> {
+    match route.route.as_ref().map(|route| &route.action) {
+        None => Some(0),
+        Some(RouteAction::Forward(forward)) => {
+            let chosen = forward.choose(random())?;
+            forward.backends().iter().position(|backend| std::ptr::eq(backend, chosen))
+        }
+        Some(RouteAction::Redirect(_) | RouteAction::Respond(_)) => None,
+    }
+}
+
+impl Decide for Deciding {
+    fn decide(&self, request: &mut RequestHead, connection: &Connection, decided: &mut Decided) -> Decision {
+        let rules = self.0.rules.load_full();
+        let Some(service) = self.find(&rules, connection.destination) else {
+            let decision = self.to_workload(&rules, request, connection, decided);
+            return decision.unwrap_or_else(Decision::Respond);
+        };
+        decided.service = Some(service.http.clone());
+        decided.port = connection.destination.port();
+        self.0.telemetry.request_started(request, decided);
+        self.admitted(&rules, &service, request, connection, decided).unwrap_or_else(Decision::Respond)
+    }
+
+    fn ended(
+        &self,
+        request: &RequestHead,
+        response: &Fields,
+        connection: &Connection,
+        decided: &Decided,
+        record: &Record,
+    ) {
+        let rules = self.0.rules.load();
+        self.0.telemetry.request_ended(&rules.mesh, (request, response), connection, decided, record);
+    }
+
+    fn refused(&self, connection: &Connection, status: u16, why: &dyn std::fmt::Display) {
+        self.0.telemetry.request_refused(connection, status, why);
+    }
+}

@@ -1,0 +1,122 @@
+//! What is spoken on a connection of which nothing is said, by its first bytes.
+
+use std::time::Duration;
+
+use bytes::BytesMut;
+use tokio::io::AsyncReadExt;
+use tokio::time::{Instant, timeout_at};
+
+/// What the first bytes are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Spoken {
+    /// HTTP/1 or HTTP/2.
+    Http,
+    /// A TLS handshake.
+    Tls,
+    /// Something else; or nothing yet: then the server may be the one who speaks first.
+    Other,
+}
+
+/// How HTTP/2 begins (RFC 9113 section 3.4).
+const PREFACE: &[u8] = b"PRI * HTTP/2.0";
+/// As long as methods are: `BASELINE-CONTROL` is the longest of the registry that is in use.
+const LONGEST_METHOD: usize = 24;
+
+/// Reads until it is clear what is spoken, for at most `limit`. Gives what was read, which belongs before what is still to be
+/// read; `None` if the client has ended the connection, or it failed, without a byte.
+pub async fn first_bytes<T: net::Io>(mut io: T, limit: Duration) -> Option<(Spoken, BytesMut, T)> {
+    let mut input = BytesMut::new();
+    let deadline = Instant::now() + limit;
+    loop {
+        match timeout_at(deadline, io.read_buf(&mut input)).await {
+            // A client that has nothing to say may still want to hear.
+            Err(_) => return Some((Spoken::Other, input, io)),
+            Ok(Err(_)) => return None,
+            Ok(Ok(0)) => return (!input.is_empty()).then_some((Spoken::Other, input, io)),
+            Ok(Ok(_)) => {
+                if let Some(spoken) = spoken(&input) {
+                    return Some((spoken, input, io));
+                }
+            }
+        }
+    }
+}
+
+/// What `input` is the beginning of; `None` if more is needed.
+#[must_use]
+pub fn spoken(input: &[u8]) -> Option<Spoken> {
+    match input {
+        [] => return None,
+        // A record of a handshake (RFC 8446 section 5.1).
+        [0x16] => return None,
+        [0x16, 0x03, ..] => return Some(Spoken::Tls),
+        _ => {}
+    }
+    let preface = input.len().min(PREFACE.len());
+    if input.get(..preface) == PREFACE.get(..preface) {
+        return (preface == PREFACE.len()).then_some(Spoken::Http);
+    }
+    // A method is upper-case letters by custom, and then comes a target: a path, a URL or an asterisk.
+    let method = input.iter().take_while(|b| b.is_ascii_uppercase() || **b == b'-').count();
+    match input.get(method..) {
+        _ if method > LONGEST_METHOD => Some(Spoken::Other),
+        Some([]) => None,
+        Some([b' ']) if method > 0 => None,
+        Some([b' ', b'/' | b'*' | b'a'..=b'z' | b'A'..=b'Z', ..]) if method > 0 => by_line(input),
+        _ => Some(Spoken::Other),
+    }
+}
+
+/// Many protocols have words in capitals (`EHLO mail`, `USER name`): the version at the end of the line tells.
+fn by_line(input: &[u8]) -> Option<Spoken> {
+    let Some(end) = memchr::memchr(b'\n', input) else {
+        // A target may be long; what is that long is for the parser to judge.
+        return (input.len() > 16 * 1024).then_some(Spoken::Http);
+    };
+    let line = input.get(..end).unwrap_or_default().trim_ascii_end();
+    let is_http = line.rsplit(|b| *b == b' ').next().is_some_and(|last| last.starts_with(b"HTTP/"));
+    Some(if is_http { Spoken::Http } else { Spoken::Other })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+
+    #[test]
+    fn protocols_are_told_by_their_first_bytes_however_they_are_cut() {
+        for (input, expected) in [
+            (&b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"[..], Spoken::Http),
+            (b"PROPFIND /x HTTP/1.1\r\n", Spoken::Http),
+            (b"OPTIONS * HTTP/1.1\r\n", Spoken::Http),
+            (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", Spoken::Http),
+            (b"\x16\x03\x01\x02\x00\x01", Spoken::Tls),
+            (b"EHLO mail.example.com\r\n", Spoken::Other),
+            (b"USER anonymous\r\n", Spoken::Other),
+            (b"*1\r\n$4\r\nPING\r\n", Spoken::Other),
+            (b"\x00\x00\x00\x08\x04\xd2\x16\x2f", Spoken::Other),
+            (b"get / HTTP/1.1\r\n", Spoken::Other),
+        ] {
+            assert_eq!(spoken(input), Some(expected), "{input:?}");
+            let first = (1..=input.len()).find_map(|end| spoken(&input[..end]));
+            assert_eq!(first, Some(expected), "{input:?} byte by byte");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_says_nothing_is_not_waited_for_longer_than_the_limit() {
+        let limit = Duration::from_secs(1);
+        let (mut client, server) = tokio::io::duplex(64);
+        let started = Instant::now();
+        let (spoken, input, server) = first_bytes(server, limit).await.unwrap();
+        assert_eq!((spoken, input.len(), started.elapsed()), (Spoken::Other, 0, limit));
+        client.write_all(b"GET / HT").await.unwrap();
+        let (spoken, input, server) = first_bytes(server, limit).await.unwrap();
+        assert_eq!((spoken, &*input), (Spoken::Other, &b"GET / HT"[..]));
+        drop(client);
+        assert!(first_bytes(server, limit).await.is_none());
+    }
+}

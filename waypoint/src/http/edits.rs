@@ -1,0 +1,279 @@
+//! Changes of fields, whose values may have Envoy's `%COMMANDS%` in them.
+
+use std::borrow::Cow;
+use std::fmt::{self, Write as _};
+use std::net::SocketAddr;
+use std::time::SystemTime;
+
+use model::http::{Command, FieldText, Format, FormatPart};
+
+use crate::http::decide::{Connection, Decided, Record};
+use crate::http::head::{Fields, RequestHead, Version, is_field_value};
+
+/// Changes of fields, in order. Names and plain values are valid ones.
+#[derive(Clone, Debug, Default)]
+pub struct Edits(pub Vec<Edit>);
+
+/// One change.
+#[derive(Clone, Debug)]
+pub enum Edit {
+    /// All fields of the name go.
+    Remove(Box<str>),
+    /// In the place of all fields of the name.
+    Set(Box<str>, Value),
+    /// Beside those that are there.
+    Add(Box<str>, Value),
+}
+
+/// What a field becomes.
+#[derive(Clone, Debug)]
+pub enum Value {
+    /// This.
+    Plain(Box<[u8]>),
+    /// What the commands come to; without any, the field is not set.
+    Made(Box<Format>),
+}
+
+/// What commands are answered from.
+#[derive(Clone, Copy)]
+pub struct Facts<'a> {
+    /// The request.
+    pub request: &'a RequestHead,
+    /// The connection that it came by.
+    pub connection: &'a Connection,
+    /// What was decided.
+    pub decided: &'a Decided,
+    /// How it went, once there is a response.
+    pub record: Option<&'a Record>,
+}
+
+/// As much of a made value is kept: a header field that is longer would not get through.
+const LONGEST: usize = 16 * 1024;
+
+impl Edits {
+    /// Makes the changes in a response.
+    pub fn apply(&self, fields: &mut Fields, facts: &Facts<'_>) {
+        for edit in &self.0 {
+            edit.apply(fields, facts);
+        }
+    }
+
+    /// Makes the changes in a request.
+    pub fn apply_to_request(&self, request: &mut RequestHead, connection: &Connection, decided: &Decided) {
+        for edit in &self.0 {
+            let facts = Facts { request, connection, decided, record: None };
+            match edit.value(&facts, None) {
+                None => request.fields.remove(edit.name()),
+                // The authority is no field of ours.
+                Some(value) if edit.name().eq_ignore_ascii_case(b"host") => {
+                    let is_valid = !value.is_empty() && value.iter().all(u8::is_ascii_graphic);
+                    if let (true, Ok(host)) = (is_valid, std::str::from_utf8(&value)) {
+                        request.set_authority(host);
+                    }
+                }
+                Some(value) => edit.put(&mut request.fields, &value),
+            }
+        }
+    }
+}
+
+impl Edit {
+    /// Makes the change. Commands of the response are answered from the fields that are changed.
+    fn apply(&self, fields: &mut Fields, facts: &Facts<'_>) {
+        let Some(value) = self.value(facts, Some(fields)) else { return fields.remove(self.name()) };
+        self.put(fields, &value);
+    }
+
+    fn name(&self) -> &[u8] {
+        match self {
+            Self::Remove(name) | Self::Set(name, _) | Self::Add(name, _) => name.as_bytes(),
+        }
+    }
+
+    /// What the field becomes; `None` where it goes.
+    fn value(&self, facts: &Facts<'_>, response: Option<&Fields>) -> Option<Cow<'_, [u8]>> {
+        match self {
+            Self::Remove(_) => None,
+            Self::Set(_, Value::Plain(value)) | Self::Add(_, Value::Plain(value)) => {
+                Some(Cow::Borrowed(&**value))
+            }
+            Self::Set(_, Value::Made(format)) | Self::Add(_, Value::Made(format)) => {
+                Some(Cow::Owned(made(format, facts, response)))
+            }
+        }
+    }
+
+    fn put(&self, fields: &mut Fields, value: &[u8]) {
+        if matches!(self, Self::Set(..)) {
+            fields.remove(self.name());
+        }
+        // Commands that come to nothing set nothing.
+        if !value.is_empty() || matches!(self, Self::Set(_, Value::Plain(_)) | Self::Add(_, Value::Plain(_)))
+        {
+            fields.push(self.name(), value);
+        }
+    }
+}
+
+impl Value {
+    /// Of a text that may have commands in it; of one that is no format, the text as it is.
+    #[must_use]
+    pub fn of(text: &[u8]) -> Self {
+        let format = std::str::from_utf8(text).ok().and_then(|text| Format::parse(text).ok());
+        match format {
+            Some(format) => match format.plain() {
+                Some(plain) => Self::Plain(plain.as_bytes().into()),
+                None => Self::Made(Box::new(format)),
+            },
+            None => Self::Plain(text.into()),
+        }
+    }
+}
+
+/// What a format comes to as a field's value.
+fn made(format: &Format, facts: &Facts<'_>, response: Option<&Fields>) -> Vec<u8> {
+    let mut out = Vec::new();
+    for part in format.parts() {
+        match part {
+            FormatPart::Text(text) => out.extend_from_slice(text.as_bytes()),
+            FormatPart::Command(command) => command_value(command, facts, response, &mut out),
+        }
+    }
+    out.truncate(LONGEST);
+    if is_field_value(&out) { out } else { Vec::new() }
+}
+
+/// Appends what `command` comes to; nothing where there is no such thing. `response` are the response's fields.
+pub fn command_value(command: &Command, facts: &Facts<'_>, response: Option<&Fields>, out: &mut Vec<u8>) {
+    let (request, connection) = (facts.request, facts.connection);
+    match command {
+        Command::Request(field) => {
+            text_of(field, out, |name| match name {
+                ":method" => Some(request.method().as_bytes().into()),
+                ":authority" | "host" => Some(request.authority().as_bytes().into()),
+                ":path" => Some(request.target().as_bytes().into()),
+                ":scheme" => Some(request.scheme().as_bytes().into()),
+                name => request.fields.joined(name.as_bytes()),
+            });
+        }
+        Command::Response(field) => {
+            if let Some(response) = response {
+                text_of(field, out, |name| response.joined(name.as_bytes()));
+            }
+        }
+        Command::Trailer(_) | Command::Nothing => {}
+        Command::Client => show(out, &connection.client),
+        Command::ClientIp => show(out, &connection.client.ip()),
+        Command::ClientPort => show(out, &connection.client.port()),
+        Command::Destination => show(out, &connection.destination),
+        Command::DestinationIp => show(out, &connection.destination.ip()),
+        Command::DestinationPort => show(out, &connection.destination.port()),
+        Command::ClientIdentity => show_some(out, connection.identity.as_ref()),
+        Command::ServerName => show_some(out, connection.server_name.as_ref()),
+        Command::Protocol => out.extend_from_slice(match request.version {
+            Version::Http1 => b"HTTP/1.1",
+            Version::Http2 => b"HTTP/2",
+        }),
+        Command::StartTime(format) => start_time(format.as_deref(), facts.record, out),
+        Command::Route => {
+            if let Some(route) = &facts.decided.route {
+                show(out, &route.id);
+            }
+        }
+        Command::Host => show_some(out, hostname()),
+        Command::Backend => show_some(out, backend(facts.decided)),
+        Command::Duration
+        | Command::Status
+        | Command::StatusDetails
+        | Command::Flags
+        | Command::GrpcStatus
+        | Command::BytesReceived
+        | Command::BytesSent
+        | Command::Endpoint
+        | Command::EndpointIp
+        | Command::Attempts => {
+            if let Some(record) = facts.record {
+                recorded(command, record, out);
+            }
+        }
+    }
+}
+
+fn recorded(command: &Command, record: &Record, out: &mut Vec<u8>) {
+    let endpoint = || record.target.as_ref().map(|target| target.address);
+    match command {
+        Command::Duration => show(out, &record.started.elapsed().as_millis()),
+        Command::Status => show(out, &record.status),
+        Command::StatusDetails => out.extend_from_slice(record.detail.as_bytes()),
+        Command::Flags => show(out, &record.flag),
+        Command::GrpcStatus => show_some(out, record.grpc_status),
+        Command::BytesReceived => show(out, &record.received),
+        Command::BytesSent => show(out, &record.sent),
+        Command::Endpoint => show_some(out, endpoint()),
+        Command::EndpointIp => show_some(out, endpoint().as_ref().map(SocketAddr::ip)),
+        Command::Attempts => show(out, &record.tries),
+        _ => {}
+    }
+}
+
+/// The back end that the route chose, as `port|subset|host`.
+fn backend(decided: &Decided) -> Option<String> {
+    let model::http::RouteAction::Forward(forward) = &decided.route.as_ref()?.action else { return None };
+    match &forward.backends().get(decided.backend?)?.to {
+        model::http::BackendRef::Service { service, port, subset } => {
+            Some(format!("outbound|{port}|{}|{}", subset.as_deref().unwrap_or_default(), service.hostname))
+        }
+        _ => None,
+    }
+}
+
+fn show(out: &mut Vec<u8>, value: &dyn fmt::Display) {
+    let mut text = String::new();
+    // Writing to a string can't fail.
+    let _ = write!(text, "{value}");
+    out.extend_from_slice(text.as_bytes());
+}
+
+fn show_some<T: fmt::Display>(out: &mut Vec<u8>, value: Option<T>) {
+    if let Some(value) = value {
+        show(out, &value);
+    }
+}
+
+fn text_of<'a>(field: &FieldText, out: &mut Vec<u8>, get: impl Fn(&str) -> Option<Cow<'a, [u8]>>) {
+    let value = get(&field.name).or_else(|| get(field.or.as_deref()?));
+    if let Some(value) = value {
+        let most = field.most.unwrap_or(usize::MAX).min(value.len());
+        out.extend_from_slice(value.get(..most).unwrap_or_default());
+    }
+}
+
+/// When the request came: `%s` are seconds, `%3f`, `%6f` and `%9f` parts of one; anything else is given as RFC 3339 has it.
+fn start_time(format: Option<&str>, record: Option<&Record>, out: &mut Vec<u8>) {
+    let ago = record.map(|record| record.started.elapsed()).unwrap_or_default();
+    let at = SystemTime::now().checked_sub(ago).unwrap_or(SystemTime::UNIX_EPOCH);
+    let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let text = match format {
+        Some(format) if format.contains("%s") => format
+            .replace("%s", &since.as_secs().to_string())
+            .replace("%3f", &format!("{:03}", since.subsec_millis()))
+            .replace("%6f", &format!("{:06}", since.subsec_micros()))
+            .replace("%9f", &format!("{:09}", since.subsec_nanos())),
+        _ => {
+            let seconds = rustls_pki_types::UnixTime::since_unix_epoch(since);
+            let text = identity::Timestamp(seconds).to_string();
+            format!("{}.{:03}Z", text.trim_end_matches('Z'), since.subsec_millis())
+        }
+    };
+    out.extend_from_slice(text.as_bytes());
+}
+
+/// The name of the machine, or the pod, that the proxy runs on.
+fn hostname() -> Option<&'static str> {
+    static NAME: std::sync::OnceLock<Option<String>> = std::sync::OnceLock::new();
+    NAME.get_or_init(|| {
+        let name = std::fs::read_to_string("/proc/sys/kernel/hostname").ok()?;
+        Some(name.trim().to_owned())
+    })
+    .as_deref()
+}

@@ -1,0 +1,174 @@
+//! Connections that carry no HTTP, or of which nobody looks for it: decided once, by what they show, and passed on as bytes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::BytesMut;
+use model::http::{BackendRef, SelectedStream, Stream};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use crate::filters::authorize;
+use crate::http::decide::{Call, Carrier, Connection, Endpoints, Outcome, Picked, Target};
+use crate::http::head::RequestHead;
+use crate::listen::Front;
+use crate::rules::Rules;
+
+/// To connect to an endpoint.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Endpoints that one connection tries.
+const ATTEMPTS: usize = 3;
+
+/// Why a connection goes nowhere.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error("{0}")]
+    Denied(String),
+    #[error("nothing here has this address any more")]
+    NotServed,
+    #[error("no route takes it")]
+    NoRoute,
+    #[error("its route leads nowhere")]
+    NoBackend,
+    #[error("no endpoint takes it: {0}")]
+    NoEndpoint(String),
+}
+
+/// Carries a tunnel's bytes to an endpoint and back, until both sides have ended. `input` are those that were read already.
+pub async fn carry(front: &Front, tunnel: hbone::Tunnel, input: BytesMut, connection: Connection) {
+    let (sni, is_tls) = (None, matches!(&*input, [0x16, 0x03, ..]));
+    let endpoint = match choose(front, &connection, sni, is_tls) {
+        Ok(endpoints) => connect(&*endpoints, &connection).await,
+        Err(refused) => Err(refused),
+    };
+    match endpoint {
+        Ok((server, picked)) => {
+            if let Err(error) = copy(tunnel, server, input).await {
+                tracing::debug!(client = %connection.client, %error, "a connection broke");
+            }
+            drop(picked);
+        }
+        Err(refused) => {
+            tracing::info!(
+                client = %connection.client,
+                destination = %connection.destination,
+                reason = %refused,
+                "refused a connection"
+            );
+            let mut tunnel = tunnel;
+            tunnel.reset(hbone::ErrorCode::CONNECT_ERROR);
+        }
+    }
+}
+
+/// The endpoints of the connection's route, if policy lets it in.
+fn choose(
+    front: &Front,
+    connection: &Connection,
+    sni: Option<&str>,
+    tls: bool,
+) -> Result<Arc<dyn Endpoints>, Refused> {
+    let (deciding, rules) = (&front.deciding, front.deciding.rules());
+    let to = connection.destination;
+    let Some(service) = rules.service_at(deciding.network(), to) else {
+        let workload = deciding.workload(&rules, to).ok_or(Refused::NotServed)?;
+        permit(&authorize::of_workload(&rules.mesh, &workload), connection)?;
+        return Ok(deciding.clusters().original(&rules.mesh, connection));
+    };
+    permit(&service.policies, connection)?;
+    let port = service.port(to.port()).ok_or(Refused::NotServed)?;
+    let client = deciding.client(&rules, connection);
+    let source = crate::deciding::source(connection, client.as_deref());
+    let stream = Stream { sni, tls, destination: to.ip() };
+    let itself = BackendRef::Service { service: service.http.service.clone(), port: to.port(), subset: None };
+    let backend = match port.port.streams.select(&stream, &source) {
+        SelectedStream::Itself => &itself,
+        SelectedStream::Route { route, .. } => {
+            &route.to.choose(crate::deciding::random()).ok_or(Refused::NoBackend)?.to
+        }
+        SelectedStream::Nothing => return Err(Refused::NoRoute),
+    };
+    endpoints(front, &rules, backend, connection)
+}
+
+fn endpoints(
+    front: &Front,
+    rules: &Rules,
+    backend: &BackendRef,
+    connection: &Connection,
+) -> Result<Arc<dyn Endpoints>, Refused> {
+    front.deciding.endpoints(rules, backend, connection).map_err(|_| Refused::NoBackend)
+}
+
+/// Policies over a connection that shows no request: what asks for one denies.
+fn permit(policies: &authorize::Policies, connection: &Connection) -> Result<(), Refused> {
+    if policies.is_empty() {
+        return Ok(());
+    }
+    let decision = policies.decide(&authorize::subject(connection), None);
+    // Nobody can be asked about a connection.
+    match (&decision.outcome, decision.ask.first()) {
+        (Ok(_), None) => Ok(()),
+        (Ok(_), Some((policy, provider))) => {
+            Err(Refused::Denied(format!("policy {policy} asks {provider}, which is told of requests only")))
+        }
+        (Err(deny), _) => Err(Refused::Denied(deny.to_string())),
+    }
+}
+
+async fn connect(
+    endpoints: &dyn Endpoints,
+    connection: &Connection,
+) -> Result<(Box<dyn net::Io>, Picked), Refused> {
+    let request = RequestHead::default();
+    let (mut tried, mut last) = (Vec::new(), None);
+    for _ in 0..ATTEMPTS {
+        let call = Call { request: &request, connection, tried: &tried, elsewhere: false };
+        let picked = match endpoints.pick(&call) {
+            Ok(picked) => picked,
+            Err(none) => {
+                return Err(Refused::NoEndpoint(last.unwrap_or_else(|| none.detail.to_owned())));
+            }
+        };
+        match timeout(CONNECT_TIMEOUT, dial(&picked.target)).await {
+            Ok(Ok(io)) => {
+                picked.report(Outcome::Status(200));
+                return Ok((io, picked));
+            }
+            Ok(Err(error)) => {
+                picked.report(Outcome::Failed);
+                last = Some(error.to_string());
+            }
+            Err(_) => {
+                picked.report(Outcome::TimedOut);
+                last = Some(format!("no connection within {CONNECT_TIMEOUT:?}"));
+            }
+        }
+        tried.push(picked.target.clone());
+    }
+    Err(Refused::NoEndpoint(last.unwrap_or_default()))
+}
+
+async fn dial(target: &Target) -> std::io::Result<Box<dyn net::Io>> {
+    match &target.carrier {
+        Carrier::Tcp => {
+            let stream = TcpStream::connect(target.address).await?;
+            stream.set_nodelay(true)?;
+            Ok(Box::new(stream))
+        }
+        Carrier::Via(dial) => dial.dial(target.address).await,
+    }
+}
+
+/// Copies both ways until both have ended.
+async fn copy(
+    mut tunnel: hbone::Tunnel,
+    mut server: Box<dyn net::Io>,
+    input: BytesMut,
+) -> std::io::Result<()> {
+    server.write_all(&input).await?;
+    drop(input);
+    let copied = tokio::io::copy_bidirectional(&mut tunnel, &mut server);
+    copied.await.map(drop)
+}
