@@ -30,6 +30,7 @@ mod binding;
 mod convert;
 mod displace;
 mod enrolment;
+mod halves;
 mod hosts;
 mod http;
 mod index;
@@ -62,6 +63,7 @@ use crate::policy::{Binding, MeshConfig, NamespaceSelector, Policies, Waypoint};
 use crate::resource::{Kind, ObjectKey, Resource};
 use crate::routes::gateway::WaypointSpec;
 use crate::routes::{DestinationRules, Grants, Routes, VirtualServices};
+use halves::{Halves, Selection};
 use hosts::Hosts;
 use index::{Addresses, Area, Id, Place};
 
@@ -154,6 +156,8 @@ struct Record {
     services: Box<[ServiceMembership]>,
     capture: Option<Box<Capture>>,
     enrolment: Option<Box<Enrolment>>,
+    /// Its services behind waypoints, and which policies select it, as far as that was counted.
+    selection: Option<Box<(Box<[ServiceKey]>, Selection)>>,
     /// The RequestAuthentications that were counted for its services.
     authenticated: Box<[(ServiceKey, PolicyKey)]>,
 }
@@ -195,6 +199,7 @@ pub struct Compiler {
     arrivals: u64,
     services: HashMap<ServiceKey, Entry>,
     hosts: Hosts,
+    halves: Halves,
     /// How many workloads of the model are endpoints of a service and don't enforce the policies for it; services
     /// without such are not listed.
     unguarded: HashMap<ServiceKey, u32>,
@@ -279,6 +284,7 @@ impl Compiler {
             arrivals: 0,
             services: HashMap::new(),
             hosts: Hosts::default(),
+            halves: Halves::default(),
             unguarded: HashMap::new(),
             by_vip: HashMap::new(),
             waypoints: HashMap::new(),
@@ -403,6 +409,7 @@ impl Compiler {
                 Kind::AuthorizationPolicy
                 | Kind::PeerAuthentication
                 | Kind::RequestAuthentication
+                | Kind::Telemetry
                 | Kind::RateLimit
                 | Kind::ConfigMap
                 | Kind::MeshConfig,
@@ -424,6 +431,7 @@ impl Compiler {
         for id in std::mem::take(&mut self.dirty) {
             workloads.extend(self.compile_instance(id, pool));
         }
+        self.settle_halves();
         // After their endpoints: whether a service is closed depends on these.
         // Twice at most: routes to a service that changed are looked at again, and that changes no service.
         while !self.dirty_services.is_empty() {
@@ -618,6 +626,14 @@ impl Compiler {
             }
             Affected::Behind(key) => {
                 self.mark_behind(key);
+                return;
+            }
+            Affected::Covered(namespace) => {
+                self.touch_covered(namespace.as_ref());
+                return;
+            }
+            Affected::Rewritten(key) => {
+                self.rewrite(key);
                 return;
             }
             Affected::Services(None) => {

@@ -1,13 +1,15 @@
 //! AuthorizationPolicies, as text, against an evaluator that knows requests and was written from what Istio says of
 //! the fields. A policy without parts that need requests decides at L4 as the evaluator does; one with such parts
-//! never lets in at L4 what some request would be refused for.
+//! never lets in at L4 what some request would be refused for. Where a waypoint stands before the workload, what it
+//! decides and what the node decides come to the whole.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 use std::net::IpAddr;
 
 use config::compile::Options;
 use config::repository::{Content, Repository};
-use model::{Connection, Mesh};
+use model::http::{Claims, Request as HttpRequest};
+use model::{Connection, Mesh, PolicyKey, SpiffeId, decide_request};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -278,6 +280,116 @@ proptest! {
                 let whole = allowed(&policies, &caller, request);
                 let sound = if needs_requests { whole || decision.is_err() } else { whole == decision.is_ok() };
                 prop_assert!(sound, "{:?} {:?}: {} at L7, {:?}\n{}", caller, request, whole, decision, text);
+            }
+        }
+    }
+}
+
+// ---- behind a waypoint ---------------------------------------------------------------------------------------
+
+/// The ports that the waypoint stands before.
+const BOUND: [u16; 2] = [80, 443];
+
+fn mesh_behind_a_waypoint(policies: &[Value]) -> Mesh {
+    let others = [
+        json!({ "apiVersion": "v1", "kind": "Namespace",
+                "metadata": {"name": "here", "labels": {"istio.io/dataplane-mode": "ambient"}} }),
+        json!({ "apiVersion": "v1", "kind": "Pod",
+                "metadata": {"name": "pod", "namespace": "here", "labels": {"app": "web"}},
+                "status": {"podIP": "10.9.0.1"} }),
+        json!({ "apiVersion": "v1", "kind": "Service",
+                "metadata": {"name": "web", "namespace": "here", "labels": {"istio.io/use-waypoint": "gate"}},
+                "spec": {"clusterIP": "10.200.0.1", "selector": {"app": "web"},
+                         "ports": BOUND.map(|port| json!({"port": port, "name": format!("p{port}")})) } }),
+        json!({ "apiVersion": "gateway.networking.k8s.io/v1", "kind": "Gateway",
+                "metadata": {"name": "gate", "namespace": "here"},
+                "spec": {"gatewayClassName": "culvert-waypoint",
+                         "listeners": [{"name": "mesh", "port": 15008, "protocol": "HBONE"}]} }),
+        json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "istio", "namespace": "istio-system"},
+                "data": {"mesh": "trustDomain: example.org\ntrustDomainAliases: [old.org]\n"} }),
+    ];
+    let text: String = policies.iter().chain(&others).map(|p| format!("---\n{p}\n")).collect();
+    let mut repository = Repository::new(Options::default());
+    let outcome = repository.apply(&"case.yaml".into(), Content::Bytes(text.as_bytes()));
+    assert!(!repository.has_bad_files(), "{:#?}", repository.diagnostics());
+    Mesh::default().apply(outcome.changes)
+}
+
+fn needs_requests(policy: &Value) -> bool {
+    let text = policy.to_string();
+    ["ethods\"", "equestPrincipals\"", "request.auth"].iter().any(|word| text.contains(word))
+}
+
+fn identity(caller: &Caller) -> Option<SpiffeId> {
+    caller.identity.map(|(td, ns, sa)| format!("spiffe://{td}/ns/{ns}/sa/{sa}").parse().unwrap())
+}
+
+/// Whether the waypoint lets in a request to the service.
+fn at_the_waypoint(mesh: &Mesh, caller: &Caller, request: &Request) -> bool {
+    let service = mesh.http_services().next().unwrap();
+    let to = ("10.200.0.1".parse::<IpAddr>().unwrap(), caller.port);
+    let connection = Connection::new(identity(caller), caller.ip.parse().unwrap(), to.into());
+    let claims = request.principal.map(|_| {
+        let payload = json!({"iss": "issuer", "sub": "user"});
+        Claims::new(payload.as_object().unwrap().clone())
+    });
+    let headers: Vec<(&str, &str)> = Vec::new();
+    let request =
+        HttpRequest { claims: claims.as_ref(), ..HttpRequest::new(request.method, "web", "/", &headers) };
+    let held = |keys: &[PolicyKey]| {
+        let held: Vec<_> = keys.iter().map(|key| mesh.http_policy(key).ok_or(key)).collect();
+        decide_request(&held, &connection, Some(&request)).outcome.is_ok()
+    };
+    held(&service.policies) && service.selected.iter().all(|set| held(set))
+}
+
+/// Whether the node lets in the waypoint, or, without one, the caller.
+fn at_the_node(mesh: &Mesh, caller: &Caller, through: bool) -> bool {
+    let pod = mesh.workloads().next().unwrap();
+    let source = if through {
+        Some("spiffe://example.org/ns/here/sa/gate".parse().unwrap())
+    } else {
+        identity(caller)
+    };
+    let ip = if through { "10.8.0.1" } else { caller.ip };
+    let to = ("10.9.0.1".parse::<IpAddr>().unwrap(), caller.port);
+    mesh.authorize(pod, &Connection::new(source, ip.parse().unwrap(), to.into())).outcome.is_ok()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn the_halves_together_decide_as_the_whole(mut policies in vec((policy(), any::<bool>()), 1..4)) {
+        for (number, (policy, selects)) in policies.iter_mut().enumerate() {
+            policy["metadata"]["name"] = format!("p{number}").into();
+            if *selects {
+                policy["spec"]["selector"] = json!({"matchLabels": {"app": "web"}});
+            }
+        }
+        let policies: Vec<Value> = policies.into_iter().map(|(policy, _)| policy).collect();
+        let mesh = mesh_behind_a_waypoint(&policies);
+        let of = |action: &'static str| policies.iter().filter(move |p| p["spec"]["action"] == action);
+        let denies: Vec<Value> = of("DENY").cloned().collect();
+        // ALLOW policies that ask nothing of requests, and no other, are for the peer of the node, as in Istio; so are
+        // DENY policies, beside what they refuse at the waypoint.
+        let allows_are_halved = of("ALLOW").count() == 0 || of("ALLOW").any(needs_requests);
+        let denies_are_halved = of("DENY").all(needs_requests);
+        let judged = if allows_are_halved { &policies } else { &denies };
+        for caller in callers() {
+            let through = BOUND.contains(&caller.port);
+            let node = at_the_node(&mesh, &caller, through);
+            if through {
+                prop_assert!(!at_the_node(&mesh, &caller, false), "past the waypoint: {caller:?}");
+            }
+            for request in &REQUESTS {
+                let whole = allowed(judged, &caller, request);
+                let halves = if through { node && at_the_waypoint(&mesh, &caller, request) } else { node };
+                let text = || format!("{caller:?} {request:?}: the whole {whole}, halves {halves}, node {node}\n{policies:?}");
+                prop_assert!(whole || !halves, "{}", text());
+                if through && allows_are_halved && denies_are_halved {
+                    prop_assert!(whole == halves, "{}", text());
+                }
             }
         }
     }

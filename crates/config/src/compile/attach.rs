@@ -36,6 +36,7 @@ impl Compiler {
             waypoints: &waypoints,
         };
         let mut keys = self.policies.attached(&subject);
+        self.halve(workload, &mut keys);
         keys.extend(self.binding_policies(workload, record).into_iter().map(|policy| policy.key));
         keys.sort_unstable();
         keys.into()

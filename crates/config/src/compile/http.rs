@@ -120,8 +120,8 @@ impl Compiler {
             service,
             waypoint: WaypointKey { namespace: waypoint.namespace.clone(), name: waypoint.name.clone() },
             policies: self.policies.through(owner, waypoint).into(),
-            telemetry: Arc::default(),
-            selected: Box::default(),
+            telemetry: self.policies.telemetry(owner, waypoint),
+            selected: self.selected(&definition.service.key()),
             authentication: self.authentication(owner, &definition.service.key(), waypoint),
             rate_limits: self.policies.rate_limits(owner, waypoint).into(),
         })

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use model::{Change, ServiceMembership, Str, TunnelProtocol, Workload};
+use model::{Change, PolicyKey, ServiceMembership, Str, TunnelProtocol, Workload};
 
 use crate::diagnostic::Code;
 use crate::kinds::{Capture, service::Distribution};
@@ -158,6 +158,10 @@ pub enum Affected {
     Namespace(Str),
     /// The services of a namespace, or all.
     Services(Option<Str>),
+    /// Not workloads: the services with workloads of a namespace, or of any, behind waypoints.
+    Covered(Option<Str>),
+    /// Not workloads: what nodes enforce of a policy for workloads behind waypoints.
+    Rewritten(PolicyKey),
     /// All.
     Mesh,
 }

@@ -36,6 +36,7 @@ impl Record {
             services: Box::new([]),
             capture: None,
             enrolment: None,
+            selection: None,
             authenticated: Box::new([]),
         }
     }
@@ -149,6 +150,7 @@ impl Compiler {
         let Some(record) = self.records.get_mut(id as usize).and_then(Option::take) else { return };
         self.unindex(id, &record);
         self.forget_authenticated(&record.authenticated);
+        self.forget_selection(record.selection.clone());
         for address in record.addresses() {
             self.leave_address(id, &address);
         }
@@ -157,6 +159,7 @@ impl Compiler {
             if record.emitted {
                 self.count_unguarded(record.compiled.as_deref(), None);
                 self.count_bindings(record.compiled.as_deref(), &[]);
+                self.count_halves(record.compiled.as_deref(), None, id);
                 self.removed.push(Change::RemoveWorkload(workload.uid.clone()));
             }
             if record.enrolment.is_some() {
@@ -219,6 +222,7 @@ impl Compiler {
         record.dirty = false;
         record.draft = None;
         self.count_authenticated(id, Some(&workload));
+        self.count_selection(id, Some(&workload));
         let record = self.record_mut(id)?;
         if record.emitted && record.compiled.as_deref() == Some(&workload) {
             return None;
@@ -231,6 +235,7 @@ impl Compiler {
         record.emitted = true;
         self.count_unguarded(old.as_deref(), Some(&workload));
         self.count_bindings(old.as_deref(), &bindings);
+        self.count_halves(old.as_deref(), Some(&workload), id);
         Some(Change::SetWorkload(workload))
     }
 
@@ -244,8 +249,10 @@ impl Compiler {
         }
         let old = record.compiled.clone();
         self.count_authenticated(id, None);
+        self.count_selection(id, None);
         self.count_unguarded(old.as_deref(), None);
         self.count_bindings(old.as_deref(), &[]);
+        self.count_halves(old.as_deref(), None, id);
         Some(Change::RemoveWorkload(uid))
     }
 

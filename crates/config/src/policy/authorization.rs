@@ -97,6 +97,12 @@ impl AuthorizationPolicy {
         Self { scope, action: RequestedAction::Deny, rules, dry_run: false, provider: None }
     }
 
+    /// Whether something of it can be told only from requests, or only of them somebody can be asked.
+    #[must_use]
+    pub fn needs_requests(&self) -> bool {
+        self.action == RequestedAction::Custom || self.rules.iter().any(PolicyRule::needs_requests)
+    }
+
     /// What refuses at least as much as this one, which has errors; `None` where it changes no decision.
     pub(crate) fn closed(self) -> Option<Self> {
         let decides = !self.dry_run && self.action != RequestedAction::Audit;

@@ -10,6 +10,8 @@
 //! | CUSTOM | as DENY | the provider, which cannot be asked, might have refused |
 //! | AUDIT | not compiled | it never changes a decision |
 //!
+//! What of this holds for a workload that a waypoint stands before is in [`super::halves`].
+//!
 //! A rule keeps its place in the list, so that an explanation names it by its index in the resource.
 //!
 //! A policy with `targetRefs` is for what comes through a waypoint, which asks it beside the policies of the node
@@ -28,6 +30,9 @@ use model::{Action, Clause, Match, Policy, PolicyKey, Rule, Scope, TrustDomains}
 use super::authorization::{AuthorizationPolicy, PolicyMatch, PolicyRule, PolicyScope, RequestedAction};
 use super::pattern::{expand_domains, expand_principals};
 
+/// The scope of what workloads list.
+pub(super) const LISTED: Scope = Scope::WorkloadSelector;
+
 /// Compiles `policy`. `None` when it never changes a decision.
 #[must_use]
 pub fn compile(
@@ -38,9 +43,11 @@ pub fn compile(
 ) -> Option<Arc<Policy>> {
     let targeted = matches!(policy.scope, PolicyScope::Targets(_));
     let scope = match policy.scope {
+        // Not the same for all: what a waypoint stands before has another half of it.
+        PolicyScope::Namespace if policy.needs_requests() => LISTED,
         PolicyScope::Namespace if is_root_namespace => Scope::Global,
         PolicyScope::Namespace => Scope::Namespace,
-        PolicyScope::Selector(_) | PolicyScope::Targets(_) => Scope::WorkloadSelector,
+        PolicyScope::Selector(_) | PolicyScope::Targets(_) => LISTED,
     };
     let action = match policy.action {
         RequestedAction::Allow if !targeted => Action::Allow,

@@ -15,6 +15,8 @@ use super::mode::Modes;
 use super::providers::Providers;
 use super::review::{self, World};
 use super::selector::{Target, TargetKind};
+use super::telemetry::Telemetry;
+use super::telling::Telemetries;
 use super::waypoint::Waypoint;
 use crate::compile::{Affected, Effects, Finding, Origin};
 use crate::diagnostic::Code;
@@ -67,11 +69,11 @@ impl BySelector {
 
 /// A policy and what it was compiled to.
 #[derive(Debug)]
-struct Entry {
-    source: Box<AuthorizationPolicy>,
-    compiled: Option<Arc<Policy>>,
-    /// What waypoints enforce of it, where it is for what passes them.
-    http: Option<Arc<Policy>>,
+pub(super) struct Entry {
+    pub(super) source: Box<AuthorizationPolicy>,
+    pub(super) compiled: Option<Arc<Policy>>,
+    /// What waypoints enforce of it.
+    pub(super) http: Option<Arc<Policy>>,
 }
 
 /// What a workload is asked about.
@@ -97,13 +99,16 @@ pub struct Policies {
     configs: BTreeMap<ConfigSource, Box<MeshConfig>>,
     /// ConfigMaps with settings that are not read: another namespace's, or a revision's.
     unread: BTreeSet<ObjectKey>,
-    authorization: HashMap<PolicyKey, Entry>,
-    by_selector: BySelector,
+    pub(super) authorization: HashMap<PolicyKey, Entry>,
+    pub(super) by_selector: BySelector,
+    /// Policies for all workloads of a namespace; those of the root namespace, for the mesh, under `None`.
+    pub(super) wide: HashMap<Option<Str>, BTreeSet<PolicyKey>>,
     /// Policies for what reaches an object.
     by_target: HashMap<(Str, Target), BTreeSet<PolicyKey>>,
     /// Policies for what passes a waypoint.
     for_waypoints: BTreeMap<PolicyKey, Box<[Target]>>,
     modes: Modes,
+    telemetries: Telemetries,
     guards: Guards,
     origin: Origin,
 }
@@ -153,8 +158,10 @@ impl Policies {
             unread: BTreeSet::new(),
             authorization: HashMap::new(),
             by_selector: BySelector::default(),
+            wide: HashMap::new(),
             by_target: HashMap::new(),
             for_waypoints: BTreeMap::new(),
+            telemetries: Telemetries::default(),
             guards: Guards::default(),
             origin,
         }
@@ -188,6 +195,7 @@ impl Policies {
             Resource::PeerAuthentication(policy) => {
                 self.modes.set(key, Some(Arc::new(*policy)), &mut effects);
             }
+            Resource::Telemetry(telemetry) => self.set_telemetry(key, Some(*telemetry), &mut effects),
             Resource::RequestAuthentication(new) => {
                 let root = &self.settings.root_namespace;
                 self.guards.set_authentication(&policy_key(key), Some(*new), root, &mut effects);
@@ -209,6 +217,7 @@ impl Policies {
         match key.kind {
             Kind::AuthorizationPolicy => self.set_authorization(&policy_key(key), None, &mut effects),
             Kind::PeerAuthentication => self.modes.set(key, None, &mut effects),
+            Kind::Telemetry => self.set_telemetry(key, None, &mut effects),
             Kind::RequestAuthentication => {
                 let root = &self.settings.root_namespace;
                 self.guards.set_authentication(&policy_key(key), None, root, &mut effects);
@@ -221,6 +230,17 @@ impl Policies {
             _ => {}
         }
         effects
+    }
+
+    /// What is told of the requests to what an object defines, behind its waypoint.
+    #[must_use]
+    pub fn telemetry(&self, object: &ObjectKey, waypoint: &Waypoint) -> Arc<model::telemetry::Telemetry> {
+        self.telemetries.of(object, waypoint, &self.settings.root_namespace, self.config())
+    }
+
+    fn set_telemetry(&mut self, key: &ObjectKey, telemetry: Option<Telemetry>, effects: &mut Effects) {
+        self.telemetries.set(key, telemetry, effects);
+        effects.findings.push((key.clone(), self.telemetries.about(key, self.config())));
     }
 
     /// The RequestAuthentications for what reaches an object through its waypoint, without those that select workloads
@@ -246,9 +266,7 @@ impl Policies {
     /// that enforces its mode.
     #[must_use]
     pub fn attached(&self, subject: &Subject<'_>) -> Vec<PolicyKey> {
-        let own = self.by_selector.attached(Some(subject.namespace), subject.labels);
-        let mut keys: Vec<PolicyKey> =
-            own.chain(self.by_selector.attached(None, subject.labels)).cloned().collect();
+        let mut keys = self.listed(subject.namespace, subject.labels);
         if !self.by_target.is_empty() {
             for object in subject.behind {
                 let target = Target::of(object).map(|t| (object.namespace.clone(), t));
@@ -262,6 +280,19 @@ impl Policies {
         keys.extend(self.modes.attached(subject.namespace, subject.labels));
         keys.sort_unstable();
         keys.dedup();
+        keys
+    }
+
+    /// The AuthorizationPolicies that a workload lists for its labels and its namespace: those that select it, and of
+    /// those for all the ones that ask for requests, which are not the same for all.
+    #[must_use]
+    pub fn listed(&self, namespace: &Str, labels: &Labels) -> Vec<PolicyKey> {
+        let own = self.by_selector.attached(Some(namespace), labels);
+        let mut keys: Vec<PolicyKey> = own.chain(self.by_selector.attached(None, labels)).cloned().collect();
+        for namespace in [Some(namespace.clone()), None] {
+            let wide = self.wide.get(&namespace).into_iter().flatten();
+            keys.extend(wide.filter(|key| self.is_halved(key)).cloned());
+        }
         keys
     }
 
@@ -358,18 +389,26 @@ impl Policies {
         let scope = |entry: Option<&Entry>| {
             // What is external is closed by policies in force only, and lists none.
             let trial = |e: &Entry| matches!(e.source.scope, PolicyScope::Targets(_)) && e.source.dry_run;
-            entry.filter(|e| e.compiled.is_some()).map(|e| (e.source.scope.clone(), trial(e)))
+            entry.filter(|e| e.compiled.is_some()).map(|e| (e.source.scope.clone(), trial(e), e.is_halved()))
         };
+        let kind = |entry: Option<&Entry>| entry.map(|e| (e.source.action, e.source.dry_run));
         let (before, after) = (scope(old.as_ref()), scope(new.as_ref()));
         if before != after {
-            if let Some((scope, _)) = &before {
+            if let Some((scope, _, halved)) = &before {
                 self.unindex(key, scope);
-                self.affect(key, scope, effects);
+                self.affect(key, scope, *halved, effects);
             }
-            if let Some((scope, _)) = &after {
+            if let Some((scope, _, halved)) = &after {
                 self.index(key, scope);
-                self.affect(key, scope, effects);
+                self.affect(key, scope, *halved, effects);
             }
+        }
+        if before != after || kind(old.as_ref()) != kind(new.as_ref()) {
+            let namespace = (!self.is_root(&key.namespace)).then(|| key.namespace.clone());
+            effects.affected.push(Affected::Covered(namespace));
+        }
+        if new.as_ref().is_some_and(Entry::is_halved) {
+            effects.affected.push(Affected::Rewritten(key.clone()));
         }
         effects.findings.push((object_key(key), self.about(key, new.as_ref())));
         self.authorization.extend(new.map(|entry| (key.clone(), entry)));
@@ -403,8 +442,7 @@ impl Policies {
     fn entry(&self, key: &PolicyKey, source: Box<AuthorizationPolicy>) -> Entry {
         let domains = &self.settings.trust_domains;
         let compiled = l4::compile(key.clone(), &source, self.is_root(&key.namespace), domains);
-        let targeted = matches!(source.scope, PolicyScope::Targets(_));
-        let http = targeted.then(|| l7::compile(key.clone(), &source, domains)).flatten();
+        let http = l7::compile(key.clone(), &source, domains);
         Entry { source, compiled, http }
     }
 
@@ -425,7 +463,10 @@ impl Policies {
 
     fn index(&mut self, key: &PolicyKey, scope: &PolicyScope) {
         match scope {
-            PolicyScope::Namespace => {}
+            PolicyScope::Namespace => {
+                let namespace = (!self.is_root(&key.namespace)).then(|| key.namespace.clone());
+                self.wide.entry(namespace).or_default().insert(key.clone());
+            }
             PolicyScope::Selector(selector) => {
                 let namespace = (!self.is_root(&key.namespace)).then_some(&key.namespace);
                 self.by_selector.insert(namespace, selector, key);
@@ -447,7 +488,15 @@ impl Policies {
 
     fn unindex(&mut self, key: &PolicyKey, scope: &PolicyScope) {
         match scope {
-            PolicyScope::Namespace => {}
+            PolicyScope::Namespace => {
+                let namespace = (!self.is_root(&key.namespace)).then(|| key.namespace.clone());
+                if let Some(keys) = self.wide.get_mut(&namespace) {
+                    keys.remove(key);
+                    if keys.is_empty() {
+                        self.wide.remove(&namespace);
+                    }
+                }
+            }
             PolicyScope::Selector(selector) => {
                 let namespace = (!self.is_root(&key.namespace)).then_some(&key.namespace);
                 self.by_selector.remove(namespace, selector, key);
@@ -467,10 +516,12 @@ impl Policies {
         }
     }
 
-    fn affect(&self, key: &PolicyKey, scope: &PolicyScope, effects: &mut Effects) {
+    fn affect(&self, key: &PolicyKey, scope: &PolicyScope, halved: bool, effects: &mut Effects) {
         match scope {
             // Found by its scope, not listed by workloads.
-            PolicyScope::Namespace => {}
+            PolicyScope::Namespace if !halved => {}
+            PolicyScope::Namespace if self.is_root(&key.namespace) => effects.affected.push(Affected::Mesh),
+            PolicyScope::Namespace => effects.affected.push(Affected::Namespace(key.namespace.clone())),
             PolicyScope::Selector(selector) if self.is_root(&key.namespace) => {
                 effects.affected.push(Affected::SelectedAnywhere(selector.clone()));
             }
@@ -497,6 +548,7 @@ impl Policies {
             return;
         };
         let providers = self.config().map(MeshConfig::providers).cloned();
+        let told = self.config().cloned().unwrap_or_default();
         match config {
             Some(config) => self.configs.insert(source, config),
             None => self.configs.remove(&source),
@@ -509,6 +561,10 @@ impl Policies {
             let named = self.authorization.iter().filter(|(_, entry)| entry.source.provider.is_some());
             let said = named.map(|(key, entry)| (object_key(key), self.about(key, Some(entry))));
             effects.findings.extend(said.collect::<Vec<_>>());
+        }
+        if !self.config().unwrap_or(&MeshConfig::default()).tells_like(&told) {
+            effects.affected.push(Affected::Services(None));
+            effects.findings.extend(self.telemetries.about_all(self.config()));
         }
         let mut sources = self.configs.keys();
         if let Some(first) = sources.next() {
@@ -575,8 +631,9 @@ impl Policies {
             }
             effects.findings.push((object_key(&key), self.about(&key, Some(&entry))));
             if matches!(entry.source.scope, PolicyScope::Targets(_)) {
-                self.affect(&key, &entry.source.scope, effects);
+                self.affect(&key, &entry.source.scope, false, effects);
             }
+            effects.affected.push(Affected::Rewritten(key.clone()));
             self.authorization.insert(key, entry);
         }
         if root_changed {
@@ -584,6 +641,7 @@ impl Policies {
             self.modes.set_root(self.settings.root_namespace.clone(), effects);
         }
         effects.affected.push(Affected::Mesh);
+        effects.affected.push(Affected::Covered(None));
     }
 }
 

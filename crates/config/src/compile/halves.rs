@@ -1,0 +1,218 @@
+//! Policies for workloads that waypoints stand before: which sets of them a service's waypoint enforces, and what is left
+//! to the node. See [`crate::policy::halves`].
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use hashbrown::{HashMap, HashSet};
+use model::{Change, Policy, PolicyKey, ServiceKey, Str, Workload};
+
+use super::index::Id;
+use super::{Compiler, Definition, Record};
+use crate::policy::Covered;
+use crate::resource::ObjectKey;
+
+/// How the names of the policies begin that are the node's half of another.
+const PREFIX: &str = "culvert_half_";
+
+/// The policies that select a workload, and its namespace, whose policies are for it too.
+pub(super) type Selection = (Str, Box<[PolicyKey]>);
+
+/// What is known of halves.
+#[derive(Debug, Default)]
+pub(super) struct Halves {
+    /// For each service behind a waypoint, how many of its workloads there are of each selection.
+    selections: HashMap<ServiceKey, BTreeMap<Selection, u32>>,
+    /// The halves at nodes, by the policy that they are of, each with how many workloads list it.
+    of: HashMap<PolicyKey, BTreeMap<PolicyKey, Half>>,
+    /// Which policy a half is of.
+    whole: HashMap<PolicyKey, PolicyKey>,
+    /// Policies of the batch that is being made of which the halves have to be made again.
+    rewritten: HashSet<PolicyKey>,
+}
+
+#[derive(Debug)]
+struct Half {
+    listed: u32,
+    covered: Box<[Covered]>,
+}
+
+/// The name of a policy's half for a workload of `namespace`.
+fn name(namespace: &Str, key: &PolicyKey, covered: &[Covered]) -> PolicyKey {
+    let mut name = format!("{PREFIX}{}_{}", key.namespace, key.name);
+    for Covered { waypoint, ports } in covered {
+        let ports: Vec<String> = ports.iter().map(u16::to_string).collect();
+        name += &format!("_{}_{}_{}", waypoint.namespace, waypoint.name, ports.join("-"));
+    }
+    PolicyKey { namespace: namespace.clone(), name: name.as_str().into() }
+}
+
+impl Compiler {
+    /// The waypoints that stand before ports of a workload: those of its own namespace's services. Whoever may write a
+    /// service in another one must not decide who reaches the workload.
+    fn covered(&self, workload: &Workload) -> Box<[Covered]> {
+        let mut found: BTreeMap<_, std::collections::BTreeSet<u16>> = BTreeMap::new();
+        for membership in workload.services.iter().filter(|m| m.service.namespace == workload.namespace) {
+            let waypoint = self.in_force(&membership.service).and_then(|(by, d)| self.waypoint_of(by, d));
+            if let Some((waypoint, Ok(_))) = waypoint {
+                found.entry(waypoint).or_default().extend(membership.ports.iter().map(|p| p.target_port));
+            }
+        }
+        found.into_iter().map(|(waypoint, ports)| Covered { waypoint: waypoint.clone(), ports }).collect()
+    }
+
+    fn in_force(&self, service: &ServiceKey) -> Option<&(ObjectKey, Definition)> {
+        self.services.get(service)?.definitions.first()
+    }
+
+    /// Puts the halves of policies in their place, in the list of a workload.
+    pub(super) fn halve(&self, workload: &Workload, keys: &mut Vec<PolicyKey>) {
+        let halved: Vec<usize> = keys
+            .iter()
+            .enumerate()
+            .filter(|(_, key)| self.policies.is_halved(key))
+            .map(|(place, _)| place)
+            .collect();
+        if halved.is_empty() {
+            return;
+        }
+        let covered = self.covered(workload);
+        if covered.is_empty() {
+            return;
+        }
+        for place in halved {
+            if let Some(key) = keys.get_mut(place) {
+                *key = name(&workload.namespace, key, &covered);
+            }
+        }
+    }
+
+    /// Follows which halves are listed, when a workload of the model is replaced.
+    pub(super) fn count_halves(&mut self, old: Option<&Workload>, new: Option<&Workload>, id: Id) {
+        let lists = |w: &Workload| w.policies.iter().any(|key| key.name.starts_with(PREFIX));
+        if let Some(workload) = new.filter(|w| lists(w)) {
+            let covered = self.covered(workload);
+            for key in self.record(id).map(|r| self.halved(workload, r)).unwrap_or_default() {
+                let half = name(&workload.namespace, &key, &covered);
+                let known = self.halves.of.entry(key.clone()).or_default();
+                let entry =
+                    known.entry(half.clone()).or_insert_with(|| Half { listed: 0, covered: covered.clone() });
+                entry.listed += 1;
+                if entry.listed == 1 {
+                    let made = self.policies.half(&key, half.clone(), &covered);
+                    self.changes.extend(made.map(|policy| Change::SetPolicy(Arc::new(policy))));
+                    self.halves.whole.insert(half, key);
+                }
+            }
+        }
+        let listed = old.into_iter().flat_map(|w| &w.policies).filter(|key| key.name.starts_with(PREFIX));
+        for half in listed {
+            let Some(key) = self.halves.whole.get(half) else { continue };
+            let Some(known) = self.halves.of.get_mut(key) else { continue };
+            let Some(entry) = known.get_mut(half) else { continue };
+            entry.listed = entry.listed.saturating_sub(1);
+            if entry.listed == 0 {
+                known.remove(half);
+                if known.is_empty() {
+                    self.halves.of.remove(key);
+                }
+                self.halves.whole.remove(half);
+                self.removed.push(Change::RemovePolicy(half.clone()));
+            }
+        }
+    }
+
+    /// The policies of which a workload lists halves.
+    fn halved(&self, workload: &Workload, record: &Record) -> Vec<PolicyKey> {
+        let keys = self.policies.listed(&workload.namespace, &record.labels);
+        keys.into_iter().filter(|key| self.policies.is_halved(key)).collect()
+    }
+
+    /// Has the halves of a policy, which says something else now, made again.
+    pub(super) fn rewrite(&mut self, key: &PolicyKey) {
+        self.halves.rewritten.insert(key.clone());
+    }
+
+    /// Makes the halves again of the policies that say something else now, as far as they are still listed.
+    pub(super) fn settle_halves(&mut self) {
+        for key in std::mem::take(&mut self.halves.rewritten) {
+            for (half, Half { covered, .. }) in self.halves.of.get(&key).into_iter().flatten() {
+                let made: Option<Policy> = self.policies.half(&key, half.clone(), covered);
+                self.changes.extend(made.map(|policy| Change::SetPolicy(Arc::new(policy))));
+            }
+        }
+    }
+
+    /// Follows which policies select a workload that is behind waypoints' services. `None` where it is gone.
+    pub(super) fn count_selection(&mut self, id: Id, new: Option<&Workload>) {
+        let Some(record) = self.record(id) else { return };
+        let served: Vec<&ServiceKey> = new
+            .into_iter()
+            .flat_map(|w| w.services.iter().map(|m| &m.service))
+            .filter(|key| self.in_force(key).is_some_and(|(by, d)| self.is_served(by, d)))
+            .collect();
+        if served.is_empty() && record.selection.is_none() {
+            return;
+        }
+        let next = new.filter(|_| !served.is_empty()).map(|workload| {
+            let selecting = self.policies.selecting(&workload.namespace, &record.labels);
+            let services: Box<[ServiceKey]> = served.into_iter().cloned().collect();
+            Box::new((services, (workload.namespace.clone(), selecting)))
+        });
+        if record.selection == next {
+            return;
+        }
+        if let Some((services, selection)) = next.as_deref() {
+            for service in services {
+                let count =
+                    self.halves.selections.entry(service.clone()).or_default().entry(selection.clone());
+                let count = count.or_default();
+                *count += 1;
+                if *count == 1 {
+                    self.dirty_services.insert(service.clone());
+                }
+            }
+        }
+        let old = self.record_mut(id).and_then(|record| std::mem::replace(&mut record.selection, next));
+        self.forget_selection(old);
+    }
+
+    /// Takes back what was counted for a workload.
+    pub(super) fn forget_selection(&mut self, old: Option<Box<(Box<[ServiceKey]>, Selection)>>) {
+        let Some(old) = old else { return };
+        let (services, selection) = *old;
+        for service in services {
+            let Some(counts) = self.halves.selections.get_mut(&service) else { continue };
+            let Some(count) = counts.get_mut(&selection) else { continue };
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                counts.remove(&selection);
+                if counts.is_empty() {
+                    self.halves.selections.remove(&service);
+                }
+                self.dirty_services.insert(service);
+            }
+        }
+    }
+
+    /// The sets of policies of workloads that a service's waypoint enforces.
+    pub(super) fn selected(&self, service: &ServiceKey) -> Box<[Box<[PolicyKey]>]> {
+        let selections = self.halves.selections.get(service).into_iter().flat_map(BTreeMap::keys);
+        let mut sets: Vec<_> = selections
+            .map(|(namespace, selecting)| self.policies.through_workloads(namespace, selecting))
+            .filter(|set| !set.is_empty())
+            .collect();
+        sets.sort_unstable();
+        sets.dedup();
+        sets.into()
+    }
+
+    /// Has the services compiled that have workloads of `namespace`, or of any, behind a waypoint.
+    pub(super) fn touch_covered(&mut self, namespace: Option<&Str>) {
+        let concerned = self.halves.selections.iter().filter(|(_, counts)| {
+            namespace.is_none_or(|wanted| counts.keys().any(|(namespace, _)| namespace == wanted))
+        });
+        let keys: Vec<ServiceKey> = concerned.map(|(key, _)| key.clone()).collect();
+        self.dirty_services.extend(keys);
+    }
+}
