@@ -16,8 +16,10 @@ use crate::kinds::{
 };
 use crate::metadata::{self, Metadata};
 use crate::policy::authorization::{self, PolicyScope};
-use crate::policy::{AuthorizationPolicy, MeshConfig, PeerAuthentication, RateLimit, RequestAuthentication};
-use crate::policy::{mesh_config, peer_authentication, rate_limit, request_authentication};
+use crate::policy::{
+    AuthorizationPolicy, MeshConfig, PeerAuthentication, RateLimit, RequestAuthentication, Telemetry,
+};
+use crate::policy::{mesh_config, peer_authentication, rate_limit, request_authentication, telemetry};
 use crate::routes::{
     DestinationRule, Gateway, HttpRoute, ReferenceGrant, StreamRoute, VirtualService, destination_rule,
     gateway, grpc_route, http_route, reference_grant, stream_route, virtual_service,
@@ -67,6 +69,8 @@ pub enum Kind {
     GrpcRoute,
     /// `security.istio.io RequestAuthentication`.
     RequestAuthentication,
+    /// `telemetry.istio.io Telemetry`.
+    Telemetry,
     /// `culvert.dev RateLimit`.
     RateLimit,
     /// `gateway.networking.k8s.io TCPRoute`.
@@ -118,6 +122,8 @@ pub enum Resource {
     Gateway(Box<Gateway>),
     /// Whose tokens are taken.
     RequestAuthentication(Box<RequestAuthentication>),
+    /// What is told of requests.
+    Telemetry(Box<Telemetry>),
     /// How many requests there may be.
     RateLimit(Box<RateLimit>),
 }
@@ -199,6 +205,7 @@ pub static KINDS: &[&KindSpec] = &[
     &node::KIND,
     &authorization::KIND,
     &peer_authentication::KIND,
+    &telemetry::KIND,
     &request_authentication::KIND,
     &rate_limit::KIND,
     &service_entry::KIND,

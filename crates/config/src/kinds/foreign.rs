@@ -8,7 +8,6 @@ use crate::tree::Node;
 /// Kinds of groups of the mesh that this version does not act on.
 static UNSUPPORTED: &[(&str, &[&str])] = &[
     ("networking.istio.io", &["Gateway", "Sidecar", "EnvoyFilter", "ProxyConfig"]),
-    ("telemetry.istio.io", &["Telemetry"]),
     ("extensions.istio.io", &["WasmPlugin", "TrafficExtension"]),
     ("gateway.networking.k8s.io", &["GatewayClass", "UDPRoute", "BackendTLSPolicy", "ListenerSet"]),
     // An older form of EndpointSlice; a cluster mirrors it into one.

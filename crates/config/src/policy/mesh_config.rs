@@ -13,11 +13,14 @@
 //! The cluster's domain, which Istio takes as a flag of its programs, is the ConfigMap's key `clusterDomain`, or
 //! the field `clusterDomain` of the object.
 
+use model::http::Normalization;
+use model::telemetry::LogFormat;
 use model::{OutboundMode, Settings, Str, TrustDomain, TrustDomains};
 
 use super::discovery::{self, NamespaceSelector};
 use super::embedded;
 use super::providers::{self, Providers};
+use super::telling;
 use crate::diagnostic::Code;
 use crate::fields::{Cursor, Field, Fields, Schema, enforced, nested, not_applicable, refused, silent};
 use crate::metadata::{METADATA, Metadata, is_label, is_subdomain};
@@ -81,9 +84,9 @@ static SPEC: Schema = Schema {
         nested("outboundTrafficPolicy", &OUTBOUND),
         enforced("clusterDomain"),
         nested("discoverySelectors", &discovery::SELECTOR),
-        not_applicable("accessLogEncoding", "the node proxy's log is set by its flags"),
-        not_applicable("accessLogFile", "the node proxy's log is set by its flags"),
-        not_applicable("accessLogFormat", "the node proxy's log is set by its flags"),
+        enforced("accessLogEncoding"),
+        enforced("accessLogFile"),
+        enforced("accessLogFormat"),
         not_applicable("ca", "certificates come from the mesh's own CA"),
         refused(
             "caCertificates",
@@ -118,7 +121,7 @@ static SPEC: Schema = Schema {
         not_applicable("localityLbSetting", "the node proxy follows each service's traffic distribution"),
         not_applicable("meshMTLS", TLS),
         silent("outboundClusterStatName", ENVOY),
-        not_applicable("pathNormalization", REQUESTS),
+        nested("pathNormalization", &PATHS),
         not_applicable("protocolDetectionTimeout", "the node proxy does not guess protocols"),
         silent("proxyHttpPort", ENVOY),
         silent("proxyInboundListenPort", ENVOY),
@@ -137,6 +140,9 @@ static SPEC: Schema = Schema {
     ],
 };
 
+static PATHS: Schema =
+    Schema { name: "MeshConfig.spec.pathNormalization", fields: &[enforced("normalization")] };
+
 static OUTBOUND: Schema = Schema { name: "MeshConfig.spec.outboundTrafficPolicy", fields: OUTBOUND_FIELDS };
 
 static OUTBOUND_FIELDS: &[Field] = &[enforced("mode"), not_applicable("tls", ENVOY)];
@@ -151,7 +157,17 @@ pub struct MeshConfig {
     outbound: Option<OutboundMode>,
     discovery: Vec<NamespaceSelector>,
     mesh_id: Option<Str>,
+    path_normalization: Option<Normalization>,
     providers: Providers,
+    log: LogSettings,
+}
+
+/// What is set of waypoints' access logs.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+struct LogSettings {
+    file: Option<Str>,
+    json: bool,
+    format: Option<LogFormat>,
 }
 
 impl MeshConfig {
@@ -159,6 +175,24 @@ impl MeshConfig {
     #[must_use]
     pub fn discovery(&self) -> &[NamespaceSelector] {
         &self.discovery
+    }
+
+    /// Whether what is told of requests is the same as with `other`.
+    #[must_use]
+    pub(super) fn tells_like(&self, other: &Self) -> bool {
+        self.log == other.log && self.providers == other.providers
+    }
+
+    /// Where requests are logged if no Telemetry, and no default provider, says anything of logs.
+    #[must_use]
+    pub(super) fn log_file(&self) -> Option<Str> {
+        self.log.file.clone()
+    }
+
+    /// What lines look like where a provider does not say it.
+    #[must_use]
+    pub(super) fn log_format(&self) -> LogFormat {
+        self.log.format.clone().unwrap_or_else(|| telling::istio_format(self.log.json))
     }
 
     /// What decides over requests, and takes traces, metrics and logs of them.
@@ -178,6 +212,7 @@ impl MeshConfig {
             cluster_domain: self.cluster_domain.as_ref().unwrap_or(&default.cluster_domain).clone(),
             outbound: self.outbound.unwrap_or(default.outbound),
             mesh_id: self.mesh_id.as_ref().or(default.mesh_id.as_ref()).cloned(),
+            path_normalization: self.path_normalization.unwrap_or(default.path_normalization),
         }
     }
 }
@@ -238,6 +273,7 @@ fn read(mut spec: Fields<'_, '_>, config: &mut MeshConfig) {
         config.cluster_domain = read_cluster_domain(cursor);
     }
     config.providers = providers::read(&mut spec);
+    config.log = read_log(&mut spec);
     if let Some(cursor) = spec.take("defaultConfig") {
         // The rest of it configures Envoy. Of either of its spellings; upstream's parser takes both.
         cursor.entries(|name, cursor| {
@@ -246,12 +282,32 @@ fn read(mut spec: Fields<'_, '_>, config: &mut MeshConfig) {
             }
         });
     }
+    if let Some(mut paths) = spec.object("pathNormalization") {
+        config.path_normalization = paths.take("normalization").and_then(read_normalization);
+    }
     // Not as if it were absent: that is ALLOW_ANY.
     spec.refuse_null("outboundTrafficPolicy");
     if let Some(mut outbound) = spec.object("outboundTrafficPolicy") {
         // The default of the field, which protobuf gives an empty message, is not the default of the mesh.
         config.outbound = outbound.required("mode").and_then(read_outbound);
     }
+}
+
+fn read_log(spec: &mut Fields<'_, '_>) -> LogSettings {
+    let file = spec.take("accessLogFile").filter(|cursor| cursor.node().as_str() != Some(""));
+    let file = file.and_then(providers::log_path);
+    let mut json = false;
+    if let Some(mut cursor) = spec.take("accessLogEncoding") {
+        match cursor.node().as_str() {
+            Some("JSON") => json = true,
+            Some("TEXT") | None => {}
+            Some(_) => cursor.invalid("is none of the values", "write TEXT or JSON"),
+        }
+        cursor.string();
+    }
+    let format = spec.take("accessLogFormat").filter(|cursor| cursor.node().as_str() != Some(""));
+    let format = format.and_then(|cursor| providers::log_format(cursor, json));
+    LogSettings { file, json, format }
 }
 
 fn read_trust_domain(mut cursor: Cursor<'_, '_>) -> Option<TrustDomain> {
@@ -278,6 +334,25 @@ fn read_cluster_domain(mut cursor: Cursor<'_, '_>) -> Option<Str> {
         return None;
     }
     cursor.string().map(Str::from)
+}
+
+fn read_normalization(mut cursor: Cursor<'_, '_>) -> Option<Normalization> {
+    let node = cursor.node();
+    match node.as_str() {
+        Some("DEFAULT" | "BASE") => Some(Normalization::Base),
+        Some("NONE") => Some(Normalization::None),
+        Some("MERGE_SLASHES") => Some(Normalization::MergeSlashes),
+        Some("DECODE_AND_MERGE_SLASHES") => Some(Normalization::DecodeAndMergeSlashes),
+        Some(other) => {
+            let how = "write NONE, BASE, MERGE_SLASHES or DECODE_AND_MERGE_SLASHES";
+            cursor.invalid(format_args!("{other:?} is no normalization of paths"), how);
+            None
+        }
+        None => {
+            cursor.string();
+            None
+        }
+    }
 }
 
 fn read_outbound(mut cursor: Cursor<'_, '_>) -> Option<OutboundMode> {

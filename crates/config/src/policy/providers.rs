@@ -5,12 +5,17 @@
 //! settings is found when they are written, and a policy with the action CUSTOM that names a provider which there is not
 //! is told so, see [`Providers::for_custom`].
 
+mod takers;
+
 use std::sync::Arc;
 use std::time::Duration;
 
 use http::{HeaderName, HeaderValue};
 use model::http::{Authorizer, BodyCheck, HttpCheck, ProviderAddress};
+use model::telemetry::{Exporter, LogFormat};
 use model::{Change, Str, StringMatch};
+
+pub(super) use takers::{log_format, log_path};
 
 use crate::compile::Finding;
 use crate::diagnostic::Code;
@@ -34,7 +39,23 @@ pub struct Provider {
 pub enum ProviderKind {
     /// Decides over requests (`envoyExtAuthzHttp`, `envoyExtAuthzGrpc`).
     Authorizer(Arc<Authorizer>),
-    /// Takes traces, metrics or logs of requests, or gives secrets; under its field's name.
+    /// Is asked for metrics (`prometheus`).
+    Prometheus,
+    /// A file of log lines (`envoyFileAccessLog`).
+    FileLog {
+        /// Its path.
+        path: Str,
+        /// What a line looks like.
+        format: LogFormat,
+    },
+    /// Takes spans (`opentelemetry`, `zipkin`).
+    Spans {
+        /// How.
+        exporter: Box<Exporter>,
+        /// The longest path that an attribute shows, in bytes.
+        max_tag_length: Option<u32>,
+    },
+    /// Does what nothing here asks for; under its field's name.
     Other(&'static str),
 }
 
@@ -81,7 +102,7 @@ impl Providers {
     fn authorizers(&self) -> impl Iterator<Item = &Arc<Authorizer>> {
         self.all.iter().filter_map(|provider| match &provider.kind {
             ProviderKind::Authorizer(authorizer) => Some(authorizer),
-            ProviderKind::Other(_) => None,
+            _ => None,
         })
     }
 
@@ -100,6 +121,9 @@ impl Providers {
             Some(ProviderKind::Authorizer(_)) => return None,
             Some(ProviderKind::Other(kind)) => {
                 format!("the provider {name} is a {kind}, which decides over nothing")
+            }
+            Some(_) => {
+                format!("the provider {name} takes what is told of requests, and decides over nothing")
             }
             None => format!("there is no provider {name} in the mesh's settings (extensionProviders)"),
         };
@@ -365,8 +389,9 @@ fn of_kind(
     provider: Option<&str>,
 ) -> Option<(Option<ProviderAddress>, ProviderKind)> {
     let authorizer = name.starts_with("envoyExtAuthz");
-    if !authorizer {
-        let message = format!("a provider of the kind {name} has no effect: the node proxy sees no requests");
+    let told = matches!(name, "prometheus" | "envoyFileAccessLog" | "opentelemetry" | "zipkin");
+    if !authorizer && !told {
+        let message = format!("a provider of the kind {name} has no effect: no proxy here speaks to one");
         cursor.report(Code::FieldNotApplicable, message, "");
     }
     let mut fields = cursor.fields()?.without_nulls();
@@ -374,8 +399,12 @@ fn of_kind(
     let backend = if has("service") { backend(&mut fields) } else { None };
     let kind = if authorizer {
         let read = read_authorizer(&mut fields, name.ends_with("Http"));
-        let (address, name) = (backend.clone()?, provider.unwrap_or_default().into());
+        // Without an address the settings are refused, whole, which was said.
+        let address = backend.clone().unwrap_or_else(|| read.address.clone());
+        let name = provider.unwrap_or_default().into();
         ProviderKind::Authorizer(Arc::new(Authorizer { name, address, ..read }))
+    } else if told {
+        takers::read(name, &mut fields)
     } else {
         for field in schema.fields {
             check(&mut fields, field.name, field.nested);
