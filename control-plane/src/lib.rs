@@ -31,4 +31,5 @@ pub mod start;
 pub mod status;
 pub mod trusted;
 pub mod trusting;
+pub mod waypoints;
 pub mod webhook;

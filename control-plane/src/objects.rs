@@ -20,8 +20,25 @@ pub trait Watched: Clone + fmt::Debug + Send + Sync + 'static {
     const KIND: Kind;
 }
 
+/// Something that is done for each of several kinds.
+pub trait ForKinds {
+    /// Does it for one.
+    fn of<W: Watched>(&mut self);
+}
+
 macro_rules! watched {
-    ($($name:ident),* $(,)?) => {$(
+    (first: $($first:ident),* ; others: $($other:ident),* $(,)?) => {
+        watched!(types: $($first,)* $($other,)*);
+
+        /// The kinds that are watched once namespaces and the mesh's settings are known.
+        pub const OTHERS: [Kind; [$(Kind::$other),*].len()] = [$(Kind::$other),*];
+
+        /// Does something for each of [`OTHERS`].
+        pub fn for_others(what: &mut impl ForKinds) {
+            $(what.of::<$other>();)*
+        }
+    };
+    (types: $($name:ident,)*) => {$(
         #[doc = concat!("The kind ", stringify!($name), ".")]
         #[derive(Clone, Copy, Debug)]
         pub struct $name;
@@ -32,19 +49,31 @@ macro_rules! watched {
     )*};
 }
 
+// What the chart's ClusterRole (templates/control-plane-rbac.yaml) allows has to be the same.
 watched!(
-    Namespace,
+    first: Namespace, ConfigMap;
+    others:
     Node,
     Pod,
     Service,
     EndpointSlice,
     ServiceAccount,
-    ConfigMap,
     AuthorizationPolicy,
     PeerAuthentication,
+    RequestAuthentication,
+    RateLimit,
+    Telemetry,
     ServiceEntry,
     WorkloadEntry,
     WorkloadGroup,
+    Gateway,
+    HttpRoute,
+    GrpcRoute,
+    TcpRoute,
+    TlsRoute,
+    ReferenceGrant,
+    VirtualService,
+    DestinationRule,
 );
 
 /// An object of a kind.
@@ -121,4 +150,22 @@ fn report_unknown(schema: &'static str, key: &str) {
 #[must_use]
 pub fn unknown_fields() -> Vec<String> {
     SAID.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use config::resource::KINDS;
+
+    use super::*;
+
+    #[test]
+    fn every_kind_that_is_read_is_watched() {
+        let of_files = [Kind::Namespace, Kind::ConfigMap, Kind::MeshConfig];
+        let missing: Vec<&str> = KINDS
+            .iter()
+            .filter(|spec| !OTHERS.contains(&spec.kind) && !of_files.contains(&spec.kind))
+            .map(|spec| spec.name)
+            .collect();
+        assert!(missing.is_empty(), "add them to `watched!` and to the chart's ClusterRole: {missing:?}");
+    }
 }

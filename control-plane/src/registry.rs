@@ -4,7 +4,7 @@
 //! * Events are taken together until there are none for a moment, and at most for [`LONGEST`]: one commit each.
 //! * Nothing is given out before the first complete lists of all kinds, and before the mesh's settings could be read:
 //!   what a proxy is told is all that there is.
-//! * Of the kinds of istio.io an object labelled `istio.io/rev` is read by the control plane of that revision only,
+//! * Of the kinds of custom resources an object labelled `istio.io/rev` is read by the control plane of that revision only,
 //!   or of the one that has the name as a tag.
 //! * Where the settings have `discoverySelectors`, objects of other namespaces are as if they were not there. When a
 //!   namespace becomes selected, the kinds are listed again: what is not read is not kept either. Nothing is given out
@@ -28,10 +28,12 @@ use config::tree::{self, Entry, Limits, Node, Position, Value};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, timeout_at};
 
-pub use self::report::{ObjectName, ObjectState, ObjectVersion, Report};
+pub(crate) use self::report::is_route;
+pub use self::report::{ObjectName, ObjectState, ObjectVersion, Report, Standing};
 use self::report::{is_reported, version};
 use crate::alive::Nodes;
 use crate::in_force::InForce;
+pub use crate::objects::OTHERS;
 use crate::pods::PodTable;
 use crate::source::{Change, Event, Feed};
 
@@ -41,20 +43,6 @@ const SETTLE: Duration = Duration::from_millis(5);
 const LONGEST: Duration = Duration::from_millis(50);
 /// How long the cluster's first lists are waited for before it is said which are missing.
 const PATIENCE: Duration = Duration::from_secs(30);
-
-/// Kinds that are read in the namespaces that are selected, once these are known.
-pub const OTHERS: [Kind; 10] = [
-    Kind::Node,
-    Kind::Pod,
-    Kind::Service,
-    Kind::EndpointSlice,
-    Kind::ServiceAccount,
-    Kind::AuthorizationPolicy,
-    Kind::PeerAuthentication,
-    Kind::ServiceEntry,
-    Kind::WorkloadEntry,
-    Kind::WorkloadGroup,
-];
 
 /// What a commit came to.
 #[derive(Debug)]
@@ -109,6 +97,8 @@ struct Known {
     /// The list that last had it.
     listed: u64,
     version: Option<ObjectVersion>,
+    /// Of a route.
+    parents: Box<[Arc<serde_json::Value>]>,
 }
 
 /// The key of the settings' ConfigMap that lists the tags of this revision, with commas; `culvert tag` writes it.
@@ -128,7 +118,8 @@ struct OfKind {
 }
 
 /// Kinds that restrict: of what is read anew, nothing is given out before these.
-const RESTRICTING: [Kind; 2] = [Kind::AuthorizationPolicy, Kind::PeerAuthentication];
+const RESTRICTING: [Kind; 4] =
+    [Kind::AuthorizationPolicy, Kind::PeerAuthentication, Kind::RequestAuthentication, Kind::RateLimit];
 
 /// See the module's documentation.
 pub struct Registry {
@@ -157,6 +148,8 @@ pub struct Registry {
     selectors: Vec<NamespaceSelector>,
     rejected: u64,
     gone: Vec<ObjectName>,
+    /// Services that are bound to waypoints.
+    bound: report::Bound,
     /// What followed from the settings, before anything else was known.
     early: Vec<model::Change>,
     given_out: bool,
@@ -191,6 +184,7 @@ impl Registry {
             selectors: Vec::new(),
             rejected: 0,
             gone: Vec::new(),
+            bound: report::Bound::default(),
             early: Vec::new(),
             given_out: false,
             said: None,
@@ -312,7 +306,9 @@ impl Registry {
         if self.names.len() > 2 * self.namespaces.len() + 4096 {
             self.names.retain(|name| Arc::strong_count(name) > 1);
         }
-        let mut reports: Vec<Report> = self.gone.drain(..).map(|name| Report { name, state: None }).collect();
+        let (gone, bound) = (std::mem::take(&mut self.gone), &mut self.bound);
+        let gone = gone.into_iter().filter(|name| bound.ends(name));
+        let mut reports: Vec<Report> = gone.map(|name| Report { name, state: None }).collect();
         reports.extend(outcome.touched.iter().filter_map(|origin| self.report(origin)));
         let first = !std::mem::replace(&mut self.given_out, true);
         if first {
@@ -345,12 +341,15 @@ impl Registry {
         outcome
     }
 
-    fn report(&self, origin: &Arc<str>) -> Option<Report> {
+    fn report(&mut self, origin: &Arc<str>) -> Option<Report> {
         let name = self.reported.get(origin)?;
         let known = self.kinds.get(&name.kind)?;
         let known = known.known.get(&(name.namespace.clone(), name.name.clone()))?;
         let (version, findings) = (known.version.clone()?, self.repository.about(origin));
-        Some(Report { name: name.clone(), state: Some(ObjectState { version, findings }) })
+        let standing = report::standing(name, &known.parents, &self.repository);
+        let told = self.bound.is_told(name, &standing);
+        let state = Some(ObjectState { version, findings, standing });
+        told.then(|| Report { name: name.clone(), state })
     }
 
     /// Why nothing is given out yet.
@@ -452,9 +451,11 @@ impl Registry {
             origin: origin(kind, &namespace, &name),
             listed,
             version: None,
+            parents: Box::default(),
         });
         known.listed = listed;
         known.version.clone_from(&version);
+        known.parents = report::parents(kind, decoded);
         let origin = known.origin.clone();
         if version.is_some() {
             let name = ObjectName { kind, namespace, name };
@@ -525,8 +526,8 @@ impl Registry {
             let (namespace, name) = &self.settings.settings;
             return decoded.metadata("namespace") == namespace && decoded.metadata("name") == name;
         }
-        let of_istio = kind.spec().is_some_and(|spec| spec.group.ends_with("istio.io"));
-        let revision = decoded.label("istio.io/rev").filter(|_| of_istio);
+        let of_mesh = kind.spec().is_some_and(config::resource::KindSpec::is_custom);
+        let revision = decoded.label("istio.io/rev").filter(|_| of_mesh);
         if revision.is_some_and(|r| r != self.settings.revision && !self.tags.contains(r)) {
             return false;
         }
@@ -680,7 +681,13 @@ fn trigger(change: &model::Change) -> &'static str {
         | model::Change::SetHttpPolicy(_)
         | model::Change::RemoveHttpPolicy(_)
         | model::Change::SetTraffic(_)
-        | model::Change::RemoveTraffic(_) => "config",
+        | model::Change::RemoveTraffic(_)
+        | model::Change::SetAuthentication(_)
+        | model::Change::RemoveAuthentication(_)
+        | model::Change::SetRateLimit(_)
+        | model::Change::RemoveRateLimit(_)
+        | model::Change::SetAuthorizer(_)
+        | model::Change::RemoveAuthorizer(_) => "config",
         model::Change::SetSettings(_) => "global",
     }
 }

@@ -55,6 +55,25 @@ pub struct Flags {
     /// something every minute or so, also where nothing happens
     #[arg(long, env = "API_SERVER_SILENCE", default_value_t = 120, value_name = "SECONDS")]
     pub api_server_silence: u64,
+    /// The image of waypoints; without it Gateways are not deployed
+    #[arg(long, env = "WAYPOINT_IMAGE", value_name = "IMAGE")]
+    pub waypoint_image: Option<String>,
+    /// When the kubelet pulls it: Always, IfNotPresent or Never
+    #[arg(long, env = "WAYPOINT_IMAGE_PULL_POLICY", default_value = "IfNotPresent", value_name = "POLICY")]
+    pub waypoint_image_pull_policy: String,
+    /// What waypoints log
+    #[arg(long, env = "WAYPOINT_LOG", default_value = "info", value_name = "FILTER")]
+    pub waypoint_log: String,
+    /// The form of what they log: text or json
+    #[arg(long, env = "WAYPOINT_LOG_FORMAT", default_value = "json", value_name = "FORM")]
+    pub waypoint_log_format: String,
+    /// CPU and memory of waypoints, as a container's resources (JSON)
+    #[arg(long, env = "WAYPOINT_RESOURCES", default_value = "{}", value_name = "JSON")]
+    pub waypoint_resources: String,
+    /// What is to be otherwise of what waypoints are made of: a mapping (JSON) with the keys deployment, service,
+    /// serviceAccount, horizontalPodAutoscaler and podDisruptionBudget, each a strategic merge patch
+    #[arg(long, env = "WAYPOINT_OVERRIDES", default_value = "{}", value_name = "JSON")]
+    pub waypoint_overrides: String,
     /// What all of the project's binaries understand.
     #[command(flatten)]
     pub shared: process::settings::RawSettings,

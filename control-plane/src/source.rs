@@ -28,7 +28,7 @@ use tokio::time::Instant;
 
 use answers::attentive;
 
-use crate::objects::{self, Object, Watched};
+use crate::objects::{self, ForKinds, Object, Watched};
 pub use answers::{ClockSkew, SILENCE};
 
 /// What happened to the objects of a kind.
@@ -179,17 +179,7 @@ impl Source {
 
     /// Starts all others.
     pub fn start_others(&self) {
-        let all = Config::default;
-        self.spawn::<objects::Node>(all(), None, Relist::Never);
-        self.spawn::<objects::Pod>(all(), None, Relist::OnDemand);
-        self.spawn::<objects::Service>(all(), None, Relist::OnDemand);
-        self.spawn::<objects::EndpointSlice>(all(), None, Relist::OnDemand);
-        self.spawn::<objects::ServiceAccount>(all(), None, Relist::OnDemand);
-        self.spawn::<objects::AuthorizationPolicy>(all(), None, Relist::OnDemand);
-        self.spawn::<objects::PeerAuthentication>(all(), None, Relist::OnDemand);
-        self.spawn::<objects::ServiceEntry>(all(), None, Relist::OnDemand);
-        self.spawn::<objects::WorkloadEntry>(all(), None, Relist::OnDemand);
-        self.spawn::<objects::WorkloadGroup>(all(), None, Relist::OnDemand);
+        objects::for_others(&mut Others(self));
     }
 
     fn spawn<W: Watched>(&self, config: Config, namespace: Option<String>, relist: Relist) {
@@ -209,6 +199,17 @@ impl Source {
             away: None,
         };
         tokio::spawn(follower.run::<W>());
+    }
+}
+
+/// Starts the watches of the kinds that it is called for.
+struct Others<'s>(&'s Source);
+
+impl ForKinds for Others<'_> {
+    fn of<W: Watched>(&mut self) {
+        let namespaced = W::KIND.spec().is_some_and(|spec| spec.namespaced);
+        let relist = if namespaced { Relist::OnDemand } else { Relist::Never };
+        self.0.spawn::<W>(Config::default(), None, relist);
     }
 }
 
@@ -260,7 +261,7 @@ impl Follower {
     /// Waits until the server has the kind in a version that is read.
     async fn served<W: Watched>(&mut self) -> Result<ApiResource, Over> {
         let Some(spec) = W::KIND.spec() else { return Err(Over) };
-        if !spec.group.ends_with("istio.io") {
+        if !spec.is_custom() {
             let version = spec.versions.first().copied().unwrap_or("v1");
             return Ok(ApiResource::from_gvk(&GroupVersionKind::gvk(spec.group, version, spec.name)));
         }

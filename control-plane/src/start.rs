@@ -38,6 +38,7 @@ use crate::status::peers::{Peers, Reach};
 use crate::status::{Followers, Keeper, Writer};
 use crate::trusted;
 use crate::trusting::{Bundles, Trusting};
+use crate::waypoints::{self, Deployer, Overrides};
 use crate::webhook::{self, Webhook, bundle};
 
 /// HTTP/2 pings: they end the connections of proxies that are gone.
@@ -50,6 +51,8 @@ const MOST_STREAMS: u32 = 128;
 const WINDOW: u32 = 64 << 10;
 /// After it is told to end, for others to learn that it does: new streams still come until then.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+/// Where proxies of the cluster find the control plane, at its Service.
+const XDS_PORT: u16 = 15012;
 /// How long the API server may take to take a connection.
 const CONNECT: Duration = Duration::from_secs(10);
 
@@ -139,7 +142,7 @@ async fn serve(flags: &Flags, settings: &process::settings::Settings, logs: &Log
     let ports = Ports::bind(flags, settings).await?;
     let plane = Plane::new(flags, logs).await?;
     let known = plane.read_cluster(flags)?;
-    let leader = plane.lead(flags, &known, &shutdown);
+    let leader = plane.lead(flags, &known, &shutdown)?;
     let grpc = plane.serve_proxies(ports.grpc, &known, &shutdown)?;
     plane.serve_webhook(flags, ports.webhook, &known)?;
     metrics::register(&plane.metrics, &known.overview, &known.exceptions);
@@ -257,8 +260,57 @@ impl Plane {
         Ok(known)
     }
 
+    /// Starts to deploy waypoints, where the installation has their image.
+    fn deploy_waypoints(
+        &self,
+        flags: &Flags,
+        known: &Known,
+        leads: watch::Receiver<bool>,
+    ) -> anyhow::Result<()> {
+        let Some(image) = flags.waypoint_image.clone().filter(|image| !image.is_empty()) else {
+            return Ok(());
+        };
+        let overrides = serde_json::from_str(&flags.waypoint_overrides)
+            .map_err(|error| error.to_string())
+            .and_then(Overrides::of)
+            .map_err(|error| anyhow::anyhow!("--waypoint-overrides: {error}"))?;
+        let resources = serde_json::from_str(&flags.waypoint_resources).context("--waypoint-resources")?;
+        let deployer = Deployer {
+            client: self.client.clone(),
+            settings: waypoints::Settings {
+                image,
+                pull_policy: flags.waypoint_image_pull_policy.clone(),
+                address: format!("https://{}.{}.svc:{}", flags.service, flags.namespace, XDS_PORT),
+                cluster: flags.cluster_id.clone(),
+                network: flags.network.clone(),
+                revision: flags.revision.clone(),
+                version: env!("CARGO_PKG_VERSION"),
+                log: (flags.waypoint_log.clone(), flags.waypoint_log_format.clone()),
+                resources,
+                overrides,
+                can_sleep: false,
+            },
+            in_force: known.in_force.clone(),
+            namespaces: known.namespaces.clone(),
+            leads,
+        };
+        let (metrics, mut first) = (self.metrics.clone(), known.first.clone());
+        tokio::spawn(async move {
+            // Which namespaces are read is known then.
+            if first.wait_for(|first| *first).await.is_ok() {
+                deployer.run(metrics).await;
+            }
+        });
+        Ok(())
+    }
+
     /// Starts what the leader does, and the election; a view of who leads.
-    fn lead(&self, flags: &Flags, known: &Known, shutdown: &Shutdown) -> watch::Receiver<Option<String>> {
+    fn lead(
+        &self,
+        flags: &Flags,
+        known: &Known,
+        shutdown: &Shutdown,
+    ) -> anyhow::Result<watch::Receiver<Option<String>>> {
         let identity = format!("{}_{:08x}", flags.pod_name, std::process::id());
         let (election, leads, leader) =
             Election::new(self.client.clone(), &flags.namespace, &flags.revision, identity);
@@ -298,9 +350,10 @@ impl Plane {
             in_force: known.in_force.clone(),
             seen: webhook,
         };
-        tokio::spawn(kept.run(self.client.clone(), leads));
+        tokio::spawn(kept.run(self.client.clone(), leads.clone()));
+        self.deploy_waypoints(flags, known, leads)?;
         tokio::spawn(election.run(shutdown.clone()));
-        leader
+        Ok(leader)
     }
 
     /// Serves xDS and the CA.

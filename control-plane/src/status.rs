@@ -29,7 +29,8 @@ use conditions::Tally;
 pub use followers::Followers;
 pub use keeper::Keeper;
 pub use proxies::{Proxies, proxy_name};
-pub use writer::Writer;
+pub(crate) use writer::put_in;
+pub use writer::{CONTROLLER, Writer};
 
 /// For so long a proxy, or a control plane, that comes or goes does not take from a policy that it is enforced.
 pub const FRESH: Duration = Duration::from_secs(10);

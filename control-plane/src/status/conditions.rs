@@ -1,12 +1,17 @@
-//! The conditions of a policy: `ZtunnelAccepted`, as Istio's tools know it, and `Enforced`, which counts only proxies
-//! that said that they swapped it in. The condition of the other objects that the mesh reads: `Accepted`.
+//! The conditions of a policy: `ZtunnelAccepted` and `WaypointAccepted`, as Istio's tools know them, and `Enforced`, which
+//! counts only proxies that said that they swapped it in. Those of a route, one set for each parent, as the Gateway API
+//! has them. Of what is bound to a waypoint: `istio.io/WaypointBound`. The condition of the other objects that the mesh
+//! reads: `Accepted`.
 
 use std::sync::Arc;
 
+use config::compile::Judgement;
 use config::diagnostic::{Code, Diagnostic, Severity};
+use config::resource::Kind;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use crate::registry::ObjectState;
+use crate::registry::{ObjectState, is_route};
 
 /// A condition, but for its time.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -19,12 +24,41 @@ pub struct Condition {
     pub reason: &'static str,
     /// `message`, for people.
     pub message: String,
+    /// The parent of a route that it is about, as the route names it.
+    pub parent: Option<Arc<Value>>,
+}
+
+impl Condition {
+    /// What a judgement says.
+    #[must_use]
+    pub fn of(kind: &'static str, judgement: &Judgement) -> Self {
+        let message = judgement.message.chars().take(MOST_CHARACTERS).collect();
+        Self { kind, holds: Some(judgement.holds), reason: judgement.reason, message, parent: None }
+    }
+
+    /// That there is nothing to say any more: the condition is removed.
+    #[must_use]
+    pub fn none(kind: &'static str) -> Self {
+        Self { kind, holds: None, reason: "", message: String::new(), parent: None }
+    }
+
+    /// Whether the condition is to be removed.
+    #[must_use]
+    pub fn is_none(&self) -> bool {
+        self.reason.is_empty()
+    }
 }
 
 /// Whether a policy is understood and can be enforced as it is written.
 pub const POLICY_ACCEPTED: &str = "ZtunnelAccepted";
 /// The same of an object that is no policy.
 pub const ACCEPTED: &str = "Accepted";
+/// Whether waypoints enforce a policy for all that it names by `targetRefs`.
+pub const WAYPOINT_ACCEPTED: &str = "WaypointAccepted";
+/// Whether what is bound to a waypoint is reached through it.
+pub const WAYPOINT_BOUND: &str = "istio.io/WaypointBound";
+/// Whether all that a route leads to is there.
+pub const RESOLVED: &str = "ResolvedRefs";
 /// Whether all proxies enforce it.
 pub const ENFORCED: &str = "Enforced";
 
@@ -119,13 +153,45 @@ pub fn of_policy(
     setting: &Setting,
 ) -> Vec<Condition> {
     let accepted = accepted(POLICY_ACCEPTED, &state.findings, exception, "attached to ztunnel");
-    vec![accepted, enforced(&state.findings, tally, setting)]
+    let targets = judged(WAYPOINT_ACCEPTED, state.standing.targets.as_ref());
+    vec![accepted, targets, enforced(&state.findings, tally, setting)]
 }
 
-/// The condition of an object that is no policy.
+/// The conditions of an object that is no policy.
 #[must_use]
-pub fn of_other(state: &ObjectState) -> Vec<Condition> {
-    vec![accepted(ACCEPTED, &state.findings, None, "it is read as it is written")]
+pub fn of_other(kind: Kind, state: &ObjectState) -> Vec<Condition> {
+    if is_route(kind) {
+        return of_route(state);
+    }
+    let accepted = || accepted(ACCEPTED, &state.findings, None, "it is read as it is written");
+    let bound = || judged(WAYPOINT_BOUND, state.standing.binding.as_ref());
+    match kind {
+        Kind::Service => vec![bound()],
+        Kind::ServiceEntry => vec![accepted(), bound()],
+        _ => vec![accepted()],
+    }
+}
+
+fn judged(kind: &'static str, judgement: Option<&Judgement>) -> Condition {
+    judgement.map_or_else(|| Condition::none(kind), |judgement| Condition::of(kind, judgement))
+}
+
+fn of_route(state: &ObjectState) -> Vec<Condition> {
+    // With errors its last good version is in force, or none.
+    let read = accepted(ACCEPTED, &state.findings, None, "");
+    let mut all = Vec::new();
+    for (parent, standing) in &state.standing.parents {
+        let accepted = match read.holds {
+            Some(false) if standing.accepted.holds => {
+                Condition { reason: "UnsupportedValue", ..read.clone() }
+            }
+            _ => Condition::of(ACCEPTED, &standing.accepted),
+        };
+        let bound = standing.bound.as_ref().map(|bound| Condition::of(WAYPOINT_BOUND, bound));
+        let of_parent = [accepted, Condition::of(RESOLVED, &standing.resolved)].into_iter().chain(bound);
+        all.extend(of_parent.map(|condition| Condition { parent: Some(parent.clone()), ..condition }));
+    }
+    all
 }
 
 fn accepted(kind: &'static str, findings: &[Diagnostic], exception: Option<&str>, fine: &str) -> Condition {
@@ -146,6 +212,7 @@ fn accepted(kind: &'static str, findings: &[Diagnostic], exception: Option<&str>
         holds: Some(holds),
         reason,
         message: message.chars().take(MOST_CHARACTERS).collect(),
+        parent: None,
     };
     if !errors.is_empty() {
         return condition(false, "Invalid", join(&errors, &warnings));
@@ -196,24 +263,27 @@ fn enforced(findings: &[Diagnostic], tally: &Tally, setting: &Setting) -> Condit
     } else {
         (Some(true), "AllProxies")
     };
-    Condition { kind: ENFORCED, holds, reason, message: message.chars().take(MOST_CHARACTERS).collect() }
+    let message = message.chars().take(MOST_CHARACTERS).collect();
+    Condition { kind: ENFORCED, holds, reason, message, parent: None }
 }
 
 /// Whether two lists say the same, in other words perhaps.
 #[must_use]
 pub fn same_but_for_messages(a: &[Condition], b: &[Condition]) -> bool {
-    let heads = |list: &[Condition]| list.iter().map(|c| (c.kind, c.holds, c.reason)).collect::<Vec<_>>();
-    heads(a) == heads(b)
+    let head = |c: &Condition| (c.kind, c.holds, c.reason, c.parent.clone());
+    a.iter().map(head).eq(b.iter().map(head))
 }
 
 #[cfg(test)]
 mod tests {
+    use config::compile::RouteStanding;
+
     use super::*;
-    use crate::registry::ObjectVersion;
+    use crate::registry::{ObjectVersion, Standing};
 
     fn state(findings: Vec<Diagnostic>) -> ObjectState {
         let version = ObjectVersion { uid: "u".into(), generation: 3, labelled: false, selects: false };
-        ObjectState { version, findings }
+        ObjectState { version, findings, standing: Standing::default() }
     }
 
     fn tally(enforcing: usize, pending: usize) -> Tally {
@@ -225,7 +295,7 @@ mod tests {
 
     fn enforced_of(tally: &Tally) -> (Option<bool>, &'static str, String) {
         let found = of_policy(&state(Vec::new()), tally, None, &Setting::default());
-        (found[1].holds, found[1].reason, found[1].message.clone())
+        (found[2].holds, found[2].reason, found[2].message.clone())
     }
 
     #[test]
@@ -286,7 +356,7 @@ mod tests {
         );
         assert_eq!((bad[0].holds, bad[0].reason), (Some(false), "Invalid"));
         assert!(bad[0].message.contains("did you mean action?"));
-        assert_eq!((bad[1].holds, bad[1].reason), (Some(false), "Invalid"));
+        assert_eq!((bad[2].holds, bad[2].reason), (Some(false), "Invalid"));
         let warned = of_policy(
             &state(vec![finding(Code::NeedsWaypoint, "needs a waypoint", "")]),
             &tally(1, 0),
@@ -295,7 +365,7 @@ mod tests {
         );
         assert_eq!((warned[0].holds, warned[0].reason), (Some(true), "UnsupportedValue"));
         assert!(warned[0].message.ends_with("for proxies of another make everything is refused"));
-        assert_eq!(warned[1].holds, Some(true));
+        assert_eq!(warned[2].holds, Some(true));
     }
 
     #[test]
@@ -306,18 +376,41 @@ mod tests {
         };
         let found = of_policy(&state(Vec::new()), &tally(2, 0), None, &setting);
         let message = "2/2 proxies of the revisions default and next enforce it; not counted: a (its node is not ready)";
-        assert_eq!((found[1].holds, &*found[1].message), (Some(true), message));
+        assert_eq!((found[2].holds, &*found[2].message), (Some(true), message));
     }
 
     #[test]
     fn what_is_no_policy_is_accepted_or_not() {
         let findings =
             vec![Diagnostic::about_file(Code::InvalidValue, "ServiceEntry a/b".into(), "no host", "")];
-        let found = of_other(&state(findings));
-        assert_eq!(found.len(), 1);
+        let found = of_other(Kind::ServiceEntry, &state(findings));
+        assert!(found.len() == 2 && found[1].is_none(), "bound to no waypoint: {found:?}");
         assert_eq!((found[0].kind, found[0].holds, found[0].reason), ("Accepted", Some(false), "Invalid"));
         assert!(found[0].message.contains("no host"));
-        assert_eq!(of_other(&state(Vec::new()))[0].holds, Some(true));
+        assert_eq!(of_other(Kind::WorkloadEntry, &state(Vec::new()))[0].holds, Some(true));
+    }
+
+    #[test]
+    fn a_route_with_errors_is_accepted_by_none_of_its_parents() {
+        let yes = |reason| Judgement { holds: true, reason, message: String::new() };
+        let standing = RouteStanding {
+            accepted: yes("Accepted"),
+            resolved: yes("ResolvedRefs"),
+            bound: Some(Judgement { holds: false, reason: "NoWaypoint", message: "none".to_owned() }),
+        };
+        let findings =
+            vec![Diagnostic::about_file(Code::UnknownField, "HTTPRoute a/b".into(), "no such field", "")];
+        for (findings, reason) in [(Vec::new(), "Accepted"), (findings, "UnsupportedValue")] {
+            let mut state = state(findings);
+            let parents =
+                ["a", "b"].map(|name| (Arc::new(serde_json::json!({"name": name})), standing.clone()));
+            state.standing.parents = parents.to_vec();
+            let found = of_other(Kind::HttpRoute, &state);
+            let heads: Vec<_> = found.iter().map(|c| (c.kind, c.reason)).collect();
+            let one = [(ACCEPTED, reason), (RESOLVED, "ResolvedRefs"), (WAYPOINT_BOUND, "NoWaypoint")];
+            assert_eq!(heads, [one, one].concat());
+            assert_eq!(found[3].parent.as_ref().unwrap()["name"], "b");
+        }
     }
 
     #[test]

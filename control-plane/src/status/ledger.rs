@@ -405,7 +405,7 @@ impl Ledger {
             }
             (conditions, !tally.is_settled())
         } else {
-            (conditions::of_other(state), false)
+            (conditions::of_other(name.kind, state), false)
         };
         let wanted = Box::new(Due { name: name.clone(), state: state.clone(), conditions });
         let Some(written) = written else { return Verdict::Due(wanted) };

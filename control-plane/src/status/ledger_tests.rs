@@ -8,7 +8,7 @@ use xds::server::Generation;
 use super::super::exchange::{Answer, Version};
 use super::super::peers::{Peer, Peers, Place};
 use super::*;
-use crate::registry::Report;
+use crate::registry::{Report, Standing};
 
 struct Bench {
     followers: Followers,
@@ -78,7 +78,7 @@ impl Bench {
     }
 
     fn report(&self, version: ObjectVersion, name: &str, generation: u64) {
-        let state = Some(ObjectState { version, findings: Vec::new() });
+        let state = Some(ObjectState { version, findings: Vec::new(), standing: Standing::default() });
         self.followers.take(vec![Report { name: named(name), state }], &[], Generation(generation));
     }
 
@@ -304,9 +304,10 @@ async fn an_object_that_is_no_policy_is_accepted_whatever_proxies_do() {
     let mut bench = Bench::new("default");
     bench.proxies = Proxies::made(&[]);
     let name = ObjectName { kind: Kind::ServiceEntry, ..named("e") };
-    let state = Some(ObjectState { version: version("e", 1), findings: Vec::new() });
+    let state =
+        Some(ObjectState { version: version("e", 1), findings: Vec::new(), standing: Standing::default() });
     bench.followers.take(vec![Report { name, state }], &[], Generation(3));
     let due = bench.due().pop().unwrap();
-    assert_eq!(due.conditions.len(), 1);
+    assert!(due.conditions.len() == 2 && due.conditions[1].is_none(), "it is bound to no waypoint");
     assert_eq!((due.conditions[0].kind, due.conditions[0].holds), ("Accepted", Some(true)));
 }

@@ -1,0 +1,328 @@
+//! Gateways of the waypoint class on a real API server: deployed, changed, refused, scaled and let go; and the status of
+//! routes, services and policies, all by the rights that the chart gives.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
+
+mod apiserver;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use apiserver::{Cluster, Plane, apply_crds, fill};
+use serde_json::{Value, json};
+
+/// The definitions of the Gateway API, of the Go module that the scenarios or the tests with Istio's programs fetched.
+fn apply_gateway_api(cluster: &Cluster) -> bool {
+    let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target");
+    let places = [target.join("kube/crds"), target.join("interop/istio/crds")];
+    let Some(place) = places.into_iter().find(|place| place.join(GATEWAYS).exists()) else {
+        let missing =
+            "the definitions of the Gateway API are not there (cargo run -p kube-tests -- cluster build)";
+        assert!(std::env::var_os("CULVERT_REQUIRE_KUBE").is_none(), "{missing}");
+        eprintln!("skipped: {missing}");
+        return false;
+    };
+    cluster.kubectl(&["apply", "--server-side", "-f", place.to_str().unwrap()], "").unwrap();
+    for crd in ["virtualservices", "destinationrules"] {
+        let file = format!("../deploy/charts/culvert/crds/{crd}.networking.istio.io.yaml");
+        let file: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
+        cluster.kubectl(&["apply", "--server-side", "-f", file.to_str().unwrap()], "").unwrap();
+    }
+    true
+}
+
+const GATEWAYS: &str = "gateway.networking.k8s.io_gateways.yaml";
+
+/// Gives the control plane's account what the chart gives it; its kubeconfig.
+fn account(cluster: &Cluster) -> Option<PathBuf> {
+    let helm = cluster.programs.join("helm");
+    let chart = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/charts/culvert");
+    cluster.apply(
+        &json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": "kube-node-lease" } }),
+    );
+    for template in ["control-plane-rbac", "control-plane-waypoints"] {
+        let out = Command::new(&helm)
+            .args(["template", "culvert", chart.to_str()?, "--namespace", "culvert-system"])
+            .args(["--show-only", &format!("templates/{template}.yaml")])
+            .env("HELM_CACHE_HOME", cluster.files.path())
+            .output()
+            .ok()?;
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        cluster.kubectl(&["apply", "-f", "-"], &String::from_utf8(out.stdout).unwrap()).unwrap();
+    }
+    cluster.apply(&json!({
+        "apiVersion": "v1", "kind": "ServiceAccount",
+        "metadata": { "name": "culvertd", "namespace": "culvert-system" },
+    }));
+    Some(cluster.kubeconfig_of("culvertd"))
+}
+
+fn gateway(name: &str, more: &Value) -> Value {
+    let mut gateway = json!({
+        "apiVersion": "gateway.networking.k8s.io/v1", "kind": "Gateway",
+        "metadata": { "name": name, "namespace": "shop" },
+        "spec": {
+            "gatewayClassName": "culvert-waypoint",
+            "listeners": [{ "name": "mesh", "port": 15008, "protocol": "HBONE" }],
+        },
+    });
+    for (key, value) in more.as_object().unwrap() {
+        gateway["spec"][key] = value.clone();
+    }
+    gateway
+}
+
+fn get(cluster: &Cluster, kind: &str, name: &str) -> Option<Value> {
+    let text = cluster.kubectl(&["get", kind, "-n", "shop", name, "-o", "json"], "").ok()?;
+    serde_json::from_str(&text).ok()
+}
+
+fn service(cluster: &Cluster, name: &str, labels: &Value) {
+    cluster.apply(&json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": { "name": name, "namespace": "shop", "labels": labels },
+        "spec": { "selector": { "app": "web" }, "ports": [{ "name": "http", "port": 80 }] },
+    }));
+}
+
+/// What a route's status says of its first parent: status, reason and message of a condition, by the newest version.
+fn of_parent(cluster: &Cluster, route: &str, kind: &str) -> Option<(String, String, String)> {
+    let route = get(cluster, "httproute", route)?;
+    let parents = route["status"]["parents"].as_array()?;
+    let ours = parents.iter().find(|p| p["controllerName"] == "culvert.dev/mesh-controller")?;
+    let condition = ours["conditions"].as_array()?.iter().find(|c| c["type"] == kind)?;
+    let text = |field: &str| condition[field].as_str().unwrap_or_default().to_owned();
+    (condition["observedGeneration"] == route["metadata"]["generation"])
+        .then(|| (text("status"), text("reason"), text("message")))
+}
+
+struct Shop {
+    cluster: Cluster,
+    _plane: Plane,
+}
+
+impl Shop {
+    fn open() -> Option<Self> {
+        let cluster = Cluster::start()?;
+        fill(&cluster);
+        apply_crds(&cluster);
+        if !apply_gateway_api(&cluster) {
+            return None;
+        }
+        let account = account(&cluster)?;
+        cluster.apply(&apiserver::pod("culvert-system", "culvertd-a", "culvertd"));
+        let flags = [
+            "--waypoint-image=culvert/waypoint:test",
+            "--waypoint-resources={\"requests\":{\"cpu\":\"10m\",\"memory\":\"16Mi\"}}",
+        ];
+        let plane = Plane::launch(&cluster, "culvertd-a", &account, &flags);
+        cluster.until("the control plane", || plane.is_ready());
+        Some(Self { cluster, _plane: plane })
+    }
+
+    fn until(&self, what: &str, of: &str, name: &str, kind: &str, wanted: (&str, &str)) {
+        self.cluster.until(what, || {
+            let found = self.cluster.condition(of, name, kind);
+            found.is_some_and(|(status, reason, _)| (status.as_str(), reason.as_str()) == wanted)
+        });
+    }
+
+    /// There is no controller of Deployments here.
+    fn pods_serve(&self, name: &str, count: u32) {
+        let status = json!({ "status": {
+            "replicas": count, "availableReplicas": count, "readyReplicas": count, "updatedReplicas": count,
+            "observedGeneration": 1,
+        } });
+        let patch =
+            ["patch", "deployment", "-n", "shop", name, "--subresource", "status", "-p", &status.to_string()];
+        self.cluster.kubectl(&patch, "").unwrap();
+    }
+
+    fn nothing_was_forbidden(&self) {
+        let log = std::fs::read_to_string(self.cluster.at("audit.log")).unwrap();
+        let forbidden: Vec<&str> = log
+            .lines()
+            .filter(|line| line.contains("\"authorization.k8s.io/decision\":\"forbid\""))
+            .filter(|line| line.contains("system:serviceaccount:culvert-system:culvertd"))
+            .collect();
+        // Nobody made a Lease for its node, and no test needs one.
+        assert!(forbidden.is_empty(), "{forbidden:#?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gateway_is_deployed_changed_scaled_and_let_go() {
+    let Some(shop) = Shop::open() else { return };
+    let cluster = &shop.cluster;
+    for class in ["culvert-waypoint", "istio-waypoint"] {
+        cluster.until(class, || {
+            let class = get(cluster, "gatewayclass", class);
+            class.is_some_and(|class| {
+                let accepted = class["status"]["conditions"][0].clone();
+                class["spec"]["controllerName"] == "culvert.dev/mesh-controller"
+                    && accepted["status"] == "True"
+            })
+        });
+    }
+    cluster.apply(&gateway("waypoint", &json!({ "infrastructure": { "labels": { "team": "a" } } })));
+    cluster.until("its Deployment", || get(cluster, "deployment", "waypoint").is_some());
+    shop.until("it waits", "gateway", "waypoint", "Programmed", ("False", "Pending"));
+    let deployed = get(cluster, "deployment", "waypoint").unwrap();
+    let made = get(cluster, "gateway", "waypoint").unwrap();
+    for kind in ["serviceaccount", "service", "deployment", "poddisruptionbudget"] {
+        let object = get(cluster, kind, "waypoint").unwrap();
+        assert_eq!(object["metadata"]["ownerReferences"][0]["uid"], made["metadata"]["uid"], "{kind}");
+        assert_eq!(object["metadata"]["labels"]["team"], "a", "{kind}");
+    }
+    let pod = &deployed["spec"]["template"]["spec"];
+    assert_eq!(pod["containers"][0]["image"], "culvert/waypoint:test");
+    assert_eq!(pod["containers"][0]["resources"]["requests"]["cpu"], "10m");
+    shop.pods_serve("waypoint", 1);
+    shop.until("it serves", "gateway", "waypoint", "Programmed", ("True", "Programmed"));
+    let served = get(cluster, "gateway", "waypoint").unwrap();
+    let address = get(cluster, "service", "waypoint").unwrap()["spec"]["clusterIP"].clone();
+    assert_eq!(served["status"]["addresses"], json!([{ "type": "IPAddress", "value": address }]));
+    assert_eq!(served["status"]["listeners"][0]["attachedRoutes"], 0);
+
+    // A mistake in the parameters changes nothing but the status.
+    let own = |text: &str| {
+        cluster.apply(&json!({
+            "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": "own", "namespace": "shop" },
+            "data": { "deployment": text },
+        }));
+    };
+    let with = json!({ "infrastructure": {
+        "labels": { "team": "b" }, "parametersRef": { "group": "", "kind": "ConfigMap", "name": "own" },
+    } });
+    cluster.apply(&gateway("waypoint", &with));
+    shop.until("there is no such map", "gateway", "waypoint", "Accepted", ("False", "InvalidParameters"));
+    own("spec: {replicas: two}");
+    let refused = || {
+        let found = cluster.condition("gateway", "waypoint", "Accepted");
+        found.is_some_and(|(.., message)| message.contains("replicas"))
+    };
+    cluster.until("the API server's words", refused);
+    let label = |kind: &str| get(cluster, kind, "waypoint").unwrap()["metadata"]["labels"]["team"].clone();
+    assert_eq!(label("deployment"), "a");
+    own("spec: {replicas: 3, template: {spec: {nodeSelector: {disk: ssd}}}}");
+    cluster
+        .until("three replicas", || get(cluster, "deployment", "waypoint").unwrap()["spec"]["replicas"] == 3);
+    let deployed = get(cluster, "deployment", "waypoint").unwrap();
+    assert_eq!(deployed["spec"]["template"]["spec"]["nodeSelector"], json!({ "disk": "ssd" }));
+    assert_eq!(label("deployment"), "b");
+    cluster.apply(&json!({
+        "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": "own", "namespace": "shop" },
+        "data": { "horizontalPodAutoscaler": "spec: {minReplicas: 2, maxReplicas: 4}" },
+    }));
+    cluster.until("an autoscaler", || get(cluster, "horizontalpodautoscaler", "waypoint").is_some());
+    cluster.apply(&gateway("waypoint", &json!({})));
+    cluster.until("none any more", || get(cluster, "horizontalpodautoscaler", "waypoint").is_none());
+
+    // What somebody changes is put right; what is somebody's is not taken.
+    let patch = r#"{"spec":{"ports":[{"port":15008,"name":"mesh","targetPort":1}]}}"#;
+    cluster
+        .kubectl(&["patch", "service", "-n", "shop", "waypoint", "--type=merge", "-p", patch], "")
+        .unwrap();
+    let port = || {
+        let ports = get(cluster, "service", "waypoint").unwrap()["spec"]["ports"].clone();
+        ports.as_array().unwrap().iter().find(|p| p["port"] == 15008).map(|p| p["targetPort"].clone())
+    };
+    cluster.until("the port again", || port() == Some(json!(15008)));
+    service(cluster, "taken", &json!({}));
+    cluster.apply(&gateway("taken", &json!({})));
+    cluster.until("it is said", || {
+        let found = cluster.condition("gateway", "taken", "Programmed");
+        found.is_some_and(|(status, _, message)| status == "False" && message.contains("not this Gateway's"))
+    });
+    assert_eq!(get(cluster, "service", "taken").unwrap()["spec"]["ports"][0]["port"], 80);
+
+    let other = json!({ "gatewayClassName": "somebody-elses" });
+    cluster.apply(&gateway("other", &other));
+    let wrong = json!({ "listeners": [{ "name": "a", "port": 80, "protocol": "HTTP" }] });
+    cluster.apply(&gateway("wrong", &wrong));
+    shop.until("no waypoint", "gateway", "wrong", "Accepted", ("False", "ListenersNotValid"));
+    assert!(get(cluster, "deployment", "other").is_none() && get(cluster, "deployment", "wrong").is_none());
+    shop.nothing_was_forbidden();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn routes_services_and_policies_say_how_they_stand() {
+    let Some(shop) = Shop::open() else { return };
+    let cluster = &shop.cluster;
+    service(cluster, "web", &json!({}));
+    let route = |backend: Value| {
+        cluster.apply(&json!({
+            "apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute",
+            "metadata": { "name": "r", "namespace": "shop" },
+            "spec": {
+                "parentRefs": [{ "group": "", "kind": "Service", "name": "web", "port": 80 }],
+                "rules": [{ "backendRefs": [backend] }],
+            },
+        }));
+    };
+    let is = |kind: &str, status: &str, reason: &str| {
+        cluster.until(&format!("{kind} {reason}"), || {
+            of_parent(cluster, "r", kind).is_some_and(|(s, r, _)| (&*s, &*r) == (status, reason))
+        });
+    };
+    route(json!({ "name": "web", "port": 80 }));
+    is("Accepted", "True", "Accepted");
+    is("ResolvedRefs", "True", "ResolvedRefs");
+    is("istio.io/WaypointBound", "False", "NoWaypoint");
+    route(json!({ "name": "nowhere", "port": 80 }));
+    is("ResolvedRefs", "False", "BackendNotFound");
+    cluster.apply(&json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": "other" } }));
+    cluster.apply(&json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": { "name": "web", "namespace": "other" },
+        "spec": { "ports": [{ "name": "http", "port": 80 }] },
+    }));
+    route(json!({ "name": "web", "namespace": "other", "port": 80 }));
+    is("ResolvedRefs", "False", "RefNotPermitted");
+    cluster.apply(&json!({
+        "apiVersion": "gateway.networking.k8s.io/v1beta1", "kind": "ReferenceGrant",
+        "metadata": { "name": "g", "namespace": "other" },
+        "spec": {
+            "from": [{ "group": "gateway.networking.k8s.io", "kind": "HTTPRoute", "namespace": "shop" }],
+            "to": [{ "group": "", "kind": "Service" }],
+        },
+    }));
+    is("ResolvedRefs", "True", "ResolvedRefs");
+
+    cluster.apply(&json!({
+        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+        "metadata": { "name": "p", "namespace": "shop" },
+        "spec": {
+            "targetRefs": [{ "group": "", "kind": "Service", "name": "web" }],
+            "rules": [{ "to": [{ "operation": { "methods": ["GET"] } }] }],
+        },
+    }));
+    shop.until("the policy", "authorizationpolicy", "p", "WaypointAccepted", ("False", "AncestorNotBound"));
+    service(cluster, "web", &json!({ "istio.io/use-waypoint": "waypoint" }));
+    let bound = |status: &str, reason: &str| {
+        cluster.until(&format!("the service: {reason}"), || {
+            let service = get(cluster, "service", "web").unwrap();
+            let conditions = service["status"]["conditions"].as_array().cloned().unwrap_or_default();
+            let found = conditions.iter().find(|c| c["type"] == "istio.io/WaypointBound").cloned();
+            match found {
+                Some(found) => found["status"] == status && found["reason"] == reason,
+                None => reason.is_empty(),
+            }
+        });
+    };
+    bound("False", "WaypointIsNotReady");
+    is("istio.io/WaypointBound", "False", "WaypointIsNotReady");
+    cluster.apply(&gateway("waypoint", &json!({})));
+    bound("True", "WaypointAccepted");
+    is("istio.io/WaypointBound", "True", "WaypointAccepted");
+    shop.until("the policy again", "authorizationpolicy", "p", "WaypointAccepted", ("True", "Accepted"));
+    let narrow = json!({ "listeners": [{
+        "name": "mesh", "port": 15008, "protocol": "HBONE", "allowedRoutes": { "namespaces": { "from": "Selector",
+            "selector": { "matchLabels": { "a": "b" } } } },
+    }] });
+    cluster.apply(&gateway("waypoint", &narrow));
+    bound("False", "AttachmentDenied");
+    service(cluster, "web", &json!({ "istio.io/use-waypoint": "none" }));
+    bound("", "");
+    cluster.kubectl(&["delete", "service", "-n", "shop", "web"], "").unwrap();
+    is("Accepted", "False", "NoMatchingParent");
+    shop.nothing_was_forbidden();
+}
