@@ -82,6 +82,8 @@ pub struct Cluster {
     runtime: Runtime,
     client: Client,
     url: String,
+    /// The namespace of the kubeconfig's context.
+    pub namespace: String,
     /// The namespace that the mesh is installed in.
     pub system: String,
 }
@@ -114,13 +116,13 @@ impl Cluster {
     /// There is no kubeconfig, or it can't be used.
     pub fn connect(args: &ClusterArgs) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let (client, url) = runtime.block_on(async {
+        let (client, url, namespace) = runtime.block_on(async {
             let mut config = args.config().await?;
             config.connect_timeout = Some(Duration::from_secs(10));
-            let url = config.cluster_url.to_string();
-            anyhow::Ok((Client::try_from(config)?, url))
+            let (url, namespace) = (config.cluster_url.to_string(), config.default_namespace.clone());
+            anyhow::Ok((Client::try_from(config)?, url, namespace))
         })?;
-        Ok(Self { runtime, client, url, system: args.system_namespace.clone() })
+        Ok(Self { runtime, client, url, namespace, system: args.system_namespace.clone() })
     }
 
     /// `GET path`; `None` when there is no such thing.

@@ -110,7 +110,7 @@ pub struct VerifyArgs {
     waiting: WaitArgs,
 }
 
-fn duration(text: &str) -> Result<Duration, String> {
+pub fn duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("{text:?} is not a time such as 90s or 10m");
     let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?);
     let number: u64 = number.parse().map_err(|_| wrong())?;
@@ -295,7 +295,7 @@ fn wait(cluster: &Cluster, limit: Duration) -> Result<ExitCode> {
 }
 
 /// Shows that something goes on, on a terminal.
-fn spinner() -> ProgressBar {
+pub fn spinner() -> ProgressBar {
     let progress = ProgressBar::new_spinner();
     if let Ok(style) = ProgressStyle::with_template("{spinner} {elapsed} {msg}") {
         progress.set_style(style);

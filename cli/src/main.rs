@@ -23,6 +23,7 @@ mod table;
 mod tag;
 mod tls_check;
 mod version;
+mod waypoint;
 mod what_if;
 mod why;
 mod yaml;
@@ -60,6 +61,7 @@ enum Command {
     Analyze(analyze::AnalyzeArgs),
     WhatIf(what_if::WhatIfArgs),
     Why(why::WhyArgs),
+    Waypoint(waypoint::WaypointArgs),
     ZtunnelConfig(ztunnel_config::ZtunnelConfigArgs),
     Ca(ca::CaArgs),
     Demo(demo::DemoArgs),
@@ -116,6 +118,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Analyze(args) => analyze::run(&args),
         Command::WhatIf(args) => what_if::run(&args),
         Command::Why(args) => why::run(&args),
+        Command::Waypoint(args) => waypoint::run(&args),
         Command::ZtunnelConfig(args) => ztunnel_config::run(&args),
         Command::Completion { shell } => {
             let mut script = Vec::new();

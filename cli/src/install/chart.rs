@@ -37,6 +37,7 @@ static FILES: &[File] = &[
     file!("templates/NOTES.txt"),
     file!("templates/_helpers.tpl"),
     file!("templates/control-plane-rbac.yaml"),
+    file!("templates/control-plane-waypoints.yaml"),
     file!("templates/control-plane.yaml"),
     file!("templates/network-policy.yaml"),
     file!("templates/node-admission.yaml"),
