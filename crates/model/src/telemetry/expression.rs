@@ -267,3 +267,88 @@ fn to_int(value: Value<'_>) -> Result<i64, Missing> {
         Value::Float(_) | Value::Bool(_) => Err(Missing),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    struct Request;
+
+    impl Facts for Request {
+        fn attribute(&self, attribute: Attribute) -> Result<Value<'_>, Missing> {
+            Ok(match attribute {
+                Attribute::ResponseCode => Value::Int(404),
+                Attribute::RequestMethod => Value::Text("GET".into()),
+                Attribute::RequestUrlPath => Value::Text("/v1beta3/x".into()),
+                Attribute::RequestDuration => Value::Float(1.5),
+                Attribute::ConnectionMtls => Value::Bool(true),
+                _ => return Err(Missing),
+            })
+        }
+
+        fn header(&self, _: Headers, name: &str) -> Result<Cow<'_, str>, Missing> {
+            if name == "x-debug" { Ok("1".into()) } else { Err(Missing) }
+        }
+    }
+
+    #[test]
+    fn expressions_hold_or_not() {
+        for (text, holds) in [
+            ("response.code >= 400", true),
+            ("response.code >= 400 && response.code < 404", false),
+            ("connection.mtls && request.url_path.contains('v1beta3')", true),
+            // Whatever can be told decides, on either side.
+            ("request.useragent == 'x' || response.code == 404", true),
+            ("!(request.useragent == 'x' && response.code == 200)", true),
+            ("request.useragent == 'x' || response.code == 200", false),
+            ("!has(request.useragent) || !(request.useragent.startsWith('Amazon'))", true),
+            ("request.headers['X-Debug'] == '1' && 'x-debug' in request.headers", true),
+            ("has(request.headers.nope)", false),
+            ("request.method in ['POST', 'GET']", true),
+            ("request.duration > duration('1s')", true),
+            ("request.url_path.matches('^/v1(beta)?[0-9]')", true),
+            ("request.url_path.matches('nope|/x')", true),
+            ("size(request.method) == 3 && request.method.size() == 3", true),
+            ("(response.code > 499 ? 'bad' : 'good') + '!' == \"good!\"", true),
+            ("response.code % 100 == 4 && -response.code + 1 == -403", true),
+            ("int('7') * 2 == 14 && string(response.code) == '404'", true),
+            ("response.code / 0 == 1", false),
+            ("9223372036854775807 + 1 > 0", false),
+        ] {
+            assert_eq!(Expression::new(text).unwrap().holds(&Request), holds, "{text}");
+        }
+        let label = Expression::new("request.method + ' ' + string(response.code)").unwrap();
+        assert_eq!(label.text(&Request).as_deref(), Some("GET 404"));
+        assert_eq!(Expression::new("request.referer").unwrap().text(&Request), None);
+    }
+
+    #[test]
+    fn what_can_not_be_evaluated_is_refused_with_its_place() {
+        for (text, part) in [
+            ("", "missing"),
+            ("response.code >=", "missing"),
+            ("response.nope == 1", "response.nope can't be told here; known are response.code"),
+            ("filter_state['x'] == 'y'", "only fields"),
+            ("node.id == 'x'", "request, response, connection"),
+            ("response.code == '400'", "can't be compared"),
+            ("response.code && true", "Bool is needed"),
+            ("request.method.matches(request.path)", "must be a text"),
+            ("request.method.matches('(')", "regular expression"),
+            ("request.method.lower('x')", "no function lower"),
+            ("1 # 2", "means nothing"),
+            ("'open", "without an end"),
+            ("true true", "too much"),
+            ("[1, 2]", "no value"),
+        ] {
+            let error = Expression::new(text).unwrap_err();
+            assert!(error.what.contains(part), "{text}: {error}");
+        }
+        assert_eq!(Expression::new("ä == # 2").unwrap_err().at, 1, "characters, not bytes");
+        assert_eq!(Expression::new("1 == 'ä' # 2").unwrap_err().at, 10, "characters, not bytes");
+        assert!(Expression::new(&"(".repeat(4000)).is_err());
+        assert!(Expression::new(&"!".repeat(4000)).is_err());
+        assert!(Expression::new(&format!("'{}'", "x".repeat(5000))).is_err());
+    }
+}

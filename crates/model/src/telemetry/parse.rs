@@ -14,7 +14,7 @@ const MAX_DEPTH: u32 = 48;
 
 /// Why an expression was refused.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("at character {at}: {what}")]
+#[error("near character {at}: {what}")]
 pub struct InvalidExpression {
     /// The place of the character, from 1.
     pub at: usize,
