@@ -1,0 +1,11 @@
+//! Who may: tokens, external authorizers, rate limits, over real connections and against what others expect.
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stderr
+)]
+
+mod peers;
