@@ -1,5 +1,7 @@
 //! What is decided for a request: the fixed order of the filters, over one snapshot of the mesh.
 
+mod admission;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -7,9 +9,12 @@ use arc_swap::{ArcSwap, Guard};
 use model::http::{BackendRef, RouteAction, SourceFacts, WaypointKey};
 use model::{Mesh, NetworkAddress, SpiffeId, Str, Workload};
 
+use crate::deciding::admission::Admission;
 use crate::filters::cors::Crossing;
+use crate::filters::jwt::Patience;
 use crate::filters::route::RouteRules;
 use crate::filters::{Refusal, answer, authorize, cors, fault, path, redirect, rewrite, view};
+use crate::guards::Guards;
 use crate::http::decide::{
     Connection, Decide, Decided, Decision, Edits, Endpoints, Flag, Forwarding, Mirror, More, Record,
 };
@@ -28,6 +33,7 @@ struct Inner {
     network: Str,
     clusters: Clusters,
     telemetry: Arc<Telemetry>,
+    guards: Arc<Guards>,
     /// How requests to workloads are sent on.
     plain: Arc<Forwarding>,
 }
@@ -35,15 +41,22 @@ struct Inner {
 impl Deciding {
     /// For the waypoint `own`, on `network`. Knows nothing yet.
     #[must_use]
-    pub fn new(own: WaypointKey, network: Str, clusters: Clusters, telemetry: Arc<Telemetry>) -> Self {
+    pub fn new(
+        own: WaypointKey,
+        network: Str,
+        clusters: Clusters,
+        telemetry: Arc<Telemetry>,
+        guards: Arc<Guards>,
+    ) -> Self {
         let (rules, plain) = (ArcSwap::default(), Arc::new(Forwarding::default()));
-        Self(Arc::new(Inner { rules, own, network, clusters, telemetry, plain }))
+        Self(Arc::new(Inner { rules, own, network, clusters, telemetry, guards, plain }))
     }
 
     /// Puts a snapshot in force, whole. There is one caller, the source of configuration.
     pub fn update(&self, mesh: Arc<Mesh>) {
         let next = Rules::new(mesh, &self.0.own, &self.0.rules.load());
         self.0.clusters.prepare(&next.mesh);
+        self.0.guards.follow(&next.mesh);
         self.0.rules.store(Arc::new(next));
     }
 
@@ -85,15 +98,15 @@ impl Deciding {
 
     fn admitted(
         &self,
-        rules: &Rules,
-        service: &ServiceRules,
+        rules: &Arc<Rules>,
+        service: &Arc<ServiceRules>,
         request: &mut RequestHead,
         connection: &Connection,
         decided: &mut Decided,
     ) -> Result<Decision, Refusal> {
         path::apply(request, rules.mesh.settings().path_normalization)?;
-        authorize::apply(&service.policies, request, connection, decided)?;
-        self.routed(rules, service, request, connection, decided)
+        let admission = Admission::new(self, rules, service);
+        Ok(admission.run(request, connection, decided, Patience::Left))
     }
 
     /// A request to a workload's own address: its policies hold, and it goes there.
@@ -108,6 +121,10 @@ impl Deciding {
         let workload = self.workload(rules, connection.destination).ok_or_else(not_bound)?;
         path::apply(request, rules.mesh.settings().path_normalization)?;
         authorize::apply(&authorize::of_workload(&rules.mesh, &workload), request, connection, decided)?;
+        // Whoever a CUSTOM policy names is asked for services only.
+        if decided.verdict.as_ref().is_some_and(|verdict| !verdict.ask.is_empty()) {
+            return Err(authorize::denied());
+        }
         Ok(Decision::Forward {
             how: self.0.plain.clone(),
             endpoints: self.0.clusters.original(&rules.mesh, connection),

@@ -25,6 +25,7 @@ use crate::admin::{self, Shown};
 use crate::deciding::Deciding;
 use crate::http::Worker;
 use crate::http::decide::Decide;
+use crate::guards::Guards;
 use crate::listen::Front;
 use crate::settings::Flags;
 use crate::tunnels::{AsWaypoint, Tunnels};
@@ -79,7 +80,10 @@ async fn serve(
         dialers(flags, &state, &tunnels),
     );
     let told = telemetry(flags, settings, logs, &registry);
-    let deciding = Deciding::new(flags.gateway.clone(), network, clusters, told);
+    let guards = Guards::new(tokio::runtime::Handle::current()).context("cryptography for issuers' keys")?;
+    let guards = Arc::new(guards);
+    guards.register(&registry);
+    let deciding = Deciding::new(flags.gateway.clone(), network, clusters, told, guards);
     deciding.update(state.mesh_owned());
     let front = Arc::new(Front::new(state.clone(), deciding.clone(), tls, shutdown.clone(), flags));
 

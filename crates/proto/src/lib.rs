@@ -21,7 +21,7 @@ pub use decode::{DecodeError, Decoded, Decoder, Elided, Problem};
 pub use encode::{
     EncodeError, Extensions, Obstacle, Reason, encode_authentication, encode_authorizer, encode_http_policy,
     encode_http_service, encode_policy, encode_rate_limit, encode_service, encode_settings, encode_traffic,
-    encode_workload,
+    encode_workload, with_labels,
 };
 pub use features::Features;
 pub use names::{
