@@ -37,6 +37,7 @@ pub static ANNOTATIONS: &[&str] = &[
     "ambient.istio.io/bypass-inbound-capture",
     "ambient.istio.io/dns-capture",
     "ambient.istio.io/redirection",
+    "culvert.dev/hash-load-bound",
     "culvert.dev/netns",
     "istio.io/dry-run",
     "networking.istio.io/traffic-distribution",

@@ -76,8 +76,6 @@ pub struct Balancing {
     pub warmup: Option<Warmup>,
     /// Below which share of healthy ones all of a tier are used, where the others can't take over.
     pub min_health: Percent,
-    /// By how much of the average, in percent, the load of an endpoint may be exceeded before a hash passes it over.
-    pub bound: Option<u32>,
 }
 
 /// A choice to make.
@@ -291,7 +289,7 @@ impl Group {
     /// Whether an endpoint takes one more without having more than its bound of the average (V. Mirrokni et al.,
     /// "Consistent Hashing with Bounded Loads", 2016).
     fn is_within_bound(&self, member: &Member, total_weight: u64, under_way: u32) -> bool {
-        let Some(bound) = self.balancing.bound else { return true };
+        let LoadBalancer::Hash { bound: Some(bound), .. } = self.balancing.balancer else { return true };
         let all = u128::from(under_way) + 1;
         let weight = u128::from(member.workload.capacity);
         let most = (all * weight * u128::from(bound)).div_ceil(u128::from(total_weight.max(1)) * 100);

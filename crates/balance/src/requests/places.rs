@@ -81,11 +81,16 @@ impl<'a> Ranking<'a> {
             let zone = self.shares.iter().position(|(to, _)| matches(to, &workload.locality))?;
             return Some(Rank { tier: 0, zone: u32::try_from(zone).ok()? });
         }
-        let setting = self.nearness.setting.filter(|s| self.nearness.failover && s.distribute.is_empty());
-        let tier = match setting {
-            Some(setting) => self.failover(setting, workload, labels),
-            None if service.mode == LoadBalancingMode::Failover => missing,
-            None => 0,
+        let own = service.mode == LoadBalancingMode::Failover;
+        let tier = match self.nearness.setting {
+            Some(setting) if setting.disabled || !setting.distribute.is_empty() => 0,
+            Some(setting) if self.nearness.failover => self.failover(setting, workload, labels),
+            // The service's own word goes before what holds where nothing is said.
+            None if self.nearness.failover && !own => {
+                self.failover(&LocalitySetting::default(), workload, labels)
+            }
+            _ if own => missing,
+            _ => 0,
         };
         Some(Rank { tier, zone: 0 })
     }

@@ -80,6 +80,9 @@ pub enum LoadBalancer {
         key: HashKey,
         /// How.
         table: HashTable,
+        /// Up to how many percent of the average load an endpoint takes what hashes to it; what is beyond goes to the
+        /// next one. `None`: all of it.
+        bound: Option<u32>,
     },
 }
 
@@ -132,6 +135,8 @@ pub struct LocalitySetting {
     pub failover: Box<[(Str, Str)]>,
     /// Labels, and `key=value`, of which endpoints that share more from the first on come first.
     pub failover_priority: Box<[Str]>,
+    /// Whether near endpoints do not come first. Without a setting they do, where those that fail are left out.
+    pub disabled: bool,
 }
 
 /// Where the requests of a locality go.

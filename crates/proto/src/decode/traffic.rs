@@ -103,7 +103,7 @@ impl Decoder {
             Table::Ring(size) => HashTable::Ring(*size),
             Table::Maglev(size) => HashTable::Maglev(*size),
         };
-        Ok(LoadBalancer::Hash { key, table })
+        Ok(LoadBalancer::Hash { key, table, bound: hash.bound })
     }
 
     fn locality_setting(&mut self, l: &wire::LocalitySetting) -> LocalitySetting {
@@ -117,6 +117,7 @@ impl Decoder {
             distribute: distribute.collect(),
             failover,
             failover_priority: self.texts(&l.failover_priority),
+            disabled: l.disabled,
         }
     }
 

@@ -78,7 +78,7 @@ fn load_balancer(balancer: &LoadBalancer) -> wire::LoadBalancer {
         LoadBalancer::RoundRobin => Kind::RoundRobin(()),
         LoadBalancer::Random => Kind::Random(()),
         LoadBalancer::Passthrough => Kind::Passthrough(()),
-        LoadBalancer::Hash { key, table } => Kind::Hash(Hash {
+        LoadBalancer::Hash { key, table, bound } => Kind::Hash(Hash {
             key: Some(match key {
                 HashKey::Header(name) => Key::Header(name.to_string()),
                 HashKey::Cookie { name, path, ttl } => {
@@ -91,6 +91,7 @@ fn load_balancer(balancer: &LoadBalancer) -> wire::LoadBalancer {
                 HashTable::Ring(size) => Table::Ring(*size),
                 HashTable::Maglev(size) => Table::Maglev(*size),
             }),
+            bound: *bound,
         }),
     };
     wire::LoadBalancer { kind: Some(kind) }
@@ -98,7 +99,7 @@ fn load_balancer(balancer: &LoadBalancer) -> wire::LoadBalancer {
 
 fn locality(setting: &LocalitySetting) -> wire::LocalitySetting {
     use wire::locality_setting::{Distribution as Wire, Failover, Share};
-    let LocalitySetting { distribute, failover, failover_priority } = setting;
+    let LocalitySetting { distribute, failover, failover_priority, disabled } = setting;
     let distribution = |Distribution { from, to }: &Distribution| Wire {
         from: from.to_string(),
         to: to.iter().map(|(at, percent)| Share { locality: at.to_string(), percent: *percent }).collect(),
@@ -110,6 +111,7 @@ fn locality(setting: &LocalitySetting) -> wire::LocalitySetting {
             .map(|(from, to)| Failover { from: from.to_string(), to: to.to_string() })
             .collect(),
         failover_priority: texts(failover_priority),
+        disabled: *disabled,
     }
 }
 

@@ -402,7 +402,8 @@ fn load_balancer() -> BoxedStrategy<LoadBalancer> {
         Just(LoadBalancer::RoundRobin),
         Just(LoadBalancer::Random),
         Just(LoadBalancer::Passthrough),
-        (key, table).prop_map(|(key, table)| LoadBalancer::Hash { key, table }),
+        (key, table, option::of(any::<u32>()))
+            .prop_map(|(key, table, bound)| LoadBalancer::Hash { key, table, bound }),
     ]
     .boxed()
 }
@@ -410,11 +411,12 @@ fn load_balancer() -> BoxedStrategy<LoadBalancer> {
 fn locality() -> BoxedStrategy<LocalitySetting> {
     let to = list((text(), any::<u32>()));
     let distribution = (text(), to).prop_map(|(from, to)| Distribution { from, to });
-    (list(distribution), list((text(), text())), list(text()))
-        .prop_map(|(distribute, failover, failover_priority)| LocalitySetting {
+    (list(distribution), list((text(), text())), list(text()), any::<bool>())
+        .prop_map(|(distribute, failover, failover_priority, disabled)| LocalitySetting {
             distribute,
             failover,
             failover_priority,
+            disabled,
         })
         .boxed()
 }

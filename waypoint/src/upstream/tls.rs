@@ -1,0 +1,305 @@
+//! TLS that is begun here, as a DestinationRule says (`trafficPolicy.tls`): inside of whatever carries it.
+//!
+//! Invariants:
+//! * what it needs and isn't there fails the connection: it never goes without TLS, without our certificate, or without a
+//!   look at the server's, unless exactly that is written;
+//! * files are read again when they change; ones that can't be used leave the last good ones in force.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use model::Str;
+use model::http::TlsOrigination;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{verify_server_cert_signed_by_trust_anchor, verify_server_name};
+use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::server::ParsedCertificate;
+use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls_pki_types::pem::PemObject;
+use tokio::time::Instant;
+use tokio_rustls::TlsConnector;
+use x509_parser::extensions::GeneralName;
+use x509_parser::prelude::{FromDer, X509Certificate};
+
+use crate::http::decide::{Dial, Dialing, Protocol};
+use crate::upstream::clusters::Shared;
+
+/// How often files are looked at.
+const LOOK: Duration = Duration::from_secs(10);
+/// What `caCertificates` says for the roots of the system.
+const SYSTEM: &str = "system";
+
+/// TLS to one destination: shared by its endpoints.
+pub(crate) struct Origination {
+    shared: Arc<Shared>,
+    settings: TlsOrigination,
+    /// What is sent and verified where the settings don't say it.
+    host: Str,
+    loaded: Mutex<Option<Loaded>>,
+}
+
+struct Loaded {
+    /// By what is spoken inside: nothing that is told, HTTP/1.1, HTTP/2.
+    configs: [Arc<ClientConfig>; 3],
+    versions: Vec<Option<SystemTime>>,
+    looked: Instant,
+}
+
+/// What is not there, or can't be used.
+#[derive(Debug, thiserror::Error)]
+enum Unusable {
+    #[error("{0}: {1}")]
+    File(PathBuf, String),
+    #[error("the credential {0:?} is no name of a Secret")]
+    Credential(Str),
+    #[error("the system has no root certificates: {0}")]
+    System(String),
+    #[error("{0}")]
+    Rustls(#[from] rustls::Error),
+}
+
+impl Origination {
+    pub(crate) fn new(shared: Arc<Shared>, settings: &TlsOrigination, host: &Str) -> Arc<Self> {
+        if settings.insecure_skip_verify {
+            tracing::warn!(%host, "the certificates of this host are not verified: insecureSkipVerify is set");
+        }
+        Arc::new(Self { shared, settings: settings.clone(), host: host.clone(), loaded: Mutex::default() })
+    }
+
+    fn name(&self) -> io::Result<ServerName<'static>> {
+        let name = self.settings.sni.as_ref().unwrap_or(&self.host);
+        ServerName::try_from(name.to_string()).map_err(|_| {
+            io::Error::new(io::ErrorKind::InvalidInput, format!("{name:?} is no server name: set tls.sni"))
+        })
+    }
+
+    /// The configuration in force. Reads files, which may block.
+    fn config(&self, inside: Option<Protocol>) -> io::Result<Arc<ClientConfig>> {
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        let stale = loaded.as_ref().is_none_or(|loaded| loaded.looked.elapsed() >= LOOK);
+        if stale {
+            let versions = self.versions();
+            let same = loaded.as_ref().is_some_and(|loaded| loaded.versions == versions);
+            match (same, self.load_if(!same), &mut *loaded) {
+                (true, _, Some(loaded)) => loaded.looked = Instant::now(),
+                (_, Ok(configs), loaded) => {
+                    *loaded = configs.map(|configs| Loaded { configs, versions, looked: Instant::now() });
+                }
+                (_, Err(error), Some(loaded)) => {
+                    tracing::warn!(host = %self.host, %error, "TLS keeps what it was set to before");
+                    loaded.looked = Instant::now();
+                }
+                (_, Err(error), None) => return Err(io::Error::other(error)),
+            }
+        }
+        let configs = loaded.as_ref().map(|loaded| &loaded.configs);
+        let [bytes, http1, http2] = configs.ok_or(io::ErrorKind::NotFound)?;
+        Ok(Arc::clone(match inside {
+            None => bytes,
+            Some(Protocol::Http1) => http1,
+            Some(Protocol::Http2) => http2,
+        }))
+    }
+
+    fn load_if(&self, wanted: bool) -> Result<Option<[Arc<ClientConfig>; 3]>, Unusable> {
+        if wanted { self.load().map(Some) } else { Ok(None) }
+    }
+
+    fn paths(&self) -> Result<[Option<PathBuf>; 3], Unusable> {
+        if let Some(credential) = &self.settings.credential {
+            let name = credential.strip_prefix("kubernetes://").unwrap_or(credential);
+            let is_name = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_');
+            if name.is_empty() || name.starts_with('.') || !name.bytes().all(is_name) {
+                return Err(Unusable::Credential(credential.clone()));
+            }
+            let directory = self.shared.credentials.join(name);
+            let there =
+                |names: [&str; 2]| names.iter().map(|name| directory.join(name)).find(|path| path.exists());
+            let own = [there(["tls.crt", "cert"]), there(["tls.key", "key"])];
+            let [certificate, key] = own;
+            // One that isn't there is named by the error when it is read.
+            let roots = there(["ca.crt", "cacert"]).or_else(|| Some(directory.join("ca.crt")));
+            return Ok([certificate, key, roots]);
+        }
+        let path = |text: &Option<Str>| text.as_deref().map(PathBuf::from);
+        let files = self.settings.files.as_ref();
+        Ok(files.map_or([None, None, None], |(certificate, key, roots)| {
+            [path(certificate), path(key), path(roots)]
+        }))
+    }
+
+    fn versions(&self) -> Vec<Option<SystemTime>> {
+        let paths = self.paths().unwrap_or_default();
+        let version = |path: &Path| std::fs::metadata(path).and_then(|data| data.modified()).ok();
+        paths.iter().map(|path| path.as_deref().and_then(version)).collect()
+    }
+
+    fn load(&self) -> Result<[Arc<ClientConfig>; 3], Unusable> {
+        let [certificate, key, roots] = self.paths()?;
+        let provider = Arc::new(aws_lc_rs::default_provider());
+        let verifier: Arc<dyn ServerCertVerifier> = if self.settings.insecure_skip_verify {
+            Arc::new(Verifier { roots: None, names: Box::default(), provider: Arc::clone(&provider) })
+        } else {
+            let roots = match roots {
+                Some(path) if path.as_os_str() != SYSTEM => roots_of(&path)?,
+                _ => system_roots()?,
+            };
+            let names = self.settings.subject_alt_names.clone();
+            Arc::new(Verifier { roots: Some(roots), names, provider: Arc::clone(&provider) })
+        };
+        let builder = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()?
+            .dangerous()
+            .with_custom_certificate_verifier(verifier);
+        let config = match (certificate, key) {
+            (Some(certificate), Some(key)) => {
+                builder.with_client_auth_cert(chain(&certificate)?, private_key(&key)?)?
+            }
+            _ => builder.with_no_client_auth(),
+        };
+        let with = |protocols: &[&[u8]]| {
+            let mut config = config.clone();
+            config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
+            Arc::new(config)
+        };
+        Ok([with(&[]), with(&[b"http/1.1"]), with(&[b"h2"])])
+    }
+}
+
+fn file<T>(path: &Path, result: Result<T, impl std::fmt::Display>) -> Result<T, Unusable> {
+    result.map_err(|error| Unusable::File(path.to_owned(), error.to_string()))
+}
+
+fn chain(path: &Path) -> Result<Vec<CertificateDer<'static>>, Unusable> {
+    let text = file(path, std::fs::read(path))?;
+    let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).collect();
+    let all = file(path, all)?;
+    if all.is_empty() { file(path, Err("it holds no certificate")) } else { Ok(all) }
+}
+
+fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, Unusable> {
+    let text = file(path, std::fs::read(path))?;
+    file(path, PrivateKeyDer::from_pem_slice(&text))
+}
+
+fn roots_of(path: &Path) -> Result<RootCertStore, Unusable> {
+    let mut store = RootCertStore::empty();
+    for certificate in chain(path)? {
+        file(path, store.add(certificate))?;
+    }
+    Ok(store)
+}
+
+fn system_roots() -> Result<RootCertStore, Unusable> {
+    let found = rustls_native_certs::load_native_certs();
+    let mut store = RootCertStore::empty();
+    store.add_parsable_certificates(found.certs);
+    if store.is_empty() {
+        let errors: Vec<String> = found.errors.iter().map(ToString::to_string).collect();
+        return Err(Unusable::System(errors.join(", ")));
+    }
+    Ok(store)
+}
+
+/// Verifies servers' certificates.
+#[derive(Debug)]
+struct Verifier {
+    /// Whom we trust; `None` is anybody.
+    roots: Option<RootCertStore>,
+    /// Names of which the certificate has to have one; empty is the name that was sent.
+    names: Box<[Str]>,
+    provider: Arc<CryptoProvider>,
+}
+
+impl ServerCertVerifier for Verifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        _ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let Some(roots) = &self.roots else { return Ok(ServerCertVerified::assertion()) };
+        let certificate = ParsedCertificate::try_from(end_entity)?;
+        let algorithms = self.provider.signature_verification_algorithms.all;
+        verify_server_cert_signed_by_trust_anchor(&certificate, roots, intermediates, now, algorithms)?;
+        if self.names.is_empty() {
+            verify_server_name(&certificate, server_name)?;
+        } else if !self.names.iter().any(|name| has_name(&certificate, end_entity, name)) {
+            return Err(CertificateError::NotValidForName.into());
+        }
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_tls12_signature(message, certificate, signature, algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_tls13_signature(message, certificate, signature, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// Whether a certificate has a name: a host, an address, or a URI.
+fn has_name(certificate: &ParsedCertificate<'_>, der: &CertificateDer<'_>, name: &str) -> bool {
+    if !name.contains("://") {
+        let name = ServerName::try_from(name);
+        return name.is_ok_and(|name| verify_server_name(certificate, &name).is_ok());
+    }
+    let Ok((_, parsed)) = X509Certificate::from_der(der) else { return false };
+    let names = parsed.subject_alternative_name().ok().flatten();
+    names.is_some_and(|names| {
+        names.value.general_names.iter().any(|n| matches!(n, GeneralName::URI(uri) if *uri == name))
+    })
+}
+
+/// Connections with TLS over what `base` makes.
+pub(crate) struct Secured {
+    pub(crate) origination: Arc<Origination>,
+    pub(crate) base: Arc<dyn Dial>,
+    /// What is spoken inside, if that is to be told.
+    pub(crate) inside: Option<Protocol>,
+}
+
+impl Dial for Secured {
+    fn dial(&self, address: SocketAddr) -> Dialing {
+        let (origination, inside) = (Arc::clone(&self.origination), self.inside);
+        let connecting = self.base.dial(address);
+        Box::pin(async move {
+            let shared = Arc::clone(&origination.shared);
+            let secured = async move {
+                let name = origination.name()?;
+                let loading = tokio::task::spawn_blocking(move || origination.config(inside));
+                let config = loading.await.map_err(io::Error::other)??;
+                let stream = connecting.await?;
+                let stream = TlsConnector::from(config).connect(name, stream).await;
+                stream.inspect_err(|_| shared.stats.handshakes_failed.inc())
+            };
+            let stream = secured.await.inspect_err(|error: &io::Error| {
+                tracing::debug!(%address, %error, "TLS to an endpoint did not begin");
+            })?;
+            Ok(Box::new(stream) as Box<dyn net::Io>)
+        })
+    }
+}
