@@ -56,11 +56,11 @@ impl Table {
         match &self.places {
             Places::Ring { hashes, owners } => {
                 let start = hashes.partition_point(|hash| *hash < key);
-                let round = owners.iter().cycle().skip(start % owners.len().max(1)).take(owners.len());
+                let (before, after) = owners.split_at_checked(start)?;
                 let mut last = None;
                 // What stands beside itself is looked at once.
-                let mut fresh = round.filter(move |owner| last.replace(**owner) != Some(**owner));
-                fresh.by_ref().take(STEPS).copied().find(|owner| taken(*owner))
+                let round = after.iter().chain(before).filter(|owner| last.replace(**owner) != Some(**owner));
+                round.take(STEPS).copied().find(|owner| taken(*owner))
             }
             Places::Maglev(table) => (0..STEPS as u64).find_map(|step| {
                 let key = if step == 0 { key } else { derived(key, step) };
