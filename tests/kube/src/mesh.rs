@@ -19,10 +19,11 @@ pub const NAMESPACE: &str = "culvert-system";
 
 /// How the chart is set on this cluster: one machine's two cores carry it all, nothing is pulled, and nobody waits long
 /// for connections that a scenario holds until its end.
-pub const SETTINGS: [&str; 5] = [
+pub const SETTINGS: [&str; 6] = [
     "controlPlane.resources.requests.cpu=10m",
     "ztunnel.resources.requests.cpu=10m",
     "node.resources.requests.cpu=10m",
+    "waypoint.resources.requests.cpu=10m",
     "image.pullPolicy=Never",
     "ztunnel.terminationGracePeriodSeconds=12",
 ];
@@ -118,7 +119,7 @@ pub fn usage() -> Vec<String> {
         let name = read("comm").trim().to_owned();
         // Those of others on this machine are not of a node.
         let of_node = NODES.iter().find(|node| read("cgroup").contains(&node.cgroup()));
-        let (Some(node), true) = (of_node, ["culvertd", "culvert-node", "ztunnel"].contains(&name.as_str()))
+        let (Some(node), true) = (of_node, ["culvertd", "culvert-node", "ztunnel", "waypoint"].contains(&name.as_str()))
         else {
             continue;
         };

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context as _, Result};
@@ -55,9 +56,37 @@ pub fn build(lab: &Lab) -> Result<()> {
             symlink("kubernetes", &link).with_context(|| format!("linking {}", link.display()))?;
         }
     }
+    gateway_api(lab)?;
     lab.write(&stamp, &wanted)?;
     say(&format!("   programs of the cluster, {}", clock.seconds()));
     Ok(())
+}
+
+/// The directory with the definitions of the Gateway API (its standard channel), as the module of its conformance suite
+/// pins it.
+///
+/// # Errors
+/// There is no Go, or the module can't be fetched.
+pub fn gateway_api(lab: &Lab) -> Result<PathBuf> {
+    let go = |arguments: &[&str]| {
+        let mut go = Command::new("go");
+        go.current_dir(lab.workspace.join("tests/kube/conformance")).env("GOFLAGS", "-mod=readonly").args(arguments);
+        finish(&mut go).context("the Gateway API's module (needs Go 1.26, https://go.dev/dl)")
+    };
+    go(&["mod", "download", "sigs.k8s.io/gateway-api"])?;
+    let module = go(&["list", "-m", "-f", "{{.Dir}}", "sigs.k8s.io/gateway-api"])?;
+    let from = PathBuf::from(module.trim()).join("config/crd/standard");
+    let to = lab.root.join("crds");
+    fs::create_dir_all(&to)?;
+    for entry in fs::read_dir(&from).with_context(|| format!("reading {}", from.display()))? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        // A policy on admission is beside them, which is for who has several channels.
+        if name.starts_with("gateway.networking.k8s.io_") {
+            lab.write(&to.join(name), &fs::read_to_string(&path)?)?;
+        }
+    }
+    Ok(to)
 }
 
 /// All that the programs are made of and that is ours: the versions, and the sources.

@@ -1,7 +1,8 @@
 //! The list.
 
 use super::{
-    Scenario, commands, dual_stack, enrolment, faults, plugin, policy, release, smoke, upgrade, workloads,
+    Scenario, commands, dual_stack, enrolment, faults, plugin, policy, release, smoke, upgrade, waypoint,
+    workloads,
 };
 
 type Run = fn(&super::Stage) -> anyhow::Result<()>;
@@ -29,6 +30,11 @@ pub const ALL: &[Scenario] = &[
         "enrol",
         "a label enrols running pods, and no connection, request or download is lost",
         enrolment::enrol,
+    ),
+    beside(
+        "waypoint",
+        "a waypoint by the command line: routes, policies, no way past it, replaced under load, and gone",
+        waypoint::run,
     ),
     beside("dual-stack", "IPv6 beside IPv4, for pods and services, policies too", dual_stack::run),
     beside("commands", "the command line on a mesh at work: what it says is so", commands::commands),

@@ -15,6 +15,7 @@ mod release;
 mod smoke;
 mod stage;
 mod upgrade;
+mod waypoint;
 mod workloads;
 
 use std::fs;

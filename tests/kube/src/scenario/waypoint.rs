@@ -1,0 +1,143 @@
+//! Services behind a waypoint: deployed by the command line, routed by header, guarded by method, not to be bypassed,
+//! replaced under load, and gone.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::{Value, json};
+
+use super::stage::PATIENCE;
+use super::{App, Stage, policy};
+use crate::lab::NODES;
+use crate::process::finish;
+use crate::report::wait_for;
+use crate::tools;
+
+/// The Service that requests are for; those of `one` and `two` are behind it.
+const SERVICE: &str = "web";
+
+fn curl(stage: &Stage, pod: &str, words: &[&str]) -> Result<String> {
+    let url = format!("http://{SERVICE}:8080/");
+    let fixed = ["curl", "--silent", "--show-error", "--max-time", "3", "--write-out", "%{http_code}"];
+    stage.exec(pod, &[&fixed[..], words, &[&url]].concat())
+}
+
+/// Waits until a request is answered by who should, or by a status.
+fn answered(stage: &Stage, words: &[&str], wanted: &str) -> Result<()> {
+    wait_for(&format!("{words:?} to be answered by {wanted}"), Duration::from_secs(30), || {
+        Ok(match curl(stage, "client", words) {
+            Ok(answer) if answer.contains(wanted) => Ok(()),
+            Ok(answer) => Err(answer),
+            Err(error) => Err(format!("{error:#}")),
+        })
+    })
+}
+
+fn waypoint(stage: &Stage, words: &[&str]) -> Result<String> {
+    let words = [&["waypoint"], words, &["-n", &stage.namespace]].concat();
+    finish(&mut stage.cluster.kubectl.culvert(&words)).with_context(|| format!("culvert {}", words.join(" ")))
+}
+
+/// A Service of HTTP for the pods with a label.
+fn service(name: &str, selector: &Value) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": { "name": name },
+        "spec": { "selector": selector, "ports": [{ "name": "http", "port": 8080 }] },
+    })
+}
+
+fn route() -> Value {
+    let backend = |name: &str| json!([{ "name": name, "port": 8080 }]);
+    json!({
+        "apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute", "metadata": { "name": SERVICE },
+        "spec": {
+            "parentRefs": [{ "group": "", "kind": "Service", "name": SERVICE, "port": 8080 }],
+            "rules": [
+                { "matches": [{ "headers": [{ "name": "version", "value": "two" }] }], "backendRefs": backend("two") },
+                { "backendRefs": backend("one") },
+            ],
+        },
+    })
+}
+
+/// See [`super::ALL`].
+pub fn run(stage: &Stage) -> Result<()> {
+    let [near, far] = NODES;
+    stage.kubectl().apply_server_side(&tools::gateway_api(&stage.cluster.lab)?.display().to_string())?;
+    stage.label_in()?;
+    let all = json!({ "serves": SERVICE });
+    stage.apply(&[
+        service(SERVICE, &all),
+        service("one", &json!({ "app": "one" })),
+        service("two", &json!({ "app": "two" })),
+    ])?;
+    let server = |name: &str| App::server(name).label("serves", SERVICE).on(&far);
+    stage.start(&[server("one"), server("two"), App::idle("client").on(&near)])?;
+    answered(stage, &[], "200")?;
+    stage.ok("without a waypoint the service answers");
+
+    let said = waypoint(stage, &["apply", "--enroll-namespace", "--wait", "--timeout", "120s"])?;
+    stage.ok(&format!("culvert waypoint apply: {}", said.lines().last().unwrap_or_default()));
+    answered(stage, &[], "200")?;
+    stage.apply(&[route()])?;
+    answered(stage, &["-H", "version: two"], "two ")?;
+    for _ in 0..20 {
+        let (plain, two) = (curl(stage, "client", &[])?, curl(stage, "client", &["-H", "version: two"])?);
+        ensure!(plain.starts_with("one ") && two.starts_with("two "), "{plain:?}, {two:?}");
+    }
+    stage.ok("an HTTPRoute sends requests by their header to one of two services, each time");
+
+    stage.apply(&[json!({
+        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy", "metadata": { "name": "get-only" },
+        "spec": {
+            "targetRefs": [{ "group": "", "kind": "Service", "name": SERVICE }],
+            "rules": [{ "to": [{ "operation": { "methods": ["GET"] } }] }],
+        },
+    })])?;
+    answered(stage, &["-X", "DELETE"], "403")?;
+    answered(stage, &[], "one ")?;
+    stage.ok("a policy on methods refuses with 403, and lets the others in");
+
+    let address = format!("http://{}:8080/", stage.address("one")?);
+    stage.cannot_reach("client", &address)?;
+    stage.ok("the pod's own address is refused: nothing gets past the waypoint");
+    policy::enforced(stage, "authorizationpolicy", "get-only").or_else(|error| {
+        // Waypoints don't count among the proxies yet.
+        stage.ok(&format!("the policy's status: {error:#}"));
+        anyhow::Ok(())
+    })?;
+    replaced_under_load(stage)?;
+    gone(stage)
+}
+
+fn replaced_under_load(stage: &Stage) -> Result<()> {
+    let [near, _] = NODES;
+    let load = format!("40@http://{SERVICE}:8080/");
+    stage.start(&[App::client("load", &["-load", &load]).on(&near)])?;
+    let before = stage.talking("load")?;
+    stage.kubectl().run(&["rollout", "restart", "-n", &stage.namespace, "deployment/waypoint"])?;
+    stage.kubectl().rolled_out(&stage.namespace, "deployment/waypoint", PATIENCE * 2)?;
+    // Until the old one is gone.
+    wait_for("one pod of the waypoint", PATIENCE, || {
+        let selector = "gateway.networking.k8s.io/gateway-name=waypoint";
+        let names = ["get", "pods", "-n", &stage.namespace, "-l", selector, "-o", "name"];
+        let names = stage.kubectl().run(&names)?;
+        Ok(if names.lines().count() == 1 { Ok(()) } else { Err(names) })
+    })?;
+    stage.pass(Duration::from_secs(2));
+    let after = stage.undisturbed("load", &before)?;
+    ensure!(after.iter().all(|job| job.good > 100), "too few requests to say anything: {after:?}");
+    stage.ok("the waypoint was replaced under load, and every request was answered");
+    Ok(())
+}
+
+fn gone(stage: &Stage) -> Result<()> {
+    waypoint(stage, &["delete", "waypoint"])?;
+    let url = format!("http://{SERVICE}:8080/");
+    stage.cannot_reach("client", &url)?;
+    stage.ok("without its waypoint the service is refused");
+    stage.label("namespace", &stage.namespace, "istio.io/use-waypoint-")?;
+    stage.reaches("client", &url)?;
+    stage.ok("not bound any more, it answers");
+    Ok(())
+}
