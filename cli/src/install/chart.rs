@@ -25,6 +25,7 @@ static FILES: &[File] = &[
     file!("crds/gateways.networking.istio.io.yaml"),
     file!("crds/peerauthentications.security.istio.io.yaml"),
     file!("crds/proxyconfigs.networking.istio.io.yaml"),
+    file!("crds/ratelimits.culvert.dev.yaml"),
     file!("crds/requestauthentications.security.istio.io.yaml"),
     file!("crds/serviceentries.networking.istio.io.yaml"),
     file!("crds/sidecars.networking.istio.io.yaml"),

@@ -8,4 +8,5 @@
     clippy::print_stderr
 )]
 
+mod chain;
 mod peers;
