@@ -48,6 +48,7 @@ pub fn register(registry: &Registry, front: &Arc<Front>, tunnels: &Tunnels) {
     number("culvert_accept_failed", "Times that accepting connections failed", Kind::Counter, |f| {
         f.accepts.failed.load(Ordering::Relaxed)
     });
+    crate::upstream::metrics::register(registry, front, |front| front.deciding.clusters());
     let pools = tunnels.clone();
     registry.collect(
         Description {

@@ -6,17 +6,19 @@ use std::time::Duration;
 use bytes::BytesMut;
 use model::http::{BackendRef, SelectedStream, Stream};
 use tokio::io::AsyncWriteExt;
-use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::filters::authorize;
-use crate::http::decide::{Call, Carrier, Connection, Endpoints, Outcome, Picked, Target};
+use crate::http::decide::{Call, Connection, Endpoints, Outcome, Picked};
 use crate::http::head::RequestHead;
 use crate::listen::Front;
 use crate::rules::Rules;
+use crate::upstream::pool::{Opened, PoolError, open};
 
 /// To connect to an endpoint.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Where nothing says how long a connection may be.
+const FOREVER: Duration = Duration::from_secs(100 * 365 * 86_400);
 /// Endpoints that one connection tries.
 const ATTEMPTS: usize = 3;
 
@@ -44,8 +46,14 @@ pub async fn carry(front: &Front, tunnel: hbone::Tunnel, input: BytesMut, connec
     };
     match endpoint {
         Ok((server, picked)) => {
-            if let Err(error) = copy(tunnel, server, input).await {
-                tracing::debug!(client = %connection.client, %error, "a connection broke");
+            let circuit = picked.target.circuit.as_ref();
+            let longest = circuit.and_then(|circuit| circuit.settings().max_connection_duration);
+            match timeout(longest.unwrap_or(FOREVER), copy(tunnel, server, input)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::debug!(client = %connection.client, %error, "a connection broke"),
+                Err(_) => {
+                    tracing::debug!(client = %connection.client, "a connection was as long as it may be")
+                }
             }
             drop(picked);
         }
@@ -117,10 +125,7 @@ fn permit(policies: &authorize::Policies, connection: &Connection) -> Result<(),
     }
 }
 
-async fn connect(
-    endpoints: &dyn Endpoints,
-    connection: &Connection,
-) -> Result<(Box<dyn net::Io>, Picked), Refused> {
+async fn connect(endpoints: &dyn Endpoints, connection: &Connection) -> Result<(Opened, Picked), Refused> {
     let request = RequestHead::default();
     let (mut tried, mut last) = (Vec::new(), None);
     for _ in 0..ATTEMPTS {
@@ -131,18 +136,19 @@ async fn connect(
                 return Err(Refused::NoEndpoint(last.unwrap_or_else(|| none.detail.to_owned())));
             }
         };
-        match timeout(CONNECT_TIMEOUT, dial(&picked.target)).await {
-            Ok(Ok(io)) => {
+        match open(&picked.target, CONNECT_TIMEOUT).await {
+            Ok(opened) => {
                 picked.report(Outcome::Status(200));
-                return Ok((io, picked));
+                return Ok((opened, picked));
             }
-            Ok(Err(error)) => {
-                picked.report(Outcome::Failed);
+            Err(error) => {
+                match error {
+                    PoolError::Timeout(_) => picked.report(Outcome::TimedOut),
+                    PoolError::Connect(_) => picked.report(Outcome::Failed),
+                    // No fault of the endpoint's.
+                    _ => {}
+                }
                 last = Some(error.to_string());
-            }
-            Err(_) => {
-                picked.report(Outcome::TimedOut);
-                last = Some(format!("no connection within {CONNECT_TIMEOUT:?}"));
             }
         }
         tried.push(picked.target.clone());
@@ -150,25 +156,10 @@ async fn connect(
     Err(Refused::NoEndpoint(last.unwrap_or_default()))
 }
 
-async fn dial(target: &Target) -> std::io::Result<Box<dyn net::Io>> {
-    match &target.carrier {
-        Carrier::Tcp => {
-            let stream = TcpStream::connect(target.address).await?;
-            stream.set_nodelay(true)?;
-            Ok(Box::new(stream))
-        }
-        Carrier::Via(dial) => dial.dial(target.address).await,
-    }
-}
-
 /// Copies both ways until both have ended.
-async fn copy(
-    mut tunnel: hbone::Tunnel,
-    mut server: Box<dyn net::Io>,
-    input: BytesMut,
-) -> std::io::Result<()> {
-    server.write_all(&input).await?;
+async fn copy(mut tunnel: hbone::Tunnel, mut server: Opened, input: BytesMut) -> std::io::Result<()> {
+    server.io.write_all(&input).await?;
     drop(input);
-    let copied = tokio::io::copy_bidirectional(&mut tunnel, &mut server);
+    let copied = tokio::io::copy_bidirectional(&mut tunnel, &mut server.io);
     copied.await.map(drop)
 }

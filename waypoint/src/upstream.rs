@@ -16,6 +16,7 @@ mod dial;
 mod endpoint;
 mod hashing;
 mod original;
+pub mod metrics;
 pub mod pool;
 mod tls;
 

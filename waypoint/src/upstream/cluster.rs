@@ -182,14 +182,15 @@ impl Cluster {
         self.publish(Arc::clone(&view.facts), generation, &view, ejections.as_ref());
     }
 
-    pub(crate) fn info(&self) -> ClusterInfo {
+    pub(crate) fn info(&self, with_endpoints: bool) -> ClusterInfo {
         let view = self.view.load();
-        let endpoints =
-            view.facts.endpoints.iter().zip(view.group.members()).map(|(endpoint, member)| EndpointInfo {
-                target: Arc::clone(endpoint.shown()),
-                under_way: endpoint.load.under_way(),
-                ejected: member.ejected,
-            });
+        let all = view.facts.endpoints.iter().zip(view.group.members());
+        let wanted = if with_endpoints { usize::MAX } else { 0 };
+        let endpoints = all.take(wanted).map(|(endpoint, member)| EndpointInfo {
+            target: Arc::clone(endpoint.shown()),
+            under_way: endpoint.load.under_way(),
+            ejected: member.ejected,
+        });
         ClusterInfo {
             backend: self.backend.clone(),
             circuit: view.facts.circuit.counts(),

@@ -238,10 +238,28 @@ impl Clusters {
         }
     }
 
-    /// All clusters, for metrics and `proxy-config`.
+    /// How many clusters there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.map.load().len()
+    }
+
+    /// Whether nothing was asked for yet.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// All clusters with their endpoints, for `proxy-config`.
     #[must_use]
     pub fn snapshot(&self) -> Vec<ClusterInfo> {
-        self.map.load().values().map(|cluster| cluster.info()).collect()
+        self.map.load().values().map(|cluster| cluster.info(true)).collect()
+    }
+
+    /// All clusters without their endpoints, for metrics.
+    #[must_use]
+    pub fn totals(&self) -> Vec<ClusterInfo> {
+        self.map.load().values().map(|cluster| cluster.info(false)).collect()
     }
 }
 
@@ -256,7 +274,7 @@ pub struct ClusterInfo {
     pub eligible: u64,
     /// How many of those are not left out.
     pub healthy: u64,
-    /// Its endpoints, unready ones too.
+    /// Its endpoints, unready ones too, where they were asked for.
     pub endpoints: Vec<EndpointInfo>,
 }
 

@@ -560,6 +560,46 @@ impl Pool {
     }
 }
 
+/// A connection whose bytes are nobody's here, counted while it is there.
+pub struct Opened {
+    /// The connection.
+    pub io: Box<dyn net::Io>,
+    entered: Option<Entered>,
+}
+
+impl fmt::Debug for Opened {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Opened").field("counted", &self.entered.is_some()).finish_non_exhaustive()
+    }
+}
+
+/// Opens a connection for bytes to `target`, within `limit` unless its destination says otherwise.
+///
+/// # Errors
+/// It could not be opened in time, or its destination has as many as it may.
+pub async fn open(target: &Target, limit: Duration) -> Result<Opened, PoolError> {
+    let entered = match &target.circuit {
+        Some(circuit) => {
+            let overflow = || PoolError::Overflow(circuit.counts().connections as usize);
+            Some(circuit.connection(false).ok_or_else(overflow)?)
+        }
+        None => None,
+    };
+    let settings = target.circuit.as_ref().map(|circuit| circuit.settings());
+    let limit = settings.and_then(|settings| settings.connect_timeout).unwrap_or(limit);
+    let connecting = async {
+        match &target.carrier {
+            Carrier::Tcp => {
+                let keepalive = settings.and_then(|settings| settings.keepalive);
+                tcp(target.address, keepalive).await.map(|stream| Box::new(stream) as Box<dyn net::Io>)
+            }
+            Carrier::Via(dial) => dial.dial(target.address).await,
+        }
+    };
+    let io = timeout(limit, connecting).await.map_err(|_| PoolError::Timeout(limit))??;
+    Ok(Opened { io, entered })
+}
+
 /// Counts a request that has to wait for a connection, or for one to be made.
 fn pending(target: &Target) -> Result<Option<Entered>, PoolError> {
     match &target.circuit {
