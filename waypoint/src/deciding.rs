@@ -324,6 +324,9 @@ impl Decide for Deciding {
     }
 
     fn refused(&self, connection: &Connection, status: u16, why: &dyn std::fmt::Display) {
-        self.0.telemetry.request_refused(connection, status, why);
+        tracing::debug!(%why, client = %connection.client, "a request could not be read");
+        let rules = self.0.rules.load();
+        let service = self.find(&rules, connection.destination).map(|service| service.http.clone());
+        self.0.telemetry.request_refused(&rules.mesh, service, connection, status);
     }
 }

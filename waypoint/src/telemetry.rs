@@ -11,6 +11,7 @@
 //! * label sets are limited, see [`process::metrics::Family`], and a thread remembers those it sees often;
 //! * what is told of a service is resolved once, by its [`model::telemetry::Telemetry`].
 
+mod collectors;
 mod ended;
 mod engine;
 mod export;
@@ -19,12 +20,15 @@ mod plan;
 mod series;
 mod trace;
 
+#[cfg(test)]
+mod tests;
+
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::fmt::Display;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use model::http::HttpService;
 use model::{Mesh, Str};
 use process::logs::{Format, LogWriter};
 use process::metrics::http::{HttpMetrics, HttpObservation};
@@ -34,9 +38,10 @@ use self::ended::Ended;
 use self::log::{Log, Sinks};
 use self::plan::Plan;
 use self::series::Memory;
-use crate::http::decide::{Connection, Decided, Record};
+use crate::http::decide::{Connection, Decided, Flag, Record};
 use crate::http::head::{Fields, RequestHead};
 
+pub use self::collectors::ThroughMesh;
 pub use self::engine::register_engine;
 pub use self::export::{Connect, Connecting, Exporters};
 pub use self::trace::Span;
@@ -208,22 +213,41 @@ impl Telemetry {
         }
     }
 
-    /// A request could not be read, and was answered with `status`.
-    pub fn request_refused(&self, connection: &Connection, status: u16, why: &dyn Display) {
-        let label = match status {
-            400 => "400",
-            408 => "408",
-            426 => "426",
-            431 => "431",
-            501 => "501",
-            505 => "505",
-            _ => "other",
+    /// A request for `service`, as far as that is known, could not be read, and was answered with `status`.
+    pub fn request_refused(
+        &self,
+        mesh: &Mesh,
+        service: Option<Arc<HttpService>>,
+        connection: &Connection,
+        status: u16,
+    ) {
+        let (label, detail) = match status {
+            400 => ("400", "malformed"),
+            408 => ("408", "request_head_timeout"),
+            426 => ("426", "low_version"),
+            431 => ("431", "request_headers_too_large"),
+            501 => ("501", "unknown_transfer_coding"),
+            505 => ("505", "unknown_version"),
+            _ => ("other", "refused"),
         };
         self.refused.with(&[("status", label)]).inc();
-        // Nobody can say for which service it was, so the program's own setting holds.
-        if let Some(format) = self.settings.access_log {
-            self.sinks.unreadable(format, connection, status, why);
-        }
+        let decided = Decided { service, port: connection.destination.port(), ..Decided::default() };
+        let record = Record {
+            started: tokio::time::Instant::now(),
+            status,
+            flag: Flag::DownstreamProtocolError,
+            detail,
+            retries_exhausted: false,
+            tries: 0,
+            target: None,
+            received: 0,
+            sent: 0,
+            grpc_status: None,
+            request_messages: 0,
+            response_messages: 0,
+        };
+        let (request, response) = (RequestHead::default(), Fields::default());
+        self.request_ended(mesh, (&request, &response), connection, &decided, &record);
     }
 
     /// How many label sets of requests there are.

@@ -17,7 +17,6 @@ use tracing::Level;
 
 use super::ended::{Ended, details, protocol};
 use super::trace;
-use crate::http::decide::{Connection, Flag};
 use crate::http::edits::{self, command_value};
 
 const SCOPE: &str = "access";
@@ -97,30 +96,6 @@ impl Sinks {
         let files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
         files.values().flatten().map(LogWriter::dropped).sum()
     }
-
-    /// A request that could not be read.
-    pub fn unreadable(
-        &self,
-        format: Format,
-        connection: &Connection,
-        status: u16,
-        why: &dyn std::fmt::Display,
-    ) {
-        with_text(|text| {
-            let message = "request refused";
-            let mut line = Line::start(text, format, SystemTime::now(), Level::INFO, SCOPE, message);
-            line.plain("src.addr", &connection.client);
-            if let Some(identity) = &connection.identity {
-                line.display("src.identity", identity);
-            }
-            line.plain("dst.addr", &connection.destination);
-            line.bare("status", &status);
-            line.text("flags", &Flag::DownstreamProtocolError.to_string());
-            line.display("details", why);
-            line.finish();
-            self.output.write_line(text.as_bytes());
-        });
-    }
 }
 
 fn with_text(write: impl FnOnce(&mut String)) {
@@ -182,10 +157,12 @@ fn own_line(text: &mut String, format: Format, ended: &Ended<'_>) {
         line.text("dst.workload", &workload.name);
         line.text("dst.namespace", &workload.namespace);
     }
-    line.text("method", request.method());
-    line.text("authority", request.authority());
-    line.text("path", request.target());
-    line.text("protocol", protocol(request.version));
+    if !request.is_empty() {
+        line.text("method", request.method());
+        line.text("authority", request.authority());
+        line.text("path", request.target());
+        line.text("protocol", protocol(request.version));
+    }
     line.bare("status", &record.status);
     if let Some(status) = record.grpc_status {
         line.bare("grpc_status", &status);

@@ -1,0 +1,425 @@
+//! What is told, from a request's end to the text of metrics, to lines, and to what a collector gets.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic)]
+
+use std::io::Write;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use model::http::{HttpService, Percent, WaypointKey};
+use model::telemetry::{
+    AccessLog, Collector, Exporter, Expression, LogFormat, LogSink, LogText, MetricName, MetricRule,
+    SpanProtocol, SpanTag, Tag, Telemetry as Told, Tracing,
+};
+use model::{Mesh, ServiceKey};
+use process::logs::{Format, LogWriter};
+use process::metrics::{Format as TextFormat, Registry};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::*;
+use crate::http::decide::{About, Carrier, Flag, Protocol, Target};
+use crate::http::head::ResponseHead;
+
+/// Keeps what is written.
+#[derive(Clone, Default)]
+struct Kept(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Kept {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+struct Lab {
+    registry: Registry,
+    telemetry: Arc<Telemetry>,
+    writer: LogWriter,
+    kept: Kept,
+    mesh: Mesh,
+}
+
+impl Lab {
+    fn new(access_log: Option<Format>) -> Self {
+        Self::with(access_log, Exporters::none())
+    }
+
+    fn with(access_log: Option<Format>, exporters: Arc<Exporters>) -> Self {
+        let (registry, kept) = (Registry::new(), Kept::default());
+        let writer =
+            LogWriter::start_on(kept.clone(), 1 << 20, |lines| format!("{lines} dropped\n")).unwrap();
+        let settings = Settings { access_log, ..Settings::default() };
+        let telemetry = Telemetry::new(&registry, settings, writer.clone(), exporters);
+        Self { registry, telemetry, writer, kept, mesh: Mesh::default() }
+    }
+
+    fn end(&self, told: &Told, change: impl FnOnce(&mut RequestHead, &mut Record, &mut Decided)) {
+        let mut request = request();
+        let mut decided = Decided {
+            service: Some(Arc::new(HttpService { telemetry: Arc::new(told.clone()), ..service() })),
+            port: 80,
+            ..Decided::default()
+        };
+        self.telemetry.request_started(&mut request, &mut decided);
+        let mut record = record();
+        change(&mut request, &mut record, &mut decided);
+        let mut response = ResponseHead::default();
+        response.fields.push(b"server", b"shelf");
+        let heads = (&request, &response.fields);
+        self.telemetry.request_ended(&self.mesh, heads, &connection(), &decided, &record);
+    }
+
+    fn metrics(&self) -> String {
+        self.registry.encode(TextFormat::Prometheus)
+    }
+
+    fn lines(&self) -> Vec<String> {
+        assert!(self.writer.flush(Duration::from_secs(10)));
+        let text = String::from_utf8(self.kept.0.lock().unwrap().clone()).unwrap();
+        text.lines().map(str::to_owned).collect()
+    }
+
+    /// The value of the one sample whose name and labels hold all of `parts`.
+    fn sample(&self, parts: &[&str]) -> Option<String> {
+        let text = self.metrics();
+        let samples = text.lines().filter(|line| !line.starts_with('#'));
+        let mut found = samples.filter(|line| parts.iter().all(|part| line.contains(part)));
+        let value = found.next().and_then(|line| line.rsplit(' ').next()).map(str::to_owned);
+        assert_eq!(found.next(), None, "{parts:?}");
+        value
+    }
+}
+
+fn service() -> HttpService {
+    HttpService {
+        service: ServiceKey { namespace: "shop".into(), hostname: "cart.shop.svc.cluster.local".into() },
+        waypoint: WaypointKey { namespace: "shop".into(), name: "waypoint".into() },
+        ports: Box::default(),
+        policies: Box::default(),
+        selected: Box::default(),
+        authentication: Box::default(),
+        rate_limits: Box::default(),
+        telemetry: Arc::default(),
+    }
+}
+
+fn request() -> RequestHead {
+    let mut request = RequestHead::default();
+    request.set_method("GET");
+    request.set_authority("cart.shop");
+    request.set_target("/items?id=7");
+    request.fields.push(b"User-Agent", b"curl \"8\"");
+    request.fields.push(b"x-request-id", b"0a1b");
+    request
+}
+
+fn record() -> Record {
+    let address: SocketAddr = "10.0.0.9:8080".parse().unwrap();
+    let about =
+        About { service: Some(service().service), port: 80, subset: None, workload: None, tunnelled: false };
+    let target =
+        Target { about: Some(Arc::new(about)), ..Target::new(address, Protocol::Http1, Carrier::Tcp) };
+    Record {
+        started: tokio::time::Instant::now(),
+        status: 200,
+        flag: Flag::None,
+        detail: "",
+        retries_exhausted: false,
+        tries: 1,
+        target: Some(Arc::new(target)),
+        received: 7,
+        sent: 1000,
+        grpc_status: None,
+        request_messages: 0,
+        response_messages: 0,
+    }
+}
+
+fn connection() -> Connection {
+    Connection {
+        client: "10.0.0.5:40000".parse().unwrap(),
+        destination: "10.1.0.1:80".parse().unwrap(),
+        identity: Some(Arc::new("spiffe://cluster.local/ns/shop/sa/web".parse().unwrap())),
+        server_name: None,
+        secure: false,
+    }
+}
+
+fn nothing(_: &mut RequestHead, _: &mut Record, _: &mut Decided) {}
+
+fn log(format: LogFormat, filter: Option<&str>) -> Told {
+    let filter = filter.map(|text| Expression::new(text).unwrap());
+    let sink = LogSink::File { path: "/dev/stdout".into(), format };
+    Told { logs: Some(Box::new([AccessLog { sink, filter }])), ..Told::default() }
+}
+
+#[test]
+fn a_request_counts_once_in_each_metric() {
+    let lab = Lab::new(None);
+    let told = Told::default();
+    lab.end(&told, nothing);
+    lab.end(&told, nothing);
+    lab.end(&told, |_, record, _| (record.status, record.flag) = (503, Flag::NoHealthyUpstream));
+    let ok = [
+        "istio_requests_total{reporter=\"waypoint\"",
+        "source_principal=\"spiffe://cluster.local/ns/shop/sa/web\"",
+        "request_protocol=\"http\",response_code=\"200\",response_flags=\"-\"",
+        "connection_security_policy=\"mutual_tls\"",
+    ];
+    assert_eq!(lab.sample(&ok).as_deref(), Some("2"));
+    let failed = ["istio_requests_total", "response_code=\"503\"", "response_flags=\"UH\""];
+    assert_eq!(lab.sample(&failed).as_deref(), Some("1"));
+    let bytes = |name| lab.sample(&[name, "response_code=\"200\""]);
+    assert_eq!(bytes("istio_request_bytes_sum").as_deref(), Some("14.0"));
+    assert_eq!(bytes("istio_response_bytes_sum").as_deref(), Some("2000.0"));
+    assert_eq!(bytes("istio_request_duration_milliseconds_count").as_deref(), Some("2"));
+    assert_eq!(bytes("istio_request_messages_total"), None, "it was not gRPC");
+}
+
+#[test]
+fn messages_and_the_status_of_grpc_are_told() {
+    let lab = Lab::new(None);
+    lab.end(&Told::default(), |request, record, _| {
+        request.fields.push(b"content-type", b"application/grpc+proto");
+        (record.grpc_status, record.request_messages, record.response_messages) = (Some(14), 3, 5);
+    });
+    let labels = "request_protocol=\"grpc\",response_code=\"200\",grpc_response_status=\"14\"";
+    assert_eq!(lab.sample(&["istio_request_messages_total{", labels]).as_deref(), Some("3"));
+    assert_eq!(lab.sample(&["istio_response_messages_total{", labels]).as_deref(), Some("5"));
+}
+
+#[test]
+fn labels_are_left_out_added_and_replaced() {
+    let lab = Lab::new(None);
+    let tag = |name: &str, value: Option<&str>| Tag {
+        name: name.into(),
+        value: value.map(|text| Expression::new(text).unwrap()),
+    };
+    let rules = [
+        MetricRule { metric: MetricName::RequestDuration, disabled: true, tags: Box::default() },
+        MetricRule {
+            metric: MetricName::RequestCount,
+            disabled: false,
+            tags: Box::new([
+                tag("response_flags", None),
+                tag("source_principal", None),
+                tag("response_code", Some("response.code >= 500 ? 'bad' : 'good'")),
+                tag("host", Some("request.host")),
+                tag("absent", Some("request.headers['x-nope']")),
+            ]),
+        },
+    ];
+    let told = Told {
+        metrics: model::telemetry::Metrics { disabled: false, rules: rules.into() },
+        ..Told::default()
+    };
+    lab.end(&told, nothing);
+    lab.end(&told, |_, record, _| record.flag = Flag::StreamIdleTimeout);
+    // What differs in a hidden label only is one series.
+    let counted =
+        ["istio_requests_total", "response_code=\"good\"", "host=\"cart.shop\"", "absent=\"unknown\""];
+    assert_eq!(lab.sample(&counted).as_deref(), Some("2"));
+    let text = lab.metrics();
+    let line = text.lines().find(|line| line.starts_with("istio_requests_total")).unwrap();
+    assert!(!line.contains("response_flags") && !line.contains("source_principal"), "{line}");
+    assert!(!text.contains("istio_request_duration_milliseconds_count"), "disabled");
+    assert!(text.contains("istio_response_bytes_sum{") && text.contains("response_flags=\"SI\""), "as ever");
+}
+
+#[test]
+fn the_own_line_says_what_is_known() {
+    let lab = Lab::new(Some(Format::Json));
+    lab.end(&Told::default(), nothing);
+    let line: serde_json::Value = serde_json::from_str(&lab.lines()[0]).unwrap();
+    for (key, value) in [
+        ("method", "GET"),
+        ("path", "/items?id=7"),
+        ("dst.service", "cart.shop.svc.cluster.local"),
+        ("upstream", "10.0.0.9:8080"),
+        ("flags", "-"),
+        ("details", "via_upstream"),
+        ("request_id", "0a1b"),
+        ("user_agent", "curl \"8\""),
+        ("src.identity", "spiffe://cluster.local/ns/shop/sa/web"),
+    ] {
+        assert_eq!(line[key], value, "{key}");
+    }
+    assert_eq!((&line["status"], &line["bytes_sent"]), (&200.into(), &1000.into()));
+}
+
+#[test]
+fn formats_and_filters_are_those_of_the_service() {
+    let lab = Lab::new(Some(Format::Text));
+    let text =
+        LogText::new("%RESPONSE_CODE% %RESPONSE_FLAGS% \"%REQ(USER-AGENT)%\" %RESP(SERVER)% %REQ(X-NO)%")
+            .unwrap();
+    let told =
+        log(LogFormat::TextOf(text), Some("response.code >= 400 || request.headers['x-debug'] == '1'"));
+    lab.end(&told, nothing);
+    lab.end(&told, |_, record, _| {
+        record.status = 503;
+        record.flag = Flag::UpstreamConnectionFailure;
+        record.retries_exhausted = true;
+    });
+    assert_eq!(lab.lines(), [r#"503 URX,UF "curl \"8\"" shelf -"#]);
+    let fields = [("code", "%RESPONSE_CODE%"), ("who", "%REQ(USER-AGENT)%"), ("none", "%REQ(X-NO)%")];
+    let fields = fields.map(|(name, text)| (name.into(), LogText::new(text).unwrap()));
+    lab.end(&log(LogFormat::JsonOf(Box::new(fields)), None), nothing);
+    assert_eq!(lab.lines()[1], r#"{"code":200,"who":"curl \"8\"","none":null}"#);
+    // Nobody wants a line.
+    lab.end(&Told { logs: Some(Box::default()), ..Told::default() }, nothing);
+    assert_eq!(lab.lines().len(), 2);
+}
+
+#[test]
+fn what_can_not_be_read_has_a_line_and_a_count() {
+    let lab = Lab::new(Some(Format::Text));
+    lab.telemetry.request_refused(&lab.mesh, Some(Arc::new(service())), &connection(), 431);
+    assert_eq!(lab.sample(&["culvert_requests_refused_total{", "status=\"431\""]).as_deref(), Some("1"));
+    let line = &lab.lines()[0];
+    assert!(line.contains("status=431 flags=\"DPE\" details=\"request_headers_too_large\""), "{line}");
+    let counted = ["istio_requests_total", "response_code=\"431\"", "response_flags=\"DPE\""];
+    assert_eq!(lab.sample(&counted).as_deref(), Some("1"));
+}
+
+fn tracing_to(protocol: SpanProtocol, sampling: Percent) -> Told {
+    let collector =
+        Collector { provider: "otel".into(), namespace: None, host: "otel.obs.svc".into(), port: 4317 };
+    let exporter = Exporter { protocol, timeout: Duration::from_secs(10), headers: Box::default() };
+    let tags = [("team".into(), SpanTag::Literal("shop".into()))];
+    let tracing = Tracing {
+        collector,
+        exporter,
+        sampling,
+        report: true,
+        propagate: true,
+        tags: Box::new(tags),
+        max_tag_length: 256,
+    };
+    Told { tracing: Some(Box::new(tracing)), ..Told::default() }
+}
+
+#[test]
+fn contexts_of_traces_are_kept_and_passed_on() {
+    let lab = Lab::new(None);
+    let begin = |told: &Told, came: &[(&[u8], &[u8])]| {
+        let mut request = request();
+        for (name, value) in came {
+            request.fields.push(name, value);
+        }
+        let http = HttpService { telemetry: Arc::new(told.clone()), ..service() };
+        let mut decided = Decided { service: Some(Arc::new(http)), ..Decided::default() };
+        lab.telemetry.request_started(&mut request, &mut decided);
+        let value = |name: &'static [u8]| {
+            request.fields.values(name).next().map(|v| String::from_utf8(v.to_vec()).unwrap())
+        };
+        (*decided.trace.unwrap(), value(b"traceparent"), value(b"b3"), value(b"x-b3-traceid"))
+    };
+    let (all, none) = (Percent::of(1, 1), Percent::default());
+    let otlp = |sampling| tracing_to(SpanProtocol::OtlpGrpc, sampling);
+    let parent: &[u8] = b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    // Whoever was before us has decided, whatever the sampling.
+    let (span, passed, ..) = begin(&otlp(none), &[(b"traceparent", parent)]);
+    assert_eq!(span.trace, 0x4bf9_2f35_77b3_4da6_a3ce_929d_0e0e_4736);
+    assert_eq!((span.parent, span.sampled), (Some(0x00f0_67aa_0ba9_02b7), true));
+    let expected = format!("00-4bf92f3577b34da6a3ce929d0e0e4736-{:016x}-01", span.id);
+    assert_eq!(passed.as_deref(), Some(&*expected));
+    // Nobody was: the sampling decides, and the form is that of who takes spans.
+    let (span, passed, b3, _) = begin(&otlp(all), &[]);
+    assert!(span.sampled && passed.is_some() && b3.is_none() && span.parent.is_none());
+    assert!(!begin(&otlp(none), &[]).0.sampled);
+    let zipkin = tracing_to(SpanProtocol::Zipkin { path: "/".into() }, all);
+    let (_, w3c, _, multiple) = begin(&zipkin, &[]);
+    assert!(w3c.is_none() && multiple.is_some());
+    // B3 in one field, and its refusal.
+    let single: &[u8] = b"4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-0";
+    let (span, _, b3, _) = begin(&otlp(all), &[(b"b3", single)]);
+    assert!(!span.sampled && b3.unwrap().ends_with("-0-00f067aa0ba902b7"));
+    // What is no context is none.
+    for bad in [&b"00-0-0-01"[..], b"ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", b"\xff"] {
+        assert_eq!(begin(&otlp(all), &[(b"traceparent", bad)]).0.parent, None);
+    }
+}
+
+/// A collector at the other end of a pipe.
+struct Piped(Mutex<Vec<tokio::io::DuplexStream>>);
+
+impl Connect for Piped {
+    fn connect(&self, _: &Collector) -> Connecting {
+        let end = self.0.lock().unwrap().pop();
+        Box::pin(async move {
+            let end = end.ok_or_else(|| std::io::Error::other("no more"))?;
+            Ok(Box::new(end) as Box<dyn net::Io>)
+        })
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn spans_reach_a_collector_of_zipkin() {
+    let (ours, mut theirs) = tokio::io::duplex(1 << 16);
+    let piped = Arc::new(Piped(Mutex::new(vec![ours])));
+    let exporters = Exporters::new(tokio::runtime::Handle::current(), piped, "waypoint", "shop");
+    let lab = Lab::with(None, exporters);
+    let told = tracing_to(SpanProtocol::Zipkin { path: "/api/v2/spans".into() }, Percent::of(1, 1));
+    lab.end(&told, nothing);
+    lab.end(&told, |_, record, _| record.status = 500);
+    let mut text = Vec::new();
+    while !text.ends_with(b"}}]") {
+        assert_ne!(theirs.read_buf(&mut text).await.unwrap(), 0);
+    }
+    let text = String::from_utf8(text).unwrap();
+    assert!(text.starts_with("POST /api/v2/spans HTTP/1.1\r\nhost: otel.obs.svc:4317\r\n"), "{text}");
+    let (_, body) = text.split_once("\r\n\r\n").unwrap();
+    let spans: serde_json::Value = serde_json::from_str(body).unwrap();
+    assert_eq!(spans.as_array().unwrap().len(), 2);
+    assert_eq!(spans[0]["localEndpoint"]["serviceName"], "waypoint.shop");
+    assert_eq!(spans[0]["name"], "cart.shop.svc.cluster.local:80/*");
+    for (tag, value) in
+        [("http.status_code", "200"), ("team", "shop"), ("http.url", "http://cart.shop/items?id=7")]
+    {
+        assert_eq!(spans[0]["tags"][tag], value);
+    }
+    assert_eq!(spans[1]["tags"]["error"], "true");
+    theirs.write_all(b"HTTP/1.1 202 Accepted\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+    while lab.sample(&["culvert_spans_sent_total "]).as_deref() != Some("2") {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    // The pipe is gone: what comes now is counted as not taken.
+    lab.end(&told, nothing);
+    while lab.sample(&["culvert_spans_failed_total "]).as_deref() != Some("1") {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn spans_reach_a_collector_of_otlp_over_grpc() {
+    let (ours, theirs) = tokio::io::duplex(1 << 16);
+    let piped = Arc::new(Piped(Mutex::new(vec![ours])));
+    let exporters = Exporters::new(tokio::runtime::Handle::current(), piped, "waypoint", "shop");
+    let lab = Lab::with(None, exporters);
+    lab.end(&tracing_to(SpanProtocol::OtlpGrpc, Percent::of(1, 1)), nothing);
+    let mut server = h2::server::handshake(theirs).await.unwrap();
+    let (call, mut respond) = server.accept().await.unwrap().unwrap();
+    let driver = tokio::spawn(async move { while server.accept().await.is_some() {} });
+    assert_eq!(call.uri().path(), "/opentelemetry.proto.collector.trace.v1.TraceService/Export");
+    let mut body = call.into_body();
+    let mut message = Vec::new();
+    while let Some(data) = body.data().await {
+        message.extend_from_slice(&data.unwrap());
+    }
+    assert_eq!(message[..5], [&[0][..], &u32::to_be_bytes(message.len() as u32 - 5)].concat());
+    let text = String::from_utf8_lossy(&message).into_owned();
+    assert!(text.contains("waypoint.shop") && text.contains("cart.shop.svc.cluster.local:80/*"));
+    let mut send = respond.send_response(http::Response::new(()), false).unwrap();
+    let mut trailers = http::HeaderMap::new();
+    trailers.insert("grpc-status", "0".parse().unwrap());
+    send.send_trailers(trailers).unwrap();
+    while lab.sample(&["culvert_spans_sent_total "]).as_deref() != Some("1") {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    driver.abort();
+}
