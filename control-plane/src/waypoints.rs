@@ -56,7 +56,7 @@ const AT_A_TIME: u16 = 4;
 const SETTLE: Duration = Duration::from_millis(200);
 /// How often a Gateway is looked at whose ConfigMap may have changed: ConfigMaps of users are read one by one, and by
 /// name, not watched.
-const CONFIG_MAPS: Duration = Duration::from_secs(20);
+const CONFIG_MAPS: Duration = Duration::from_secs(10);
 /// How often any other is looked at, for what nobody tells.
 const ALL: Duration = Duration::from_secs(300);
 /// How soon one is looked at again that could not be deployed.
@@ -244,13 +244,21 @@ impl Site {
             Err(message) => return Ok(Outcome::NotAccepted("InvalidParameters", message)),
         };
         let objects = form::objects(gateway, &self.settings, &own);
-        let mut applied = Vec::new();
-        for object in &objects {
-            match self.apply(gateway, object).await? {
-                Ok(object) => applied.push(object),
-                Err(Refused::Invalid(message)) if gateway.parameters.is_some() => {
+        // What is of people's making is tried first, so that a mistake in one object does not change the others.
+        let own_making = gateway.parameters.is_some();
+        for object in objects.iter().filter(|_| own_making) {
+            match self.apply(gateway, object, true).await? {
+                Ok(_) => {}
+                Err(Refused::Invalid(message)) => {
                     return Ok(Outcome::NotAccepted("InvalidParameters", message));
                 }
+                Err(Refused::Other(message)) => return Ok(Outcome::NotApplied(message)),
+            }
+        }
+        let mut applied = Vec::new();
+        for object in &objects {
+            match self.apply(gateway, object, false).await? {
+                Ok(object) => applied.push(object),
                 Err(Refused::Invalid(message) | Refused::Other(message)) => {
                     return Ok(Outcome::NotApplied(message));
                 }
@@ -277,11 +285,12 @@ impl Site {
         Ok(read.map_err(|wrong| format!("{place}: {wrong}")))
     }
 
-    /// Applies an object; the object as it is then, or why not.
+    /// Applies an object, or only tries to; the object as it is then, or why not.
     async fn apply(
         &self,
         gateway: &Gateway,
         object: &Value,
+        only_try: bool,
     ) -> Result<Result<DynamicObject, Refused>, kube::Error> {
         let api = self.api(object, &gateway.namespace);
         let name = format!("{} {}/{}", kind_of(object), gateway.namespace, gateway.name);
@@ -293,10 +302,13 @@ impl Site {
             );
             return Ok(Err(Refused::Other(message)));
         }
-        let parameters = PatchParams::apply(MANAGER).force();
+        let parameters = PatchParams { dry_run: only_try, ..PatchParams::apply(MANAGER).force() };
         match api.patch(&gateway.name, &parameters, &Patch::Apply(object)).await {
             Ok(object) => Ok(Ok(object)),
-            Err(kube::Error::Api(status)) if [400, 422].contains(&status.code) => {
+            // A value of another type than its field is 500 to the server, and its words are all that tells.
+            Err(kube::Error::Api(status))
+                if [400, 422].contains(&status.code) || status.message.contains("typed patch object") =>
+            {
                 Ok(Err(Refused::Invalid(format!("{name}: {}", status.message))))
             }
             // A quota, an admission, a right that is missing; a namespace that is being deleted.

@@ -111,6 +111,7 @@ impl Shop {
         let account = account(&cluster)?;
         cluster.apply(&apiserver::pod("culvert-system", "culvertd-a", "culvertd"));
         let flags = [
+            "--webhooks=culvertd-culvert-system",
             "--waypoint-image=culvert/waypoint:test",
             "--waypoint-resources={\"requests\":{\"cpu\":\"10m\",\"memory\":\"16Mi\"}}",
         ];
