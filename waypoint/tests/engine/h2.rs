@@ -34,7 +34,7 @@ async fn data(recv: &mut RecvStream) -> Bytes {
 }
 
 /// A server that sends each message back as it comes, and ends with trailers; `/refused` it refuses the first time.
-async fn echo() -> SocketAddr {
+pub async fn echo() -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {

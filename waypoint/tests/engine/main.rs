@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod carriers;
+mod clusters;
 mod forwarding;
 mod h2;
 mod lab;

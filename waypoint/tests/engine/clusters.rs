@@ -1,0 +1,554 @@
+//! Endpoints of a mesh, as DestinationRules say: the engine, with [`Clusters`] behind it, and real servers.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use balance::Client as Place;
+use balance::requests::Origin;
+use model::http::{
+    ConnectionPool, HashKey, HashTable, LoadBalancer, Outliers, Percent, RetryBudget, ServiceTraffic, Subset,
+    TlsOrigination, TrafficPolicy,
+};
+use model::{
+    Change, HboneAddr, Health, IpFamilies, LoadBalancing, Locality, Mesh, NetworkMode, PortMapping, Service,
+    ServiceKey, ServiceMembership, ServicePort, ServiceSource, SpiffeId, Str, TargetPort, TrustDomain,
+    TunnelProtocol, Workload, WorkloadKind,
+};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, SanType};
+use rustls::ServerConfig;
+use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+use waypoint::http::Settings;
+use waypoint::http::decide::{Call, Connection, Dial, Endpoints, Forwarding, Protocol, Retries};
+use waypoint::http::head::RequestHead;
+use waypoint::upstream::{Backend, ClusterLimits, Clusters, Dialers, NoCluster};
+
+use crate::lab::{self, Proxy, get, server};
+
+/// There are no tunnels here.
+struct NoTunnels;
+
+impl Dialers for NoTunnels {
+    fn tunnel(&self, _: HboneAddr, _: Arc<[SpiffeId]>) -> Arc<dyn Dial> {
+        unreachable!("no workload of these tests takes tunnels")
+    }
+}
+
+fn key() -> ServiceKey {
+    ServiceKey { namespace: "shop".into(), hostname: "cart.test".into() }
+}
+
+fn service(app_protocol: &str, source: ServiceSource) -> Change {
+    let port = ServicePort {
+        name: "".into(),
+        port: 80,
+        target: TargetPort::PerEndpoint,
+        app_protocol: app_protocol.into(),
+    };
+    Change::SetService(Arc::new(Service {
+        name: "cart".into(),
+        namespace: "shop".into(),
+        hostname: "cart.test".into(),
+        vips: Box::new([]),
+        ports: Box::new([port]),
+        subject_alt_names: Box::new([]),
+        waypoint: None,
+        load_balancing: LoadBalancing::default(),
+        ip_families: IpFamilies::default(),
+        session_affinity: None,
+        source,
+        canonical: true,
+    }))
+}
+
+fn workload(uid: &str, address: SocketAddr) -> Workload {
+    let ports = Arc::new([PortMapping { service_port: 80, target_port: address.port() }]);
+    Workload {
+        uid: uid.into(),
+        name: uid.into(),
+        namespace: "shop".into(),
+        service_account: "cart".into(),
+        trust_domain: TrustDomain::cluster_local(),
+        network: "".into(),
+        addresses: Box::new([address.ip()]),
+        hostname: "".into(),
+        node: "".into(),
+        cluster: "".into(),
+        tunnel: TunnelProtocol::None,
+        network_mode: NetworkMode::Standard,
+        health: Health::Healthy,
+        locality: Arc::new(Locality::default()),
+        canonical_name: "".into(),
+        canonical_revision: "".into(),
+        workload_name: "".into(),
+        workload_kind: WorkloadKind::Pod,
+        services: Arc::new([ServiceMembership { service: key(), ports }]),
+        policies: Box::new([]),
+        waypoint: None,
+        network_gateway: None,
+        application_tunnel: None,
+        capacity: 1,
+        labels: Arc::new([("version".into(), uid.into())]),
+    }
+}
+
+fn set(workload: Workload) -> Change {
+    Change::SetWorkload(Arc::new(workload))
+}
+
+fn traffic(default: TrafficPolicy) -> Change {
+    let subset = |name: &str| Subset {
+        name: name.into(),
+        labels: Box::new([("version".into(), name.into())]),
+        default: default.clone(),
+        ports: Box::default(),
+    };
+    let subsets = Box::new([subset("a"), subset("nobody")]);
+    Change::SetTraffic(Arc::new(ServiceTraffic { service: key(), ports: Box::default(), subsets, default }))
+}
+
+/// The clusters, and the mesh that they are of.
+struct World {
+    clusters: Clusters,
+    mesh: Arc<Mesh>,
+}
+
+impl World {
+    /// A service with these endpoints, `a` being the first.
+    fn new(endpoints: &[SocketAddr], policy: TrafficPolicy) -> Self {
+        let named = ["a", "b", "c"].iter().zip(endpoints);
+        let changes = named.map(|(uid, address)| set(workload(uid, *address)));
+        Self::of(changes.chain([service("http", ServiceSource::Kubernetes), traffic(policy)]))
+    }
+
+    fn of(changes: impl IntoIterator<Item = Change>) -> Self {
+        let client = Place {
+            locality: Arc::default(),
+            node: "".into(),
+            cluster: "".into(),
+            network: "".into(),
+            address: IpAddr::V4(Ipv4Addr::LOCALHOST),
+        };
+        let origin = Origin { client, labels: Arc::default() };
+        let clusters = Clusters::new(origin, ClusterLimits::default(), Arc::new(NoTunnels));
+        Self { clusters, mesh: Arc::new(Mesh::default().apply(changes)) }
+    }
+
+    fn backend(&self, subset: Option<&str>) -> Result<Arc<dyn Endpoints>, NoCluster> {
+        let backend = Backend { service: key(), port: 80, subset: subset.map(Str::from) };
+        self.clusters.endpoints(&self.mesh, &backend)
+    }
+
+    fn apply(&mut self, change: Change) {
+        self.mesh = Arc::new(self.mesh.apply([change]));
+        self.clusters.prepare(&self.mesh);
+    }
+
+    async fn proxy(&self) -> Proxy {
+        self.proxy_with(Forwarding::default()).await
+    }
+
+    async fn proxy_with(&self, how: Forwarding) -> Proxy {
+        Proxy::start(how, self.backend(None).unwrap(), Settings::default()).await
+    }
+}
+
+/// A server that says its name, with the count of its connection, and the status that `status` says.
+async fn named(name: &'static str, status: Arc<AtomicUsize>) -> SocketAddr {
+    server(move |count, mut client| {
+        let status = Arc::clone(&status);
+        async move {
+            while client.message().await.is_some() {
+                let status = status.load(Ordering::Relaxed);
+                let body = format!("{name}{count}");
+                let length = body.len();
+                client.send(format!("HTTP/1.1 {status} X\r\nContent-Length: {length}\r\n\r\n{body}")).await;
+            }
+        }
+    })
+    .await
+}
+
+fn good() -> Arc<AtomicUsize> {
+    Arc::new(AtomicUsize::new(200))
+}
+
+fn round_robin() -> TrafficPolicy {
+    TrafficPolicy { load_balancer: LoadBalancer::RoundRobin, ..TrafficPolicy::default() }
+}
+
+async fn body(proxy: &Proxy, request: String) -> String {
+    String::from_utf8(proxy.connect().await.ask(request).await.body).unwrap()
+}
+
+async fn bodies(proxy: &Proxy, count: usize) -> String {
+    let mut all = String::new();
+    for _ in 0..count {
+        all.push_str(&body(proxy, get("/")).await);
+    }
+    all
+}
+
+#[tokio::test]
+async fn endpoints_come_and_go_with_the_mesh_and_subsets_are_by_labels() {
+    let (a, b) = (named("a", good()).await, named("b", good()).await);
+    let mut world = World::new(&[a, b], round_robin());
+    let proxy = world.proxy().await;
+    let bodies_of = bodies(&proxy, 4).await;
+    assert!(bodies_of == "a0b0a0b0" || bodies_of == "b0a0b0a0", "{bodies_of}");
+    let of_a = Proxy::start(Forwarding::default(), world.backend(Some("a")).unwrap(), Settings::default());
+    assert_eq!(bodies(&of_a.await, 3).await.replace(|c: char| c.is_ascii_digit(), ""), "aaa");
+    let nobody =
+        Proxy::start(Forwarding::default(), world.backend(Some("nobody")).unwrap(), Settings::default());
+    assert_eq!(nobody.await.connect().await.ask(get("/")).await.status(), 503);
+    assert!(matches!(world.backend(Some("c")), Err(NoCluster::Subset(..))));
+
+    world.apply(set(Workload { health: Health::Unhealthy, ..workload("a", a) }));
+    assert_eq!(bodies(&proxy, 3).await, "b0b0b0");
+    world.apply(set(workload("a", a)));
+    assert_eq!(bodies(&proxy, 2).await.len(), 4);
+    world.apply(Change::RemoveService(key()));
+    assert!(matches!(world.backend(None), Err(NoCluster::Service(_))));
+    assert_eq!(world.clusters.snapshot().len(), 0);
+}
+
+#[tokio::test]
+async fn an_endpoint_that_fails_is_left_out_and_stays_so_with_a_new_mesh() {
+    let status = Arc::new(AtomicUsize::new(500));
+    let (a, b) = (named("a", Arc::clone(&status)).await, named("b", good()).await);
+    let outliers = Outliers {
+        consecutive_5xx: 3,
+        consecutive_gateway_errors: 0,
+        split_local_origin: false,
+        consecutive_local_origin_failures: 5,
+        interval: Duration::from_millis(50),
+        base_ejection: Duration::from_millis(300),
+        max_ejection: Percent::of(50, 100),
+        min_health: Percent::default(),
+    };
+    let mut world = World::new(&[a, b], TrafficPolicy { outliers: Some(outliers), ..round_robin() });
+    let proxy = world.proxy().await;
+    bodies(&proxy, 6).await;
+    let ejected = |world: &World| {
+        let info = world.clusters.snapshot().remove(0);
+        info.endpoints.iter().filter(|endpoint| endpoint.ejected).count()
+    };
+    assert_eq!((ejected(&world), world.clusters.stats().ejections.get()), (1, 1));
+    world.apply(service("http", ServiceSource::Kubernetes));
+    assert_eq!(ejected(&world), 1);
+    // Back after its time, and out again at the third failure.
+    lab::until(|| (world.clusters.stats().ejections.get() == 1).then_some(())).await;
+    let mut client = proxy.connect().await;
+    while world.clusters.stats().ejections.get() < 2 {
+        client.ask(get("/")).await;
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    // And when it is well, it is back for good.
+    status.store(200, Ordering::Relaxed);
+    while ejected(&world) > 0 {
+        assert_eq!(client.ask(get("/")).await.status(), 200);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// A server whose responses wait until `open` says so.
+async fn waiting(open: Arc<tokio::sync::Semaphore>) -> SocketAddr {
+    server(move |count, mut client| {
+        let open = Arc::clone(&open);
+        async move {
+            while client.message().await.is_some() {
+                open.acquire().await.unwrap().forget();
+                client.send(format!("HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n{count}")).await;
+            }
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn one_connection_one_that_waits_and_the_third_is_refused() {
+    let open = Arc::new(tokio::sync::Semaphore::new(0));
+    let pool = ConnectionPool {
+        max_connections: Some(1),
+        max_pending_requests: Some(1),
+        max_requests_per_connection: Some(1),
+        ..ConnectionPool::default()
+    };
+    let world = World::new(&[waiting(Arc::clone(&open)).await], TrafficPolicy { pool, ..round_robin() });
+    let proxy = world.proxy().await;
+    let counts = || world.clusters.snapshot().remove(0).circuit;
+    let mut clients = Vec::new();
+    for (connections, pending) in [(1, 0), (1, 1)] {
+        let mut client = proxy.connect().await;
+        client.send(get("/")).await;
+        clients.push(client);
+        lab::until(|| (counts().connections == connections && counts().pending == pending).then_some(()))
+            .await;
+    }
+    let refused = proxy.connect().await.ask(get("/")).await;
+    assert_eq!((refused.status(), counts().pending_refused), (503, 1));
+    assert_eq!(proxy.wait_records(1).await[0].flag.to_string(), "UO");
+    open.add_permits(2);
+    for (number, client) in clients.iter_mut().enumerate() {
+        let message = client.message().await.unwrap();
+        assert_eq!(
+            (message.status(), message.body),
+            (200, number.to_string().into_bytes()),
+            "a connection each"
+        );
+    }
+    lab::until(|| (counts().requests == 0 && counts().connections == 0).then_some(())).await;
+}
+
+#[tokio::test]
+async fn requests_and_retries_have_limits() {
+    let open = Arc::new(tokio::sync::Semaphore::new(0));
+    let pool = ConnectionPool { max_requests: Some(1), ..ConnectionPool::default() };
+    let world = World::new(&[waiting(Arc::clone(&open)).await], TrafficPolicy { pool, ..round_robin() });
+    let proxy = world.proxy().await;
+    let mut first = proxy.connect().await;
+    first.send(get("/")).await;
+    let under_way = || world.clusters.snapshot()[0].circuit.requests;
+    lab::until(|| (under_way() == 1).then_some(())).await;
+    assert_eq!(proxy.connect().await.ask(get("/")).await.status(), 503);
+    // A client that goes gives its place back.
+    drop(first);
+    lab::until(|| (under_way() == 0).then_some(())).await;
+
+    let failing = named("a", Arc::new(AtomicUsize::new(503))).await;
+    let budget = RetryBudget { share: Percent::default(), min_concurrency: 0, interval: None };
+    for (retry_budget, tries) in [(None, 3), (Some(budget), 1)] {
+        let world = World::new(&[failing], TrafficPolicy { retry_budget, ..round_robin() });
+        let retries = Retries { attempts: 2, gateway_errors: true, ..Retries::default() };
+        let proxy = world.proxy_with(Forwarding { retries: Some(retries), ..Forwarding::default() }).await;
+        assert_eq!(proxy.connect().await.ask(get("/")).await.status(), 503);
+        let record = &proxy.wait_records(1).await[0];
+        assert_eq!(record.tries, tries);
+        let flag = if tries == 1 { "UO" } else { "-" };
+        assert_eq!(record.flag.to_string(), flag);
+    }
+}
+
+#[tokio::test]
+async fn a_cookie_brings_a_client_back_to_its_endpoint() {
+    let servers = [named("a", good()).await, named("b", good()).await, named("c", good()).await];
+    let ttl = Some(Duration::from_secs(60));
+    let key = HashKey::Cookie { name: "session".into(), path: Some("/shop".into()), ttl };
+    let load_balancer = LoadBalancer::Hash { key, table: HashTable::Maglev(251), bound: None };
+    let world = World::new(&servers, TrafficPolicy { load_balancer, ..TrafficPolicy::default() });
+    let proxy = world.proxy().await;
+    let letter = |message: &lab::Message| message.body[0] as char;
+    for _ in 0..5 {
+        let first = proxy.connect().await.ask(get("/")).await;
+        let cookie = first.field("set-cookie").unwrap();
+        let (value, rest) = cookie.split_once("; ").unwrap();
+        assert_eq!(rest, "Max-Age=60; Path=/shop; HttpOnly");
+        for _ in 0..3 {
+            let request = format!("GET / HTTP/1.1\r\nHost: a\r\nCookie: x=1; {value}\r\n\r\n");
+            let again = proxy.connect().await.ask(request).await;
+            assert_eq!((letter(&again), again.field("set-cookie")), (letter(&first), None));
+        }
+    }
+    let key = HashKey::Header("x-user".into());
+    let load_balancer = LoadBalancer::Hash { key, table: HashTable::Ring(1024), bound: None };
+    let world = World::new(&servers, TrafficPolicy { load_balancer, ..TrafficPolicy::default() });
+    let proxy = world.proxy().await;
+    let mut seen = std::collections::BTreeSet::new();
+    for user in 0..20 {
+        let request = || format!("GET / HTTP/1.1\r\nHost: a\r\nX-User: {user}\r\n\r\n");
+        let first = body(&proxy, request()).await;
+        assert_eq!(body(&proxy, request()).await, first);
+        seen.insert(first);
+    }
+    assert_eq!(seen.len(), 3);
+}
+
+/// Whose certificates clients trust, and certificates of it, as files.
+struct Authority {
+    directory: TempDir,
+    issuer: CertifiedIssuer<'static, KeyPair>,
+}
+
+impl Authority {
+    fn new() -> Self {
+        let mut params = CertificateParams::new(vec![]).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join("ca.crt"), issuer.pem()).unwrap();
+        Self { directory, issuer }
+    }
+
+    fn path(&self, name: &str) -> Option<Str> {
+        Some(self.directory.path().join(name).to_str().unwrap().into())
+    }
+
+    fn issue(&self, names: Vec<SanType>) -> (rcgen::Certificate, KeyPair) {
+        let mut params = CertificateParams::new(vec![]).unwrap();
+        params.subject_alt_names = names;
+        let key = KeyPair::generate().unwrap();
+        (params.signed_by(&key, &self.issuer).unwrap(), key)
+    }
+
+    /// A server with a certificate of these names, which says what it was asked for, by whom.
+    async fn server(&self, names: Vec<SanType>, mutual: bool) -> SocketAddr {
+        let (certificate, key) = self.issue(names);
+        let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(self.issuer.der().clone()).unwrap();
+        let builder =
+            ServerConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions();
+        let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
+        let builder = match mutual {
+            true => builder.unwrap().with_client_cert_verifier(verifier.build().unwrap()),
+            false => builder.unwrap().with_no_client_auth(),
+        };
+        let mut config = builder.with_single_cert(vec![certificate.der().clone()], key).unwrap();
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            while let Ok((tcp, _)) = listener.accept().await {
+                let Ok(mut stream) = acceptor.accept(tcp).await else { continue };
+                let facts = stream.get_ref().1;
+                let sni = facts.server_name().unwrap_or("-").to_owned();
+                let alpn = String::from_utf8_lossy(facts.alpn_protocol().unwrap_or(b"-")).into_owned();
+                let body = format!("{sni} {alpn} {}", facts.peer_certificates().is_some());
+                let mut request = [0; 1024];
+                if stream.read(&mut request).await.is_ok() {
+                    let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len());
+                    let _ = stream.write_all((head + &body).as_bytes()).await;
+                    let _ = stream.shutdown().await;
+                }
+            }
+        });
+        address
+    }
+}
+
+#[tokio::test]
+async fn tls_is_begun_and_the_servers_name_is_what_it_should_be() {
+    let authority = Authority::new();
+    let dns = |name: &str| SanType::DnsName(name.try_into().unwrap());
+    let uri = SanType::URI("spiffe://outside/server".try_into().unwrap());
+    let address = authority.server(vec![dns("cart.test"), dns("other.test"), uri], false).await;
+    let files = Some((None, None, authority.path("ca.crt")));
+    let plain = TlsOrigination { files, ..TlsOrigination::default() };
+    let names = |list: &[&str]| list.iter().map(|name| Str::from(*name)).collect::<Box<[Str]>>();
+    let cases = [
+        (plain.clone(), Some("cart.test http/1.1 false")),
+        (
+            TlsOrigination { sni: Some("other.test".into()), ..plain.clone() },
+            Some("other.test http/1.1 false"),
+        ),
+        (TlsOrigination { sni: Some("wrong.test".into()), ..plain.clone() }, None),
+        (
+            TlsOrigination { subject_alt_names: names(&["x.test", "other.test"]), ..plain.clone() },
+            Some("cart.test http/1.1 false"),
+        ),
+        (
+            TlsOrigination { subject_alt_names: names(&["spiffe://outside/server"]), ..plain.clone() },
+            Some("cart.test http/1.1 false"),
+        ),
+        (
+            TlsOrigination {
+                subject_alt_names: names(&["spiffe://outside/serve", "x.test"]),
+                ..plain.clone()
+            },
+            None,
+        ),
+        // Nobody of the system's roots has signed it.
+        (TlsOrigination::default(), None),
+        (
+            TlsOrigination { insecure_skip_verify: true, ..TlsOrigination::default() },
+            Some("cart.test http/1.1 false"),
+        ),
+        (TlsOrigination { credential: Some("../ca".into()), ..TlsOrigination::default() }, None),
+        (
+            TlsOrigination { credential: Some("kubernetes://nothing".into()), ..TlsOrigination::default() },
+            None,
+        ),
+    ];
+    for (tls, expected) in cases {
+        let policy = TrafficPolicy { tls: Some(Box::new(tls.clone())), ..round_robin() };
+        let world = World::new(&[address], policy);
+        let message = world.proxy().await.connect().await.ask(get("/")).await;
+        let status = if expected.is_some() { 200 } else { 503 };
+        assert_eq!(message.status(), status, "{tls:?}");
+        if let Some(expected) = expected {
+            assert_eq!(String::from_utf8(message.body).unwrap(), expected, "{tls:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_certificate_of_our_own_is_shown_and_read_again_when_it_changes() {
+    let authority = Authority::new();
+    let address = authority.server(vec![SanType::DnsName("cart.test".try_into().unwrap())], true).await;
+    let files = (authority.path("tls.crt"), authority.path("tls.key"), authority.path("ca.crt"));
+    let tls = TlsOrigination { files: Some(files), ..TlsOrigination::default() };
+    let world = World::new(&[address], TrafficPolicy { tls: Some(Box::new(tls)), ..round_robin() });
+    let proxy = world.proxy().await;
+    // Not there yet: refused, not without.
+    assert_eq!(proxy.connect().await.ask(get("/")).await.status(), 503);
+    let (certificate, key) = authority.issue(vec![]);
+    std::fs::write(authority.directory.path().join("tls.crt"), certificate.pem()).unwrap();
+    std::fs::write(authority.directory.path().join("tls.key"), key.serialize_pem()).unwrap();
+    let message = proxy.connect().await.ask(get("/")).await;
+    assert_eq!(String::from_utf8(message.body).unwrap(), "cart.test http/1.1 true");
+}
+
+#[tokio::test]
+async fn a_host_name_is_an_endpoint_and_so_is_what_the_client_dialled() {
+    let a = named("a", good()).await;
+    let by_name = Workload { addresses: Box::default(), hostname: "localhost".into(), ..workload("a", a) };
+    let world = World::of([service("http", ServiceSource::Dns), set(by_name)]);
+    assert_eq!(bodies(&world.proxy().await, 2).await, "a0a0");
+
+    // Of a service without endpoints, and of none: the address that was dialled is where it goes.
+    let outside = World::of([service("http", ServiceSource::Passthrough)]);
+    let connection =
+        Connection { client: a, destination: a, identity: None, server_name: None, secure: false };
+    let call =
+        Call { request: &RequestHead::default(), connection: &connection, tried: &[], elsewhere: false };
+    let dialled = |endpoints: Arc<dyn Endpoints>| endpoints.pick(&call).unwrap().target.address;
+    assert_eq!(dialled(outside.backend(None).unwrap()), a);
+    assert_eq!(dialled(outside.clusters.original(&outside.mesh, &connection)), a);
+    assert_eq!(outside.clusters.snapshot()[0].circuit.requests, 0, "both have ended");
+}
+
+#[tokio::test]
+async fn the_clients_protocol_goes_on_where_that_is_asked_for() {
+    let of = |app: &str, pool: ConnectionPool| {
+        let address = SocketAddr::from(([127, 0, 0, 1], 1));
+        let policy = TrafficPolicy { pool, ..round_robin() };
+        let world = World::of([
+            service(app, ServiceSource::Kubernetes),
+            set(workload("a", address)),
+            traffic(policy),
+        ]);
+        world.backend(None).unwrap();
+        let target = Arc::clone(&world.clusters.snapshot()[0].endpoints[0].target);
+        target.protocol
+    };
+    let plain = ConnectionPool::default();
+    assert_eq!(of("http", plain.clone()), Protocol::Http1);
+    assert_eq!(of("grpc", plain.clone()), Protocol::Http2);
+    assert_eq!(of("http", ConnectionPool { h2_upgrade: Some(true), ..plain.clone() }), Protocol::Http2);
+    // By HTTP/2 to a server that speaks it, because the client does.
+    let servers = crate::h2::echo().await;
+    let policy =
+        TrafficPolicy { pool: ConnectionPool { use_client_protocol: true, ..plain }, ..round_robin() };
+    let world = World::new(&[servers], policy);
+    let proxy = world.proxy().await;
+    let url = format!("http://{}/x", proxy.address);
+    let out =
+        crate::peers::run("curl", &["-sS", "--http2-prior-knowledge", "-w", "%{http_code}", &url]).await;
+    assert!(out.ends_with("200"), "{out}");
+}
