@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use balance::requests::{Balancing, Choice, Ejections, Event, Group, Load, Member, Nearness, Origin, hash};
+use balance::requests::{Balancing, Choice, Ejections, Event, Group, Load, Member, Nearness, Origin};
 use hashbrown::HashMap;
 use model::http::{HashKey, HashTable, LoadBalancer, ServiceTraffic, TrafficPolicy};
 use model::{EndpointSet, Mesh, Service, ServiceSource, Str, TargetPort};
@@ -447,7 +447,7 @@ impl Facts {
 
     fn group(&self, ejections: Option<&Ejections>, old: Option<&Group>) -> Group {
         let members = self.endpoints.iter().map(|endpoint| Member {
-            name: hash(endpoint.shown().address.to_string().as_bytes()),
+            name: endpoint.name,
             workload: Arc::clone(&endpoint.workload),
             labels: Arc::clone(&endpoint.workload.labels),
             ejected: ejections.is_some_and(|ejections| ejections.is_out(&endpoint.workload.uid)),

@@ -171,7 +171,9 @@ impl Clusters {
 
     /// Says where this waypoint is, once that is known. Clusters follow with the next mesh.
     pub fn set_origin(&self, origin: Origin) {
-        self.shared.origin.store(Arc::new(origin));
+        if **self.shared.origin.load() != origin {
+            self.shared.origin.store(Arc::new(origin));
+        }
     }
 
     /// What was counted.

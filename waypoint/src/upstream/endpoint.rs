@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, OnceLock, Weak};
 
-use balance::requests::{Event, Load, Strikes};
+use balance::requests::{Event, Load, Strikes, hash};
 use model::{HboneAddr, Service, SpiffeId, TunnelProtocol, Workload};
 
 use crate::http::decide::{About, Carrier, Dial, Outcome, Protocol, Target, Watch};
@@ -18,6 +18,8 @@ const HBONE_PORT: u16 = 15008;
 /// An endpoint, with what lasts from one mesh to the next while it stays the same.
 pub(crate) struct Endpoint {
     pub(crate) workload: Arc<Workload>,
+    /// The hash of its address, by which all replicas of a waypoint know it.
+    pub(crate) name: u64,
     pub(crate) load: Arc<Load>,
     pub(crate) strikes: Arc<Strikes>,
     target: Arc<Target>,
@@ -48,7 +50,14 @@ impl Endpoint {
             target.carrier = secured(origination, &base, inside);
             inner = Some((Arc::clone(origination), base));
         }
-        Self { workload, load, strikes, target: Arc::new(target), other: OnceLock::new(), inner, cluster }
+        let name = match &workload.hostname {
+            host if workload.addresses.is_empty() => {
+                hash(format!("{host}:{}", target.address.port()).as_bytes())
+            }
+            _ => hash(target.address.to_string().as_bytes()),
+        };
+        let (target, other) = (Arc::new(target), OnceLock::new());
+        Self { workload, name, load, strikes, target, other, inner, cluster }
     }
 
     pub(crate) fn target(&self, protocol: Protocol) -> &Arc<Target> {

@@ -334,6 +334,30 @@ async fn requests_and_retries_have_limits() {
 }
 
 #[tokio::test]
+async fn connections_end_when_they_are_idle_or_old() {
+    let of = |pool| async {
+        let world = World::new(&[named("a", good()).await], TrafficPolicy { pool, ..round_robin() });
+        world.proxy().await
+    };
+    let short = Some(Duration::from_millis(30));
+    for pool in [
+        ConnectionPool { idle_timeout: short, ..ConnectionPool::default() },
+        ConnectionPool { max_connection_duration: short, ..ConnectionPool::default() },
+    ] {
+        let proxy = of(pool).await;
+        let mut client = proxy.connect().await;
+        // Each on a connection of its own.
+        for wanted in ["a0", "a1", "a2"] {
+            assert_eq!(client.ask(get("/")).await.body, wanted.as_bytes());
+            tokio::time::sleep(Duration::from_millis(60)).await;
+        }
+    }
+    let pool =
+        ConnectionPool { keepalive: Some((Duration::ZERO, Duration::ZERO, 3)), ..ConnectionPool::default() };
+    assert_eq!(bodies(&of(pool).await, 3).await, "a0a0a0");
+}
+
+#[tokio::test]
 async fn a_cookie_brings_a_client_back_to_its_endpoint() {
     let servers = [named("a", good()).await, named("b", good()).await, named("c", good()).await];
     let ttl = Some(Duration::from_secs(60));
