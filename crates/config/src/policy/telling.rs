@@ -4,6 +4,9 @@
 //! its Gateway, the Service or ServiceEntry. Of several resources of one level the oldest counts, as in Istio. What an
 //! entry says of a provider holds for that provider; without one, for those of the level above.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;

@@ -1,0 +1,210 @@
+//! What resources come to for a service, from their text to the model.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic)]
+
+use std::sync::Arc;
+
+use model::telemetry::{LogFormat, LogSink, MetricName, SpanProtocol, Telemetry};
+use model::{Change, Mesh};
+
+use crate::compile::Options;
+use crate::diagnostic::Severity;
+use crate::repository::{Content, Repository};
+
+const WORLD: &str = r"
+apiVersion: v1
+kind: Namespace
+metadata: {name: shop, labels: {istio.io/dataplane-mode: ambient, istio.io/use-waypoint: waypoint}}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: waypoint, namespace: shop}
+spec:
+  gatewayClassName: istio-waypoint
+  listeners: [{name: mesh, port: 15008, protocol: HBONE}]
+---
+apiVersion: v1
+kind: Service
+metadata: {name: waypoint, namespace: shop, labels: {istio.io/use-waypoint: none}}
+spec: {clusterIP: 10.96.0.9, ports: [{port: 15008}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: cart, namespace: shop}
+spec: {clusterIP: 10.96.0.1, ports: [{name: http, port: 80}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: shelf, namespace: shop}
+spec: {clusterIP: 10.96.0.2, ports: [{name: http, port: 80}]}
+";
+
+const PROVIDERS: &str = r"
+apiVersion: mesh.istio.io/v1alpha1
+kind: MeshConfig
+metadata: {name: mesh}
+spec:
+  extensionProviders:
+    - {name: otel, opentelemetry: {service: otel.obs.svc.cluster.local, port: 4317}}
+    - {name: zipkin, zipkin: {service: obs/zipkin.obs.svc.cluster.local, port: 9411, path: /spans}}
+    - {name: file, envoyFileAccessLog: {path: /var/log/a, logFormat: {labels: {code: '%RESPONSE_CODE%'}}}}
+";
+
+struct World {
+    repository: Repository,
+    mesh: Mesh,
+}
+
+impl World {
+    fn new() -> Self {
+        let mut world = Self { repository: Repository::new(Options::default()), mesh: Mesh::default() };
+        world.set("world", WORLD);
+        world
+    }
+
+    fn set(&mut self, file: &str, text: &str) {
+        let file: Arc<str> = file.into();
+        let outcome = self.repository.apply(&file, Content::Bytes(text.as_bytes()));
+        let mut said = self.repository.diagnostics().into_iter();
+        let error = said.find(|d| d.file == file && d.severity == Severity::Error);
+        assert!(error.is_none(), "{error:?}");
+        self.mesh = self.mesh.apply(outcome.changes);
+    }
+
+    fn telemetry(&mut self, name: &str, namespace: &str, spec: &str) {
+        let text = format!(
+            "apiVersion: telemetry.istio.io/v1\nkind: Telemetry\nmetadata: {{name: {name}, namespace: {namespace}}}\nspec: {spec}\n"
+        );
+        self.set(&format!("{namespace}-{name}"), &text);
+    }
+
+    fn told(&self, service: &str) -> Arc<Telemetry> {
+        let host = format!("{service}.shop.svc.cluster.local");
+        let found = self.mesh.http_services().find(|s| *s.service.hostname == *host);
+        found.unwrap_or_else(|| panic!("no {host}")).telemetry.clone()
+    }
+}
+
+#[test]
+fn levels_go_over_each_other() {
+    let mut world = World::new();
+    assert_eq!(*world.told("cart"), Telemetry::default(), "nobody has said anything");
+    world.set("mesh", PROVIDERS);
+    world.telemetry(
+        "mesh",
+        "istio-system",
+        "{tracing: [{providers: [{name: otel}], randomSamplingPercentage: 1.5}]}",
+    );
+    let tracing = world.told("cart").tracing.clone().unwrap();
+    assert_eq!((tracing.sampling.millionths(), tracing.report), (15_000, true));
+    assert_eq!(tracing.exporter.protocol, SpanProtocol::OtlpGrpc);
+    assert_eq!((&*tracing.collector.host, tracing.collector.port), ("otel.obs.svc.cluster.local", 4317));
+    // What a level does not say is as the one above has it.
+    world.telemetry("own", "shop", "{tracing: [{disableSpanReporting: true}]}");
+    let target = "targetRefs: [{group: '', kind: Service, name: cart}]";
+    world.telemetry("cart", "shop", &format!("{{{target}, tracing: [{{providers: [{{name: zipkin}}]}}]}}"));
+    let (cart, shelf) = (world.told("cart"), world.told("shelf"));
+    let (cart, shelf) = (cart.tracing.as_ref().unwrap(), shelf.tracing.as_ref().unwrap());
+    assert_eq!(cart.exporter.protocol, SpanProtocol::Zipkin { path: "/spans".into() });
+    assert_eq!(shelf.exporter.protocol, SpanProtocol::OtlpGrpc);
+    assert!(!cart.report && !shelf.report && cart.sampling == shelf.sampling);
+    // Another namespace's is none of theirs.
+    world.telemetry("other", "elsewhere", "{accessLogging: [{providers: [{name: envoy}]}]}");
+    assert_eq!(world.told("cart").logs, None);
+}
+
+#[test]
+fn services_of_which_the_same_is_told_share_it() {
+    let mut world = World::new();
+    world.telemetry("own", "shop", "{accessLogging: [{providers: [{name: envoy}]}]}");
+    assert!(Arc::ptr_eq(&world.told("cart"), &world.told("shelf")));
+}
+
+#[test]
+fn logs_are_where_and_what_is_said() {
+    let mut world = World::new();
+    world.set("mesh", PROVIDERS);
+    world.telemetry("a", "istio-system", "{accessLogging: [{providers: [{name: file}, {name: envoy}]}]}");
+    let paths = |world: &World| -> Vec<String> {
+        let told = world.told("cart");
+        let path = |log: &model::telemetry::AccessLog| {
+            let LogSink::File { path, .. } = &log.sink;
+            path.to_string()
+        };
+        told.logs.as_deref().unwrap().iter().map(path).collect()
+    };
+    assert_eq!(paths(&world), ["/dev/stdout", "/var/log/a"]);
+    // One of them is for failures only, the other is turned off.
+    world.telemetry(
+        "b",
+        "shop",
+        "{accessLogging: [{providers: [{name: file}], filter: {expression: response.code >= 500}}]}",
+    );
+    assert_eq!(paths(&world), ["/var/log/a"]);
+    let told = world.told("cart");
+    let log = &told.logs.as_deref().unwrap()[0];
+    assert_eq!(&**log.filter.as_ref().unwrap().source(), "response.code >= 500");
+    let LogSink::File { format, .. } = &log.sink;
+    assert!(matches!(format, LogFormat::JsonOf(fields) if fields.len() == 1 && &*fields[0].0 == "code"));
+    world.telemetry("b", "shop", "{accessLogging: [{disabled: true}]}");
+    assert!(world.told("cart").logs.as_deref().unwrap().is_empty());
+}
+
+#[test]
+fn the_meshs_own_log_is_for_those_of_whom_nobody_says_anything() {
+    let mut world = World::new();
+    let config = |spec: &str| {
+        format!(
+            "apiVersion: mesh.istio.io/v1alpha1\nkind: MeshConfig\nmetadata: {{name: mesh}}\nspec: {spec}\n"
+        )
+    };
+    world.set("mesh", &config("{accessLogFile: /dev/stdout, accessLogEncoding: JSON}"));
+    let told = world.told("cart");
+    let LogSink::File { path, format } = &told.logs.as_deref().unwrap()[0].sink;
+    assert_eq!(&**path, "/dev/stdout");
+    assert!(
+        matches!(format, LogFormat::JsonOf(fields) if fields.iter().any(|(name, _)| &**name == "response_flags"))
+    );
+    // Its format is that of the provider that there is without being defined, too.
+    world.set(
+        "mesh",
+        &config("{accessLogFormat: '%RESPONSE_CODE%', defaultProviders: {accessLogging: [envoy]}}"),
+    );
+    let told = world.told("cart");
+    let LogSink::File { format, .. } = &told.logs.as_deref().unwrap()[0].sink;
+    assert!(matches!(format, LogFormat::TextOf(text) if &**text.source() == "%RESPONSE_CODE%"));
+}
+
+#[test]
+fn metrics_are_changed_one_by_one() {
+    let mut world = World::new();
+    world.telemetry(
+        "m",
+        "istio-system",
+        "{metrics: [{overrides: [
+           {tagOverrides: {host: {value: request.host}}},
+           {match: {metric: REQUEST_COUNT, mode: SERVER}, tagOverrides: {host: {operation: REMOVE}}},
+           {match: {metric: REQUEST_SIZE, mode: CLIENT}, disabled: true},
+           {match: {metric: RESPONSE_SIZE}, disabled: true}]}]}",
+    );
+    let told = world.told("cart");
+    let rule = |metric| told.metrics.rules.iter().find(|rule| rule.metric == metric).unwrap();
+    assert_eq!(told.metrics.rules.len(), MetricName::ALL.len());
+    assert!(rule(MetricName::RequestCount).tags[0].value.is_none(), "the later one counts");
+    assert!(rule(MetricName::RequestDuration).tags[0].value.is_some());
+    assert!(!rule(MetricName::RequestSize).disabled, "a waypoint is on the server's side");
+    assert!(rule(MetricName::ResponseSize).disabled && !told.metrics.disabled);
+    // Given to another provider only.
+    world.telemetry("m", "istio-system", "{metrics: [{providers: [{name: stackdriver}]}]}");
+    assert!(world.told("cart").metrics.disabled);
+}
+
+#[test]
+fn what_goes_is_not_told_any_more() {
+    let mut world = World::new();
+    world.telemetry("own", "shop", "{accessLogging: [{providers: [{name: envoy}]}]}");
+    assert!(world.told("cart").logs.is_some());
+    let outcome = world.repository.apply(&"shop-own".into(), Content::Gone);
+    assert!(outcome.changes.iter().any(|change| matches!(change, Change::SetHttpService(_))));
+    world.mesh = world.mesh.apply(outcome.changes);
+    assert_eq!(world.told("cart").logs, None);
+}
