@@ -78,6 +78,12 @@ impl Deciding {
         &self.0.network
     }
 
+    /// What decides beside the policies.
+    #[must_use]
+    pub fn guards(&self) -> &Guards {
+        &self.0.guards
+    }
+
     /// The back ends' endpoints.
     #[must_use]
     pub fn clusters(&self) -> &Clusters {

@@ -10,10 +10,13 @@ use identity::{
     LocalIssuer, LocalIssuerSettings, Validity,
 };
 use model::TrustDomains;
+use model::http::WaypointKey;
 use process::metrics::{Counter, Description, Family, Handle, Kind, Registry};
 use proto::Elided;
 
-use crate::{ClusterMode, FileMode, Place, RawSettings, State, Tls, Xds, XdsStatus};
+use crate::{
+    ClusterMode, FileMode, NODE_TYPES, Place, RawSettings, State, Tls, WAYPOINT_TYPES, Xds, XdsStatus,
+};
 
 impl FileMode {
     /// The CA of the directory, and the certificates that it issues; what --key-dir kept, while the CA is away.
@@ -60,8 +63,8 @@ impl ClusterMode {
         model::Settings { trust_domains, ..model::Settings::default() }
     }
 
-    /// The control plane as the source of configuration, for a proxy on `node` that follows `types`. What an earlier
-    /// process kept in the state directory comes first.
+    /// The control plane as the source of configuration, for a proxy on `node`: that of the node, or `gateway` as a
+    /// waypoint. What an earlier process kept in the state directory comes first.
     ///
     /// # Errors
     /// The state directory or the roots can't be used.
@@ -69,7 +72,7 @@ impl ClusterMode {
         &self,
         flags: &RawSettings,
         node: &str,
-        types: Vec<&'static str>,
+        gateway: Option<&WaypointKey>,
         state: &Arc<State>,
         registry: &Registry,
     ) -> anyhow::Result<Xds> {
@@ -90,13 +93,17 @@ impl ClusterMode {
             cluster_id: self.cluster.to_string(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         };
+        let (types, node) = match gateway {
+            Some(gateway) => (WAYPOINT_TYPES.to_vec(), info.waypoint(&gateway.to_string())),
+            None => (NODE_TYPES.to_vec(), info.node()),
+        };
         let settings = Settings {
             addresses: self.control_planes.iter().map(ToString::to_string).collect(),
             root_file: Some(self.root_file.clone()),
             token_file: Some(self.token_file.clone()),
             cluster_id: self.cluster.to_string(),
-            node: info.node(),
-            types,
+            node,
+            types: types.clone(),
             state_dir: place.as_ref().map(|place| place.path().to_owned()),
             ..Settings::default()
         };
@@ -105,7 +112,7 @@ impl ClusterMode {
         let link = client.link();
         tokio::spawn(client.run());
         let elided = Elided { trust_domain: self.trust_domain.clone(), cluster: self.cluster.clone() };
-        Ok(Xds::new(updates, place, link, state.clone(), self.defaults(), elided))
+        Ok(Xds::new(updates, &types, place, link, state.clone(), self.defaults(), elided))
     }
 }
 

@@ -17,6 +17,7 @@ mod place;
 mod settings;
 mod state;
 mod tls;
+mod waypoint;
 mod xds;
 
 use config::compile::EnrolmentChange;
@@ -35,17 +36,17 @@ pub use self::xds::{Xds, XdsStatus};
 pub const NODE_TYPES: [&str; 3] =
     [proto::MESH_SETTINGS_TYPE_URL, proto::AUTHORIZATION_TYPE_URL, proto::ADDRESS_TYPE_URL];
 
-/// What a waypoint asks for: the same, and what it does for services.
+/// What a waypoint asks for: the same, and what it does for services, last of all, since it names the rest.
 pub const WAYPOINT_TYPES: [&str; 9] = [
     proto::MESH_SETTINGS_TYPE_URL,
     proto::AUTHORIZATION_TYPE_URL,
-    proto::HTTP_POLICY_TYPE_URL,
+    proto::AUTHORIZER_TYPE_URL,
     proto::AUTHENTICATION_TYPE_URL,
     proto::RATE_LIMIT_TYPE_URL,
-    proto::AUTHORIZER_TYPE_URL,
+    proto::HTTP_POLICY_TYPE_URL,
     proto::TRAFFIC_TYPE_URL,
-    proto::HTTP_SERVICE_TYPE_URL,
     proto::ADDRESS_TYPE_URL,
+    proto::HTTP_SERVICE_TYPE_URL,
 ];
 
 /// A source that is followed.

@@ -10,6 +10,8 @@ use model::TrustDomain;
 
 /// Flags and variables as they were given.
 #[derive(Args, Debug, Clone)]
+// The process's own settings are called the same.
+#[group(id = "source")]
 pub struct RawSettings {
     /// File mode: directory of manifests (Kubernetes and istio.io YAML); watched for changes
     #[arg(long, env = "CULVERT_CONFIG_DIR", value_name = "DIR")]

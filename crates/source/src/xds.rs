@@ -8,8 +8,8 @@
 //!
 //! Invariants:
 //! * nothing is acknowledged before it is in force: an acknowledgement means that this node enforces it;
-//! * the snapshot may be worked by only once policies and workloads have come whole (from the kept state, or from the
-//!   control plane); settings of the mesh come before the workloads where the control plane has any;
+//! * the snapshot may be worked by only once all that is followed (policies and workloads, and what a waypoint does for
+//!   services) has come whole (from the kept state, or from the control plane); settings of the mesh come before the workloads where the control plane has any;
 //! * a policy that can't be read and has no last good version refuses, for as many workloads as it could concern: to
 //!   leave it out could let in what it denies.
 
@@ -28,7 +28,7 @@ use proto::{
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use crate::{Place, State, Update};
+use crate::{Place, State, Update, waypoint};
 
 /// Changes that are worth a look for what is no longer shared.
 const SWEEP_LEAST: usize = 1000;
@@ -110,24 +110,31 @@ pub struct Xds {
     unswept: usize,
     /// What holds where the control plane says nothing of the mesh's settings.
     defaults: Settings,
-    whole: Whole,
+    missing: Missing,
     /// The update that is being put in force, and what of it is refused.
     open: Option<(Batch, Vec<Rejection>)>,
     /// Resources whose last version could not be read, and why.
     unread: BTreeMap<Arc<str>, String>,
 }
 
-/// Which types have come whole.
-#[derive(Clone, Copy, Default)]
-struct Whole {
-    policies: bool,
-    addresses: bool,
+/// Which types have yet to come whole: all that are followed but for the mesh's settings, which an istiod does not have.
+struct Missing(Vec<&'static str>);
+
+impl Missing {
+    fn of(types: &[&'static str]) -> Self {
+        Self(types.iter().copied().filter(|t| *t != MESH_SETTINGS_TYPE_URL).collect())
+    }
+
+    fn came(&mut self, type_url: &str) {
+        self.0.retain(|missing| *missing != type_url);
+    }
 }
 
 impl Xds {
-    /// Follows `updates`, which are kept in `place`. `state` is the snapshot that they are put into; `defaults` hold until settings arrive.
+    /// Follows `updates` of these types, which are kept in `place`. `state` is the snapshot that they are put into; `defaults` hold until settings arrive.
     pub(crate) fn new(
         updates: Updates,
+        types: &[&'static str],
         place: Option<Place>,
         link: watch::Receiver<Link>,
         state: Arc<State>,
@@ -150,7 +157,7 @@ impl Xds {
             decoder: Decoder::new(elided),
             unswept: 0,
             defaults,
-            whole: Whole::default(),
+            missing: Missing::of(types),
             open: None,
             unread: BTreeMap::new(),
         }
@@ -186,18 +193,10 @@ impl Xds {
         }
         self.note(&batch, &rejections);
         if batch.complete {
-            match batch.type_url {
-                AUTHORIZATION_TYPE_URL => self.whole.policies = true,
-                ADDRESS_TYPE_URL => self.whole.addresses = true,
-                _ => {}
-            }
+            self.missing.came(batch.type_url);
         }
         self.open = Some((batch, rejections));
-        Some(Update {
-            changes,
-            enrolments: Vec::new(),
-            complete: self.whole.policies && self.whole.addresses,
-        })
+        Some(Update { changes, enrolments: Vec::new(), complete: self.missing.0.is_empty() })
     }
 
     /// The last update is in force: says so to the control plane, or what of it is not.
@@ -210,7 +209,7 @@ impl Xds {
             self.unswept = 0;
         }
         self.status.updates.fetch_add(1, Ordering::Relaxed);
-        let is_complete = self.whole.policies && self.whole.addresses;
+        let is_complete = self.missing.0.is_empty();
         let began = is_complete && !self.status.is_complete.swap(is_complete, Ordering::Relaxed);
         if matches!(batch.origin, Origin::Server) {
             self.status.is_fresh.store(true, Ordering::Relaxed);
@@ -267,11 +266,18 @@ impl Reading<'_> {
             AUTHORIZATION_TYPE_URL => self.policy(resource),
             ADDRESS_TYPE_URL => self.address(resource),
             MESH_SETTINGS_TYPE_URL => self.settings(resource),
-            other => Err(format!("the type {other} was not asked for")),
+            other => self.of_waypoints(other, resource),
         };
         if let Err(reason) = read {
             self.rejections.push(Rejection { name: resource.name.clone(), reason });
         }
+    }
+
+    fn of_waypoints(&mut self, type_url: &str, resource: &Resource) -> Result<(), String> {
+        let read = waypoint::read(self.decoder, self.mesh, type_url, resource);
+        let read = read.ok_or_else(|| format!("the type {type_url} was not asked for"))?;
+        self.changes.extend(read.change);
+        read.refusal.map_or(Ok(()), Err)
     }
 
     fn address(&mut self, resource: &Resource) -> Result<(), String> {
@@ -348,7 +354,7 @@ impl Reading<'_> {
             MESH_SETTINGS_TYPE_URL if name == MESH_SETTINGS_NAME => {
                 self.changes.push(Change::SetSettings(defaults.clone()));
             }
-            _ => {}
+            other => self.changes.extend(waypoint::removed(other, name)),
         }
     }
 }

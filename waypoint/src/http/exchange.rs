@@ -152,7 +152,6 @@ pub(crate) struct Exchange<'a> {
     deadline: Option<Instant>,
     idle: Duration,
     idle_deadline: Instant,
-    drains: bool,
 }
 
 /// Takes a request, whose head has come, to its end.
@@ -197,7 +196,6 @@ pub(crate) async fn exchange(
         deadline: None,
         idle,
         idle_deadline: started + idle,
-        drains: worker.drain.is_cancelled(),
     };
     let after = exchange.run().await;
     exchange.record.received = exchange.upload.bytes;
@@ -278,6 +276,8 @@ impl Exchange<'_> {
             self.poll_late(cx, None).map(Err)
         })
         .await?;
+        // It is here in any case, so it can be sent again.
+        self.upload.keep(self.worker.settings.replay_limit);
         let ahead = self.upload.ahead(reading.limit);
         Ok((reading.then)(ahead, self.request, self.connection, &mut self.decided))
     }
@@ -521,7 +521,7 @@ impl Exchange<'_> {
         self.record.status = self.reply.status;
         self.edit(how, more);
         self.record.grpc_status = grpc_status(&self.reply.fields);
-        let mut close = self.hop.close || self.drains;
+        let mut close = self.hop.close || self.worker.drain.is_cancelled();
         if switched {
             self.switch(&mut lease);
         } else {
@@ -651,7 +651,7 @@ impl Exchange<'_> {
             length => Framing::Length(length as u64),
         };
         let framing = if to_head { Framing::None } else { framing };
-        let close = self.hop.close || self.drains || !self.upload.is_read();
+        let close = self.hop.close || self.worker.drain.is_cancelled() || !self.upload.is_read();
         let sent = self.client.send_response(&self.reply, framing, !to_head, close, false);
         let mut left = if to_head { Bytes::new() } else { body };
         self.record.sent = left.len() as u64;

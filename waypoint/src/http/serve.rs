@@ -135,7 +135,8 @@ impl Session<'_> {
                     self.worker.decide.refused(connection, 408, &"the head did not come in time");
                     return self.refuse(408).await;
                 }
-                Next::End => return,
+                // In good order also in a tunnel, where what is only dropped is taken for broken, with what was sent last.
+                Next::End => return self.linger().await,
             }
         }
     }

@@ -27,3 +27,4 @@ mod restart;
 mod services;
 mod strangers;
 mod streams;
+mod waypoint;

@@ -3,6 +3,7 @@
 pub mod manifests;
 pub mod peer;
 pub mod traffic;
+pub mod waypoint;
 mod ztunnel;
 
 use std::collections::BTreeMap;

@@ -132,3 +132,74 @@ pub async fn talk(from: &Host, to: SocketAddr) -> io::Result<Talk> {
 pub async fn ask(from: &Host, to: SocketAddr) -> io::Result<Hello> {
     talk(from, to).await.map(|t| t.hello)
 }
+
+/// Sends `request` and reads to the end of the connection.
+pub async fn exchange(stream: &mut TcpStream, request: &str) -> io::Result<String> {
+    stream.write_all(request.as_bytes()).await?;
+    let mut answer = String::new();
+    timeout(PATIENCE, stream.read_to_string(&mut answer)).await??;
+    Ok(answer)
+}
+
+/// Serves HTTP/1.1: each request is answered with the pod's name, and the request's head as the body.
+pub fn serve_http(host: &Host, port: u16) -> Server {
+    serve_with(host, port, async |stream: TcpStream, hello: Hello| {
+        let mut stream = BufReader::new(stream);
+        loop {
+            let mut head = String::new();
+            while !head.ends_with("\r\n\r\n") {
+                if stream.read_line(&mut head).await? == 0 {
+                    return Ok(());
+                }
+            }
+            let length = head
+                .lines()
+                .find_map(|l| l.to_ascii_lowercase().strip_prefix("content-length: ")?.parse().ok());
+            stream.read_exact(&mut vec![0; length.unwrap_or(0)]).await?;
+            let body = format!("{} {}\n{head}", hello.server, hello.client);
+            let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+            stream.write_all(answer.as_bytes()).await?;
+        }
+    })
+}
+
+/// A connection of HTTP/1.1.
+pub struct Http(BufReader<TcpStream>);
+
+impl Http {
+    pub async fn dial(from: &Host, to: SocketAddr) -> io::Result<Self> {
+        Ok(Self(BufReader::new(dial(from, to).await?)))
+    }
+
+    /// Sends a request, `METHOD TARGET` with further fields, each with its line's end; gives the status and the rest.
+    pub async fn ask(&mut self, line: &str, fields: &str) -> io::Result<(u16, String)> {
+        let request = format!("{line} HTTP/1.1\r\nhost: web\r\n{fields}\r\n");
+        self.0.write_all(request.as_bytes()).await?;
+        self.answer().await
+    }
+
+    pub async fn send(&mut self, text: &str) -> io::Result<()> {
+        self.0.write_all(text.as_bytes()).await
+    }
+
+    /// The next response.
+    pub async fn answer(&mut self) -> io::Result<(u16, String)> {
+        let mut head = String::new();
+        while !head.ends_with("\r\n\r\n") {
+            if timeout(PATIENCE, self.0.read_line(&mut head)).await?? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+        let length =
+            head.lines().find_map(|l| l.to_ascii_lowercase().strip_prefix("content-length: ")?.parse().ok());
+        let mut body = vec![0; length.unwrap_or(0)];
+        timeout(PATIENCE, self.0.read_exact(&mut body)).await??;
+        let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).unwrap_or(0);
+        Ok((status, head + &String::from_utf8_lossy(&body)))
+    }
+}
+
+/// One request on a connection of its own.
+pub async fn request(from: &Host, to: SocketAddr, line: &str, fields: &str) -> io::Result<(u16, String)> {
+    Http::dial(from, to).await?.ask(line, fields).await
+}
