@@ -8,6 +8,7 @@ use std::sync::Arc;
 use arc_swap::{ArcSwap, Guard};
 use model::http::{BackendRef, RouteAction, SourceFacts, WaypointKey};
 use model::{Mesh, NetworkAddress, SpiffeId, Str, Workload};
+use tokio::sync::watch;
 
 use crate::deciding::admission::Admission;
 use crate::filters::cors::Crossing;
@@ -29,6 +30,8 @@ pub struct Deciding(Arc<Inner>);
 
 struct Inner {
     rules: ArcSwap<Rules>,
+    /// Told of every snapshot.
+    changed: watch::Sender<()>,
     own: WaypointKey,
     network: Str,
     clusters: Clusters,
@@ -49,7 +52,8 @@ impl Deciding {
         guards: Arc<Guards>,
     ) -> Self {
         let (rules, plain) = (ArcSwap::default(), Arc::new(Forwarding::default()));
-        Self(Arc::new(Inner { rules, own, network, clusters, telemetry, guards, plain }))
+        let changed = watch::Sender::new(());
+        Self(Arc::new(Inner { rules, changed, own, network, clusters, telemetry, guards, plain }))
     }
 
     /// Puts a snapshot in force, whole. There is one caller, the source of configuration.
@@ -58,6 +62,13 @@ impl Deciding {
         self.0.clusters.prepare(&next.mesh);
         self.0.guards.follow(&next.mesh);
         self.0.rules.store(Arc::new(next));
+        self.0.changed.send_replace(());
+    }
+
+    /// Says when another snapshot is in force.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.0.changed.subscribe()
     }
 
     /// The snapshot.

@@ -12,6 +12,7 @@ use crate::filters::jwt::Authenticator;
 use crate::filters::rate_limit::RateLimits;
 use crate::providers::fetch::{Fetch, Network};
 use crate::providers::jwks::Jwks;
+use crate::telemetry::Connect;
 
 /// Verdicts on so many tokens are kept, at about a kilobyte each.
 const REMEMBERED_TOKENS: usize = 8192;
@@ -29,12 +30,13 @@ pub struct Guards {
 }
 
 impl Guards {
-    /// Fetches issuers' keys over the network, on `runtime`, which is not that of the data plane.
+    /// Fetches issuers' keys over the network, on `runtime`, which is not that of the data plane; by `inside` from hosts of
+    /// the mesh.
     ///
     /// # Errors
     /// When the cryptography can't be set up.
-    pub fn new(runtime: Handle) -> Result<Self, rustls::Error> {
-        Ok(Self::fetching(Arc::new(Network::new()?), runtime))
+    pub fn new(runtime: Handle, inside: Option<Arc<dyn Connect>>) -> Result<Self, rustls::Error> {
+        Ok(Self::fetching(Arc::new(Network::new(inside)?), runtime))
     }
 
     /// The same, with `fetch` in the network's place.
@@ -55,11 +57,14 @@ impl Guards {
     pub fn register(self: &Arc<Self>, registry: &Registry) {
         let number = |name, help, kind, read: fn(&Self) -> u64| {
             let guards = Arc::clone(self);
-            registry.collect(Description { name, help, kind }, move |out| out.integer(&|_| {}, read(&guards)));
+            registry
+                .collect(Description { name, help, kind }, move |out| out.integer(&|_| {}, read(&guards)));
         };
         let counter = |name, help, read| number(name, help, Kind::Counter, read);
         let gauge = |name, help, read| number(name, help, Kind::Gauge, read);
-        counter("culvert_jwt_taken", "Requests whose token was taken", |g| g.authenticator.stats().taken.get());
+        counter("culvert_jwt_taken", "Requests whose token was taken", |g| {
+            g.authenticator.stats().taken.get()
+        });
         counter("culvert_jwt_known", "Of these, those whose token was known", |g| {
             g.authenticator.stats().known.get()
         });
@@ -69,12 +74,18 @@ impl Guards {
         counter("culvert_jwt_missing", "Requests without a token where one is looked for", |g| {
             g.authenticator.stats().missing.get()
         });
-        gauge("culvert_jwt_remembered", "Tokens whose verdict is kept", |g| g.authenticator.remembered() as u64);
-        counter("culvert_jwks_fetched", "Key sets that were fetched of issuers", |g| g.keys.stats().fetched.get());
+        gauge("culvert_jwt_remembered", "Tokens whose verdict is kept", |g| {
+            g.authenticator.remembered() as u64
+        });
+        counter("culvert_jwks_fetched", "Key sets that were fetched of issuers", |g| {
+            g.keys.stats().fetched.get()
+        });
         counter("culvert_jwks_failed", "Attempts to fetch an issuer's keys that failed", |g| {
             g.keys.stats().failed.get()
         });
-        gauge("culvert_jwks_issuers", "Issuers that keys are fetched of", |g| size(g.keys.stats().issuers.get()));
+        gauge("culvert_jwks_issuers", "Issuers that keys are fetched of", |g| {
+            size(g.keys.stats().issuers.get())
+        });
         gauge("culvert_jwks_issuers_without_keys", "Of these, those that there are no keys of", |g| {
             size(g.keys.stats().without_keys.get())
         });

@@ -79,11 +79,14 @@ async fn serve(
         ClusterLimits::default(),
         dialers(flags, &state, &tunnels),
     );
-    let told = telemetry(flags, settings, logs, &registry);
-    let guards = Guards::new(tokio::runtime::Handle::current()).context("cryptography for issuers' keys")?;
-    let guards = Arc::new(guards);
+    let collectors = workers.handles().first().map(|thread| Arc::new(telemetry::ThroughMesh::new(thread.clone())));
+    let told = telemetry(flags, settings, logs, &registry, collectors.clone());
+    let inside = collectors.clone().map(|collectors| collectors as Arc<dyn telemetry::Connect>);
+    let guards = Guards::new(tokio::runtime::Handle::current(), inside);
+    let guards = Arc::new(guards.context("cryptography for issuers' keys")?);
     guards.register(&registry);
     let deciding = Deciding::new(flags.gateway.clone(), network, clusters, told, guards);
+    collectors.iter().for_each(|collectors| collectors.follow(&deciding));
     deciding.update(state.mesh_owned());
     let front = Arc::new(Front::new(state.clone(), deciding.clone(), tls, shutdown.clone(), flags));
 
@@ -134,8 +137,7 @@ impl Parts {
         let state = Arc::new(State::default());
         state.apply(vec![Change::SetSettings(mode.defaults())]);
         let tls = mode.tls(&flags.source)?;
-        let types = source::WAYPOINT_TYPES.to_vec();
-        let source = mode.source(&flags.source, &flags.node, types, &state, registry)?;
+        let source = mode.source(&flags.source, &flags.node, Some(&flags.gateway), &state, registry)?;
         let xds = source.status();
         xds.register(registry);
         let shown = Shown { xds: Some(xds), ..Shown::default() };
@@ -179,6 +181,7 @@ fn telemetry(
     settings: &process::settings::Settings,
     logs: &Logs,
     registry: &Metrics,
+    collectors: Option<Arc<telemetry::ThroughMesh>>,
 ) -> Arc<telemetry::Telemetry> {
     let told = telemetry::Settings {
         network: flags.source.network.as_str().into(),
@@ -187,7 +190,12 @@ fn telemetry(
         name: flags.gateway.name.clone(),
         namespace: flags.gateway.namespace.clone(),
     };
-    telemetry::Telemetry::new(registry, told, logs.writer().clone(), telemetry::Exporters::none())
+    // Spans are sent on this runtime, which is not the data plane's.
+    let here = tokio::runtime::Handle::current();
+    let exporters = collectors.map_or_else(telemetry::Exporters::none, |connect| {
+        telemetry::Exporters::new(here, connect, &told.name, &told.namespace)
+    });
+    telemetry::Telemetry::new(registry, told, logs.writer().clone(), exporters)
 }
 
 fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {

@@ -8,6 +8,7 @@ use model::http::{BackendRef, SelectedStream, Stream};
 use tokio::io::AsyncWriteExt;
 use tokio::time::timeout;
 
+use crate::detect::{self, Hello};
 use crate::filters::authorize;
 use crate::http::decide::{Call, Connection, Endpoints, Outcome, Picked};
 use crate::http::head::RequestHead;
@@ -38,9 +39,20 @@ enum Refused {
 }
 
 /// Carries a tunnel's bytes to an endpoint and back, until both sides have ended. `input` are those that were read already.
-pub async fn carry(front: &Front, tunnel: hbone::Tunnel, input: BytesMut, connection: Connection) {
-    let (sni, is_tls) = (None, matches!(&*input, [0x16, 0x03, ..]));
-    let endpoint = match choose(front, &connection, sni, is_tls) {
+pub async fn carry(
+    front: &Front,
+    mut tunnel: hbone::Tunnel,
+    mut input: BytesMut,
+    mut connection: Connection,
+) {
+    let mut changed = front.deciding.changes();
+    let hello = if asks_for_tls(front, &connection) {
+        detect::hello(&mut tunnel, &mut input, front.detect_timeout).await
+    } else {
+        Hello { tls: matches!(&*input, [0x16, 0x03, ..]), server_name: None }
+    };
+    connection.server_name = hello.server_name.as_deref().map(Arc::from);
+    let endpoint = match choose(front, &connection, hello.server_name.as_deref(), hello.tls) {
         Ok(endpoints) => connect(&*endpoints, &connection).await,
         Err(refused) => Err(refused),
     };
@@ -48,11 +60,31 @@ pub async fn carry(front: &Front, tunnel: hbone::Tunnel, input: BytesMut, connec
         Ok((server, picked)) => {
             let circuit = picked.target.circuit.as_ref();
             let longest = circuit.and_then(|circuit| circuit.settings().max_connection_duration);
-            match timeout(longest.unwrap_or(FOREVER), copy(tunnel, server, input)).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::debug!(client = %connection.client, %error, "a connection broke"),
-                Err(_) => {
-                    tracing::debug!(client = %connection.client, "a connection was as long as it may be")
+            let copied = timeout(longest.unwrap_or(FOREVER), copy(tunnel, server, input));
+            let denied = async {
+                loop {
+                    // An error is the end of the program.
+                    if changed.changed().await.is_err() {
+                        return std::future::pending().await;
+                    }
+                    if let Err(refused) = still_permitted(front, &connection) {
+                        return refused;
+                    }
+                }
+            };
+            tokio::select! {
+                copied = copied => match copied {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => {
+                        tracing::debug!(client = %connection.client, %error, "a connection broke");
+                    }
+                    Err(_) => {
+                        tracing::debug!(client = %connection.client, "a connection was as long as it may be");
+                    }
+                },
+                // Its tunnels are reset by being dropped.
+                refused = denied => {
+                    tracing::info!(client = %connection.client, reason = %refused, "cut a connection");
                 }
             }
             drop(picked);
@@ -64,8 +96,27 @@ pub async fn carry(front: &Front, tunnel: hbone::Tunnel, input: BytesMut, connec
                 reason = %refused,
                 "refused a connection"
             );
-            let mut tunnel = tunnel;
             tunnel.reset(hbone::ErrorCode::CONNECT_ERROR);
+        }
+    }
+}
+
+/// Whether a route of the connection's port asks for what a TLS handshake says.
+fn asks_for_tls(front: &Front, connection: &Connection) -> bool {
+    let (rules, to) = (front.deciding.rules(), connection.destination);
+    let service = rules.service_at(front.deciding.network(), to);
+    let port = service.and_then(|service| service.port(to.port()));
+    port.is_some_and(|port| port.port.streams.asks_for_tls())
+}
+
+/// Whether a connection that was let in would be now.
+fn still_permitted(front: &Front, connection: &Connection) -> Result<(), Refused> {
+    let (deciding, rules) = (&front.deciding, front.deciding.rules());
+    match rules.service_at(deciding.network(), connection.destination) {
+        Some(service) => permit(&service.policies, connection),
+        None => {
+            let workload = deciding.workload(&rules, connection.destination).ok_or(Refused::NotServed)?;
+            permit(&authorize::of_workload(&rules.mesh, &workload), connection)
         }
     }
 }
@@ -85,6 +136,8 @@ fn choose(
         return Ok(deciding.clusters().original(&rules.mesh, connection));
     };
     permit(&service.policies, connection)?;
+    let limits = &deciding.guards().limits;
+    limits.admit(&rules.mesh, &service.http, connection).map_err(Refused::Denied)?;
     let port = service.port(to.port()).ok_or(Refused::NotServed)?;
     let client = deciding.client(&rules, connection);
     let source = crate::deciding::source(connection, client.as_deref());

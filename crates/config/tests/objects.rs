@@ -275,14 +275,14 @@ fn a_policy_with_errors_keeps_its_last_good_version_and_fails_closed_without_one
     assert_eq!((&closed.action, closed.rules.len()), (&model::Action::Deny, 1));
     assert!(server.codes(origin).contains(&Code::FailsClosed));
     let outcome = server.set(Kind::AuthorizationPolicy, &policy(&good, "2"));
-    assert_eq!(outcome.changes.len(), 1);
+    assert_eq!(outcome.changes.len(), 2);
     assert!(server.codes(origin).is_empty());
     assert!(outcome.touched.contains(origin));
     let outcome = server.set(Kind::AuthorizationPolicy, &policy(&bad, "3"));
     assert!(outcome.changes.is_empty(), "the last good one stays");
     assert!(server.codes(origin).contains(&Code::LastGoodVersion));
     let outcome = server.remove(origin);
-    assert!(matches!(outcome.changes[..], [Change::RemovePolicy(_)]), "{:?}", outcome.changes);
+    assert!(matches!(outcome.changes[..], [Change::RemovePolicy(_), Change::RemoveHttpPolicy(_)]), "{:?}", outcome.changes);
     assert!(server.codes(origin).is_empty());
 }
 
@@ -423,4 +423,145 @@ fn an_object_that_nests_without_end_is_one_bad_object_and_not_a_list_that_cannot
     let outcome = server.0.commit();
     assert!(server.codes(&origin).contains(&Code::UnknownField), "{:?}", outcome.diagnostics);
     assert!(server.codes(&origin).contains(&Code::FailsClosed), "{:?}", outcome.diagnostics);
+}
+
+#[test]
+fn a_bound_service_lists_what_its_waypoint_is_to_enforce() {
+    let mut server = Server::new();
+    let mut mesh = model::Mesh::default();
+    let key = model::ServiceKey { namespace: "shop".into(), hostname: "web.shop.svc.cluster.local".into() };
+    let mut set = |server: &mut Server, kind, object: &Value| {
+        mesh = mesh.apply(server.set(kind, object).changes);
+        let service = mesh.http_service(&key);
+        let names = |keys: &[model::PolicyKey]| keys.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let listed = service.map(|s| (names(&s.authentication), names(&s.rate_limits))).unwrap_or_default();
+        (listed, mesh.clone())
+    };
+    let service = json!({
+        "metadata": { "name": "web", "namespace": "shop", "labels": { "istio.io/use-waypoint": "waypoint" } },
+        "spec": { "clusterIP": "10.9.0.1", "clusterIPs": ["10.9.0.1"], "selector": { "app": "web" },
+                  "ports": [{ "port": 80 }] },
+    });
+    let gateway = json!({
+        "metadata": { "name": "waypoint", "namespace": "shop" },
+        "spec": { "gatewayClassName": "istio-waypoint",
+                  "listeners": [{ "name": "mesh", "port": 15008, "protocol": "HBONE" }] },
+    });
+    set(&mut server, Kind::Service, &service);
+    set(&mut server, Kind::Gateway, &gateway);
+    set(&mut server, Kind::Pod, &pod("web-1", "enabled", "1"));
+    let tokens = |namespace: &str, name: &str, version: &str, scope: Value| {
+        let mut spec = json!({ "jwtRules": [{ "issuer": "i", "jwksUri": "https://i/keys" }] });
+        spec.as_object_mut().unwrap().extend(scope.as_object().unwrap().clone());
+        json!({ "metadata": { "name": name, "namespace": namespace, "resourceVersion": version }, "spec": spec })
+    };
+    let kind = Kind::RequestAuthentication;
+    let selecting = json!({ "selector": { "matchLabels": { "app": "web" } } });
+    let ((listed, _), after) = set(&mut server, kind, &tokens("shop", "by-label", "1", selecting.clone()));
+    assert_eq!(listed, ["shop/by-label"]);
+    assert_eq!(after.authentications().count(), 1);
+    // Those of the namespace, of the mesh, and for the object; none of another namespace's.
+    set(&mut server, kind, &tokens("shop", "all", "1", json!({})));
+    set(&mut server, kind, &tokens("istio-system", "mesh", "1", json!({})));
+    set(&mut server, kind, &tokens("other", "all", "1", json!({})));
+    let to = json!({ "targetRefs": [{ "group": "", "kind": "Service", "name": "web" }] });
+    let ((listed, _), _) = set(&mut server, kind, &tokens("shop", "named", "1", to.clone()));
+    assert_eq!(listed, ["istio-system/mesh", "shop/all", "shop/by-label", "shop/named"]);
+    // The pod's labels change, and the policy's selector.
+    let mut other = pod("web-1", "enabled", "2");
+    other["metadata"]["labels"]["app"] = json!("else");
+    let ((listed, _), _) = set(&mut server, Kind::Pod, &other);
+    assert!(!listed.contains(&"shop/by-label".to_owned()), "{listed:?}");
+    set(&mut server, Kind::Pod, &pod("web-1", "enabled", "3"));
+    let elsewhere = json!({ "selector": { "matchLabels": { "app": "else" } } });
+    let ((listed, _), _) = set(&mut server, kind, &tokens("shop", "by-label", "2", elsewhere));
+    assert_eq!(listed, ["istio-system/mesh", "shop/all", "shop/named"]);
+    // One with errors of which nothing is known is listed and not sent: the waypoint refuses.
+    let mut broken = tokens("shop", "broken", "1", to.clone());
+    broken["spec"]["jwtRules"][0]["jwksUri"] = json!("ftp://i");
+    let ((listed, _), after) = set(&mut server, kind, &broken);
+    assert!(listed.contains(&"shop/broken".to_owned()), "{listed:?}");
+    assert!(after.authentications().all(|a| &*a.key.name != "broken"));
+    let limit = json!({
+        "metadata": { "name": "limit", "namespace": "shop" },
+        "spec": { "targetRefs": to["targetRefs"],
+                  "limits": [{ "name": "all", "local": { "requests": 5, "per": "1s" } }] },
+    });
+    let ((_, limits), after) = set(&mut server, Kind::RateLimit, &limit);
+    assert_eq!((limits, after.rate_limits().count()), (vec!["shop/limit".to_owned()], 1));
+    let after = after.apply(server.remove("RateLimit shop/limit").changes);
+    assert!(after.http_service(&key).unwrap().rate_limits.is_empty());
+    assert_eq!(after.rate_limits().count(), 0);
+    // What is before nothing says so.
+    let unused = |d: &config::diagnostic::Diagnostic| {
+        d.code == Code::WithoutEffect && d.message.contains("nobody looks at tokens")
+    };
+    let said = server.0.review();
+    let about: Vec<_> = said.iter().filter(|d| unused(d)).map(|d| d.to_string()).collect();
+    assert!(about.iter().any(|text| text.contains("other/all")), "{about:?} {said:#?}");
+    assert!(about.iter().all(|text| !text.contains("shop/named")), "{about:?}");
+}
+
+#[test]
+fn a_rate_limit_says_what_is_wrong_with_it() {
+    let mut server = Server::new();
+    let spec = |limit: Value, global: Value| {
+        json!({
+            "metadata": { "name": "limit", "namespace": "shop" },
+            "spec": { "targetRefs": [{ "kind": "Service", "name": "web" }], "limits": [limit], "global": global },
+        })
+    };
+    let service =
+        json!({ "service": "rls.infra.svc.cluster.local", "port": 8081, "domain": "d", "onFailure": "Deny" });
+    let local = json!({ "requests": 1, "per": "1s" });
+    let by = json!([{ "type": "Path" }]);
+    for (limit, global, wanted) in [
+        (json!({ "name": "a", "local": local }), Value::Null, None),
+        (json!({ "name": "a", "by": by, "global": {} }), service.clone(), None),
+        (json!({ "name": "a" }), Value::Null, Some(Code::InvalidValue)),
+        (json!({ "name": "a", "local": local, "global": {} }), service.clone(), Some(Code::InvalidValue)),
+        (json!({ "name": "a", "by": by, "global": {} }), Value::Null, Some(Code::MissingField)),
+        (json!({ "name": "a", "global": {} }), service.clone(), Some(Code::MissingField)),
+        (json!({ "name": "A b", "local": local }), Value::Null, Some(Code::InvalidValue)),
+        (
+            json!({ "name": "a", "local": { "requests": 0, "per": "1s" } }),
+            Value::Null,
+            Some(Code::InvalidValue),
+        ),
+        (
+            json!({ "name": "a", "local": { "requests": 1, "per": "0s" } }),
+            Value::Null,
+            Some(Code::InvalidValue),
+        ),
+        (
+            json!({ "name": "a", "local": local, "by": [{ "type": "Header" }] }),
+            Value::Null,
+            Some(Code::MissingField),
+        ),
+        (
+            json!({ "name": "a", "local": local, "by": [{ "type": "Path", "name": "x" }] }),
+            Value::Null,
+            Some(Code::InvalidValue),
+        ),
+        (
+            json!({ "name": "a", "local": local, "by": [{ "type": "Body" }] }),
+            Value::Null,
+            Some(Code::InvalidValue),
+        ),
+        (json!({ "name": "a", "local": local, "when": {} }), Value::Null, Some(Code::UnknownField)),
+        (
+            json!({ "name": "a", "local": local }),
+            json!({ "service": "rls", "port": 1, "domain": "d" }),
+            Some(Code::MissingField),
+        ),
+    ] {
+        let mut object = spec(limit.clone(), global.clone());
+        if global.is_null() {
+            object["spec"].as_object_mut().unwrap().remove("global");
+        }
+        let outcome = server.set(Kind::RateLimit, &object);
+        let errors = outcome.diagnostics.iter().filter(|d| d.severity == config::diagnostic::Severity::Error);
+        let codes: Vec<Code> = errors.map(|d| d.code).filter(|c| *c != Code::FailsClosed).collect();
+        assert_eq!(codes.first().copied(), wanted, "{limit} {global}: {:#?}", outcome.diagnostics);
+    }
 }

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use model::http::{Authorizer, BodyCheck, ProviderAddress};
-use model::{Mesh, PolicyKey, StringMatch, Str};
+use model::{Mesh, PolicyKey, Str, StringMatch};
 use process::metrics::Counter;
 
 use super::{Refusal, answer};
@@ -44,6 +44,8 @@ pub struct AuthorizerStats {
 /// What is to be asked about a request, of whom.
 pub struct Questions {
     all: Vec<Question>,
+    /// Those who can't be reached, and need not be.
+    passed_over: u64,
     request: RequestHead,
     connection: Connection,
 }
@@ -103,7 +105,7 @@ impl Questions {
         request: &RequestHead,
         connection: &Connection,
     ) -> Result<Self, Refusal> {
-        let mut all: Vec<Question> = Vec::new();
+        let (mut all, mut passed_over) = (Vec::<Question>::new(), 0);
         for (policy, name) in asked {
             if all.iter().any(|known| known.authorizer.name == *name) {
                 continue;
@@ -115,7 +117,8 @@ impl Questions {
             match endpoints(mesh, clusters, &authorizer.address) {
                 Ok(endpoints) => all.push(Question { authorizer: authorizer.clone(), endpoints }),
                 Err(error) if authorizer.fail_open => {
-                    tracing::debug!(provider = &**name, error, "an authorizer can't be reached, and is passed over");
+                    tracing::warn!(%policy, provider = &**name, error, "an authorizer that can't be reached is passed over");
+                    passed_over += 1;
                 }
                 Err(error) => {
                     tracing::warn!(%policy, provider = &**name, error, "an authorizer can't be reached");
@@ -123,13 +126,7 @@ impl Questions {
                 }
             }
         }
-        Ok(Self { all, request: request.clone(), connection: connection.clone() })
-    }
-
-    /// Whether nobody is asked.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.all.is_empty()
+        Ok(Self { all, passed_over, request: request.clone(), connection: connection.clone() })
     }
 
     /// How much of the body is to be read before, and whether a longer one is refused.
@@ -146,6 +143,8 @@ impl Questions {
     /// Asks them, one after the other.
     pub async fn ask(self, body: Shown, stats: &AuthorizerStats) -> Verdict {
         let mut changes = Changes::default();
+        stats.failed.add(self.passed_over);
+        stats.failed_open.add(self.passed_over);
         for question in &self.all {
             let authorizer = &question.authorizer;
             let shown = match authorizer.body {
@@ -250,7 +249,8 @@ impl Changes {
             let name = name_of(pair);
             self.remove_parameters.contains(&name) || self.set_parameters.iter().any(|(set, _)| *set == name)
         };
-        let kept = request.query().split('&').filter(|pair| !pair.is_empty() && !gone(pair)).map(str::to_owned);
+        let kept =
+            request.query().split('&').filter(|pair| !pair.is_empty() && !gone(pair)).map(str::to_owned);
         let set = self.set_parameters.iter().map(|(name, value)| format!("{name}={value}"));
         let query: Vec<String> = kept.chain(set).collect();
         let path = request.path().to_owned();
@@ -276,4 +276,3 @@ fn permitted(name: &str, value: &[u8]) -> bool {
 fn listed(list: &[StringMatch], name: &str) -> bool {
     list.iter().any(|pattern| pattern.matches(name))
 }
-

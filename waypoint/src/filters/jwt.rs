@@ -81,7 +81,10 @@ impl Fault {
                 "Jwt_is_not_in_the_form_of_Header.Payload.Signature_with_two_dots_and_3_sections"
             ),
             Self::HeaderBase64 => {
-                texts!("Jwt header is an invalid Base64url encoded", "Jwt_header_is_an_invalid_Base64url_encoded")
+                texts!(
+                    "Jwt header is an invalid Base64url encoded",
+                    "Jwt_header_is_an_invalid_Base64url_encoded"
+                )
             }
             Self::HeaderJson => texts!("Jwt header is an invalid JSON", "Jwt_header_is_an_invalid_JSON"),
             Self::Algorithm => texts!(
@@ -351,7 +354,8 @@ fn tokens<'r>(rule: &'r TokenRule, request: &'r RequestHead) -> Vec<Carried<'r>>
     for place in &rule.places {
         match place {
             TokenPlace::Header { name, prefix } => {
-                let values = request.fields.values(name.as_bytes()).filter_map(|v| std::str::from_utf8(v).ok());
+                let values =
+                    request.fields.values(name.as_bytes()).filter_map(|v| std::str::from_utf8(v).ok());
                 let texts = values.filter_map(|value| after(value, prefix));
                 found.extend(texts.map(|text| Carried { place, text: text.into() }));
             }
@@ -362,8 +366,10 @@ fn tokens<'r>(rule: &'r TokenRule, request: &'r RequestHead) -> Vec<Carried<'r>>
             }
             TokenPlace::Cookie(name) => {
                 let cookies = request.fields.values(b"cookie").filter_map(|v| std::str::from_utf8(v).ok());
-                let pairs = cookies.flat_map(|line| line.split(';')).filter_map(|pair| pair.trim().split_once('='));
-                let values = pairs.filter(|(key, _)| *key == &**name).map(|(_, value)| value.trim_matches('"'));
+                let pairs =
+                    cookies.flat_map(|line| line.split(';')).filter_map(|pair| pair.trim().split_once('='));
+                let values =
+                    pairs.filter(|(key, _)| *key == &**name).map(|(_, value)| value.trim_matches('"'));
                 found.extend(values.map(|text| Carried { place, text: text.into() }));
             }
         }
@@ -453,8 +459,7 @@ fn without_parameter(request: &mut RequestHead, name: &str) {
     let Some((path, query)) = request.target().split_once('?') else { return };
     let is_other = |pair: &&str| decoded(pair.split_once('=').map_or(*pair, |(key, _)| key)) != *name;
     let rest: Vec<&str> = query.split('&').filter(is_other).collect();
-    let target =
-        if rest.is_empty() { path.to_owned() } else { format!("{path}?{}", rest.join("&")) };
+    let target = if rest.is_empty() { path.to_owned() } else { format!("{path}?{}", rest.join("&")) };
     request.set_target(&target);
 }
 

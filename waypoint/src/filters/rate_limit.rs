@@ -13,14 +13,14 @@ mod bucket;
 mod global;
 
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use hashbrown::HashMap;
 use model::http::{
-    Claims, Count, GlobalLimit, HttpService, Limit, LimitHeaders, LimitKey, RateLimit, Request,
+    Claims, Count, HttpService, Limit, LimitHeaders, LimitKey, LimitMatch, RateLimit, Request,
 };
 use model::{Mesh, PolicyKey, Str};
 use process::metrics::{Counter, Gauge};
@@ -143,7 +143,10 @@ impl RateLimits {
         let mut all = Vec::new();
         for key in &service.rate_limits {
             let Some(limits) = mesh.rate_limit(key) else {
-                return Checked::Refused(answer(503, "rate limit is not known yet", Flag::None), "rate_limit_unknown");
+                return Checked::Refused(
+                    answer(503, "rate limit is not known yet", Flag::None),
+                    "rate_limit_unknown",
+                );
             };
             all.push(limits);
         }
@@ -159,6 +162,34 @@ impl RateLimits {
             Ok(asking) => Checked::Ask(Box::new(asking)),
             Err(refused) => refused,
         }
+    }
+
+    /// Looks at a connection to `service` that is not HTTP, and takes it from the limits that it can be told to be of: those
+    /// that ask nothing of requests, and that are counted here.
+    ///
+    /// # Errors
+    /// There is no room, in words.
+    pub fn admit(&self, mesh: &Mesh, service: &HttpService, connection: &Connection) -> Result<(), String> {
+        let buckets = self.buckets.load();
+        for key in &service.rate_limits {
+            let limits =
+                mesh.rate_limit(key).ok_or_else(|| format!("the rate limit {key} is not known yet"))?;
+            for limit in limits.limits.iter().filter(|limit| limit.on == LimitMatch::default()) {
+                let one = |key: &LimitKey| of_connection(key, connection);
+                let values: Option<Vec<String>> = limit.by.iter().map(one).collect();
+                let local = buckets.get(&Arc::as_ptr(limit).addr());
+                let (Some(values), Some((_, local))) = (values, local) else { continue };
+                match local.buckets.take(&values, self.now()) {
+                    Taken::Over { .. } if limit.dry_run => self.stats.would_refuse.inc(),
+                    Taken::Over { .. } => {
+                        self.stats.over.inc();
+                        return Err(format!("the limit {} of {key} has no room", limit.name));
+                    }
+                    Taken::Within { .. } => {}
+                }
+            }
+        }
+        Ok(())
     }
 
     fn passed(&self, told: &[Told]) -> Vec<Edit> {
@@ -232,19 +263,26 @@ fn values(limit: &Limit, request: &Request<'_>, connection: &Connection) -> Opti
         Some(match key {
             LimitKey::Path => request.path.to_owned(),
             LimitKey::Method => request.method.to_owned(),
-            LimitKey::Header(name) => {
-                String::from_utf8_lossy(&request.headers.field(name)?).into_owned()
-            }
+            LimitKey::Header(name) => String::from_utf8_lossy(&request.headers.field(name)?).into_owned(),
             LimitKey::Claim(path) => {
                 let value = request.claims?.at(path)?;
                 value.as_str().map_or_else(|| value.to_string(), str::to_owned)
             }
-            LimitKey::Identity => connection.identity.as_ref()?.principal(),
             LimitKey::Address => address(request.remote_ip),
-            LimitKey::Constant { value, .. } => value.to_string(),
+            LimitKey::Identity | LimitKey::Constant { .. } => of_connection(key, connection)?,
         })
     };
     limit.by.iter().map(one).collect()
+}
+
+/// What a connection shows of it.
+fn of_connection(key: &LimitKey, connection: &Connection) -> Option<String> {
+    match key {
+        LimitKey::Identity => Some(connection.identity.as_ref()?.principal()),
+        LimitKey::Address => Some(address(connection.client.ip())),
+        LimitKey::Constant { value, .. } => Some(value.to_string()),
+        LimitKey::Path | LimitKey::Method | LimitKey::Header(_) | LimitKey::Claim(_) => None,
+    }
 }
 
 /// Whoever has one address of IPv6 has a whole network of them (RFC 6177): these share a limit.
@@ -271,12 +309,8 @@ fn refused(told: &[Told], detail: &'static str, more: &[(Box<str>, Box<str>)]) -
     }
     fields.push(("x-envoy-ratelimited".into(), "true".into()));
     fields.extend_from_slice(more);
-    let response = Response {
-        status: 429,
-        fields: fields.into(),
-        body: detail.into(),
-        flag: Flag::Decided("RL"),
-    };
+    let response =
+        Response { status: 429, fields: fields.into(), body: detail.into(), flag: Flag::Decided("RL") };
     Checked::Refused(Arc::new(response), detail)
 }
 
@@ -294,7 +328,8 @@ fn edits(told: &[Told]) -> Vec<Edit> {
         }
     };
     let of = |headers| told.iter().filter(move |one| one.headers == headers);
-    let list = |item: &dyn Fn(&Told) -> String| of(LimitHeaders::Standard).map(item).collect::<Vec<_>>().join(", ");
+    let list =
+        |item: &dyn Fn(&Told) -> String| of(LimitHeaders::Standard).map(item).collect::<Vec<_>>().join(", ");
     set(
         "ratelimit-policy",
         list(&|one| format!("\"{}\";q={};w={}", one.name, one.quota, seconds(one.window).max(1))),
@@ -323,9 +358,6 @@ impl Mark {
         self.0.fetch_update(Relaxed, Relaxed, next)
     }
 }
-
-/// A limit's global part, with its resource's wish for headers.
-type GlobalPart<'l> = (&'l Arc<GlobalLimit>, &'l Arc<Limit>, Vec<String>, LimitHeaders);
 
 #[cfg(test)]
 mod tests;

@@ -12,11 +12,14 @@ use http::{Request, StatusCode, Uri, header};
 use http_body_util::{BodyExt, Empty, LengthLimitError, Limited};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
+use model::telemetry::Collector;
 use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
+
+use crate::telemetry::Connect;
 
 /// The largest document that is read.
 const MAX_DOCUMENT: usize = 1 << 20;
@@ -56,17 +59,18 @@ pub trait Fetch: Send + Sync + 'static {
     fn fetch(&self, url: &str, limit: Duration) -> Fetching;
 }
 
-/// Fetches over the network, past the mesh: most issuers are outside of it.
+/// Fetches over the network: through the mesh from hosts that it knows, past it from others, as most issuers are.
 pub struct Network {
     tls: Arc<ClientConfig>,
+    inside: Option<Arc<dyn Connect>>,
 }
 
 impl Network {
-    /// Trusts what the system trusts (`SSL_CERT_FILE`, or the distribution's bundle).
+    /// Trusts what the system trusts (`SSL_CERT_FILE`, or the distribution's bundle). `inside` reaches hosts of the mesh.
     ///
     /// # Errors
     /// When the cryptography can't be set up.
-    pub fn new() -> Result<Self, rustls::Error> {
+    pub fn new(inside: Option<Arc<dyn Connect>>) -> Result<Self, rustls::Error> {
         let mut roots = RootCertStore::empty();
         let found = rustls_native_certs::load_native_certs();
         for error in &found.errors {
@@ -78,33 +82,37 @@ impl Network {
                 "the system trusts no certificate authority: keys can be fetched over http only; set SSL_CERT_FILE"
             );
         }
-        Self::trusting(roots)
+        Self::trusting(roots, inside)
     }
 
     /// Trusts `roots`.
     ///
     /// # Errors
     /// When the cryptography can't be set up.
-    pub fn trusting(roots: RootCertStore) -> Result<Self, rustls::Error> {
+    pub fn trusting(roots: RootCertStore, inside: Option<Arc<dyn Connect>>) -> Result<Self, rustls::Error> {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
         let mut tls = builder.with_root_certificates(roots).with_no_client_auth();
         tls.alpn_protocols = vec![b"http/1.1".to_vec()];
-        Ok(Self { tls: Arc::new(tls) })
+        Ok(Self { tls: Arc::new(tls), inside })
     }
 }
 
 impl Fetch for Network {
     fn fetch(&self, url: &str, limit: Duration) -> Fetching {
-        let (url, tls) = (url.to_owned(), Arc::clone(&self.tls));
+        let (url, tls, inside) = (url.to_owned(), Arc::clone(&self.tls), self.inside.clone());
         Box::pin(async move {
-            let got = tokio::time::timeout(limit, get(&url, tls)).await;
+            let got = tokio::time::timeout(limit, get(&url, tls, inside)).await;
             got.unwrap_or(Err(FetchError::Timeout(limit)))
         })
     }
 }
 
-async fn get(url: &str, tls: Arc<ClientConfig>) -> Result<Bytes, FetchError> {
+async fn get(
+    url: &str,
+    tls: Arc<ClientConfig>,
+    inside: Option<Arc<dyn Connect>>,
+) -> Result<Bytes, FetchError> {
     let bad = || FetchError::Url(url.to_owned());
     let uri: Uri = url.parse().map_err(|_| bad())?;
     let secure = match uri.scheme_str() {
@@ -116,13 +124,31 @@ async fn get(url: &str, tls: Arc<ClientConfig>) -> Result<Bytes, FetchError> {
     let host = uri.host().ok_or_else(bad)?.trim_start_matches('[').trim_end_matches(']');
     let port = uri.port_u16().unwrap_or(if secure { 443 } else { 80 });
     let failed = |error| FetchError::Connect(format!("{host}:{port}"), error);
-    let stream = TcpStream::connect((host, port)).await.map_err(failed)?;
+    let stream = connect(host, port, inside).await.map_err(failed)?;
     if !secure {
         return exchange(stream, &uri).await;
     }
     let name = ServerName::try_from(host.to_owned()).map_err(|error| failed(io::Error::other(error)))?;
     let stream = TlsConnector::from(tls).connect(name, stream).await.map_err(failed)?;
     exchange(stream, &uri).await
+}
+
+/// Through the mesh, if it knows the host; a host that it knows is not reached past it.
+async fn connect(
+    host: &str,
+    port: u16,
+    inside: Option<Arc<dyn Connect>>,
+) -> io::Result<Box<dyn net::Io>> {
+    if let Some(inside) = inside {
+        let host = host.to_ascii_lowercase().as_str().into();
+        let to = Collector { provider: "issuer".into(), namespace: None, host, port };
+        match inside.connect(&to).await {
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotConnected) => {}
+            result => return result,
+        }
+    }
+    let stream = TcpStream::connect((host, port)).await?;
+    Ok(Box::new(stream))
 }
 
 async fn exchange<S>(stream: S, uri: &Uri) -> Result<Bytes, FetchError>

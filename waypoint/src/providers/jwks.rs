@@ -116,13 +116,7 @@ impl Jwks {
     /// Without issuers. Fetches run on `runtime`.
     #[must_use]
     pub fn new(fetch: Arc<dyn Fetch>, runtime: Handle) -> Self {
-        Self {
-            fetch,
-            runtime,
-            issuers: Mutex::default(),
-            by_rule: ArcSwap::default(),
-            stats: Arc::default(),
-        }
+        Self { fetch, runtime, issuers: Mutex::default(), by_rule: ArcSwap::default(), stats: Arc::default() }
     }
 
     /// Counts.
@@ -178,7 +172,9 @@ impl Jwks {
         if let KeySource::Inline(text) = &rule.keys {
             match KeySet::parse(text.as_bytes()) {
                 Ok(keys) => issuer.keys.store(Some(Arc::new(keys))),
-                Err(error) => tracing::warn!(issuer = ?rule.issuer, %error, "the keys of a rule can't be used"),
+                Err(error) => {
+                    tracing::warn!(issuer = ?rule.issuer, %error, "the keys of a rule can't be used")
+                }
             }
             issuer.attempts.send_replace(1);
             return issuer;

@@ -159,7 +159,8 @@ impl KeySet {
         }
         let (mut keys, mut passed_over) = (Vec::new(), Vec::new());
         for value in set.keys {
-            let read = serde_json::from_value(value).map_err(|_| "it is no JWK").and_then(|jwk: Jwk| jwk.key());
+            let read =
+                serde_json::from_value(value).map_err(|_| "it is no JWK").and_then(|jwk: Jwk| jwk.key());
             match read {
                 Ok(key) => keys.push(key),
                 Err(reason) => passed_over.push(reason),

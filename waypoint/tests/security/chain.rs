@@ -49,7 +49,8 @@ fn program() -> Option<&'static PathBuf> {
     let build = || {
         let source = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/security/checks");
         let program = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("checks");
-        let built = Command::new("go").arg("build").arg("-o").arg(&program).arg(".").current_dir(source).output();
+        let built =
+            Command::new("go").arg("build").arg("-o").arg(&program).arg(".").current_dir(source).output();
         let why = match built {
             Ok(output) if output.status.success() => return Some(program),
             Ok(output) => String::from_utf8_lossy(&output.stderr).into_owned(),
@@ -63,7 +64,7 @@ fn program() -> Option<&'static PathBuf> {
 }
 
 /// Addresses that were free a moment ago.
-fn free() -> SocketAddr {
+pub fn free() -> SocketAddr {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
@@ -127,20 +128,24 @@ spec:
 const VIP: &str = "240.240.0.1";
 
 /// A waypoint before the service `shop`, in the test's own process.
-struct Lab {
+pub struct Lab {
     address: SocketAddr,
-    guards: Arc<Guards>,
+    pub guards: Arc<Guards>,
     _worker: Arc<Worker>,
 }
 
 impl Lab {
-    /// With `resources` beside the service, of which `authz`, `authz-http` and `limits` are the peer.
     async fn start(checks: &Checks, resources: &str) -> Self {
+        Self::with(checks.grpc, checks.http, resources).await
+    }
+
+    /// With `resources` beside the service, of which `authz` is at `grpc`, and `authz-http` at `http`.
+    pub async fn with(grpc: SocketAddr, http: SocketAddr, resources: &str) -> Self {
         let shop = echo().await;
         let text = [
             external("shop", VIP, "http", shop),
-            external("authz", "240.240.0.2", "grpc", checks.grpc).replace("use-waypoint", "none"),
-            external("authz-http", "240.240.0.3", "http", checks.http).replace("use-waypoint", "none"),
+            external("authz", "240.240.0.2", "grpc", grpc).replace("use-waypoint", "none"),
+            external("authz-http", "240.240.0.3", "http", http).replace("use-waypoint", "none"),
             external("away", "240.240.0.4", "grpc", free()).replace("use-waypoint", "none"),
             "
 ---
@@ -157,8 +162,10 @@ spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, p
         repository.stage(&"lab.yaml".into(), Content::Bytes(text.as_bytes()));
         let outcome = repository.commit();
         let errors = repository.diagnostics().into_iter();
-        let errors: Vec<_> =
-            errors.filter(|d| d.severity == config::diagnostic::Severity::Error).map(|d| d.to_string()).collect();
+        let errors: Vec<_> = errors
+            .filter(|d| d.severity == config::diagnostic::Severity::Error)
+            .map(|d| d.to_string())
+            .collect();
         assert!(errors.is_empty(), "{errors:#?}");
         let mesh = Arc::new(Mesh::default().apply(outcome.changes));
         let guards = Arc::new(Guards::fetching(Arc::new(NoKeys), tokio::runtime::Handle::current()));
@@ -198,7 +205,13 @@ spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, p
     }
 
     /// Sends a request on a connection of its own; the response's head and body.
-    async fn ask(&self, method: &str, path: &str, fields: &[(&str, &str)], body: &str) -> (u16, String, String) {
+    pub async fn ask(
+        &self,
+        method: &str,
+        path: &str,
+        fields: &[(&str, &str)],
+        body: &str,
+    ) -> (u16, String, String) {
         let mut stream = TcpStream::connect(self.address).await.unwrap();
         let mut text = format!("{method} {path} HTTP/1.1\r\nHost: shop.example\r\nConnection: close\r\n");
         for (name, value) in fields {
@@ -231,9 +244,11 @@ async fn echo() -> SocketAddr {
                     if let Some((head, body)) = text.split_once("\r\n\r\n") {
                         let length = head.lines().filter_map(|line| line.split_once(": "));
                         let length = length.filter(|(name, _)| name.eq_ignore_ascii_case("content-length"));
-                        let length = length.map(|(_, value)| value.parse::<usize>().unwrap()).next().unwrap_or(0);
+                        let length =
+                            length.map(|(_, value)| value.parse::<usize>().unwrap()).next().unwrap_or(0);
                         if body.len() >= length {
-                            let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{text}", text.len());
+                            let answer =
+                                format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{text}", text.len());
                             stream.write_all(answer.as_bytes()).await.unwrap();
                             seen.clear();
                             continue;
@@ -266,7 +281,9 @@ spec:
 }
 
 fn mesh_config(providers: &str) -> String {
-    format!("\n---\napiVersion: mesh.istio.io/v1alpha1\nkind: MeshConfig\nmetadata: {{name: mesh}}\nspec:\n  extensionProviders:\n{providers}")
+    format!(
+        "\n---\napiVersion: mesh.istio.io/v1alpha1\nkind: MeshConfig\nmetadata: {{name: mesh}}\nspec:\n  extensionProviders:\n{providers}"
+    )
 }
 
 #[tokio::test]
@@ -352,7 +369,7 @@ async fn who_can_t_be_asked_refuses_unless_it_is_said_otherwise() {
     assert_eq!(lab.ask("GET", "/other", &[], "").await.0, 200);
 }
 
-fn limits(spec: &str) -> String {
+pub fn limits(spec: &str) -> String {
     format!(
         "
 ---
@@ -392,7 +409,8 @@ async fn requests_are_counted_here_and_by_a_service_of_others() {
             assert_eq!(status, 429);
             assert!(head.contains("ratelimit-policy: \"") && head.contains("retry-after: "), "{head}");
             if path == "/global" {
-                let key = format!("x-counted: shop|x-user={user}|identity=cluster.local/ns/web/sa/front|limit=2");
+                let key =
+                    format!("x-counted: shop|x-user={user}|identity=cluster.local/ns/web/sa/front|limit=2");
                 assert!(head.contains(&key), "{head}");
             }
         }

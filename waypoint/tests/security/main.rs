@@ -9,4 +9,6 @@
 )]
 
 mod chain;
+mod fetch;
 mod peers;
+mod redis;

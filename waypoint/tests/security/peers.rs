@@ -66,7 +66,11 @@ fn policies(mesh: &Mesh, service: &model::http::HttpService) -> Policies {
 }
 
 /// The status, and what of the request reaches the service.
-fn answered(case: &Value, jwks: &Value, runtime: &tokio::runtime::Runtime) -> (u16, BTreeMap<String, String>) {
+fn answered(
+    case: &Value,
+    jwks: &Value,
+    runtime: &tokio::runtime::Runtime,
+) -> (u16, BTreeMap<String, String>) {
     let mesh = mesh(case);
     let key = ServiceKey { namespace: "ns1".into(), hostname: "b.ns1.svc.cluster.local".into() };
     let service = mesh.http_service(&key).expect("the service is bound to the waypoint");

@@ -1,13 +1,14 @@
-//! Which RequestAuthentications hold for a service because they select workloads behind it. Tokens are looked at before
+//! Which RequestAuthentications hold for a service, also because they select workloads behind it. Tokens are looked at before
 //! it is known which workload takes the request, so one that selects any of them holds for all: it refuses no one who
 //! sends no token.
 
 use model::{PolicyKey, ServiceKey, Workload};
 
-use super::Compiler;
 use super::index::Id;
+use super::{Compiler, Finding};
+use crate::diagnostic::Code;
 use crate::policy::Waypoint;
-use crate::resource::ObjectKey;
+use crate::resource::{Kind, ObjectKey};
 
 impl Compiler {
     /// The RequestAuthentications that hold for a service, which an object defines, at its waypoint.
@@ -22,6 +23,26 @@ impl Compiler {
         keys.sort_unstable();
         keys.dedup();
         keys.into()
+    }
+
+    /// What to say of what only waypoints act on, where none is before what it is for.
+    pub(super) fn at_no_waypoint(&self, key: &ObjectKey) -> Option<Finding> {
+        let name = PolicyKey { namespace: key.namespace.clone(), name: key.name.clone() };
+        let mut services = self.http_services.values();
+        let (listed, message) = match key.kind {
+            Kind::RequestAuthentication => (
+                services.any(|service| service.authentication.contains(&name)),
+                "no service that it is for is bound to a waypoint: nobody looks at tokens, and policies that ask for \
+                 one let nobody in",
+            ),
+            Kind::RateLimit => (
+                services.any(|service| service.rate_limits.contains(&name)),
+                "no service that it is for is bound to a waypoint: nobody counts requests",
+            ),
+            _ => return None,
+        };
+        let remedy = "bind the service, or its namespace, to a waypoint (istio.io/use-waypoint)".to_owned();
+        (!listed).then(|| Finding { code: Code::WithoutEffect, message: message.to_owned(), remedy })
     }
 
     /// Follows which of them select a workload, which is `new` now.

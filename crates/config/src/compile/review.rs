@@ -14,7 +14,10 @@ impl Compiler {
     /// What to say of an object in the light of all that there is, beside what was found.
     #[must_use]
     pub fn review(&self, key: &ObjectKey) -> Vec<Finding> {
-        self.policies.review(key, self)
+        let mut found = self.policies.review(key, self);
+        found.extend(self.review_routes(key));
+        found.extend(self.at_no_waypoint(key));
+        found
     }
 
     /// The pods that are in the mesh and have annotations on what of their traffic is captured, by their uids.

@@ -109,10 +109,14 @@ fn judged(answer: CheckResponse) -> Answer {
     match (code, answer.http_response) {
         (0, Some(HttpResponse::OkResponse(ok))) => Answer::Allowed(changes(ok)),
         (0, None) => Answer::Allowed(Changes::default()),
-        (_, Some(HttpResponse::ErrorResponse(_))) => Answer::Failed(format!("it failed with the code {code}")),
+        (_, Some(HttpResponse::ErrorResponse(_))) => {
+            Answer::Failed(format!("it failed with the code {code}"))
+        }
         // A refusal beside a good status is no agreement.
         (_, Some(HttpResponse::DeniedResponse(denied))) => Answer::Denied(refusal(denied)),
-        (_, Some(HttpResponse::OkResponse(_)) | None) => Answer::Denied(refusal(DeniedHttpResponse::default())),
+        (_, Some(HttpResponse::OkResponse(_)) | None) => {
+            Answer::Denied(refusal(DeniedHttpResponse::default()))
+        }
     }
 }
 
@@ -122,7 +126,11 @@ fn changes(ok: OkHttpResponse) -> Changes {
     let set = ok.headers.iter().filter_map(|option| edit(option, false));
     Changes {
         request: set.chain(removed).collect(),
-        set_parameters: ok.query_parameters_to_set.into_iter().map(|p| (escaped(&p.key), escaped(&p.value))).collect(),
+        set_parameters: ok
+            .query_parameters_to_set
+            .into_iter()
+            .map(|p| (escaped(&p.key), escaped(&p.value)))
+            .collect(),
         remove_parameters: ok.query_parameters_to_remove.iter().map(|name| escaped(name)).collect(),
         response: ok.response_headers_to_add.iter().filter_map(|option| edit(option, true)).collect(),
     }
@@ -200,7 +208,9 @@ mod tests {
         request.set_method("POST");
         request.set_authority("shop");
         request.set_target("/buy?n=1");
-        for (name, value) in [("Accept", "a"), ("accept", "b"), ("Content-Length", "7"), ("X-Request-Id", "r")] {
+        for (name, value) in
+            [("Accept", "a"), ("accept", "b"), ("Content-Length", "7"), ("X-Request-Id", "r")]
+        {
             request.fields.push(name.as_bytes(), value.as_bytes());
         }
         let check = BodyCheck { max_bytes: 3, allow_partial: true, as_bytes: false };
@@ -269,13 +279,18 @@ mod tests {
                 http_response: Some(HttpResponse::DeniedResponse(denied)),
             })
         };
-        for (answer, wanted) in
-            [(denied(7, Some(401)), 401), (denied(7, None), 403), (denied(7, Some(7)), 403), (denied(0, None), 403)]
-        {
+        for (answer, wanted) in [
+            (denied(7, Some(401)), 401),
+            (denied(7, None), 403),
+            (denied(7, Some(7)), 403),
+            (denied(0, None), 403),
+        ] {
             let Answer::Denied(response) = answer else { panic!("allowed") };
             assert_eq!((response.status, response.fields.len()), (wanted, 1));
         }
-        let bare = |code| judged(CheckResponse { status: Some(Status { code, ..Status::default() }), http_response: None });
+        let bare = |code| {
+            judged(CheckResponse { status: Some(Status { code, ..Status::default() }), http_response: None })
+        };
         assert!(matches!(bare(7), Answer::Denied(response) if response.status == 403));
         assert!(matches!(bare(0), Answer::Allowed(_)));
     }

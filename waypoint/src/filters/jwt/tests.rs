@@ -1,7 +1,13 @@
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stdout
+)]
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use aws_lc_rs::rand::SystemRandom;
@@ -65,16 +71,12 @@ impl Issuer {
             "RS512" => rsa(&signature::RSA_PKCS1_SHA512),
             "PS256" => rsa(&signature::RSA_PSS_SHA256),
             "PS384" => rsa(&signature::RSA_PSS_SHA384),
-            "ES256" => {
-                self.p256.sign(&SystemRandom::new(), message.as_bytes()).unwrap().as_ref().to_vec()
-            }
+            "ES256" => self.p256.sign(&SystemRandom::new(), message.as_bytes()).unwrap().as_ref().to_vec(),
             "EdDSA" => self.ed25519.sign(message.as_bytes()).as_ref().to_vec(),
             // What whoever confuses algorithms would sign with: the public key as a secret.
             "HS256" => {
-                let key = aws_lc_rs::hmac::Key::new(
-                    aws_lc_rs::hmac::HMAC_SHA256,
-                    self.rsa.public_key().as_ref(),
-                );
+                let key =
+                    aws_lc_rs::hmac::Key::new(aws_lc_rs::hmac::HMAC_SHA256, self.rsa.public_key().as_ref());
                 aws_lc_rs::hmac::sign(&key, message.as_bytes()).as_ref().to_vec()
             }
             _ => Vec::new(),
@@ -303,10 +305,7 @@ fn a_refusal_says_what_kind_of_token_is_wanted() {
     let outcome = authenticator(&[&rule], &runtime).by_rules(&[&rule], &mut head, Patience::Left, NOW);
     let Outcome::Refused(response, detail) = outcome else { panic!("passed") };
     let fields: Vec<_> = response.fields.iter().map(|(n, v)| (&**n, &**v)).collect();
-    assert_eq!(
-        fields,
-        [("www-authenticate", "Bearer realm=\"http://shop/a%22b\", error=\"invalid_token\"")]
-    );
+    assert_eq!(fields, [("www-authenticate", "Bearer realm=\"http://shop/a%22b\", error=\"invalid_token\"")]);
     assert!(detail.starts_with("jwt_authn_access_denied{Jwt_is_not_in_the_form"), "{detail}");
 }
 
@@ -335,8 +334,11 @@ fn tokens_are_found_where_the_rule_says_and_go_no_further_unless_it_does() {
     };
     for mut head in make() {
         assert_eq!(ask(&elsewhere, &mut head), (0, "i/s".to_owned()));
-        let rest: Vec<_> =
-            head.fields.iter().map(|(n, v)| String::from_utf8_lossy(&[n, b"=", v].concat()).into_owned()).collect();
+        let rest: Vec<_> = head
+            .fields
+            .iter()
+            .map(|(n, v)| String::from_utf8_lossy(&[n, b"=", v].concat()).into_owned())
+            .collect();
         assert!(!format!("{} {rest:?}", head.target()).contains(&token), "{} {rest:?}", head.target());
     }
     let mut all = make();
@@ -435,7 +437,8 @@ fn a_token_that_comes_again_is_looked_up_for_its_rule_keys_and_time() {
     let rule = Arc::new(rule(&issuer.set()));
     let runtime = runtime();
     let known = authenticator(&[&rule], &runtime);
-    let ask = |token: &str, now| verdict(&known.by_rules(&[&rule], &mut bearer(token), Patience::Left, now)).0;
+    let ask =
+        |token: &str, now| verdict(&known.by_rules(&[&rule], &mut bearer(token), Patience::Left, now)).0;
     let token = issuer.token(&json!({ "iss": "i", "exp": NOW }));
     assert_eq!((ask(&token, NOW), ask(&token, NOW)), (0, 0));
     assert_eq!((known.stats.taken.get(), known.stats.known.get()), (2, 1));
@@ -486,9 +489,7 @@ async fn keys_are_fetched_kept_and_fetched_again_when_a_token_names_a_new_one() 
     let keys = Arc::new(Jwks::new(Arc::new(documents.clone()), tokio::runtime::Handle::current()));
     keys.follow_rules([&fetched].into_iter());
     let authenticator = Authenticator::new(keys.clone(), 64);
-    let ask = |token: &str, patience| {
-        authenticator.by_rules(&[&fetched], &mut bearer(token), patience, NOW)
-    };
+    let ask = |token: &str, patience| authenticator.by_rules(&[&fetched], &mut bearer(token), patience, NOW);
     let token = old.token(&json!({ "iss": "i" }));
     // The first request waits for the first attempt.
     let Outcome::Wait(attempt) = ask(&token, Patience::Left) else { panic!("did not wait") };
@@ -543,7 +544,8 @@ async fn without_keys_tokens_are_refused_and_requests_without_one_pass() {
     keys.follow_rules([&fetched].into_iter());
     let authenticator = Authenticator::new(keys.clone(), 64);
     keys.tried().await;
-    let ask = |head: &mut RequestHead| verdict(&authenticator.by_rules(&[&fetched], head, Patience::Left, NOW));
+    let ask =
+        |head: &mut RequestHead| verdict(&authenticator.by_rules(&[&fetched], head, Patience::Left, NOW));
     let token = issuer.token(&json!({ "iss": "i", "sub": "s" }));
     assert_eq!(ask(&mut bearer(&token)), (401, "Jwks remote fetch is failed".to_owned()));
     assert_eq!(ask(&mut bearer(&issuer.token(&json!({ "iss": "j" })))).1, "Jwt issuer is not configured");
@@ -554,4 +556,32 @@ async fn without_keys_tokens_are_refused_and_requests_without_one_pass() {
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
     assert_eq!(ask(&mut bearer(&token)), (0, "i/s".to_owned()));
+}
+
+#[test]
+#[ignore = "a measurement: run it alone, in a release build"]
+fn time_of_a_token() {
+    let issuer = Issuer::new();
+    let rule = Arc::new(rule(&issuer.set()));
+    let runtime = runtime();
+    let known = authenticator(&[&rule], &runtime);
+    let padding = "x".repeat(400);
+    for (alg, kid) in [("ES256", "e"), ("RS256", "r"), ("EdDSA", "o")] {
+        let token = |n: u32| {
+            let payload = json!({ "iss": "i", "sub": "s", "n": n, "exp": NOW + 3600, "padding": padding });
+            issuer.sign(&json!({ "alg": alg, "kid": kid }), &payload)
+        };
+        let unique: Vec<RequestHead> = (0..2000).map(|n| bearer(&token(n))).collect();
+        let repeated = vec![bearer(&token(0)); 20_000];
+        for (what, heads) in [("unique", unique), ("repeated", repeated)] {
+            let count = heads.len();
+            let begin = tokio::time::Instant::now();
+            for mut head in heads {
+                let outcome = known.by_rules(&[&rule], &mut head, Patience::Left, NOW);
+                assert_eq!(verdict(&outcome).0, 0);
+            }
+            let each = begin.elapsed() / u32::try_from(count).unwrap();
+            println!("{alg}, {what} tokens: {each:?} each");
+        }
+    }
 }

@@ -107,7 +107,8 @@ impl<'t> Token<'t> {
     }
 
     pub(super) fn verify(&self, keys: &KeySet) -> Result<(), Fault> {
-        let verified = keys.verify(self.algorithm, self.kid.as_deref(), self.message.as_bytes(), &self.signature);
+        let verified =
+            keys.verify(self.algorithm, self.kid.as_deref(), self.message.as_bytes(), &self.signature);
         verified.map_err(|rejected| match rejected {
             Rejected::NoSuchKey => Fault::NoSuchKey,
             Rejected::Signature => Fault::Signature,

@@ -10,7 +10,7 @@ use proto::wire::rate_limit::rate_limit_response::rate_limit::Unit;
 use proto::wire::rate_limit::rate_limit_response::{Code, DescriptorStatus};
 use proto::wire::rate_limit::{RateLimitDescriptor, RateLimitRequest, RateLimitResponse};
 
-use super::{Checked, GlobalPart, LimitStats, Told, edits, refused};
+use super::{Checked, LimitStats, Told, edits, refused};
 use crate::filters::{answer, ext_authz};
 use crate::http::decide::{Connection, Edit, Endpoints, Flag, Value};
 use crate::http::head::{is_field_name, is_field_value};
@@ -19,8 +19,8 @@ use crate::upstream::call::{CallError, call_grpc};
 
 const METHOD: &str = "/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit";
 
-/// A limit, and the values that it is asked for.
-pub(super) type Question<'l> = GlobalPart<'l>;
+/// A limit that a service counts, the values that it is asked for, and its resource's wish for headers.
+pub(super) type Question<'l> = (&'l Arc<GlobalLimit>, &'l Arc<Limit>, Vec<String>, LimitHeaders);
 
 /// What is to be asked, of whom.
 pub struct Asking {
@@ -132,7 +132,12 @@ impl Asking {
         Err(unanswered())
     }
 
-    fn judge(&mut self, one: &One, answer: RateLimitResponse, request: &mut Vec<Edit>) -> Result<(), Checked> {
+    fn judge(
+        &mut self,
+        one: &One,
+        answer: RateLimitResponse,
+        request: &mut Vec<Edit>,
+    ) -> Result<(), Checked> {
         if answer.overall_code() == Code::Unknown {
             return self.failed(one, "its answer has no code");
         }
@@ -159,7 +164,8 @@ impl Asking {
         if over {
             self.stats.over.inc();
             let more = answer.response_headers_to_add.iter().filter(|h| good(&h.key, h.value.as_bytes()));
-            let more: Vec<_> = more.map(|h| (h.key.to_ascii_lowercase().into(), h.value.as_str().into())).collect();
+            let more: Vec<_> =
+                more.map(|h| (h.key.to_ascii_lowercase().into(), h.value.as_str().into())).collect();
             return Err(refused(&self.told, "request_rate_limited", &more));
         }
         for header in answer.request_headers_to_add {

@@ -1,12 +1,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use model::Change;
-use model::http::{Bucket, LimitMatch, PathPattern};
 use model::StringMatch;
+use model::http::{Bucket, LimitMatch, PathPattern};
 use serde_json::json;
 
-use super::*;
 use super::bucket::{Buckets, Taken};
+use super::*;
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -118,7 +118,12 @@ fn request(method: &str, target: &str, fields: &[(&str, &str)]) -> RequestHead {
 }
 
 /// The status, 0 where it may go on, and the fields that tell of the limits.
-fn ask(counted: &RateLimits, limits: &Arc<RateLimit>, head: &RequestHead, claims: Option<&Claims>) -> (u16, Vec<String>) {
+fn ask(
+    counted: &RateLimits,
+    limits: &Arc<RateLimit>,
+    head: &RequestHead,
+    claims: Option<&Claims>,
+) -> (u16, Vec<String>) {
     let connection = connection();
     let shown = |name: &str, value: &str| format!("{name}: {value}");
     match counted.here(&[limits], &view(head, &connection, claims), &connection) {
@@ -139,7 +144,8 @@ fn ask(counted: &RateLimits, limits: &Arc<RateLimit>, head: &RequestHead, claims
 
 #[test]
 fn clients_are_told_of_their_limits() {
-    let (counted, limits) = all(vec![limit("per-minute", &[], 2), limit("more", &[], 100)], LimitHeaders::Standard);
+    let (counted, limits) =
+        all(vec![limit("per-minute", &[], 2), limit("more", &[], 100)], LimitHeaders::Standard);
     let head = request("GET", "/", &[]);
     let policy = "ratelimit-policy: \"per-minute\";q=2;w=60, \"more\";q=100;w=60";
     assert_eq!(
@@ -237,4 +243,28 @@ fn networks_of_ipv6_share_an_address() {
     assert_eq!(of("10.0.0.1"), "10.0.0.1");
     assert_eq!(of("::ffff:10.0.0.1"), "10.0.0.1");
     assert_eq!(of("2001:db8:1:2:3:4:5:6"), "2001:db8:1:2::/64");
+}
+
+#[test]
+fn connections_take_from_what_asks_nothing_of_requests() {
+    let mut posts = limit("posts", &[LimitKey::Identity], 1);
+    posts.on.methods = ["POST".into()].into();
+    let of_paths = limit("paths", &[LimitKey::Path], 1);
+    let (counted, limits) =
+        all(vec![posts, of_paths, limit("all", &[LimitKey::Identity], 2)], LimitHeaders::None);
+    let mesh = Mesh::default().apply([Change::SetRateLimit(limits.clone())]);
+    let service = HttpService {
+        service: model::ServiceKey { namespace: "a".into(), hostname: "b".into() },
+        waypoint: model::http::WaypointKey { namespace: "a".into(), name: "w".into() },
+        ports: Box::default(),
+        policies: Box::default(),
+        selected: Box::default(),
+        authentication: Box::default(),
+        rate_limits: [limits.key.clone()].into(),
+        telemetry: Arc::default(),
+    };
+    let admit = || counted.admit(&mesh, &service, &connection()).is_ok();
+    assert_eq!([admit(), admit(), admit()], [true, true, false]);
+    // One that is listed and not known refuses.
+    assert!(counted.admit(&Mesh::default(), &service, &connection()).is_err());
 }
