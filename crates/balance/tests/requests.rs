@@ -292,6 +292,28 @@ fn an_ejection_moves_the_keys_of_the_ejected_only() {
     }
 }
 
+#[test]
+fn what_is_left_out_is_passed_over_before_there_is_a_new_group() {
+    let (ring, maglev) = (HashTable::Ring(64), HashTable::Maglev(251));
+    for balancer in [
+        LoadBalancer::Random,
+        LoadBalancer::LeastRequest,
+        LoadBalancer::RoundRobin,
+        by_hash(ring, None),
+        by_hash(maglev, None),
+    ] {
+        let mut bed = Bed::new(balancer.clone());
+        let group = bed.group(equal(4), None);
+        group.members()[2].load.leave_out(true);
+        for key in 0..500u64 {
+            let key = Some(hash(&key.to_le_bytes()));
+            assert_ne!(group.pick(&Choice { key, ..bed.choice() }), Some(2), "{balancer:?}");
+        }
+        group.members()[2].load.leave_out(false);
+        assert!(bed.shares(&group)[2] >= 20, "{balancer:?}");
+    }
+}
+
 fn balancers() -> impl Strategy<Value = LoadBalancer> {
     prop_oneof![
         Just(LoadBalancer::Random),

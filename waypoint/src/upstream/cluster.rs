@@ -20,6 +20,9 @@ use crate::upstream::hashing::{self, Key};
 use crate::upstream::original::Outside;
 use crate::upstream::tls::Origination;
 
+/// A view that an ejection asks for is made once so many times as long has passed as the last one took to make.
+const VIEW_REST: u32 = 20;
+
 /// The endpoints of one destination, for as long as its service is there.
 pub(crate) struct Cluster {
     backend: Backend,
@@ -29,6 +32,9 @@ pub(crate) struct Cluster {
     ejections: Mutex<Option<Ejections>>,
     /// When these are to be looked at, in microseconds since the start.
     next_sweep: AtomicU64,
+    /// When a view may be made for an ejection: where many endpoints fail at a time, views must not take the threads' time.
+    /// Until then the endpoints' own marks say who is left out.
+    next_view: AtomicU64,
     this: Weak<Self>,
 }
 
@@ -84,6 +90,7 @@ impl Cluster {
                 view: ArcSwap::from_pointee(view),
                 ejections: Mutex::default(),
                 next_sweep: AtomicU64::new(u64::MAX),
+                next_view: AtomicU64::new(0),
                 this: this.clone(),
             }
         }))
@@ -132,7 +139,10 @@ impl Cluster {
     }
 
     fn publish(&self, facts: Arc<Facts>, generation: u64, old: &View, ejections: Option<&Ejections>) {
+        let begun = self.shared.now();
         let group = facts.group(ejections, Some(&old.group));
+        let ended = self.shared.now();
+        self.next_view.store(micros(ended + (ended - begun) * VIEW_REST), Ordering::Relaxed);
         self.shared.stats.built.inc();
         self.view.store(Arc::new(View { generation: AtomicU64::new(generation), facts, group }));
     }
@@ -147,7 +157,9 @@ impl Cluster {
         let Ok(mut ejections) = self.ejections.try_lock() else { return };
         let changed = ejections.as_mut().is_some_and(|ejections| ejections.sweep(now));
         self.plan_sweep(ejections.as_ref());
-        if changed {
+        let view = self.view.load();
+        let known = view.group.members().iter().filter(|member| member.ejected).count();
+        if changed || ejections.as_ref().map_or(0, Ejections::out) != known {
             let view = self.view.load_full();
             let generation = view.generation.load(Ordering::Acquire);
             self.publish(Arc::clone(&view.facts), generation, &view, ejections.as_ref());
@@ -177,7 +189,13 @@ impl Cluster {
         }
         self.shared.stats.ejections.inc();
         tracing::info!(cluster = %self.backend, endpoint = %uid, ?cause, "an endpoint is left out for a while");
+        endpoint.load.leave_out(true);
         self.plan_sweep(ejections.as_ref());
+        let next_view = self.next_view.load(Ordering::Relaxed);
+        if micros(self.shared.now()) < next_view {
+            self.next_sweep.fetch_min(next_view, Ordering::Relaxed);
+            return;
+        }
         let generation = view.generation.load(Ordering::Acquire);
         self.publish(Arc::clone(&view.facts), generation, &view, ejections.as_ref());
     }
@@ -186,10 +204,10 @@ impl Cluster {
         let view = self.view.load();
         let all = view.facts.endpoints.iter().zip(view.group.members());
         let wanted = if with_endpoints { usize::MAX } else { 0 };
-        let endpoints = all.take(wanted).map(|(endpoint, member)| EndpointInfo {
+        let endpoints = all.take(wanted).map(|(endpoint, _)| EndpointInfo {
             target: Arc::clone(endpoint.shown()),
             under_way: endpoint.load.under_way(),
-            ejected: member.ejected,
+            ejected: endpoint.load.is_out(),
         });
         ClusterInfo {
             backend: self.backend.clone(),
@@ -446,12 +464,16 @@ impl Facts {
     }
 
     fn group(&self, ejections: Option<&Ejections>, old: Option<&Group>) -> Group {
-        let members = self.endpoints.iter().map(|endpoint| Member {
-            name: endpoint.name,
-            workload: Arc::clone(&endpoint.workload),
-            labels: Arc::clone(&endpoint.workload.labels),
-            ejected: ejections.is_some_and(|ejections| ejections.is_out(&endpoint.workload.uid)),
-            load: Arc::clone(&endpoint.load),
+        let members = self.endpoints.iter().map(|endpoint| {
+            let ejected = ejections.is_some_and(|ejections| ejections.is_out(&endpoint.workload.uid));
+            endpoint.load.leave_out(ejected);
+            Member {
+                name: endpoint.name,
+                workload: Arc::clone(&endpoint.workload),
+                labels: Arc::clone(&endpoint.workload.labels),
+                ejected,
+                load: Arc::clone(&endpoint.load),
+            }
         });
         let policy = &self.policy;
         let outliers = policy.outliers.as_ref();

@@ -19,8 +19,11 @@ use crate::upstream::tls::Origination;
 /// Targets of addresses that clients dialled, so that their requests share connections.
 pub(crate) struct Targets {
     shared: Arc<Shared>,
-    known: Mutex<HashMap<(SocketAddr, Protocol), (Option<Arc<Workload>>, Arc<Target>)>>,
+    known: Mutex<HashMap<(SocketAddr, Protocol), Known>>,
 }
+
+/// What has an address, and how it is reached.
+type Known = (Option<Arc<Workload>>, Arc<Target>);
 
 impl Targets {
     pub(crate) fn new(shared: Arc<Shared>) -> Self {

@@ -23,7 +23,7 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use waypoint::http::Settings;
-use waypoint::http::decide::{Call, Connection, Dial, Endpoints, Forwarding, Protocol, Retries};
+use waypoint::http::decide::{Call, Connection, Dial, Endpoints, Forwarding, Outcome, Protocol, Retries};
 use waypoint::http::head::RequestHead;
 use waypoint::upstream::{Backend, ClusterLimits, Clusters, Dialers, NoCluster};
 
@@ -253,6 +253,65 @@ async fn an_endpoint_that_fails_is_left_out_and_stays_so_with_a_new_mesh() {
         assert_eq!(client.ask(get("/")).await.status(), 200);
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn threads_that_choose_while_endpoints_fail_and_come_and_go_lose_no_count() {
+    let outliers = Outliers {
+        consecutive_5xx: 2,
+        consecutive_gateway_errors: 0,
+        split_local_origin: false,
+        consecutive_local_origin_failures: 2,
+        interval: Duration::from_millis(5),
+        base_ejection: Duration::from_millis(5),
+        max_ejection: Percent::of(40, 100),
+        min_health: Percent::default(),
+    };
+    let of = |n: u16| set(workload(&format!("w{n}"), SocketAddr::from(([127, 0, 0, 1], 1000 + n))));
+    let policy = TrafficPolicy { outliers: Some(outliers), ..TrafficPolicy::default() };
+    let mut world =
+        World::of((0..50).map(of).chain([service("http", ServiceSource::Kubernetes), traffic(policy)]));
+    let endpoints = world.backend(None).unwrap();
+    let threads: Vec<_> = (0..4u64)
+        .map(|thread| {
+            let endpoints = Arc::clone(&endpoints);
+            tokio::task::spawn_blocking(move || {
+                let address = SocketAddr::from(([127, 0, 0, 1], 1));
+                let connection = Connection {
+                    client: address,
+                    destination: address,
+                    identity: None,
+                    server_name: None,
+                    secure: false,
+                };
+                let request = RequestHead::default();
+                for n in 0..20_000 {
+                    let call =
+                        Call { request: &request, connection: &connection, tried: &[], elsewhere: false };
+                    let picked = endpoints.pick(&call).unwrap();
+                    let retrying = endpoints.may_retry();
+                    let fails = (n + thread) % 3 == 0 || picked.target.address.port() % 2 == 0;
+                    picked.report(if fails { Outcome::Failed } else { Outcome::Status(200) });
+                    drop((picked, retrying));
+                }
+            })
+        })
+        .collect();
+    for n in 0..200 {
+        world.apply(of(50 + n % 10));
+        world.apply(Change::RemoveWorkload(format!("w{}", 50 + (n + 5) % 10).as_str().into()));
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    for thread in threads {
+        thread.await.unwrap();
+    }
+    let info = world.clusters.snapshot().remove(0);
+    assert_eq!((info.circuit.requests, info.circuit.retries), (0, 0));
+    assert!(info.endpoints.iter().all(|endpoint| endpoint.under_way == 0));
+    let out = info.endpoints.iter().filter(|endpoint| endpoint.ejected).count();
+    assert!(out * 100 <= 40 * info.endpoints.len() + 400, "{out} of {} are out", info.endpoints.len());
+    assert!(world.clusters.stats().ejections.get() > 50);
+    assert_eq!(world.clusters.stats().picks.get(), 80_000);
 }
 
 /// A server whose responses wait until `open` says so.

@@ -1,7 +1,7 @@
 //! The endpoints of a destination, sorted for choices.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use model::http::{HashTable, LoadBalancer, Percent, Warmup};
@@ -16,6 +16,8 @@ use crate::partition::mixed;
 
 /// How often an endpoint that is still warming up may be passed over in one choice.
 const PASSES: u32 = 32;
+/// How many endpoints that are left out, and that the group does not know of yet, one choice passes over.
+const MAX_OUT: usize = 64;
 /// By how much a tier may be unhealthy before the next takes over a part, in percent of what is healthy (Envoy's
 /// overprovisioning factor).
 const OVERPROVISION: u64 = 140;
@@ -26,13 +28,27 @@ pub struct Load {
     /// When it came, since any fixed moment.
     since: Duration,
     under_way: AtomicU32,
+    /// Whether it is left out, where the group does not know that yet.
+    out: AtomicBool,
 }
 
 impl Load {
     /// Of an endpoint that has come at this time.
     #[must_use]
     pub fn new(since: Duration) -> Self {
-        Self { since, under_way: AtomicU32::new(0) }
+        Self { since, ..Self::default() }
+    }
+
+    /// Whether the endpoint is left out from now on. A choice passes it over from then on, also before a new group is made,
+    /// which may wait where many are left out at a time.
+    pub fn leave_out(&self, out: bool) {
+        self.out.store(out, Ordering::Relaxed);
+    }
+
+    /// Whether the endpoint is left out.
+    #[must_use]
+    pub fn is_out(&self) -> bool {
+        self.out.load(Ordering::Relaxed)
     }
 
     /// A request goes there. Each is to [`Load::end`].
@@ -124,6 +140,8 @@ struct Tier {
 #[derive(Debug)]
 struct Zone {
     live: Weighted,
+    /// Whether ejected ones are used too.
+    panics: bool,
     share: u64,
     turn: AtomicU64,
 }
@@ -279,7 +297,7 @@ impl Group {
         let found = tabled.table.find(key, |number| {
             let Some(at) = tabled.members.get(number as usize) else { return false };
             let Some(member) = self.members.get(*at as usize) else { return false };
-            (tier.panics || !member.ejected)
+            (tier.panics || !(member.ejected || member.load.is_out()))
                 && !choice.tried.contains(at)
                 && self.is_within_bound(member, tabled.weight, choice.under_way)
         });
@@ -333,7 +351,8 @@ impl Group {
     fn next_in_turn(&self, zone: &Zone, choice: &Choice<'_>) -> Option<usize> {
         for pass in 0..PASSES {
             let slot = zone.live.turn(zone.turn.fetch_add(1, Ordering::Relaxed))?;
-            if !is_tried(zone, slot, choice) && self.is_warm(zone, slot, choice, pass) {
+            let passed_over = is_tried(zone, slot, choice) || self.is_out(zone, slot);
+            if !passed_over && self.is_warm(zone, slot, choice, pass) {
                 return Some(slot);
             }
         }
@@ -349,8 +368,9 @@ impl Group {
         loop {
             let slot = zone.live.draw(&holes, random)?;
             random = mixed(random);
-            if is_tried(zone, slot, choice) {
-                // There are as many of these as there were tries at most.
+            let out = holes.len() < MAX_OUT && self.is_out(zone, slot);
+            if out || is_tried(zone, slot, choice) {
+                // There are as many of these as there were tries, and of the others as the limit says.
                 let hole = zone.live.hole(slot);
                 let place = holes.partition_point(|other| *other < hole);
                 holes.insert(place, hole);
@@ -360,6 +380,12 @@ impl Group {
                 passes += 1;
             }
         }
+    }
+
+    /// Whether an endpoint is left out that was not when the group was made.
+    fn is_out(&self, zone: &Zone, slot: usize) -> bool {
+        let member = || zone.live.member(slot).and_then(|at| self.members.get(at as usize));
+        !zone.panics && member().is_some_and(|member| member.load.is_out())
     }
 
     /// Whether an endpoint that is drawn is taken: one that is warming up in as many of 100 draws as it has percent of what
@@ -434,7 +460,8 @@ fn zones(
         // What a zone is too unhealthy for, the others take (Envoy's locality-weighted balancing).
         let able = if panics { 100 } else { (healthy * OVERPROVISION / total.max(1)).min(100) };
         let turn = old.and_then(|old| old.zones.get(number)).map(|zone| zone.turn.load(Ordering::Relaxed));
-        Zone { live, share: u64::from(share) * able, turn: AtomicU64::new(turn.unwrap_or(0)) }
+        let turn = AtomicU64::new(turn.unwrap_or(0));
+        Zone { live, panics, share: u64::from(share) * able, turn }
     });
     zones.collect()
 }
