@@ -1,4 +1,4 @@
-//! The pages of the admin port that are the waypoint's own: `/config_dump`.
+//! The pages of the admin port that are the waypoint's own: `/config_dump`, `/clusters`.
 
 use std::sync::Arc;
 
@@ -28,6 +28,19 @@ pub struct Shown {
 #[must_use]
 pub fn routes(routes: Routes, front: &Arc<Front>, shown: &Shown) -> Routes {
     let places = Arc::new(Semaphore::new(LARGE_PAGES));
+    let (clusters, limit) = (front.clone(), places.clone());
+    let routes = routes.get("/clusters", "destinations that requests were sent to", move |_| {
+        let (front, places) = (clusters.clone(), limit.clone());
+        async move {
+            let place = places.acquire_owned().await;
+            Response::stream("application/json", move |out| {
+                let _place = place;
+                let clusters = crate::upstream::dump::dump(front.deciding.clusters());
+                serde_json::to_writer_pretty(&mut *out, &clusters)?;
+                writeln!(out)
+            })
+        }
+    });
     let (front, shown) = (front.clone(), shown.clone());
     routes.get("/config_dump", "what this waypoint does, and by which configuration", move |_| {
         let (front, shown, places) = (front.clone(), shown.clone(), places.clone());

@@ -13,6 +13,7 @@ pub mod circuit;
 mod cluster;
 pub mod clusters;
 mod dial;
+pub mod dump;
 mod endpoint;
 mod hashing;
 mod original;
