@@ -17,6 +17,7 @@
 pub mod alive;
 pub mod ca;
 pub mod debug;
+pub mod gateways;
 pub mod in_force;
 pub mod leader;
 pub mod metrics;

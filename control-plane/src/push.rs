@@ -9,21 +9,41 @@
 //! The same goes to a proxy of ours that is too old for a field ([`Features`]): it would skip the field, and enforce
 //! something else. The condition `Enforced` names it.
 
-use std::collections::BTreeMap;
+mod waypoints;
+
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
-use model::{Action, Change, Policy, PolicyKey, Rule, Service, Workload};
+use model::{Action, Change, Policy, PolicyKey, Rule, Service, Str, Workload};
 use prost::Message;
 use proto::wire::workload::{Address, address};
 use proto::{
-    ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, EncodeError, Extensions, Features, MESH_SETTINGS_TYPE_URL,
+    ADDRESS_TYPE_URL, AUTHENTICATION_TYPE_URL, AUTHORIZATION_TYPE_URL, AUTHORIZER_TYPE_URL, EncodeError,
+    Extensions, Features, HTTP_POLICY_TYPE_URL, HTTP_SERVICE_TYPE_URL, MESH_SETTINGS_TYPE_URL,
+    RATE_LIMIT_TYPE_URL, TRAFFIC_TYPE_URL,
 };
 use xds::server::{Change as Update, Generation, Resource, Server};
 
-/// The types that are served, in the order in which new ones are sent: settings before policies, policies before the
-/// workloads that list them.
-pub const TYPES: [&str; 3] = [MESH_SETTINGS_TYPE_URL, AUTHORIZATION_TYPE_URL, ADDRESS_TYPE_URL];
+use waypoints::Waypoints;
+pub use waypoints::{Enforcers, MOST_BYTES};
+
+/// The types that are served, in the order in which new ones are sent; what goes is removed in the reverse order. What is
+/// named comes before who names it: settings before policies, policies before the workloads that list them; and what a
+/// waypoint does for a service last, when all is there that it is done with: who authorizes, policies, how and where
+/// its back ends are spoken to. So no request is let through by a route whose policies are not there yet, and none fails
+/// because it is sent to what is not known yet.
+pub const TYPES: [&str; 9] = [
+    MESH_SETTINGS_TYPE_URL,
+    AUTHORIZATION_TYPE_URL,
+    AUTHORIZER_TYPE_URL,
+    AUTHENTICATION_TYPE_URL,
+    RATE_LIMIT_TYPE_URL,
+    HTTP_POLICY_TYPE_URL,
+    TRAFFIC_TYPE_URL,
+    ADDRESS_TYPE_URL,
+    HTTP_SERVICE_TYPE_URL,
+];
 
 /// As many as are worth reading. Those of policies are all kept: their conditions are made of them.
 const MOST_EXCEPTIONS: usize = 1000;
@@ -81,6 +101,10 @@ impl Exceptions {
 pub struct Push<S> {
     sink: S,
     exceptions: Exceptions,
+    waypoints: Waypoints,
+    enforcers: Enforcers,
+    /// Those that have labels: which of these are sent may change.
+    labelled: HashMap<Str, Arc<Workload>>,
     encoded: u64,
 }
 
@@ -88,7 +112,15 @@ impl<S: Sink> Push<S> {
     /// For a sink that knows nothing yet.
     #[must_use]
     pub fn new(sink: S, exceptions: Exceptions) -> Self {
-        Self { sink, exceptions, encoded: 0 }
+        let enforcers = Enforcers::default();
+        let waypoints = Waypoints::new(MOST_BYTES, enforcers.clone());
+        Self { sink, exceptions, waypoints, enforcers, labelled: HashMap::new(), encoded: 0 }
+    }
+
+    /// Which waypoints enforce which policies.
+    #[must_use]
+    pub fn enforcers(&self) -> &Enforcers {
+        &self.enforcers
     }
 
     /// What proxies of another make are told otherwise.
@@ -105,19 +137,41 @@ impl<S: Sink> Push<S> {
 
     /// Gives changes on; the generation that has them all.
     pub fn push(&mut self, changes: &[Change]) -> Generation {
-        let updates: Vec<Update> = changes.iter().filter_map(|change| self.encode(change)).collect();
+        let of_waypoints = changes.iter().filter(|change| self.waypoints.take(change)).count();
+        self.encoded += of_waypoints as u64;
+        let mut updates =
+            if of_waypoints > 0 { self.waypoints.updates(&self.exceptions) } else { Vec::new() };
+        if let Some(labels) = self.waypoints.new_labels() {
+            updates.extend(self.relabel(&labels));
+        }
+        updates.extend(changes.iter().filter_map(|change| self.encode(change)));
         self.sink.apply(updates)
+    }
+
+    /// The workloads that have one of these labels, anew.
+    fn relabel(&mut self, labels: &std::collections::BTreeSet<Str>) -> Vec<Update> {
+        let with = |w: &&Arc<Workload>| labels.iter().any(|label| w.label(label).is_some());
+        let with: Vec<_> = self.labelled.values().filter(with).cloned().collect();
+        self.encoded += with.len() as u64;
+        with.iter().map(|workload| self.workload(workload)).collect()
     }
 
     fn encode(&mut self, change: &Change) -> Option<Update> {
         self.encoded += 1;
-        match change {
-            Change::SetWorkload(workload) => self.workload(workload),
-            Change::SetService(service) => Some(Update::Set(self.service(service))),
-            Change::SetPolicy(policy) => Some(Update::Set(self.policy(policy))),
+        Some(match change {
+            Change::SetWorkload(workload) => {
+                if workload.labels.is_empty() {
+                    self.labelled.remove(&workload.uid);
+                } else {
+                    self.labelled.insert(workload.uid.clone(), workload.clone());
+                }
+                self.workload(workload)
+            }
+            Change::SetService(service) => Update::Set(self.service(service)),
+            Change::SetPolicy(policy) => Update::Set(self.policy(policy)),
             Change::SetSettings(settings) => {
                 let body: Bytes = proto::encode_settings(settings).encode_to_vec().into();
-                Some(Update::Set(Resource {
+                Update::Set(Resource {
                     type_url: MESH_SETTINGS_TYPE_URL,
                     name: proto::MESH_SETTINGS_NAME.into(),
                     aliases: Vec::new(),
@@ -125,24 +179,21 @@ impl<S: Sink> Push<S> {
                     plain: None,
                     culvert: Some(body),
                     needs: Features::NONE,
-                }))
+                })
             }
             Change::RemoveWorkload(uid) => {
+                self.labelled.remove(uid);
                 self.exceptions.set(uid, None);
-                Some(Update::Remove { type_url: ADDRESS_TYPE_URL, name: uid.clone() })
+                Update::Remove { type_url: ADDRESS_TYPE_URL, name: uid.clone() }
             }
-            Change::RemoveService(key) => {
-                Some(self.remove(ADDRESS_TYPE_URL, proto::service_name(key).into()))
+            Change::RemoveService(key) => self.remove(ADDRESS_TYPE_URL, proto::service_name(key).into()),
+            Change::RemovePolicy(key) => self.remove(AUTHORIZATION_TYPE_URL, policy_name(key)),
+            // What waypoints are told is staged for each of them.
+            _ => {
+                self.encoded -= 1;
+                return None;
             }
-            // For waypoints alone: proxies for connections are sent none of it.
-            Change::SetHttpService(_)
-            | Change::RemoveHttpService(_)
-            | Change::SetHttpPolicy(_)
-            | Change::RemoveHttpPolicy(_)
-            | Change::SetTraffic(_)
-            | Change::RemoveTraffic(_) => None,
-            Change::RemovePolicy(key) => Some(self.remove(AUTHORIZATION_TYPE_URL, policy_name(key))),
-        }
+        })
     }
 
     fn remove(&self, type_url: &'static str, name: Arc<str>) -> Update {
@@ -150,26 +201,31 @@ impl<S: Sink> Push<S> {
         Update::Remove { type_url, name }
     }
 
-    fn workload(&self, workload: &Workload) -> Option<Update> {
+    fn workload(&self, workload: &Workload) -> Update {
         let name: Arc<str> = workload.uid.clone();
         let message = match proto::encode_workload(workload) {
             Ok(message) => message,
             // A name that no API server takes. Unknown, its traffic is refused where it is captured.
             Err(error) => {
                 self.exceptions.set(&name, Some(format!("not sent at all: {error}")));
-                return Some(Update::Remove { type_url: ADDRESS_TYPE_URL, name });
+                return Update::Remove { type_url: ADDRESS_TYPE_URL, name };
             }
         };
-        let body = Bytes::from(Address { r#type: Some(address::Type::Workload(message)) }.encode_to_vec());
-        Some(Update::Set(Resource {
+        let encoded =
+            |message| Bytes::from(Address { r#type: Some(address::Type::Workload(message)) }.encode_to_vec());
+        let asked = |label: &str| self.waypoints.asks_about(label);
+        let has = workload.labels.iter().any(|(label, _)| asked(label));
+        let labelled = has.then(|| encoded(proto::with_labels(message.clone(), &workload.labels, asked)));
+        let plain = encoded(message);
+        Update::Set(Resource {
             type_url: ADDRESS_TYPE_URL,
             name,
             aliases: proto::workload_aliases(workload).map(Arc::from).collect(),
             scope: Some(workload.namespace.clone()),
-            plain: Some(body.clone()),
-            culvert: Some(body),
+            culvert: Some(labelled.unwrap_or_else(|| plain.clone())),
+            plain: Some(plain),
             needs: Features::NONE,
-        }))
+        })
     }
 
     fn service(&self, service: &Service) -> Resource {

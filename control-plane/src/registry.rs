@@ -32,6 +32,7 @@ pub(crate) use self::report::is_route;
 pub use self::report::{ObjectName, ObjectState, ObjectVersion, Report, Standing};
 use self::report::{is_reported, version};
 use crate::alive::Nodes;
+use crate::gateways::Gateways;
 use crate::in_force::InForce;
 pub use crate::objects::OTHERS;
 use crate::pods::PodTable;
@@ -140,6 +141,7 @@ pub struct Registry {
     overview: Arc<std::sync::Mutex<Overview>>,
     pods: PodTable,
     nodes: Nodes,
+    gateways: Gateways,
     in_force: watch::Sender<InForce>,
     /// The namespaces that are read, and whether they may have changed.
     selected: watch::Sender<Arc<BTreeSet<String>>>,
@@ -178,6 +180,7 @@ impl Registry {
             overview: Arc::default(),
             pods: PodTable::default(),
             nodes: Nodes::default(),
+            gateways: Gateways::default(),
             in_force: watch::Sender::default(),
             selected: watch::Sender::new(Arc::default()),
             reselect: false,
@@ -209,6 +212,12 @@ impl Registry {
     #[must_use]
     pub fn nodes(&self) -> Nodes {
         self.nodes.clone()
+    }
+
+    /// Fills `gateways` in from now on.
+    #[must_use]
+    pub fn telling(self, gateways: Gateways) -> Self {
+        Self { gateways, ..self }
     }
 
     /// The namespaces that are read, as a view that stays up to date.
@@ -326,6 +335,8 @@ impl Registry {
 
     fn compile(&mut self) -> Outcome {
         let outcome = self.repository.commit();
+        let waypoints = self.repository.standing().waypoints();
+        self.gateways.set(waypoints.map(|w| (w.namespace.clone(), w.name.clone())));
         let settings = self.repository.mesh_config();
         self.in_force.send_if_modified(|in_force| in_force.update(settings, &self.tags));
         for diagnostic in &outcome.diagnostics {

@@ -24,6 +24,7 @@ use xds::server::{Config as XdsConfig, Server};
 use crate::alive::{Nodes, Ztunnels};
 use crate::ca::{Account, Authenticator, Ca, CaSettings, KubeReviewer, Namespaces, Proxy, service_names};
 use crate::debug::Views;
+use crate::gateways::Gateways;
 use crate::in_force::InForce;
 use crate::leader::Election;
 use crate::metrics::{self, Streams};
@@ -174,6 +175,7 @@ async fn serve(flags: &Flags, settings: &process::settings::Settings, logs: &Log
 struct Plane {
     client: Client,
     trusted: Vec<Account>,
+    gateways: Gateways,
     metrics: Metrics,
     ca: Ca,
     server: Server,
@@ -207,10 +209,12 @@ impl Plane {
         let ca = ca(flags, &trusted, &metrics);
         let reviewer = KubeReviewer::new(client.clone());
         let authenticator = Arc::new(Authenticator::new(reviewer, Clock::system()));
-        let proxies = NodeProxies::new(authenticator.clone(), flags.cluster_id.clone(), trusted.clone());
+        let gateways = Gateways::default();
+        let proxies = NodeProxies::new(authenticator.clone(), flags.cluster_id.clone(), trusted.clone())
+            .and_waypoints(gateways.clone());
         let xds = XdsConfig { types: TYPES.to_vec(), ..XdsConfig::default() };
         let server = Server::new(xds, Arc::new(proxies), Streams::new(&metrics));
-        Ok(Self { client, trusted, metrics, ca, server, authenticator })
+        Ok(Self { client, trusted, gateways, metrics, ca, server, authenticator })
     }
 
     /// Starts to read the cluster, to compile it, and to tell proxies.
@@ -228,6 +232,7 @@ impl Plane {
         };
         let others = on_this_runtime(move || source.start_others());
         let registry = Registry::new(settings, feed.relist.clone(), Box::new(others));
+        let registry = registry.telling(self.gateways.clone());
         let (asks, asked) = mpsc::channel(4);
         let (given_out, first) = watch::channel(false);
         registry.pods().follow(self.trusted.clone());
@@ -367,6 +372,7 @@ impl Plane {
         let gone = serve::end_streams_of_pods_that_are_gone(
             self.server.clone(),
             Arc::new(known.pods.clone()),
+            self.gateways.clone(),
             self.authenticator.clone(),
         );
         tokio::spawn(gone);

@@ -159,8 +159,7 @@ impl Parts {
         let state = Arc::new(State::default());
         state.apply(vec![Change::SetSettings(mode.defaults())]);
         let tls = mode.tls(&flags.source)?;
-        let types = source::NODE_TYPES.to_vec();
-        let source = mode.source(&flags.source, &flags.node, types, &state, registry)?;
+        let source = mode.source(&flags.source, &flags.node, None, &state, registry)?;
         let status = ClusterStatus { xds: source.status(), zds: Arc::new(ZdsStatus::default()) };
         Ok(Self {
             state,

@@ -330,6 +330,11 @@ impl Compiler {
         self.policies.discovery()
     }
 
+    /// The Gateways that are waypoints.
+    pub fn waypoints(&self) -> impl Iterator<Item = &Waypoint> {
+        self.waypoints.keys()
+    }
+
     /// How many objects, instances and services were looked at so far: what the changes cost.
     #[must_use]
     pub fn steps(&self) -> u64 {

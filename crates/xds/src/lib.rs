@@ -25,6 +25,9 @@ pub mod server;
 pub const EXTENSIONS_METADATA: &str = "CULVERT_EXTENSIONS";
 /// The key in a node's metadata by which it says which fields it knows: [`proto::Features::text`].
 pub const FEATURES_METADATA: &str = "CULVERT_FEATURES";
+/// The key in a waypoint's metadata by which it says which Gateway it is, `NAMESPACE/NAME`. Its token proves it; what is
+/// said here finds mistakes.
+pub const GATEWAY_METADATA: &str = "CULVERT_GATEWAY";
 /// The extensions of this version.
 pub const EXTENSIONS_VERSION: &str = "1";
 /// The header by which a server says which extensions it knows.

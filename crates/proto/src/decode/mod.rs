@@ -204,6 +204,7 @@ pub struct Decoder {
     localities: HashSet<Arc<Locality>>,
     ports: HashSet<Arc<[PortMapping]>>,
     memberships: HashSet<Arc<[ServiceMembership]>>,
+    labels: HashSet<Arc<[(Str, Str)]>>,
     /// What was read last, and what it came to.
     telemetry: Option<(Box<wire::waypoint::Telemetry>, Arc<Telemetry>)>,
 }
@@ -233,6 +234,7 @@ impl Decoder {
         self.memberships.retain(|m| Arc::strong_count(m) > 1);
         self.localities.retain(|l| Arc::strong_count(l) > 1);
         self.ports.retain(|p| Arc::strong_count(p) > 1);
+        self.labels.retain(|l| Arc::strong_count(l) > 1);
         self.telemetry.take_if(|(_, shared)| Arc::strong_count(shared) == 1);
         self.strings.sweep();
     }

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use model::{
     ApplicationTunnel, Health, Locality, NetworkMode, PolicyKey, PortMapping, ServiceKey, ServiceMembership,
-    TrustDomain, TunnelProtocol, Workload, WorkloadKind,
+    Str, TrustDomain, TunnelProtocol, Workload, WorkloadKind,
 };
 
 use super::{DecodeError, Decoder, Fault, Problem, each, ip, port};
-use crate::wire::workload as wire;
+use crate::wire::{culvert, workload as wire};
 
 impl Decoder {
     /// Reads a workload. Its services come out in the order of their names.
@@ -66,8 +66,21 @@ impl Decoder {
                 .transpose()
                 .map_err(|f| f.within("application_tunnel"))?,
             capacity: w.capacity.unwrap_or(1),
-            labels: Arc::default(),
+            labels: self.shared_labels(w.culvert.as_ref()),
         })
+    }
+
+    fn shared_labels(&mut self, extension: Option<&culvert::WorkloadExtension>) -> Arc<[(Str, Str)]> {
+        let Some(extension) = extension.filter(|e| !e.labels.is_empty()) else { return Arc::default() };
+        // Sorted by key, as the model has them.
+        let labels: Vec<(Str, Str)> =
+            extension.labels.iter().map(|(key, value)| (self.text(key), self.text(value))).collect();
+        if let Some(known) = self.labels.get(&*labels) {
+            return known.clone();
+        }
+        let shared: Arc<[(Str, Str)]> = labels.into();
+        self.labels.insert(shared.clone());
+        shared
     }
 
     fn trust_domain(&mut self, name: &str) -> Result<TrustDomain, Fault> {

@@ -22,7 +22,7 @@ pub use policy::encode_policy;
 pub use service::encode_service;
 pub use settings::encode_settings;
 pub use traffic::encode_traffic;
-pub use workload::encode_workload;
+pub use workload::{encode_workload, with_labels};
 
 use crate::wire::{security, workload as wire};
 

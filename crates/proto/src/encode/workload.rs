@@ -1,11 +1,11 @@
-//! Writing workloads. All that the model has of them is in Istio's wire.
+//! Writing workloads. All that the model has of them is in Istio's wire, but for their labels.
 
 use std::collections::BTreeMap;
 
-use model::{ApplicationTunnel, Health, NetworkMode, TunnelProtocol, Workload, WorkloadKind};
+use model::{ApplicationTunnel, Health, NetworkMode, Str, TunnelProtocol, Workload, WorkloadKind};
 
 use super::{EncodeError, Obstacles, Reason, bytes, gateway};
-use crate::wire::workload as wire;
+use crate::wire::{culvert, workload as wire};
 
 /// Writes a workload. The trust domain is always written out, since a receiver may have another default; a
 /// service that the workload lists twice becomes one with the ports of both.
@@ -58,8 +58,23 @@ pub fn encode_workload(workload: &Workload) -> Result<wire::Workload, EncodeErro
         network_mode: network_mode(w.network_mode).into(),
         extensions: Vec::new(),
         capacity: (w.capacity != 1).then_some(w.capacity),
+        culvert: None,
     };
     obstacles.result("workload", &w.uid, message)
+}
+
+/// Adds the labels that `wanted` holds for to a workload that is sent to a proxy of ours. Without this none are sent: a
+/// pod has many, and few are asked for.
+#[must_use]
+pub fn with_labels(
+    message: wire::Workload,
+    labels: &[(Str, Str)],
+    wanted: impl Fn(&str) -> bool,
+) -> wire::Workload {
+    let asked = labels.iter().filter(|(key, _)| wanted(key));
+    let labels: BTreeMap<_, _> = asked.map(|(key, value)| (key.to_string(), value.to_string())).collect();
+    let extension = culvert::WorkloadExtension { labels };
+    wire::Workload { culvert: (!extension.labels.is_empty()).then_some(extension), ..message }
 }
 
 fn services(workload: &Workload) -> BTreeMap<String, wire::PortList> {

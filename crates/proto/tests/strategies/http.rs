@@ -402,8 +402,11 @@ fn load_balancer() -> BoxedStrategy<LoadBalancer> {
         Just(LoadBalancer::RoundRobin),
         Just(LoadBalancer::Random),
         Just(LoadBalancer::Passthrough),
-        (key, table, option::of(any::<u32>()))
-            .prop_map(|(key, table, bound)| LoadBalancer::Hash { key, table, bound }),
+        (key, table, option::of(any::<u32>())).prop_map(|(key, table, bound)| LoadBalancer::Hash {
+            key,
+            table,
+            bound
+        }),
     ]
     .boxed()
 }

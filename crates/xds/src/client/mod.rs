@@ -101,7 +101,7 @@ impl Default for Settings {
     }
 }
 
-/// What a ztunnel says of itself.
+/// What a proxy says of itself.
 #[derive(Clone, Debug)]
 pub struct NodeInfo {
     /// Its address.
@@ -122,6 +122,16 @@ impl NodeInfo {
     /// The node as a ztunnel that knows our extensions names itself: `ztunnel~IP~POD.NS~NS.svc.cluster.local`.
     #[must_use]
     pub fn node(&self) -> Node {
+        self.node_of("ztunnel", None)
+    }
+
+    /// The same of a waypoint, by the Gateway that it is (`NAMESPACE/NAME`).
+    #[must_use]
+    pub fn waypoint(&self, gateway: &str) -> Node {
+        self.node_of("waypoint", Some((crate::GATEWAY_METADATA, gateway)))
+    }
+
+    fn node_of(&self, kind: &str, more: Option<(&str, &str)>) -> Node {
         let Self { ip, name, namespace, node_name, cluster_id, version } = self;
         let fields = [
             ("NAME", name.as_str()),
@@ -135,9 +145,9 @@ impl NodeInfo {
         ];
         let text = |t: &str| Value { kind: Some(Kind::StringValue(t.to_owned())) };
         Node {
-            id: format!("ztunnel~{ip}~{name}.{namespace}~{namespace}.svc.cluster.local"),
+            id: format!("{kind}~{ip}~{name}.{namespace}~{namespace}.svc.cluster.local"),
             metadata: Some(Struct {
-                fields: fields.iter().map(|(k, v)| ((*k).to_owned(), text(v))).collect(),
+                fields: fields.iter().chain(&more).map(|(k, v)| ((*k).to_owned(), text(v))).collect(),
             }),
             ..Node::default()
         }

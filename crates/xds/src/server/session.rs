@@ -356,6 +356,12 @@ pub fn audience(node: &proto::wire::core::Node) -> Extensions {
     }
 }
 
+/// The Gateway that a waypoint says to be.
+#[must_use]
+pub fn gateway(node: &proto::wire::core::Node) -> Option<&str> {
+    metadata(node, crate::GATEWAY_METADATA)
+}
+
 /// The fields that a node says to know.
 #[must_use]
 pub fn features(node: &proto::wire::core::Node) -> Features {

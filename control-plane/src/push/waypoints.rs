@@ -1,0 +1,395 @@
+//! What each waypoint is told: the services that are bound to it, and what these need of what is there for all.
+//!
+//! * A part (a policy, what is said of a service, …) is encoded when it changes, and given to the waypoints that need it
+//!   under a name of their own: what one needs more or less costs no other one anything.
+//! * A waypoint's needs are counted by its services, so that a changed service costs what it needs, and no more.
+//! * A waypoint has so many bytes. What goes beyond is not sent, and said: what it had before stays in force there, until
+//!   there is room.
+//! * Of workloads' labels proxies are sent those that some waypoint is asked about: by subsets, by failover, by routes for
+//!   some sources.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use bytes::Bytes;
+use model::http::{BackendRef, HttpService, RouteAction, ServiceTraffic};
+use model::{Change, PolicyKey, ServiceKey, Str};
+use prost::Message;
+use proto::{
+    AUTHENTICATION_TYPE_URL, AUTHORIZER_TYPE_URL, Features, HTTP_POLICY_TYPE_URL, HTTP_SERVICE_TYPE_URL,
+    RATE_LIMIT_TYPE_URL, TRAFFIC_TYPE_URL,
+};
+use xds::server::{Change as Update, Resource};
+
+use super::Exceptions;
+
+/// How many bytes of resources one waypoint is sent: 10,000 routes are a few MiB.
+pub const MOST_BYTES: usize = 64 << 20;
+
+/// Something that a waypoint may need, by its type and its name among those of the type.
+type Part = (&'static str, Arc<str>);
+
+/// Which waypoints enforce a policy, as a view that stays up to date: names by name. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Enforcers(Arc<RwLock<HashMap<Arc<str>, BTreeSet<Arc<str>>>>>);
+
+impl Enforcers {
+    /// The waypoints that are to enforce a policy (`NAMESPACE/NAME`).
+    #[must_use]
+    pub fn of(&self, policy: &str) -> BTreeSet<Arc<str>> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).get(policy).cloned().unwrap_or_default()
+    }
+
+    fn change(&self, policy: &Arc<str>, waypoint: &Arc<str>, is_one: bool) {
+        let mut all = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let of = all.entry(policy.clone()).or_default();
+        if is_one {
+            of.insert(waypoint.clone());
+        } else {
+            of.remove(waypoint);
+        }
+        if of.is_empty() {
+            all.remove(policy);
+        }
+    }
+}
+
+/// What is there of a part.
+struct Content {
+    body: Bytes,
+    /// Labels that it asks about.
+    labels: BTreeSet<Str>,
+}
+
+/// A service as it was told last.
+struct Bound {
+    waypoint: Arc<str>,
+    needs: BTreeSet<Part>,
+}
+
+/// What one waypoint needs and has.
+#[derive(Default)]
+struct Waypoint {
+    /// How many of its services need a part.
+    counts: HashMap<Part, u32>,
+    /// The length of what it was sent.
+    sent: HashMap<Part, usize>,
+    bytes: usize,
+    /// Parts to be looked at, and those that there was no room for.
+    due: BTreeSet<Part>,
+}
+
+/// See the module's documentation.
+pub(super) struct Waypoints {
+    most_bytes: usize,
+    contents: HashMap<Part, Content>,
+    services: HashMap<ServiceKey, Bound>,
+    waypoints: BTreeMap<Arc<str>, Waypoint>,
+    enforcers: Enforcers,
+    /// What labels are asked about, and whether that may have changed.
+    labels: BTreeSet<Str>,
+    asks: bool,
+}
+
+impl Waypoints {
+    pub(super) fn new(most_bytes: usize, enforcers: Enforcers) -> Self {
+        Self {
+            most_bytes,
+            contents: HashMap::new(),
+            services: HashMap::new(),
+            waypoints: BTreeMap::new(),
+            enforcers,
+            labels: BTreeSet::new(),
+            asks: false,
+        }
+    }
+
+    /// Takes a change; whether it is one of what waypoints are told.
+    pub(super) fn take(&mut self, change: &Change) -> bool {
+        let policy = |key: &PolicyKey| -> Arc<str> { key.to_string().into() };
+        let service = |key: &ServiceKey| -> Arc<str> { key.to_string().into() };
+        match change {
+            Change::SetHttpService(service) => self.bind(service),
+            Change::RemoveHttpService(key) => self.unbind(key),
+            Change::SetHttpPolicy(p) => {
+                let body = proto::encode_http_policy(p).encode_to_vec();
+                self.set((HTTP_POLICY_TYPE_URL, policy(&p.key)), body, BTreeSet::new());
+            }
+            Change::RemoveHttpPolicy(key) => self.remove(&(HTTP_POLICY_TYPE_URL, policy(key))),
+            Change::SetTraffic(t) => {
+                let body = proto::encode_traffic(t).encode_to_vec();
+                self.set((TRAFFIC_TYPE_URL, service(&t.service)), body, labels_of_traffic(t));
+            }
+            Change::RemoveTraffic(key) => self.remove(&(TRAFFIC_TYPE_URL, service(key))),
+            Change::SetAuthentication(a) => {
+                let body = proto::encode_authentication(a).encode_to_vec();
+                self.set((AUTHENTICATION_TYPE_URL, policy(&a.key)), body, BTreeSet::new());
+            }
+            Change::RemoveAuthentication(key) => self.remove(&(AUTHENTICATION_TYPE_URL, policy(key))),
+            Change::SetRateLimit(limit) => {
+                let body = proto::encode_rate_limit(limit).encode_to_vec();
+                self.set((RATE_LIMIT_TYPE_URL, policy(&limit.key)), body, BTreeSet::new());
+            }
+            Change::RemoveRateLimit(key) => self.remove(&(RATE_LIMIT_TYPE_URL, policy(key))),
+            Change::SetAuthorizer(authorizer) => {
+                let body = proto::encode_authorizer(authorizer).encode_to_vec();
+                self.set((AUTHORIZER_TYPE_URL, authorizer.name.clone()), body, BTreeSet::new());
+            }
+            Change::RemoveAuthorizer(name) => self.remove(&(AUTHORIZER_TYPE_URL, name.clone())),
+            Change::SetWorkload(_)
+            | Change::RemoveWorkload(_)
+            | Change::SetService(_)
+            | Change::RemoveService(_)
+            | Change::SetPolicy(_)
+            | Change::RemovePolicy(_)
+            | Change::SetSettings(_) => return false,
+        }
+        true
+    }
+
+    fn set(&mut self, part: Part, body: Vec<u8>, labels: BTreeSet<Str>) {
+        let old = self.contents.insert(part.clone(), Content { body: body.into(), labels });
+        let now = self.contents.get(&part);
+        if old.map_or_else(BTreeSet::new, |old| old.labels)
+            != now.map_or_else(BTreeSet::new, |c| c.labels.clone())
+        {
+            self.asks = true;
+        }
+        self.touch(&part);
+    }
+
+    fn remove(&mut self, part: &Part) {
+        if let Some(old) = self.contents.remove(part) {
+            self.asks |= !old.labels.is_empty();
+            self.touch(part);
+        }
+    }
+
+    /// A part changed: has it looked at where it is needed.
+    fn touch(&mut self, part: &Part) {
+        for waypoint in self.waypoints.values_mut() {
+            if waypoint.needs(part) || waypoint.sent.contains_key(part) {
+                waypoint.due.insert(part.clone());
+            }
+        }
+    }
+
+    fn bind(&mut self, service: &HttpService) {
+        let waypoint: Arc<str> = proto::waypoint_scope(&service.waypoint).into();
+        let body = proto::encode_http_service(service).encode_to_vec();
+        let own: Part = (HTTP_SERVICE_TYPE_URL, service.service.to_string().into());
+        self.set(own.clone(), body, labels_of_routes(service));
+        let mut needs = needs(service);
+        needs.insert(own);
+        self.acquire(&waypoint, &needs);
+        let bound = Bound { waypoint, needs };
+        if let Some(old) = self.services.insert(service.service.clone(), bound) {
+            self.release(&old);
+        }
+    }
+
+    fn unbind(&mut self, key: &ServiceKey) {
+        if let Some(old) = self.services.remove(key) {
+            self.release(&old);
+            self.remove(&(HTTP_SERVICE_TYPE_URL, key.to_string().into()));
+        }
+    }
+
+    fn acquire(&mut self, name: &Arc<str>, parts: &BTreeSet<Part>) {
+        let is_new = !self.waypoints.contains_key(name);
+        let waypoint = self.waypoints.entry(name.clone()).or_default();
+        for part in parts {
+            let count = waypoint.counts.entry(part.clone()).or_default();
+            *count += 1;
+            if *count == 1 {
+                waypoint.due.insert(part.clone());
+                self.asks |= self.contents.get(part).is_some_and(|c| !c.labels.is_empty());
+                if part.0 == HTTP_POLICY_TYPE_URL {
+                    self.enforcers.change(&part.1, name, true);
+                }
+            }
+        }
+        if is_new {
+            // Few, and policies name them: every waypoint has all.
+            let all = self.contents.keys().filter(|(kind, _)| *kind == AUTHORIZER_TYPE_URL);
+            waypoint.due.extend(all.cloned());
+        }
+    }
+
+    fn release(&mut self, old: &Bound) {
+        let Some(waypoint) = self.waypoints.get_mut(&old.waypoint) else { return };
+        for part in &old.needs {
+            let Some(count) = waypoint.counts.get_mut(part) else { continue };
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                waypoint.counts.remove(part);
+                waypoint.due.insert(part.clone());
+                self.asks |= self.contents.get(part).is_some_and(|c| !c.labels.is_empty());
+                if part.0 == HTTP_POLICY_TYPE_URL {
+                    self.enforcers.change(&part.1, &old.waypoint, false);
+                }
+            }
+        }
+        if waypoint.counts.is_empty() {
+            waypoint.due.extend(waypoint.sent.keys().cloned());
+        }
+    }
+
+    /// What follows for the proxies from what was taken.
+    pub(super) fn updates(&mut self, exceptions: &Exceptions) -> Vec<Update> {
+        let mut updates = Vec::new();
+        for (name, waypoint) in &mut self.waypoints {
+            waypoint.settle(name, &self.contents, self.most_bytes, exceptions, &mut updates);
+        }
+        self.waypoints.retain(|_, waypoint| !waypoint.counts.is_empty());
+        updates
+    }
+
+    /// The labels that waypoints are asked about now, if they are other ones than before.
+    pub(super) fn new_labels(&mut self) -> Option<BTreeSet<Str>> {
+        if !std::mem::take(&mut self.asks) {
+            return None;
+        }
+        let needed = self.waypoints.values().flat_map(|waypoint| waypoint.counts.keys());
+        let asked: BTreeSet<Str> = needed
+            .filter_map(|part| self.contents.get(part))
+            .flat_map(|c| c.labels.iter().cloned())
+            .collect();
+        if asked == self.labels {
+            return None;
+        }
+        let changed = self.labels.symmetric_difference(&asked).cloned().collect();
+        self.labels = asked;
+        Some(changed)
+    }
+
+    /// Whether a label is one that waypoints are asked about.
+    pub(super) fn asks_about(&self, label: &str) -> bool {
+        self.labels.contains(label)
+    }
+}
+
+impl Waypoint {
+    fn needs(&self, part: &Part) -> bool {
+        self.counts.contains_key(part) || (part.0 == AUTHORIZER_TYPE_URL && !self.counts.is_empty())
+    }
+
+    /// Sends what is due, as far as there is room; what is no longer needed makes room first.
+    fn settle(
+        &mut self,
+        name: &Arc<str>,
+        contents: &HashMap<Part, Content>,
+        most_bytes: usize,
+        exceptions: &Exceptions,
+        updates: &mut Vec<Update>,
+    ) {
+        let due = std::mem::take(&mut self.due);
+        let (wanted, gone): (Vec<Part>, Vec<Part>) =
+            due.into_iter().partition(|part| self.needs(part) && contents.contains_key(part));
+        for part in gone {
+            let resource = resource_name(name, &part);
+            exceptions.set(&resource, None);
+            if let Some(length) = self.sent.remove(&part) {
+                self.bytes -= length;
+                updates.push(Update::Remove { type_url: part.0, name: resource });
+            }
+        }
+        for part in wanted {
+            let Some(content) = contents.get(&part) else { continue };
+            let resource = resource_name(name, &part);
+            let length = content.body.len() + resource.len();
+            let had = self.sent.get(&part).copied().unwrap_or_default();
+            if self.bytes - had + length > most_bytes {
+                let what = format!(
+                    "not sent: with its {length} bytes the waypoint {name} would have more than {most_bytes}; what it \
+                     had of it before stays in force: bind fewer services to one waypoint"
+                );
+                exceptions.set(&resource, Some(what));
+                self.due.insert(part);
+                continue;
+            }
+            self.bytes = self.bytes - had + length;
+            exceptions.set(&resource, None);
+            updates.push(Update::Set(Resource {
+                type_url: part.0,
+                name: resource,
+                aliases: Vec::new(),
+                scope: Some(name.clone()),
+                plain: None,
+                culvert: Some(content.body.clone()),
+                // One that does not know all of it refuses it, see `proto`'s strict reading.
+                needs: Features::NONE,
+            }));
+            self.sent.insert(part, length);
+        }
+    }
+}
+
+fn resource_name(waypoint: &str, (_, name): &Part) -> Arc<str> {
+    format!("{waypoint}/{name}").into()
+}
+
+/// What a waypoint needs for a service, beside the service itself.
+fn needs(service: &HttpService) -> BTreeSet<Part> {
+    let policy = |kind: &'static str| move |key: &PolicyKey| -> Part { (kind, key.to_string().into()) };
+    let selected = service.selected.iter().flatten();
+    let mut needs: BTreeSet<Part> =
+        service.policies.iter().chain(selected).map(policy(HTTP_POLICY_TYPE_URL)).collect();
+    needs.extend(service.authentication.iter().map(policy(AUTHENTICATION_TYPE_URL)));
+    needs.extend(service.rate_limits.iter().map(policy(RATE_LIMIT_TYPE_URL)));
+    let mut to = |key: &ServiceKey| {
+        needs.insert((TRAFFIC_TYPE_URL, key.to_string().into()));
+    };
+    // Where there are no routes.
+    to(&service.service);
+    let mut backend = |backend: &BackendRef| {
+        if let BackendRef::Service { service, .. } = backend {
+            to(service);
+        }
+    };
+    for port in &service.ports {
+        for (_, route) in port.routes.entries() {
+            if let RouteAction::Forward(forward) = &route.action {
+                forward.backends().iter().for_each(|b| backend(&b.to));
+            }
+            route.mirrors.iter().for_each(|mirror| backend(&mirror.to));
+        }
+        for (_, route) in port.streams.entries() {
+            route.to.backends().iter().for_each(|b| backend(&b.to));
+        }
+    }
+    needs
+}
+
+fn labels_of_routes(service: &HttpService) -> BTreeSet<Str> {
+    let of_routes = |port: &model::http::HttpPort| -> Vec<Str> {
+        let requests = port.routes.entries().iter().filter_map(|(when, _)| when.source.as_deref());
+        let streams = port.streams.entries().iter().filter_map(|(when, _)| when.source.as_deref());
+        requests.chain(streams).flat_map(|source| &source.labels).map(|(key, _)| key.clone()).collect()
+    };
+    service.ports.iter().flat_map(of_routes).collect()
+}
+
+fn labels_of_traffic(traffic: &ServiceTraffic) -> BTreeSet<Str> {
+    let ports = |ports: &'_ [(u16, model::http::TrafficPolicy)]| -> Vec<Str> {
+        ports.iter().flat_map(|(_, policy)| failover_labels(policy)).collect()
+    };
+    let mut labels: BTreeSet<Str> = failover_labels(&traffic.default).into_iter().collect();
+    labels.extend(ports(&traffic.ports));
+    for subset in &traffic.subsets {
+        labels.extend(subset.labels.iter().map(|(key, _)| key.clone()));
+        labels.extend(failover_labels(&subset.default));
+        labels.extend(ports(&subset.ports));
+    }
+    labels
+}
+
+/// Labels that endpoints are compared by, each alone or as `key=value`.
+fn failover_labels(policy: &model::http::TrafficPolicy) -> Vec<Str> {
+    let priority = policy.locality.iter().flat_map(|locality| &locality.failover_priority);
+    priority.map(|label| label.split('=').next().unwrap_or_default().into()).collect()
+}
+
+#[cfg(test)]
+#[path = "waypoints_tests.rs"]
+mod tests;
