@@ -328,6 +328,7 @@ impl Exchange<'_> {
                 picked.report(outcome);
             }
             let left = retries.filter(|r| self.record.tries <= r.attempts);
+            let was_stale = stale;
             let again = match &result {
                 // Not one of the retries: nobody has seen it, as far as can be told.
                 Err(failure) if failure.class == Class::Stale && !stale && self.request.is_idempotent() => {
@@ -347,7 +348,8 @@ impl Exchange<'_> {
                 self.worker.stats.retries_without_body.inc();
                 return result.map(|answer| (answer, picked, retrying));
             }
-            match endpoints.may_retry() {
+            let is_free = stale && !was_stale;
+            match if is_free { Some(Retrying::default()) } else { endpoints.may_retry() } {
                 Some(leave) => retrying = leave,
                 None => {
                     self.worker.stats.retries_over_budget.inc();
