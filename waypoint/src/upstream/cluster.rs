@@ -15,7 +15,7 @@ use crate::http::decide::{Call, Endpoints, NoEndpoint, Picked, Protocol, Retryin
 use crate::http::head::Version;
 use crate::upstream::circuit::Circuit;
 use crate::upstream::clusters::{Backend, ClusterInfo, EndpointInfo, NoCluster, Shared};
-use crate::upstream::endpoint::{Endpoint, about, reach};
+use crate::upstream::endpoint::{Endpoint, about, is_reached_alike, reach};
 use crate::upstream::hashing::{self, Key};
 use crate::upstream::original::Outside;
 use crate::upstream::tls::Origination;
@@ -406,6 +406,13 @@ impl Facts {
         let keepalive = self.policy.pool.keepalive;
         let tls = self.tls.as_ref().map(|origination| (origination, self.wire != Wire::Bytes));
         let wanted = self.wanted_labels(backend);
+        let unchanged = old.is_some_and(|old| {
+            old.wire == self.wire
+                && Arc::ptr_eq(&old.circuit, &self.circuit)
+                && Arc::ptr_eq(&old.origin, &self.origin)
+                && old.policy.tls == self.policy.tls
+                && old.service.subject_alt_names == self.service.subject_alt_names
+        });
         for (member, place) in set.as_slice().iter().zip(&mut places) {
             if !wanted.iter().all(|(key, value)| member.workload.label(key) == Some(value)) {
                 continue;
@@ -418,23 +425,20 @@ impl Facts {
                 continue;
             };
             let before = old.and_then(|old| old.endpoint(&member.workload.uid));
-            let kept = before.filter(|before| {
-                let same = Arc::ptr_eq(&before.workload, &member.workload)
+            // Connections stay in use where they lead to the same place by the same way.
+            let alike = before.filter(|before| {
+                unchanged
                     && before.shown().address.port() == port
-                    && same(before.shown().circuit.as_ref(), Some(&self.circuit))
-                    && old.is_some_and(|old| old.wire == self.wire);
-                same && old.is_some_and(|old| old.policy.tls == self.policy.tls)
+                    && is_reached_alike(&before.workload, &member.workload)
             });
-            let endpoint = match kept {
-                Some(kept) => Arc::clone(kept),
+            let endpoint = match alike {
+                Some(alike) if Arc::ptr_eq(&alike.workload, &member.workload) => Arc::clone(alike),
+                Some(alike) => Arc::new(alike.renewed(Arc::clone(&member.workload))),
                 None => {
-                    let Some((address, carrier)) =
-                        reach(shared, &member.workload, port, Some(&self.service), keepalive)
-                    else {
-                        continue;
-                    };
-                    let workload = Arc::clone(&member.workload);
-                    let about = about(Some(backend), backend.port, Some(Arc::clone(&workload)), &carrier);
+                    let workload = &member.workload;
+                    let reached = reach(shared, workload, port, Some(&self.service), keepalive);
+                    let Some((address, carrier)) = reached else { continue };
+                    let about = about(Some(backend), backend.port, Some(Arc::clone(workload)), &carrier);
                     let target = Target {
                         circuit: Some(Arc::clone(&self.circuit)),
                         about: Some(about),
@@ -442,7 +446,8 @@ impl Facts {
                     };
                     let load = before.map_or_else(|| Arc::new(Load::new(now)), |b| Arc::clone(&b.load));
                     let strikes = before.map_or_else(Arc::default, |b| Arc::clone(&b.strikes));
-                    Arc::new(Endpoint::new(workload, target, tls, cluster.clone(), (load, strikes)))
+                    let known = (load, strikes);
+                    Arc::new(Endpoint::new(Arc::clone(workload), target, tls, cluster.clone(), known))
                 }
             };
             *place = u32::try_from(endpoints.len()).ok();

@@ -60,6 +60,26 @@ impl Endpoint {
         Self { workload, name, load, strikes, target, other, inner, cluster }
     }
 
+    /// The same, of which other things are known than how it is reached.
+    pub(crate) fn renewed(&self, workload: Arc<Workload>) -> Self {
+        let renewed = |target: &Arc<Target>| {
+            let about = target.about.as_ref().map(|about| {
+                Arc::new(About { workload: Some(Arc::clone(&workload)), ..About::clone(about) })
+            });
+            Arc::new(Target { about, ..Target::clone(target) })
+        };
+        Self {
+            name: self.name,
+            load: Arc::clone(&self.load),
+            strikes: Arc::clone(&self.strikes),
+            target: renewed(&self.target),
+            other: self.other.get().map(renewed).map_or_else(OnceLock::new, OnceLock::from),
+            inner: self.inner.clone(),
+            cluster: Weak::clone(&self.cluster),
+            workload,
+        }
+    }
+
     pub(crate) fn target(&self, protocol: Protocol) -> &Arc<Target> {
         if self.target.protocol == protocol {
             return &self.target;
@@ -105,6 +125,16 @@ impl Watch for Endpoint {
             circuit.request_ended();
         }
     }
+}
+
+/// Whether connections to one are as good as connections to the other.
+pub(crate) fn is_reached_alike(a: &Workload, b: &Workload) -> bool {
+    a.addresses == b.addresses
+        && a.hostname == b.hostname
+        && a.tunnel == b.tunnel
+        && a.trust_domain == b.trust_domain
+        && a.namespace == b.namespace
+        && a.service_account == b.service_account
 }
 
 /// How the port `port` of a workload is reached; `None` if it has no address, or no identity that it could prove.
