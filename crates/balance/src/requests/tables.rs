@@ -100,16 +100,7 @@ fn maglev(entries: &[Entry], size: u64) -> Box<[u32]> {
     }
     let size = size.max(2);
     let mut table = vec![FREE; usize::try_from(size).unwrap_or(0)];
-    let heaviest = entries.iter().map(|(_, weight)| u64::from(*weight)).max().unwrap_or(1).max(1);
-    let mut next: Vec<(u64, u64)> =
-        entries.iter().map(|(hash, _)| (hash % size, derived(*hash, 1) % (size - 1) + 1)).collect();
-    // Round, number of the entry, turns so far.
-    let first = |(_, weight): &Entry| heaviest.div_ceil(u64::from(*weight).max(1));
-    let mut turns: BinaryHeap<Reverse<(u64, u32, u64)>> =
-        (0u32..).zip(entries).map(|(number, entry)| Reverse((first(entry), number, 1))).collect();
-    for _ in 0..table.len() {
-        let Some(Reverse((_, number, taken))) = turns.pop() else { break };
-        let Some((place, skip)) = next.get_mut(number as usize) else { break };
+    let mut fill = |number: u32, (place, skip): &mut (u64, u64)| {
         while let Some(slot) = table.get_mut(usize::try_from(*place).unwrap_or(usize::MAX)) {
             *place = (*place + *skip) % size;
             if *slot == FREE {
@@ -117,6 +108,29 @@ fn maglev(entries: &[Entry], size: u64) -> Box<[u32]> {
                 break;
             }
         }
+    };
+    let heaviest = entries.iter().map(|(_, weight)| u64::from(*weight)).max().unwrap_or(1).max(1);
+    let mut next: Vec<(u64, u64)> =
+        entries.iter().map(|(hash, _)| (hash % size, derived(*hash, 1) % (size - 1) + 1)).collect();
+    if entries.iter().all(|(_, weight)| u64::from(*weight) == heaviest) {
+        // One turn each, round by round.
+        let count = next.len();
+        for (turn, number) in (0..size).zip((0u32..).take(count).cycle()) {
+            let at = usize::try_from(turn).unwrap_or(0) % count;
+            if let Some(next) = next.get_mut(at) {
+                fill(number, next);
+            }
+        }
+        return table.into();
+    }
+    // Round, number of the entry, turns so far.
+    let first = |(_, weight): &Entry| heaviest.div_ceil(u64::from(*weight).max(1));
+    let mut turns: BinaryHeap<Reverse<(u64, u32, u64)>> =
+        (0u32..).zip(entries).map(|(number, entry)| Reverse((first(entry), number, 1))).collect();
+    for _ in 0..size {
+        let Some(Reverse((_, number, taken))) = turns.pop() else { break };
+        let Some(next) = next.get_mut(number as usize) else { break };
+        fill(number, next);
         let weight = entries.get(number as usize).map_or(1, |(_, weight)| u64::from(*weight).max(1));
         turns.push(Reverse(((heaviest * (taken + 1)).div_ceil(weight), number, taken + 1)));
     }
