@@ -1,4 +1,5 @@
 //! Choices for requests: against naive references, and over virtual time.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 mod world;
 
