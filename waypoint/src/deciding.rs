@@ -83,6 +83,12 @@ impl Deciding {
         &self.0.own
     }
 
+    /// What is told of requests and connections.
+    #[must_use]
+    pub fn telemetry(&self) -> &Telemetry {
+        &self.0.telemetry
+    }
+
     /// The network that this waypoint is on.
     #[must_use]
     pub fn network(&self) -> &Str {

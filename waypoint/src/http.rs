@@ -25,6 +25,7 @@ pub(crate) mod h2_heads;
 pub mod head;
 pub(crate) mod hygiene;
 pub mod io;
+pub(crate) mod messages;
 mod mirror;
 mod pump;
 pub mod serve;

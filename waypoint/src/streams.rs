@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use model::http::{BackendRef, SelectedStream, Stream};
+use process::metrics::tcp::FailureFlag;
 use tokio::io::AsyncWriteExt;
 use tokio::time::timeout;
 
@@ -14,6 +15,7 @@ use crate::http::decide::{Call, Connection, Endpoints, Outcome, Picked};
 use crate::http::head::RequestHead;
 use crate::listen::Front;
 use crate::rules::Rules;
+use crate::telemetry::Counted;
 use crate::upstream::pool::{Opened, PoolError, open};
 
 /// To connect to an endpoint.
@@ -60,6 +62,10 @@ pub async fn carry(
         Ok((server, picked)) => {
             let circuit = picked.target.circuit.as_ref();
             let longest = circuit.and_then(|circuit| circuit.settings().max_connection_duration);
+            let mesh = front.deciding.rules().mesh.clone();
+            let about = picked.target.about.as_deref();
+            let telemetry = front.deciding.telemetry();
+            let tunnel = telemetry.connection_opened(&mesh, &connection, about, (tunnel, input.len()));
             let copied = timeout(longest.unwrap_or(FOREVER), copy(tunnel, server, input));
             let denied = async {
                 loop {
@@ -96,9 +102,24 @@ pub async fn carry(
                 reason = %refused,
                 "refused a connection"
             );
+            failed(front, &connection, &refused);
             tunnel.reset(hbone::ErrorCode::CONNECT_ERROR);
         }
     }
+}
+
+/// Counts a connection that goes nowhere.
+fn failed(front: &Front, connection: &Connection, refused: &Refused) {
+    let flag = match refused {
+        Refused::Denied(_) => FailureFlag::Deny,
+        Refused::NotServed | Refused::NoRoute | Refused::NoBackend | Refused::NoEndpoint(_) => {
+            FailureFlag::Connect
+        }
+    };
+    let (deciding, rules) = (&front.deciding, front.deciding.rules());
+    let service = rules.service_at(deciding.network(), connection.destination);
+    let service = service.map(|service| &service.http.service);
+    deciding.telemetry().connection_failed(&rules.mesh, connection, service, flag);
 }
 
 /// Whether a route of the connection's port asks for what a TLS handshake says.
@@ -210,7 +231,11 @@ async fn connect(endpoints: &dyn Endpoints, connection: &Connection) -> Result<(
 }
 
 /// Copies both ways until both have ended.
-async fn copy(mut tunnel: hbone::Tunnel, mut server: Opened, input: BytesMut) -> std::io::Result<()> {
+async fn copy(
+    mut tunnel: Counted<hbone::Tunnel>,
+    mut server: Opened,
+    input: BytesMut,
+) -> std::io::Result<()> {
     server.io.write_all(&input).await?;
     drop(input);
     let copied = tokio::io::copy_bidirectional(&mut tunnel, &mut server.io);

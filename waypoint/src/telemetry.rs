@@ -18,6 +18,7 @@ mod export;
 mod log;
 mod plan;
 mod series;
+mod streams;
 mod trace;
 
 #[cfg(test)]
@@ -32,6 +33,7 @@ use model::http::HttpService;
 use model::{Mesh, Str};
 use process::logs::{Format, LogWriter};
 use process::metrics::http::{HttpMetrics, HttpObservation};
+use process::metrics::tcp::TcpMetrics;
 use process::metrics::{Counter, DEFAULT_SERIES_LIMIT, Description, Family, Kind, Registry};
 
 use self::ended::Ended;
@@ -44,6 +46,7 @@ use crate::http::head::{Fields, RequestHead};
 pub use self::collectors::ThroughMesh;
 pub use self::engine::register_engine;
 pub use self::export::{Connect, Connecting, Exporters};
+pub use self::streams::Counted;
 pub use self::trace::Span;
 
 /// As many services' settings a thread remembers.
@@ -83,6 +86,7 @@ pub struct Telemetry {
     id: u64,
     settings: Settings,
     metrics: HttpMetrics,
+    tcp: TcpMetrics,
     refused: Arc<Family<[(&'static str, &'static str); 1], Counter>>,
     dry_runs: Arc<Family<[(&'static str, Arc<str>); 2], Counter>>,
     sinks: Sinks,
@@ -120,6 +124,7 @@ impl Telemetry {
     ) -> Arc<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let metrics = HttpMetrics::new(registry, settings.series);
+        let tcp = TcpMetrics::new(registry, settings.series);
         let refused = registry.counters(
             "culvert_requests_refused",
             "Requests that could not be read, by the status that they were answered with",
@@ -132,6 +137,7 @@ impl Telemetry {
             id: NEXT.fetch_add(1, Relaxed),
             settings,
             metrics,
+            tcp,
             refused,
             dry_runs,
             sinks: Sinks::new(output),

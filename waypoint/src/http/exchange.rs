@@ -27,6 +27,7 @@ use crate::http::decide::{
 use crate::http::h1::Framing;
 use crate::http::head::{RequestHead, ResponseHead};
 use crate::http::hygiene::{self, Hop};
+use crate::http::messages::Messages;
 use crate::http::mirror;
 use crate::http::pump::{Pump, PumpError};
 use crate::http::wire::ReadError;
@@ -199,6 +200,7 @@ pub(crate) async fn exchange(
     };
     let after = exchange.run().await;
     exchange.record.received = exchange.upload.bytes;
+    exchange.record.request_messages = exchange.upload.messages.map_or(0, Messages::count);
     let (response, decided) = (&exchange.reply.fields, &exchange.decided);
     worker.decide.ended(exchange.request, response, connection, decided, &exchange.record);
     worker.stats.requests_now.dec();
@@ -208,6 +210,7 @@ pub(crate) async fn exchange(
 impl Exchange<'_> {
     async fn run(&mut self) -> After {
         self.request.secure = self.connection.secure;
+        self.upload.messages = self.request.is_grpc().then(Messages::default);
         if self.request.method() == "CONNECT" {
             self.hop.close = true;
             return self
@@ -536,8 +539,11 @@ impl Exchange<'_> {
             }
         }
         let mut download = Pump::new(framing == Framing::None && !switched);
+        // What was counted of the request says that it is gRPC.
+        download.messages = self.upload.messages.map(|_| Messages::default());
         let relayed = poll_fn(|cx| self.poll_relay(cx, &mut lease, &mut download, switched)).await;
         self.record.sent = download.bytes;
+        self.record.response_messages = download.messages.map_or(0, Messages::count);
         if let Some(status) = download.trailers().and_then(grpc_status) {
             self.record.grpc_status = Some(status);
         }

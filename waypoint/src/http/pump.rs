@@ -10,6 +10,7 @@ use bytes::{Bytes, BytesMut};
 use crate::http::channel::Channel;
 use crate::http::decide::Ahead;
 use crate::http::head::{Fields, Known};
+use crate::http::messages::Messages;
 use crate::http::wire::{Frame, ReadError};
 
 /// Which side ended it.
@@ -46,6 +47,8 @@ pub(crate) struct Pump {
     pub done: bool,
     /// Bytes that were read.
     pub bytes: u64,
+    /// The messages of gRPC in them, if it is gRPC.
+    pub messages: Option<Messages>,
     /// Whether anything moved since it was last asked.
     pub moved: bool,
 }
@@ -170,6 +173,9 @@ impl Pump {
             Frame::Data(data) => {
                 self.bytes += data.len() as u64;
                 self.owed = true;
+                if let Some(messages) = &mut self.messages {
+                    messages.pass(&data);
+                }
                 if let Some(kept) = &mut self.kept {
                     kept.size += data.len();
                     if kept.size > kept.limit {
