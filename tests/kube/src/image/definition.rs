@@ -34,6 +34,9 @@ pub struct Definition {
     /// What the machine (or the sysroot) has.
     #[serde(default)]
     pub tool: Vec<Tool>,
+    /// What the machine has, and is the same on all kinds of machines.
+    #[serde(default)]
+    pub file: Vec<Tool>,
 }
 
 /// A program of the workspace.
@@ -51,7 +54,7 @@ pub struct Program {
     pub r#static: bool,
 }
 
-/// A program of Debian.
+/// A program, or a file, of Debian.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Tool {
@@ -180,6 +183,11 @@ impl Build {
             files
                 .program(&self.sysroot, self.platform, &path, &tool.path)
                 .with_context(|| format!("install the package {}", tool.package))?;
+        }
+        for file in &definition.file {
+            files
+                .copy(Path::new(&file.path), &file.path)
+                .with_context(|| format!("install the package {}", file.package))?;
         }
         fs::remove_dir_all(&work)?;
         // Its own programs are no package of Debian's.
