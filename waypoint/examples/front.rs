@@ -75,7 +75,7 @@ fn deciding(given: &Given, mesh: Arc<Mesh>, logs: &Logs, registry: &Registry) ->
     let clusters = Clusters::new(origin, ClusterLimits::default(), Arc::new(NoTunnels));
     let told = waypoint::telemetry::Settings::default();
     let telemetry = Telemetry::new(registry, told, logs.writer().clone(), Exporters::none());
-    let guards = Arc::new(Guards::new(tokio::runtime::Handle::current()).expect("cryptography"));
+    let guards = Arc::new(Guards::new(tokio::runtime::Handle::current(), None).expect("cryptography"));
     let deciding = Deciding::new(given.gateway.clone(), "".into(), clusters, telemetry, guards);
     deciding.update(mesh);
     deciding
