@@ -1,6 +1,8 @@
-//! `culvert what-if`: what would be decided over a connection, by the files or the cluster's objects alone, as
-//! they are or with a change.
-//! The decision is `model`'s, as in ztunnel.
+//! `culvert what-if`: what would be decided over a connection, or over a request where a waypoint decides, by the files or
+//! the cluster's objects alone, as they are or with a change.
+//! The decision is `model`'s, as in ztunnel and in waypoints.
+
+mod request;
 
 use std::fmt::Write;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -12,19 +14,20 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use config::diagnostic::Severity;
 use model::{
-    Allow, Connection, Decision, Destination, GatewayAddress, GatewayTarget, Mesh, NetworkAddress,
-    OriginalDst, OutboundMode, Service, SpiffeId, TunnelProtocol, Workload,
+    Allow, Connection, Decision, Destination, DryRun, GatewayAddress, GatewayTarget, Mesh, NetworkAddress,
+    OriginalDst, OutboundMode, Service, ServiceKey, SpiffeId, TunnelProtocol, Workload,
 };
 use serde::Serialize;
 
 use crate::files::{Compiled, Files, Sources};
 use crate::table::{Output, print, printable};
+use request::RequestArgs;
 
 /// More endpoints than this are counted, not listed.
 const LISTED: usize = 20;
 
-/// What would be decided over a connection, by the manifests or the cluster as they are, or with a changed file; the
-/// exit code is 1 where it would be refused
+/// What would be decided over a connection, or a request where a waypoint decides, by the manifests or the cluster as they
+/// are, or with a changed file; the exit code is 1 where it would be refused
 #[derive(Args, Debug)]
 pub struct WhatIfArgs {
     #[command(flatten)]
@@ -38,6 +41,8 @@ pub struct WhatIfArgs {
     /// The port that is dialled: a service's for a service, the workload's own for a workload
     #[arg(long)]
     port: u16,
+    #[command(flatten)]
+    request: RequestArgs,
     /// Decide also with this file, which replaces the file of its name and the objects of its objects' names
     #[arg(long, value_name = "FILE")]
     with: Vec<PathBuf>,
@@ -55,7 +60,7 @@ struct Source {
 }
 
 /// What is decided for one endpoint.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize)]
 struct Verdict {
     workload: String,
     address: String,
@@ -64,6 +69,9 @@ struct Verdict {
     reason: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     policy: Option<String>,
+    /// Of a waypoint the route that takes it, of what it leads to the back end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    route: Option<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     dry_run: Vec<String>,
 }
@@ -114,17 +122,26 @@ fn answer(args: &WhatIfArgs, compiled: &Compiled, files: String) -> Result<Answe
     let mesh = &compiled.mesh;
     let source = source(mesh, &args.source)?;
     let (destination, endpoints) = destination(mesh, &args.destination, args.port)?;
+    let mut hop = None;
     let mut verdicts: Vec<Verdict> = match endpoints {
         // Only those in the mesh are led to a waypoint: others dial what is behind it.
-        Endpoints::Known { waypoint: Some(gateway), .. } if source.in_mesh => {
-            vec![through(mesh, &gateway, &destination)?]
+        Endpoints::Known { waypoint: Some(gateway), service, .. } if source.in_mesh => {
+            match service.and_then(|key| mesh.service(&key).zip(mesh.http_service(&key))) {
+                Some((service, http)) => {
+                    let passed = request::pass(&args.request, compiled, &source, service, args.port, http)?;
+                    hop = Some(passed.hop);
+                    passed.next
+                }
+                None => vec![through(mesh, &gateway, &destination)?],
+            }
         }
         Endpoints::Known { list, .. } => {
             list.iter().map(|(w, port)| decide(compiled, &source, w, *port)).collect()
         }
         Endpoints::Unknown(at) => vec![outside(mesh, at)],
     };
-    verdicts.sort_by(|a, b| a.workload.cmp(&b.workload));
+    verdicts.sort_by(|a, b| (&a.workload, &a.route).cmp(&(&b.workload, &b.route)));
+    verdicts.splice(0..0, hop);
     if verdicts.is_empty() {
         bail!("{destination} has no endpoint: nothing would be decided, the connection would fail");
     }
@@ -173,6 +190,8 @@ enum Endpoints {
         list: Vec<(Arc<Workload>, u16)>,
         /// What connections to it pass first.
         waypoint: Option<GatewayAddress>,
+        /// The service, if it is one.
+        service: Option<ServiceKey>,
     },
     Unknown(SocketAddr),
 }
@@ -210,7 +229,11 @@ fn of_service(mesh: &Mesh, service: &Service, port: u16) -> Result<(String, Endp
     }
     let endpoints = mesh.endpoints(&service.key()).map(|set| set.as_slice().to_vec()).unwrap_or_default();
     let known = endpoints.into_iter().filter_map(|e| Some((e.workload.clone(), e.target_port(port)?)));
-    let known = Endpoints::Known { list: known.collect(), waypoint: service.waypoint.clone() };
+    let known = Endpoints::Known {
+        list: known.collect(),
+        waypoint: service.waypoint.clone(),
+        service: Some(service.key()),
+    };
     Ok((format!("service {}:{port}", service.hostname), known))
 }
 
@@ -221,6 +244,7 @@ fn of_pod(workload: &Arc<Workload>, port: u16) -> (String, Endpoints) {
         Endpoints::Known {
             list: vec![(workload.clone(), port)],
             waypoint: workload.waypoint.as_deref().cloned(),
+            service: None,
         },
     )
 }
@@ -246,8 +270,7 @@ fn through(mesh: &Mesh, waypoint: &GatewayAddress, destination: &str) -> Result<
         reason: format!(
             "a policy is for it that not all of its endpoints enforce, and its waypoint {name} is not ready"
         ),
-        policy: None,
-        dry_run: Vec::new(),
+        ..Verdict::default()
     })
 }
 
@@ -266,8 +289,8 @@ fn decide(compiled: &Compiled, source: &Source, workload: &Workload, port: u16) 
         Some("not in the mesh: nothing is decided there".to_owned())
     };
     if let Some(reason) = undecided {
-        let (carried, allowed, policy, dry_run) = ("plaintext", true, None, Vec::new());
-        return Verdict { workload: name, address, carried, allowed, reason, policy, dry_run };
+        let (carried, allowed) = ("plaintext", true);
+        return Verdict { workload: name, address, carried, allowed, reason, ..Verdict::default() };
     }
     let destination = SocketAddr::new(ip.unwrap_or(Ipv4Addr::UNSPECIFIED.into()), port);
     let connection = Connection::new(source.identity.clone(), source.ip, destination);
@@ -287,11 +310,17 @@ fn explained(workload: String, address: String, carried: &'static str, decision:
         }
         Err(deny) => (false, deny.to_string(), deny.policy().map(ToString::to_string)),
     };
-    let dry_run = decision.dry_run.iter().map(|d| match &d.would {
+    let dry_run = trials(&decision.dry_run);
+    Verdict { workload, address, carried, allowed, reason, policy, dry_run, route: None }
+}
+
+/// What dry-run policies would change, in words.
+fn trials(dry_run: &[DryRun]) -> Vec<String> {
+    let one = |d: &DryRun| match &d.would {
         Ok(allow) => format!("if {} were enforced: {allow}", d.policy),
         Err(deny) => format!("if {} were enforced: {deny}", d.policy),
-    });
-    Verdict { workload, address, carried, allowed, reason, policy, dry_run: dry_run.collect() }
+    };
+    dry_run.iter().map(one).collect()
 }
 
 /// An address of which nothing is known.
@@ -306,8 +335,7 @@ fn outside(mesh: &Mesh, at: SocketAddr) -> Verdict {
         carried: "plaintext",
         allowed,
         reason: reason.to_owned(),
-        policy: None,
-        dry_run: Vec::new(),
+        ..Verdict::default()
     }
 }
 
@@ -321,6 +349,9 @@ fn text(answers: &[Answer]) -> Result<String> {
             let word = if v.allowed { "allowed" } else { "refused" };
             writeln!(text, "  {word} at {} {} over {}", v.workload, v.address, v.carried)?;
             writeln!(text, "        {}", v.reason)?;
+            if let Some(route) = &v.route {
+                writeln!(text, "        route: {route}")?;
+            }
             for line in &v.dry_run {
                 writeln!(text, "        dry run: {line}")?;
             }

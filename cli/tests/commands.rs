@@ -165,6 +165,66 @@ spec: {action: DENY, rules: [{}], targetRefs: [{group: networking.istio.io, kind
     assert_eq!(what_if(&open.dir(), "shop/web", "db.example.com", "5432", &[]).0, 0);
 }
 
+const ROUTED: &str = "apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: gate, namespace: shop}
+spec: {gatewayClassName: culvert-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: front, namespace: shop, labels: {istio.io/use-waypoint: gate}}
+spec: {clusterIP: 10.96.0.200, ports: [{name: http, port: 80}, {name: tcp, port: 90}]}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: front, namespace: shop}
+spec:
+  parentRefs: [{group: '', kind: Service, name: front}]
+  rules:
+  - {name: canary, matches: [{headers: [{name: X-Canary, value: 'yes'}]}], backendRefs: [{name: web, port: 80}]}
+  - {matches: [{path: {value: /old}}], filters: [{type: RequestRedirect, requestRedirect: {statusCode: 301}}]}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: front, namespace: shop}
+spec:
+  targetRefs: [{group: '', kind: Service, name: front}]
+  rules:
+  - to: [{operation: {methods: [GET]}}]
+  - {from: [{source: {requestPrincipals: [issuer/admin]}}], to: [{operation: {paths: [/old]}}]}
+";
+
+#[test]
+fn what_if_decides_over_requests_where_a_waypoint_does() {
+    let files = Files::new(&[("mesh.yaml", MESH), ("routed.yaml", ROUTED)]);
+    let ask = |more: &[&str]| what_if(&files.dir(), "shop/batch", "shop/front", "80", more);
+    let (code, answers) = ask(&["--header", "x-canary: yes", "--path", "/any?x=1"]);
+    let hops = answers[0]["endpoints"].as_array().unwrap();
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    assert_eq!((code, text(&hops[0]["workload"])), (0, "waypoint shop/gate".to_owned()), "{answers:?}");
+    assert!(
+        text(&hops[0]["reason"]).contains("allowed by policy shop/front rule 0 clause 0.0"),
+        "{answers:?}"
+    );
+    assert!(text(&hops[0]["route"]).contains("HTTPRoute shop/front rule 0 (canary)"), "{answers:?}");
+    // The node decides over the waypoint.
+    assert_eq!((hops.len(), text(&hops[1]["workload"])), (2, "shop/web".to_owned()));
+    assert!(text(&hops[1]["route"]).contains("1 of 1"), "{answers:?}");
+    // No route, another method, a redirect, a token.
+    let refused = |more: &[&str], why: &str| {
+        let (code, answers) = ask(more);
+        assert!(code == 1 && answers[0].to_string().contains(why), "{more:?}: {answers:?}");
+    };
+    refused(&[], "404");
+    refused(&["--method", "POST", "--path", "/old"], "no ALLOW policy matched (shop/front)");
+    let claims = ["--method", "POST", "--path", "/old", "--claims", r#"{"iss": "issuer", "sub": "admin"}"#];
+    let (code, answers) = ask(&claims);
+    assert!(code == 0 && answers[0].to_string().contains("redirects: 301"), "{answers:?}");
+    // Bytes show no request.
+    let (code, answers) = what_if(&files.dir(), "shop/batch", "shop/front", "90", &["--tcp"]);
+    assert!(code == 1 && answers[0].to_string().contains("no ALLOW policy matched"), "{answers:?}");
+}
+
 #[test]
 fn what_if_says_what_a_changed_file_changes() {
     let files = Files::new(&[("mesh.yaml", MESH), ("policy.yaml", &policy("batch"))]);

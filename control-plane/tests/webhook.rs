@@ -107,10 +107,20 @@ fn what_was_bad_before_may_be_labelled_and_deleted() {
 
 #[test]
 fn kinds_that_are_not_acted_on_are_admitted_and_told() {
-    let body = ask("CREATE", "networking.istio.io", "EnvoyFilter", &json!({}), &Value::Null);
+    let body = ask("CREATE", "networking.istio.io", "Sidecar", &json!({}), &Value::Null);
     let reviewed = review::answer(&body, &Options::default(), None).unwrap();
     assert!(reviewed.allowed);
-    assert!(String::from_utf8(reviewed.body).unwrap().contains("EnvoyFilter is not acted on"));
+    assert!(String::from_utf8(reviewed.body).unwrap().contains("Sidecar is not acted on"));
+}
+
+#[test]
+fn kinds_that_nothing_could_enforce_are_refused_with_what_does_their_job() {
+    for (group, kind) in [("networking.istio.io", "EnvoyFilter"), ("extensions.istio.io", "WasmPlugin")] {
+        let body = ask("CREATE", group, kind, &json!({}), &Value::Null);
+        let reviewed = review::answer(&body, &Options::default(), None).unwrap();
+        assert!(!reviewed.allowed);
+        assert!(String::from_utf8(reviewed.body).unwrap().contains("CUSTOM"));
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use config::compile::{Options, Origin};
 use config::diagnostic::{Code, Diagnostic, Severity};
 use config::json::{Decoded, ObjectSeed};
+use config::kinds::foreign::refused;
 use config::policy::MeshConfig;
 use config::repository::{ObjectContent, Repository};
 use config::resource::{KINDS, KindSpec};
@@ -98,9 +99,15 @@ pub fn answer(body: &[u8], options: &Options, settings: Option<&MeshConfig>) -> 
             Verdict::default()
         }
         Some(spec) => look(spec, &asked.object, &asked.namespace, options, settings)?,
-        None => Verdict {
-            warnings: vec![format!("{} is not acted on by this version of the mesh", asked.kind.kind)],
-            ..Verdict::default()
+        None => match refused(&asked.kind.group, &asked.kind.kind) {
+            Some(remedy) => Verdict {
+                errors: vec![format!("{}: {remedy}", asked.kind.kind)],
+                ..Verdict::default()
+            },
+            None => Verdict {
+                warnings: vec![format!("{} is not acted on by this version of the mesh", asked.kind.kind)],
+                ..Verdict::default()
+            },
         },
     };
     // An object that is no worse than it was may change in what has no errors, such as its labels.

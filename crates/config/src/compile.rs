@@ -37,6 +37,7 @@ mod index;
 mod instance;
 mod join;
 mod review;
+mod review_routes;
 mod standing;
 
 use std::collections::BTreeMap;

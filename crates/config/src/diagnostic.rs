@@ -78,6 +78,7 @@ codes! {
     NotAnObject = "not-an-object", Error, "A document is not an object with apiVersion, kind and metadata.";
     UnknownKind = "unknown-kind", Error, "The kind does not exist in a group that the mesh reads.";
     UnsupportedKind = "unsupported-kind", Warning, "The kind exists, and this version of the mesh does not act on it.";
+    RefusedKind = "refused-kind", Error, "The kind asks for what the mesh does not do; what does its job is named.";
     IgnoredKind = "ignored-kind", Info, "The kind belongs to a group that has no part in the mesh.";
     UnsupportedVersion = "unsupported-version", Error, "The kind is not read in this version of its group.";
     DuplicateObject = "duplicate-object", Error, "Two objects have the same kind, namespace and name; the first stays in force.";

@@ -12,7 +12,7 @@ use crate::kinds::Capture;
 use crate::labels::Pool;
 use crate::policy::{MeshConfig, NamespaceSelector};
 use crate::resource::{Kind, ObjectKey, Resource};
-use crate::store::Store;
+use crate::store::{More, Store};
 
 pub use crate::store::{Content, ObjectContent};
 
@@ -77,7 +77,7 @@ impl Repository {
             self.store.touch(key);
         }
         let compiler = &self.compiler;
-        let (diagnostics, touched) = self.store.news(&|key| findings(compiler, key));
+        let (diagnostics, touched) = self.store.news(&Known { compiler, in_full: false });
         self.pool.sweep();
         Outcome { changes, enrolments, diagnostics, touched }
     }
@@ -91,13 +91,13 @@ impl Repository {
     /// All there is to say, by file and place.
     #[must_use]
     pub fn diagnostics(&self) -> Vec<Diagnostic> {
-        self.store.diagnostics(&|key| findings(&self.compiler, key))
+        self.store.diagnostics(&self.known(false))
     }
 
     /// All there is to say of one file, or of the object of an origin.
     #[must_use]
     pub fn about(&self, origin: &str) -> Vec<Diagnostic> {
-        self.store.about(origin, &|key| findings(&self.compiler, key))
+        self.store.about(origin, &self.known(false))
     }
 
     /// What was compiled, to ask how objects stand with what they name.
@@ -110,20 +110,18 @@ impl Repository {
     /// [`Repository::review`].
     #[must_use]
     pub fn review_of(&self, origin: &str) -> Vec<Diagnostic> {
-        self.store.about(origin, &|key| self.in_full(key))
+        self.store.about(origin, &self.known(true))
     }
 
     /// All there is to say, and beside it what is said of objects that are in order and may still not do what
     /// they are meant to: policies that select nothing, or name what is not there. Costs a look at every policy.
     #[must_use]
     pub fn review(&self) -> Vec<Diagnostic> {
-        self.store.review(&|key| self.in_full(key))
+        self.store.review(&self.known(true))
     }
 
-    fn in_full(&self, key: &ObjectKey) -> Vec<(Code, String, String)> {
-        let mut found = findings(&self.compiler, key);
-        found.extend(self.compiler.review(key).into_iter().map(|f| (f.code, f.message, f.remedy)));
-        found
+    fn known(&self, in_full: bool) -> Known<'_> {
+        Known { compiler: &self.compiler, in_full }
     }
 
     /// The settings in force as they are written; `None` where there are none.
@@ -143,7 +141,7 @@ impl Repository {
     /// each valid.
     #[must_use]
     pub fn has_bad_files(&self) -> bool {
-        self.store.diagnostics(&|_| Vec::new()).iter().any(|d| d.severity == Severity::Error)
+        self.store.diagnostics(&OfItself).iter().any(|d| d.severity == Severity::Error)
     }
 
     /// The pods in the mesh that have annotations on what of their traffic is captured, by their uids.
@@ -170,6 +168,33 @@ impl Repository {
     }
 }
 
-fn findings(compiler: &Compiler, key: &ObjectKey) -> Vec<(Code, String, String)> {
-    compiler.findings(key).map(|f| (f.code, f.message.clone(), f.remedy.clone())).collect()
+/// What the compiler knows of objects; in full with what is said on request.
+struct Known<'c> {
+    compiler: &'c Compiler,
+    in_full: bool,
+}
+
+impl More for Known<'_> {
+    fn found(&self, key: &ObjectKey) -> Vec<(Code, String, String)> {
+        let found = self.compiler.findings(key).cloned();
+        let more = if self.in_full { self.compiler.review(key) } else { Vec::new() };
+        found.chain(more).map(|f| (f.code, f.message, f.remedy)).collect()
+    }
+
+    fn has_waypoint(&self, key: &ObjectKey) -> bool {
+        self.compiler.has_waypoint(key)
+    }
+}
+
+/// Only what an object says of itself.
+struct OfItself;
+
+impl More for OfItself {
+    fn found(&self, _: &ObjectKey) -> Vec<(Code, String, String)> {
+        Vec::new()
+    }
+
+    fn has_waypoint(&self, _: &ObjectKey) -> bool {
+        false
+    }
 }

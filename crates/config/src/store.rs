@@ -492,8 +492,8 @@ impl Store {
     }
 
     /// The diagnostics that there were not at the last call, and the files about which something may have changed
-    /// since. `more` adds what was found about an object in force, as code, message and remedy.
-    pub(crate) fn news(&mut self, more: &More<'_>) -> (Vec<Diagnostic>, BTreeSet<Arc<str>>) {
+    /// since. `more` knows what was found about an object in force.
+    pub(crate) fn news(&mut self, more: &dyn More) -> (Vec<Diagnostic>, BTreeSet<Arc<str>>) {
         let mut news = Vec::new();
         let touched = std::mem::take(&mut self.touched);
         for path in &touched {
@@ -522,22 +522,22 @@ impl Store {
     }
 
     /// All there is to say of one file, or of one object of a server.
-    pub(crate) fn about(&self, path: &str, more: &More<'_>) -> Vec<Diagnostic> {
+    pub(crate) fn about(&self, path: &str, more: &dyn More) -> Vec<Diagnostic> {
         self.files.get_key_value(path).map_or_else(Vec::new, |(path, _)| self.of_file(path, more))
     }
 
     /// All diagnostics, by file and place.
-    pub(crate) fn diagnostics(&self, more: &More<'_>) -> Vec<Diagnostic> {
+    pub(crate) fn diagnostics(&self, more: &dyn More) -> Vec<Diagnostic> {
         self.diagnosed.iter().flat_map(|path| self.of_file(path, more)).collect()
     }
 
     /// The same, where `more` may have something to say about any object, not only of what was found before.
-    pub(crate) fn review(&self, more: &More<'_>) -> Vec<Diagnostic> {
+    pub(crate) fn review(&self, more: &dyn More) -> Vec<Diagnostic> {
         let paths: BTreeSet<&Arc<str>> = self.files.keys().collect();
         paths.into_iter().flat_map(|path| self.of_file(path, more)).collect()
     }
 
-    fn of_file(&self, path: &Arc<str>, more: &More<'_>) -> Vec<Diagnostic> {
+    fn of_file(&self, path: &Arc<str>, more: &dyn More) -> Vec<Diagnostic> {
         let Some(file) = self.files.get(path) else { return Vec::new() };
         let elsewhere = |key: &ObjectKey| {
             let path = self.objects.get(key)?;
@@ -548,8 +548,14 @@ impl Store {
     }
 }
 
-/// What was found about an object in the light of others.
-pub(crate) type More<'m> = dyn Fn(&ObjectKey) -> Vec<(Code, String, String)> + 'm;
+/// What is known of objects in the light of others.
+pub(crate) trait More {
+    /// What was found about one: code, message and remedy.
+    fn found(&self, key: &ObjectKey) -> Vec<(Code, String, String)>;
+
+    /// Whether a policy that needs a waypoint has one, so that nothing is to be said of that.
+    fn has_waypoint(&self, key: &ObjectKey) -> bool;
+}
 
 fn syntax(path: &Arc<str>, text: tree::Text<'_>, error: &SyntaxError) -> Diagnostic {
     let (code, remedy) = match &error.problem {

@@ -211,6 +211,7 @@ fn dump(mesh: &Mesh, enrolments: &BTreeMap<String, Json>, repository: &Repositor
         "policies": policies,
         "enrolments": enrolments,
         "diagnostics": found,
+        "review": repository.review().iter().map(diagnostic).collect::<Vec<_>>(),
     })
 }
 

@@ -133,10 +133,89 @@ fn a_policys_change_costs_what_it_selects() {
     let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p, namespace: \
                   ns-7}\nspec: {selector: {matchLabels: {app: app-7, version: v1}}, action: DENY, rules: [{}]}\n";
     let outcome = repository.apply(&"p.yaml".into(), Content::Bytes(policy.as_bytes()));
-    // 50 of the 5000 are selected: each is found, marked and compiled.
-    assert_eq!(outcome.changes.len(), 51, "{:?}", outcome.diagnostics);
+    // 50 of the 5000 are selected: each is found, marked and compiled. The policy comes in two forms, for nodes and for
+    // waypoints.
+    assert_eq!(outcome.changes.len(), 52, "{:?}", outcome.diagnostics);
     let steps = repository.steps() - before;
     assert!(steps < 200, "{steps} steps");
+}
+
+/// Services that a waypoint stands before, each with a route of its own, every second one of the Gateway API.
+fn routed(count: usize) -> String {
+    let mut text = "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {name: gate, namespace: shop}\nspec: \
+                    {gatewayClassName: culvert-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}\n---\n\
+                    apiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {istio.io/use-waypoint: gate}}\n"
+        .to_owned();
+    for n in 0..count {
+        let (a, b) = (n / 256, n % 256);
+        writeln!(
+            text,
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: s{n}, namespace: shop}}\nspec: {{clusterIP: \
+             10.{}.{a}.{b}, ports: [{{name: http, port: 80}}]}}",
+            100
+        )
+        .unwrap();
+        text += &route(n, "/");
+    }
+    text
+}
+
+fn route(n: usize, path: &str) -> String {
+    let next = n / 2 * 2;
+    if n % 2 == 0 {
+        format!(
+            "---\napiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: r{n}, namespace: shop}}\nspec: \
+             {{parentRefs: [{{group: '', kind: Service, name: s{n}}}], rules: [{{matches: [{{path: {{value: {path}}}}}], \
+             backendRefs: [{{name: s{next}, port: 80}}]}}]}}\n"
+        )
+    } else {
+        format!(
+            "---\napiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{name: r{n}, namespace: shop}}\nspec: \
+             {{hosts: [s{n}], http: [{{match: [{{uri: {{prefix: {path}}}}}], route: [{{destination: {{host: s{next}}}}}]}}]}}\n"
+        )
+    }
+}
+
+/// What the change of an HTTPRoute and of a VirtualService costs among `count` services with routes.
+fn steps_of_one_route(count: usize) -> [u64; 2] {
+    let mut repository = Repository::new(Options::default());
+    let made = repository.apply(&"all.yaml".into(), Content::Bytes(routed(count).as_bytes())).changes;
+    assert_eq!(Mesh::default().apply(made).http_services().count(), count);
+    [10, 11].map(|service| {
+        let path: Arc<str> = format!("{service}.yaml").into();
+        let text = |path: &str| route(service, path).replace(&format!("name: r{service},"), "name: another,");
+        repository.apply(&path, Content::Bytes(text("/").as_bytes()));
+        let before = repository.steps();
+        // The VirtualService is the second for its host, and not in force.
+        let outcome = repository.apply(&path, Content::Bytes(text("/other").as_bytes()));
+        assert!(outcome.changes.len() <= 1, "{:?}", outcome.diagnostics);
+        repository.steps() - before
+    })
+}
+
+#[test]
+fn one_routes_change_costs_the_same_however_many_there_are() {
+    let (few, many) = (steps_of_one_route(20), steps_of_one_route(10_000));
+    assert_eq!(few, many);
+    assert!(many.iter().all(|steps| *steps < 6), "{many:?} steps");
+}
+
+#[test]
+#[ignore = "a measurement: run it alone, in a release build"]
+fn time_of_10_000_routes() {
+    let text = routed(10_000);
+    let (rss, cpu) = (status("VmRSS"), cpu_ms());
+    let mut repository = Repository::new(Options::default());
+    let outcome = repository.apply(&"all.yaml".into(), Content::Bytes(text.as_bytes()));
+    println!("10,000 services and routes: {} ms CPU, {} MB", cpu_ms() - cpu, status("VmRSS") - rss);
+    let (mut mesh, cpu) = (Mesh::default().apply(outcome.changes), cpu_ms());
+    let texts = ["/", "/other"].map(|path| route(10, path));
+    let path: Arc<str> = "one.yaml".into();
+    for n in 0..200 {
+        let outcome = repository.apply(&path, Content::Bytes(texts[n % 2].replace("r10", "one").as_bytes()));
+        mesh = mesh.apply(outcome.changes);
+    }
+    println!("a change of one of them: {} us CPU", (cpu_ms() - cpu) * 1000 / 200);
 }
 
 /// One object with a list of `count` things: a policy, a service, a slice, an entry.

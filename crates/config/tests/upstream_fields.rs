@@ -43,7 +43,7 @@ fn what_is_not_enforced_has_a_reason() {
 }
 
 #[test]
-fn the_fields_are_those_of_kubernetes() {
+fn the_fields_are_those_of_upstream() {
     let mut upstream: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
     for line in include_str!("upstream_fields.txt").lines().filter(|l| !l.starts_with('#')) {
         let (name, fields) = line.split_once(": ").unwrap();

@@ -11,8 +11,8 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use prefix_trie::PrefixMap;
 
 use crate::holders::Holders;
-use crate::http::{Authorizer, HttpService, RateLimit, RequestAuthentication, ServiceTraffic};
-use crate::verdict::{Connection, Decision, Held, decide};
+use crate::http::{Authorizer, HttpService, RateLimit, Request, RequestAuthentication, ServiceTraffic};
+use crate::verdict::{Connection, Decision, Held, RequestDecision, decide, decide_request};
 use crate::{
     CowMap, NetworkAddress, OriginalDst, Policy, PolicyKey, PortMapping, Scope, Service, ServiceKey,
     ServiceSource, Settings, Str, Workload, WorkloadKind, canonical_ip,
@@ -442,6 +442,23 @@ impl Mesh {
         let namespace = self.namespace_policies.get(&workload.namespace).map_or(&[][..], |list| list);
         let selected = workload.policies.iter().map(|key| self.policies.get(key).ok_or(key));
         self.global_policies.iter().chain(namespace).map(Ok).chain(selected).collect()
+    }
+
+    /// Decides whether a request, or a connection that shows none, may pass a service's waypoint, and says why: the
+    /// policies for the service have to let it in, and each set of those of the workloads behind it.
+    #[must_use]
+    pub fn authorize_at_waypoint(
+        &self,
+        service: &HttpService,
+        connection: &Connection,
+        request: Option<&Request<'_>>,
+    ) -> RequestDecision {
+        let held = |keys: &[PolicyKey]| {
+            let held: Vec<Held<'_>> = keys.iter().map(|key| self.http_policies.get(key).ok_or(key)).collect();
+            decide_request(&held, connection, request)
+        };
+        let sets = service.selected.iter().map(|set| held(set));
+        sets.fold(held(&service.policies), RequestDecision::and)
     }
 
     /// Decides whether `connection` may be delivered to `workload`, and says why.

@@ -283,6 +283,34 @@ pub struct RequestDecision {
     pub dry_run: Vec<DryRun>,
 }
 
+impl RequestDecision {
+    /// The decision of one who asks nobody and knows no policy.
+    #[must_use]
+    pub fn let_in() -> Self {
+        Self { outcome: Ok(Allow::NoAllowPolicies), ask: Vec::new(), dry_run: Vec::new() }
+    }
+
+    /// The decision where both have to let the request in: the first refusal, else the first policy that let it in.
+    #[must_use]
+    pub fn and(mut self, other: Self) -> Self {
+        let undecided = self.outcome == Ok(Allow::NoAllowPolicies);
+        if undecided || (self.outcome.is_ok() && other.outcome.is_err()) {
+            self.outcome = other.outcome;
+        }
+        for asked in other.ask {
+            if !self.ask.contains(&asked) {
+                self.ask.push(asked);
+            }
+        }
+        for trial in other.dry_run {
+            if !self.dry_run.iter().any(|known| known.policy == trial.policy) {
+                self.dry_run.push(trial);
+            }
+        }
+        self
+    }
+}
+
 /// A policy, or the name of one that is listed and not known.
 pub type Held<'a> = Result<&'a Arc<Policy>, &'a PolicyKey>;
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use model::http::Claims;
-use model::{Allow, Held, Mesh, Policy, PolicyKey, RequestDecision, Workload, decide_request};
+use model::{Held, Mesh, Policy, PolicyKey, RequestDecision, Workload, decide_request};
 
 use super::{Refusal, answer, view};
 use crate::http::decide::{Connection, Decided, Flag};
@@ -29,28 +29,11 @@ impl Policies {
         connection: &model::Connection,
         request: Option<&model::http::Request<'_>>,
     ) -> RequestDecision {
-        let mut all =
-            RequestDecision { outcome: Ok(Allow::NoAllowPolicies), ask: Vec::new(), dry_run: Vec::new() };
-        for set in self.0.iter().filter(|set| !set.is_empty()) {
+        let sets = self.0.iter().filter(|set| !set.is_empty()).map(|set| {
             let held: Vec<Held<'_>> = set.iter().map(Result::as_ref).collect();
-            let decision = decide_request(&held, connection, request);
-            for asked in decision.ask {
-                if !all.ask.contains(&asked) {
-                    all.ask.push(asked);
-                }
-            }
-            for trial in decision.dry_run {
-                if !all.dry_run.iter().any(|known| known.policy == trial.policy) {
-                    all.dry_run.push(trial);
-                }
-            }
-            if all.outcome.as_ref().is_ok_and(|allow| *allow == Allow::NoAllowPolicies)
-                || (all.outcome.is_ok() && decision.outcome.is_err())
-            {
-                all.outcome = decision.outcome;
-            }
-        }
-        all
+            decide_request(&held, connection, request)
+        });
+        sets.reduce(RequestDecision::and).unwrap_or_else(RequestDecision::let_in)
     }
 }
 

@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use hashbrown::{HashMap, HashSet};
-use model::{Change, Policy, PolicyKey, ServiceKey, Str, Workload};
+use model::{Change, Policy, PolicyKey, ServiceKey, Str, TunnelProtocol, Workload};
 
 use super::index::Id;
 use super::{Compiler, Definition, Record};
 use crate::policy::Covered;
-use crate::resource::ObjectKey;
+use crate::policy::selector::{Target, TargetKind};
+use crate::resource::{Kind, ObjectKey};
 
 /// How the names of the policies begin that are the node's half of another.
 const PREFIX: &str = "culvert_half_";
@@ -61,7 +62,7 @@ impl Compiler {
         found.into_iter().map(|(waypoint, ports)| Covered { waypoint: waypoint.clone(), ports }).collect()
     }
 
-    fn in_force(&self, service: &ServiceKey) -> Option<&(ObjectKey, Definition)> {
+    pub(super) fn in_force(&self, service: &ServiceKey) -> Option<&(ObjectKey, Definition)> {
         self.services.get(service)?.definitions.first()
     }
 
@@ -87,6 +88,48 @@ impl Compiler {
         }
     }
 
+    /// Whether all workloads in the mesh that a policy is for, and that ask for a waypoint to enforce it, are behind one.
+    fn is_halved_everywhere(&self, key: &PolicyKey) -> bool {
+        if !self.halves.of.contains_key(key) {
+            return false;
+        }
+        let compiled =
+            self.records.iter().flatten().filter(|r| r.emitted).filter_map(|r| r.compiled.as_ref());
+        !compiled.filter(|w| w.tunnel == TunnelProtocol::Hbone).any(|w| w.policies.contains(key))
+    }
+
+    /// Whether a policy that needs a waypoint has one, for all that it is for.
+    #[must_use]
+    pub(crate) fn has_waypoint(&self, key: &ObjectKey) -> bool {
+        let policy = PolicyKey { namespace: key.namespace.clone(), name: key.name.clone() };
+        // A policy for a class names waypoints that may not be there yet.
+        let any = |targets: &[Target]| {
+            !self.waypoints.is_empty() || targets.iter().all(|t| t.kind != TargetKind::GatewayClass)
+        };
+        let targets = || {
+            self.policies.targets_of(key).is_some_and(any)
+                && self.target_standing(key).is_some_and(|judgement| judgement.holds)
+        };
+        key.kind == Kind::AuthorizationPolicy && (self.is_halved_everywhere(&policy) || targets())
+    }
+
+    /// Notes that it may be said otherwise whether policies that a workload lists, or listed, have a waypoint.
+    fn note_halved(&mut self, old: Option<&Workload>, new: Option<&Workload>) {
+        let old = old.map(|w| &*w.policies).unwrap_or_default();
+        let new = new.map(|w| &*w.policies).unwrap_or_default();
+        let changed = new.iter().filter(|k| !old.contains(k)).chain(old.iter().filter(|k| !new.contains(k)));
+        let wholes = changed.filter_map(|key| {
+            let whole = self.halves.whole.get(key).unwrap_or(key);
+            self.policies.is_halved(whole).then(|| ObjectKey {
+                kind: Kind::AuthorizationPolicy,
+                namespace: whole.namespace.clone(),
+                name: whole.name.clone(),
+            })
+        });
+        let wholes: Vec<ObjectKey> = wholes.collect();
+        self.found.extend(wholes);
+    }
+
     /// Follows which halves are listed, when a workload of the model is replaced.
     pub(super) fn count_halves(&mut self, old: Option<&Workload>, new: Option<&Workload>, id: Id) {
         let lists = |w: &Workload| w.policies.iter().any(|key| key.name.starts_with(PREFIX));
@@ -105,6 +148,7 @@ impl Compiler {
                 }
             }
         }
+        self.note_halved(old, new);
         let listed = old.into_iter().flat_map(|w| &w.policies).filter(|key| key.name.starts_with(PREFIX));
         for half in listed {
             let Some(key) = self.halves.whole.get(half) else { continue };
@@ -195,9 +239,13 @@ impl Compiler {
         }
     }
 
-    /// The sets of policies of workloads that a service's waypoint enforces.
-    pub(super) fn selected(&self, service: &ServiceKey) -> Box<[Box<[PolicyKey]>]> {
-        let selections = self.halves.selections.get(service).into_iter().flat_map(BTreeMap::keys);
+    /// The sets of policies of workloads that the waypoint of a service enforces: of the workloads behind it, and behind
+    /// the services that its routes lead to, which the waypoint reaches without asking theirs.
+    pub(super) fn selected<'a>(
+        &self,
+        services: impl Iterator<Item = &'a ServiceKey>,
+    ) -> Box<[Box<[PolicyKey]>]> {
+        let selections = services.filter_map(|key| self.halves.selections.get(key)).flat_map(BTreeMap::keys);
         let mut sets: Vec<_> = selections
             .map(|(namespace, selecting)| self.policies.through_workloads(namespace, selecting))
             .filter(|set| !set.is_empty())

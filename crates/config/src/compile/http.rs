@@ -1,8 +1,9 @@
 //! What waypoints do for services: the routes of each service that is bound to one.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use model::http::{BackendRef, HttpPort, HttpService, Protocol, WaypointKey};
+use model::http::{BackendRef, Forward, HttpPort, HttpService, Protocol, RouteAction, WaypointKey};
 use model::{Change, ServiceKey};
 
 use super::instance::Definition;
@@ -115,13 +116,16 @@ impl Compiler {
                 streams: Arc::new(streams.unwrap_or_default()),
             }
         });
+        let ports: Box<[HttpPort]> = ports.collect();
+        let led: BTreeSet<ServiceKey> = ports.iter().flat_map(led_to).collect();
+        let selected = self.selected(std::iter::once(&service).chain(&led));
         Some(HttpService {
-            ports: ports.collect(),
+            selected,
+            ports,
             service,
             waypoint: WaypointKey { namespace: waypoint.namespace.clone(), name: waypoint.name.clone() },
             policies: self.policies.through(owner, waypoint).into(),
             telemetry: self.policies.telemetry(owner, waypoint),
-            selected: self.selected(&definition.service.key()),
             authentication: self.authentication(owner, &definition.service.key(), waypoint),
             rate_limits: self.policies.rate_limits(owner, waypoint).into(),
         })
@@ -200,6 +204,10 @@ impl Compiler {
             Some(new) if self.http_services.get(key).is_some_and(|old| **old == new) => {}
             Some(new) => {
                 let new = Arc::new(new);
+                // Routes that lead to it are under the policies of its workloads, too.
+                if self.http_services.get(key).is_none_or(|old| old.selected != new.selected) {
+                    self.touch_leading_to(key);
+                }
                 self.http_services.insert(key.clone(), new.clone());
                 self.changes.push(Change::SetHttpService(new));
             }
@@ -210,6 +218,20 @@ impl Compiler {
             }
         }
     }
+}
+
+/// The services that the routes of a port lead to.
+fn led_to(port: &HttpPort) -> BTreeSet<ServiceKey> {
+    let requests = port.routes.entries().iter().filter_map(|(_, route)| match &route.action {
+        RouteAction::Forward(forward) => Some(forward),
+        RouteAction::Redirect(_) | RouteAction::Respond(_) => None,
+    });
+    let all = requests.chain(port.streams.entries().iter().map(|(_, route)| &route.to));
+    let services = all.flat_map(Forward::backends).filter_map(|backend| match &backend.to {
+        BackendRef::Service { service, .. } => Some(service.clone()),
+        BackendRef::Original | BackendRef::Unresolved { .. } => None,
+    });
+    services.collect()
 }
 
 /// A route's name, and what it hangs on.

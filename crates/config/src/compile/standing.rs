@@ -4,14 +4,16 @@
 //! What a batch may have changed of it is among the batch's [`super::Batch::found`].
 
 use model::ServiceKey;
+use model::http::Protocol;
 
+use super::http::protocol;
 use super::instance::Definition;
 use super::{Compiler, Finding};
 use crate::policy::Waypoint;
 use crate::policy::selector::{Target, TargetKind};
 use crate::resource::{Kind, ObjectKey};
 use crate::routes::gateway::Unbound;
-use crate::routes::{BackendDraft, Parent, ParentKind, ParentRef, Reference};
+use crate::routes::{BackendDraft, Parent, ParentKind, ParentRef, Reference, RouteDraft};
 
 /// What a condition says.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -76,6 +78,20 @@ impl Compiler {
         };
         if !definition.service.ports.iter().any(|port| is_meant(&port)) {
             let message = format!("{} {}/{} has no such port", kind.name(), owner.namespace, owner.name);
+            let accepted = Judgement::no("NoMatchingParent", message);
+            return Some(RouteStanding { accepted, resolved, bound: None });
+        }
+        let is_http = |port: &model::ServicePort| {
+            matches!(protocol(&port.app_protocol), Protocol::Http | Protocol::Http2)
+        };
+        let stream = matches!(self.routes.get(route), Some(RouteDraft::Stream(_)));
+        if stream && definition.service.ports.iter().filter(is_meant).all(is_http) {
+            let message = format!(
+                "the ports of the {} {}/{} are for HTTP: use an HTTPRoute or a GRPCRoute",
+                kind.name(),
+                owner.namespace,
+                owner.name
+            );
             let accepted = Judgement::no("NoMatchingParent", message);
             return Some(RouteStanding { accepted, resolved, bound: None });
         }

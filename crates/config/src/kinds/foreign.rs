@@ -7,12 +7,25 @@ use crate::tree::Node;
 
 /// Kinds of groups of the mesh that this version does not act on.
 static UNSUPPORTED: &[(&str, &[&str])] = &[
-    ("networking.istio.io", &["Gateway", "Sidecar", "EnvoyFilter", "ProxyConfig"]),
-    ("extensions.istio.io", &["WasmPlugin", "TrafficExtension"]),
+    ("networking.istio.io", &["Gateway", "Sidecar", "ProxyConfig"]),
     ("gateway.networking.k8s.io", &["GatewayClass", "UDPRoute", "BackendTLSPolicy", "ListenerSet"]),
     // An older form of EndpointSlice; a cluster mirrors it into one.
     ("", &["Endpoints"]),
 ];
+
+/// Kinds that no state of a cluster could enforce, and what does their job here.
+static REFUSED: &[(&str, &str, &str)] = &[
+    (
+        "networking.istio.io",
+        "EnvoyFilter",
+        "there is no Envoy: use VirtualService and DestinationRule for routing, AuthorizationPolicy (CUSTOM for an \
+         authorizer of your own), RateLimit of culvert.dev, Telemetry",
+    ),
+    ("extensions.istio.io", "WasmPlugin", WASM),
+    ("extensions.istio.io", "TrafficExtension", WASM),
+];
+const WASM: &str = "no code is loaded: use an AuthorizationPolicy with the action CUSTOM, which asks a service of yours, or \
+                    header changes of an HTTPRoute or VirtualService";
 
 /// Kinds of the core group that have no part in the mesh.
 static CORE: &[&str] = &[
@@ -41,6 +54,12 @@ static OWN_GROUPS: &[&str] = &[
     "culvert.dev",
 ];
 
+/// What does the job of a kind that no state of a cluster could enforce; `None` for others.
+#[must_use]
+pub fn refused(group: &str, kind: &str) -> Option<&'static str> {
+    REFUSED.iter().find(|(g, k, _)| *g == group && *k == kind).map(|(.., remedy)| *remedy)
+}
+
 /// Says what is (not) done with an object of a kind that is not read.
 pub fn report<'n>(node: &'n Node<'n>, group: &str, kind: &str, context: &mut Context<'n>) -> Reading {
     let position = node.get("kind").map_or(node.position, |n| n.position);
@@ -49,6 +68,11 @@ pub fn report<'n>(node: &'n Node<'n>, group: &str, kind: &str, context: &mut Con
     let name = if group.is_empty() { shown } else { format!("{shown} of {group}") };
     let listed =
         |list: &[(&str, &[&'static str])]| list.iter().any(|(g, k)| *g == group && k.contains(&kind));
+    if let Some(remedy) = refused(group, kind) {
+        let message = format!("{name} is refused: what it asks for is not done by the mesh");
+        context.report(Code::RefusedKind, position, &path, message, remedy);
+        return Reading::Ignored;
+    }
     if listed(UNSUPPORTED) {
         let message = format!("{name} is not acted on by this version of the mesh");
         let remedy = if kind == "Endpoints" { "use an EndpointSlice" } else { "" };
@@ -82,7 +106,9 @@ pub fn report<'n>(node: &'n Node<'n>, group: &str, kind: &str, context: &mut Con
         return Reading::Ignored;
     }
     let known = KINDS.iter().filter(|s| s.group == group).map(|s| s.name);
+    let never = REFUSED.iter().filter(|(g, ..)| *g == group).map(|(_, k, _)| *k);
     let others = UNSUPPORTED.iter().filter(|(g, _)| *g == group).flat_map(|(_, k)| k.iter().copied());
+    let others = others.chain(never);
     let core = CORE.iter().copied().filter(|_| group.is_empty());
     let remedy = similar_kind(kind, known.chain(others).chain(core))
         .map_or(String::new(), |s| format!("did you mean {s}?"));

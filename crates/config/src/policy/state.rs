@@ -376,7 +376,6 @@ impl Policies {
         let old = self.authorization.remove(key);
         let new = policy.map(|source| self.entry(key, source));
         let http = |entry: Option<&Entry>| entry.and_then(|e| e.http.clone());
-        effects.changes.extend(http_change(key, http(old.as_ref()), http(new.as_ref())));
         let before = old.as_ref().and_then(|e| e.compiled.as_ref());
         let after = new.as_ref().and_then(|e| e.compiled.as_ref());
         if before != after {
@@ -385,6 +384,7 @@ impl Policies {
                 None => before.map(|_| Change::RemovePolicy(key.clone())),
             });
         }
+        effects.changes.extend(http_change(key, http(old.as_ref()), http(new.as_ref())));
         // Who lists it: only changes of that touch workloads.
         let scope = |entry: Option<&Entry>| {
             // What is external is closed by policies in force only, and lists none.

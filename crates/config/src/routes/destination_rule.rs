@@ -654,11 +654,16 @@ fn read_tls(fields: &mut Fields<'_, '_>) -> Option<Box<TlsOrigination>> {
     let mut text = |name| fields.string(name).filter(|t: &&str| !t.is_empty()).map(Str::from);
     let files = (text("clientCertificate"), text("privateKey"), text("caCertificates"));
     let (credential, sni) = (text("credentialName"), text("sni"));
-    let subject_alt_names = fields.string_list("subjectAltNames").into_iter().map(Into::into).collect();
+    let subject_alt_names: Box<[Str]> =
+        fields.string_list("subjectAltNames").into_iter().map(Into::into).collect();
     let insecure_skip_verify = fields.boolean("insecureSkipVerify").unwrap_or(false);
     let has_own = files.0.is_some() || files.1.is_some();
     let named = has_own || files.2.is_some();
+    let checks = !subject_alt_names.is_empty() || files.2.is_some();
     let wrong = match mode {
+        _ if insecure_skip_verify && checks => Some(
+            "insecureSkipVerify looks at no certificate, and subjectAltNames and caCertificates ask for a look",
+        ),
         TlsMode::Off => (named || credential.is_some()).then_some("certificates mean nothing to this mode"),
         _ if credential.is_some() && named => Some("credentialName and files are both set"),
         TlsMode::Simple if has_own => Some("a certificate of our own needs the mode MUTUAL"),

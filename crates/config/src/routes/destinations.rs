@@ -37,17 +37,31 @@ impl DestinationRules {
     /// What is said of a service.
     #[must_use]
     pub fn traffic(&self, key: &ServiceKey, root: &str) -> Option<ServiceTraffic> {
-        let rule = self.rule(&key.namespace, key).or_else(|| self.rule(root, key))?;
+        let rule = self.rules.get(&self.in_force(key, root)?)?;
         Some(rule.traffic(key.clone()))
     }
 
-    fn rule(&self, namespace: &str, key: &ServiceKey) -> Option<&DestinationRule> {
+    /// The rule that is in force for a service.
+    #[must_use]
+    pub fn in_force(&self, key: &ServiceKey, root: &str) -> Option<ObjectKey> {
+        self.rule(&key.namespace, key).or_else(|| self.rule(root, key))
+    }
+
+    /// A rule, and the host that it is for.
+    #[must_use]
+    pub fn get(&self, key: &ObjectKey, domain: &str) -> Option<(Concerned, &DestinationRule)> {
+        let rule = self.rules.get(key)?;
+        Some((Concerned(full(&rule.host, &key.namespace, domain)), rule))
+    }
+
+    fn rule(&self, namespace: &str, key: &ServiceKey) -> Option<ObjectKey> {
         self.hosts.of(&key.hostname).filter(|named| *named.namespace == *namespace).find_map(|named| {
             let (namespace, name) = (named.namespace.clone(), named.name.clone());
-            let rule = self.rules.get(&ObjectKey { kind: Kind::DestinationRule, namespace, name })?;
+            let by = ObjectKey { kind: Kind::DestinationRule, namespace, name };
+            let rule = self.rules.get(&by)?;
             let own = named.namespace == key.namespace;
             let exported = rule.export_to.as_deref().is_none_or(|list| own || list.contains(&key.namespace));
-            exported.then_some(rule)
+            exported.then_some(by)
         })
     }
 }

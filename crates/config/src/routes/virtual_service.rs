@@ -58,7 +58,7 @@ static SPEC: Schema = Schema {
     ],
 };
 static HTTP: Schema = Schema {
-    name: "HTTPRoute",
+    name: "VirtualService.spec.http[]",
     fields: &[
         enforced("name"),
         nested("match", &MATCH),
@@ -231,8 +231,25 @@ fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resourc
             hosts.push(item.context().pool.string(&host));
         }
     });
-    let gateways = spec.string_list("gateways");
+    let mut gateways = Vec::new();
+    spec.each("gateways", |mut item| {
+        let Some(text) = item.node().as_str() else {
+            item.string();
+            return;
+        };
+        if !text.split('/').all(crate::metadata::is_subdomain) || text.split('/').count() > 2 {
+            item.invalid(
+                format_args!("{text:?} is no name of a gateway"),
+                "write NAMESPACE/NAME, NAME or mesh",
+            );
+        }
+        gateways.push(text);
+    });
     let mesh = gateways.is_empty() || gateways.contains(&MESH);
+    if mesh && hosts.iter().any(|host| &**host == "*") {
+        let message = "the host * would be every service's, whoever owns it";
+        spec.report(Code::InvalidValue, message, "name the hosts, or *. and a domain");
+    }
     if !mesh {
         let message = "it is for gateways only, and has no effect on traffic within the mesh";
         spec.report(Code::WithoutEffect, message, "add the gateway mesh for that");
@@ -267,6 +284,10 @@ fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resourc
             stream_entries.extend(streams::read(&mut entry, id, &namespace, kind == "tls", mesh));
         });
     }
+    if hosts.is_empty() && http.iter().any(|entry: &HttpEntry| entry.delegate.is_some()) {
+        let message = "without hosts it is one that others delegate to, and may not delegate on";
+        spec.report(Code::InvalidValue, message, "");
+    }
     if http.is_empty() && stream_entries.is_empty() && mesh {
         spec.report(Code::WithoutEffect, "it has no routes for the mesh", "");
     }
@@ -300,7 +321,11 @@ fn read_http(entry: &mut Fields<'_, '_>, id: RouteId, namespace: &Str, mesh: boo
         let Some(mut fields) = item.fields() else { return };
         let backend = fields.required("destination").and_then(|c| destination(c, namespace));
         let weight = fields.integer("weight", 0..=i32::MAX.unsigned_abs());
-        let (request_headers, response_headers) = headers(&mut fields);
+        let (request_headers, response_headers, authority) = headers(&mut fields);
+        if authority.is_some() {
+            let message = "the authority is that of a route, not of one of its destinations";
+            fields.report(Code::FieldRefused, message, "use rewrite.authority of the route");
+        }
         backends.extend(backend.map(|backend| {
             (
                 weight,
@@ -329,8 +354,10 @@ fn read_http(entry: &mut Fields<'_, '_>, id: RouteId, namespace: &Str, mesh: boo
     };
     let mut route = Route::new(action);
     route.id = id;
-    (route.request_headers, route.response_headers) = headers(entry);
+    let authority;
+    (route.request_headers, route.response_headers, authority) = headers(entry);
     (route.path, route.host) = read_rewrite(entry);
+    route.host = route.host.or(authority.map(HostRewrite::To));
     route.fault = read_fault(entry);
     route.cors = entry.object("corsPolicy").map(|mut f| Box::new(read_cors(&mut f)));
     route.timeouts.request = entry.take("timeout").and_then(go_duration).filter(|d| !d.is_zero());
@@ -380,18 +407,26 @@ fn destination(cursor: Cursor<'_, '_>, namespace: &Str) -> Option<BackendDraft> 
     })
 }
 
-fn headers(owner: &mut Fields<'_, '_>) -> (HeaderEdits, HeaderEdits) {
+/// Changes of a request's and of a response's fields, and what the request's authority is set to.
+fn headers(owner: &mut Fields<'_, '_>) -> (HeaderEdits, HeaderEdits, Option<Str>) {
     let Some(mut fields) = owner.object("headers") else { return Default::default() };
-    let mut side = |name| fields.object(name).map(|mut f| operations(&mut f)).unwrap_or_default();
-    (side("request"), side("response"))
+    let mut authority = None;
+    let request = fields.object("request").map(|mut f| operations(&mut f, Some(&mut authority)));
+    let response = fields.object("response").map(|mut f| operations(&mut f, None));
+    (request.unwrap_or_default(), response.unwrap_or_default(), authority)
 }
 
-fn operations(fields: &mut Fields<'_, '_>) -> HeaderEdits {
+fn operations(fields: &mut Fields<'_, '_>, mut authority: Option<&mut Option<Str>>) -> HeaderEdits {
     let mut edits = Vec::new();
     fields.each("remove", |item| edits.extend(super::value::header_name(item).map(HeaderEdit::Remove)));
     for (list, make) in [("set", HeaderEdit::Set as fn(_, _) -> _), ("add", HeaderEdit::Add)] {
         let Some(cursor) = fields.take(list) else { continue };
         cursor.entries(|key, mut value| {
+            let is_authority = key.eq_ignore_ascii_case(":authority") || key.eq_ignore_ascii_case("host");
+            if let (true, "set", Some(authority)) = (is_authority, list, authority.as_deref_mut()) {
+                *authority = value.string().map(Into::into);
+                return;
+            }
             let name = http::HeaderName::from_bytes(key.as_bytes());
             if name.is_err() {
                 value.invalid(format_args!("{key:?} is no name of a header field"), "");

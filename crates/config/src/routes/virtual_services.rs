@@ -7,10 +7,10 @@ use hashbrown::{HashMap, HashSet};
 use model::http::{PathMatch, Route, RouteMatch, RouteTable};
 use model::{ServiceKey, ServicePort, Str};
 
-use super::Reference;
 use super::hosts::{ByHost, Concerned, Named, full};
 use super::state::{Resolve, made};
 use super::virtual_service::{HttpEntry, VirtualService};
+use super::{BackendDraft, Reference};
 use crate::resource::{Kind, ObjectKey};
 
 /// The VirtualServices that there are.
@@ -71,6 +71,46 @@ impl VirtualServices {
             concerned.extend(self.delegating_to(key, domain));
         }
         concerned
+    }
+
+    /// The hosts of a resource.
+    #[must_use]
+    pub fn hosts(&self, key: &ObjectKey, domain: &str) -> Vec<Concerned> {
+        self.services.get(key).map(|service| hosts_of(key, service, domain)).unwrap_or_default()
+    }
+
+    /// What is wrong with what a resource delegates to.
+    #[must_use]
+    pub fn broken_delegates(&self, key: &ObjectKey) -> Vec<String> {
+        let service = self.services.get(key);
+        let delegates = service.into_iter().flat_map(|s| s.http.iter().filter_map(|e| e.delegate.as_ref()));
+        let wrong = delegates.filter_map(|(namespace, name)| {
+            let target =
+                ObjectKey { kind: Kind::VirtualService, namespace: namespace.clone(), name: name.clone() };
+            let why = match self.services.get(&target) {
+                None => "is not there",
+                Some(service) if !service.hosts.is_empty() => "has hosts, and takes what is for these alone",
+                Some(service) if service.http.iter().any(|e| e.delegate.is_some()) => {
+                    "delegates on, and what does takes nothing"
+                }
+                Some(_) => return None,
+            };
+            Some(format!("it delegates to VirtualService {namespace}/{name}, which {why}"))
+        });
+        wrong.collect()
+    }
+
+    /// All that a resource leads to.
+    pub fn backends(&self, key: &ObjectKey) -> impl Iterator<Item = &BackendDraft> {
+        self.services.get(key).into_iter().flat_map(|service| backends(service))
+    }
+
+    /// Whether a resource is exported to the namespace of a service.
+    #[must_use]
+    pub fn is_visible(&self, key: &ObjectKey, to: &ServiceKey) -> bool {
+        let own = key.namespace == to.namespace;
+        let list = self.services.get(key).and_then(|service| service.export_to.as_deref());
+        list.is_none_or(|list| own || list.contains(&to.namespace))
     }
 
     /// The resource that is in force for a service.
@@ -155,12 +195,16 @@ fn hosts_of(key: &ObjectKey, service: &VirtualService, domain: &str) -> Vec<Conc
     service.hosts.iter().map(|host| Concerned(full(host, &key.namespace, domain))).collect()
 }
 
-fn targets(service: &VirtualService) -> impl Iterator<Item = &Reference> {
+fn backends(service: &VirtualService) -> impl Iterator<Item = &BackendDraft> {
     let http = service.http.iter().flat_map(|entry| {
-        let mirrors = entry.rule.mirrors.iter().map(|(mirror, _)| &mirror.to);
-        entry.rule.backends.iter().map(|b| &b.to).chain(mirrors)
+        let mirrors = entry.rule.mirrors.iter().map(|(mirror, _)| mirror);
+        entry.rule.backends.iter().chain(mirrors)
     });
-    http.chain(service.streams.iter().flat_map(|entry| entry.backends.iter().map(|b| &b.to)))
+    http.chain(service.streams.iter().flat_map(|entry| &entry.backends))
+}
+
+fn targets(service: &VirtualService) -> impl Iterator<Item = &Reference> {
+    backends(service).map(|backend| &backend.to)
 }
 
 /// An entry's matches for a port, each with its route.

@@ -212,7 +212,7 @@ impl File {
         &self,
         path: &Arc<str>,
         elsewhere: &Elsewhere<'_>,
-        more: &More<'_>,
+        more: &dyn More,
     ) -> Vec<Diagnostic> {
         let mut all = self.problems.clone();
         all.extend(self.about_orphans(path));
@@ -220,7 +220,13 @@ impl File {
         for document in &self.documents {
             suppressed += document.suppressed;
             let start = all.len();
-            all.extend(document.diagnostics.iter().cloned().map(|mut diagnostic| {
+            let has_waypoint = |d: &&Diagnostic| {
+                let about = |held: &&Held| d.resource.as_ref() == Some(&held.key.resource_name());
+                d.code == Code::NeedsWaypoint
+                    && document.held.as_slice().iter().find(about).is_some_and(|h| more.has_waypoint(&h.key))
+            };
+            let said = document.diagnostics.iter().filter(|d| !has_waypoint(d)).cloned();
+            all.extend(said.map(|mut diagnostic| {
                 diagnostic.line += document.lines_before;
                 diagnostic
             }));
@@ -257,7 +263,9 @@ impl File {
                     State::InForce | State::Nothing => {}
                 }
                 if held.state != State::Nothing && held.state != State::Shadowed {
-                    all.extend(more(&held.key).into_iter().map(|(code, m, remedy)| about(code, m, remedy)));
+                    all.extend(
+                        more.found(&held.key).into_iter().map(|(code, m, remedy)| about(code, m, remedy)),
+                    );
                 }
             }
             if let Some(new) = all.get_mut(start..) {

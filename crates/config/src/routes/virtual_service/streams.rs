@@ -10,8 +10,10 @@ use crate::fields::{Fields, Schema, enforced, nested, refused};
 use crate::policy::pattern::parse_range;
 use crate::routes::BackendDraft;
 
-pub(super) static TLS: Schema =
-    Schema { name: "TLSRoute", fields: &[nested("match", &TLS_MATCH), nested("route", &ROUTE_DESTINATION)] };
+pub(super) static TLS: Schema = Schema {
+    name: "VirtualService.spec.tls[]",
+    fields: &[nested("match", &TLS_MATCH), nested("route", &ROUTE_DESTINATION)],
+};
 static TLS_MATCH: Schema = Schema {
     name: "TLSMatchAttributes",
     fields: &[
@@ -23,8 +25,10 @@ static TLS_MATCH: Schema = Schema {
         enforced("gateways"),
     ],
 };
-pub(super) static TCP: Schema =
-    Schema { name: "TCPRoute", fields: &[nested("match", &TCP_MATCH), nested("route", &ROUTE_DESTINATION)] };
+pub(super) static TCP: Schema = Schema {
+    name: "VirtualService.spec.tcp[]",
+    fields: &[nested("match", &TCP_MATCH), nested("route", &ROUTE_DESTINATION)],
+};
 static TCP_MATCH: Schema = Schema {
     name: "L4MatchAttributes",
     fields: &[

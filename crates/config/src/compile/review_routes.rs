@@ -1,0 +1,157 @@
+//! What is said of routes on request: that they are not in force, or lead to what is not there.
+
+use std::collections::BTreeSet;
+
+use model::ServiceKey;
+
+use super::{Compiler, Finding};
+use crate::diagnostic::Code;
+use crate::labels::Selector;
+use crate::resource::{Kind, ObjectKey};
+use crate::routes::{BackendDraft, Parent};
+
+fn finding(code: Code, message: String, remedy: &str) -> Finding {
+    Finding { code, message, remedy: remedy.to_owned() }
+}
+
+impl Compiler {
+    /// What is not as it should be about a route, or about how a host is spoken to.
+    pub(super) fn review_routes(&self, key: &ObjectKey) -> Vec<Finding> {
+        let mut found = match key.kind {
+            Kind::VirtualService => self.review_virtual_service(key),
+            Kind::DestinationRule => self.review_destination_rule(key),
+            Kind::HttpRoute | Kind::GrpcRoute | Kind::TcpRoute | Kind::TlsRoute => self.review_route(key),
+            _ => Vec::new(),
+        };
+        let mut seen = BTreeSet::new();
+        found.retain(|finding| seen.insert(finding.message.clone()));
+        found
+    }
+
+    fn review_route(&self, key: &ObjectKey) -> Vec<Finding> {
+        let parents = self.routes.get(key).map(|route| route.parents().to_vec()).unwrap_or_default();
+        let mut found = Vec::new();
+        for standing in parents.iter().filter_map(|parent| self.route_standing(key, parent)) {
+            let of_parent = std::iter::once(standing.accepted).chain(standing.bound);
+            let unmet = of_parent.filter(|judgement| !judgement.holds);
+            found.extend(unmet.map(|judgement| finding(Code::WithoutEffect, judgement.message, "")));
+            let resolved = standing.resolved;
+            found.extend((!resolved.holds).then(|| {
+                finding(Code::NamesNothing, resolved.message, "what falls to it is answered with 500")
+            }));
+        }
+        found
+    }
+
+    fn review_virtual_service(&self, key: &ObjectKey) -> Vec<Finding> {
+        let domain = &self.options.cluster_domain;
+        let mut found = Vec::new();
+        let services: BTreeSet<ServiceKey> = self
+            .virtual_services
+            .hosts(key, domain)
+            .iter()
+            .flat_map(|by| self.hosts.concerned(by))
+            .filter(|service| self.virtual_services.is_visible(key, service))
+            .collect();
+        for service in &services {
+            found.extend(self.overruled(key, service));
+        }
+        for message in self.virtual_services.broken_delegates(key) {
+            found.push(finding(Code::NamesNothing, message, "what it would take is answered with 404"));
+        }
+        for backend in self.virtual_services.backends(key) {
+            // Without a port it is that of the request, which may be any of the host's.
+            let port =
+                services.iter().find_map(|s| self.in_force(s)?.1.service.ports.first().map(|p| p.port));
+            let to = self.resolve(backend, key, backend.port.or(port).unwrap_or_default());
+            match to {
+                Err(unresolved) => found.push(finding(
+                    Code::NamesNothing,
+                    unresolved.message.to_string(),
+                    "what falls to it is answered with 500",
+                )),
+                Ok(_) => found.extend(self.missing_subset(backend, key)),
+            }
+        }
+        found
+    }
+
+    /// What is in force for a service in the place of a VirtualService for it, if something is.
+    fn overruled(&self, key: &ObjectKey, service: &ServiceKey) -> Option<Finding> {
+        let host = &service.hostname;
+        let (owner, definition) = self.in_force(service)?;
+        if !self.is_served(owner, definition) {
+            let message =
+                format!("no waypoint enforces it for {host}: the service is bound to none that takes it");
+            return Some(finding(Code::WithoutEffect, message, "label the service istio.io/use-waypoint"));
+        }
+        let (first, _) = self.virtual_services.of(service)?;
+        if first != *key {
+            let message = format!("has no effect for {host}: the one in force is {}", first.resource_name());
+            return Some(finding(Code::WithoutEffect, message, "make one VirtualService of both"));
+        }
+        let routes: Vec<String> =
+            self.routes.on(&Parent::owner(owner)?).map(|route| route.resource_name().to_string()).collect();
+        (!routes.is_empty()).then(|| {
+            let message = format!(
+                "has no effect for the ports of {host} that routes of the Gateway API hang on, which go before it: {}",
+                routes.join(", ")
+            );
+            finding(Code::WithoutEffect, message, "keep one of both kinds for a service")
+        })
+    }
+
+    /// Whether a back end names a subset that no DestinationRule makes.
+    fn missing_subset(&self, backend: &BackendDraft, key: &ObjectKey) -> Option<Finding> {
+        let subset = backend.subset.as_ref()?;
+        let model::http::BackendRef::Service { service, .. } =
+            self.resolve(backend, key, backend.port.unwrap_or_default()).ok()?
+        else {
+            return None;
+        };
+        let root = &self.policies.settings().root_namespace;
+        let traffic = self.destinations.traffic(&service, root);
+        let known = traffic.is_some_and(|t| t.subsets.iter().any(|s| s.name == *subset));
+        let message = format!("no DestinationRule makes the subset {subset} of {}", service.hostname);
+        (!known).then(|| finding(Code::NamesNothing, message, "what falls to it is answered with 503"))
+    }
+
+    fn review_destination_rule(&self, key: &ObjectKey) -> Vec<Finding> {
+        let domain = &self.options.cluster_domain;
+        let Some((host, rule)) = self.destinations.get(key, domain) else { return Vec::new() };
+        let services = self.hosts.concerned(&host);
+        if services.is_empty() {
+            let message = format!("there is no service of the host {}", rule.host);
+            return vec![finding(Code::NamesNothing, message, "")];
+        }
+        let root = &self.policies.settings().root_namespace;
+        let mut found = Vec::new();
+        for service in &services {
+            let first = self.destinations.in_force(service, root);
+            if let Some(first) = first.filter(|first| first != key && first.namespace == key.namespace) {
+                let name = first.resource_name();
+                let message = format!("has no effect for {}: the one in force is {name}", service.hostname);
+                found.push(finding(Code::WithoutEffect, message, "make one DestinationRule of both"));
+            }
+        }
+        for subset in &rule.subsets {
+            let selector = Selector::new(subset.labels.to_vec());
+            let any = services.iter().any(|service| self.has_endpoint(service, selector.as_ref()));
+            if !any {
+                let message = format!("the subset {} has no endpoint", subset.name);
+                found.push(finding(Code::NoWorkload, message, "check its labels"));
+            }
+        }
+        found
+    }
+
+    /// Whether a service has an endpoint of these labels.
+    fn has_endpoint(&self, service: &ServiceKey, selector: Option<&Selector>) -> bool {
+        let mut records = self.records.iter().flatten();
+        records.any(|record| {
+            let listed = record.compiled.as_ref().filter(|_| record.emitted);
+            listed.is_some_and(|w| w.services.iter().any(|m| m.service == *service))
+                && selector.is_none_or(|selector| selector.matches(&record.labels))
+        })
+    }
+}
