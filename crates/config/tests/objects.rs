@@ -282,7 +282,11 @@ fn a_policy_with_errors_keeps_its_last_good_version_and_fails_closed_without_one
     assert!(outcome.changes.is_empty(), "the last good one stays");
     assert!(server.codes(origin).contains(&Code::LastGoodVersion));
     let outcome = server.remove(origin);
-    assert!(matches!(outcome.changes[..], [Change::RemovePolicy(_), Change::RemoveHttpPolicy(_)]), "{:?}", outcome.changes);
+    assert!(
+        matches!(outcome.changes[..], [Change::RemovePolicy(_), Change::RemoveHttpPolicy(_)]),
+        "{:?}",
+        outcome.changes
+    );
     assert!(server.codes(origin).is_empty());
 }
 
