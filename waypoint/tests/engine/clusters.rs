@@ -1,8 +1,8 @@
 //! Endpoints of a mesh, as DestinationRules say: the engine, with [`Clusters`] behind it, and real servers.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use balance::Client as Place;
@@ -23,18 +23,30 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use waypoint::http::Settings;
-use waypoint::http::decide::{Call, Connection, Dial, Endpoints, Forwarding, Outcome, Protocol, Retries};
+use waypoint::http::decide::{
+    Call, Connection, Dial, Dialing, Endpoints, Forwarding, Outcome, Protocol, Retries,
+};
 use waypoint::http::head::RequestHead;
 use waypoint::upstream::{Backend, ClusterLimits, Clusters, Dialers, NoCluster};
 
 use crate::lab::{self, Proxy, get, server};
 
-/// There are no tunnels here.
-struct NoTunnels;
+/// Writes down which tunnels are asked for. Nothing goes through them.
+#[derive(Default)]
+struct Asked(Mutex<Vec<(HboneAddr, Arc<[SpiffeId]>)>>);
 
-impl Dialers for NoTunnels {
-    fn tunnel(&self, _: HboneAddr, _: Arc<[SpiffeId]>) -> Arc<dyn Dial> {
-        unreachable!("no workload of these tests takes tunnels")
+impl Dialers for Asked {
+    fn tunnel(&self, to: HboneAddr, expected: Arc<[SpiffeId]>) -> Arc<dyn Dial> {
+        self.0.lock().unwrap().push((to, expected));
+        Arc::new(Nowhere)
+    }
+}
+
+struct Nowhere;
+
+impl Dial for Nowhere {
+    fn dial(&self, _: SocketAddr) -> Dialing {
+        Box::pin(async { Err(std::io::ErrorKind::ConnectionRefused.into()) })
     }
 }
 
@@ -113,6 +125,7 @@ fn traffic(default: TrafficPolicy) -> Change {
 
 /// The clusters, and the mesh that they are of.
 struct World {
+    asked: Arc<Asked>,
     clusters: Clusters,
     mesh: Arc<Mesh>,
 }
@@ -134,8 +147,9 @@ impl World {
             address: IpAddr::V4(Ipv4Addr::LOCALHOST),
         };
         let origin = Origin { client, labels: Arc::default() };
-        let clusters = Clusters::new(origin, ClusterLimits::default(), Arc::new(NoTunnels));
-        Self { clusters, mesh: Arc::new(Mesh::default().apply(changes)) }
+        let asked = Arc::<Asked>::default();
+        let clusters = Clusters::new(origin, ClusterLimits::default(), asked.clone());
+        Self { asked, clusters, mesh: Arc::new(Mesh::default().apply(changes)) }
     }
 
     fn backend(&self, subset: Option<&str>) -> Result<Arc<dyn Endpoints>, NoCluster> {
@@ -216,6 +230,30 @@ async fn endpoints_come_and_go_with_the_mesh_and_subsets_are_by_labels() {
     world.apply(Change::RemoveService(key()));
     assert!(matches!(world.backend(None), Err(NoCluster::Service(_))));
     assert_eq!(world.clusters.snapshot().len(), 0);
+}
+
+#[tokio::test]
+async fn a_tunnel_is_to_the_pods_node_and_stays_while_it_leads_to_the_same() {
+    let a = SocketAddr::from(([127, 0, 0, 2], 8080));
+    let meshed = || Workload { tunnel: TunnelProtocol::Hbone, ..workload("a", a) };
+    let mut world = World::of([service("http", ServiceSource::Kubernetes), set(meshed())]);
+    assert_eq!(world.proxy().await.connect().await.ask(get("/")).await.status(), 503);
+    let asked = |world: &World| world.asked.0.lock().unwrap().clone();
+    let own: SpiffeId = "spiffe://cluster.local/ns/shop/sa/cart".parse().unwrap();
+    let to = HboneAddr::new(SocketAddr::from(([127, 0, 0, 2], 15008)));
+    assert_eq!(asked(&world), [(to, Arc::from([own]))]);
+    let target = |world: &World| Arc::clone(&world.clusters.snapshot()[0].endpoints[0].target);
+    let before = target(&world);
+    assert!(before.about.as_ref().unwrap().tunnelled && before.address == a);
+
+    world.apply(set(Workload { health: Health::Unhealthy, canonical_name: "cart".into(), ..meshed() }));
+    assert_eq!((asked(&world).len(), target(&world) == before), (1, true));
+    assert_eq!(&*target(&world).about.as_ref().unwrap().workload.as_ref().unwrap().canonical_name, "cart");
+    world.apply(set(Workload { service_account: "other".into(), ..meshed() }));
+    assert_eq!((asked(&world).len(), target(&world) == before), (2, false));
+    // A workload that can't prove who it is gets nothing.
+    world.apply(set(Workload { service_account: "no/name".into(), ..meshed() }));
+    assert_eq!(world.clusters.snapshot()[0].endpoints.len(), 0);
 }
 
 #[tokio::test]
