@@ -5,18 +5,18 @@ RELEASE := target/release
 # Namespaces need root; building does not.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: help demo build images test test-node interop e2e lint bench bench-control-plane clean-demo
+.PHONY: help demo build images test test-node interop e2e lint bench bench-control-plane bench-waypoint clean-demo
 
 help: ## What there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## The optimised programs, in target/release
 	@$(SUDO) .ci/packages build
-	$(CARGO) build --release --locked -p cli -p ztunnel
+	$(CARGO) build --release --locked -p cli -p ztunnel -p waypoint
 
-demo: ## The mesh at work on this machine, in six steps; ARGS="--keep" leaves it up
+demo: ## The mesh at work on this machine, in seven steps; ARGS="--keep" leaves it up
 	@$(SUDO) .ci/packages demo
-	$(CARGO) build --release --locked -p cli -p ztunnel
+	$(CARGO) build --release --locked -p cli -p ztunnel -p waypoint
 	@$(SUDO) $(RELEASE)/culvert demo $(ARGS)
 
 clean-demo: ## Clears what `make demo ARGS=--keep`, or one that was killed, left
@@ -53,6 +53,11 @@ bench: ## Measures the tunnel beside the direct path and writes bench/results (h
 	@$(SUDO) .ci/packages demo
 	$(CARGO) build --profile dist --locked -p cli -p ztunnel
 	@$(SUDO) target/dist/culvert bench --out bench/results $(ARGS)
+
+bench-waypoint: ## Measures the waypoint beside Envoy on the same scenarios and writes bench/results (half an hour)
+	@$(SUDO) .ci/packages bench
+	$(CARGO) build --profile dist --locked -p waypoint --example front
+	python3 bench/waypoint/run.py $(ARGS)
 
 bench-control-plane: ## Measures the control plane at up to 100,000 pods and 2,000 proxies and writes bench/results (half an hour)
 	@$(SUDO) .ci/packages build

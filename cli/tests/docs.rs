@@ -117,6 +117,19 @@ fn every_flag_of_ztunnel_is_described() {
 }
 
 #[test]
+fn every_flag_of_the_waypoint_is_described() {
+    let program = Path::new(env!("CARGO_BIN_EXE_culvert")).with_file_name("waypoint");
+    if !program.is_file() {
+        eprintln!("skipped: {} is not built (`make test` builds it)", program.display());
+        return;
+    }
+    let text = read("docs/waypoint.md") + &read("docs/file-mode.md") + &read("docs/ztunnel.md");
+    for flag in flags(&help(&program, &[])) {
+        assert!(text.contains(&format!("`{flag}")), "neither docs/waypoint.md nor ztunnel.md names {flag}");
+    }
+}
+
+#[test]
 fn links_between_documents_lead_somewhere() {
     let mut documents =
         vec!["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]

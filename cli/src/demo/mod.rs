@@ -1,4 +1,4 @@
-//! `culvert demo`: two nodes with real programs on this machine, and six things that the mesh does, each with
+//! `culvert demo`: two nodes with real programs on this machine, and seven things that the mesh does, each with
 //! what was run and what came back.
 //!
 //! Every step ends in claims that are checked; one that does not hold makes the exit code 1. Whatever happens
@@ -21,7 +21,7 @@ use crate::lab::{
 use crate::load::{Plan, Shape, Talk};
 use report::{Form, Report};
 
-/// Shows the mesh at work on this machine: two nodes, real programs, six steps. Needs root.
+/// Shows the mesh at work on this machine: two nodes, real programs, seven steps. Needs root.
 #[derive(Args, Debug)]
 pub struct DemoArgs {
     /// One JSON document instead of text
@@ -39,6 +39,9 @@ pub struct DemoArgs {
     /// The ztunnel to run [default: the one beside this program]
     #[arg(long, value_name = "FILE")]
     ztunnel: Option<PathBuf>,
+    /// The waypoint to run [default: the one beside this program]
+    #[arg(long, value_name = "FILE")]
+    waypoint: Option<PathBuf>,
     /// Run only these steps (their number; earlier ones may be needed for later ones)
     #[arg(long, value_delimiter = ',', hide = true)]
     only: Vec<usize>,
@@ -50,16 +53,18 @@ struct Demo {
     report: Report,
     manifests: Manifests,
     options: ZtunnelOptions,
+    waypoint: PathBuf,
     culvert: String,
 }
 
 /// A step: its title and what it does.
 type Step = (&'static str, fn(&mut Demo) -> Result<()>);
 
-const STEPS: [Step; 6] = [
+const STEPS: [Step; 7] = [
     ("A request across nodes: identity at the other end, nothing to read on the link", steps::request::run),
     ("A client outside the mesh: let in, then refused under STRICT", steps::strict::run),
     ("One service account is let in, another refused, and the mesh says why", steps::policy::run),
+    ("A waypoint: HTTP routed by a header, a method refused, and no way around it", steps::waypoint::run),
     ("The root of trust exchanged under load", steps::rotation::run),
     ("ztunnel killed under load: refused, never in plaintext", steps::killed::run),
     ("What it shows and what it costs", steps::cost::run),
@@ -72,18 +77,19 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
     }
     check_machine()?;
     let culvert = std::env::current_exe().context("cannot tell where this program is")?;
-    let ztunnel = match &args.ztunnel {
-        Some(path) => path.clone(),
-        None => culvert.with_file_name("ztunnel"),
+    let program = |given: &Option<PathBuf>, name: &str| -> Result<PathBuf> {
+        let path = given.clone().unwrap_or_else(|| culvert.with_file_name(name));
+        if !path.is_file() {
+            bail!("{} is missing: build it (`make demo` does), or name one with --{name}", path.display());
+        }
+        Ok(path)
     };
-    if !ztunnel.is_file() {
-        bail!("{} is missing: build it (`make demo` does), or name one with --ztunnel", ztunnel.display());
-    }
+    let programs = [program(&args.ztunnel, "ztunnel")?, program(&args.waypoint, "waypoint")?];
     let stop = stop_on_signals()?;
     let form = if args.json { Form::Json } else { Form::Text };
     let report = Report::new(form, STEPS.len() as u64 + 1);
     report.doing("two nodes, their pods and programs");
-    let result = Demo::build(args, &stop, report, culvert.to_string_lossy().into_owned(), ztunnel);
+    let result = Demo::build(args, &stop, report, culvert.to_string_lossy().into_owned(), programs);
     let mut demo = match result {
         Ok(demo) => demo,
         Err(e) if e.is::<Interrupted>() => return Ok(ExitCode::from(130)),
@@ -139,7 +145,7 @@ impl Demo {
         stop: &Stop,
         report: Report,
         culvert: String,
-        ztunnel: PathBuf,
+        [ztunnel, waypoint]: [PathBuf; 2],
     ) -> Result<Self> {
         let mut lab = Lab::build(&args.name, programs::PODS, stop)?;
         let manifests = Manifests::write(&lab, programs::SERVICES)?;
@@ -150,7 +156,7 @@ impl Demo {
             ca_dir: lab.dir().join("ca"),
             more: Vec::new(),
         };
-        let mut demo = Self { lab, report, manifests, options, culvert };
+        let mut demo = Self { lab, report, manifests, options, waypoint, culvert };
         demo.start_ztunnels()?;
         demo.introduce()?;
         Ok(demo)

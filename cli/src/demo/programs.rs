@@ -5,7 +5,7 @@ use std::fs;
 
 use anyhow::{Context, Result};
 
-use crate::lab::manifests::ServicePlan;
+use crate::lab::manifests::{ServicePlan, WAYPOINT};
 use crate::lab::{Lab, NodeId, PodPlan};
 
 /// The pods.
@@ -16,6 +16,9 @@ pub const PODS: &[PodPlan] = &[
     PodPlan { name: "web", namespace: "shop", node: NodeId::Two },
     PodPlan { name: "redis", namespace: "shop", node: NodeId::Two },
     PodPlan { name: "mail", namespace: "shop", node: NodeId::Two },
+    PodPlan { name: "catalog", namespace: "shop", node: NodeId::Two },
+    PodPlan { name: "catalog-2", namespace: "shop", node: NodeId::Two },
+    PodPlan { name: WAYPOINT, namespace: "shop", node: NodeId::Two },
     PodPlan { name: "clock", namespace: "shop", node: NodeId::Two },
     PodPlan { name: "target", namespace: "shop", node: NodeId::Two },
     PodPlan { name: "plain", namespace: "outside", node: NodeId::Two },
@@ -26,6 +29,9 @@ pub const SERVICES: &[ServicePlan] = &[
     ServicePlan { name: "web", number: Some(21), protocol: "TCP", port: 80, target: WEB_PORT },
     ServicePlan { name: "redis", number: Some(22), protocol: "TCP", port: 6379, target: 6379 },
     ServicePlan { name: "mail", number: Some(23), protocol: "TCP", port: 25, target: 2525 },
+    ServicePlan { name: "catalog", number: Some(24), protocol: "TCP", port: 80, target: WEB_PORT },
+    ServicePlan { name: "catalog-2", number: Some(25), protocol: "TCP", port: 80, target: WEB_PORT },
+    ServicePlan { name: WAYPOINT, number: Some(26), protocol: "TCP", port: 15008, target: 15008 },
     // UDP is not captured, so nothing turns a ClusterIP into a pod's address: a headless Service needs none.
     ServicePlan { name: "clock", number: None, protocol: "UDP", port: CLOCK_PORT, target: CLOCK_PORT },
 ];
@@ -61,8 +67,20 @@ pub fn start(lab: &mut Lab, culvert: &str) -> Result<()> {
     for name in ["target", "plain"] {
         lab.spawn(&netns(lab, name)?, name, &[culvert, "lab-service", "load", "::"])?;
     }
-    for (pod, port) in [("web", WEB_PORT), ("redis", 6379), ("mail", 2525), ("target", 7002), ("plain", 7002)]
-    {
+    for name in ["catalog", "catalog-2"] {
+        let config = catalog_config(lab, name)?;
+        lab.spawn(&netns(lab, name)?, name, &["nginx", "-e", "stderr", "-c", &config])?;
+    }
+    let listening = [
+        ("web", WEB_PORT),
+        ("catalog", WEB_PORT),
+        ("catalog-2", WEB_PORT),
+        ("redis", 6379),
+        ("mail", 2525),
+        ("target", 7002),
+        ("plain", 7002),
+    ];
+    for (pod, port) in listening {
         lab.wait_listening(pod, port)?;
     }
     Ok(())
@@ -106,6 +124,38 @@ http {{
 "
     );
     let path = lab.dir().join("nginx.conf");
+    fs::write(&path, text)?;
+    Ok(path.to_string_lossy().into_owned())
+}
+
+/// nginx that says which of the catalogs it is, and what it was asked.
+fn catalog_config(lab: &Lab, name: &str) -> Result<String> {
+    let dir = lab.dir().join(name);
+    fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    let path = dir.join("nginx.conf");
+    let dir = dir.display();
+    let text = format!(
+        "daemon off;
+error_log stderr;
+user root;
+worker_processes 1;
+pid {dir}/pid;
+events {{ worker_connections 1024; }}
+http {{
+  access_log off;
+  client_body_temp_path {dir}/body;
+  proxy_temp_path {dir}/proxy;
+  fastcgi_temp_path {dir}/fastcgi;
+  uwsgi_temp_path {dir}/uwsgi;
+  scgi_temp_path {dir}/scgi;
+  server {{
+    listen 0.0.0.0:{WEB_PORT};
+    listen [::]:{WEB_PORT};
+    location / {{ return 200 \"{name}: $request_method $uri\\n\"; }}
+  }}
+}}
+"
+    );
     fs::write(&path, text)?;
     Ok(path.to_string_lossy().into_owned())
 }

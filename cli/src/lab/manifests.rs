@@ -14,6 +14,9 @@ pub const ENROLLED: &str = "shop";
 /// The one whose pods are not.
 pub const OUTSIDE: &str = "outside";
 
+/// The pod, Service and Gateway that a waypoint runs as. It takes tunnels itself, so nothing captures its traffic.
+pub const WAYPOINT: &str = "waypoint";
+
 /// A Service in the namespace [`ENROLLED`], backed by the pod of the same name.
 pub struct ServicePlan {
     /// The name of the Service and of its pod.
@@ -46,7 +49,9 @@ impl Manifests {
         for pod in lab.pods() {
             manifests.put(&format!("pod-{}", pod.plan.name), &pod_manifest(pod))?;
         }
-        manifests.put("services", &services.iter().map(service).collect::<Vec<_>>().join("---\n"))?;
+        for plan in services {
+            manifests.put(&format!("service-{}", plan.name), &service(plan))?;
+        }
         Ok(manifests)
     }
 
@@ -109,7 +114,7 @@ metadata:
   namespace: {namespace}
   uid: pod-{name}
   labels:
-    app: {name}
+    app: {name}{more}
   annotations:
     culvert.dev/netns: {netns}
 spec:
@@ -129,6 +134,11 @@ status:
     status: \"True\"
 ",
         name = pod.plan.name,
+        more = if pod.plan.name == WAYPOINT {
+            "\n    istio.io/dataplane-mode: none\n    gateway.networking.k8s.io/gateway-name: waypoint"
+        } else {
+            ""
+        },
         namespace = pod.plan.namespace,
         netns = pod.netns_path().display(),
         node = pod.plan.node.name(),

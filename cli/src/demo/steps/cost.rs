@@ -1,4 +1,4 @@
-//! Step 6: a node's metrics, and throughput and latency beside the same path without the mesh.
+//! Step 7: a node's metrics, and throughput and latency beside the same path without the mesh.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -51,11 +51,12 @@ const SHOWN: [(&str, &[&str]); 5] = [
 ];
 
 /// The labels by which the metrics of a connection are read most.
-const LABELS: [&str; 5] = [
+const LABELS: [&str; 6] = [
     "reporter=",
     "source_principal=",
     "destination_principal=",
     "destination_service=",
+    "response_code=",
     "connection_security_policy=",
 ];
 
@@ -84,7 +85,7 @@ fn metrics(demo: &mut Demo) -> Result<()> {
 }
 
 /// A line of metrics with the labels that matter here.
-fn shortened(line: &str) -> String {
+pub(super) fn shortened(line: &str) -> String {
     let Some((name, (labels, value))) =
         line.split_once('{').and_then(|(n, r)| Some((n, r.rsplit_once('}')?)))
     else {

@@ -1,4 +1,4 @@
-//! Step 5: ztunnel killed under load. Capture stays in the pods, so their traffic has nowhere to go.
+//! Step 6: ztunnel killed under load. Capture stays in the pods, so their traffic has nowhere to go.
 
 use std::time::{Duration, SystemTime};
 

@@ -6,6 +6,7 @@ pub mod policy;
 pub mod request;
 pub mod rotation;
 pub mod strict;
+pub mod waypoint;
 
 use std::net::SocketAddr;
 

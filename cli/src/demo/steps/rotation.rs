@@ -1,4 +1,4 @@
-//! Step 4: the root of trust exchanged in its three stages, while connections are made and used.
+//! Step 5: the root of trust exchanged in its three stages, while connections are made and used.
 
 use std::time::Duration;
 
