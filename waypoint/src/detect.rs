@@ -42,6 +42,67 @@ pub async fn first_bytes<T: net::Io>(mut io: T, limit: Duration) -> Option<(Spok
     }
 }
 
+/// What a connection shows of a TLS handshake.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Hello {
+    /// Whether it begins with one.
+    pub tls: bool,
+    /// The server that the handshake names, in lower case.
+    pub server_name: Option<Box<str>>,
+}
+
+/// As much of a handshake's first message is read: post-quantum shares and many extensions fit in a few KiB.
+const LONGEST_HELLO: usize = 64 * 1024;
+
+/// Reads the first message of a TLS handshake, for at most `limit`; `input` is what was read already, to which what is read
+/// is added. What is no handshake, or doesn't come in time, is told as it stands.
+pub async fn hello<T: net::Io>(io: &mut T, input: &mut BytesMut, limit: Duration) -> Hello {
+    let deadline = Instant::now() + limit;
+    let mut reader = HelloReader::default();
+    loop {
+        if let Some(hello) = reader.read(input) {
+            return hello;
+        }
+        match timeout_at(deadline, io.read_buf(input)).await {
+            Ok(Ok(count)) if count > 0 && input.len() < LONGEST_HELLO => {}
+            _ => return Hello { tls: input.first() == Some(&0x16), server_name: None },
+        }
+    }
+}
+
+/// Reads a handshake as it comes, each byte once.
+#[derive(Default)]
+struct HelloReader {
+    acceptor: rustls::server::Acceptor,
+    read: usize,
+}
+
+impl HelloReader {
+    /// What `input`, of which more has come, shows; `None` if more is needed.
+    fn read(&mut self, input: &[u8]) -> Option<Hello> {
+        match input {
+            [] | [0x16] => return None,
+            [0x16, 0x03, ..] => {}
+            _ => return Some(Hello::default()),
+        }
+        let mut rest = input.get(self.read..).unwrap_or_default();
+        // It takes as much at a time as it has room for.
+        while let Ok(1..) = self.acceptor.read_tls(&mut rest) {
+            match self.acceptor.accept() {
+                Ok(Some(accepted)) => {
+                    let name = accepted.client_hello().server_name().map(str::to_ascii_lowercase);
+                    return Some(Hello { tls: true, server_name: name.map(Into::into) });
+                }
+                Ok(None) => {}
+                // It looks like a handshake and is none that could be read: its server will judge it.
+                Err(_) => return Some(Hello { tls: true, server_name: None }),
+            }
+        }
+        self.read = input.len() - rest.len();
+        None
+    }
+}
+
 /// What `input` is the beginning of; `None` if more is needed.
 #[must_use]
 pub fn spoken(input: &[u8]) -> Option<Spoken> {
@@ -104,6 +165,38 @@ mod tests {
             let first = (1..=input.len()).find_map(|end| spoken(&input[..end]));
             assert_eq!(first, Some(expected), "{input:?} byte by byte");
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_server_name_of_a_handshake_is_read_however_it_is_cut() {
+        let provider = std::sync::Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config = rustls::ClientConfig::builder_with_provider(provider);
+        let config = config.with_safe_default_protocol_versions().unwrap();
+        let config = config.with_root_certificates(rustls::RootCertStore::empty()).with_no_client_auth();
+        let mut bytes = Vec::new();
+        let name = "Shop.Example.com".try_into().unwrap();
+        let mut client = rustls::ClientConnection::new(std::sync::Arc::new(config), name).unwrap();
+        client.write_tls(&mut bytes).unwrap();
+        for part in [1, 7, bytes.len()] {
+            let (mut client, mut server) = tokio::io::duplex(16);
+            let sent: Vec<Vec<u8>> = bytes.chunks(part).map(<[u8]>::to_vec).collect();
+            let sending = tokio::spawn(async move {
+                for part in sent {
+                    client.write_all(&part).await.unwrap();
+                }
+                client
+            });
+            let mut input = BytesMut::new();
+            let found = hello(&mut server, &mut input, Duration::from_secs(1)).await;
+            assert_eq!(found, Hello { tls: true, server_name: Some("shop.example.com".into()) });
+            assert_eq!(&*input, &*bytes);
+            drop(sending.await);
+        }
+        let read = |input: &[u8]| HelloReader::default().read(input);
+        assert_eq!(read(b"GET / HTTP/1.1"), Some(Hello::default()));
+        // A message of another kind.
+        let other = b"\x16\x03\x01\x00\x04\x02\x00\x00\x00";
+        assert_eq!(read(other), Some(Hello { tls: true, server_name: None }));
     }
 
     #[tokio::test(start_paused = true)]

@@ -14,7 +14,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use hbone::{Authority, Control, Host, Incoming, ServerCounters, ServerSettings, StatusCode, TunnelHeaders};
+use hbone::{
+    Authority, Closed, Control, Host, Incoming, ServerCounters, ServerSettings, StatusCode, TunnelHeaders,
+};
 use identity::{PeerInfo, TlsStream};
 use model::http::Protocol;
 use model::{Destination, OriginalDst, SpiffeId};
@@ -144,26 +146,49 @@ impl Front {
         let serving = hbone::serve(tls, &self.server, &control, &self.counters, |incoming| {
             tokio::spawn(session.clone().tunnel(incoming));
         });
+        let closed = self.attend(serving, &control, &info, peer).await;
+        tracing::debug!(%peer, reason = %closed, "an HBONE connection ended");
+    }
+
+    /// Ends a connection in good order when the process drains, or when its peer is no longer trusted.
+    async fn attend(
+        &self,
+        serving: impl Future<Output = Closed>,
+        control: &Control,
+        info: &PeerInfo,
+        peer: SocketAddr,
+    ) -> Closed {
         let mut serving = std::pin::pin!(serving);
         let mut roots = self.tls.bundle().subscribe();
-        let closed = loop {
+        loop {
             tokio::select! {
-                closed = &mut serving => break closed,
-                () = self.closed.cancelled() => {
-                    // No new tunnels, and the peer's pool goes elsewhere; those that are open have the grace period.
-                    control.drain(self.patience());
-                    break serving.await;
-                }
+                closed = &mut serving => return closed,
+                () = self.closed.cancelled() => break,
                 changed = roots.changed() => {
-                    if changed.is_err() || self.tls.bundle().still_trusts(&info).is_err() {
-                        // Those that are open may be told apart no more: their peer proves itself anew for others.
-                        control.drain(source::REAUTHENTICATION);
-                        break serving.await;
+                    if changed.is_ok() && self.tls.bundle().still_trusts(info).is_ok() {
+                        continue;
                     }
                 }
             }
-        };
-        tracing::debug!(%peer, reason = %closed, "an HBONE connection ended");
+            // New tunnels only over a connection that is secured anew. Those that are open may go on if their peer has
+            // proved itself by such a one in time.
+            control.drain(UNTIL_THEY_END);
+            tokio::select! {
+                closed = &mut serving => return closed,
+                () = tokio::time::sleep(source::REAUTHENTICATION) => {}
+            }
+            if let Err(distrust) = self.tls.trusts(info, peer.ip()) {
+                tracing::warn!(%peer, reason = %distrust, "cut a connection");
+                control.abort();
+            }
+            tokio::select! {
+                closed = &mut serving => return closed,
+                () = self.closed.cancelled() => break,
+            }
+        }
+        // No new tunnels, and the peer's pool goes elsewhere; those that are open have the grace period.
+        control.drain(self.patience());
+        serving.await
     }
 
     /// How long open tunnels may go on during a drain.
