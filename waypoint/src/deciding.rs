@@ -22,7 +22,7 @@ use crate::http::decide::{
 use crate::http::head::{Fields, RequestHead};
 use crate::rules::{Rules, ServiceRules};
 use crate::telemetry::Telemetry;
-use crate::upstream::{Backend, Clusters};
+use crate::upstream::{Backend, Clusters, NoCluster};
 
 /// Decides over requests. Clones share the snapshot.
 #[derive(Clone)]
@@ -267,17 +267,21 @@ impl Deciding {
         to: &BackendRef,
         connection: &Connection,
     ) -> Result<Arc<dyn Endpoints>, Refusal> {
-        let missing = |reason: &dyn std::fmt::Display| {
+        let missing = |status, reason: &dyn std::fmt::Display| {
             tracing::debug!(%reason, "a back end is not there");
-            answer(500, "backend_not_found", Flag::Decided("NC"))
+            answer(status, "backend_not_found", Flag::Decided("NC"))
         };
         match to {
             BackendRef::Service { service, port, subset } => {
                 let backend = Backend { service: service.clone(), port: *port, subset: subset.clone() };
-                self.0.clusters.endpoints(&rules.mesh, &backend).map_err(|error| missing(&error))
+                // A subset that no rule has is what only a VirtualService can name: 503, as Istio answers.
+                let status =
+                    |error: &NoCluster| if matches!(error, NoCluster::Subset(..)) { 503 } else { 500 };
+                let endpoints = self.0.clusters.endpoints(&rules.mesh, &backend);
+                endpoints.map_err(|error| missing(status(&error), &error))
             }
             BackendRef::Original => Ok(self.0.clusters.original(&rules.mesh, connection)),
-            BackendRef::Unresolved { reason } => Err(missing(reason)),
+            BackendRef::Unresolved { reason } => Err(missing(500, reason)),
         }
     }
 }
