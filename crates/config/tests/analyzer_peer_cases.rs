@@ -28,7 +28,7 @@ const NOT_OURS: &[(&str, &str)] = &[
     ("schema.ValidationAnalyzer.VirtualService", "matches that repeat others are not looked for"),
     ("service.PortNameAnalyzer", "the names of ports decide nothing at L4"),
     ("sidecar.", "there are no sidecars"),
-    ("telemetry.", "Telemetry is not acted on"),
+    ("telemetry.", "selectors of Telemetry are for sidecars, and Lightstep is not spoken to"),
     ("virtualservice.Conflicting", "of two for a host the one that is not in force is named, and not both"),
     ("virtualservice.DestinationHostAnalyzer", "gateways at the edge"),
     ("virtualservice.GatewayAnalyzer", "gateways at the edge"),
