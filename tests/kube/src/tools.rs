@@ -70,7 +70,9 @@ pub fn build(lab: &Lab) -> Result<()> {
 pub fn gateway_api(lab: &Lab) -> Result<PathBuf> {
     let go = |arguments: &[&str]| {
         let mut go = Command::new("go");
-        go.current_dir(lab.workspace.join("tests/kube/conformance")).env("GOFLAGS", "-mod=readonly").args(arguments);
+        go.current_dir(lab.workspace.join("tests/kube/conformance"))
+            .env("GOFLAGS", "-mod=readonly")
+            .args(arguments);
         finish(&mut go).context("the Gateway API's module (needs Go 1.26, https://go.dev/dl)")
     };
     go(&["mod", "download", "sigs.k8s.io/gateway-api"])?;
