@@ -252,11 +252,13 @@ impl Plane {
             "culvertd_commit_delay_seconds",
             "From an event of the API server until what follows is given to proxies' streams",
         );
+        let push = Push::new(self.server.clone(), known.exceptions.clone());
+        let followers = known.followers.clone().enforced_by(push.enforcers());
         let mut out = Out {
-            push: Push::new(self.server.clone(), known.exceptions.clone()),
+            push,
             server: self.server.clone(),
             ca: self.ca.clone(),
-            followers: known.followers.clone(),
+            followers,
             given_out,
             delay: delay.with(&()),
         };

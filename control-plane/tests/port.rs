@@ -4,11 +4,13 @@
 
 mod mesh;
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use control_plane::ca::{Account, AuthenticationError, Authenticator, BoundPod, Caller, Reviewer};
+use control_plane::gateways::Gateways;
 use control_plane::push::TYPES;
 use control_plane::serve::{Limits, NodeProxies, OfOneSource, Port, Proving, connections};
 use futures_util::future::BoxFuture;
@@ -22,7 +24,7 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use xds::client::{Client, Link, NodeInfo, Settings};
-use xds::server::{Config, Server};
+use xds::server::{Change, Config, Resource, Server};
 
 /// The token says who has it: `POD` of the account ztunnel, or no pod at all.
 struct Tokens;
@@ -33,10 +35,18 @@ impl Reviewer for Tokens {
             let bound = |pod: &str| BoundPod { name: pod.to_owned(), uid: "1".to_owned(), node: None };
             match token {
                 "hangs" => std::future::pending().await,
-                _ => Ok(Caller {
-                    namespace: "culvert-system".to_owned(),
-                    service_account: "ztunnel".to_owned(),
-                    pod: Some(token).filter(|token| *token != "unbound").map(bound),
+                _ => Ok(match token.strip_prefix("waypoint-") {
+                    // Of the Gateway shop/w, or one of another namespace.
+                    Some(namespace) => Caller {
+                        namespace: namespace.to_owned(),
+                        service_account: "w".to_owned(),
+                        pod: Some(bound("w-1")),
+                    },
+                    None => Caller {
+                        namespace: "culvert-system".to_owned(),
+                        service_account: "ztunnel".to_owned(),
+                        pod: Some(token).filter(|token| *token != "unbound").map(bound),
+                    },
                 }),
             }
         })
@@ -55,7 +65,10 @@ impl Plane {
     async fn new(limits: Limits) -> Self {
         let authenticator = Arc::new(Authenticator::new(Tokens, Clock::system()));
         let trusted = vec!["culvert-system/ztunnel".parse::<Account>().unwrap()];
-        let proxies = NodeProxies::new(authenticator, "Kubernetes".to_owned(), trusted);
+        let gateways = Gateways::default();
+        gateways.set([("shop".into(), "w".into()), ("ops".into(), "w".into())].into_iter());
+        let proxies =
+            NodeProxies::new(authenticator, "Kubernetes".to_owned(), trusted).and_waypoints(gateways);
         let config = Config { types: TYPES.to_vec(), ..Config::default() };
         let server = Server::new(config, Arc::new(proxies), Arc::new(()));
         server.ready();
@@ -87,12 +100,23 @@ impl Plane {
     }
 
     fn client(&self, token: &str, pod: &str) -> tokio::sync::watch::Receiver<Link> {
-        let token_file = self.files.path().join(token);
+        self.client_of(token, (pod, "culvert-system"), None, Arc::default())
+    }
+
+    /// A proxy that writes down what it has; a waypoint, if it says which Gateway it is.
+    fn client_of(
+        &self,
+        token: &str,
+        (pod, namespace): (&str, &str),
+        gateway: Option<&str>,
+        has: Arc<Mutex<BTreeSet<String>>>,
+    ) -> tokio::sync::watch::Receiver<Link> {
+        let token_file = self.files.path().join(format!("{token}-{}", gateway.is_some()));
         std::fs::write(&token_file, token).unwrap();
         let node = NodeInfo {
             ip: "10.0.0.9".parse().unwrap(),
             name: pod.to_owned(),
-            namespace: "culvert-system".to_owned(),
+            namespace: namespace.to_owned(),
             node_name: "node1".to_owned(),
             cluster_id: String::new(),
             version: "0.1.0".to_owned(),
@@ -101,7 +125,7 @@ impl Plane {
             addresses: vec![format!("https://{}", self.address)],
             root_file: Some(self.files.path().join("root.pem")),
             token_file: Some(token_file),
-            node: node.node(),
+            node: gateway.map_or_else(|| node.node(), |gateway| node.waypoint(gateway)),
             types: TYPES.to_vec(),
             ..Settings::default()
         };
@@ -110,6 +134,11 @@ impl Plane {
         tokio::spawn(client.run());
         tokio::spawn(async move {
             while let Some(update) = updates.next().await {
+                {
+                    let mut has = has.lock().unwrap();
+                    has.retain(|name| !update.removed.contains(name));
+                    has.extend(update.resources.iter().map(|r| r.name.to_string()));
+                }
                 update.ack();
             }
         });
@@ -219,4 +248,83 @@ async fn a_token_that_is_bound_to_no_pod_is_no_proxy_of_ours() {
     let Link::Away { error, .. } = away else { panic!("{away:?}") };
     assert!(error.contains("not bound to a pod"), "{error}");
     assert!(plane.server.clients().is_empty());
+}
+
+fn of_waypoint(namespace: &str, kind: &'static str, name: &str) -> Change {
+    let scope: Arc<str> = format!("{namespace}/w").into();
+    Change::Set(Resource {
+        type_url: kind,
+        name: format!("{scope}/{name}").into(),
+        aliases: Vec::new(),
+        scope: Some(scope),
+        plain: None,
+        culvert: Some("x".into()),
+        needs: proto::Features::NONE,
+    })
+}
+
+#[tokio::test]
+async fn a_waypoint_gets_its_own_gateways_configuration_and_a_node_proxy_none() {
+    let plane = Plane::new(limits()).await;
+    let address = Change::Set(Resource {
+        type_url: proto::ADDRESS_TYPE_URL,
+        name: "shop/cart".into(),
+        aliases: Vec::new(),
+        scope: Some("shop".into()),
+        plain: None,
+        culvert: Some("x".into()),
+        needs: proto::Features::NONE,
+    });
+    let service = proto::HTTP_SERVICE_TYPE_URL;
+    let policy = proto::HTTP_POLICY_TYPE_URL;
+    plane.server.apply([
+        of_waypoint("shop", service, "shop/cart"),
+        of_waypoint("shop", policy, "shop/p"),
+        of_waypoint("ops", service, "ops/db"),
+        address,
+    ]);
+    plane.server.ready();
+    let held: [Arc<Mutex<BTreeSet<String>>>; 3] = Default::default();
+    let proxy = |token: &str, pod: (&str, &str), gateway: Option<&str>, at: usize| {
+        plane.client_of(token, pod, gateway, held[at].clone())
+    };
+    let _shop = proxy("waypoint-shop", ("w-1", "shop"), Some("shop/w"), 0);
+    let _ops = proxy("waypoint-ops", ("w-1", "ops"), Some("ops/w"), 1);
+    let _node = proxy("ztunnel-1", ("ztunnel-1", "culvert-system"), None, 2);
+    let has = |at: usize| held[at].lock().unwrap().iter().cloned().collect::<Vec<_>>();
+    plane
+        .until("each has its own", |_| {
+            has(0) == ["shop/cart", "shop/w/shop/cart", "shop/w/shop/p"]
+                && has(1) == ["ops/w/ops/db", "shop/cart"]
+                && has(2) == ["shop/cart"]
+        })
+        .await;
+
+    // It moves to the other one.
+    plane.server.apply([
+        of_waypoint("ops", service, "shop/cart"),
+        Change::Remove { type_url: service, name: "shop/w/shop/cart".into() },
+    ]);
+    plane
+        .until("it has moved", |_| {
+            has(0) == ["shop/cart", "shop/w/shop/p"]
+                && has(1) == ["ops/w/ops/db", "ops/w/shop/cart", "shop/cart"]
+                && has(2) == ["shop/cart"]
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_waypoint_is_the_gateway_of_its_account_and_no_other_one() {
+    let plane = Plane::new(limits()).await;
+    let away = |link: &tokio::sync::watch::Receiver<Link>| match &*link.borrow() {
+        Link::Away { error, .. } => error.to_string(),
+        _ => String::new(),
+    };
+    let another = plane.client_of("waypoint-shop", ("w-1", "shop"), Some("ops/w"), Arc::default());
+    plane.until("it says another one", |_| away(&another).contains("and not of ops/w")).await;
+    let unknown = plane.client_of("waypoint-else", ("w-1", "else"), Some("else/w"), Arc::default());
+    plane.until("there is no such one", |_| away(&unknown).contains("no Gateway else/w")).await;
+    let pod = plane.client_of("waypoint-ops", ("w-2", "ops"), Some("ops/w"), Arc::default());
+    plane.until("it is another pod", |_| away(&pod).contains("not of the pod w-2.ops")).await;
 }

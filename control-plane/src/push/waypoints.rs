@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use bytes::Bytes;
-use model::http::{BackendRef, HttpService, RouteAction, ServiceTraffic};
+use model::http::{BackendRef, Count, HttpService, Limit, RateLimit, RouteAction, ServiceTraffic};
 use model::{Change, PolicyKey, ServiceKey, Str};
 use prost::Message;
 use proto::{
@@ -40,7 +40,8 @@ impl Enforcers {
         self.0.read().unwrap_or_else(PoisonError::into_inner).get(policy).cloned().unwrap_or_default()
     }
 
-    fn change(&self, policy: &Arc<str>, waypoint: &Arc<str>, is_one: bool) {
+    /// A waypoint is one that is to enforce a policy, or no longer.
+    pub(crate) fn change(&self, policy: &Arc<str>, waypoint: &Arc<str>, is_one: bool) {
         let mut all = self.0.write().unwrap_or_else(PoisonError::into_inner);
         let of = all.entry(policy.clone()).or_default();
         if is_one {
@@ -57,8 +58,16 @@ impl Enforcers {
 /// What is there of a part.
 struct Content {
     body: Bytes,
-    /// Labels that it asks about.
+    asks: Asks,
+}
+
+/// What a part makes needed that is no part of the service.
+#[derive(Clone, PartialEq, Default)]
+struct Asks {
+    /// Labels of workloads.
     labels: BTreeSet<Str>,
+    /// Hosts of providers: waypoints speak to them as is said of them.
+    hosts: BTreeSet<Str>,
 }
 
 /// A service as it was told last.
@@ -89,6 +98,9 @@ pub(super) struct Waypoints {
     /// What labels are asked about, and whether that may have changed.
     labels: BTreeSet<Str>,
     asks: bool,
+    /// The hosts of all providers, and whether these may have changed.
+    providers: BTreeSet<Str>,
+    moved: bool,
 }
 
 impl Waypoints {
@@ -101,6 +113,8 @@ impl Waypoints {
             enforcers,
             labels: BTreeSet::new(),
             asks: false,
+            providers: BTreeSet::new(),
+            moved: false,
         }
     }
 
@@ -113,27 +127,35 @@ impl Waypoints {
             Change::RemoveHttpService(key) => self.unbind(key),
             Change::SetHttpPolicy(p) => {
                 let body = proto::encode_http_policy(p).encode_to_vec();
-                self.set((HTTP_POLICY_TYPE_URL, policy(&p.key)), body, BTreeSet::new());
+                self.set((HTTP_POLICY_TYPE_URL, policy(&p.key)), body, Asks::default());
             }
             Change::RemoveHttpPolicy(key) => self.remove(&(HTTP_POLICY_TYPE_URL, policy(key))),
             Change::SetTraffic(t) => {
                 let body = proto::encode_traffic(t).encode_to_vec();
-                self.set((TRAFFIC_TYPE_URL, service(&t.service)), body, labels_of_traffic(t));
+                self.set(
+                    (TRAFFIC_TYPE_URL, service(&t.service)),
+                    body,
+                    Asks { labels: labels_of_traffic(t), ..Asks::default() },
+                );
             }
             Change::RemoveTraffic(key) => self.remove(&(TRAFFIC_TYPE_URL, service(key))),
             Change::SetAuthentication(a) => {
                 let body = proto::encode_authentication(a).encode_to_vec();
-                self.set((AUTHENTICATION_TYPE_URL, policy(&a.key)), body, BTreeSet::new());
+                self.set((AUTHENTICATION_TYPE_URL, policy(&a.key)), body, Asks::default());
             }
             Change::RemoveAuthentication(key) => self.remove(&(AUTHENTICATION_TYPE_URL, policy(key))),
             Change::SetRateLimit(limit) => {
                 let body = proto::encode_rate_limit(limit).encode_to_vec();
-                self.set((RATE_LIMIT_TYPE_URL, policy(&limit.key)), body, BTreeSet::new());
+                self.set((RATE_LIMIT_TYPE_URL, policy(&limit.key)), body, asks_of_limits(limit));
             }
             Change::RemoveRateLimit(key) => self.remove(&(RATE_LIMIT_TYPE_URL, policy(key))),
             Change::SetAuthorizer(authorizer) => {
                 let body = proto::encode_authorizer(authorizer).encode_to_vec();
-                self.set((AUTHORIZER_TYPE_URL, authorizer.name.clone()), body, BTreeSet::new());
+                self.set(
+                    (AUTHORIZER_TYPE_URL, authorizer.name.clone()),
+                    body,
+                    asks_of(&authorizer.address.host),
+                );
             }
             Change::RemoveAuthorizer(name) => self.remove(&(AUTHORIZER_TYPE_URL, name.clone())),
             Change::SetWorkload(_)
@@ -147,28 +169,29 @@ impl Waypoints {
         true
     }
 
-    fn set(&mut self, part: Part, body: Vec<u8>, labels: BTreeSet<Str>) {
-        let old = self.contents.insert(part.clone(), Content { body: body.into(), labels });
-        let now = self.contents.get(&part);
-        if old.map_or_else(BTreeSet::new, |old| old.labels)
-            != now.map_or_else(BTreeSet::new, |c| c.labels.clone())
-        {
-            self.asks = true;
-        }
+    fn set(&mut self, part: Part, body: Vec<u8>, asks: Asks) {
+        let new = asks.clone();
+        let old = self.contents.insert(part.clone(), Content { body: body.into(), asks });
+        self.note(&old.map(|old| old.asks).unwrap_or_default(), &new);
         self.touch(&part);
     }
 
     fn remove(&mut self, part: &Part) {
         if let Some(old) = self.contents.remove(part) {
-            self.asks |= !old.labels.is_empty();
+            self.note(&old.asks, &Asks::default());
             self.touch(part);
         }
+    }
+
+    fn note(&mut self, old: &Asks, new: &Asks) {
+        self.asks |= old.labels != new.labels;
+        self.moved |= old.hosts != new.hosts;
     }
 
     /// A part changed: has it looked at where it is needed.
     fn touch(&mut self, part: &Part) {
         for waypoint in self.waypoints.values_mut() {
-            if waypoint.needs(part) || waypoint.sent.contains_key(part) {
+            if waypoint.needs(part, &self.providers) || waypoint.sent.contains_key(part) {
                 waypoint.due.insert(part.clone());
             }
         }
@@ -178,7 +201,9 @@ impl Waypoints {
         let waypoint: Arc<str> = proto::waypoint_scope(&service.waypoint).into();
         let body = proto::encode_http_service(service).encode_to_vec();
         let own: Part = (HTTP_SERVICE_TYPE_URL, service.service.to_string().into());
-        self.set(own.clone(), body, labels_of_routes(service));
+        let collector = service.telemetry.tracing.as_ref().map(|t| t.collector.host.clone());
+        let asks = Asks { labels: labels_of_routes(service), hosts: collector.into_iter().collect() };
+        self.set(own.clone(), body, asks);
         let mut needs = needs(service);
         needs.insert(own);
         self.acquire(&waypoint, &needs);
@@ -203,7 +228,7 @@ impl Waypoints {
             *count += 1;
             if *count == 1 {
                 waypoint.due.insert(part.clone());
-                self.asks |= self.contents.get(part).is_some_and(|c| !c.labels.is_empty());
+                self.asks |= self.contents.get(part).is_some_and(|c| !c.asks.labels.is_empty());
                 if part.0 == HTTP_POLICY_TYPE_URL {
                     self.enforcers.change(&part.1, name, true);
                 }
@@ -211,7 +236,7 @@ impl Waypoints {
         }
         if is_new {
             // Few, and policies name them: every waypoint has all.
-            let all = self.contents.keys().filter(|(kind, _)| *kind == AUTHORIZER_TYPE_URL);
+            let all = self.contents.keys().filter(|part| is_for_all(part, &self.providers));
             waypoint.due.extend(all.cloned());
         }
     }
@@ -224,7 +249,7 @@ impl Waypoints {
             if *count == 0 {
                 waypoint.counts.remove(part);
                 waypoint.due.insert(part.clone());
-                self.asks |= self.contents.get(part).is_some_and(|c| !c.labels.is_empty());
+                self.asks |= self.contents.get(part).is_some_and(|c| !c.asks.labels.is_empty());
                 if part.0 == HTTP_POLICY_TYPE_URL {
                     self.enforcers.change(&part.1, &old.waypoint, false);
                 }
@@ -237,12 +262,28 @@ impl Waypoints {
 
     /// What follows for the proxies from what was taken.
     pub(super) fn updates(&mut self, exceptions: &Exceptions) -> Vec<Update> {
+        if std::mem::take(&mut self.moved) {
+            self.find_providers();
+        }
         let mut updates = Vec::new();
         for (name, waypoint) in &mut self.waypoints {
-            waypoint.settle(name, &self.contents, self.most_bytes, exceptions, &mut updates);
+            let providers = &self.providers;
+            waypoint.settle(name, (&self.contents, providers), self.most_bytes, exceptions, &mut updates);
         }
         self.waypoints.retain(|_, waypoint| !waypoint.counts.is_empty());
         updates
+    }
+
+    /// Looks which hosts providers have now. They change seldom.
+    fn find_providers(&mut self) {
+        let hosts = self.contents.values().flat_map(|content| content.asks.hosts.iter().cloned()).collect();
+        let before = std::mem::replace(&mut self.providers, hosts);
+        let changed: BTreeSet<Str> = self.providers.symmetric_difference(&before).cloned().collect();
+        let parts: Vec<Part> =
+            self.contents.keys().filter(|part| is_for_all(part, &changed)).cloned().collect();
+        for waypoint in self.waypoints.values_mut() {
+            waypoint.due.extend(parts.iter().cloned());
+        }
     }
 
     /// The labels that waypoints are asked about now, if they are other ones than before.
@@ -253,7 +294,7 @@ impl Waypoints {
         let needed = self.waypoints.values().flat_map(|waypoint| waypoint.counts.keys());
         let asked: BTreeSet<Str> = needed
             .filter_map(|part| self.contents.get(part))
-            .flat_map(|c| c.labels.iter().cloned())
+            .flat_map(|c| c.asks.labels.iter().cloned())
             .collect();
         if asked == self.labels {
             return None;
@@ -270,22 +311,22 @@ impl Waypoints {
 }
 
 impl Waypoint {
-    fn needs(&self, part: &Part) -> bool {
-        self.counts.contains_key(part) || (part.0 == AUTHORIZER_TYPE_URL && !self.counts.is_empty())
+    fn needs(&self, part: &Part, providers: &BTreeSet<Str>) -> bool {
+        self.counts.contains_key(part) || (is_for_all(part, providers) && !self.counts.is_empty())
     }
 
     /// Sends what is due, as far as there is room; what is no longer needed makes room first.
     fn settle(
         &mut self,
         name: &Arc<str>,
-        contents: &HashMap<Part, Content>,
+        (contents, providers): (&HashMap<Part, Content>, &BTreeSet<Str>),
         most_bytes: usize,
         exceptions: &Exceptions,
         updates: &mut Vec<Update>,
     ) {
         let due = std::mem::take(&mut self.due);
         let (wanted, gone): (Vec<Part>, Vec<Part>) =
-            due.into_iter().partition(|part| self.needs(part) && contents.contains_key(part));
+            due.into_iter().partition(|part| self.needs(part, providers) && contents.contains_key(part));
         for part in gone {
             let resource = resource_name(name, &part);
             exceptions.set(&resource, None);
@@ -323,6 +364,24 @@ impl Waypoint {
             self.sent.insert(part, length);
         }
     }
+}
+
+/// Whether every waypoint has a part: authorizers, and what is said of the hosts of providers.
+fn is_for_all((kind, name): &Part, providers: &BTreeSet<Str>) -> bool {
+    let is_provider = || name.split_once('/').is_some_and(|(_, host)| providers.contains(host));
+    *kind == AUTHORIZER_TYPE_URL || (*kind == TRAFFIC_TYPE_URL && is_provider())
+}
+
+fn asks_of(host: &Str) -> Asks {
+    Asks { hosts: BTreeSet::from([host.clone()]), ..Asks::default() }
+}
+
+fn asks_of_limits(limit: &RateLimit) -> Asks {
+    let host = |limit: &Arc<Limit>| match &limit.count {
+        Count::Global(global) => Some(global.address.host.clone()),
+        Count::Local(_) => None,
+    };
+    Asks { hosts: limit.limits.iter().filter_map(host).collect(), ..Asks::default() }
 }
 
 fn resource_name(waypoint: &str, (_, name): &Part) -> Arc<str> {

@@ -193,3 +193,34 @@ fn labels_are_asked_about_as_long_as_somebody_needs_them() {
     staged.take(&[Change::RemoveHttpService(key("cart"))]);
     assert_eq!(labels(&mut staged), Some(vec!["release".to_owned()]));
 }
+
+#[test]
+fn what_is_said_of_a_providers_host_goes_to_every_waypoint() {
+    let authorizer = Change::SetAuthorizer(Arc::new(model::http::Authorizer {
+        name: "opa".into(),
+        address: model::http::ProviderAddress { namespace: None, host: "authz".into(), port: 9000 },
+        http: None,
+        timeout: None,
+        fail_open: false,
+        clear_route_cache: false,
+        status_on_error: None,
+        body: None,
+    }));
+    let mut staged = Staged::new(MOST_BYTES);
+    staged.take(&[service("cart", "w", &[], "cart"), traffic("authz", None)]);
+    assert_eq!(staged.take(&[authorizer]), ["+Authorizer shop/w/opa", "+ServiceTraffic shop/w/shop/authz"]);
+    let another = staged.take(&[service("pay", "x", &[], "pay")]);
+    assert_eq!(
+        another,
+        ["+Authorizer shop/x/opa", "+HttpService shop/x/shop/pay", "+ServiceTraffic shop/x/shop/authz"]
+    );
+    assert_eq!(
+        staged.take(&[Change::RemoveAuthorizer("opa".into())]),
+        [
+            "-Authorizer shop/w/opa",
+            "-Authorizer shop/x/opa",
+            "-ServiceTraffic shop/w/shop/authz",
+            "-ServiceTraffic shop/x/shop/authz",
+        ]
+    );
+}

@@ -4,7 +4,7 @@
 //! also has the generation of the proxies' resources that it is in since its last change; it may change without a new
 //! version of its own, by other objects or the mesh's settings.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::hash::{BuildHasher, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -17,6 +17,7 @@ use xds::server::{Generation, Server};
 
 use super::proxies::Proxies;
 use super::{PolicyAnswer, is_policy};
+use crate::push::Enforcers;
 use crate::registry::{ObjectName, ObjectState, Report};
 
 /// How many removals are remembered for who asks what came after a change.
@@ -47,6 +48,11 @@ pub struct Table {
     forgotten: u64,
     last: u64,
     root_namespace: Arc<str>,
+    /// Policies that node proxies have, and those that waypoints have.
+    at_nodes: HashSet<ObjectName>,
+    at_waypoints: HashSet<ObjectName>,
+    /// Which waypoints have which of these.
+    enforcers: Enforcers,
 }
 
 /// The objects that are followed. Cloning shares them.
@@ -80,6 +86,13 @@ impl Followers {
     /// Which process's numbers these are; another for each.
     pub(super) fn epoch(&self) -> u64 {
         self.epoch
+    }
+
+    /// Tells which waypoints enforce which policies.
+    #[must_use]
+    pub fn enforced_by(self, enforcers: &Enforcers) -> Self {
+        self.lock().enforcers = enforcers.clone();
+        self
     }
 
     /// Changes whenever something is taken.
@@ -158,6 +171,24 @@ impl Table {
         self.generations.range(from..).flat_map(|(_, names)| names)
     }
 
+    /// Whether node proxies enforce a policy: all but what only requests can be held against.
+    pub(super) fn is_at_nodes(&self, policy: &ObjectName) -> bool {
+        self.at_nodes.contains(policy) || !self.at_waypoints.contains(policy)
+    }
+
+    /// The policies that waypoints enforce.
+    pub(super) fn at_waypoints(&self) -> impl Iterator<Item = &ObjectName> {
+        self.at_waypoints.iter()
+    }
+
+    /// The waypoints that are to enforce a policy, `NAMESPACE/NAME`.
+    pub(super) fn waypoints_of(&self, policy: &ObjectName) -> BTreeSet<Arc<str>> {
+        if !self.at_waypoints.contains(policy) {
+            return BTreeSet::new();
+        }
+        self.enforcers.of(&resource_of(policy))
+    }
+
     /// The namespace whose policies hold for the whole mesh.
     pub(super) fn root_namespace(&self) -> &str {
         &self.root_namespace
@@ -179,8 +210,10 @@ impl Table {
 
     fn change(&mut self, change: &Change, generation: Generation) {
         let name = match change {
-            Change::SetPolicy(policy) => object_of(&policy.key),
-            Change::RemovePolicy(key) => object_of(key),
+            Change::SetPolicy(policy) => noted(&mut self.at_nodes, object_of(&policy.key)),
+            Change::SetHttpPolicy(policy) => noted(&mut self.at_waypoints, object_of(&policy.key)),
+            Change::RemovePolicy(key) => forgotten(&mut self.at_nodes, object_of(key)),
+            Change::RemoveHttpPolicy(key) => forgotten(&mut self.at_waypoints, object_of(key)),
             Change::SetSettings(settings) => {
                 self.root_namespace = settings.root_namespace.clone();
                 return;
@@ -232,6 +265,16 @@ impl Table {
             }
         }
     }
+}
+
+fn noted(set: &mut HashSet<ObjectName>, name: ObjectName) -> ObjectName {
+    set.insert(name.clone());
+    name
+}
+
+fn forgotten(set: &mut HashSet<ObjectName>, name: ObjectName) -> ObjectName {
+    set.remove(&name);
+    name
 }
 
 /// The name of the resource that proxies know a policy by.

@@ -469,7 +469,7 @@ impl Ledger {
             tally.unasked += 1;
             fresh += usize::from(self.began.elapsed() < FRESH);
         }
-        if tally.unasked == 0 {
+        if tally.unasked == 0 && table.is_at_nodes(name) {
             tally.add(&self.outline.class(version.labelled).absent);
         }
         let unclear = tally.unasked > 0 && tally.unasked == fresh;
