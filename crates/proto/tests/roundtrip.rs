@@ -155,3 +155,58 @@ fn settings_that_mean_nothing_are_refused() {
         assert!(words.iter().all(|word| error.contains(word)), "{error}");
     }
 }
+
+/// What is asked of a snapshot about one request: whether it may pass, and which route takes it.
+fn decided(
+    mesh: &model::Mesh,
+    key: &model::ServiceKey,
+    connection: &model::Connection,
+    request: &model::http::Request<'_>,
+    source: &model::http::SourceFacts<'_>,
+) -> (model::RequestDecision, Vec<Option<usize>>) {
+    let service = mesh.http_service(key).unwrap();
+    let decision = model::decide_request(&mesh.policies_of(service), connection, Some(request));
+    let select = |port: &model::http::HttpPort| port.routes.select(request, source).map(|s| s.position);
+    (decision, service.ports.iter().map(select).collect())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+
+    /// A snapshot of files, and the same as a waypoint gets it over the wire, decide requests alike.
+    #[test]
+    fn what_was_sent_decides_requests_as_what_was_not(
+        (service, policies) in strategies::http::http_service().prop_flat_map(|service| {
+            let keys = service.policies.to_vec();
+            (Just(service), strategies::http::http_policies(keys))
+        }),
+        lost in any::<bool>(),
+        connection in strategies::connection(),
+        requests in prop::collection::vec(strategies::http::request(), 1..8),
+        label in prop::sample::select(vec!["v1", "v2"]),
+    ) {
+        use model::Change;
+        let key = service.service.clone();
+        // One that is listed and not there refuses in both.
+        let policies: Vec<_> = policies.into_iter().skip(usize::from(lost)).collect();
+        let mut decoder = Decoder::default();
+        let bytes = encode_http_service(&service).encode_to_vec();
+        let mut received = vec![Change::SetHttpService(decoder.http_service(&bytes).unwrap().into())];
+        received.extend(policies.iter().map(|p| {
+            let bytes = encode_http_policy(p).encode_to_vec();
+            Change::SetHttpPolicy(decoder.http_policy(&bytes).unwrap().into())
+        }));
+        let kept = policies.into_iter().map(|p| Change::SetHttpPolicy(p.into()));
+        let here = model::Mesh::default().apply(kept.chain([Change::SetHttpService(service.into())]));
+        let there = model::Mesh::default().apply(received);
+        let labels = [("version".into(), label.into())];
+        let source = model::http::SourceFacts { namespace: Some("shop"), labels: &labels };
+        for (method, path, host, fields) in &requests {
+            let request = model::http::Request::new(method, host, path, fields);
+            prop_assert_eq!(
+                decided(&here, &key, &connection, &request, &source),
+                decided(&there, &key, &connection, &request, &source)
+            );
+        }
+    }
+}

@@ -515,3 +515,17 @@ pub fn traffic() -> BoxedStrategy<ServiceTraffic> {
         })
         .boxed()
 }
+
+/// Method, path, authority and fields of a request that routes and policies may meet.
+type Asked = (&'static str, &'static str, &'static str, Vec<(&'static str, &'static str)>);
+
+pub fn request() -> BoxedStrategy<Asked> {
+    let field = (select(vec!["x", "y", "x-version"]), select(vec!["1", "2", "admin"]));
+    (
+        select(vec!["GET", "POST"]),
+        select(vec!["/", "/a", "/a/b", "/A/b", "/a/b/c", "/ab", "/b/c"]),
+        select(vec!["shop.example", "ops", "SHOP.example:80"]),
+        vec(field, 0..3),
+    )
+        .boxed()
+}
