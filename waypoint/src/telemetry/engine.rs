@@ -35,6 +35,7 @@ pub fn register_engine(registry: &Registry, threads: &[Arc<Stats>]) {
         "culvert_request_heads_timed_out" "Clients that did not send a request's head in time" heads_timed_out;
         "culvert_retries" "Requests that were sent again" retries;
         "culvert_retries_without_body" "Retries not made because the body was too large to be kept" retries_without_body;
+        "culvert_retries_over_budget" "Retries not made because there were as many as may be" retries_over_budget;
         "culvert_mirrored" "Copies of requests that were sent" mirrored;
         "culvert_mirrors_dropped" "Copies of requests that were not sent, for a limit" mirrors_dropped;
         "culvert_upstream_connections" "Connections made to endpoints" upstream_connections;
