@@ -13,6 +13,7 @@ mod dns;
 mod http;
 mod identities;
 mod mutate;
+mod tokens;
 mod tunnels;
 mod wire;
 
@@ -32,7 +33,7 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 19] = [
+pub const TARGETS: [Target; 21] = [
     Target {
         name: "config_manifest",
         run: config_files::manifest,
@@ -76,6 +77,8 @@ pub const TARGETS: [Target; 19] = [
     Target { name: "http_response", run: http::response, seeds: http::responses, cases: 20_000 },
     Target { name: "http_chunks", run: http::chunks, seeds: http::bodies, cases: 20_000 },
     Target { name: "http_connection", run: http::connection, seeds: http::conversations, cases: 3000 },
+    Target { name: "token", run: tokens::token, seeds: tokens::tokens, cases: 3000 },
+    Target { name: "jwk_set", run: tokens::key_set, seeds: tokens::key_sets, cases: 3000 },
     Target { name: "dns_message", run: dns::message, seeds: dns::messages, cases: 20_000 },
 ];
 
