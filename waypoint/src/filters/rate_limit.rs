@@ -68,9 +68,12 @@ struct Told {
 pub struct RateLimits {
     made: Instant,
     /// By the address of the limit, which is held here, so that no other has it.
-    buckets: ArcSwap<HashMap<usize, (Arc<Limit>, Arc<Local>)>>,
+    buckets: ArcSwap<HashMap<usize, Held>>,
     stats: Arc<LimitStats>,
 }
+
+/// A limit, and what is counted of it.
+type Held = (Arc<Limit>, Arc<Local>);
 
 /// What is counted here of a limit, which has this name in the resource of this name.
 struct Local {
@@ -105,7 +108,7 @@ impl RateLimits {
     /// Follows the limits of a snapshot. Those that are as they were count on.
     pub fn follow(&self, mesh: &Mesh) {
         let before = self.buckets.load();
-        let known: HashMap<(&PolicyKey, &Str), &(Arc<Limit>, Arc<Local>)> =
+        let known: HashMap<(&PolicyKey, &Str), &Held> =
             before.values().map(|held| ((&held.1.resource, &held.1.name), held)).collect();
         let mut next = HashMap::new();
         for limits in mesh.rate_limits() {

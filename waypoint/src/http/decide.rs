@@ -77,8 +77,11 @@ pub struct Reading {
     /// So many bytes, or all if there are fewer.
     pub limit: usize,
     /// What comes of it.
-    pub then: Box<dyn FnOnce(Ahead, &mut RequestHead, &Connection, &mut Decided) -> Decision + Send>,
+    pub then: Seen,
 }
+
+/// The rest of a decision for which the body was read.
+pub type Seen = Box<dyn FnOnce(Ahead, &mut RequestHead, &Connection, &mut Decided) -> Decision + Send>;
 
 /// The beginning of a body.
 #[derive(Clone, Debug, Default)]

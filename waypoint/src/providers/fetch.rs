@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Request, StatusCode, Uri, header};
-use http_body_util::{BodyExt, Empty, LengthLimitError, Limited};
+use http_body_util::{BodyExt, Collected, Empty, LengthLimitError, Limited};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use model::telemetry::Collector;
@@ -173,7 +173,7 @@ where
             return Err(FetchError::Status(response.status()));
         }
         let body = Limited::new(response.into_body(), MAX_DOCUMENT).collect().await;
-        body.map(|body| body.to_bytes()).map_err(|error| {
+        body.map(Collected::to_bytes).map_err(|error| {
             let large = error.downcast_ref::<LengthLimitError>().is_some();
             FetchError::Body(if large { "it is too large".to_owned() } else { error.to_string() })
         })

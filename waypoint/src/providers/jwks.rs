@@ -56,9 +56,12 @@ pub struct Jwks {
     runtime: Handle,
     issuers: Mutex<HashMap<KeySource, Arc<Issuer>>>,
     /// By the address of the rule, which is held here, so that no other has it.
-    by_rule: ArcSwap<HashMap<usize, (Arc<TokenRule>, Arc<Issuer>)>>,
+    by_rule: ArcSwap<HashMap<usize, Held>>,
     stats: Arc<KeyStats>,
 }
+
+/// A rule, and whose keys its tokens are signed with.
+type Held = (Arc<TokenRule>, Arc<Issuer>);
 
 /// The keys of a source.
 struct Issuer {
@@ -173,7 +176,7 @@ impl Jwks {
             match KeySet::parse(text.as_bytes()) {
                 Ok(keys) => issuer.keys.store(Some(Arc::new(keys))),
                 Err(error) => {
-                    tracing::warn!(issuer = ?rule.issuer, %error, "the keys of a rule can't be used")
+                    tracing::warn!(issuer = ?rule.issuer, %error, "the keys of a rule can't be used");
                 }
             }
             issuer.attempts.send_replace(1);

@@ -186,7 +186,7 @@ fn requests_share_a_limit_by_what_they_have_in_common() {
         (LimitKey::Address, get("/", "x"), get("/b", "y"), false),
     ];
     for (key, first, second, other) in cases {
-        let (counted, limits) = by(&[key.clone()]);
+        let (counted, limits) = by(std::slice::from_ref(&key));
         assert_eq!(ask(&counted, &limits, &first, None).0, 0, "{key:?}");
         assert_eq!(ask(&counted, &limits, &first, None).0, 429, "{key:?}");
         assert_eq!(ask(&counted, &limits, &second, None).0 == 0, other, "{key:?}");
