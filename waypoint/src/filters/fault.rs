@@ -9,6 +9,9 @@ use model::http::{Abort, Fault};
 use super::Refusal;
 use crate::http::decide::{Flag, Response};
 
+/// Fields of an answer.
+type Named = Box<[(Box<str>, Box<str>)]>;
+
 /// The text of an aborted request's answer, as Envoy has it.
 const TEXT: &[u8] = b"fault filter abort";
 
@@ -26,7 +29,7 @@ pub fn abort(fault: &Fault, random: u64) -> Option<Refusal> {
     if !share.takes(random) {
         return None;
     }
-    let (status, fields): (u16, Box<[(Box<str>, Box<str>)]>) = match abort {
+    let (status, fields): (u16, Named) = match abort {
         Abort::Http(status) => (status, Box::default()),
         Abort::Grpc(code) => {
             let field = |name: &str, value: String| (Box::from(name), value.into_boxed_str());
