@@ -58,7 +58,7 @@ pub use standing::{Judgement, RouteStanding};
 
 use crate::external::External;
 use crate::kinds::namespace::DATAPLANE_MODE;
-use crate::kinds::{Capture, EndpointSlice, Namespace};
+use crate::kinds::{Capture, EndpointSlice, Namespace, Pod};
 use crate::labels::{Labels, Pool};
 use crate::policy::{Binding, MeshConfig, NamespaceSelector, Policies, Waypoint};
 use crate::resource::{Kind, ObjectKey, Resource};
@@ -363,19 +363,7 @@ impl Compiler {
             (Kind::Gateway, resource) => self.set_gateway(key, resource),
             (Kind::Node, Some(Resource::Node(node))) => self.set_node(&key.name, Some(node.locality)),
             (Kind::Node, _) => self.set_node(&key.name, None),
-            (Kind::Pod, Some(Resource::Pod(pod))) => {
-                let instance = convert::pod(
-                    key,
-                    *pod,
-                    &self.shared.context(&self.options, self.policies.settings(), pool),
-                );
-                match instance {
-                    Some(instance) => {
-                        self.put_instance(Kind::Pod, instance);
-                    }
-                    None => self.remove_uid(&convert::pod_uid(&self.options, key)),
-                }
-            }
+            (Kind::Pod, Some(Resource::Pod(pod))) => self.set_pod(key, *pod, pool),
             (Kind::Pod, _) => self.remove_uid(&convert::pod_uid(&self.options, key)),
             (Kind::Service, Some(Resource::Service(service))) => {
                 let definition = convert::service(
@@ -427,6 +415,17 @@ impl Compiler {
                 };
                 self.take(effects, pool);
             }
+        }
+    }
+
+    fn set_pod(&mut self, key: &ObjectKey, pod: Pod, pool: &mut Pool) {
+        let context = self.shared.context(&self.options, self.policies.settings(), pool);
+        let instance = convert::pod(key, pod, &context);
+        match instance {
+            Some(instance) => {
+                self.put_instance(Kind::Pod, instance);
+            }
+            None => self.remove_uid(&convert::pod_uid(&self.options, key)),
         }
     }
 

@@ -162,7 +162,7 @@ fn routed(count: usize) -> String {
 
 fn route(n: usize, path: &str) -> String {
     let next = n / 2 * 2;
-    if n % 2 == 0 {
+    if n.is_multiple_of(2) {
         format!(
             "---\napiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: r{n}, namespace: shop}}\nspec: \
              {{parentRefs: [{{group: '', kind: Service, name: s{n}}}], rules: [{{matches: [{{path: {{value: {path}}}}}], \

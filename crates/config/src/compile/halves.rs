@@ -67,7 +67,7 @@ impl Compiler {
     }
 
     /// Puts the halves of policies in their place, in the list of a workload.
-    pub(super) fn halve(&self, workload: &Workload, keys: &mut Vec<PolicyKey>) {
+    pub(super) fn halve(&self, workload: &Workload, keys: &mut [PolicyKey]) {
         let halved: Vec<usize> = keys
             .iter()
             .enumerate()

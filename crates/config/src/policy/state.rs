@@ -384,7 +384,7 @@ impl Policies {
                 None => before.map(|_| Change::RemovePolicy(key.clone())),
             });
         }
-        effects.changes.extend(http_change(key, http(old.as_ref()), http(new.as_ref())));
+        effects.changes.extend(http_change(key, http(old.as_ref()).as_ref(), http(new.as_ref())));
         // Who lists it: only changes of that touch workloads.
         let scope = |entry: Option<&Entry>| {
             // What is external is closed by policies in force only, and lists none.
@@ -625,7 +625,7 @@ impl Policies {
             if entry.compiled != old.0 {
                 effects.changes.extend(entry.compiled.clone().map(Change::SetPolicy));
             }
-            effects.changes.extend(http_change(&key, old.1, entry.http.clone()));
+            effects.changes.extend(http_change(&key, old.1.as_ref(), entry.http.clone()));
             if entry.compiled.is_some() {
                 self.index(&key, &entry.source.scope);
             }
@@ -646,9 +646,9 @@ impl Policies {
 }
 
 /// The change from one form for waypoints to another.
-fn http_change(key: &PolicyKey, old: Option<Arc<Policy>>, new: Option<Arc<Policy>>) -> Option<Change> {
+fn http_change(key: &PolicyKey, old: Option<&Arc<Policy>>, new: Option<Arc<Policy>>) -> Option<Change> {
     match new {
-        _ if old == new => None,
+        _ if old == new.as_ref() => None,
         Some(policy) => Some(Change::SetHttpPolicy(policy)),
         None => Some(Change::RemoveHttpPolicy(key.clone())),
     }

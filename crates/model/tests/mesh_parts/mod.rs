@@ -36,7 +36,7 @@ pub fn workload(uid: &str) -> Workload {
         network_gateway: None,
         application_tunnel: None,
         capacity: 1,
-        labels: Arc::default(),
+        labels: std::sync::Arc::default(),
     }
 }
 
