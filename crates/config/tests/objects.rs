@@ -519,7 +519,7 @@ fn a_rate_limit_says_what_is_wrong_with_it() {
         json!({ "service": "rls.infra.svc.cluster.local", "port": 8081, "domain": "d", "onFailure": "Deny" });
     let local = json!({ "requests": 1, "per": "1s" });
     let by = json!([{ "type": "Path" }]);
-    for (limit, global, wanted) in [
+    let cases = [
         (json!({ "name": "a", "local": local }), Value::Null, None),
         (json!({ "name": "a", "by": by, "global": {} }), service.clone(), None),
         (json!({ "name": "a" }), Value::Null, Some(Code::InvalidValue)),
@@ -558,14 +558,17 @@ fn a_rate_limit_says_what_is_wrong_with_it() {
             json!({ "service": "rls", "port": 1, "domain": "d" }),
             Some(Code::MissingField),
         ),
-    ] {
+    ];
+    for (version, (limit, global, wanted)) in cases.into_iter().enumerate() {
         let mut object = spec(limit.clone(), global.clone());
+        object["metadata"]["resourceVersion"] = json!(version.to_string());
         if global.is_null() {
             object["spec"].as_object_mut().unwrap().remove("global");
         }
-        let outcome = server.set(Kind::RateLimit, &object);
-        let errors = outcome.diagnostics.iter().filter(|d| d.severity == config::diagnostic::Severity::Error);
-        let codes: Vec<Code> = errors.map(|d| d.code).filter(|c| *c != Code::FailsClosed).collect();
-        assert_eq!(codes.first().copied(), wanted, "{limit} {global}: {:#?}", outcome.diagnostics);
+        server.set(Kind::RateLimit, &object);
+        let about = server.codes("RateLimit shop/limit").into_iter();
+        let errors = about.filter(|code| code.severity() == config::diagnostic::Severity::Error);
+        let codes: Vec<Code> = errors.filter(|code| *code != Code::FailsClosed).collect();
+        assert_eq!(codes.first().copied(), wanted, "{limit} {global}: {codes:?}");
     }
 }
