@@ -5,7 +5,7 @@ RELEASE := target/release
 # Namespaces need root; building does not.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: help demo build images test test-node interop e2e lint bench bench-control-plane bench-waypoint clean-demo
+.PHONY: help demo build images test test-node interop e2e conformance lint bench bench-control-plane bench-waypoint clean-demo
 
 help: ## What there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ e2e: ## The mesh on a real Kubernetes of two nodes, made on this machine (root, 
 	@$(SUDO) .ci/packages e2e
 	$(CARGO) build --locked -q -p kube-tests
 	@$(SUDO) target/debug/kube-tests e2e $(ARGS)
+
+conformance: ## The Gateway API's conformance suite on that cluster, which has to be up with the mesh installed (root, Go)
+	@$(SUDO) .ci/conformance
 
 lint: ## Format, clippy and the dependencies' rules, as CI checks them
 	$(CARGO) fmt --all --check

@@ -119,7 +119,8 @@ pub fn usage() -> Vec<String> {
         let name = read("comm").trim().to_owned();
         // Those of others on this machine are not of a node.
         let of_node = NODES.iter().find(|node| read("cgroup").contains(&node.cgroup()));
-        let (Some(node), true) = (of_node, ["culvertd", "culvert-node", "ztunnel", "waypoint"].contains(&name.as_str()))
+        let (Some(node), true) =
+            (of_node, ["culvertd", "culvert-node", "ztunnel", "waypoint"].contains(&name.as_str()))
         else {
             continue;
         };
