@@ -27,6 +27,12 @@ fn steps(committed: &Committed) -> Vec<String> {
         Step::RemoveHttpPolicy(key) => format!("no policy over requests {key}"),
         Step::SetTraffic(t) => format!("traffic of {}", t.service),
         Step::RemoveTraffic(key) => format!("no traffic of {key}"),
+        Step::SetAuthentication(a) => format!("authentication {}", a.key),
+        Step::RemoveAuthentication(key) => format!("no authentication {key}"),
+        Step::SetRateLimit(l) => format!("rate limit {}", l.key),
+        Step::RemoveRateLimit(key) => format!("no rate limit {key}"),
+        Step::SetAuthorizer(a) => format!("authorizer {}", a.name),
+        Step::RemoveAuthorizer(name) => format!("no authorizer {name}"),
         Step::SetSettings(s) => format!("settings {} {}", s.trust_domains.own, s.root_namespace),
     };
     let mut steps: Vec<String> = committed.changes.iter().map(step).collect();
