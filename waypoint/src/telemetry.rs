@@ -79,6 +79,9 @@ impl Default for Settings {
     }
 }
 
+/// Counts by the policy and what it would have done.
+type DryRuns = Arc<Family<[(&'static str, Arc<str>); 2], Counter>>;
+
 /// What is told of requests. One for the program.
 #[derive(Debug)]
 pub struct Telemetry {
@@ -88,7 +91,7 @@ pub struct Telemetry {
     metrics: HttpMetrics,
     tcp: TcpMetrics,
     refused: Arc<Family<[(&'static str, &'static str); 1], Counter>>,
-    dry_runs: Arc<Family<[(&'static str, Arc<str>); 2], Counter>>,
+    dry_runs: DryRuns,
     sinks: Sinks,
     exporters: Arc<Exporters>,
     random: trace::Random,

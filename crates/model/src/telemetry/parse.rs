@@ -364,7 +364,7 @@ impl Parser {
             } else if self.take("[") {
                 let Part::Headers(of) = part else { return self.wrong("only fields have names in brackets") };
                 let name = self.conditional()?;
-                let name = lowered(self.of_type(name, Type::Text)?);
+                let name = Box::new(lowered(*self.of_type(name, Type::Text)?));
                 self.expect("]")?;
                 part = Part::Value(Node::Header(of, name), Type::Text);
             } else {
@@ -497,10 +497,10 @@ fn comparable(a: Type, b: Type) -> bool {
     a == b || (number(a) && number(b))
 }
 
-fn lowered(node: Box<Node>) -> Box<Node> {
-    match *node {
-        Node::Text(name) => Box::new(Node::Text(name.to_ascii_lowercase().as_str().into())),
-        other => Box::new(other),
+fn lowered(node: Node) -> Node {
+    match node {
+        Node::Text(name) => Node::Text(name.to_ascii_lowercase().as_str().into()),
+        other => other,
     }
 }
 
