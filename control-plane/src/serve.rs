@@ -80,8 +80,8 @@ impl Authorizer for NodeProxies {
             return Ok(Caller { name: format!("{WAYPOINT}{namespace}/{account}{OF}{pod}").into() });
         }
         Err(Status::permission_denied(format!(
-            "{caller} is no proxy of this mesh: --trusted-node-accounts names those of nodes, and there is no Gateway \
-             {namespace}/{account} of a class of waypoints"
+            "{caller} is no node proxy of this mesh: --trusted-node-accounts names those that are; nor is there a \
+             Gateway {namespace}/{account} of a class of waypoints"
         )))
     }
 

@@ -122,7 +122,7 @@ impl Plane {
             root_file: Some(self.files.path().join("root.pem")),
             token_file: Some(token_file),
             node: node.node(),
-            types: TYPES.to_vec(),
+            types: vec![MESH_SETTINGS_TYPE_URL, AUTHORIZATION_TYPE_URL, ADDRESS_TYPE_URL],
             ..Settings::default()
         };
         Client::new(settings, Arc::new(())).unwrap()

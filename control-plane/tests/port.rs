@@ -324,7 +324,7 @@ async fn a_waypoint_is_the_gateway_of_its_account_and_no_other_one() {
     let another = plane.client_of("waypoint-shop", ("w-1", "shop"), Some("ops/w"), Arc::default());
     plane.until("it says another one", |_| away(&another).contains("and not of ops/w")).await;
     let unknown = plane.client_of("waypoint-else", ("w-1", "else"), Some("else/w"), Arc::default());
-    plane.until("there is no such one", |_| away(&unknown).contains("no Gateway else/w")).await;
+    plane.until("there is no such one", |_| away(&unknown).contains("nor is there a Gateway else/w")).await;
     let pod = plane.client_of("waypoint-ops", ("w-2", "ops"), Some("ops/w"), Arc::default());
     plane.until("it is another pod", |_| away(&pod).contains("not of the pod w-2.ops")).await;
 }

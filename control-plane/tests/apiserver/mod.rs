@@ -14,7 +14,6 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use control_plane::push::TYPES;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use xds::client::{Client, NodeInfo, Settings, Update, Updates};
@@ -262,7 +261,11 @@ impl Plane {
             server_name: Some(self.server_name.clone()),
             token_file: Some(cluster.at("token")),
             node: node.node(),
-            types: TYPES.to_vec(),
+            types: vec![
+                proto::MESH_SETTINGS_TYPE_URL,
+                proto::AUTHORIZATION_TYPE_URL,
+                proto::ADDRESS_TYPE_URL,
+            ],
             ..Settings::default()
         };
         let (client, updates) = Client::new(settings, Arc::new(())).unwrap();
