@@ -34,6 +34,7 @@ interop: ## Between Istio's own programs, built from Go modules: istiod, its nod
 	$(CARGO) run --locked -q -p kube-tests -- cluster build
 	@.ci/istio
 	CULVERT_REQUIRE_ISTIO=1 $(CARGO) test --locked -p ztunnel --test istio -p control-plane --test istio_clients
+	CULVERT_REQUIRE_GO=1 $(CARGO) test --locked -p waypoint --test security
 
 images: ## The container images with their bills of materials, in target/images; ARGS="--arch arm64 --sysroot DIR"
 	@$(SUDO) .ci/packages demo

@@ -1,6 +1,6 @@
 //! A request's way through token, policies, external authorizers and rate limits, over real connections. The authorizer
 //! and the rate-limit service are those of `checks/`: grpc-go with Envoy's own messages. Without Go, or without a network
-//! to fetch its modules, these tests say so and pass, unless `CI_REQUIRE_INTEROP=1`.
+//! to fetch its modules, these tests say so and pass, unless `CULVERT_REQUIRE_GO=1`.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -56,7 +56,7 @@ fn program() -> Option<&'static PathBuf> {
             Ok(output) => String::from_utf8_lossy(&output.stderr).into_owned(),
             Err(error) => error.to_string(),
         };
-        assert!(std::env::var_os("CI_REQUIRE_INTEROP").is_none(), "the peer can't be built: {why}");
+        assert!(std::env::var_os("CULVERT_REQUIRE_GO").is_none(), "the peer can't be built: {why}");
         eprintln!("skipped: the peer can't be built: {why}");
         None
     };

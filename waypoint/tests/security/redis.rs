@@ -1,6 +1,6 @@
 //! Envoy's own rate-limit service, with a Redis behind it. The program is `github.com/envoyproxy/ratelimit/src/service_cmd`,
-//! a Go module; `CULVERT_RATELIMIT_SERVICE` says where it was built. Without it, or without Redis, the test says so and
-//! passes, unless `CI_REQUIRE_INTEROP=1`.
+//! a Go module; `CULVERT_RATELIMIT_SERVICE` says where it was built. Without it the test says so and passes; with it
+//! there has to be a Redis, too.
 
 use std::fs;
 use std::process::{Child, Command, Stdio};
@@ -36,9 +36,7 @@ descriptors:
 
 #[tokio::test]
 async fn envoys_rate_limit_service_counts_in_redis() {
-    let required = std::env::var_os("CI_REQUIRE_INTEROP").is_some();
     let Some(program) = std::env::var_os("CULVERT_RATELIMIT_SERVICE") else {
-        assert!(!required, "CULVERT_RATELIMIT_SERVICE is not set");
         eprintln!("skipped: CULVERT_RATELIMIT_SERVICE does not say where Envoy's rate-limit service is");
         return;
     };
@@ -49,11 +47,7 @@ async fn envoys_rate_limit_service_counts_in_redis() {
     fs::write(config.join("shop.yaml"), CONFIGURATION).unwrap();
     let port = redis.port().to_string();
     let arguments = ["--port", &port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"];
-    let Some(_redis) = start(Command::new("redis-server").args(arguments).current_dir(folder.path())) else {
-        assert!(!required, "there is no redis-server");
-        eprintln!("skipped: there is no redis-server");
-        return;
-    };
+    let _redis = start(Command::new("redis-server").args(arguments).current_dir(folder.path())).unwrap();
     wait(redis).await;
     let _service = start(
         Command::new(program)
