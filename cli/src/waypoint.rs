@@ -4,11 +4,12 @@ mod generate;
 mod look;
 
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use crate::cluster::{Cluster, ClusterArgs};
 use crate::install::{duration, spinner};
