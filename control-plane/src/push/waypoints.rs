@@ -29,9 +29,11 @@ pub const MOST_BYTES: usize = 64 << 20;
 /// Something that a waypoint may need, by its type and its name among those of the type.
 type Part = (&'static str, Arc<str>);
 
+type WaypointsByPolicy = HashMap<Arc<str>, BTreeSet<Arc<str>>>;
+
 /// Which waypoints enforce a policy, as a view that stays up to date: names by name. Clones share it.
 #[derive(Clone, Debug, Default)]
-pub struct Enforcers(Arc<RwLock<HashMap<Arc<str>, BTreeSet<Arc<str>>>>>);
+pub struct Enforcers(Arc<RwLock<WaypointsByPolicy>>);
 
 impl Enforcers {
     /// The waypoints that are to enforce a policy (`NAMESPACE/NAME`).
@@ -171,9 +173,9 @@ impl Waypoints {
 
     fn set(&mut self, part: Part, body: Vec<u8>, asks: Asks) {
         let new = asks.clone();
-        let old = self.contents.insert(part.clone(), Content { body: body.into(), asks });
-        self.note(&old.map(|old| old.asks).unwrap_or_default(), &new);
         self.touch(&part);
+        let old = self.contents.insert(part, Content { body: body.into(), asks });
+        self.note(&old.map(|old| old.asks).unwrap_or_default(), &new);
     }
 
     fn remove(&mut self, part: &Part) {

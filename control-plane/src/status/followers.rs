@@ -176,9 +176,10 @@ impl Table {
         self.at_nodes.contains(policy) || !self.at_waypoints.contains(policy)
     }
 
-    /// The policies that waypoints enforce.
+    /// The policies that are not enforced by all node proxies and by these alone.
     pub(super) fn at_waypoints(&self) -> impl Iterator<Item = &ObjectName> {
-        self.at_waypoints.iter()
+        let all = self.at_waypoints.iter();
+        all.filter(|name| !self.is_at_nodes(name) || !self.enforcers.of(&resource_of(name)).is_empty())
     }
 
     /// The waypoints that are to enforce a policy, `NAMESPACE/NAME`.
