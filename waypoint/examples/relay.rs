@@ -7,8 +7,8 @@ use std::sync::Arc;
 use process::runtimes::Workers;
 use tokio_util::sync::CancellationToken;
 use waypoint::http::decide::{
-    Call, Carrier, Connection, Decide, Decided, Decision, Endpoints, Forwarding, NoEndpoint, Picked, Protocol,
-    Target,
+    Call, Carrier, Connection, Decide, Decided, Decision, Endpoints, Forwarding, NoEndpoint, Picked,
+    Protocol, Target,
 };
 use waypoint::http::head::RequestHead;
 use waypoint::http::io::Io;

@@ -23,9 +23,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::admin::{self, Shown};
 use crate::deciding::Deciding;
+use crate::guards::Guards;
 use crate::http::Worker;
 use crate::http::decide::Decide;
-use crate::guards::Guards;
 use crate::listen::Front;
 use crate::settings::Flags;
 use crate::tunnels::{AsWaypoint, Tunnels};
@@ -79,7 +79,8 @@ async fn serve(
         ClusterLimits::default(),
         dialers(flags, &state, &tunnels),
     );
-    let collectors = workers.handles().first().map(|thread| Arc::new(telemetry::ThroughMesh::new(thread.clone())));
+    let collectors =
+        workers.handles().first().map(|thread| Arc::new(telemetry::ThroughMesh::new(thread.clone())));
     let told = telemetry(flags, settings, logs, &registry, collectors.clone());
     let inside = collectors.clone().map(|collectors| collectors as Arc<dyn telemetry::Connect>);
     let guards = Guards::new(tokio::runtime::Handle::current(), inside);

@@ -16,8 +16,8 @@ mod dial;
 pub mod dump;
 mod endpoint;
 mod hashing;
-mod original;
 pub mod metrics;
+mod original;
 pub mod pool;
 mod tls;
 

@@ -18,7 +18,6 @@ use serde::{Serialize, Serializer};
 use telemetry::Meter;
 use tokio::sync::Notify;
 
-
 /// How many ended or refused connections are remembered for `culvert why`.
 const REMEMBERED: usize = 4096;
 /// Locks are taken twice a connection; sixteen of them keep worker threads out of each other's way.

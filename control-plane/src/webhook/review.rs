@@ -100,10 +100,9 @@ pub fn answer(body: &[u8], options: &Options, settings: Option<&MeshConfig>) -> 
         }
         Some(spec) => look(spec, &asked.object, &asked.namespace, options, settings)?,
         None => match refused(&asked.kind.group, &asked.kind.kind) {
-            Some(remedy) => Verdict {
-                errors: vec![format!("{}: {remedy}", asked.kind.kind)],
-                ..Verdict::default()
-            },
+            Some(remedy) => {
+                Verdict { errors: vec![format!("{}: {remedy}", asked.kind.kind)], ..Verdict::default() }
+            }
             None => Verdict {
                 warnings: vec![format!("{} is not acted on by this version of the mesh", asked.kind.kind)],
                 ..Verdict::default()

@@ -501,7 +501,7 @@ fn a_bound_service_lists_what_its_waypoint_is_to_enforce() {
         d.code == Code::WithoutEffect && d.message.contains("nobody looks at tokens")
     };
     let said = server.0.review();
-    let about: Vec<_> = said.iter().filter(|d| unused(d)).map(|d| d.to_string()).collect();
+    let about: Vec<_> = said.iter().filter(|d| unused(d)).map(ToString::to_string).collect();
     assert!(about.iter().any(|text| text.contains("other/all")), "{about:?} {said:#?}");
     assert!(about.iter().all(|text| !text.contains("shop/named")), "{about:?}");
 }

@@ -112,7 +112,9 @@ pub(crate) fn tokens() -> Vec<Vec<u8>> {
 /// Any bytes are keys, of which none vouches for what no one has signed, or are refused.
 pub(crate) fn key_set(bytes: &[u8]) {
     let Ok(keys) = KeySet::parse(bytes) else { return };
-    for algorithm in [Algorithm::Es256, Algorithm::Es512, Algorithm::EdDsa, Algorithm::Rs256, Algorithm::Ps512] {
+    for algorithm in
+        [Algorithm::Es256, Algorithm::Es512, Algorithm::EdDsa, Algorithm::Rs256, Algorithm::Ps512]
+    {
         for kid in [None, Some("a")] {
             assert!(keys.verify(algorithm, kid, b"of nobody", &[1; 64]).is_err());
         }

@@ -21,8 +21,8 @@ use tokio::time::Instant;
 use crate::http::alarm::Alarm;
 use crate::http::channel::Channel;
 use crate::http::decide::{
-    Call, Connection, Decided, Decision, Endpoints, Facts, Flag, Forwarding, More, Outcome, Picked, Protocol, Reading,
-    Record, Response, Retries, Retrying, Target, Waiting,
+    Call, Connection, Decided, Decision, Endpoints, Facts, Flag, Forwarding, More, Outcome, Picked, Protocol,
+    Reading, Record, Response, Retries, Retrying, Target, Waiting,
 };
 use crate::http::h1::Framing;
 use crate::http::head::{RequestHead, ResponseHead};
@@ -90,7 +90,9 @@ impl Failure {
     fn of_pool(error: &PoolError) -> Self {
         tracing::debug!(%error, "no connection to an endpoint");
         match error {
-            PoolError::Overflow(_) | PoolError::Pending => Self::new(503, Flag::UpstreamOverflow, "overflow", Class::Final),
+            PoolError::Overflow(_) | PoolError::Pending => {
+                Self::new(503, Flag::UpstreamOverflow, "overflow", Class::Final)
+            }
             PoolError::Timeout(_) => {
                 Self::new(503, Flag::UpstreamConnectionFailure, CONNECT_TIMEOUT, Class::Connect)
             }

@@ -134,11 +134,7 @@ async fn get(
 }
 
 /// Through the mesh, if it knows the host; a host that it knows is not reached past it.
-async fn connect(
-    host: &str,
-    port: u16,
-    inside: Option<Arc<dyn Connect>>,
-) -> io::Result<Box<dyn net::Io>> {
+async fn connect(host: &str, port: u16, inside: Option<Arc<dyn Connect>>) -> io::Result<Box<dyn net::Io>> {
     if let Some(inside) = inside {
         let host = host.to_ascii_lowercase().as_str().into();
         let to = Collector { provider: "issuer".into(), namespace: None, host, port };

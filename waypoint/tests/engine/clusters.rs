@@ -330,7 +330,8 @@ async fn threads_that_choose_while_endpoints_fail_and_come_and_go_lose_no_count(
                         Call { request: &request, connection: &connection, tried: &[], elsewhere: false };
                     let picked = endpoints.pick(&call).unwrap();
                     let retrying = endpoints.may_retry();
-                    let fails = (n + thread).is_multiple_of(3) || picked.target.address.port() % 2 == 0;
+                    let fails =
+                        (n + thread).is_multiple_of(3) || picked.target.address.port().is_multiple_of(2);
                     picked.report(if fails { Outcome::Failed } else { Outcome::Status(200) });
                     drop((picked, retrying));
                 }
