@@ -1,6 +1,7 @@
 //! Gateways of the waypoint class on a real API server: deployed, changed, refused, scaled and let go; and the status of
 //! routes, services and policies, all by the rights that the chart gives.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "tests")]
+#![allow(clippy::print_stderr, reason = "tests say why they are skipped")]
 
 mod apiserver;
 
@@ -127,6 +128,13 @@ impl Shop {
         });
     }
 
+    /// The route `r` has a condition of its parent.
+    fn route_is(&self, kind: &str, status: &str, reason: &str) {
+        self.cluster.until(&format!("{kind} {reason}"), || {
+            of_parent(&self.cluster, "r", kind).is_some_and(|(s, r, _)| (&*s, &*r) == (status, reason))
+        });
+    }
+
     /// There is no controller of Deployments here.
     fn pods_serve(&self, name: &str, count: u32) {
         let status = json!({ "status": {
@@ -164,6 +172,20 @@ async fn a_gateway_is_deployed_changed_scaled_and_let_go() {
             })
         });
     }
+    a_gateway_is_deployed(&shop);
+    parameters_are_followed_and_mistakes_in_them_are_not(&shop);
+    what_is_changed_is_put_right_and_nothing_is_taken(&shop);
+    let other = json!({ "gatewayClassName": "somebody-elses" });
+    cluster.apply(&gateway("other", &other));
+    let wrong = json!({ "listeners": [{ "name": "a", "port": 80, "protocol": "HTTP" }] });
+    cluster.apply(&gateway("wrong", &wrong));
+    shop.until("no waypoint", "gateway", "wrong", "Accepted", ("False", "ListenersNotValid"));
+    assert!(get(cluster, "deployment", "other").is_none() && get(cluster, "deployment", "wrong").is_none());
+    shop.nothing_was_forbidden();
+}
+
+fn a_gateway_is_deployed(shop: &Shop) {
+    let cluster = &shop.cluster;
     cluster.apply(&gateway("waypoint", &json!({ "infrastructure": { "labels": { "team": "a" } } })));
     cluster.until("its Deployment", || get(cluster, "deployment", "waypoint").is_some());
     shop.until("it waits", "gateway", "waypoint", "Programmed", ("False", "Pending"));
@@ -183,8 +205,10 @@ async fn a_gateway_is_deployed_changed_scaled_and_let_go() {
     let address = get(cluster, "service", "waypoint").unwrap()["spec"]["clusterIP"].clone();
     assert_eq!(served["status"]["addresses"], json!([{ "type": "IPAddress", "value": address }]));
     assert_eq!(served["status"]["listeners"][0]["attachedRoutes"], 0);
+}
 
-    // A mistake in the parameters changes nothing but the status.
+fn parameters_are_followed_and_mistakes_in_them_are_not(shop: &Shop) {
+    let cluster = &shop.cluster;
     let own = |text: &str| {
         cluster.apply(&json!({
             "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": "own", "namespace": "shop" },
@@ -217,8 +241,10 @@ async fn a_gateway_is_deployed_changed_scaled_and_let_go() {
     cluster.until("an autoscaler", || get(cluster, "horizontalpodautoscaler", "waypoint").is_some());
     cluster.apply(&gateway("waypoint", &json!({})));
     cluster.until("none any more", || get(cluster, "horizontalpodautoscaler", "waypoint").is_none());
+}
 
-    // What somebody changes is put right; what is somebody's is not taken.
+fn what_is_changed_is_put_right_and_nothing_is_taken(shop: &Shop) {
+    let cluster = &shop.cluster;
     let patch = r#"{"spec":{"ports":[{"port":15008,"name":"mesh","targetPort":1}]}}"#;
     cluster
         .kubectl(&["patch", "service", "-n", "shop", "waypoint", "--type=merge", "-p", patch], "")
@@ -235,14 +261,6 @@ async fn a_gateway_is_deployed_changed_scaled_and_let_go() {
         found.is_some_and(|(status, _, message)| status == "False" && message.contains("not this Gateway's"))
     });
     assert_eq!(get(cluster, "service", "taken").unwrap()["spec"]["ports"][0]["port"], 80);
-
-    let other = json!({ "gatewayClassName": "somebody-elses" });
-    cluster.apply(&gateway("other", &other));
-    let wrong = json!({ "listeners": [{ "name": "a", "port": 80, "protocol": "HTTP" }] });
-    cluster.apply(&gateway("wrong", &wrong));
-    shop.until("no waypoint", "gateway", "wrong", "Accepted", ("False", "ListenersNotValid"));
-    assert!(get(cluster, "deployment", "other").is_none() && get(cluster, "deployment", "wrong").is_none());
-    shop.nothing_was_forbidden();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -260,11 +278,7 @@ async fn routes_services_and_policies_say_how_they_stand() {
             },
         }));
     };
-    let is = |kind: &str, status: &str, reason: &str| {
-        cluster.until(&format!("{kind} {reason}"), || {
-            of_parent(cluster, "r", kind).is_some_and(|(s, r, _)| (&*s, &*r) == (status, reason))
-        });
-    };
+    let is = |kind: &str, status: &str, reason: &str| shop.route_is(kind, status, reason);
     route(json!({ "name": "web", "port": 80 }));
     is("Accepted", "True", "Accepted");
     is("ResolvedRefs", "True", "ResolvedRefs");
@@ -287,7 +301,13 @@ async fn routes_services_and_policies_say_how_they_stand() {
         },
     }));
     is("ResolvedRefs", "True", "ResolvedRefs");
+    the_waypoint_is_bound_and_let_go(&shop);
+    shop.nothing_was_forbidden();
+}
 
+fn the_waypoint_is_bound_and_let_go(shop: &Shop) {
+    let cluster = &shop.cluster;
+    let is = |kind: &str, status: &str, reason: &str| shop.route_is(kind, status, reason);
     cluster.apply(&json!({
         "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
         "metadata": { "name": "p", "namespace": "shop" },
@@ -325,5 +345,4 @@ async fn routes_services_and_policies_say_how_they_stand() {
     bound("", "");
     cluster.kubectl(&["delete", "service", "-n", "shop", "web"], "").unwrap();
     is("Accepted", "False", "NoMatchingParent");
-    shop.nothing_was_forbidden();
 }

@@ -496,7 +496,10 @@ fn a_bound_service_lists_what_its_waypoint_is_to_enforce() {
     let after = after.apply(server.remove("RateLimit shop/limit").changes);
     assert!(after.http_service(&key).unwrap().rate_limits.is_empty());
     assert_eq!(after.rate_limits().count(), 0);
-    // What is before nothing says so.
+    what_is_before_nothing_says_so(&server);
+}
+
+fn what_is_before_nothing_says_so(server: &Server) {
     let unused = |d: &config::diagnostic::Diagnostic| {
         d.code == Code::WithoutEffect && d.message.contains("nobody looks at tokens")
     };

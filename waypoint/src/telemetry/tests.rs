@@ -1,5 +1,5 @@
 //! What is told, from a request's end to the text of metrics, to lines, and to what a collector gets.
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic, reason = "tests")]
 
 use std::io::Write;
 use std::net::SocketAddr;

@@ -216,36 +216,8 @@ fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resourc
     let (namespace, name) = (pool.string(metadata.namespace), pool.string(metadata.name));
     let created = pool.string(metadata.created);
     let mut spec = fields.required("spec")?.fields()?;
-    let mut hosts: Vec<Str> = Vec::new();
-    spec.each("hosts", |mut item| {
-        let node = item.node();
-        let Some(text) = node.as_str() else {
-            item.string();
-            return;
-        };
-        let host = text.to_ascii_lowercase();
-        let plain = host.strip_prefix("*.").unwrap_or(&host);
-        if host != "*" && !crate::metadata::is_subdomain(plain) && host.parse::<std::net::IpAddr>().is_err() {
-            item.invalid(format_args!("{text:?} is no host name"), "");
-        } else {
-            hosts.push(item.context().pool.string(&host));
-        }
-    });
-    let mut gateways = Vec::new();
-    spec.each("gateways", |mut item| {
-        let Some(text) = item.node().as_str() else {
-            item.string();
-            return;
-        };
-        if !text.split('/').all(crate::metadata::is_subdomain) || text.split('/').count() > 2 {
-            item.invalid(
-                format_args!("{text:?} is no name of a gateway"),
-                "write NAMESPACE/NAME, NAME or mesh",
-            );
-        }
-        gateways.push(text);
-    });
-    let mesh = gateways.is_empty() || gateways.contains(&MESH);
+    let hosts = read_hosts(&mut spec);
+    let mesh = is_for_the_mesh(&mut spec);
     if mesh && hosts.iter().any(|host| &**host == "*") {
         let message = "the host * would be every service's, whoever owns it";
         spec.report(Code::InvalidValue, message, "name the hosts, or *. and a domain");
@@ -300,6 +272,45 @@ fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resourc
         created,
     };
     Some(Resource::VirtualService(Box::new(service)))
+}
+
+/// The hosts, in lower case.
+fn read_hosts(spec: &mut Fields<'_, '_>) -> Vec<Str> {
+    let mut hosts: Vec<Str> = Vec::new();
+    spec.each("hosts", |mut item| {
+        let node = item.node();
+        let Some(text) = node.as_str() else {
+            item.string();
+            return;
+        };
+        let host = text.to_ascii_lowercase();
+        let plain = host.strip_prefix("*.").unwrap_or(&host);
+        if host != "*" && !crate::metadata::is_subdomain(plain) && host.parse::<std::net::IpAddr>().is_err() {
+            item.invalid(format_args!("{text:?} is no host name"), "");
+        } else {
+            hosts.push(item.context().pool.string(&host));
+        }
+    });
+    hosts
+}
+
+/// Whether it is for the mesh: no gateway is named, or that one.
+fn is_for_the_mesh(spec: &mut Fields<'_, '_>) -> bool {
+    let mut gateways = Vec::new();
+    spec.each("gateways", |mut item| {
+        let Some(text) = item.node().as_str() else {
+            item.string();
+            return;
+        };
+        if !text.split('/').all(crate::metadata::is_subdomain) || text.split('/').count() > 2 {
+            item.invalid(
+                format_args!("{text:?} is no name of a gateway"),
+                "write NAMESPACE/NAME, NAME or mesh",
+            );
+        }
+        gateways.push(text);
+    });
+    gateways.is_empty() || gateways.contains(&MESH)
 }
 
 /// Reads an entry of `http`; `None` when none of its matches is for the mesh.
