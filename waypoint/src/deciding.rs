@@ -161,11 +161,13 @@ impl Deciding {
         rules.mesh.workload_at(&address).cloned()
     }
 
-    /// The workload of ours that has an address.
+    /// The workload of ours that has an address. None where a service that it is behind has policies, tokens or limits of its
+    /// own: those are known for the service's address, and must not be passed by at another.
     pub(crate) fn workload(&self, rules: &Rules, to: SocketAddr) -> Option<Arc<Workload>> {
         let address = NetworkAddress::new(self.0.network.clone(), to.ip());
         let workload = rules.mesh.workload_at(&address)?;
-        rules.is_own(&workload.waypoint.as_ref()?.target).then(|| workload.clone())
+        let guarded = || workload.services.iter().any(|member| rules.is_guarded(&member.service));
+        (rules.is_own(&workload.waypoint.as_ref()?.target) && !guarded()).then(|| workload.clone())
     }
 
     /// From the route on: the request may go to the service.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use hashbrown::HashMap;
 use model::http::{HttpPort, HttpService, Protocol, WaypointKey};
-use model::{GatewayTarget, Mesh, NetworkAddress, Policy, PolicyKey, ServiceKey, Str, Workload};
+use model::{Destination, GatewayTarget, Mesh, OriginalDst, Policy, PolicyKey, ServiceKey, Str, Workload};
 
 use crate::filters::authorize::Policies;
 use crate::filters::route::PortRules;
@@ -67,6 +67,15 @@ impl Rules {
         self.services.get(key)
     }
 
+    /// Whether policies, tokens or limits hold for what reaches a service, beside the policies of its workloads.
+    #[must_use]
+    pub fn is_guarded(&self, key: &ServiceKey) -> bool {
+        self.services.get(key).is_some_and(|rules| {
+            let http = &rules.http;
+            !(http.policies.is_empty() && http.authentication.is_empty() && http.rate_limits.is_empty())
+        })
+    }
+
     /// All services that something is done for.
     pub fn services(&self) -> impl Iterator<Item = &Arc<ServiceRules>> {
         self.services.values()
@@ -91,11 +100,14 @@ impl Rules {
         }
     }
 
-    /// What is done for the service that has the address `to`.
+    /// What is done for the service that has the address `to`. An address of a workload is the workload's, as it is for the node that
+    /// sent the client here, also where it lies in the range of a ServiceEntry.
     #[must_use]
     pub fn service_at(&self, network: &Str, to: SocketAddr) -> Option<&Arc<ServiceRules>> {
-        let address = NetworkAddress::new(network.clone(), to.ip());
-        self.services.get(&self.mesh.service_at(&address)?.key())
+        match self.mesh.destination(network, OriginalDst::new(to)) {
+            Destination::Service(service) => self.services.get(&service.key()),
+            Destination::Workload(_) | Destination::Unknown => None,
+        }
     }
 }
 

@@ -72,10 +72,14 @@ pub fn normalize(path: &str, how: Normalization) -> Result<Cow<'_, str>, Invalid
     }))
 }
 
-/// Escapes of unreserved characters decoded, `\` made `/`; with `slashes`, their escapes too.
+/// Escapes of unreserved characters decoded, `\` made `/`; with `slashes`, their escapes too. What is decoded never makes an
+/// escape of a `%` that was none: that one is escaped itself then, so that nobody behind us reads more out of the path than was
+/// compared here.
 fn decoded(path: &str, slashes: bool) -> String {
     let mut out = String::with_capacity(path.len());
     let mut rest = path;
+    // Where a `%` stands that begins no escape.
+    let mut bare = Vec::new();
     while let Some(next) = rest.chars().next() {
         let digits = rest.as_bytes().get(1..3).filter(|_| next == '%');
         let escaped = digits.and_then(|d| match d {
@@ -88,8 +92,17 @@ fn decoded(path: &str, slashes: bool) -> String {
             _ if next == '\\' => ('/', 1),
             _ => (next, next.len_utf8()),
         };
+        if char == '%' && escaped.is_none() {
+            bare.push(out.len());
+        }
         out.push(char);
         rest = rest.get(length..).unwrap_or_default();
+    }
+    for place in bare.into_iter().rev() {
+        let digits = out.as_bytes().get(place + 1..place + 3);
+        if digits.is_some_and(|digits| digits.iter().all(u8::is_ascii_hexdigit)) {
+            out.insert_str(place + 1, "25");
+        }
     }
     out
 }
@@ -155,6 +168,11 @@ mod tests {
             (Base, "/..a/b..", "/..a/b.."),
             (Base, "/a%2Fb\\c//d", "/a%2Fb/c//d"),
             (Base, "/%zz%2", "/%zz%2"),
+            (Base, "/%%361dmin", "/%2561dmin"),
+            (Base, "/public/%%32e%%32e/admin", "/public/%252e%252e/admin"),
+            (Base, "/%3%30", "/%2530"),
+            (Base, "/%%300", "/%2500"),
+            (DecodeAndMergeSlashes, "/%%32Fadmin", "/%252Fadmin"),
             (MergeSlashes, "//a///b", "/a/b"),
             (DecodeAndMergeSlashes, "/a%2f%5C..%2Fb", "/a/b"),
             (Base, "*", "*"),
@@ -172,9 +190,10 @@ mod tests {
     }
 
     proptest! {
-        /// Normalising twice changes nothing; but for BASE and MERGE_SLASHES of escapes that spell escapes.
+        /// Normalising twice changes nothing, whatever stands beside a percent sign.
         #[test]
-        fn what_is_normalised_stays(path in "/([a./\\\\]|%2[eEfF]|%5[cC]|%4[0-9]){0,12}", how in any_mode()) {
+        fn what_is_normalised_stays(path in "/([a./\\\\%235]|%2[eEfF]|%5[cC]|%[346][0-9]){0,12}", how in any_mode()) {
+            prop_assume!(!path.contains("%00"));
             let once = normalize(&path, how).unwrap().into_owned();
             prop_assert_eq!(normalize(&once, how).unwrap(), once.as_str());
             prop_assert!(once.starts_with('/'));
