@@ -219,7 +219,7 @@ fn installing(server: &Server) {
     let arguments = ["install", "--set", "webhook.enabled=false,clusterId=here", "--timeout", "3s"];
     let words = [
         "DaemonSet ztunnel in namespace kube-system",
-        "applied 15 custom resource definitions",
+        "applied 16 custom resource definitions",
         "waiting",
         "the mesh is not ready",
         "--timeout",

@@ -78,6 +78,7 @@ fn every_command_and_flag_is_described() {
         "what-if",
         "why",
         "ztunnel-config",
+        "waypoint",
         "ca",
         "demo",
         "bench",
@@ -90,6 +91,7 @@ fn every_command_and_flag_is_described() {
         let below: &[&str] = match command {
             "authn" => &["tls-check"],
             "tag" => &["list", "set", "remove"],
+            "waypoint" => &["apply", "generate", "list", "status", "delete"],
             _ => &[],
         };
         let mut helps = vec![help(program, &[command])];
