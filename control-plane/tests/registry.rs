@@ -122,7 +122,10 @@ fn objects_of_another_revision_are_not_read() {
     assert!(steps(&registry.commit(Instant::now()).unwrap()).contains(&"policy shop/ours".to_owned()));
     assert!(registry.repository().about("AuthorizationPolicy shop/theirs").is_empty());
     registry.take(labelled("ours", "canary"));
-    assert_eq!(steps(&registry.commit(Instant::now()).unwrap()), ["no policy shop/ours"]);
+    assert_eq!(
+        steps(&registry.commit(Instant::now()).unwrap()),
+        ["no policy over requests shop/ours", "no policy shop/ours"]
+    );
 }
 
 #[test]
@@ -173,9 +176,13 @@ fn objects_with_a_tag_are_read_by_the_revision_that_has_it() {
     registry.take(set(Kind::AuthorizationPolicy, &policy));
     assert!(registry.commit(Instant::now()).is_none(), "half a list of policies");
     registry.take(event(Kind::AuthorizationPolicy, Change::Listed));
-    registry.take(event(Kind::PeerAuthentication, Change::Listing));
-    registry.take(event(Kind::PeerAuthentication, Change::Listed));
-    assert_eq!(steps(&registry.commit(Instant::now()).unwrap()), ["no policy shop/tagged"]);
+    for kind in [Kind::PeerAuthentication, Kind::RequestAuthentication, Kind::RateLimit] {
+        assert!(registry.commit(Instant::now()).is_none(), "before {kind:?} is listed");
+        registry.take(event(kind, Change::Listing));
+        registry.take(event(kind, Change::Listed));
+    }
+    let gone = ["no policy over requests shop/tagged", "no policy shop/tagged"];
+    assert_eq!(steps(&registry.commit(Instant::now()).unwrap()), gone);
     registry.take(tagged("prod", "4"));
     assert_eq!(*relists.borrow(), before + 1);
 }
@@ -288,5 +295,13 @@ fn a_kind_that_was_deleted_takes_its_objects_along_and_one_that_is_not_served_do
     registry.take(event(Kind::AuthorizationPolicy, Change::NotServed));
     assert_eq!(steps(&registry.commit(Instant::now()).unwrap()), Vec::<String>::new());
     registry.take(event(Kind::AuthorizationPolicy, Change::KindDeleted));
-    assert_eq!(steps(&registry.commit(Instant::now()).unwrap()), ["no policy shop/p", "no policy shop/q"]);
+    assert_eq!(
+        steps(&registry.commit(Instant::now()).unwrap()),
+        [
+            "no policy over requests shop/p",
+            "no policy over requests shop/q",
+            "no policy shop/p",
+            "no policy shop/q",
+        ]
+    );
 }

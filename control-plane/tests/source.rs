@@ -70,13 +70,22 @@ fn watch(events: Vec<Value>, goes_on: bool) -> Answer {
     Response::new(body)
 }
 
+/// The groups of kinds that need definitions, which are not there.
+const CUSTOM: [&str; 5] = [
+    "security.istio.io",
+    "networking.istio.io",
+    "telemetry.istio.io",
+    "gateway.networking.k8s.io",
+    "culvert.dev",
+];
+
 /// Answers for pods by the script, and for all else that there is nothing.
 fn answer(request: &Request<Body>, script: &Mutex<VecDeque<Script>>, asked: &Mutex<Vec<String>>) -> Answer {
     let watches = request.uri().query().is_some_and(|query| query.contains("watch=true"));
     if request.uri().path() != "/api/v1/pods" {
         return match request.uri().path() {
             "/apis" => whole(200, &json!({ "kind": "APIGroupList", "groups": [] })),
-            path if path.starts_with("/apis/security") || path.starts_with("/apis/networking") => {
+            path if CUSTOM.iter().any(|group| path.starts_with(&format!("/apis/{group}/"))) => {
                 whole(404, &status(404))
             }
             _ if watches => watch(Vec::new(), true),
