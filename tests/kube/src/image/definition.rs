@@ -275,7 +275,7 @@ mod tests {
     #[test]
     fn the_definitions_are_readable_and_run_what_they_have() {
         let all = Definition::all(&Lab::find().unwrap().workspace).unwrap();
-        assert_eq!(all.keys().collect::<Vec<_>>(), ["culvertd", "node", "ztunnel"]);
+        assert_eq!(all.keys().collect::<Vec<_>>(), ["culvertd", "node", "waypoint", "ztunnel"]);
         for (stem, definition) in all {
             let run = definition.entrypoint.first().unwrap();
             assert!(definition.program.iter().any(|p| p.to == *run), "{stem} does not have {run}");
