@@ -96,7 +96,9 @@ impl Compiler {
         spec.ok()?;
         let parent = Parent::owner(owner)?;
         let service = definition.service.key();
-        let resolve = |draft: &BackendDraft, route: &ObjectKey, port: u16| self.resolve(draft, route, port);
+        let resolve = |draft: &BackendDraft, route: &ObjectKey, port: u16| {
+            self.resolve(draft, route, Some(&parent), port)
+        };
         let ports = definition.service.ports.iter().map(|port| {
             // A route of the Gateway API goes before a VirtualService: its parent is named, the other's host is looked up.
             let routes = self.routes.table(&parent, port, &resolve);
@@ -131,11 +133,16 @@ impl Compiler {
         })
     }
 
-    /// What a back end's reference comes to.
+    /// What a back end's reference comes to for what came to `port` of `parent`.
+    ///
+    /// A route may lead back to the Service that it hangs on, in whichever namespace: its clients asked for nothing else
+    /// (Gateway API, GEP-1426, "Namespace boundaries"). What came to another of its parents may not be led there
+    /// without a grant, since the policies of the Service were not asked about it.
     pub(super) fn resolve(
         &self,
         draft: &BackendDraft,
         route: &ObjectKey,
+        parent: Option<&Parent>,
         port: u16,
     ) -> Result<BackendRef, Unresolved> {
         let wrong = |why, text: String| Unresolved { why, message: text.as_str().into() };
@@ -144,7 +151,8 @@ impl Compiler {
                 return Err(Unresolved { why: Why::InvalidKind, message: reason.clone() });
             }
             Reference::Service { namespace, name } => {
-                if !self.grants.allow(route.kind.name(), &route.namespace, namespace, name) {
+                let back = parent.is_some_and(|parent| parent.is_service(namespace, name));
+                if !back && !self.grants.allow(route.kind.name(), &route.namespace, namespace, name) {
                     let from = &route.namespace;
                     let text =
                         format!("no ReferenceGrant lets {from} refer to the Service {namespace}/{name}");

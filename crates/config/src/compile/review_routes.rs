@@ -63,7 +63,7 @@ impl Compiler {
             // Without a port it is that of the request, which may be any of the host's.
             let port =
                 services.iter().find_map(|s| self.in_force(s)?.1.service.ports.first().map(|p| p.port));
-            let to = self.resolve(backend, key, backend.port.or(port).unwrap_or_default());
+            let to = self.resolve(backend, key, None, backend.port.or(port).unwrap_or_default());
             match to {
                 Err(unresolved) => found.push(finding(
                     Code::NamesNothing,
@@ -105,7 +105,7 @@ impl Compiler {
     fn missing_subset(&self, backend: &BackendDraft, key: &ObjectKey) -> Option<Finding> {
         let subset = backend.subset.as_ref()?;
         let model::http::BackendRef::Service { service, .. } =
-            self.resolve(backend, key, backend.port.unwrap_or_default()).ok()?
+            self.resolve(backend, key, None, backend.port.unwrap_or_default()).ok()?
         else {
             return None;
         };

@@ -13,7 +13,7 @@ use crate::policy::Waypoint;
 use crate::policy::selector::{Target, TargetKind};
 use crate::resource::{Kind, ObjectKey};
 use crate::routes::gateway::Unbound;
-use crate::routes::{BackendDraft, Parent, ParentKind, ParentRef, Reference, RouteDraft};
+use crate::routes::{Parent, ParentKind, ParentRef, RouteDraft, Why};
 
 /// What a condition says.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -51,9 +51,8 @@ impl Compiler {
     /// How a route stands with a parent that it names; `None` when that is another controller's to say.
     #[must_use]
     pub fn route_standing(&self, route: &ObjectKey, parent: &ParentRef) -> Option<RouteStanding> {
-        let resolved = self.references_of(route);
-        let place =
-            Parent { kind: parent.kind, namespace: parent.namespace.clone(), name: parent.name.clone() };
+        let place = Parent::of(parent);
+        let resolved = self.references_of(route, &place);
         let kind = match parent.kind {
             ParentKind::Service => Kind::Service,
             ParentKind::ServiceEntry => Kind::ServiceEntry,
@@ -200,13 +199,20 @@ impl Compiler {
         self.made_services.contains_key(&service)
     }
 
-    fn references_of(&self, route: &ObjectKey) -> Judgement {
+    /// Whether what came to `parent` may be led to all that the route names.
+    fn references_of(&self, route: &ObjectKey, parent: &Parent) -> Judgement {
         let fine = || Judgement::yes("ResolvedRefs", "all references are resolved");
         let mut wrong: Vec<(&'static str, String)> = Vec::new();
         for draft in self.routes.backends(route) {
             // A port that is not said is reported where the route is read.
-            if let Err(message) = self.resolve(draft, route, draft.port.unwrap_or_default()) {
-                let entry = (self.wrong_with(draft, route), message.to_string());
+            let port = draft.port.unwrap_or_default();
+            if let Err(unresolved) = self.resolve(draft, route, Some(parent), port) {
+                let reason = match unresolved.why {
+                    Why::InvalidKind => "InvalidKind",
+                    Why::NotPermitted => "RefNotPermitted",
+                    Why::NotFound => "BackendNotFound",
+                };
+                let entry = (reason, unresolved.to_string());
                 if !wrong.contains(&entry) {
                     wrong.push(entry);
                 }
@@ -215,18 +221,6 @@ impl Compiler {
         let Some((reason, _)) = wrong.first() else { return fine() };
         let all = wrong.iter().map(|(_, message)| message.as_str()).collect::<Vec<_>>().join("; ");
         Judgement::no(reason, all)
-    }
-
-    fn wrong_with(&self, draft: &BackendDraft, route: &ObjectKey) -> &'static str {
-        match &draft.to {
-            Reference::Unknown(_) => "InvalidKind",
-            Reference::Service { namespace, name }
-                if !self.grants.allow(route.kind.name(), &route.namespace, namespace, name) =>
-            {
-                "RefNotPermitted"
-            }
-            Reference::Service { .. } | Reference::Host(_) => "BackendNotFound",
-        }
     }
 
     /// Notes that what hangs on a service, or names it, may stand otherwise.

@@ -43,6 +43,12 @@ impl Parent {
         Some(ObjectKey { kind, namespace: self.namespace.clone(), name: self.name.clone() })
     }
 
+    /// Whether it is this Service.
+    #[must_use]
+    pub fn is_service(&self, namespace: &str, name: &str) -> bool {
+        self.kind == ParentKind::Service && *self.namespace == *namespace && *self.name == *name
+    }
+
     /// The parent that defines a service, if routes can hang on it.
     #[must_use]
     pub fn owner(owner: &ObjectKey) -> Option<Self> {
