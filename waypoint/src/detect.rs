@@ -19,8 +19,10 @@ pub enum Spoken {
 
 /// How HTTP/2 begins (RFC 9113 section 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0";
-/// As long as methods are: `BASELINE-CONTROL` is the longest of the registry that is in use.
-const LONGEST_METHOD: usize = 24;
+/// As many empty lines before a request are passed over, as servers do (RFC 9112 section 2.2).
+const EMPTY_LINES: usize = 4;
+/// The first line of a request may be long; one that is longer is for the parser to judge.
+const LONGEST_LINE: usize = 16 * 1024;
 
 /// Reads until it is clear what is spoken, for at most `limit`. Gives what was read, which belongs before what is still to be
 /// read; `None` if the client has ended the connection, or it failed, without a byte.
@@ -29,8 +31,12 @@ pub async fn first_bytes<T: net::Io>(mut io: T, limit: Duration) -> Option<(Spok
     let deadline = Instant::now() + limit;
     loop {
         match timeout_at(deadline, io.read_buf(&mut input)).await {
-            // A client that has nothing to say may still want to hear.
-            Err(_) => return Some((Spoken::Other, input, io)),
+            // A client that has nothing to say may still want to hear. One that has begun what may become a request is not
+            // let past those that look at requests for being slow.
+            Err(_) => {
+                let spoken = if matches!(&*input, [] | [0x16]) { Spoken::Other } else { Spoken::Http };
+                return Some((spoken, input, io));
+            }
             Ok(Err(_)) => return None,
             Ok(Ok(0)) => return (!input.is_empty()).then_some((Spoken::Other, input, io)),
             Ok(Ok(_)) => {
@@ -117,25 +123,37 @@ pub fn spoken(input: &[u8]) -> Option<Spoken> {
     if input.get(..preface) == PREFACE.get(..preface) {
         return (preface == PREFACE.len()).then_some(Spoken::Http);
     }
-    // A method is upper-case letters by custom, and then comes a target: a path, a URL or an asterisk.
-    let method = input.iter().take_while(|b| b.is_ascii_uppercase() || **b == b'-').count();
-    match input.get(method..) {
-        _ if method > LONGEST_METHOD => Some(Spoken::Other),
-        Some([]) => None,
-        Some([b' ']) if method > 0 => None,
-        Some([b' ', b'/' | b'*' | b'a'..=b'z' | b'A'..=b'Z', ..]) if method > 0 => by_line(input),
+    let mut line = input;
+    for _ in 0..EMPTY_LINES {
+        line = line.strip_prefix(b"\r\n").or_else(|| line.strip_prefix(b"\n")).unwrap_or(line);
+    }
+    // A method is a token, which servers take whatever it is; and then comes a target.
+    let method = line.iter().take_while(|b| is_token(**b)).count();
+    match line.get(method..) {
+        Some([]) => (line.len() > LONGEST_LINE).then_some(Spoken::Http),
+        Some([b'\r']) if method == 0 => None,
+        Some([b' ' | b'\t', ..]) if method > 0 => by_line(line),
         _ => Some(Spoken::Other),
     }
 }
 
+/// Whether a token may have it (RFC 9110 section 5.6.2).
+fn is_token(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
+}
+
 /// Many protocols have words in capitals (`EHLO mail`, `USER name`): the version at the end of the line tells.
 fn by_line(input: &[u8]) -> Option<Spoken> {
-    let Some(end) = memchr::memchr(b'\n', input) else {
-        // A target may be long; what is that long is for the parser to judge.
-        return (input.len() > 16 * 1024).then_some(Spoken::Http);
-    };
-    let line = input.get(..end).unwrap_or_default().trim_ascii_end();
-    let is_http = line.rsplit(|b| *b == b' ').next().is_some_and(|last| last.starts_with(b"HTTP/"));
+    let end = memchr::memchr(b'\n', input);
+    let line = input.get(..end.unwrap_or(input.len())).unwrap_or_default();
+    if line.iter().any(|b| b.is_ascii_control() && !matches!(b, b'\t' | b'\r')) {
+        return Some(Spoken::Other);
+    }
+    if end.is_none() {
+        return (line.len() > LONGEST_LINE).then_some(Spoken::Http);
+    }
+    let line = line.trim_ascii_end();
+    let is_http = line.rsplit(u8::is_ascii_whitespace).next().is_some_and(|last| last.starts_with(b"HTTP/"));
     Some(if is_http { Spoken::Http } else { Spoken::Other })
 }
 
@@ -159,7 +177,16 @@ mod tests {
             (b"USER anonymous\r\n", Spoken::Other),
             (b"*1\r\n$4\r\nPING\r\n", Spoken::Other),
             (b"\x00\x00\x00\x08\x04\xd2\x16\x2f", Spoken::Other),
-            (b"get / HTTP/1.1\r\n", Spoken::Other),
+            (b"get / HTTP/1.1\r\n", Spoken::Http),
+            (b"x!y 1 HTTP/1.1\n", Spoken::Http),
+            (b"GET\t/\tHTTP/1.1\r\n", Spoken::Http),
+            (b"ABCDEFGHIJKLMNOPQRSTUVWXYZ / HTTP/1.1\r\n", Spoken::Http),
+            (b"\r\nGET / HTTP/1.1\r\n", Spoken::Http),
+            (b"\r\n\r\n\n\r\nGET / HTTP/1.1\r\n", Spoken::Http),
+            (b"\r\n\r\n\r\n\r\n\r\nGET / HTTP/1.1\r\n", Spoken::Other),
+            (b"\r\nhello\r\n", Spoken::Other),
+            (b"get key\r\n", Spoken::Other),
+            (b"A \x00\x00\x01", Spoken::Other),
         ] {
             assert_eq!(spoken(input), Some(expected), "{input:?}");
             let first = (1..=input.len()).find_map(|end| spoken(&input[..end]));
@@ -207,8 +234,14 @@ mod tests {
         let (spoken, input, server) = first_bytes(server, limit).await.unwrap();
         assert_eq!((spoken, input.len(), started.elapsed()), (Spoken::Other, 0, limit));
         client.write_all(b"GET / HT").await.unwrap();
-        let (spoken, input, server) = first_bytes(server, limit).await.unwrap();
-        assert_eq!((spoken, &*input), (Spoken::Other, &b"GET / HT"[..]));
+        let (spoken, input, mut server) = first_bytes(server, limit).await.unwrap();
+        assert_eq!((spoken, &*input), (Spoken::Http, &b"GET / HT"[..]));
+        for (begun, expected) in [("\r\n", Spoken::Http), ("GE", Spoken::Http), ("\x16", Spoken::Other)] {
+            client.write_all(begun.as_bytes()).await.unwrap();
+            let (spoken, _, rest) = first_bytes(server, limit).await.unwrap();
+            assert_eq!(spoken, expected, "{begun:?}");
+            server = rest;
+        }
         drop(client);
         assert!(first_bytes(server, limit).await.is_none());
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::BytesMut;
-use model::http::{BackendRef, SelectedStream, Stream};
+use model::http::{BackendRef, HttpService, Protocol, SelectedStream, Stream};
 use process::metrics::tcp::FailureFlag;
 use tokio::io::AsyncWriteExt;
 use tokio::time::timeout;
@@ -30,6 +30,10 @@ const ATTEMPTS: usize = 3;
 enum Refused {
     #[error("{0}")]
     Denied(String),
+    #[error(
+        "the service has {0}, which bytes would pass by: if the port carries no HTTP, declare its protocol (appProtocol: tcp)"
+    )]
+    Undeclared(&'static str),
     #[error("nothing here has this address any more")]
     NotServed,
     #[error("no route takes it")]
@@ -111,7 +115,7 @@ pub async fn carry(
 /// Counts a connection that goes nowhere.
 fn failed(front: &Front, connection: &Connection, refused: &Refused) {
     let flag = match refused {
-        Refused::Denied(_) => FailureFlag::Deny,
+        Refused::Denied(_) | Refused::Undeclared(_) => FailureFlag::Deny,
         Refused::NotServed | Refused::NoRoute | Refused::NoBackend | Refused::NoEndpoint(_) => {
             FailureFlag::Connect
         }
@@ -134,7 +138,10 @@ fn asks_for_tls(front: &Front, connection: &Connection) -> bool {
 fn still_permitted(front: &Front, connection: &Connection) -> Result<(), Refused> {
     let (deciding, rules) = (&front.deciding, front.deciding.rules());
     match rules.service_at(deciding.network(), connection.destination) {
-        Some(service) => permit(&service.policies, connection),
+        Some(service) => {
+            declared(&service.http, connection.destination.port())?;
+            permit(&service.policies, connection)
+        }
         None => {
             let workload = deciding.workload(&rules, connection.destination).ok_or(Refused::NotServed)?;
             permit(&authorize::of_workload(&rules.mesh, &workload), connection)
@@ -156,6 +163,7 @@ fn choose(
         permit(&authorize::of_workload(&rules.mesh, &workload), connection)?;
         return Ok(deciding.clusters().original(&rules.mesh, connection));
     };
+    declared(&service.http, to.port())?;
     permit(&service.policies, connection)?;
     let limits = &deciding.guards().limits;
     limits.admit(&rules.mesh, &service.http, connection).map_err(Refused::Denied)?;
@@ -181,6 +189,21 @@ fn endpoints(
     connection: &Connection,
 ) -> Result<Arc<dyn Endpoints>, Refused> {
     front.deciding.endpoints(rules, backend, connection).map_err(|_| Refused::NoBackend)
+}
+
+/// Bytes reach a port of which nothing is said only where there is nothing that looks at requests: what is not read as HTTP
+/// here may be HTTP to the server all the same, as that of a client that waits until nobody looks any more.
+fn declared(service: &HttpService, port: u16) -> Result<(), Refused> {
+    let Some(port) = service.port(port).filter(|port| port.protocol == Protocol::Detect) else {
+        return Ok(());
+    };
+    let passed_by = [
+        (port.routes.entries().is_empty(), "routes of requests"),
+        (service.authentication.is_empty(), "request authentication"),
+        (service.rate_limits.is_empty(), "rate limits"),
+    ];
+    let passed_by = passed_by.iter().find(|(has_none, _)| !has_none);
+    passed_by.map_or(Ok(()), |(_, what)| Err(Refused::Undeclared(what)))
 }
 
 /// Policies over a connection that shows no request: what asks for one denies.
@@ -240,4 +263,52 @@ async fn copy(
     drop(input);
     let copied = tokio::io::copy_bidirectional(&mut tunnel, &mut server.io);
     copied.await.map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
+
+    use model::http::{HttpPort, Route, RouteAction, RouteMatch, RouteTable, WaypointKey};
+    use model::{PolicyKey, ServiceKey};
+
+    use super::*;
+
+    fn service(protocol: Protocol) -> HttpService {
+        let port = HttpPort { number: 80, protocol, routes: Arc::default(), streams: Arc::default() };
+        HttpService {
+            service: ServiceKey { namespace: "shop".into(), hostname: "cart.shop.svc.cluster.local".into() },
+            waypoint: WaypointKey { namespace: "shop".into(), name: "waypoint".into() },
+            ports: [port].into(),
+            policies: Box::default(),
+            selected: Box::default(),
+            authentication: Box::default(),
+            rate_limits: Box::default(),
+            telemetry: Arc::default(),
+        }
+    }
+
+    #[test]
+    fn bytes_pass_nothing_by_that_looks_at_requests() {
+        for protocol in [Protocol::Detect, Protocol::Tcp, Protocol::Tls] {
+            let is_told = protocol != Protocol::Detect;
+            assert!(declared(&service(protocol), 80).is_ok());
+            let key = || Box::from([PolicyKey { namespace: "shop".into(), name: "x".into() }]);
+            let with_tokens = HttpService { authentication: key(), ..service(protocol) };
+            assert_eq!(declared(&with_tokens, 80).is_ok(), is_told, "{protocol:?}");
+            let with_limits = HttpService { rate_limits: key(), ..service(protocol) };
+            match declared(&with_limits, 80) {
+                Ok(()) => assert!(is_told, "{protocol:?}"),
+                Err(refused) => {
+                    assert!(!is_told, "{protocol:?}");
+                    assert!(refused.to_string().contains("appProtocol: tcp"), "{refused}");
+                }
+            }
+            let mut with_routes = service(protocol);
+            let route = Arc::new(Route::new(RouteAction::default()));
+            let routes = RouteTable::new(vec![(RouteMatch::default(), route)]);
+            with_routes.ports[0].routes = Arc::new(routes);
+            assert_eq!(declared(&with_routes, 80).is_ok(), is_told, "{protocol:?}");
+        }
+    }
 }

@@ -8,7 +8,8 @@ use std::time::SystemTime;
 use model::http::{Command, FieldText, Format, FormatPart};
 
 use crate::http::decide::{Connection, Decided, Record};
-use crate::http::head::{Fields, RequestHead, Version, is_field_value};
+use crate::http::h1::is_authority;
+use crate::http::head::{Fields, Known, RequestHead, Version, is_field_value};
 
 /// Changes of fields, in order. Names and plain values are valid ones.
 #[derive(Clone, Debug, Default)]
@@ -66,8 +67,7 @@ impl Edits {
                 None => request.fields.remove(edit.name()),
                 // The authority is no field of ours.
                 Some(value) if edit.name().eq_ignore_ascii_case(b"host") => {
-                    let is_valid = !value.is_empty() && value.iter().all(u8::is_ascii_graphic);
-                    if let (true, Ok(host)) = (is_valid, std::str::from_utf8(&value)) {
+                    if let (true, Ok(host)) = (is_authority(&value), std::str::from_utf8(&value)) {
                         request.set_authority(host);
                     }
                 }
@@ -103,7 +103,11 @@ impl Edit {
         }
     }
 
+    /// Puts the field, unless it is one that says how the message is framed or what becomes of the connection.
     fn put(&self, fields: &mut Fields, value: &[u8]) {
+        if Known::of(self.name()).is_engines() {
+            return;
+        }
         if matches!(self, Self::Set(..)) {
             fields.remove(self.name());
         }
@@ -276,4 +280,78 @@ fn hostname() -> Option<&'static str> {
         Some(name.trim().to_owned())
     })
     .as_deref()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(fields: &Fields) -> Vec<String> {
+        fields.iter().map(|(name, _)| String::from_utf8_lossy(name).into_owned()).collect()
+    }
+
+    #[test]
+    fn no_edit_says_how_a_message_is_framed() {
+        let taken = [
+            "Content-Length",
+            "transfer-encoding",
+            "connection",
+            "keep-alive",
+            "proxy-connection",
+            "te",
+            "trailer",
+            "upgrade",
+            "http2-settings",
+            "expect",
+        ];
+        let value = || Value::Plain(b"chunked".as_slice().into());
+        let each = taken
+            .into_iter()
+            .flat_map(|name| [Edit::Set(name.into(), value()), Edit::Add(name.into(), value())]);
+        let edits = Edits(each.chain([Edit::Add("x-a".into(), value())]).collect());
+        let connection = Connection {
+            client: SocketAddr::from(([127, 0, 0, 1], 1)),
+            destination: SocketAddr::from(([127, 0, 0, 1], 2)),
+            identity: None,
+            server_name: None,
+            secure: false,
+        };
+        let (mut request, decided) = (RequestHead::default(), Decided::default());
+        request.fields.push(b"te", b"trailers");
+        edits.apply_to_request(&mut request, &connection, &decided);
+        assert_eq!(names(&request.fields), ["te", "x-a"]);
+        assert_eq!(request.fields.joined(b"te").as_deref(), Some(&b"trailers"[..]));
+        let mut fields = Fields::default();
+        let facts = Facts { request: &request, connection: &connection, decided: &decided, record: None };
+        edits.apply(&mut fields, &facts);
+        assert_eq!(names(&fields), ["x-a"]);
+    }
+
+    #[test]
+    fn a_host_is_set_to_an_authority_only() {
+        let connection = Connection {
+            client: SocketAddr::from(([127, 0, 0, 1], 1)),
+            destination: SocketAddr::from(([127, 0, 0, 1], 2)),
+            identity: None,
+            server_name: None,
+            secure: false,
+        };
+        let decided = Decided::default();
+        for (value, expected) in [
+            ("b:80", "b:80"),
+            ("b/x", "a"),
+            ("u@b", "a"),
+            ("b?x", "a"),
+            ("b#x", "a"),
+            ("b\\x", "a"),
+            ("", "a"),
+        ] {
+            let mut request = RequestHead::default();
+            request.set_authority("a");
+            request.fields.push(b"x-host", value.as_bytes());
+            let edits = Edits(vec![Edit::Set("host".into(), Value::of(b"%REQ(x-host)%"))]);
+            edits.apply_to_request(&mut request, &connection, &decided);
+            assert_eq!(request.authority(), expected, "{value}");
+        }
+    }
 }

@@ -25,9 +25,9 @@ use crate::http::decide::{
     Reading, Record, Response, Retries, Retrying, Target, Waiting,
 };
 use crate::http::h1::Framing;
-use crate::http::head::{RequestHead, ResponseHead};
+use crate::http::head::{Known, RequestHead, ResponseHead};
 use crate::http::hygiene::{self, Hop};
-use crate::http::messages::Messages;
+use crate::http::messages::{self, Messages, grpc_status, http_of};
 use crate::http::mirror;
 use crate::http::pump::{Pump, PumpError};
 use crate::http::wire::ReadError;
@@ -338,7 +338,7 @@ impl Exchange<'_> {
                 // Not one of the retries: nobody has seen it, as far as can be told.
                 Err(failure) if failure.class == Class::Stale && !stale && self.request.is_idempotent() => {
                     stale = true;
-                    self.record.tries -= 1;
+                    self.record.tries = self.record.tries.saturating_sub(1);
                     true
                 }
                 Err(failure) => left.is_some_and(|r| r.take(failure.class)),
@@ -368,7 +368,8 @@ impl Exchange<'_> {
             self.upload.restart(self.framing == Framing::None);
             tried.push(Arc::clone(target));
             drop(picked);
-            if let Some(retries) = left {
+            // The endpoint is well: it is the connection that had ended.
+            if let (Some(retries), false) = (left, is_free) {
                 self.pause(retries).await?;
             }
         }
@@ -387,7 +388,8 @@ impl Exchange<'_> {
 
     /// A random pause, which grows with each try.
     async fn pause(&mut self, retries: &Retries) -> Result<(), Failure> {
-        let most = (retries.backoff * (1 << (self.record.tries - 1).min(10))).min(retries.backoff * 10);
+        let grown = retries.backoff.saturating_mul(1 << self.record.tries.saturating_sub(1).min(10));
+        let most = grown.min(retries.backoff.saturating_mul(10));
         let nanos = u64::try_from(most.as_nanos()).unwrap_or(u64::MAX).max(1);
         let until = Instant::now() + Duration::from_nanos(self.worker.random() % nanos);
         poll_fn(|cx| {
@@ -423,7 +425,9 @@ impl Exchange<'_> {
             lease.channel.send_request(self.request, self.framing);
         }
         let to_head = self.request.method() == "HEAD";
-        let framing = poll_fn(|cx| self.poll_head(cx, &mut lease, try_deadline, to_head)).await?;
+        let mut words = MAX_INFORMATIONAL;
+        let framing =
+            poll_fn(|cx| self.poll_head(cx, &mut lease, try_deadline, (to_head, &mut words))).await?;
         Ok((lease, framing))
     }
 
@@ -453,23 +457,30 @@ impl Exchange<'_> {
     }
 
     /// One step towards the response's head: sends what there is of the request, reads, looks after the client and the
-    /// time.
+    /// time. `words` are how many informational responses may still come.
     fn poll_head(
         &mut self,
         cx: &mut Context<'_>,
         lease: &mut Lease,
         try_deadline: Option<Instant>,
-        to_head: bool,
+        (to_head, words): (bool, &mut u32),
     ) -> Poll<Result<Framing, Failure>> {
         match self.upload.poll(cx, self.client, &mut lease.channel) {
             Poll::Ready(Err(PumpError::From(error))) => return Poll::Ready(Err(Failure::of_request(&error))),
             // The endpoint takes no more: perhaps it has answered, which reading tells.
             Poll::Ready(Err(PumpError::To(_)) | Ok(())) | Poll::Pending => {}
         }
-        for _ in 0..MAX_INFORMATIONAL {
+        while *words > 0 {
             match lease.channel.poll_response(cx, &mut self.reply, to_head) {
                 Poll::Ready(Ok(framing)) if self.is_final() => return Poll::Ready(Ok(framing)),
-                Poll::Ready(Ok(_)) => self.reply.clear(),
+                Poll::Ready(Ok(_)) if self.reply.status == 101 => {
+                    let detail = "a switch to a protocol that was not asked for";
+                    return Poll::Ready(Err(protocol_error(detail)));
+                }
+                Poll::Ready(Ok(_)) => {
+                    self.reply.clear();
+                    *words -= 1;
+                }
                 Poll::Ready(Err(error)) => {
                     let stale = lease.reused && !lease.channel.has_received();
                     self.reply.clear();
@@ -483,13 +494,19 @@ impl Exchange<'_> {
                 }
             }
         }
-        let detail = "too many informational responses";
-        Poll::Ready(Err(Failure::new(502, Flag::UpstreamProtocolError, detail, Class::Final)))
+        Poll::Ready(Err(protocol_error("too many informational responses")))
     }
 
     /// Whether the head in `reply` is the response, not a word before it.
     fn is_final(&self) -> bool {
-        self.reply.status >= 200 || (self.reply.status == 101 && self.hop.upgrade.is_some())
+        self.reply.status >= 200 || (self.reply.status == 101 && self.is_asked_for())
+    }
+
+    /// Whether the endpoint switches to the protocol that it was asked for.
+    fn is_asked_for(&self) -> bool {
+        let Some(asked) = &self.hop.upgrade else { return false };
+        let mut chosen = self.reply.fields.members(Known::Upgrade);
+        chosen.next().is_some_and(|chosen| chosen.eq_ignore_ascii_case(asked)) && chosen.next().is_none()
     }
 
     /// Ready when it has taken too long.
@@ -655,6 +672,7 @@ impl Exchange<'_> {
         self.reply.clear();
         let body = local_head(&mut self.reply, response, self.request.is_grpc());
         self.record.status = self.reply.status;
+        self.record.grpc_status = grpc_status(&self.reply.fields);
         let to_head = self.request.method() == "HEAD";
         let framing = match body.len() {
             0 => Framing::None,
@@ -695,9 +713,7 @@ fn local_head(head: &mut ResponseHead, response: &Response, grpc: bool) -> Bytes
     if grpc {
         head.status = 200;
         head.fields.set(b"content-type", b"application/grpc");
-        let code = grpc_of(response.status).to_string();
-        head.fields.push(b"grpc-status", code.as_bytes());
-        head.fields.push(b"grpc-message", &percent_encoded(&response.body));
+        messages::put_status(&mut head.fields, response.status, &response.body);
         return Bytes::new();
     }
     if !response.body.is_empty() && head.fields.values(b"content-type").next().is_none() {
@@ -706,34 +722,8 @@ fn local_head(head: &mut ResponseHead, response: &Response, grpc: bool) -> Bytes
     response.body.clone()
 }
 
-/// A text as `grpc-message` has it, the first KiB of it.
-fn percent_encoded(text: &[u8]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(text.len().min(1024));
-    for byte in text.iter().take(1024) {
-        if matches!(byte, b' '..=b'~') && *byte != b'%' {
-            out.push(*byte);
-        } else {
-            out.extend_from_slice(format!("%{byte:02X}").as_bytes());
-        }
-    }
-    out
-}
-
-/// The code of gRPC that goes with a status of HTTP (as Envoy maps it).
-fn grpc_of(status: u16) -> u8 {
-    match status {
-        400 => 13,
-        401 => 16,
-        403 => 7,
-        404 => 12,
-        429 | 502 | 503 | 504 => 14,
-        _ => 2,
-    }
-}
-
-fn grpc_status(fields: &crate::http::head::Fields) -> Option<u8> {
-    let value = fields.values(b"grpc-status").next()?;
-    std::str::from_utf8(value).ok()?.parse().ok()
+fn protocol_error(detail: &'static str) -> Failure {
+    Failure::new(502, Flag::UpstreamProtocolError, detail, Class::Final)
 }
 
 /// What a try says of its endpoint.
@@ -745,24 +735,6 @@ fn outcome(result: &Result<(Lease, Framing), Failure>, reply: &ResponseHead) -> 
         Err(Failure { class: Class::Stale, .. }) => None,
         Err(failure) if failure.class != Class::Final || failure.status == 502 => Some(Outcome::Failed),
         Err(_) => None,
-    }
-}
-
-/// The status of HTTP that goes with a code of gRPC (as Envoy maps it).
-fn http_of(code: u8) -> u16 {
-    match code {
-        0 => 200,
-        1 => 499,
-        3 | 9 | 11 => 400,
-        4 => 504,
-        5 => 404,
-        6 | 10 => 409,
-        7 => 403,
-        8 => 429,
-        12 => 501,
-        14 => 503,
-        16 => 401,
-        _ => 500,
     }
 }
 

@@ -29,6 +29,10 @@ pub(crate) fn request(
     if parts.method != Method::CONNECT {
         check_target(target.as_bytes())?;
     }
+    // A path that begins with none is in no rule for paths.
+    if target.starts_with('*') && (target != "*" || parts.method != Method::OPTIONS) {
+        return Err(Refusal::Malformed("an asterisk that is not the whole target of OPTIONS"));
+    }
     head.set_target(target);
     let authority = match (parts.uri.authority(), parts.headers.get(HOST)) {
         (Some(authority), Some(host))
@@ -139,4 +143,21 @@ pub(crate) fn to_request(head: &RequestHead, framing: Framing) -> Option<Request
     put_length(message.headers_mut(), framing);
     *message.version_mut() = http::Version::HTTP_2;
     Some(message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_asterisk_is_a_target_of_options_only() {
+        for (method, target, taken) in
+            [("OPTIONS", "*", true), ("GET", "*", false), ("POST", "*", false), ("GET", "/*", true)]
+        {
+            let uri = Uri::builder().scheme("http").authority("a").path_and_query(target).build().unwrap();
+            let (parts, ()) = Request::builder().method(method).uri(uri).body(()).unwrap().into_parts();
+            let mut head = RequestHead::default();
+            assert_eq!(request(&parts, true, &mut head).is_ok(), taken, "{method} {target}");
+        }
+    }
 }

@@ -115,6 +115,12 @@ impl Known {
                 | Self::Trailer
         )
     }
+
+    /// Whether the field is the engine's to write: it says whose message this is, or where it ends.
+    #[must_use]
+    pub fn is_engines(self) -> bool {
+        self.is_hop_by_hop() || matches!(self, Self::Host | Self::ContentLength | Self::Expect)
+    }
 }
 
 #[derive(Clone, Copy, Debug)]

@@ -67,9 +67,8 @@ pub(crate) fn request(
         }
     }
     if upgrade && head.version == Version::Http1 {
-        // To HTTP/2 nobody switches in the middle; RFC 9113 has taken that out.
-        let protocol = fields.known(Known::Upgrade).next().filter(|p| !p.eq_ignore_ascii_case(b"h2c"));
-        hop.upgrade = protocol.map(Box::from);
+        hop.upgrade =
+            fields.members(Known::Upgrade).find(|protocol| may_be_switched_to(protocol)).map(Box::from);
     }
     hop.trailers = fields.members(Known::Te).any(|te| te.eq_ignore_ascii_case(b"trailers"));
     fields.remove_known(|known| known.is_hop_by_hop() || known == Known::ContentLength);
@@ -83,6 +82,14 @@ pub(crate) fn request(
         head.fields.push(b"x-request-id", &request_id(worker.random(), worker.random()));
     }
     Ok(hop)
+}
+
+/// Whether what follows a switch to `protocol` is nothing that is decided here: requests would pass unseen, as HTTP/2 (whose
+/// RFC 9113 has taken the switch out) or behind TLS.
+fn may_be_switched_to(protocol: &[u8]) -> bool {
+    let name = protocol.split(|b| *b == b'/').next().unwrap_or_default().trim_ascii();
+    let hidden: [&[u8]; 5] = [b"", b"h2c", b"h2", b"http", b"tls"];
+    !hidden.iter().any(|hidden| name.eq_ignore_ascii_case(hidden))
 }
 
 fn remove_named(fields: &mut Fields, named: &[Vec<u8>]) {
@@ -170,7 +177,17 @@ pub(crate) fn response(head: &mut ResponseHead, keep_length: bool) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::request_id;
+    use super::{may_be_switched_to, request_id};
+
+    #[test]
+    fn nobody_switches_to_what_carries_requests() {
+        for protocol in ["websocket", "WebSocket", "connect-udp", "tls-like/1"] {
+            assert!(may_be_switched_to(protocol.as_bytes()), "{protocol}");
+        }
+        for protocol in ["", "h2c", "H2C", "h2", "HTTP/2.0", "http/3", "TLS/1.2", "tls", "h2c/1"] {
+            assert!(!may_be_switched_to(protocol.as_bytes()), "{protocol}");
+        }
+    }
 
     #[test]
     fn a_request_id_is_a_uuid_of_version_4() {

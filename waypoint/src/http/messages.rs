@@ -1,4 +1,7 @@
-//! Counts the messages of gRPC in a body as it passes (each has five bytes before it: a flag and its length).
+//! What the engine knows of gRPC: it counts the messages in a body as it passes (each has five bytes before it: a flag and
+//! its length), and reads and writes a call's status.
+
+use crate::http::head::Fields;
 
 /// How far it has come.
 #[derive(Clone, Copy, Debug, Default)]
@@ -43,9 +46,86 @@ impl Messages {
     }
 }
 
+/// Puts the status that goes with an answer of our own. What the fields say already stands: a call has one status.
+pub(crate) fn put_status(fields: &mut Fields, status: u16, message: &[u8]) {
+    let code = grpc_status(fields).unwrap_or_else(|| grpc_of(status)).to_string();
+    fields.set(b"grpc-status", code.as_bytes());
+    if fields.values(b"grpc-message").next().is_none() {
+        fields.push(b"grpc-message", &percent_encoded(message));
+    }
+}
+
+/// The status of a call, where the fields have one.
+pub(crate) fn grpc_status(fields: &Fields) -> Option<u8> {
+    let value = fields.values(b"grpc-status").next()?;
+    std::str::from_utf8(value).ok()?.parse().ok()
+}
+
+/// A text as `grpc-message` has it, the first KiB of it.
+fn percent_encoded(text: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(text.len().min(1024));
+    for byte in text.iter().take(1024) {
+        if matches!(byte, b' '..=b'~') && *byte != b'%' {
+            out.push(*byte);
+        } else {
+            out.extend_from_slice(format!("%{byte:02X}").as_bytes());
+        }
+    }
+    out
+}
+
+/// The code of gRPC that goes with a status of HTTP (as Envoy maps it).
+fn grpc_of(status: u16) -> u8 {
+    match status {
+        400 => 13,
+        401 => 16,
+        403 => 7,
+        404 => 12,
+        429 | 502 | 503 | 504 => 14,
+        _ => 2,
+    }
+}
+
+/// The status of HTTP that goes with a code of gRPC (as Envoy maps it).
+pub(crate) fn http_of(code: u8) -> u16 {
+    match code {
+        0 => 200,
+        1 => 499,
+        3 | 9 | 11 => 400,
+        4 => 504,
+        5 => 404,
+        6 | 10 => 409,
+        7 => 403,
+        8 => 429,
+        12 => 501,
+        14 => 503,
+        16 => 401,
+        _ => 500,
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::Messages;
+    use super::{Messages, put_status};
+    use crate::http::head::Fields;
+
+    #[test]
+    fn a_call_has_one_status() {
+        for (said, status, expected) in [(None, 403, "7"), (Some("14"), 200, "14"), (Some("x"), 503, "14")] {
+            let mut fields = Fields::default();
+            if let Some(said) = said {
+                fields.push(b"grpc-status", said.as_bytes());
+            }
+            put_status(&mut fields, status, b"100%");
+            let all: Vec<_> = fields.values(b"grpc-status").collect();
+            assert_eq!(all, [expected.as_bytes()]);
+            assert_eq!(fields.joined(b"grpc-message").as_deref(), Some(&b"100%25"[..]));
+        }
+        let mut fields = Fields::default();
+        fields.push(b"grpc-message", b"theirs");
+        put_status(&mut fields, 403, b"ours");
+        assert_eq!(fields.joined(b"grpc-message").as_deref(), Some(&b"theirs"[..]));
+    }
 
     #[test]
     fn messages_are_counted_however_they_are_cut() {

@@ -158,6 +158,18 @@ async fn many_words_before_a_response_are_too_many() {
     })
     .await;
     assert_eq!(Proxy::to(address).await.connect().await.ask(get("/")).await.status(), 502);
+    // However slowly they come.
+    let address = lab::server(|_, mut client: Client| async move {
+        client.head().await;
+        for _ in 0..20 {
+            client.send("HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n").await;
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        client.send("HTTP/1.1 204 x\r\n\r\n").await;
+        client.rest().await;
+    })
+    .await;
+    assert_eq!(Proxy::to(address).await.connect().await.ask(get("/")).await.status(), 502);
 }
 
 #[tokio::test]

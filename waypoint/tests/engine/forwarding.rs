@@ -222,6 +222,35 @@ async fn a_websocket_carries_bytes_both_ways_and_ends_on_each_side_alone() {
 }
 
 #[tokio::test]
+async fn a_switch_is_made_to_the_protocol_that_was_sent_on_only() {
+    for (asked, sent, chosen, status) in [
+        ("h2c, websocket, HTTP/2.0", Some("websocket"), "WebSocket", 101),
+        ("websocket, h2c", Some("websocket"), "h2c", 502),
+        ("websocket", Some("websocket"), "websocket, h2c", 502),
+        ("h2c, TLS/1.0", None, "h2c", 502),
+    ] {
+        let address = lab::server(move |_, mut client: Client| async move {
+            let head = client.head().await.unwrap().to_lowercase();
+            let got = head.lines().find_map(|line| line.strip_prefix("upgrade: "));
+            assert_eq!(got, sent, "{head}");
+            let answer = format!(
+                "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: {chosen}\r\n\r\n"
+            );
+            client.send(answer).await;
+            client.rest().await;
+        })
+        .await;
+        let proxy = Proxy::to(address).await;
+        let mut client = proxy.connect().await;
+        client
+            .send(format!("GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: {asked}\r\n\r\n"))
+            .await;
+        let head = client.head().await.unwrap();
+        assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{asked} -> {chosen}: {head}");
+    }
+}
+
+#[tokio::test]
 async fn a_slow_client_holds_up_its_server() {
     let address = lab::server(|_, mut client: Client| async move {
         client.head().await;

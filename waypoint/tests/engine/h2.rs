@@ -125,6 +125,7 @@ async fn what_is_answered_here_is_grpc_for_grpc() {
         (200, &"14".parse().unwrap())
     );
     assert_eq!(response.headers()["grpc-message"], "no_healthy_upstream");
+    assert_eq!(proxy.wait_records(1).await[0].grpc_status, Some(14));
 }
 
 #[tokio::test]

@@ -170,6 +170,26 @@ async fn a_connection_that_ends_as_it_is_used_again_costs_no_request_that_may_be
 }
 
 #[tokio::test]
+async fn the_free_try_after_a_dead_connection_has_no_pause() {
+    // What a request without a route gets, but for the pause, which would be seen.
+    let default = Retries {
+        attempts: 2,
+        connect_failure: true,
+        refused_stream: true,
+        backoff: Duration::MAX,
+        ..Retries::default()
+    };
+    let proxy = through(in_turn(vec![target(once_each().await, Protocol::Http1)]), Some(default)).await;
+    let mut client = proxy.connect().await;
+    for _ in 0..3 {
+        let response = tokio::time::timeout(Duration::from_secs(5), client.ask(get("/"))).await;
+        assert_eq!(response.expect("a pause").status(), 200);
+    }
+    let records = proxy.wait_records(3).await;
+    assert!(records.iter().all(|r| r.tries == 1 && r.flag.to_string() == "-"), "{records:?}");
+}
+
+#[tokio::test]
 async fn an_idle_connection_that_has_ended_is_not_used() {
     let address = server(|_, mut client: Client| async move {
         client.message().await;

@@ -13,7 +13,7 @@ use proto::wire::rate_limit::{RateLimitDescriptor, RateLimitRequest, RateLimitRe
 use super::{Checked, LimitStats, Told, edits, refused};
 use crate::filters::{answer, ext_authz};
 use crate::http::decide::{Connection, Edit, Endpoints, Flag, Value};
-use crate::http::head::{is_field_name, is_field_value};
+use crate::http::head::{Known, is_field_name, is_field_value};
 use crate::upstream::Clusters;
 use crate::upstream::call::{CallError, call_grpc};
 
@@ -160,22 +160,27 @@ impl Asking {
                 told.into_iter().for_each(|told| self.told.insert(at, told));
             }
         }
-        let good = |key: &str, value: &[u8]| is_field_name(key.as_bytes()) && is_field_value(value);
         if over {
             self.stats.over.inc();
-            let more = answer.response_headers_to_add.iter().filter(|h| good(&h.key, h.value.as_bytes()));
+            let more =
+                answer.response_headers_to_add.iter().filter(|h| permitted(&h.key, h.value.as_bytes()));
             let more: Vec<_> =
                 more.map(|h| (h.key.to_ascii_lowercase().into(), h.value.as_str().into())).collect();
             return Err(refused(&self.told, "request_rate_limited", &more));
         }
         for header in answer.request_headers_to_add {
-            if good(&header.key, header.value.as_bytes()) {
+            if permitted(&header.key, header.value.as_bytes()) {
                 let (name, value) = (header.key.to_ascii_lowercase(), header.value.into_bytes());
                 request.push(Edit::Add(name.into(), Value::Plain(value.into())));
             }
         }
         Ok(())
     }
+}
+
+/// Whether a field of a service's answer may be put: a valid one that says nothing of how a message is framed.
+fn permitted(name: &str, value: &[u8]) -> bool {
+    is_field_name(name.as_bytes()) && is_field_value(value) && !Known::of(name.as_bytes()).is_engines()
 }
 
 /// What a service says of a limit; `None` where it has none of these values.
@@ -201,4 +206,28 @@ fn told(limit: &Limit, status: &DescriptorStatus, headers: LimitHeaders) -> Opti
         reset: reset.unwrap_or(window),
         headers,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::permitted;
+
+    #[test]
+    fn a_service_puts_no_field_that_frames_a_message() {
+        assert!(permitted("X-Left", b"1"));
+        for name in [
+            "Content-Length",
+            "transfer-encoding",
+            "connection",
+            "te",
+            "upgrade",
+            "expect",
+            "host",
+            ":path",
+            "",
+        ] {
+            assert!(!permitted(name, b"1"), "{name}");
+        }
+        assert!(!permitted("x-a", b"1\r\n"));
+    }
 }
