@@ -37,9 +37,27 @@ impl Compiler {
         };
         let mut keys = self.policies.attached(&subject);
         self.halve(workload, &mut keys);
+        keys.extend(self.stand_ins(workload, record, &keys));
         keys.extend(self.binding_policies(workload, record).into_iter().map(|policy| policy.key));
         keys.sort_unstable();
         keys.into()
+    }
+
+    /// The policies for the services and waypoints of a workload in whose place connections to its own address have a
+    /// stand-in: those pass a waypoint, too, which enforces the policies only for what comes to the services.
+    pub(super) fn passed_by(&self, workload: &Workload, record: &Record) -> Vec<PolicyKey> {
+        let Some((own, spec)) = self.workload_waypoint(workload, record) else { return Vec::new() };
+        if spec.permissive {
+            return Vec::new();
+        }
+        let services = workload.services.iter().filter(|m| m.service.namespace == workload.namespace);
+        let served: Vec<(&ObjectKey, &Waypoint)> = services
+            .filter_map(|m| self.in_force(&m.service))
+            .filter_map(|(by, d)| self.waypoint_of(by, d).filter(|(_, s)| s.is_ok()).map(|(w, _)| (by, w)))
+            .collect();
+        let behind: Vec<ObjectKey> = served.iter().map(|(by, _)| (*by).clone()).collect();
+        let waypoints: Vec<&Waypoint> = served.iter().map(|(_, waypoint)| *waypoint).chain([own]).collect();
+        self.policies.targeting(&behind, &waypoints)
     }
 
     /// Counts the endpoints that don't enforce the policies for their services, when a workload of the model is

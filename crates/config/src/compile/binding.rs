@@ -95,12 +95,15 @@ impl Compiler {
         workload: &Workload,
         record: &Record,
     ) -> Option<(&Waypoint, &WaypointSpec)> {
-        if self.waypoints.is_empty() || record.labels.get(GATEWAY_NAME).is_some() {
+        if self.waypoints.is_empty() {
             return None;
         }
         let own = Binding::of(&record.labels, &workload.namespace);
         let inherited = self.areas.get(&workload.namespace).map_or(&Binding::Inherited, |a| &a.waypoint);
         let (waypoint, _) = self.waypoints.get_key_value(own.or(inherited)?)?;
+        if is_of(workload, record, waypoint) {
+            return None;
+        }
         let spec = self.spec(waypoint, &workload.namespace).ok()?;
         spec.workloads.then_some((waypoint, spec))
     }
@@ -112,15 +115,14 @@ impl Compiler {
         record: &Record,
     ) -> BTreeMap<(&Waypoint, bool), BTreeSet<u16>> {
         let mut ports: BTreeMap<(&Waypoint, bool), BTreeSet<u16>> = BTreeMap::new();
-        if record.labels.get(GATEWAY_NAME).is_some() {
-            return ports;
-        }
         // Whoever may write a service in another namespace must not decide who reaches the workload.
         for membership in workload.services.iter().filter(|m| m.service.namespace == workload.namespace) {
             let definition = self.services.get(&membership.service).and_then(|e| e.definitions.first());
             let Some((owner, definition)) = definition else { continue };
             let Some((waypoint, spec)) = self.waypoint_of(owner, definition) else { continue };
-            if spec.is_ok_and(|spec| spec.permissive) {
+            // The service may lead to no port of this workload; of a policy, no ports would be all of them.
+            let is_open = spec.is_ok_and(|spec| spec.permissive) || membership.ports.is_empty();
+            if is_open || is_of(workload, record, waypoint) {
                 continue;
             }
             let targets = membership.ports.iter().map(|p| p.target_port);
@@ -178,6 +180,11 @@ impl Compiler {
             }
         }
     }
+}
+
+/// Whether a workload is the waypoint itself.
+fn is_of(workload: &Workload, record: &Record, waypoint: &Waypoint) -> bool {
+    workload.namespace == waypoint.namespace && record.labels.get(GATEWAY_NAME) == Some(&waypoint.name)
 }
 
 fn policy(workload: &Workload, waypoint: &Waypoint, all: bool, ports: &BTreeSet<u16>) -> Policy {

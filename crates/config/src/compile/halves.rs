@@ -22,7 +22,8 @@ pub(super) type Selection = (Str, Box<[PolicyKey]>);
 /// What is known of halves.
 #[derive(Debug, Default)]
 pub(super) struct Halves {
-    /// For each service behind a waypoint, how many of its workloads there are of each selection.
+    /// For each service, since routes of one behind a waypoint may lead to any, how many of its workloads there are of each
+    /// selection.
     selections: HashMap<ServiceKey, BTreeMap<Selection, u32>>,
     /// The halves at nodes, by the policy that they are of, each with how many workloads list it.
     of: HashMap<PolicyKey, BTreeMap<PolicyKey, Half>>,
@@ -53,7 +54,9 @@ impl Compiler {
     /// service in another one must not decide who reaches the workload.
     fn covered(&self, workload: &Workload) -> Box<[Covered]> {
         let mut found: BTreeMap<_, std::collections::BTreeSet<u16>> = BTreeMap::new();
-        for membership in workload.services.iter().filter(|m| m.service.namespace == workload.namespace) {
+        let own = workload.services.iter().filter(|m| m.service.namespace == workload.namespace);
+        // A service may lead to no port of this workload; of a policy, no ports would be all of them.
+        for membership in own.filter(|m| !m.ports.is_empty()) {
             let waypoint = self.in_force(&membership.service).and_then(|(by, d)| self.waypoint_of(by, d));
             if let Some((waypoint, Ok(_))) = waypoint {
                 found.entry(waypoint).or_default().extend(membership.ports.iter().map(|p| p.target_port));
@@ -88,9 +91,25 @@ impl Compiler {
         }
     }
 
+    /// The stand-ins of the policies that connections to a workload's own address would pass by, beside those that it
+    /// lists: of each the half that lets in the waypoint, on the ports where it enforces the whole.
+    pub(super) fn stand_ins(
+        &self,
+        workload: &Workload,
+        record: &Record,
+        listed: &[PolicyKey],
+    ) -> Vec<PolicyKey> {
+        let passed_by = self.passed_by(workload, record);
+        let missing = passed_by.into_iter().filter(|key| !listed.contains(key));
+        let covered = self.covered(workload);
+        let half =
+            |key: PolicyKey| if covered.is_empty() { key } else { name(&workload.namespace, &key, &covered) };
+        missing.map(half).collect()
+    }
+
     /// Whether all workloads in the mesh that a policy is for, and that ask for a waypoint to enforce it, are behind one.
     fn is_halved_everywhere(&self, key: &PolicyKey) -> bool {
-        if !self.halves.of.contains_key(key) {
+        if !self.policies.is_halved(key) || !self.halves.of.contains_key(key) {
             return false;
         }
         let compiled =
@@ -169,7 +188,9 @@ impl Compiler {
     /// The policies of which a workload lists halves.
     fn halved(&self, workload: &Workload, record: &Record) -> Vec<PolicyKey> {
         let keys = self.policies.listed(&workload.namespace, &record.labels);
-        keys.into_iter().filter(|key| self.policies.is_halved(key)).collect()
+        let halved = keys.into_iter().filter(|key| self.policies.is_halved(key));
+        let passed_by = self.passed_by(workload, record);
+        halved.chain(passed_by.into_iter().filter(|key| !workload.policies.contains(key))).collect()
     }
 
     /// Has the halves of a policy, which says something else now, made again.
@@ -187,25 +208,18 @@ impl Compiler {
         }
     }
 
-    /// Follows which policies select a workload that is behind waypoints' services. `None` where it is gone.
+    /// Follows which policies select a workload that is behind services. `None` where it is gone.
     pub(super) fn count_selection(&mut self, id: Id, new: Option<&Workload>) {
         let Some(record) = self.record(id) else { return };
-        let served: Vec<&ServiceKey> = new
-            .into_iter()
-            .flat_map(|w| w.services.iter().map(|m| &m.service))
-            .filter(|key| self.in_force(key).is_some_and(|(by, d)| self.is_served(by, d)))
-            .collect();
-        if served.is_empty() && record.selection.is_none() {
-            return;
-        }
-        let next = new.filter(|_| !served.is_empty()).map(|workload| {
+        let next = new.filter(|workload| !workload.services.is_empty()).map(|workload| {
             let selecting = self.policies.selecting(&workload.namespace, &record.labels);
-            let services: Box<[ServiceKey]> = served.into_iter().cloned().collect();
+            let services: Box<[ServiceKey]> = workload.services.iter().map(|m| m.service.clone()).collect();
             Box::new((services, (workload.namespace.clone(), selecting)))
         });
         if record.selection == next {
             return;
         }
+        let mut changed = Vec::new();
         if let Some((services, selection)) = next.as_deref() {
             for service in services {
                 let count =
@@ -213,10 +227,11 @@ impl Compiler {
                 let count = count.or_default();
                 *count += 1;
                 if *count == 1 {
-                    self.dirty_services.insert(service.clone());
+                    changed.push(service.clone());
                 }
             }
         }
+        changed.iter().for_each(|service| self.touch_asking(service));
         let old = self.record_mut(id).and_then(|record| std::mem::replace(&mut record.selection, next));
         self.forget_selection(old);
     }
@@ -234,8 +249,22 @@ impl Compiler {
                 if counts.is_empty() {
                     self.halves.selections.remove(&service);
                 }
-                self.dirty_services.insert(service);
+                self.touch_asking(&service);
             }
+        }
+    }
+
+    /// Has what asks the policies for a service's workloads compiled: the service, where it is behind a waypoint, else those
+    /// whose routes lead to it. What the former's routes are for follows when what it asks has changed.
+    fn touch_asking(&mut self, service: &ServiceKey) {
+        if self.waypoints.is_empty() && self.http_services.is_empty() {
+            return;
+        }
+        if self.in_force(service).is_some_and(|(by, d)| self.is_served(by, d)) {
+            self.dirty_services.insert(service.clone());
+        }
+        if !self.http_services.contains_key(service) {
+            self.touch_leading_to(service);
         }
     }
 
@@ -255,12 +284,12 @@ impl Compiler {
         sets.into()
     }
 
-    /// Has the services compiled that have workloads of `namespace`, or of any, behind a waypoint.
+    /// Has the services compiled whose waypoints ask the policies for workloads of `namespace`, or of any.
     pub(super) fn touch_covered(&mut self, namespace: Option<&Str>) {
         let concerned = self.halves.selections.iter().filter(|(_, counts)| {
             namespace.is_none_or(|wanted| counts.keys().any(|(namespace, _)| namespace == wanted))
         });
         let keys: Vec<ServiceKey> = concerned.map(|(key, _)| key.clone()).collect();
-        self.dirty_services.extend(keys);
+        keys.iter().for_each(|key| self.touch_asking(key));
     }
 }

@@ -228,14 +228,17 @@ impl Compiler {
     }
 }
 
-/// The services that the routes of a port lead to.
+/// The services that the routes of a port lead to, copies of requests included.
 fn led_to(port: &HttpPort) -> BTreeSet<ServiceKey> {
-    let requests = port.routes.entries().iter().filter_map(|(_, route)| match &route.action {
+    let routes = port.routes.entries();
+    let requests = routes.iter().filter_map(|(_, route)| match &route.action {
         RouteAction::Forward(forward) => Some(forward),
         RouteAction::Redirect(_) | RouteAction::Respond(_) => None,
     });
     let all = requests.chain(port.streams.entries().iter().map(|(_, route)| &route.to));
-    let services = all.flat_map(Forward::backends).filter_map(|backend| match &backend.to {
+    let copies = routes.iter().flat_map(|(_, route)| &route.mirrors).map(|mirror| &mirror.to);
+    let all = all.flat_map(Forward::backends).map(|backend| &backend.to).chain(copies);
+    let services = all.filter_map(|to| match to {
         BackendRef::Service { service, .. } => Some(service.clone()),
         BackendRef::Original | BackendRef::Unresolved { .. } => None,
     });

@@ -481,6 +481,7 @@ fn read_condition(
         );
     }
     let of_requests = requests::key(name);
+    of_requests.iter().for_each(|of| requests::check_shown(of, &mut key));
     let needs_requests = of_requests.is_some();
     let (mut m, mut http) = (Match::default(), None);
     match name {

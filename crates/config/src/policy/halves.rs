@@ -34,6 +34,11 @@ impl Entry {
             && !matches!(self.source.scope, PolicyScope::Targets(_))
             && self.source.needs_requests()
     }
+
+    /// Whether there may be halves of it: also of what is for services, where a waypoint stands before their workloads.
+    pub(super) fn has_halves(&self) -> bool {
+        self.is_halved() || (self.compiled.is_some() && matches!(self.source.scope, PolicyScope::Targets(_)))
+    }
 }
 
 impl Policies {
@@ -71,7 +76,7 @@ impl Policies {
     /// What the node enforces of a policy for a workload that waypoints stand before, under the name `name`.
     #[must_use]
     pub fn half(&self, key: &PolicyKey, name: PolicyKey, covered: &[Covered]) -> Option<Policy> {
-        let entry = self.authorization.get(key).filter(|entry| entry.is_halved())?;
+        let entry = self.authorization.get(key).filter(|entry| entry.has_halves())?;
         let whole = entry.compiled.as_deref()?;
         let rules = match whole.action {
             Action::Allow => whole.rules.iter().cloned().chain(covered.iter().map(letting_in)).collect(),

@@ -14,6 +14,7 @@ use super::authorization::PolicyScope;
 use super::selector::{SELECTOR, TARGET_REF, non_empty, read_selector, read_targets};
 use crate::diagnostic::Code;
 use crate::fields::{Cursor, Fields, Schema, enforced, nested, silent};
+use crate::headers::is_of_connection;
 use crate::metadata::{METADATA, Metadata};
 use crate::resource::{Kind, KindSpec, Resource};
 
@@ -277,18 +278,8 @@ fn header_name(mut cursor: Cursor<'_, '_>) -> Option<Str> {
 
 /// A header that the service is given. Those that say where the message ends, or whose it is, are not for this.
 fn header(mut cursor: Cursor<'_, '_>) -> Option<Str> {
-    const TAKEN: [&str; 9] = [
-        "host",
-        "content-length",
-        "transfer-encoding",
-        "connection",
-        "upgrade",
-        "te",
-        "trailer",
-        "keep-alive",
-        "proxy-connection",
-    ];
-    if cursor.node().as_str().is_some_and(|name| TAKEN.iter().any(|t| name.eq_ignore_ascii_case(t))) {
+    let is_taken = |name: &str| is_of_connection(name) || name.eq_ignore_ascii_case("host");
+    if cursor.node().as_str().is_some_and(is_taken) {
         cursor.invalid("has a meaning of its own for the connection", "use another header");
     }
     header_name(cursor)

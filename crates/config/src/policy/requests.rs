@@ -5,6 +5,7 @@ use model::{Str, StringMatch};
 
 use super::pattern::{self, read_list};
 use crate::fields::{Cursor, Fields};
+use crate::headers::is_of_connection;
 
 /// What is read of a part: `None` where it asks nothing of requests.
 pub(super) type Read = Option<Box<HttpMatch>>;
@@ -104,6 +105,18 @@ pub(super) fn key(name: &str) -> Option<Key> {
             }
         }
     })
+}
+
+/// Refuses a condition on a header that no policy is shown: it would never hold, which in a DENY policy is a hole.
+pub(super) fn check_shown(key: &Key, cursor: &mut Cursor<'_, '_>) {
+    let Key::Attribute(Attribute::Header(name)) = key else { return };
+    let is_hidden = is_of_connection(name) || (name.starts_with(':') && !Attribute::is_of_head(name));
+    if is_hidden {
+        cursor.invalid(
+            format_args!("the header {name} is the connection's own, and no policy is shown it"),
+            "match by another header",
+        );
+    }
 }
 
 /// Reads a condition; `None` for one that nothing can tell.

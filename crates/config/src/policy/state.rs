@@ -267,17 +267,27 @@ impl Policies {
     #[must_use]
     pub fn attached(&self, subject: &Subject<'_>) -> Vec<PolicyKey> {
         let mut keys = self.listed(subject.namespace, subject.labels);
+        keys.extend(self.targeting(subject.behind, subject.waypoints));
+        keys.extend(self.modes.attached(subject.namespace, subject.labels));
+        keys.sort_unstable();
+        keys.dedup();
+        keys
+    }
+
+    /// The AuthorizationPolicies for these Services and ServiceEntries, and for these waypoints, sorted.
+    #[must_use]
+    pub fn targeting(&self, behind: &[ObjectKey], waypoints: &[&Waypoint]) -> Vec<PolicyKey> {
+        let mut keys = Vec::new();
         if !self.by_target.is_empty() {
-            for object in subject.behind {
+            for object in behind {
                 let target = Target::of(object).map(|t| (object.namespace.clone(), t));
                 keys.extend(target.and_then(|t| self.by_target.get(&t)).into_iter().flatten().cloned());
             }
         }
         for (key, targets) in &self.for_waypoints {
             let meant = |w: &&Waypoint| targets.iter().any(|t| w.is_target(&key.namespace, t));
-            keys.extend(subject.waypoints.iter().any(meant).then(|| key.clone()));
+            keys.extend(waypoints.iter().any(meant).then(|| key.clone()));
         }
-        keys.extend(self.modes.attached(subject.namespace, subject.labels));
         keys.sort_unstable();
         keys.dedup();
         keys
@@ -407,7 +417,7 @@ impl Policies {
             let namespace = (!self.is_root(&key.namespace)).then(|| key.namespace.clone());
             effects.affected.push(Affected::Covered(namespace));
         }
-        if new.as_ref().is_some_and(Entry::is_halved) {
+        if new.as_ref().is_some_and(Entry::has_halves) {
             effects.affected.push(Affected::Rewritten(key.clone()));
         }
         effects.findings.push((object_key(key), self.about(key, new.as_ref())));

@@ -9,7 +9,7 @@ use model::http::{
 };
 
 use super::reference::{BackendDraft, MIRRORED, read_backend};
-use super::value::{header_name, header_value, path, word};
+use super::value::{edited_name, header_value, path, word};
 use crate::diagnostic::Code;
 use crate::fields::{Cursor, Fields, Schema, enforced, nested, refused};
 
@@ -177,7 +177,7 @@ fn modifier(cursor: Cursor<'_, '_>) -> Option<HeaderEdits> {
     for set in [true, false] {
         fields.each(if set { "set" } else { "add" }, |item| {
             let Some(mut header) = item.fields() else { return };
-            let name = header.required("name").and_then(header_name);
+            let name = header.required("name").and_then(edited_name);
             let value = header.required("value").and_then(header_value);
             let (Some(name), Some(value)) = (name, value) else { return };
             once(&mut header, &name);
@@ -185,7 +185,7 @@ fn modifier(cursor: Cursor<'_, '_>) -> Option<HeaderEdits> {
         });
     }
     let mut removed = Vec::new();
-    fields.each("remove", |item| removed.extend(header_name(item)));
+    fields.each("remove", |item| removed.extend(edited_name(item)));
     for name in removed {
         once(&mut fields, &name);
         edits.push(HeaderEdit::Remove(name));

@@ -8,6 +8,7 @@ use model::Str;
 use model::http::{InvalidPattern, Regex};
 
 use crate::fields::Cursor;
+use crate::headers::is_of_connection;
 
 /// A duration of the Gateway API (GEP-2257): up to four numbers of up to five digits with `h`, `m`, `s` or `ms`.
 pub(super) fn duration(mut cursor: Cursor<'_, '_>) -> Option<Duration> {
@@ -103,6 +104,26 @@ pub(super) fn header_name(mut cursor: Cursor<'_, '_>) -> Option<HeaderName> {
         cursor.invalid(format_args!("{text:?} is no name of a header field"), "");
     }
     read
+}
+
+/// The name of a header field that is to be changed: none that says where a message ends, or what becomes of its connection.
+pub(super) fn edited_name(mut cursor: Cursor<'_, '_>) -> Option<HeaderName> {
+    if cursor.node().as_str().is_some_and(|name| is_unchangeable(&mut cursor, name)) {
+        return None;
+    }
+    header_name(cursor)
+}
+
+/// Whether the field `name` is not to be changed, which is said at `cursor` then.
+pub(super) fn is_unchangeable(cursor: &mut Cursor<'_, '_>, name: &str) -> bool {
+    let taken = is_of_connection(name);
+    if taken {
+        cursor.invalid(
+            format_args!("the header {name} is the connection's own, and is not to be changed"),
+            "change another header",
+        );
+    }
+    taken
 }
 
 /// A header field's value.

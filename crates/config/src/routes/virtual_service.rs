@@ -429,13 +429,16 @@ fn headers(owner: &mut Fields<'_, '_>) -> (HeaderEdits, HeaderEdits, Option<Str>
 
 fn operations(fields: &mut Fields<'_, '_>, mut authority: Option<&mut Option<Str>>) -> HeaderEdits {
     let mut edits = Vec::new();
-    fields.each("remove", |item| edits.extend(super::value::header_name(item).map(HeaderEdit::Remove)));
+    fields.each("remove", |item| edits.extend(super::value::edited_name(item).map(HeaderEdit::Remove)));
     for (list, make) in [("set", HeaderEdit::Set as fn(_, _) -> _), ("add", HeaderEdit::Add)] {
         let Some(cursor) = fields.take(list) else { continue };
         cursor.entries(|key, mut value| {
             let is_authority = key.eq_ignore_ascii_case(":authority") || key.eq_ignore_ascii_case("host");
             if let (true, "set", Some(authority)) = (is_authority, list, authority.as_deref_mut()) {
                 *authority = value.string().map(Into::into);
+                return;
+            }
+            if super::value::is_unchangeable(&mut value, key) {
                 return;
             }
             let name = http::HeaderName::from_bytes(key.as_bytes());

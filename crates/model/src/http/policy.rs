@@ -1,5 +1,6 @@
 //! What a policy asks of a request, beside what it asks of the connection.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use super::Request;
@@ -68,9 +69,20 @@ impl fmt::Display for Attribute {
 }
 
 impl Attribute {
+    /// Whether `name` is a header's that is no field: a part of the head, which HTTP/2 has as a pseudo-header.
+    #[must_use]
+    pub fn is_of_head(name: &str) -> bool {
+        matches!(name, ":authority" | ":method" | ":path" | ":scheme" | "host")
+    }
+
     /// Whether a value of it in `request` is one that `holds`.
     pub(crate) fn any(&self, request: &Request<'_>, holds: impl Fn(&str) -> bool) -> bool {
         match self {
+            // In whichever case it was sent, it is the same host.
+            Self::Header(name) if matches!(&**name, ":authority" | "host") => {
+                holds(request.authority) || holds(&request.authority.to_ascii_lowercase())
+            }
+            Self::Header(name) if Self::is_of_head(name) => holds(&of_head(name, request)),
             Self::Header(name) => request
                 .headers
                 .field(name)
@@ -84,6 +96,7 @@ impl Attribute {
     /// For explanations.
     pub(crate) fn shown(&self, request: &Request<'_>) -> String {
         match self {
+            Self::Header(name) if Self::is_of_head(name) => of_head(name, request).into_owned(),
             Self::Header(name) => request
                 .headers
                 .field(name)
@@ -96,6 +109,17 @@ impl Attribute {
                 .unwrap_or_default(),
             Self::Sni => request.sni.unwrap_or_default().to_owned(),
         }
+    }
+}
+
+/// What a part of the head is in a request: of the path, as it was normalised, with the query.
+fn of_head<'r>(name: &str, request: &Request<'r>) -> Cow<'r, str> {
+    match name {
+        ":method" => request.method.into(),
+        ":scheme" => request.scheme.into(),
+        ":path" if request.query.is_empty() => request.path.into(),
+        ":path" => format!("{}?{}", request.path, request.query).into(),
+        _ => request.authority.into(),
     }
 }
 
@@ -276,6 +300,34 @@ mod tests {
         ] {
             let parsed = Template::parse(template).unwrap().unwrap();
             assert_eq!(parsed.matches(path), wanted, "{template} for {path}");
+        }
+    }
+
+    #[test]
+    fn parts_of_the_head_are_headers_to_conditions() {
+        let headers = vec![("host", "forged")];
+        let request = Request {
+            method: "GET",
+            scheme: "http",
+            authority: "Admin.shop:80",
+            path: "/a",
+            query: "b=c",
+            headers: &headers,
+            claims: None,
+            sni: None,
+            remote_ip: [10, 0, 0, 1].into(),
+        };
+        for (name, value) in [
+            ("host", "Admin.shop:80"),
+            (":authority", "admin.shop:80"),
+            (":method", "GET"),
+            (":path", "/a?b=c"),
+            (":scheme", "http"),
+        ] {
+            let attribute = Attribute::Header(name.into());
+            assert!(attribute.any(&request, |text| text == value), "{name}");
+            assert!(!attribute.any(&request, |text| text == "forged"), "{name}");
+            assert!(attribute.shown(&request).eq_ignore_ascii_case(value), "{name}");
         }
     }
 
