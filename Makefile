@@ -40,13 +40,13 @@ images: ## The container images with their bills of materials, in target/images;
 	@$(SUDO) .ci/packages demo
 	$(CARGO) run --locked -q -p kube-tests -- images $(ARGS)
 
-e2e: ## The mesh on a real Kubernetes of two nodes, made on this machine (root, Go); ARGS="enrol --keep" one scenario
+e2e: ## The mesh on a real Kubernetes of two nodes, made on this machine (root, Go); ARGS="--short", ARGS="enrol --keep"
 	@$(SUDO) .ci/packages e2e
 	$(CARGO) build --locked -q -p kube-tests
 	@$(SUDO) target/debug/kube-tests e2e $(ARGS)
 
-conformance: ## The Gateway API's conformance suite on that cluster, which has to be up with the mesh installed (root, Go)
-	@$(SUDO) .ci/conformance
+conformance: ## Of that, the Gateway API's conformance suite alone, without a mesh and with it (root, Go)
+	@$(MAKE) e2e ARGS="by-chance conformance $(ARGS)"
 
 lint: ## Format, clippy and the dependencies' rules, as CI checks them
 	$(CARGO) fmt --all --check
@@ -58,9 +58,9 @@ bench: ## Measures the tunnel beside the direct path and writes bench/results (h
 	$(CARGO) build --profile dist --locked -p cli -p ztunnel
 	@$(SUDO) target/dist/culvert bench --out bench/results $(ARGS)
 
-bench-waypoint: ## Measures the waypoint beside Envoy on the same scenarios and writes bench/results (half an hour)
+bench-waypoint: ## Measures the waypoint beside Envoy on the same scenarios and writes bench/results (a quarter of an hour)
 	@$(SUDO) .ci/packages bench
-	$(CARGO) build --profile dist --locked -p waypoint --example front
+	$(CARGO) build --profile dist --locked -p waypoint --bin waypoint --example front --example ends
 	python3 bench/waypoint/run.py $(ARGS)
 
 bench-control-plane: ## Measures the control plane at up to 100,000 pods and 2,000 proxies and writes bench/results (half an hour)

@@ -96,14 +96,18 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// That of the workspace which this program was built in.
+    /// That of the workspace which this program lies in, or is run in, or was built in: in this order, so that a
+    /// checkout can be moved, and cargo's directory be elsewhere.
     ///
     /// # Errors
-    /// The workspace is no longer there.
+    /// There is no workspace in any of them.
     pub fn find() -> Result<Self> {
-        let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let Some(workspace) = manifest.ancestors().nth(2) else {
-            bail!("{} is not two levels below a workspace", manifest.display());
+        let program = std::env::current_exe().context("finding this program")?;
+        let here = std::env::current_dir().context("finding the current directory")?;
+        let places = [program.as_path(), &here, Path::new(env!("CARGO_MANIFEST_DIR"))];
+        let Some(workspace) = places.iter().find_map(|place| workspace_of(place)) else {
+            let tried: Vec<String> = places.iter().map(|p| p.display().to_string()).collect();
+            bail!("none of {} is in Culvert's workspace: run it there", tried.join(", "));
         };
         let workspace =
             workspace.canonicalize().with_context(|| format!("finding {}", workspace.display()))?;
@@ -161,5 +165,29 @@ impl Lab {
             fs::create_dir_all(parent).with_context(|| format!("making {}", parent.display()))?;
         }
         fs::write(path, text).with_context(|| format!("writing {}", path.display()))
+    }
+}
+
+/// The workspace that a path is in: it has this crate's module of Go.
+fn workspace_of(path: &Path) -> Option<&Path> {
+    path.ancestors().find(|at| at.join("tests/kube/tools/go.mod").is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn the_workspace_is_found_from_below_it_wherever_it_is() {
+        let moved = tempfile::tempdir().unwrap();
+        let program = moved.path().join("target/debug/kube-tests");
+        assert_eq!(workspace_of(&program), None);
+        let module = moved.path().join("tests/kube/tools");
+        fs::create_dir_all(&module).unwrap();
+        fs::write(module.join("go.mod"), "").unwrap();
+        assert_eq!(workspace_of(&program), Some(moved.path()));
+        assert!(Lab::find().unwrap().workspace.join("Cargo.toml").is_file());
     }
 }

@@ -22,6 +22,7 @@
 
 pub mod capture;
 pub mod cluster;
+pub mod conformance;
 pub mod control_plane;
 pub mod image;
 pub mod kubectl;

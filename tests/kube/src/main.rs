@@ -133,6 +133,9 @@ struct E2e {
     /// Only says which there are
     #[arg(long)]
     list: bool,
+    /// Leaves out the Gateway API's conformance suite (by-chance, conformance), which alone takes minutes
+    #[arg(long)]
+    short: bool,
     /// Leaves the cluster up, and uses the one that is up
     #[arg(long)]
     keep: bool,
@@ -249,7 +252,8 @@ fn e2e(lab: &Lab, arguments: &E2e) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let clock = Clock::start();
-    let scenarios = scenario::select(&arguments.names)?;
+    let mut scenarios = scenario::select(&arguments.names)?;
+    scenarios.retain(|s| !(arguments.short && s.long));
     let there = Cluster::running(lab).ok().filter(|_| arguments.keep);
     let cluster = match there {
         Some(cluster) => cluster,
@@ -278,16 +282,19 @@ fn play(cluster: &Cluster, scenarios: &[scenario::Scenario], arguments: &E2e) ->
     scenario::clear_evidence(cluster)?;
     let (mesh, plain): (Vec<_>, Vec<_>) = scenarios.iter().partition(|s| s.mesh);
     let wanted = !mesh.is_empty() && !arguments.as_is;
-    // What is built needs the processor, and the cluster's own scenario mostly waits.
-    let (failed, archives) = thread::scope(|scope| {
-        let building =
-            wanted.then(|| scope.spawn(|| mesh::build(cluster, &arguments.profile, arguments.prebuilt)));
+    let build = || {
+        let archives = mesh::build(cluster, &arguments.profile, arguments.prebuilt)?;
+        cluster.import(&archives)
+    };
+    // What is built needs the processor, and the cluster's own scenarios mostly wait.
+    let (failed, built) = thread::scope(|scope| {
+        let building = wanted.then(|| scope.spawn(build));
         let failed = scenario::run(cluster, &plain);
         (failed, building.map(|b| b.join().unwrap_or_else(|_| bail!("building the images panicked"))))
     });
     let mut failed = failed?;
-    if let Some(archives) = archives {
-        cluster.import(&archives?)?;
+    if let Some(built) = built {
+        built?;
         mesh::install(cluster, &borrowed(&arguments.set))?;
     }
     failed.extend(scenario::run(cluster, &mesh)?);

@@ -107,9 +107,11 @@ fn index(settings: &Settings, manifest: &[u8]) -> Value {
     let mut entry = blob("application/vnd.oci.image.manifest.v1+json", manifest);
     entry["platform"] = json!({"architecture": settings.platform.architecture, "os": "linux"});
     let tag = settings.name.rsplit_once(':').map_or("latest", |(_, tag)| tag);
+    // containerd's name for it is always a full one: that of a registry comes first, and has a dot.
+    let registry = settings.name.split('/').next().is_some_and(|first| first.contains('.'));
+    let full = if registry { settings.name.clone() } else { format!("docker.io/{}", settings.name) };
     entry["annotations"] = json!({
-        // containerd's name for it is always a full one.
-        "io.containerd.image.name": format!("docker.io/{}", settings.name),
+        "io.containerd.image.name": full,
         "org.opencontainers.image.ref.name": tag,
     });
     json!({

@@ -1,20 +1,20 @@
 //! The list.
 
 use super::{
-    Scenario, commands, dual_stack, enrolment, faults, plugin, policy, release, smoke, upgrade, waypoint,
-    workloads,
+    Scenario, commands, conformance, dual_stack, enrolment, faults, plugin, policy, release, smoke, upgrade,
+    waypoint, workloads,
 };
 
 type Run = fn(&super::Stage) -> anyhow::Result<()>;
 
 /// Keeps to its namespace.
 const fn beside(name: &'static str, shows: &'static str, run: Run) -> Scenario {
-    Scenario { name, shows, mesh: true, alone: false, run }
+    Scenario { name, shows, mesh: true, alone: false, long: false, run }
 }
 
 /// Changes or breaks what others need.
 const fn alone(name: &'static str, shows: &'static str, run: Run) -> Scenario {
-    Scenario { name, shows, mesh: true, alone: true, run }
+    Scenario { name, shows, mesh: true, alone: true, long: false, run }
 }
 
 /// In the order in which they run: the longest first of those that run side by side.
@@ -23,8 +23,25 @@ pub const ALL: &[Scenario] = &[
         name: "smoke",
         shows: "the cluster itself: pods, services, DNS, probes, and that plaintext is seen where there is some",
         mesh: false,
-        alone: true,
+        alone: false,
+        long: false,
         run: smoke::run,
+    },
+    Scenario {
+        name: "by-chance",
+        shows: "the Gateway API's conformance suite without a mesh: what passes then says nothing of one",
+        mesh: false,
+        alone: false,
+        long: true,
+        run: conformance::without_a_mesh,
+    },
+    Scenario {
+        name: "conformance",
+        shows: "the Gateway API's conformance suite, on its namespaces behind waypoints",
+        mesh: true,
+        alone: false,
+        long: true,
+        run: conformance::with_a_mesh,
     },
     beside(
         "enrol",

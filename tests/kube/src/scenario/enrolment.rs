@@ -99,10 +99,29 @@ pub fn leave(stage: &Stage) -> Result<()> {
     Ok(())
 }
 
+/// What the command line says of a namespace that another mesh's sidecars are for.
+fn reported(stage: &Stage, injected: &Stage) -> Result<()> {
+    let doctor = stage.culvert(&["doctor", "-o", "json"])?;
+    let both = format!("namespace {} asks for sidecars and for this mesh", stage.namespace);
+    let pod = format!("{}/sidecar has a sidecar and is left alone", stage.namespace);
+    for wanted in [&both, &pod] {
+        ensure!(doctor.output.contains(wanted.as_str()), "doctor does not say that {wanted}: {doctor:?}");
+    }
+    let analyzed = stage.culvert(&["analyze", "-n", &injected.namespace])?;
+    let said = format!("{}{}", analyzed.output, analyzed.errors);
+    ensure!(said.contains("sidecar-namespace"), "analyze says nothing of the namespace: {analyzed:?}");
+    let status = stage.culvert(&["status", "-o", "json"])?.json()?;
+    let ours = &status["namespaces"][&stage.namespace];
+    ensure!(ours["sidecars"] == 1, "status does not count the pod with a sidecar: {ours}");
+    stage.ok("doctor, analyze and status tell of the sidecars");
+    Ok(())
+}
+
 /// See [`super::ALL`].
 pub fn left_alone(stage: &Stage) -> Result<()> {
     let [near, far] = NODES;
     stage.label_in()?;
+    stage.label("namespace", &stage.namespace, "istio-injection=enabled")?;
     stage.serve(&[App::server("server").on(&far)])?;
     let mut sidecar = App::idle("sidecar").on(&near).pod();
     // What a sidecar injector leaves on its pods.
@@ -125,5 +144,11 @@ pub fn left_alone(stage: &Stage) -> Result<()> {
     stage.ok(
         "pods with a sidecar, of the node's network, and that opted out are left alone, and reach the mesh",
     );
-    Ok(())
+    // A namespace for sidecars alone, whose pods have one each or are in no mesh.
+    let injected = stage.beside("injected")?;
+    stage.label("namespace", &injected.namespace, "istio-injection=enabled")?;
+    injected.start(&[App::idle("bare").on(&near)])?;
+    injected.reaches("bare", &format!("http://server.{}:8080/", stage.namespace))?;
+    reported(stage, &injected)?;
+    injected.enrolled(false)
 }

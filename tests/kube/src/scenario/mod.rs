@@ -6,6 +6,7 @@
 mod apps;
 mod cases;
 mod commands;
+mod conformance;
 mod dual_stack;
 mod enrolment;
 mod faults;
@@ -42,6 +43,8 @@ pub struct Scenario {
     pub mesh: bool,
     /// Whether others must not run at the same time.
     pub alone: bool,
+    /// Whether a short run leaves it out.
+    pub long: bool,
     /// It.
     pub run: fn(&Stage) -> Result<()>,
 }

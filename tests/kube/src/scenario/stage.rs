@@ -62,6 +62,14 @@ impl Stage {
         Self::new(&self.cluster, &format!("{}-{part}", self.name))
     }
 
+    /// A further namespace, of a name that is given; it goes with the stage.
+    ///
+    /// # Errors
+    /// It can't be made.
+    pub fn also(&self, name: &str) -> Result<()> {
+        self.make_namespace(name)
+    }
+
     fn make_namespace(&self, name: &str) -> Result<()> {
         let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
         wait_for(&format!("the namespace {name}"), PATIENCE, || {

@@ -1,5 +1,5 @@
-//! Services behind a waypoint: deployed by the command line, routed by header, guarded by method, not to be bypassed,
-//! replaced under load, and gone.
+//! Services behind a waypoint: deployed by the command line, routed by header, rewritten and redirected, with the routes'
+//! status, guarded by method, not to be bypassed, replaced under load, and gone.
 
 use std::time::Duration;
 
@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::stage::PATIENCE;
 use super::{App, Stage, policy};
+use crate::capture;
 use crate::lab::NODES;
 use crate::process::finish;
 use crate::report::wait_for;
@@ -17,9 +18,14 @@ use crate::tools;
 const SERVICE: &str = "web";
 
 fn curl(stage: &Stage, pod: &str, words: &[&str]) -> Result<String> {
-    let url = format!("http://{SERVICE}:8080/");
-    let fixed = ["curl", "--silent", "--show-error", "--max-time", "3", "--write-out", "%{http_code}"];
-    stage.exec(pod, &[&fixed[..], words, &[&url]].concat())
+    curl_path(stage, pod, "/", words)
+}
+
+fn curl_path(stage: &Stage, pod: &str, path: &str, words: &[&str]) -> Result<String> {
+    let url = format!("http://{SERVICE}:8080{path}");
+    let marker = format!("X-Marker: {}", capture::marker(&stage.namespace));
+    let fixed = ["curl", "--silent", "--show-error", "--max-time", "3", "--header", &marker];
+    stage.exec(pod, &[&fixed[..], &["--write-out", "%{http_code}"], words, &[&url]].concat())
 }
 
 /// Waits until a request is answered by who should, or by a status.
@@ -54,6 +60,20 @@ fn route() -> Value {
             "parentRefs": [{ "group": "", "kind": "Service", "name": SERVICE, "port": 8080 }],
             "rules": [
                 { "matches": [{ "headers": [{ "name": "version", "value": "two" }] }], "backendRefs": backend("two") },
+                {
+                    "matches": [{ "path": { "type": "PathPrefix", "value": "/old" } }],
+                    "filters": [{ "type": "URLRewrite", "urlRewrite": {
+                        "path": { "type": "ReplacePrefixMatch", "replacePrefixMatch": "/new" },
+                    } }],
+                    "backendRefs": backend("two"),
+                },
+                {
+                    "matches": [{ "path": { "type": "PathPrefix", "value": "/moved" } }],
+                    "filters": [{ "type": "RequestRedirect", "requestRedirect": {
+                        "scheme": "https", "hostname": "elsewhere.example", "statusCode": 301,
+                        "path": { "type": "ReplacePrefixMatch", "replacePrefixMatch": "/there" },
+                    } }],
+                },
                 { "backendRefs": backend("one") },
             ],
         },
@@ -86,6 +106,8 @@ pub fn run(stage: &Stage) -> Result<()> {
         ensure!(plain.starts_with("one ") && two.starts_with("two "), "{plain:?}, {two:?}");
     }
     stage.ok("an HTTPRoute sends requests by their header to one of two services, each time");
+    stage.nothing_in_plaintext(&far, || paths(stage))?;
+    statuses(stage)?;
 
     stage.apply(&[json!({
         "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy", "metadata": { "name": "get-only" },
@@ -104,6 +126,67 @@ pub fn run(stage: &Stage) -> Result<()> {
     policy::enforced(stage, "authorizationpolicy", "get-only")?;
     replaced_under_load(stage)?;
     gone(stage)
+}
+
+/// What the conformance suite does not look at: the path that the service gets, and where a redirect leads.
+fn paths(stage: &Stage) -> Result<()> {
+    for (asked, got) in [("/old/a%2Fb?c=d", "/new/a%2Fb?c=d"), ("/old", "/new"), ("/older", "/older")] {
+        let answer = curl_path(stage, "client", asked, &["--include"])?;
+        let path = format!("x-path: {got}\r\n");
+        ensure!(answer.to_lowercase().contains(&path.to_lowercase()), "{asked} came as: {answer}");
+        let by = if got == asked { "one " } else { "two " };
+        ensure!(answer.contains(&format!("\r\n\r\n{by}")), "{asked} was not answered by {by}: {answer}");
+    }
+    stage.ok("a path is rewritten, its query stays, and a longer word is another path");
+    let answer = curl_path(stage, "client", "/moved/a?b=c", &["--include"])?;
+    let location = answer.lines().find(|l| l.to_lowercase().starts_with("location:")).unwrap_or_default();
+    ensure!(answer.ends_with("301"), "a redirect is answered by {answer}");
+    ensure!(
+        location.split_once(' ').is_some_and(|(_, to)| to.trim() == "https://elsewhere.example/there/a?b=c"),
+        "the redirect leads to {location:?}"
+    );
+    stage.ok("a redirect leads where it is said to, with the rest of the path and the query");
+    Ok(())
+}
+
+/// What routes say of themselves: one that holds, one whose back end is missing, and one whose parent has no such port.
+fn statuses(stage: &Stage) -> Result<()> {
+    let mut dangling = route();
+    dangling["metadata"]["name"] = json!("dangling");
+    dangling["spec"]["rules"] = json!([{
+        "matches": [{ "path": { "type": "Exact", "value": "/dangling" } }],
+        "backendRefs": [{ "name": "nobody", "port": 8080 }],
+    }]);
+    let mut portless = route();
+    portless["metadata"]["name"] = json!("portless");
+    portless["spec"]["parentRefs"][0]["port"] = json!(8099);
+    stage.apply(&[dangling, portless])?;
+    for (name, condition, wanted) in [
+        (SERVICE, "Accepted", ("True", "Accepted")),
+        (SERVICE, "ResolvedRefs", ("True", "ResolvedRefs")),
+        ("dangling", "Accepted", ("True", "Accepted")),
+        ("dangling", "ResolvedRefs", ("False", "BackendNotFound")),
+        ("portless", "Accepted", ("False", "NoMatchingParent")),
+    ] {
+        stage.kubectl().until(&["httproute", "-n", &stage.namespace, name], PATIENCE, |route| {
+            let generation = &route["metadata"]["generation"];
+            let parent = &route["status"]["parents"][0];
+            let of = parent["conditions"].as_array().into_iter().flatten().find(|c| c["type"] == condition);
+            let so = parent["controllerName"] == "culvert.dev/mesh-controller"
+                && of.is_some_and(|c| {
+                    c["status"] == wanted.0
+                        && c["reason"] == wanted.1
+                        && c["observedGeneration"] == *generation
+                });
+            if so { Ok(()) } else { Err(route["status"].to_string()) }
+        })?;
+    }
+    let answer = curl_path(stage, "client", "/dangling", &[])?;
+    ensure!(answer.ends_with("500"), "a route without a back end that is there is answered by {answer}");
+    stage.kubectl().run(&["delete", "httproute", "-n", &stage.namespace, "dangling", "portless"])?;
+    stage
+        .ok("routes say by their status whether they are accepted, and what they refer to that is not there");
+    Ok(())
 }
 
 fn replaced_under_load(stage: &Stage) -> Result<()> {

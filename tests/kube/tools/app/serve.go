@@ -102,6 +102,8 @@ func pages() http.Handler {
 	pages.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		host, _, _ := net.SplitHostPort(r.RemoteAddr)
 		w.Header().Set("X-Marker", marker)
+		// What came of the path on its way.
+		w.Header().Set("X-Path", r.RequestURI)
 		fmt.Fprintf(w, "%s %s\n", hostname(), host)
 	})
 	pages.HandleFunc("/download", download)
