@@ -10,14 +10,14 @@ use model::http::{BackendRef, RouteAction, SourceFacts, WaypointKey};
 use model::{Mesh, NetworkAddress, SpiffeId, Str, Workload};
 use tokio::sync::watch;
 
-use crate::deciding::admission::Admission;
+use crate::deciding::admission::{Admission, with_edits};
 use crate::filters::cors::Crossing;
 use crate::filters::jwt::Patience;
 use crate::filters::route::RouteRules;
 use crate::filters::{Refusal, answer, authorize, cors, fault, path, redirect, rewrite, view};
 use crate::guards::Guards;
 use crate::http::decide::{
-    Connection, Decide, Decided, Decision, Edits, Endpoints, Flag, Forwarding, Mirror, More, Record,
+    Connection, Decide, Decided, Decision, Endpoints, Flag, Forwarding, Mirror, More, Record,
 };
 use crate::http::head::{Fields, RequestHead};
 use crate::rules::{Rules, ServiceRules};
@@ -173,8 +173,8 @@ impl Deciding {
     /// From the route on: the request may go to the service.
     fn routed(
         &self,
-        rules: &Rules,
-        service: &ServiceRules,
+        rules: &Arc<Rules>,
+        service: &Arc<ServiceRules>,
         request: &mut RequestHead,
         connection: &Connection,
         decided: &mut Decided,
@@ -187,30 +187,33 @@ impl Deciding {
         let found = found.ok_or_else(no_route)?;
         let (route, matched) = (found.rules, found.matched);
         decided.route.clone_from(&route.route);
-        let mut more = More::default();
+        decided.matched = found.position;
         let Some(of) = &route.route else {
-            return self.forwarded(rules, route, None, request, connection, decided, more);
+            return self.forwarded((rules, service), route, None, request, connection, decided);
         };
+        let mut edits = Vec::new();
         if let Some(cors) = &of.cors {
             match cors::apply(cors, request) {
                 Crossing::Pass => {}
-                Crossing::Allow(edits) => more.response_edits = Edits(edits),
+                Crossing::Allow(allowed) => edits = allowed,
                 Crossing::Answer(answer) => return Err(answer),
             }
         }
         let delay = fault::delay(&of.fault, random());
+        decided.delayed = delay.is_some();
         let decision = match fault::abort(&of.fault, random()) {
             Some(abort) => Ok(Decision::Respond(abort)),
             None => match &of.action {
                 RouteAction::Redirect(to) => Err(redirect::response(to, matched, request)),
                 RouteAction::Respond(_) => Err(route.respond.clone().unwrap_or_else(no_route)),
                 RouteAction::Forward(_) => {
-                    self.forwarded(rules, route, matched, request, connection, decided, more)
+                    self.forwarded((rules, service), route, matched, request, connection, decided)
                 }
             },
         };
-        let Some(delay) = delay else { return decision };
-        let decision = decision.unwrap_or_else(Decision::Respond);
+        // The page that asks may read the answer, whoever it is of.
+        let decision = with_edits(decision.unwrap_or_else(Decision::Respond), edits);
+        let Some(delay) = delay else { return Ok(decision) };
         Ok(Decision::Later(Box::pin(async move {
             tokio::time::sleep(delay).await;
             already(decision)
@@ -218,17 +221,16 @@ impl Deciding {
     }
 
     /// Chooses the back end, makes the request what it gets, and finds its endpoints.
-    #[allow(clippy::too_many_arguments)]
     fn forwarded(
         &self,
-        rules: &Rules,
+        (rules, service): (&Arc<Rules>, &Arc<ServiceRules>),
         route: &RouteRules,
         matched: Option<&model::http::RouteMatch>,
         request: &mut RequestHead,
         connection: &Connection,
         decided: &mut Decided,
-        mut more: More,
     ) -> Result<Decision, Refusal> {
+        let mut more = More::default();
         let no_backend = || answer(500, "no_backend", Flag::NoRoute);
         let chosen = choose(route).ok_or_else(no_backend)?;
         let backend = route.backends.get(chosen).ok_or_else(no_backend)?;
@@ -248,6 +250,9 @@ impl Deciding {
                 rewrite::host(to, name, request, decided);
             }
             for mirror in &of.mirrors {
+                if !self.may_be_copied((rules, service), &mirror.to, request, connection, decided) {
+                    continue;
+                }
                 // What becomes of copies touches nobody, also where there is nobody to copy to.
                 if let Ok(endpoints) = self.endpoints(rules, &mirror.to, connection) {
                     more.mirrors.push(Mirror { endpoints, share: mirror.share.millionths() });
@@ -255,11 +260,66 @@ impl Deciding {
             }
         }
         let has_more = !more.mirrors.is_empty() || !more.response_edits.0.is_empty();
-        Ok(Decision::Forward {
+        let decision = Decision::Forward {
             how: backend.forwarding.clone(),
             endpoints,
             more: has_more.then(|| Box::new(more)),
-        })
+        };
+        self.guarded((rules, service), &backend.to, decision, request, connection, decided)
+    }
+
+    /// Asks what guards the back end, where that is another service than the one that was called: a route gets nobody past
+    /// it. The request is as the other gets it.
+    fn guarded(
+        &self,
+        (rules, service): (&Arc<Rules>, &Arc<ServiceRules>),
+        to: &BackendRef,
+        decision: Decision,
+        request: &mut RequestHead,
+        connection: &Connection,
+        decided: &mut Decided,
+    ) -> Result<Decision, Refusal> {
+        let Some(other) = Other::of(rules, service, to, connection) else { return Ok(decision) };
+        other.permit_unbelieved(service, request, connection, decided)?;
+        let Some(beyond) = other.beyond else { return Ok(decision) };
+        let admission = Admission::new(self, rules, &Arc::new(beyond));
+        let admission = admission.beyond(decision, other.address, other.believes);
+        Ok(admission.run(request, connection, decided, Patience::Left))
+    }
+
+    /// What a connection that shows no request has to be asked beside what `called` asks, where its route leads to another
+    /// service; and the connection as that sees it.
+    pub(crate) fn beyond(
+        &self,
+        rules: &Rules,
+        called: &ServiceRules,
+        to: &BackendRef,
+        connection: &Connection,
+    ) -> Option<(ServiceRules, Connection)> {
+        let other = Other::of(rules, called, to, connection)?;
+        Some((other.beyond?, Connection { destination: other.address, ..connection.clone() }))
+    }
+
+    /// Whether a copy may go to another service: it is not sent where somebody would have to be asked first, and counts for no
+    /// limit.
+    fn may_be_copied(
+        &self,
+        (rules, service): (&Arc<Rules>, &Arc<ServiceRules>),
+        to: &BackendRef,
+        request: &RequestHead,
+        connection: &Connection,
+        decided: &Decided,
+    ) -> bool {
+        let Some(other) = Other::of(rules, service, to, connection) else { return true };
+        let mut seen = Decided { claims: decided.claims.clone(), ..Decided::default() };
+        if other.permit_unbelieved(service, request, connection, &mut seen).is_err() {
+            return false;
+        }
+        let Some(beyond) = &other.beyond else { return true };
+        seen.claims = seen.claims.filter(|_| other.believes);
+        let connection = Connection { destination: other.address, ..connection.clone() };
+        authorize::apply(&beyond.policies, request, &connection, &mut seen).is_ok()
+            && seen.verdict.is_none_or(|verdict| verdict.ask.is_empty())
     }
 
     /// The endpoints of a back end.
@@ -285,6 +345,52 @@ impl Deciding {
             BackendRef::Original => Ok(self.0.clusters.original(&rules.mesh, connection)),
             BackendRef::Unresolved { reason } => Err(missing(500, reason)),
         }
+    }
+}
+
+/// A service that a route of another leads to.
+struct Other<'a> {
+    namespace: &'a str,
+    address: SocketAddr,
+    /// What is to be asked beside what the service that was called asks.
+    beyond: Option<ServiceRules>,
+    /// Whether it believes what tokens say that were taken for that.
+    believes: bool,
+}
+
+impl<'a> Other<'a> {
+    /// `None` where the back end is the service itself, or no service.
+    fn of(rules: &Rules, called: &ServiceRules, to: &'a BackendRef, connection: &Connection) -> Option<Self> {
+        let BackendRef::Service { service, port, .. } = to else { return None };
+        if *service == called.http.service {
+            return None;
+        }
+        let vip = rules.mesh.service(service).and_then(|s| s.vips.first()).map(|vip| vip.range.addr());
+        let address = SocketAddr::new(vip.unwrap_or(connection.destination.ip()), *port);
+        let beyond = rules.beyond(&called.http, service);
+        let believes = rules.believes(service, &called.http);
+        Some(Self { namespace: &service.namespace, address, beyond, believes })
+    }
+
+    /// Asks the policies of the other's workloads again, without what they don't believe.
+    fn permit_unbelieved(
+        &self,
+        called: &ServiceRules,
+        request: &RequestHead,
+        connection: &Connection,
+        decided: &mut Decided,
+    ) -> Result<(), Refusal> {
+        if self.believes || decided.claims.is_none() {
+            return Ok(());
+        }
+        let mut seen = Decided::default();
+        let policies = called.policies.of_workloads_in(self.namespace);
+        let permitted = authorize::apply(&policies, request, connection, &mut seen);
+        if permitted.is_err() {
+            decided.verdict = seen.verdict;
+            decided.detail = "rbac_access_denied";
+        }
+        permitted
     }
 }
 

@@ -16,6 +16,7 @@ pub mod http;
 pub mod listen;
 pub mod metrics;
 pub mod providers;
+pub mod relay;
 pub mod rules;
 pub mod settings;
 pub mod start;

@@ -19,8 +19,9 @@ use hbone::{
 };
 use identity::{PeerInfo, TlsStream};
 use model::http::Protocol;
-use model::{Destination, OriginalDst, SpiffeId};
+use model::{Destination, Health, Locality, NetworkMode, OriginalDst, Str, TunnelProtocol, Workload};
 use net::{AcceptLoop, AcceptStats};
+use process::metrics::Counter;
 use process::shutdown::{Phase, Shutdown};
 use source::{State, Tls};
 use tokio::net::{TcpListener, TcpStream};
@@ -33,7 +34,7 @@ use crate::http::decide::Connection;
 use crate::http::io::Io;
 use crate::http::{Worker, serve, serve_begun};
 use crate::rules::Served;
-use crate::streams;
+use crate::{streams, tunnels};
 
 /// A drain that waits for the tunnels, not for a deadline.
 const UNTIL_THEY_END: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -60,6 +61,10 @@ pub struct Front {
     pub refused: Refused,
     /// For the first bytes of a connection of which nothing is known.
     pub detect_timeout: Duration,
+    /// For connections of bytes on which nothing passes, where their destination says nothing of it.
+    pub idle_timeout: Option<Duration>,
+    /// Those that were ended for it.
+    pub idle_connections: Counter,
     /// Room for peers' connections.
     peers: Arc<Semaphore>,
     handshakes: Arc<Semaphore>,
@@ -96,11 +101,13 @@ impl Front {
             state,
             deciding,
             tls,
-            server: ServerSettings::default(),
+            server: ServerSettings { transport: tunnels::transport(), ..ServerSettings::default() },
             counters: Arc::default(),
             accepts: Arc::default(),
             refused: Refused::default(),
             detect_timeout: flags.detect_timeout,
+            idle_timeout: Some(flags.tcp_idle_timeout),
+            idle_connections: Counter::default(),
             peers: Arc::new(Semaphore::new(flags.max_peers.min(Semaphore::MAX_PERMITS))),
             handshakes: Arc::new(Semaphore::new(HANDSHAKES)),
             shutdown,
@@ -264,6 +271,7 @@ impl Session {
             identity: Some(Arc::new(self.info.id.clone())),
             server_name: None,
             secure: false,
+            said: self.said(&incoming.headers),
         };
         let Ok(tunnel) = incoming.accept(&TunnelHeaders::default()) else { return Ok(()) };
         let worker = self.worker.clone();
@@ -326,17 +334,47 @@ impl Session {
             return self.peer;
         };
         let client = SocketAddr::new(client.ip().to_canonical(), client.port());
-        let believed = client.ip() == self.peer.ip() || self.is_waypoint(&self.info.id);
+        let believed =
+            client.ip() == self.peer.ip() || self.front.deciding.rules().is_waypoint(&self.info.id);
         if believed { client } else { self.peer }
     }
 
-    /// Whether an identity is that of a waypoint that something is bound to.
-    fn is_waypoint(&self, id: &SpiffeId) -> bool {
-        let rules = self.front.deciding.rules();
-        let mesh = &rules.mesh;
-        mesh.settings().trust_domains.includes(id.trust_domain())
-            && mesh.http_services().any(|http| {
-                http.waypoint.namespace == *id.namespace() && http.waypoint.name == *id.service_account()
-            })
+    /// What the client's node says of it, within what its identity has proved. Only what waypoints send to, and the like, is
+    /// known here of the mesh.
+    fn said(&self, headers: &TunnelHeaders) -> Option<Arc<Workload>> {
+        let baggage = headers.parse_baggage()?;
+        let (id, network) = (&self.info.id, self.front.deciding.network());
+        let (kind, name) = baggage.workload.unwrap_or_default();
+        Some(Arc::new(Workload {
+            namespace: id.namespace().clone(),
+            service_account: id.service_account().clone(),
+            network: network.clone(),
+            cluster: baggage.cluster.unwrap_or_default(),
+            locality: Arc::new(Locality {
+                region: baggage.region.unwrap_or_default(),
+                zone: baggage.zone.unwrap_or_default(),
+                ..Locality::default()
+            }),
+            canonical_name: baggage.service_name.unwrap_or_default(),
+            canonical_revision: baggage.service_version.unwrap_or_default(),
+            workload_name: name,
+            workload_kind: kind,
+            trust_domain: id.trust_domain().clone(),
+            uid: Str::default(),
+            name: Str::default(),
+            addresses: Box::default(),
+            hostname: Str::default(),
+            node: Str::default(),
+            tunnel: TunnelProtocol::Hbone,
+            network_mode: NetworkMode::Standard,
+            health: Health::Healthy,
+            services: Arc::default(),
+            policies: Box::default(),
+            waypoint: None,
+            network_gateway: None,
+            application_tunnel: None,
+            capacity: 1,
+            labels: Arc::default(),
+        }))
     }
 }

@@ -45,6 +45,9 @@ pub fn register(registry: &Registry, front: &Arc<Front>, tunnels: &Tunnels) {
         Kind::Counter,
         |f| f.refused.tunnels.load(Ordering::Relaxed),
     );
+    number("culvert_tcp_idle_closed", "Connections of bytes ended for idleness", Kind::Counter, |f| {
+        f.idle_connections.get()
+    });
     number("culvert_accept_failed", "Times that accepting connections failed", Kind::Counter, |f| {
         f.accepts.failed.load(Ordering::Relaxed)
     });

@@ -7,9 +7,11 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use hashbrown::HashMap;
+use hashbrown::{HashMap, HashSet};
 use model::http::{HttpPort, HttpService, Protocol, WaypointKey};
-use model::{Destination, GatewayTarget, Mesh, OriginalDst, Policy, PolicyKey, ServiceKey, Str, Workload};
+use model::{
+    Destination, GatewayTarget, Mesh, OriginalDst, Policy, PolicyKey, ServiceKey, SpiffeId, Str, Workload,
+};
 
 use crate::filters::authorize::Policies;
 use crate::filters::route::PortRules;
@@ -21,6 +23,8 @@ pub struct Rules {
     pub mesh: Arc<Mesh>,
     own: Option<WaypointKey>,
     services: HashMap<ServiceKey, Arc<ServiceRules>>,
+    /// All that something is bound to.
+    waypoints: HashSet<WaypointKey>,
 }
 
 /// What is done for a service that is bound to this waypoint.
@@ -58,7 +62,15 @@ impl Rules {
                 (http.service.clone(), rules)
             })
             .collect();
-        Self { mesh, own: Some(own.clone()), services }
+        let waypoints = mesh.http_services().map(|http| http.waypoint.clone()).collect();
+        Self { mesh, own: Some(own.clone()), services, waypoints }
+    }
+
+    /// Whether an identity is that of a waypoint that something is bound to.
+    #[must_use]
+    pub fn is_waypoint(&self, id: &SpiffeId) -> bool {
+        let key = WaypointKey { namespace: id.namespace().clone(), name: id.service_account().clone() };
+        self.mesh.settings().trust_domains.includes(id.trust_domain()) && self.waypoints.contains(&key)
     }
 
     /// What is done for a service.
@@ -73,6 +85,48 @@ impl Rules {
         self.services.get(key).is_some_and(|rules| {
             let http = &rules.http;
             !(http.policies.is_empty() && http.authentication.is_empty() && http.rate_limits.is_empty())
+        })
+    }
+
+    /// What is to be asked where a route of `called` leads to another service that is bound here, beside what was asked for
+    /// `called` already: `None` if that is nothing.
+    #[must_use]
+    pub fn beyond(&self, called: &HttpService, to: &ServiceKey) -> Option<ServiceRules> {
+        let other = &self.services.get(to).filter(|_| *to != called.service)?.http;
+        let more = |of: fn(&HttpService) -> &[PolicyKey]| -> Box<[PolicyKey]> {
+            of(other).iter().filter(|key| !of(called).contains(key)).cloned().collect()
+        };
+        let policies_of = more(|http| &http.policies);
+        let (authentication, rate_limits) =
+            (more(|http| &http.authentication), more(|http| &http.rate_limits));
+        if policies_of.is_empty() && authentication.is_empty() && rate_limits.is_empty() {
+            return None;
+        }
+        let http = HttpService {
+            service: other.service.clone(),
+            waypoint: other.waypoint.clone(),
+            ports: Box::default(),
+            policies: policies_of,
+            selected: Box::default(),
+            authentication,
+            rate_limits,
+            telemetry: Arc::clone(&other.telemetry),
+        };
+        let policies = policies(&self.mesh, &http);
+        Some(ServiceRules { http: Arc::new(http), policies, ports: Box::default() })
+    }
+
+    /// Whether what a token says that was taken for `called` counts for the policies of the service `to`, too: all who could
+    /// have said so are believed there. Otherwise whoever may write a service could make up principals for the policies of
+    /// another that its routes lead to.
+    #[must_use]
+    pub fn believes(&self, to: &ServiceKey, called: &HttpService) -> bool {
+        let root = &self.mesh.settings().root_namespace;
+        let there = self.services.get(to);
+        called.authentication.iter().all(|key| {
+            key.namespace == to.namespace
+                || key.namespace == *root
+                || there.is_some_and(|there| there.http.authentication.contains(key))
         })
     }
 
@@ -139,5 +193,100 @@ impl ServiceRules {
     #[must_use]
     pub fn protocol(&self, number: u16) -> Option<Protocol> {
         self.port(number).map(|rules| rules.port.protocol)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use model::Change;
+
+    use super::*;
+
+    fn key(namespace: &str, name: &str) -> PolicyKey {
+        PolicyKey { namespace: namespace.into(), name: name.into() }
+    }
+
+    fn named(namespace: &str) -> ServiceKey {
+        ServiceKey { namespace: namespace.into(), hostname: format!("a.{namespace}.test").as_str().into() }
+    }
+
+    fn own() -> WaypointKey {
+        WaypointKey { namespace: "shop".into(), name: "waypoint".into() }
+    }
+
+    fn service(namespace: &str, authentication: &[PolicyKey], policies: &[PolicyKey]) -> Arc<HttpService> {
+        Arc::new(HttpService {
+            service: named(namespace),
+            waypoint: own(),
+            ports: Box::default(),
+            policies: policies.into(),
+            selected: Box::default(),
+            authentication: authentication.into(),
+            rate_limits: Box::default(),
+            telemetry: Arc::default(),
+        })
+    }
+
+    fn rules(services: &[&Arc<HttpService>]) -> Rules {
+        let changes = services.iter().map(|service| Change::SetHttpService(Arc::clone(service)));
+        Rules::new(Arc::new(Mesh::default().apply(changes)), &own(), &Rules::default())
+    }
+
+    #[test]
+    fn what_a_token_says_counts_for_those_who_believe_its_issuer() {
+        let mine = [key("evil", "mine")];
+        for (asked, there, believed) in [
+            (&mine[..], &[][..], false),
+            (&mine, &mine, true),
+            (&[key("b", "x")], &[], true),
+            (&[key("istio-system", "x")], &[], true),
+            // Any of them may have taken it.
+            (&[key("b", "x"), key("evil", "mine")], &[], false),
+        ] {
+            let (called, other) = (service("evil", asked, &[]), service("b", there, &[]));
+            let rules = rules(&[&called, &other]);
+            assert_eq!(rules.believes(&named("b"), &called), believed, "{asked:?} {there:?}");
+        }
+    }
+
+    #[test]
+    fn another_service_is_asked_for_what_was_not_asked_yet() {
+        let (both, theirs) = (key("shop", "gateway"), key("b", "theirs"));
+        let called = service("a", &[], std::slice::from_ref(&both));
+        let other = service("b", &[], &[both.clone(), theirs.clone()]);
+        let alike = service("c", &[], &[both]);
+        let rules = rules(&[&called, &other, &alike]);
+        let beyond = rules.beyond(&called, &named("b")).map(|rules| rules.http.policies.to_vec());
+        assert_eq!(beyond, Some(vec![theirs.clone()]));
+        // One that is listed and not known refuses.
+        let policies = rules.beyond(&called, &named("b")).map(|rules| rules.policies);
+        assert_eq!(policies, Some(Policies(vec![vec![Err(theirs)]])));
+        for nothing in ["a", "c", "unbound"] {
+            assert!(rules.beyond(&called, &named(nothing)).is_none(), "{nothing}");
+        }
+    }
+
+    #[test]
+    fn sets_of_workloads_are_told_apart_by_namespace() {
+        let set = |keys: &[PolicyKey]| keys.iter().cloned().map(Err).collect::<Vec<_>>();
+        let (b, c, root) = (key("b", "x"), key("c", "x"), key("istio-system", "x"));
+        let sets =
+            [set(&[b.clone(), root.clone()]), set(&[c, root.clone()]), set(std::slice::from_ref(&root))];
+        let policies = Policies(std::iter::once(set(&[b])).chain(sets.clone()).collect());
+        // Those of the service itself are not among them.
+        assert_eq!(policies.of_workloads_in("b"), Policies(vec![sets[0].clone(), sets[2].clone()]));
+        assert_eq!(policies.of_workloads_in("d"), Policies(vec![sets[2].clone()]));
+    }
+
+    #[test]
+    fn waypoints_are_known_by_their_identity() {
+        let rules = rules(&[&service("a", &[], &[])]);
+        for (id, is) in [
+            ("spiffe://cluster.local/ns/shop/sa/waypoint", true),
+            ("spiffe://cluster.local/ns/shop/sa/other", false),
+            ("spiffe://elsewhere/ns/shop/sa/waypoint", false),
+        ] {
+            assert_eq!(id.parse().map(|id| rules.is_waypoint(&id)), Ok(is), "{id}");
+        }
     }
 }

@@ -33,6 +33,10 @@ pub struct Flags {
     #[arg(long, env = "CULVERT_DETECT_TIMEOUT", value_name = "TIME", default_value = "1s",
           value_parser = process::settings::duration)]
     pub detect_timeout: Duration,
+    /// For a connection of bytes on which nothing passes, where no DestinationRule has an idleTimeout; 0s is without end
+    #[arg(long, env = "CULVERT_TCP_IDLE_TIMEOUT", value_name = "TIME", default_value = "1h",
+          value_parser = process::settings::duration)]
+    pub tcp_idle_timeout: Duration,
     /// How long connections are still taken after SIGTERM, until those who choose endpoints have heard of it
     #[arg(long, env = "CULVERT_DRAIN_DELAY", value_name = "TIME", default_value = "1s",
           value_parser = process::settings::duration)]

@@ -26,6 +26,7 @@ use crate::deciding::Deciding;
 use crate::guards::Guards;
 use crate::http::Worker;
 use crate::http::decide::Decide;
+use crate::http::held::{Held, HeldLimits};
 use crate::listen::Front;
 use crate::settings::Flags;
 use crate::tunnels::{AsWaypoint, Tunnels};
@@ -72,6 +73,7 @@ async fn serve(
         Mode::Cluster(cluster) => Parts::of_cluster(flags, cluster, &registry)?,
     };
     shown.diagnostics = Arc::new(source.diagnostics().into());
+    shown.listen = Some(flags.hbone_address);
     let network = flags.source.network.as_str().into();
     let tunnels = Tunnels::new(workers.handles().len(), &tls);
     let clusters = Clusters::new(
@@ -100,9 +102,11 @@ async fn serve(
         pages::metrics_routes(&registry),
         readiness.routes(&shutdown),
     );
-    let engines = start_workers(flags, &front, workers, &listener).await?;
+    // As much as tunnels may hold beside it.
+    let held = Held::new(HeldLimits::of(hbone::Memory::of_process().limit()));
+    let engines = start_workers(flags, &front, workers, &listener, &held).await?;
     drop(listener);
-    telemetry::register_engine(&registry, &engines);
+    telemetry::register_engine(&registry, &engines, &held);
 
     tokio::spawn(follow(source, state, front.clone(), shown, configured, flags.clone()));
     tokio::spawn(prove(front.clone(), tunnels.clone(), certified));
@@ -212,6 +216,7 @@ async fn start_workers(
     front: &Arc<Front>,
     workers: &Workers,
     listener: &TcpListener,
+    held: &Arc<Held>,
 ) -> anyhow::Result<Vec<Arc<crate::http::stats::Stats>>> {
     let mut engines = Vec::new();
     for thread in workers.handles() {
@@ -221,8 +226,8 @@ async fn start_workers(
             TcpListener::from_std(shared.into()).context("the listener")?
         };
         let decide: Arc<dyn Decide> = Arc::new(front.deciding.clone());
-        let (engine, drain) = (flags.engine(), front.closed.clone());
-        let made = thread.spawn(async move { Worker::new(decide, engine, drain) });
+        let (engine, drain, held) = (flags.engine(), front.closed.clone(), Arc::clone(held));
+        let made = thread.spawn(async move { Worker::beside(decide, engine, drain, held) });
         let worker = made.await.context("a data-plane thread")?;
         engines.push(worker.stats.clone());
         thread.spawn(front.clone().accept(listener, worker));

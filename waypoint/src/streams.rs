@@ -11,11 +11,12 @@ use tokio::time::timeout;
 
 use crate::detect::{self, Hello};
 use crate::filters::authorize;
-use crate::http::decide::{Call, Connection, Endpoints, Outcome, Picked};
+use crate::http::decide::{Call, Connection, Decided, Endpoints, Flag, Outcome, Picked, Record};
 use crate::http::head::RequestHead;
 use crate::listen::Front;
+use crate::relay::{Broken, relay};
 use crate::rules::Rules;
-use crate::telemetry::Counted;
+use crate::telemetry::{Carried, Counted};
 use crate::upstream::pool::{Opened, PoolError, open};
 
 /// To connect to an endpoint.
@@ -30,18 +31,24 @@ const ATTEMPTS: usize = 3;
 enum Refused {
     #[error("{0}")]
     Denied(String),
+    #[error("{0}")]
+    Limited(String),
     #[error(
         "the service has {0}, which bytes would pass by: if the port carries no HTTP, declare its protocol (appProtocol: tcp)"
     )]
     Undeclared(&'static str),
+    #[error(
+        "the service that its route leads to has {0}, which bytes would pass by: lead there by a route of requests"
+    )]
+    PassedBy(&'static str),
     #[error("nothing here has this address any more")]
     NotServed,
     #[error("no route takes it")]
     NoRoute,
     #[error("its route leads nowhere")]
     NoBackend,
-    #[error("no endpoint takes it: {0}")]
-    NoEndpoint(String),
+    #[error("no endpoint takes it: {1}")]
+    NoEndpoint(Flag, String),
 }
 
 /// Carries a tunnel's bytes to an endpoint and back, until both sides have ended. `input` are those that were read already.
@@ -51,53 +58,42 @@ pub async fn carry(
     mut input: BytesMut,
     mut connection: Connection,
 ) {
-    let mut changed = front.deciding.changes();
+    let mut record = record();
+    let changed = front.deciding.changes();
     let hello = if asks_for_tls(front, &connection) {
         detect::hello(&mut tunnel, &mut input, front.detect_timeout).await
     } else {
         Hello { tls: matches!(&*input, [0x16, 0x03, ..]), server_name: None }
     };
     connection.server_name = hello.server_name.as_deref().map(Arc::from);
-    let endpoint = match choose(front, &connection, hello.server_name.as_deref(), hello.tls) {
+    let mut decided = Decided { port: connection.destination.port(), ..Decided::default() };
+    let chosen = choose(front, &connection, hello.server_name.as_deref(), hello.tls, &mut decided);
+    let endpoint = match chosen {
         Ok(endpoints) => connect(&*endpoints, &connection).await,
         Err(refused) => Err(refused),
     };
+    let mesh = front.deciding.rules().mesh.clone();
+    let telemetry = front.deciding.telemetry();
     match endpoint {
         Ok((server, picked)) => {
+            record.target = Some(picked.target.clone());
+            let carried =
+                Carried { mesh: &mesh, connection: &connection, decided: &decided, record: &record };
+            let mut tunnel = telemetry.connection_opened(&carried, (tunnel, input.len()));
             let circuit = picked.target.circuit.as_ref();
             let longest = circuit.and_then(|circuit| circuit.settings().max_connection_duration);
-            let mesh = front.deciding.rules().mesh.clone();
-            let about = picked.target.about.as_deref();
-            let telemetry = front.deciding.telemetry();
-            let tunnel = telemetry.connection_opened(&mesh, &connection, about, (tunnel, input.len()));
-            let copied = timeout(longest.unwrap_or(FOREVER), copy(tunnel, server, input));
-            let denied = async {
-                loop {
-                    // An error is the end of the program.
-                    if changed.changed().await.is_err() {
-                        return std::future::pending().await;
-                    }
-                    if let Err(refused) = still_permitted(front, &connection) {
-                        return refused;
-                    }
-                }
-            };
-            tokio::select! {
-                copied = copied => match copied {
-                    Ok(Ok(())) => {}
-                    Ok(Err(error)) => {
-                        tracing::debug!(client = %connection.client, %error, "a connection broke");
-                    }
-                    Err(_) => {
-                        tracing::debug!(client = %connection.client, "a connection was as long as it may be");
-                    }
-                },
-                // Its tunnels are reset by being dropped.
-                refused = denied => {
-                    tracing::info!(client = %connection.client, reason = %refused, "cut a connection");
-                }
-            }
+            let idle = circuit.and_then(|circuit| circuit.settings().idle_timeout).or(front.idle_timeout);
+            let limits = (longest.unwrap_or(FOREVER), idle.filter(|idle| !idle.is_zero()));
+            let sides = (&mut tunnel, server, input);
+            let ended = pass(front, &connection, &decided, sides, limits, changed).await;
             drop(picked);
+            (record.flag, record.detail) = ended;
+            (record.received, record.sent) = tunnel.bytes();
+            // The tunnels are reset by being dropped, unless they ended in order.
+            drop(tunnel);
+            let carried =
+                Carried { mesh: &mesh, connection: &connection, decided: &decided, record: &record };
+            telemetry.connection_ended(&carried);
         }
         Err(refused) => {
             tracing::info!(
@@ -106,24 +102,95 @@ pub async fn carry(
                 reason = %refused,
                 "refused a connection"
             );
-            failed(front, &connection, &refused);
+            let (failure, flag, detail) = refused.told();
+            (record.flag, record.detail) = (flag, detail);
+            let carried =
+                Carried { mesh: &mesh, connection: &connection, decided: &decided, record: &record };
+            telemetry.connection_failed(&carried, failure);
             tunnel.reset(hbone::ErrorCode::CONNECT_ERROR);
         }
     }
 }
 
-/// Counts a connection that goes nowhere.
-fn failed(front: &Front, connection: &Connection, refused: &Refused) {
-    let flag = match refused {
-        Refused::Denied(_) | Refused::Undeclared(_) => FailureFlag::Deny,
-        Refused::NotServed | Refused::NoRoute | Refused::NoBackend | Refused::NoEndpoint(_) => {
-            FailureFlag::Connect
+/// Passes bytes both ways until both sides have ended, the connection is as long or as idle as it may be, or a policy ends it.
+async fn pass(
+    front: &Front,
+    connection: &Connection,
+    decided: &Decided,
+    (tunnel, server, input): (&mut Counted<hbone::Tunnel>, Opened, BytesMut),
+    (longest, idle): (Duration, Option<Duration>),
+    mut changed: tokio::sync::watch::Receiver<()>,
+) -> (Flag, &'static str) {
+    let denied = async {
+        loop {
+            // An error is the end of the program.
+            if changed.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+            if let Err(refused) = still_permitted(front, connection, decided) {
+                return refused;
+            }
         }
     };
-    let (deciding, rules) = (&front.deciding, front.deciding.rules());
-    let service = rules.service_at(deciding.network(), connection.destination);
-    let service = service.map(|service| &service.http.service);
-    deciding.telemetry().connection_failed(&rules.mesh, connection, service, flag);
+    let broken = tokio::select! {
+        copied = timeout(longest, copy(tunnel, server, input, idle)) => match copied {
+            Ok(Ok(())) => return (Flag::None, ""),
+            Ok(Err(Broken::Idle(_))) => {
+                front.idle_connections.inc();
+                tracing::debug!(client = %connection.client, "nothing passed on a connection for too long");
+                return (Flag::StreamIdleTimeout, "idle_timeout");
+            }
+            Ok(Err(Broken::Io(error))) => error,
+            Err(_) => {
+                tracing::debug!(client = %connection.client, "a connection was as long as it may be");
+                return (Flag::Decided("DT"), "max_connection_duration");
+            }
+        },
+        refused = denied => {
+            tracing::info!(client = %connection.client, reason = %refused, "cut a connection");
+            return (Flag::None, "cut_by_policy");
+        }
+    };
+    tracing::debug!(client = %connection.client, error = %broken, "a connection broke");
+    if tunnel.has_failed() {
+        (Flag::DownstreamConnectionTermination, "downstream_remote_disconnect")
+    } else {
+        (Flag::UpstreamConnectionTermination, "upstream_reset")
+    }
+}
+
+/// The record of a connection that begins.
+fn record() -> Record {
+    Record {
+        started: tokio::time::Instant::now(),
+        status: 0,
+        flag: Flag::None,
+        detail: "",
+        retries_exhausted: false,
+        tries: 0,
+        target: None,
+        received: 0,
+        sent: 0,
+        grpc_status: None,
+        request_messages: 0,
+        response_messages: 0,
+    }
+}
+
+impl Refused {
+    /// What metrics, lines and records say of it.
+    fn told(&self) -> (FailureFlag, Flag, &'static str) {
+        let (deny, connect) = (FailureFlag::Deny, FailureFlag::Connect);
+        match self {
+            Self::Denied(_) => (deny, Flag::None, "rbac_access_denied"),
+            Self::Limited(_) => (deny, Flag::Decided("RL"), "request_rate_limited"),
+            Self::Undeclared(_) | Self::PassedBy(_) => (deny, Flag::None, "undeclared_protocol"),
+            Self::NotServed => (connect, Flag::NoRoute, "not_bound"),
+            Self::NoRoute => (connect, Flag::NoRoute, "route_not_found"),
+            Self::NoBackend => (connect, Flag::Decided("NC"), "backend_not_found"),
+            Self::NoEndpoint(flag, _) => (connect, *flag, "no_endpoint"),
+        }
+    }
 }
 
 /// Whether a route of the connection's port asks for what a TLS handshake says.
@@ -135,16 +202,21 @@ fn asks_for_tls(front: &Front, connection: &Connection) -> bool {
 }
 
 /// Whether a connection that was let in would be now.
-fn still_permitted(front: &Front, connection: &Connection) -> Result<(), Refused> {
+fn still_permitted(front: &Front, connection: &Connection, decided: &Decided) -> Result<(), Refused> {
     let (deciding, rules) = (&front.deciding, front.deciding.rules());
     match rules.service_at(deciding.network(), connection.destination) {
         Some(service) => {
             declared(&service.http, connection.destination.port())?;
-            permit(&service.policies, connection)
+            permit(&service.policies, connection).1?;
+            let Some(led) = &decided.led_to else { return Ok(()) };
+            let Some((other, connection)) = deciding.beyond(&rules, service, led, connection) else {
+                return Ok(());
+            };
+            permit(&other.policies, &connection).1
         }
         None => {
             let workload = deciding.workload(&rules, connection.destination).ok_or(Refused::NotServed)?;
-            permit(&authorize::of_workload(&rules.mesh, &workload), connection)
+            permit(&authorize::of_workload(&rules.mesh, &workload), connection).1
         }
     }
 }
@@ -155,18 +227,24 @@ fn choose(
     connection: &Connection,
     sni: Option<&str>,
     tls: bool,
+    decided: &mut Decided,
 ) -> Result<Arc<dyn Endpoints>, Refused> {
     let (deciding, rules) = (&front.deciding, front.deciding.rules());
     let to = connection.destination;
     let Some(service) = rules.service_at(deciding.network(), to) else {
         let workload = deciding.workload(&rules, to).ok_or(Refused::NotServed)?;
-        permit(&authorize::of_workload(&rules.mesh, &workload), connection)?;
+        let (verdict, permitted) = permit(&authorize::of_workload(&rules.mesh, &workload), connection);
+        decided.verdict = verdict;
+        permitted?;
         return Ok(deciding.clusters().original(&rules.mesh, connection));
     };
+    decided.service = Some(service.http.clone());
     declared(&service.http, to.port())?;
-    permit(&service.policies, connection)?;
+    let (verdict, permitted) = permit(&service.policies, connection);
+    decided.verdict = verdict;
+    permitted?;
     let limits = &deciding.guards().limits;
-    limits.admit(&rules.mesh, &service.http, connection).map_err(Refused::Denied)?;
+    limits.admit(&rules.mesh, &service.http, connection).map_err(Refused::Limited)?;
     let port = service.port(to.port()).ok_or(Refused::NotServed)?;
     let client = deciding.client(&rules, connection);
     let source = crate::deciding::source(connection, client.as_deref());
@@ -175,10 +253,21 @@ fn choose(
     let backend = match port.port.streams.select(&stream, &source) {
         SelectedStream::Itself => &itself,
         SelectedStream::Route { route, .. } => {
+            decided.stream = Some(route.clone());
             &route.to.choose(crate::deciding::random()).ok_or(Refused::NoBackend)?.to
         }
         SelectedStream::Nothing => return Err(Refused::NoRoute),
     };
+    decided.led_to = Some(backend.clone());
+    if let Some((other, there)) = deciding.beyond(&rules, service, backend, connection) {
+        // A route gets nobody past what guards the service that it leads to.
+        let there_is = rules.service(&other.http.service).and_then(|s| s.protocol(there.destination.port()));
+        if !matches!(there_is, Some(Protocol::Tcp | Protocol::Tls)) {
+            without_requests(&other.http)?;
+        }
+        permit(&other.policies, &there).1?;
+        limits.admit(&rules.mesh, &other.http, &there).map_err(Refused::Limited)?;
+    }
     endpoints(front, &rules, backend, connection)
 }
 
@@ -206,20 +295,33 @@ fn declared(service: &HttpService, port: u16) -> Result<(), Refused> {
     passed_by.map_or(Ok(()), |(_, what)| Err(Refused::Undeclared(what)))
 }
 
-/// Policies over a connection that shows no request: what asks for one denies.
-fn permit(policies: &authorize::Policies, connection: &Connection) -> Result<(), Refused> {
+/// The same for a service of requests that a route of connections leads to.
+fn without_requests(service: &HttpService) -> Result<(), Refused> {
+    match (service.authentication.is_empty(), service.rate_limits.is_empty()) {
+        (false, _) => Err(Refused::PassedBy("request authentication")),
+        (true, false) => Err(Refused::PassedBy("rate limits")),
+        (true, true) => Ok(()),
+    }
+}
+
+/// Policies over a connection that shows no request: what asks for one denies. The first part is what they said.
+fn permit(
+    policies: &authorize::Policies,
+    connection: &Connection,
+) -> (Option<Arc<model::RequestDecision>>, Result<(), Refused>) {
     if policies.is_empty() {
-        return Ok(());
+        return (None, Ok(()));
     }
     let decision = policies.decide(&authorize::subject(connection), None);
     // Nobody can be asked about a connection.
-    match (&decision.outcome, decision.ask.first()) {
+    let permitted = match (&decision.outcome, decision.ask.first()) {
         (Ok(_), None) => Ok(()),
         (Ok(_), Some((policy, provider))) => {
             Err(Refused::Denied(format!("policy {policy} asks {provider}, which is told of requests only")))
         }
         (Err(deny), _) => Err(Refused::Denied(deny.to_string())),
-    }
+    };
+    (Some(Arc::new(decision)), permitted)
 }
 
 async fn connect(endpoints: &dyn Endpoints, connection: &Connection) -> Result<(Opened, Picked), Refused> {
@@ -230,7 +332,9 @@ async fn connect(endpoints: &dyn Endpoints, connection: &Connection) -> Result<(
         let picked = match endpoints.pick(&call) {
             Ok(picked) => picked,
             Err(none) => {
-                return Err(Refused::NoEndpoint(last.unwrap_or_else(|| none.detail.to_owned())));
+                let never = (none.flag, none.detail.to_owned());
+                let (flag, why) = last.map_or(never, |why| (Flag::UpstreamConnectionFailure, why));
+                return Err(Refused::NoEndpoint(flag, why));
             }
         };
         match open(&picked.target, CONNECT_TIMEOUT).await {
@@ -250,19 +354,26 @@ async fn connect(endpoints: &dyn Endpoints, connection: &Connection) -> Result<(
         }
         tried.push(picked.target.clone());
     }
-    Err(Refused::NoEndpoint(last.unwrap_or_default()))
+    Err(Refused::NoEndpoint(Flag::UpstreamConnectionFailure, last.unwrap_or_default()))
 }
 
 /// Copies both ways until both have ended.
 async fn copy(
-    mut tunnel: Counted<hbone::Tunnel>,
+    tunnel: &mut Counted<hbone::Tunnel>,
     mut server: Opened,
     input: BytesMut,
-) -> std::io::Result<()> {
-    server.io.write_all(&input).await?;
+    idle: Option<Duration>,
+) -> Result<(), Broken> {
+    let begin = async {
+        server.io.write_all(&input).await?;
+        server.io.flush().await
+    };
+    match idle {
+        Some(idle) => timeout(idle, begin).await.map_err(|_| Broken::Idle(idle))??,
+        None => begin.await?,
+    }
     drop(input);
-    let copied = tokio::io::copy_bidirectional(&mut tunnel, &mut server.io);
-    copied.await.map(drop)
+    relay(tunnel, &mut server.io, idle).await
 }
 
 #[cfg(test)]

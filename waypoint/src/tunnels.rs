@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hbone::{Connector, HeaderValue, Pool, PoolSettings, TunnelHeaders};
+use hbone::{Connector, HeaderValue, Pool, PoolSettings, Transport, TunnelHeaders};
 use identity::{ExpectedPeers, HandshakeError, PeerInfo, TlsStream};
 use model::{HboneAddr, SpiffeId};
 use process::runtimes::Workers;
@@ -68,6 +68,16 @@ impl Connector for Dialer {
     }
 }
 
+/// Of connections that carry tunnels, on either side: a peer from which nothing comes is asked as soon as Envoy's waypoints ask
+/// theirs, so that the tunnels of a node that has gone end before their clients give up.
+pub(crate) fn transport() -> Transport {
+    Transport {
+        ping_interval: Duration::from_secs(10),
+        ping_timeout: Duration::from_secs(20),
+        ..Transport::default()
+    }
+}
+
 /// The pools of tunnels, one for each thread of the data plane.
 #[derive(Clone)]
 pub struct Tunnels(Arc<[Pool<Dialer>]>);
@@ -76,7 +86,7 @@ impl Tunnels {
     /// Empty pools for this many threads.
     #[must_use]
     pub fn new(threads: usize, tls: &Tls) -> Self {
-        let settings = PoolSettings { spread: 1, ..PoolSettings::default() };
+        let settings = PoolSettings { spread: 1, transport: transport(), ..PoolSettings::default() };
         let limit = settings.connect_timeout;
         let pool = |_| Pool::new(Dialer { tls: tls.clone(), connect_timeout: limit }, settings);
         Self((0..threads.max(1)).map(pool).collect())

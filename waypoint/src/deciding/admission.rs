@@ -1,23 +1,37 @@
 //! Whether a request may go on, before its route is chosen: token, policies, external authorizers, rate limits. Each
 //! step may have to wait for somebody else; what comes after it then goes on by the same snapshot.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
+
+use model::{PolicyKey, RequestDecision, Str};
 
 use crate::deciding::Deciding;
 use crate::filters::ext_authz::{Questions, Shown, Verdict};
-use crate::filters::jwt::{Outcome, Patience};
+use crate::filters::jwt::{Outcome, Patience, fields_of};
 use crate::filters::rate_limit::{Answered, Checked};
 use crate::filters::{Refusal, authorize};
-use crate::http::decide::{Connection, Decided, Decision, Edit, Edits, More, Reading, Then, Value};
+use crate::http::decide::{Connection, Decided, Decision, Edit, Edits, More, Reading, Response, Then, Value};
 use crate::http::head::RequestHead;
 use crate::rules::{Rules, ServiceRules};
 
-/// A request's way from its token to its route.
-#[derive(Clone)]
+/// A request's way from its token to its route; or, where its route leads to another service, to that, which is asked what
+/// was not asked yet.
 pub(super) struct Admission {
     deciding: Deciding,
     rules: Arc<Rules>,
     service: Arc<ServiceRules>,
+    beyond: Option<Beyond>,
+}
+
+/// Where a route leads to another service.
+struct Beyond {
+    /// What is done with the request if it may.
+    decision: Decision,
+    /// The other's address, as far as policies ask for it.
+    to: SocketAddr,
+    /// Whether the other believes what the token says that was taken for the service that was called.
+    believes: bool,
 }
 
 fn refused(refusal: Refusal, detail: &'static str, decided: &mut Decided) -> Decision {
@@ -27,12 +41,18 @@ fn refused(refusal: Refusal, detail: &'static str, decided: &mut Decided) -> Dec
 
 impl Admission {
     pub(super) fn new(deciding: &Deciding, rules: &Arc<Rules>, service: &Arc<ServiceRules>) -> Self {
-        Self { deciding: deciding.clone(), rules: Arc::clone(rules), service: Arc::clone(service) }
+        let (deciding, rules, service) = (deciding.clone(), Arc::clone(rules), Arc::clone(service));
+        Self { deciding, rules, service, beyond: None }
+    }
+
+    /// The way of a request to another service's address, which `decision` sends it to, and which asks for `service`.
+    pub(super) fn beyond(self, decision: Decision, to: SocketAddr, believes: bool) -> Self {
+        Self { beyond: Some(Beyond { decision, to, believes }), ..self }
     }
 
     /// Looks at the token, and goes on.
     pub(super) fn run(
-        self,
+        mut self,
         request: &mut RequestHead,
         connection: &Connection,
         decided: &mut Decided,
@@ -40,7 +60,11 @@ impl Admission {
     ) -> Decision {
         let guards = &self.deciding.0.guards;
         match guards.authenticator.authenticate(&self.rules.mesh, &self.service.http, request, patience) {
-            Outcome::Passed(claims) => decided.claims = claims,
+            Outcome::Passed(None) if self.beyond.is_some() => {}
+            Outcome::Passed(claims) => {
+                decided.claims = claims;
+                self.beyond.iter_mut().for_each(|beyond| beyond.believes = true);
+            }
             Outcome::Refused(refusal, detail) => return refused(refusal, detail, decided),
             Outcome::Wait(attempt) => {
                 return Decision::Later(Box::pin(async move {
@@ -52,20 +76,46 @@ impl Admission {
                 }));
             }
         }
-        if let Err(refusal) = authorize::apply(&self.service.policies, request, connection, decided) {
-            return refused(refusal, "rbac_access_denied", decided);
+        decided.own_fields.extend(fields_of(&self.rules.mesh, &self.service.http));
+        let before = decided.verdict.take();
+        let authorized = match &self.beyond {
+            None => authorize::apply(&self.service.policies, request, connection, decided),
+            Some(beyond) => {
+                let connection = Connection { destination: beyond.to, ..connection.clone() };
+                let own = decided.claims.clone();
+                decided.claims = own.clone().filter(|_| beyond.believes);
+                let authorized = authorize::apply(&self.service.policies, request, &connection, decided);
+                decided.claims = own;
+                authorized
+            }
+        };
+        let asked = decided.verdict.as_ref().map(|verdict| verdict.ask.clone()).unwrap_or_default();
+        if let Some(before) = before {
+            let mut all = RequestDecision::clone(&before);
+            if let Some(now) = &decided.verdict {
+                all = all.and(RequestDecision::clone(now));
+            }
+            decided.verdict = Some(all.into());
         }
-        self.ask(request, connection, decided)
+        match authorized {
+            Ok(()) => self.ask(&asked, request, connection, decided),
+            Err(refusal) => refused(refusal, "rbac_access_denied", decided),
+        }
     }
 
     /// Asks those whom CUSTOM policies name.
-    fn ask(self, request: &mut RequestHead, connection: &Connection, decided: &mut Decided) -> Decision {
-        let asked = decided.verdict.as_ref().map(|verdict| verdict.ask.clone()).unwrap_or_default();
+    fn ask(
+        self,
+        asked: &[(PolicyKey, Str)],
+        request: &mut RequestHead,
+        connection: &Connection,
+        decided: &mut Decided,
+    ) -> Decision {
         if asked.is_empty() {
             return self.limit(request, connection, decided, Vec::new());
         }
         let clusters = &self.deciding.0.clusters;
-        let questions = match Questions::new(&self.rules.mesh, clusters, &asked, request, connection) {
+        let questions = match Questions::new(&self.rules.mesh, clusters, asked, request, connection) {
             Ok(questions) => questions,
             Err(refusal) => return refused(refusal, "ext_authz_error", decided),
         };
@@ -104,7 +154,8 @@ impl Admission {
     ) -> Decision {
         let inner = &self.deciding.0;
         let (mesh, http) = (&self.rules.mesh, &self.service.http);
-        let claims = decided.claims.clone();
+        let believed = self.beyond.as_ref().is_none_or(|beyond| beyond.believes);
+        let claims = decided.claims.clone().filter(|_| believed);
         match inner.guards.limits.check(mesh, &inner.clusters, http, request, connection, claims.as_deref()) {
             Checked::Passed(more) => {
                 edits.extend(more);
@@ -139,13 +190,19 @@ impl Admission {
         decided: &mut Decided,
         edits: Vec<Edit>,
     ) -> Decision {
-        let routed = self.deciding.routed(&self.rules, &self.service, request, connection, decided);
-        with_edits(routed.unwrap_or_else(Decision::Respond), edits)
+        let decision = match self.beyond {
+            Some(beyond) => beyond.decision,
+            None => {
+                let routed = self.deciding.routed(&self.rules, &self.service, request, connection, decided);
+                routed.unwrap_or_else(Decision::Respond)
+            }
+        };
+        with_edits(decision, edits)
     }
 }
 
 /// A decision after which the response gets `edits`, before those of the route.
-fn with_edits(decision: Decision, edits: Vec<Edit>) -> Decision {
+pub(super) fn with_edits(decision: Decision, edits: Vec<Edit>) -> Decision {
     if edits.is_empty() {
         return decision;
     }
@@ -163,7 +220,26 @@ fn with_edits(decision: Decision, edits: Vec<Edit>) -> Decision {
             });
             then
         })),
-        // A route's own answer, and what reads a body, have no response of a service.
-        other => other,
+        Decision::Respond(response) => Decision::Respond(edited(&response, edits)),
+        Decision::Read(Reading { limit, then }) => Decision::Read(Reading {
+            limit,
+            then: Box::new(move |ahead, request, connection, decided| {
+                with_edits(then(ahead, request, connection, decided), edits)
+            }),
+        }),
     }
+}
+
+/// An answer of our own with `edits`: pages of other origins can read no answer without the fields that let them, and
+/// clients have to know of their limits whoever answers. What the answer says itself stands.
+fn edited(response: &Response, edits: Vec<Edit>) -> Refusal {
+    let mut response = response.clone();
+    let mut fields = response.fields.into_vec();
+    for (name, value) in Edits(edits).plain_fields() {
+        if !fields.iter().any(|(known, _)| known.eq_ignore_ascii_case(&name)) {
+            fields.push((name, value));
+        }
+    }
+    response.fields = fields.into();
+    Arc::new(response)
 }

@@ -17,8 +17,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use model::Mesh;
 use model::http::{Claims, HttpService, TokenPlace, TokenRule};
+use model::{Mesh, Str};
 use process::metrics::Counter;
 use serde_json::Value;
 
@@ -246,11 +246,8 @@ impl Authenticator {
         patience: Patience,
         now: u64,
     ) -> Outcome {
-        for rule in rules {
-            let claims = rule.claim_headers.iter().map(|claim| &claim.header);
-            for header in rule.payload_header.iter().chain(claims) {
-                request.fields.remove(header.as_bytes());
-            }
+        for header in rules.iter().flat_map(|rule| own_fields(rule)) {
+            request.fields.remove_all_like(header.as_bytes());
         }
         if is_preflight(request) {
             return Outcome::Passed(None);
@@ -339,6 +336,18 @@ impl Authenticator {
         self.cache.put(digest, kept);
         Ok(claims)
     }
+}
+
+/// The fields in which a service is told what a token says.
+fn own_fields(rule: &TokenRule) -> impl Iterator<Item = &Str> {
+    rule.payload_header.iter().chain(rule.claim_headers.iter().map(|claim| &claim.header))
+}
+
+/// The fields in which `service` is told what tokens say: nobody else may, in trailers neither.
+#[must_use]
+pub fn fields_of(mesh: &Mesh, service: &HttpService) -> Vec<Str> {
+    let known = service.authentication.iter().filter_map(|key| mesh.authentication(key));
+    known.flat_map(|known| known.rules.iter()).flat_map(|rule| own_fields(rule)).cloned().collect()
 }
 
 /// Whether it asks, for a page of another origin, what it may do: browsers send no token with it (Fetch, "CORS-preflight

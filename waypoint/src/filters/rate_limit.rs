@@ -110,7 +110,9 @@ impl RateLimits {
         let before = self.buckets.load();
         let known: HashMap<(&PolicyKey, &Str), &Held> =
             before.values().map(|held| ((&held.1.resource, &held.1.name), held)).collect();
-        let mut next = HashMap::new();
+        // A request that waits goes on by the limits that were in force when it came: while somebody has them, they count.
+        let in_use = before.iter().filter(|(_, (limit, _))| Arc::strong_count(limit) > 1);
+        let mut next: HashMap<usize, Held> = in_use.map(|(at, held)| (*at, held.clone())).collect();
         for limits in mesh.rate_limits() {
             for limit in &limits.limits {
                 let Count::Local(bucket) = limit.count else { continue };
@@ -146,10 +148,7 @@ impl RateLimits {
         let mut all = Vec::new();
         for key in &service.rate_limits {
             let Some(limits) = mesh.rate_limit(key) else {
-                return Checked::Refused(
-                    answer(503, "rate limit is not known yet", Flag::None),
-                    "rate_limit_unknown",
-                );
+                return unknown();
             };
             all.push(limits);
         }
@@ -181,7 +180,10 @@ impl RateLimits {
                 let one = |key: &LimitKey| of_connection(key, connection);
                 let values: Option<Vec<String>> = limit.by.iter().map(one).collect();
                 let local = buckets.get(&Arc::as_ptr(limit).addr());
-                let (Some(values), Some((_, local))) = (values, local) else { continue };
+                let (Some(values), Count::Local(_)) = (values, &limit.count) else { continue };
+                let Some((_, local)) = local else {
+                    return Err(format!("the limit {} of {key} is not counted any more", limit.name));
+                };
                 match local.buckets.take(&values, self.now()) {
                     Taken::Over { .. } if limit.dry_run => self.stats.would_refuse.inc(),
                     Taken::Over { .. } => {
@@ -217,8 +219,10 @@ impl RateLimits {
                 match &limit.count {
                     Count::Global(global) => questions.push((global, limit, values, limits.headers)),
                     Count::Local(bucket) => {
-                        // It comes with the snapshot that the limit came with.
-                        let Some((_, local)) = buckets.get(&Arc::as_ptr(limit).addr()) else { continue };
+                        // It comes before the snapshot that the limit comes with, and stays as long as that.
+                        let Some((_, local)) = buckets.get(&Arc::as_ptr(limit).addr()) else {
+                            return Err(unknown());
+                        };
                         let taken = local.buckets.take(&values, self.now());
                         let (left, reset, over) = match taken {
                             Taken::Within { left, reset } => (left, reset, false),
@@ -247,6 +251,11 @@ impl RateLimits {
         }
         Ok((told, questions))
     }
+}
+
+/// The answer where a limit is listed and can't be counted.
+fn unknown() -> Checked {
+    Checked::Refused(answer(503, "rate limit is not known yet", Flag::None), "rate_limit_unknown")
 }
 
 /// Whether a limit is of a request.

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use model::http::{
-    Backend, BackendRef, HeaderEdits, HttpPort, Request, Retry, RetryOn, Route, RouteAction, RouteMatch,
-    SourceFacts,
+    Backend, BackendRef, HeaderEdits, HttpPort, Request, Retry, RetryOn, Route, RouteAction, RouteKind,
+    RouteMatch, SourceFacts,
 };
 
 use super::{Refusal, respond, rewrite};
-use crate::http::decide::{Edits, Forwarding, Retries, Timeouts};
+use crate::http::decide::{Edits, Forwarding, Measured, Retries, Timeouts};
 
 /// A port's routes.
 #[derive(Debug)]
@@ -51,6 +51,8 @@ pub struct Found<'a> {
     pub rules: &'a Arc<RouteRules>,
     /// What of the route held.
     pub matched: Option<&'a RouteMatch>,
+    /// Its place in the port's table.
+    pub position: Option<usize>,
 }
 
 impl PortRules {
@@ -87,11 +89,11 @@ impl PortRules {
     #[must_use]
     pub fn find(&self, request: &Request<'_>, source: &SourceFacts<'_>) -> Option<Found<'_>> {
         if self.routes.is_empty() {
-            return Some(Found { rules: &self.itself, matched: None });
+            return Some(Found { rules: &self.itself, matched: None, position: None });
         }
         let selected = self.port.routes.select(request, source)?;
         let rules = self.routes.get(selected.position)?;
-        Some(Found { rules, matched: Some(selected.matched) })
+        Some(Found { rules, matched: Some(selected.matched), position: Some(selected.position) })
     }
 }
 
@@ -124,7 +126,12 @@ fn forwarding(route: Option<&Route>, backend: Option<&HeaderEdits>) -> Forwardin
     let mut timeouts = Timeouts::default();
     if let Some(route) = route {
         response_edits.0.extend(rewrite::edits(&route.response_headers).0);
-        timeouts = Timeouts { request: route.timeouts.request, per_try: route.timeouts.per_try, idle: None };
+        let measured = match route.id.kind {
+            RouteKind::VirtualService => Measured::Response,
+            _ => Measured::Whole,
+        };
+        let model::http::Timeouts { request, per_try } = route.timeouts;
+        timeouts = Timeouts { request, per_try, measured, idle: None };
     }
     let retries = match route.and_then(|route| route.retry.as_ref()) {
         Some(retry) => (retry.attempts > 0).then(|| retries(retry)),
@@ -168,6 +175,8 @@ fn retries(retry: &Retry) -> Retries {
         statuses,
         grpc_codes: codes.into_iter().filter(|(what, _)| on(*what)).map(|(_, code)| code).collect(),
         backoff: retry.backoff,
+        rate_limited: on(RetryOn::ENVOY_RATELIMITED),
         remote_localities: retry.remote_localities,
+        same_hosts: !retry.other_hosts,
     }
 }

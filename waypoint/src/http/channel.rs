@@ -107,6 +107,14 @@ impl Channel {
         }
     }
 
+    /// Bytes that wait here, read or to be written.
+    pub(crate) fn held(&mut self) -> usize {
+        match self {
+            Self::H1(wire) => wire.held(),
+            Self::H2(stream) => stream.recv.as_mut().map_or(0, |recv| recv.flow_control().used_capacity()),
+        }
+    }
+
     /// Lets the peer send more, for data that was passed on.
     pub(crate) fn consumed(&mut self, bytes: usize) {
         if let Self::H2(Stream { recv: Some(recv), .. }) = self {

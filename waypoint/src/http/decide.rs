@@ -27,6 +27,8 @@ pub struct Connection {
     pub server_name: Option<Arc<str>>,
     /// Whether that handshake is there: the scheme is `https` then.
     pub secure: bool,
+    /// Who the client is by what its node says of it, where the mesh does not tell: for telemetry only.
+    pub said: Option<Arc<model::Workload>>,
 }
 
 /// What decides. It is asked once for a request, and told how it ended.
@@ -116,16 +118,26 @@ pub struct Decided {
     pub port: u16,
     /// The route that took it.
     pub route: Option<Arc<model::http::Route>>,
+    /// The place of what held of that route in the port's table.
+    pub matched: Option<usize>,
+    /// The route that took it, if it is a connection of bytes.
+    pub stream: Option<Arc<model::http::StreamRoute>>,
+    /// Where that route leads to.
+    pub led_to: Option<model::http::BackendRef>,
+    /// Whether it was made to wait, since its route says so.
+    pub delayed: bool,
     /// The place of the back end among those of the route.
     pub backend: Option<usize>,
     /// What its token says, if it has one that was verified.
     pub claims: Option<Arc<model::http::Claims>>,
     /// Whether the policies let it in, and why; with what dry-run policies would have changed.
-    pub verdict: Option<Box<model::RequestDecision>>,
+    pub verdict: Option<Arc<model::RequestDecision>>,
     /// The request's span, where somebody takes spans.
     pub trace: Option<Box<crate::telemetry::Span>>,
     /// Authority, path and query as they came, where they are sent in another form.
     pub original: Option<Box<Original>>,
+    /// Fields that are ours to say, so that the request's trailers may not have them.
+    pub own_fields: Vec<model::Str>,
     /// Why it is answered here, for the log.
     pub detail: &'static str,
 }
@@ -215,15 +227,28 @@ pub struct Forwarding {
     pub response_edits: Edits,
 }
 
-/// Time limits; `None` is without one.
+/// Time limits; `None` is without one. What has switched protocols is under that of idleness only.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Timeouts {
-    /// From the request's head to the response's end, tries and pauses included.
+    /// To the response's end, tries and pauses included.
     pub request: Option<Duration>,
-    /// From the choice of an endpoint to its response's head.
+    /// For a try.
     pub per_try: Option<Duration>,
+    /// What these are measured from and to.
+    pub measured: Measured,
     /// Without a byte in either direction. `None` is that of [`crate::http::Settings`].
     pub idle: Option<Duration>,
+}
+
+/// What time limits are measured from and to.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub enum Measured {
+    /// As the Gateway API says: from the request's first byte, or the choice of a try's endpoint, to the response's last byte.
+    #[default]
+    Whole,
+    /// As Envoy has it: both begin when all of the request has come, so that a client may stream for as long as it likes; a
+    /// try's ends with the response's head.
+    Response,
 }
 
 /// When a request is tried again. Never once the response has begun, and only while its body is still here.
@@ -247,8 +272,12 @@ pub struct Retries {
     pub grpc_codes: Vec<u8>,
     /// The first pause is random up to this; each further one up to twice as long, ten times at most.
     pub backoff: Duration,
+    /// Whether the answer says that a rate limit was reached (`x-envoy-ratelimited`).
+    pub rate_limited: bool,
     /// Whether further tries go to another locality, where there is one.
     pub remote_localities: bool,
+    /// Whether further tries may go to an endpoint that was tried, as if it had not been.
+    pub same_hosts: bool,
 }
 
 /// Who gets a copy of requests. What becomes of it touches nobody.

@@ -59,6 +59,18 @@ impl Edits {
         }
     }
 
+    /// The fields that an answer of our own gets: what is to be made of a response has none to be made of.
+    #[must_use]
+    pub fn plain_fields(&self) -> Box<[(Box<str>, Box<str>)]> {
+        let plain = self.0.iter().filter_map(|edit| match edit {
+            Edit::Set(name, Value::Plain(value)) | Edit::Add(name, Value::Plain(value)) => {
+                Some((name.clone(), String::from_utf8_lossy(value).as_ref().into()))
+            }
+            _ => None,
+        });
+        plain.collect()
+    }
+
     /// Makes the changes in a request.
     pub fn apply_to_request(&self, request: &mut RequestHead, connection: &Connection, decided: &Decided) {
         for edit in &self.0 {
@@ -315,6 +327,7 @@ mod tests {
             identity: None,
             server_name: None,
             secure: false,
+            said: None,
         };
         let (mut request, decided) = (RequestHead::default(), Decided::default());
         request.fields.push(b"te", b"trailers");
@@ -335,6 +348,7 @@ mod tests {
             identity: None,
             server_name: None,
             secure: false,
+            said: None,
         };
         let decided = Decided::default();
         for (value, expected) in [

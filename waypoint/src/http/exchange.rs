@@ -21,18 +21,19 @@ use tokio::time::Instant;
 use crate::http::alarm::Alarm;
 use crate::http::channel::Channel;
 use crate::http::decide::{
-    Call, Connection, Decided, Decision, Endpoints, Facts, Flag, Forwarding, More, Outcome, Picked, Protocol,
-    Reading, Record, Response, Retries, Retrying, Target, Waiting,
+    Call, Connection, Decided, Decision, Endpoints, Facts, Flag, Forwarding, Measured, More, Outcome, Picked,
+    Protocol, Reading, Record, Response, Retries, Retrying, Target, Timeouts, Waiting,
 };
+use crate::http::failure::{CONNECT_TIMEOUT, Class, Failure};
 use crate::http::h1::Framing;
 use crate::http::head::{Known, RequestHead, ResponseHead};
+use crate::http::held::{OfClient, Share, TooMuch};
 use crate::http::hygiene::{self, Hop};
 use crate::http::messages::{self, Messages, grpc_status, http_of};
 use crate::http::mirror;
 use crate::http::pump::{Pump, PumpError};
-use crate::http::wire::ReadError;
 use crate::http::worker::Worker;
-use crate::upstream::pool::{Lease, PoolError};
+use crate::upstream::pool::Lease;
 
 /// What becomes of the client's connection.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -51,94 +52,6 @@ type Answered = ((Lease, Framing), Picked, Retrying);
 /// Informational responses of an endpoint that are passed over.
 const MAX_INFORMATIONAL: u32 = 16;
 
-/// What the log says where a connection was not made in time.
-const CONNECT_TIMEOUT: &str = "connection_timeout";
-
-/// Why a try came to nothing.
-#[derive(Clone, Copy, Debug)]
-struct Failure {
-    status: u16,
-    flag: Flag,
-    detail: &'static str,
-    class: Class,
-}
-
-/// What retries distinguish.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Class {
-    Final,
-    Connect,
-    /// The connection that it was sent on was used before and ended without a byte: it may have ended before the request.
-    Stale,
-    Reset,
-    Refused,
-    TryTimeout,
-}
-
-impl Failure {
-    const fn new(status: u16, flag: Flag, detail: &'static str, class: Class) -> Self {
-        Self { status, flag, detail, class }
-    }
-
-    const CLIENT_GONE: Self =
-        Self::new(0, Flag::DownstreamConnectionTermination, "the client has gone", Class::Final);
-    const TIMEOUT: Self = Self::new(504, Flag::UpstreamRequestTimeout, "response_timeout", Class::Final);
-    const TRY_TIMEOUT: Self =
-        Self::new(504, Flag::UpstreamRequestTimeout, "upstream_per_try_timeout", Class::TryTimeout);
-    const IDLE: Self = Self::new(504, Flag::StreamIdleTimeout, "stream_idle_timeout", Class::Final);
-
-    fn of_pool(error: &PoolError) -> Self {
-        tracing::debug!(%error, "no connection to an endpoint");
-        match error {
-            PoolError::Overflow(_) | PoolError::Pending => {
-                Self::new(503, Flag::UpstreamOverflow, "overflow", Class::Final)
-            }
-            PoolError::Timeout(_) => {
-                Self::new(503, Flag::UpstreamConnectionFailure, CONNECT_TIMEOUT, Class::Connect)
-            }
-            PoolError::Connect(_) | PoolError::Http2(_) => {
-                Self::new(503, Flag::UpstreamConnectionFailure, "connection_failure", Class::Connect)
-            }
-            PoolError::Unsendable => {
-                Self::new(400, Flag::DownstreamProtocolError, "unsendable", Class::Final)
-            }
-        }
-    }
-
-    /// The response's head did not come.
-    fn of_response(error: &ReadError, stale: bool) -> Self {
-        tracing::debug!(%error, "no response from an endpoint");
-        let ended = Self::new(
-            503,
-            Flag::UpstreamConnectionTermination,
-            "upstream_reset_before_response_started{connection_termination}",
-            if stale { Class::Stale } else { Class::Reset },
-        );
-        match error {
-            ReadError::Refused(_) => {
-                Self::new(502, Flag::UpstreamProtocolError, "protocol_error", Class::Final)
-            }
-            ReadError::Stream(error)
-                if error.reason() == Some(h2::Reason::REFUSED_STREAM) || error.is_go_away() =>
-            {
-                Self::new(503, Flag::UpstreamRemoteReset, "remote_refused_stream", Class::Refused)
-            }
-            ReadError::Stream(error) if error.is_reset() => {
-                Self::new(503, Flag::UpstreamRemoteReset, "remote_reset", Class::Reset)
-            }
-            ReadError::Ended | ReadError::Truncated | ReadError::Io(_) | ReadError::Stream(_) => ended,
-        }
-    }
-
-    /// The request's body did not come.
-    fn of_request(error: &ReadError) -> Self {
-        match error {
-            ReadError::Refused(_) => Self::new(400, Flag::DownstreamProtocolError, "bad_body", Class::Final),
-            _ => Self::CLIENT_GONE,
-        }
-    }
-}
-
 /// A request under way.
 pub(crate) struct Exchange<'a> {
     worker: &'a Arc<Worker>,
@@ -151,16 +64,47 @@ pub(crate) struct Exchange<'a> {
     decided: Decided,
     record: Record,
     upload: Pump,
+    held: Option<Share>,
     reply: ResponseHead,
-    deadline: Option<Instant>,
+    whole: Limit,
+    this_try: Limit,
     idle: Duration,
     idle_deadline: Instant,
+}
+
+/// A time limit.
+#[derive(Clone, Copy, Default)]
+struct Limit {
+    /// What is left from when all of the request has come, which it has not.
+    after_request: Option<Duration>,
+    deadline: Option<Instant>,
+}
+
+impl Limit {
+    /// One of `limit`, which begins at `from`, or when all of the request has come.
+    fn new(limit: Option<Duration>, from: Instant, measured: Measured) -> Self {
+        match measured {
+            Measured::Whole => Self { after_request: None, deadline: limit.map(|limit| from + limit) },
+            Measured::Response => Self { after_request: limit, deadline: None },
+        }
+    }
+
+    /// All of the request has come.
+    fn begin(&mut self) {
+        if let Some(limit) = self.after_request.take() {
+            self.deadline = Some(Instant::now() + limit);
+        }
+    }
+
+    fn is_over_at(self, now: Instant) -> bool {
+        self.deadline.is_some_and(|deadline| deadline <= now)
+    }
 }
 
 /// Takes a request, whose head has come, to its end.
 pub(crate) async fn exchange(
     worker: &Arc<Worker>,
-    connection: &Connection,
+    (connection, held): (&Connection, &Arc<OfClient>),
     client: &mut Channel,
     request: &mut RequestHead,
     alarm: &mut Alarm,
@@ -195,12 +139,20 @@ pub(crate) async fn exchange(
         decided: Decided::default(),
         record,
         upload: Pump::new(framing == Framing::None),
+        held: None,
         reply: ResponseHead::default(),
-        deadline: None,
+        whole: Limit::default(),
+        this_try: Limit::default(),
         idle,
         idle_deadline: started + idle,
     };
-    let after = exchange.run().await;
+    let after = match Share::new(held) {
+        Ok(share) => {
+            exchange.held = Some(share);
+            exchange.run().await
+        }
+        Err(TooMuch) => exchange.fail(Failure::HELD).await,
+    };
     exchange.record.received = exchange.upload.bytes;
     exchange.record.request_messages = exchange.upload.messages.map_or(0, Messages::count);
     let (response, decided) = (&exchange.reply.fields, &exchange.decided);
@@ -261,7 +213,8 @@ impl Exchange<'_> {
             if self.upload.is_read() && self.client.poll_gone(cx).is_ready() {
                 return Poll::Ready(Err(Failure::CLIENT_GONE));
             }
-            self.poll_late(cx, None).map(Err)
+            self.hold(None, 0)?;
+            self.poll_late(cx).map(Err)
         });
         let then = then.await?;
         Ok(then(self.request, self.connection, &mut self.decided))
@@ -278,7 +231,8 @@ impl Exchange<'_> {
                 Poll::Ready(read) => return Poll::Ready(read.map_err(|error| Failure::of_request(&error))),
                 Poll::Pending => {}
             }
-            self.poll_late(cx, None).map(Err)
+            self.hold(None, 0)?;
+            self.poll_late(cx).map(Err)
         })
         .await?;
         // It is here in any case, so it can be sent again.
@@ -288,7 +242,8 @@ impl Exchange<'_> {
     }
 
     async fn forward(&mut self, how: &Forwarding, endpoints: &dyn Endpoints, more: Option<&More>) -> After {
-        self.deadline = how.timeouts.request.map(|limit| self.record.started + limit);
+        self.whole = Limit::new(how.timeouts.request, self.record.started, how.timeouts.measured);
+        self.upload.barred = std::mem::take(&mut self.decided.own_fields);
         if let Some(idle) = how.timeouts.idle {
             self.idle = idle;
             self.idle_deadline = self.record.started + idle;
@@ -306,7 +261,12 @@ impl Exchange<'_> {
         }
         let (answer, picked, _retrying) = match self.tries(how, endpoints).await {
             Ok(answered) => answered,
-            Err(failure) => return self.fail(failure).await,
+            Err(failure) if failure.status == 0 => return self.gone(),
+            Err(failure) => {
+                // Pages of other origins can read it by these alone, and limits are told whoever answers.
+                let edits = more.map(|more| more.response_edits.plain_fields()).unwrap_or_default();
+                return self.respond(&failure.response(edits), failure.detail).await;
+            }
         };
         if let Some(cookie) = &picked.cookie {
             self.reply.fields.push(b"set-cookie", cookie.as_bytes());
@@ -328,7 +288,7 @@ impl Exchange<'_> {
             let target = &picked.target;
             self.record.tries += 1;
             self.record.target = Some(Arc::clone(target));
-            let result = self.attempt(target, how.timeouts.per_try, stale).await;
+            let result = self.attempt(target, &how.timeouts, stale).await;
             if let Some(outcome) = outcome(&result, &self.reply) {
                 picked.report(outcome);
             }
@@ -382,6 +342,8 @@ impl Exchange<'_> {
         retries: Option<&Retries>,
     ) -> Result<Picked, Failure> {
         let elsewhere = !tried.is_empty() && retries.is_some_and(|r| r.remote_localities);
+        // To go elsewhere it has to be known where it was.
+        let tried = if retries.is_some_and(|r| r.same_hosts) && !elsewhere { &[] } else { tried };
         let call = Call { request: self.request, connection: self.connection, tried, elsewhere };
         endpoints.pick(&call).map_err(|none| Failure::new(503, none.flag, none.detail, Class::Final))
     }
@@ -396,8 +358,9 @@ impl Exchange<'_> {
             if self.upload.is_read() && self.client.poll_gone(cx).is_ready() {
                 return Poll::Ready(Err(Failure::CLIENT_GONE));
             }
-            ready!(self.alarm.poll(cx, self.deadline.map_or(until, |deadline| deadline.min(until))));
-            if self.deadline.is_some_and(|deadline| deadline < until) {
+            let deadline = self.whole.deadline;
+            ready!(self.alarm.poll(cx, deadline.map_or(until, |deadline| deadline.min(until))));
+            if deadline.is_some_and(|deadline| deadline < until) {
                 return Poll::Ready(Err(Failure::TIMEOUT));
             }
             Poll::Ready(Ok(()))
@@ -409,15 +372,15 @@ impl Exchange<'_> {
     async fn attempt(
         &mut self,
         target: &Arc<Target>,
-        per_try: Option<Duration>,
+        timeouts: &Timeouts,
         fresh: bool,
     ) -> Result<(Lease, Framing), Failure> {
-        let try_deadline = per_try.map(|limit| Instant::now() + limit);
+        self.this_try = Limit::new(timeouts.per_try, Instant::now(), timeouts.measured);
         let idle =
             if target.protocol == Protocol::Http1 && !fresh { self.worker.pool.idle(target) } else { None };
         let mut lease = match idle {
             Some(lease) => lease,
-            None => Box::pin(self.connect(target, try_deadline, fresh)).await?,
+            None => Box::pin(self.connect(target, fresh)).await?,
         };
         if let (Some(protocol), Channel::H1(_)) = (&self.hop.upgrade, &lease.channel) {
             lease.channel.send_upgrade(self.request, self.framing, protocol);
@@ -426,17 +389,14 @@ impl Exchange<'_> {
         }
         let to_head = self.request.method() == "HEAD";
         let mut words = MAX_INFORMATIONAL;
-        let framing =
-            poll_fn(|cx| self.poll_head(cx, &mut lease, try_deadline, (to_head, &mut words))).await?;
+        let framing = poll_fn(|cx| self.poll_head(cx, &mut lease, (to_head, &mut words))).await?;
+        if timeouts.measured == Measured::Response {
+            self.this_try = Limit::default();
+        }
         Ok((lease, framing))
     }
 
-    async fn connect(
-        &mut self,
-        target: &Arc<Target>,
-        try_deadline: Option<Instant>,
-        fresh: bool,
-    ) -> Result<Lease, Failure> {
+    async fn connect(&mut self, target: &Arc<Target>, fresh: bool) -> Result<Lease, Failure> {
         let worker = Arc::clone(self.worker);
         let mut request = std::mem::take(self.request);
         let result = {
@@ -448,7 +408,8 @@ impl Exchange<'_> {
                 if self.upload.is_read() && self.client.poll_gone(cx).is_ready() {
                     return Poll::Ready(Err(Failure::CLIENT_GONE));
                 }
-                self.poll_late(cx, try_deadline).map(Err)
+                self.hold(None, 0)?;
+                self.poll_late(cx).map(Err)
             })
             .await
         };
@@ -462,7 +423,6 @@ impl Exchange<'_> {
         &mut self,
         cx: &mut Context<'_>,
         lease: &mut Lease,
-        try_deadline: Option<Instant>,
         (to_head, words): (bool, &mut u32),
     ) -> Poll<Result<Framing, Failure>> {
         match self.upload.poll(cx, self.client, &mut lease.channel) {
@@ -475,7 +435,7 @@ impl Exchange<'_> {
                 Poll::Ready(Ok(framing)) if self.is_final() => return Poll::Ready(Ok(framing)),
                 Poll::Ready(Ok(_)) if self.reply.status == 101 => {
                     let detail = "a switch to a protocol that was not asked for";
-                    return Poll::Ready(Err(protocol_error(detail)));
+                    return Poll::Ready(Err(Failure::of_protocol(detail)));
                 }
                 Poll::Ready(Ok(_)) => {
                     self.reply.clear();
@@ -490,11 +450,12 @@ impl Exchange<'_> {
                     if self.upload.is_read() && self.client.poll_gone(cx).is_ready() {
                         return Poll::Ready(Err(Failure::CLIENT_GONE));
                     }
-                    return self.poll_late(cx, try_deadline).map(Err);
+                    self.hold(Some(&mut lease.channel), 0)?;
+                    return self.poll_late(cx).map(Err);
                 }
             }
         }
-        Poll::Ready(Err(protocol_error("too many informational responses")))
+        Poll::Ready(Err(Failure::of_protocol("too many informational responses")))
     }
 
     /// Whether the head in `reply` is the response, not a word before it.
@@ -509,18 +470,30 @@ impl Exchange<'_> {
         chosen.next().is_some_and(|chosen| chosen.eq_ignore_ascii_case(asked)) && chosen.next().is_none()
     }
 
+    /// Counts what waits here for somebody to take it: of the request, and of the response, which `server` brings and of which
+    /// `more` was read.
+    fn hold(&mut self, server: Option<&mut Channel>, more: usize) -> Result<(), Failure> {
+        let Some(share) = &mut self.held else { return Ok(()) };
+        let bytes = self.upload.held() + self.client.held() + server.map_or(0, Channel::held) + more;
+        share.set(bytes).map_err(|TooMuch| Failure::HELD)
+    }
+
     /// Ready when it has taken too long.
-    fn poll_late(&mut self, cx: &mut Context<'_>, try_deadline: Option<Instant>) -> Poll<Failure> {
+    fn poll_late(&mut self, cx: &mut Context<'_>) -> Poll<Failure> {
+        if self.upload.is_read() {
+            self.whole.begin();
+            self.this_try.begin();
+        }
         loop {
             let mut first = self.idle_deadline;
-            for deadline in [self.deadline, try_deadline].into_iter().flatten() {
+            for deadline in [self.whole.deadline, self.this_try.deadline].into_iter().flatten() {
                 first = first.min(deadline);
             }
             ready!(self.alarm.poll(cx, first));
-            if self.deadline.is_some_and(|deadline| deadline <= first) {
+            if self.whole.is_over_at(first) {
                 return Poll::Ready(Failure::TIMEOUT);
             }
-            if try_deadline.is_some_and(|deadline| deadline <= first) {
+            if self.this_try.is_over_at(first) {
                 return Poll::Ready(Failure::TRY_TIMEOUT);
             }
             if !std::mem::take(&mut self.upload.moved) {
@@ -628,8 +601,9 @@ impl Exchange<'_> {
         if self.upload.is_read() && !both && self.client.poll_gone(cx).is_ready() {
             return Poll::Ready(Err(Failure::CLIENT_GONE));
         }
+        self.hold(Some(&mut lease.channel), download.held())?;
         self.upload.moved |= std::mem::take(&mut download.moved);
-        self.poll_late(cx, None).map(Err)
+        self.poll_late(cx).map(Err)
     }
 
     /// Passes a switch of protocols on: from here on both connections carry bytes (RFC 9110 section 7.8).
@@ -644,6 +618,8 @@ impl Exchange<'_> {
             server.switch();
         }
         self.upload = Pump::new(false);
+        // They were for a response, and there is none that could end.
+        (self.whole, self.this_try) = (Limit::default(), Limit::default());
     }
 
     fn gone(&mut self) -> After {
@@ -660,9 +636,7 @@ impl Exchange<'_> {
         if failure.status == 0 {
             return self.gone();
         }
-        let body = Bytes::from_static(failure.detail.as_bytes());
-        let response = Response { status: failure.status, fields: Box::default(), body, flag: failure.flag };
-        self.respond(&response, failure.detail).await
+        self.respond(&failure.response(Box::default()), failure.detail).await
     }
 
     /// Answers here.
@@ -722,10 +696,6 @@ fn local_head(head: &mut ResponseHead, response: &Response, grpc: bool) -> Bytes
     response.body.clone()
 }
 
-fn protocol_error(detail: &'static str) -> Failure {
-    Failure::new(502, Flag::UpstreamProtocolError, detail, Class::Final)
-}
-
 /// What a try says of its endpoint.
 fn outcome(result: &Result<(Lease, Framing), Failure>, reply: &ResponseHead) -> Option<Outcome> {
     match result {
@@ -740,24 +710,4 @@ fn outcome(result: &Result<(Lease, Framing), Failure>, reply: &ResponseHead) -> 
 
 fn is_good(result: &Result<(Lease, Framing), Failure>, reply: &ResponseHead) -> bool {
     result.is_ok() && reply.status < 500
-}
-
-impl Retries {
-    fn take(&self, class: Class) -> bool {
-        match class {
-            Class::Final => false,
-            Class::Connect => self.connect_failure,
-            Class::Stale | Class::Reset | Class::TryTimeout => self.reset,
-            Class::Refused => self.refused_stream || self.reset,
-        }
-    }
-
-    fn take_response(&self, reply: &ResponseHead) -> bool {
-        let status = reply.status;
-        (self.server_errors && status >= 500)
-            || (self.gateway_errors && matches!(status, 502..=504))
-            || self.statuses.contains(&status)
-            || (!self.grpc_codes.is_empty()
-                && grpc_status(&reply.fields).is_some_and(|code| self.grpc_codes.contains(&code)))
-    }
 }

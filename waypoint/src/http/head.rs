@@ -131,6 +131,12 @@ struct Field {
     known: Known,
 }
 
+/// Whether an application may take one name for the other.
+fn reads_as(name: &[u8], other: &[u8]) -> bool {
+    let read = |byte: &u8| if *byte == b'_' { b'-' } else { byte.to_ascii_lowercase() };
+    name.len() == other.len() && name.iter().map(read).eq(other.iter().map(read))
+}
+
 /// The fields of a head, in order.
 #[derive(Clone, Debug, Default)]
 pub struct Fields {
@@ -255,6 +261,12 @@ impl Fields {
                 field.name = Span::default();
             }
         }
+    }
+
+    /// Removes all fields that an application may take for `name`, which is ours to say: CGI and its heirs tell `-` and `_` apart
+    /// no more than the case of letters (RFC 3875 section 4.1.18).
+    pub fn remove_all_like(&mut self, name: &[u8]) {
+        self.remove_named(|other| reads_as(other, name));
     }
 
     /// Removes all fields that `is` says so of.

@@ -110,11 +110,14 @@ fn underscores(fields: &mut Fields, rule: Underscores) -> Result<(), Refusal> {
     Ok(())
 }
 
+/// Says the client's identity, and is ours alone to say: in trailers, too.
+pub(crate) const CLIENT_CERT: &[u8] = b"x-forwarded-client-cert";
+
 /// Who the client is, for the application.
 fn forwarded(head: &mut RequestHead, connection: &Connection, settings: &Settings) {
     let scheme = head.scheme();
     let fields = &mut head.fields;
-    fields.remove_known(|known| known == Known::ForwardedClientCert);
+    fields.remove_all_like(CLIENT_CERT);
     if settings.forward_client_cert
         && let Some(identity) = &connection.identity
     {
@@ -133,7 +136,13 @@ fn forwarded(head: &mut RequestHead, connection: &Connection, settings: &Setting
             value.extend_from_slice(&client(connection.client.ip()));
             fields.set(b"x-forwarded-for", &value);
         }
-        ForwardedFor::Replace => fields.set(b"x-forwarded-for", &client(connection.client.ip())),
+        ForwardedFor::Replace => {
+            // What says the same in other words is no more the client's to say.
+            for name in [&b"x-forwarded-for"[..], b"forwarded", b"x-real-ip"] {
+                fields.remove_all_like(name);
+            }
+            fields.push(b"x-forwarded-for", &client(connection.client.ip()));
+        }
     }
     if !fields.has(Known::ForwardedProto) {
         fields.push(b"x-forwarded-proto", scheme.as_bytes());

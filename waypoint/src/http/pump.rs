@@ -10,6 +10,7 @@ use bytes::{Bytes, BytesMut};
 use crate::http::channel::Channel;
 use crate::http::decide::Ahead;
 use crate::http::head::{Fields, Known};
+use crate::http::hygiene::CLIENT_CERT;
 use crate::http::messages::Messages;
 use crate::http::wire::{Frame, ReadError};
 
@@ -26,8 +27,31 @@ pub(crate) enum PumpError {
 #[derive(Debug, Default)]
 struct Kept {
     parts: Vec<Bytes>,
+    /// What comes after these, in small pieces.
+    small: BytesMut,
     size: usize,
     limit: usize,
+}
+
+/// A piece below this size is copied to be kept: a few bytes must not keep all of the buffer that they were read into.
+const SMALL: usize = 2048;
+
+impl Kept {
+    fn push(&mut self, data: &Bytes) {
+        if data.len() < SMALL {
+            self.small.extend_from_slice(data);
+        } else {
+            self.close();
+            self.parts.push(data.clone());
+        }
+    }
+
+    /// Makes a part of what came in small pieces.
+    fn close(&mut self) {
+        if !self.small.is_empty() {
+            self.parts.push(self.small.split().freeze());
+        }
+    }
 }
 
 /// One body on its way.
@@ -37,8 +61,10 @@ pub(crate) struct Pump {
     pending: Bytes,
     /// Whether the sender's window is to be opened again for `pending`.
     owed: bool,
-    /// Was read for an earlier try.
+    /// Was read for an earlier try, or ahead.
     again: VecDeque<Bytes>,
+    /// What is being read ahead.
+    gathered: BytesMut,
     kept: Option<Kept>,
     /// The body's end was read.
     read: bool,
@@ -51,6 +77,8 @@ pub(crate) struct Pump {
     pub messages: Option<Messages>,
     /// Whether anything moved since it was last asked.
     pub moved: bool,
+    /// Fields that trailers may not have.
+    pub barred: Vec<model::Str>,
 }
 
 impl Pump {
@@ -64,7 +92,7 @@ impl Pump {
         // What was read ahead is the beginning of it.
         let parts: Vec<Bytes> = self.again.iter().cloned().collect();
         let size = parts.iter().map(Bytes::len).sum();
-        self.kept = (size <= limit).then_some(Kept { parts, size, limit });
+        self.kept = (size <= limit).then_some(Kept { parts, size, limit, ..Kept::default() });
     }
 
     /// Reads the body's beginning, `limit` bytes and what comes with them, and keeps it to be sent. Ready when it is there,
@@ -75,16 +103,23 @@ impl Pump {
         from: &mut Channel,
         limit: usize,
     ) -> Poll<Result<(), ReadError>> {
-        while !self.read && self.again.iter().map(Bytes::len).sum::<usize>() <= limit {
-            let frame = ready!(from.poll_frame(cx))?;
+        let mut ahead: usize = self.again.iter().map(Bytes::len).sum::<usize>() + self.gathered.len();
+        while !self.read && ahead <= limit {
+            let frame = match from.poll_frame(cx) {
+                Poll::Ready(frame) => frame?,
+                Poll::Pending => return Poll::Pending,
+            };
             self.take(frame, from);
             let data = std::mem::take(&mut self.pending);
-            if !data.is_empty() {
+            if std::mem::take(&mut self.owed) {
                 // It waits here, and is little: the sender may go on.
                 from.consumed(data.len());
-                self.again.push_back(data);
             }
-            self.owed = false;
+            ahead += data.len();
+            self.gathered.extend_from_slice(&data);
+        }
+        if !self.gathered.is_empty() {
+            self.again.push_back(std::mem::take(&mut self.gathered).freeze());
         }
         Poll::Ready(Ok(()))
     }
@@ -100,6 +135,13 @@ impl Pump {
         Ahead { bytes: bytes.freeze(), whole: self.read && size <= limit }
     }
 
+    /// Bytes that were read and are here.
+    pub(crate) fn held(&self) -> usize {
+        let kept = self.kept.as_ref().map_or(0, |kept| kept.size);
+        let again = if self.kept.is_some() { 0 } else { self.again.iter().map(Bytes::len).sum() };
+        self.pending.len() + self.gathered.len() + kept + again
+    }
+
     /// Whether all that was read is still here.
     pub(crate) fn can_restart(&self) -> bool {
         self.kept.is_some() || (self.bytes == 0 && self.pending.is_empty())
@@ -107,6 +149,7 @@ impl Pump {
 
     /// Begins again with what was kept, for another channel.
     pub(crate) fn restart(&mut self, empty: bool) {
+        self.kept.iter_mut().for_each(Kept::close);
         self.again = self.kept.iter().flat_map(|kept| kept.parts.iter().cloned()).collect();
         self.pending = Bytes::new();
         self.done = empty;
@@ -115,7 +158,8 @@ impl Pump {
     /// The whole body, if it was read and kept.
     pub(crate) fn whole(&self) -> Option<Vec<Bytes>> {
         let kept = self.kept.as_ref().filter(|_| self.read)?;
-        Some(kept.parts.clone())
+        let small = (!kept.small.is_empty()).then(|| Bytes::copy_from_slice(&kept.small));
+        Some(kept.parts.iter().cloned().chain(small).collect())
     }
 
     /// Whether the end was read.
@@ -181,7 +225,7 @@ impl Pump {
                     if kept.size > kept.limit {
                         self.kept = None;
                     } else {
-                        kept.parts.push(data.clone());
+                        kept.push(&data);
                         // It may be sent several times, and is given back once.
                         from.consumed(data.len());
                         self.owed = false;
@@ -196,6 +240,8 @@ impl Pump {
                     trailers.remove_known(|known| {
                         known.is_hop_by_hop() || matches!(known, Known::Host | Known::ContentLength)
                     });
+                    trailers.remove_all_like(CLIENT_CERT);
+                    self.barred.iter().for_each(|name| trailers.remove_all_like(name.as_bytes()));
                 }
             }
         }
@@ -204,5 +250,84 @@ impl Pump {
     /// The trailers, once the end was read.
     pub(crate) fn trailers(&self) -> Option<&Fields> {
         self.trailers.as_deref()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use std::future::poll_fn;
+
+    use tokio::io::{AsyncWriteExt, duplex};
+
+    use super::*;
+    use crate::http::head::RequestHead;
+    use crate::http::io::{Buffers, Io};
+    use crate::http::wire::Wire;
+
+    /// A request whose body comes byte by byte.
+    async fn in_bytes(count: usize) -> Channel {
+        in_bytes_before(count, "").await
+    }
+
+    async fn in_bytes_before(count: usize, trailers: &'static str) -> Channel {
+        let (mut client, io) = duplex(100);
+        tokio::spawn(async move {
+            client
+                .write_all(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+                .await
+                .unwrap();
+            for _ in 0..count {
+                client.write_all(b"1\r\nx\r\n").await.unwrap();
+            }
+            client.write_all(format!("0\r\n{trailers}\r\n").as_bytes()).await.unwrap();
+            std::future::pending::<()>().await;
+        });
+        let mut wire = Wire::new(Io::Layered(Box::new(io)), &Buffers::default());
+        let mut head = RequestHead::default();
+        poll_fn(|cx| wire.poll_request(cx, &mut head)).await.unwrap();
+        Channel::H1(wire)
+    }
+
+    #[tokio::test]
+    async fn what_is_read_ahead_in_bytes_is_one_piece() {
+        let mut from = in_bytes(5000).await;
+        let mut pump = Pump::new(false);
+        poll_fn(|cx| pump.poll_ahead(cx, &mut from, 10_000)).await.unwrap();
+        assert_eq!(pump.again.len(), 1);
+        let ahead = pump.ahead(10_000);
+        assert!(ahead.whole && ahead.bytes.len() == 5000);
+        assert_eq!((pump.bytes, pump.held()), (5000, 5000));
+        // Asked for again, it is there, and what is asked for is not more than is wanted.
+        poll_fn(|cx| pump.poll_ahead(cx, &mut from, 10)).await.unwrap();
+        let ahead = pump.ahead(10);
+        assert!(!ahead.whole && ahead.bytes.len() == 10);
+    }
+
+    #[tokio::test]
+    async fn trailers_say_nothing_that_is_ours_to_say() {
+        let said = "x_forwarded_client_cert: a\r\nX-Forwarded-Client-Cert: b\r\nx_SUB: c\r\nx-subject: d\r\n";
+        let (mut from, mut pump, io) = (in_bytes_before(1, said).await, Pump::new(false), duplex(1000));
+        pump.barred = vec!["x-sub".into()];
+        let mut to = Channel::H1(Wire::new(Io::Layered(Box::new(io.0)), &Buffers::default()));
+        poll_fn(|cx| pump.poll(cx, &mut from, &mut to)).await.unwrap();
+        let trailers: Vec<_> = pump.trailers().unwrap().iter().collect();
+        assert_eq!(trailers, [(&b"x-subject"[..], &b"d"[..])]);
+    }
+
+    #[tokio::test]
+    async fn what_is_kept_in_bytes_is_one_piece_and_what_is_too_much_is_let_go() {
+        for (limit, kept) in [(5000, true), (4999, false)] {
+            let (mut from, (mut pump, io)) = (in_bytes(5000).await, (Pump::new(false), duplex(1 << 20)));
+            pump.keep(limit);
+            let mut to = Channel::H1(Wire::new(Io::Layered(Box::new(io.0)), &Buffers::default()));
+            poll_fn(|cx| pump.poll(cx, &mut from, &mut to)).await.unwrap();
+            assert_eq!((pump.can_restart(), pump.held()), (kept, if kept { 5000 } else { 0 }));
+            let parts = pump.whole().map(|parts| parts.iter().map(Bytes::len).collect::<Vec<_>>());
+            assert_eq!(parts, kept.then(|| vec![5000]));
+            pump.restart(false);
+            assert_eq!(pump.again.len(), usize::from(kept));
+        }
     }
 }

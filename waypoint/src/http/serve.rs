@@ -17,6 +17,7 @@ use crate::http::exchange::{After, exchange};
 use crate::http::h1::{Framing, Refusal};
 use crate::http::h2_heads;
 use crate::http::head::{MAX_HEAD, RequestHead, ResponseHead};
+use crate::http::held::OfClient;
 use crate::http::io::Io;
 use crate::http::wire::{ReadError, Wire};
 use crate::http::worker::Worker;
@@ -75,6 +76,7 @@ pub async fn serve_begun(worker: Arc<Worker>, io: Io, input: BytesMut, connectio
         }
         Some(false) => {
             let mut session = Session {
+                held: worker.held.of(&connection),
                 worker: &worker,
                 client: Channel::H1(wire),
                 request: RequestHead::default(),
@@ -90,6 +92,7 @@ pub async fn serve_begun(worker: Arc<Worker>, io: Io, input: BytesMut, connectio
 /// A connection of HTTP/1.1.
 struct Session<'a> {
     worker: &'a Arc<Worker>,
+    held: Arc<OfClient>,
     client: Channel,
     request: RequestHead,
     alarm: Alarm,
@@ -112,7 +115,7 @@ impl Session<'_> {
                 Next::Request(framing) => {
                     let after = Box::pin(exchange(
                         self.worker,
-                        connection,
+                        (connection, &self.held),
                         &mut self.client,
                         &mut self.request,
                         &mut self.alarm,
@@ -280,7 +283,7 @@ async fn serve_h2(worker: &Arc<Worker>, io: Rewound, connection: Connection) {
         .max_concurrent_reset_streams(256);
     let handshake = tokio::time::timeout(settings.head_timeout, builder.handshake::<_, Bytes>(io)).await;
     let Ok(Ok(mut server)) = handshake else { return };
-    let connection = Arc::new(connection);
+    let connection = Arc::new((worker.held.of(&connection), connection));
     let mut drained = Box::pin(worker.drain.clone().cancelled_owned());
     let (mut alarm, mut leaving) = (Alarm::default(), false);
     let mut idle = Instant::now() + settings.idle_timeout;
@@ -309,7 +312,7 @@ async fn serve_h2(worker: &Arc<Worker>, io: Rewound, connection: Connection) {
                 tokio::spawn(serve_stream(Arc::clone(worker), Arc::clone(&connection), request, respond));
             }
             Some(Err(error)) => {
-                tracing::debug!(%error, client = %connection.client, "a connection of HTTP/2 failed");
+                tracing::debug!(%error, client = %connection.1.client, "a connection of HTTP/2 failed");
                 return;
             }
             None => return,
@@ -319,10 +322,11 @@ async fn serve_h2(worker: &Arc<Worker>, io: Rewound, connection: Connection) {
 
 async fn serve_stream(
     worker: Arc<Worker>,
-    connection: Arc<Connection>,
+    connection: Arc<(Arc<OfClient>, Connection)>,
     request: http::Request<h2::RecvStream>,
     mut respond: h2::server::SendResponse<Bytes>,
 ) {
+    let (held, connection) = &*connection;
     let (parts, recv) = request.into_parts();
     let mut head = worker.heads.take();
     match h2_heads::request(&parts, recv.is_end_stream(), &mut head) {
@@ -330,12 +334,12 @@ async fn serve_stream(
             drop(parts);
             let mut client = Channel::H2(Stream::of_client(recv, respond));
             let mut alarm = Alarm::default();
-            exchange(&worker, &connection, &mut client, &mut head, &mut alarm, framing).await;
+            exchange(&worker, (connection, held), &mut client, &mut head, &mut alarm, framing).await;
         }
         Err(refusal) => {
             worker.stats.requests_refused.inc();
             tracing::debug!(%refusal, client = %connection.client, "refused a request");
-            worker.decide.refused(&connection, refusal.status(), &refusal);
+            worker.decide.refused(connection, refusal.status(), &refusal);
             let mut response = http::Response::new(());
             *response.status_mut() =
                 http::StatusCode::from_u16(refusal.status()).unwrap_or(http::StatusCode::BAD_REQUEST);

@@ -37,6 +37,21 @@ pub enum ReadError {
     Stream(#[from] h2::Error),
 }
 
+impl ReadError {
+    /// Whether the server has said that it has not looked at the request: a stream that it refused, or one that its GOAWAY
+    /// in good order counts out (RFC 9113 section 8.7). What ends a connection for a fault, ours or theirs, says nothing of the
+    /// streams on it.
+    pub(crate) fn is_unseen(&self) -> bool {
+        let Self::Stream(error) = self else { return false };
+        error.is_remote()
+            && match error.reason() {
+                Some(h2::Reason::REFUSED_STREAM) => error.is_reset(),
+                Some(h2::Reason::NO_ERROR) => error.is_go_away(),
+                _ => false,
+            }
+    }
+}
+
 /// A part of a body.
 #[derive(Debug)]
 pub enum Frame {
@@ -128,6 +143,11 @@ impl Wire {
 
     fn release_input(&mut self) {
         self.buffers.put(std::mem::take(&mut self.input));
+    }
+
+    /// Bytes that were read and not taken, and that are to be written.
+    pub(crate) fn held(&self) -> usize {
+        self.input.len() + self.output.len()
     }
 
     /// Whether something of the next message is here.

@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::http::decide::Decide;
 use crate::http::head::RequestHead;
+use crate::http::held::{Held, HeldLimits};
 use crate::http::io::Buffers;
 use crate::http::stats::Stats;
 use crate::upstream::pool::{Pool, PoolSettings};
@@ -67,6 +68,8 @@ pub struct Settings {
     pub forward_client_cert: bool,
     /// What becomes of fields with an underscore.
     pub underscores: Underscores,
+    /// What requests and responses may hold in memory.
+    pub held: HeldLimits,
     /// Limits of connections to endpoints.
     pub pool: PoolSettings,
 }
@@ -87,6 +90,7 @@ impl Default for Settings {
             forwarded_for: ForwardedFor::default(),
             forward_client_cert: false,
             underscores: Underscores::default(),
+            held: HeldLimits::default(),
             pool: PoolSettings::default(),
         }
     }
@@ -126,6 +130,8 @@ pub struct Worker {
     pub stats: Arc<Stats>,
     /// Cancelled when connections are to end after what is under way on them.
     pub drain: CancellationToken,
+    /// What is held in memory, of all threads.
+    pub held: Arc<Held>,
     pub(crate) buffers: Buffers,
     pub(crate) heads: Heads,
     random: AtomicU64,
@@ -138,13 +144,34 @@ impl std::fmt::Debug for Worker {
 }
 
 impl Worker {
-    /// For the thread whose runtime this is called on.
+    /// For the thread whose runtime this is called on, the only one.
     #[must_use]
     pub fn new(decide: Arc<dyn Decide>, settings: Settings, drain: CancellationToken) -> Arc<Self> {
+        Self::beside(decide, settings, drain, Held::new(settings.held))
+    }
+
+    /// The same for one of several threads, which share `held`.
+    #[must_use]
+    pub fn beside(
+        decide: Arc<dyn Decide>,
+        settings: Settings,
+        drain: CancellationToken,
+        held: Arc<Held>,
+    ) -> Arc<Self> {
         let (buffers, stats) = (Buffers::default(), Arc::new(Stats::default()));
         let pool = Pool::new(settings.pool, buffers.clone(), Arc::clone(&stats));
         let random = AtomicU64::new(RandomState::new().hash_one(0));
-        Arc::new(Self { decide, settings, pool, stats, drain, buffers, heads: Heads::default(), random })
+        Arc::new(Self {
+            decide,
+            settings,
+            pool,
+            stats,
+            drain,
+            held,
+            buffers,
+            heads: Heads::default(),
+            random,
+        })
     }
 
     /// Buffers that are kept and not in use.

@@ -4,10 +4,26 @@ use std::sync::Arc;
 
 use process::metrics::{Description, Kind, Registry};
 
+use crate::http::held::Held;
 use crate::http::stats::Stats;
 
-/// Registers the metrics of the engine's threads.
-pub fn register_engine(registry: &Registry, threads: &[Arc<Stats>]) {
+/// Registers the metrics of the engine's threads, and of what they share.
+pub fn register_engine(registry: &Registry, threads: &[Arc<Stats>], held: &Arc<Held>) {
+    let of_all = |name, help, kind, read: fn(&Held) -> u64| {
+        let held = Arc::clone(held);
+        registry.collect(Description { name, help, kind }, move |out| out.integer(&|_| {}, read(&held)));
+    };
+    let help = "Bytes of requests and responses that wait for somebody to take them";
+    of_all("culvert_held_bytes", help, Kind::Gauge, |held| held.bytes() as u64);
+    of_all(
+        "culvert_requests_refused_for_memory",
+        "Requests refused because too much of their client, or of all, waits in memory",
+        Kind::Counter,
+        |held| held.refused.get(),
+    );
+    of_all("culvert_requests_cut_for_memory", "Requests that were ended for that", Kind::Counter, |held| {
+        held.cut.get()
+    });
     let number = |name, help, kind, read: fn(&Stats) -> i64| {
         let threads = threads.to_vec();
         registry.collect(Description { name, help, kind }, move |out| {

@@ -14,6 +14,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use prost::Message;
 use tokio::time::timeout;
 
+use crate::http::channel::Channel;
 use crate::http::decide::{Call, Connection, Endpoints, NoEndpoint, Outcome, Picked, Protocol, Target};
 use crate::http::h1::Framing;
 use crate::http::head::{Fields, RequestHead, ResponseHead};
@@ -68,7 +69,8 @@ pub struct Answer {
 }
 
 /// Sends `request` with `body` to one of `endpoints`, for the client of `connection`, and reads the answer. On a
-/// connection that turns out to be dead it is sent once more.
+/// connection of HTTP/1.1 that turns out to be dead it is sent once more, and where a server of HTTP/2 says that it has not
+/// looked at it: what is counted there is counted once.
 ///
 /// # Errors
 /// See [`CallError`].
@@ -136,7 +138,6 @@ async fn within(
 async fn send(target: &Arc<Target>, request: &RequestHead, body: Bytes) -> Result<Answer, CallError> {
     let pool = pool::here().ok_or(CallError::NoPool)?;
     match exchange(&pool, target, request, body.clone(), false).await {
-        // It had been used before, and ended without a byte: nobody has seen the request.
         Err((CallError::Read(_) | CallError::Send(_), true)) => {
             exchange(&pool, target, request, body, true).await.map_err(|(error, _)| error)
         }
@@ -144,7 +145,8 @@ async fn send(target: &Arc<Target>, request: &RequestHead, body: Bytes) -> Resul
     }
 }
 
-/// An error comes with whether the connection may have been dead before.
+/// An error comes with whether nobody has seen the request: as far as can be told, where the connection had been used before
+/// and ended without a byte.
 async fn exchange(
     pool: &Pool,
     target: &Arc<Target>,
@@ -179,7 +181,13 @@ async fn exchange(
         }
     };
     let begun: Result<Framing, CallError> = begun.await;
-    let framing = begun.map_err(|error| (error, reused && !channel.has_received()))?;
+    let framing = begun.map_err(|error| {
+        let unseen = match channel {
+            Channel::H1(wire) => reused && !wire.has_received(),
+            Channel::H2(_) => matches!(&error, CallError::Read(error) if error.is_unseen()),
+        };
+        (error, unseen)
+    })?;
     let mut whole = BytesMut::new();
     let trailers = poll_fn(|cx| {
         loop {

@@ -512,8 +512,9 @@ impl Facts {
     fn dialled(&self, call: &Call<'_>) -> Option<Picked> {
         let address = call.connection.destination;
         if let Some(outside) = &self.outside {
+            // Where a route of another service leads here, the address that was dialled is the other's.
             let mut ranges = self.service.vips.iter().map(|vip| vip.range);
-            let of_it = self.service.vips.is_empty() || ranges.any(|range| range.contains(&address.ip()));
+            let of_it = ranges.any(|range| range.contains(&address.ip()));
             return of_it.then(|| outside.pick(address, self.wire.protocol(call)));
         }
         let at = self.by_address.get(&address)?;

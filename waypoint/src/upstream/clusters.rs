@@ -221,10 +221,10 @@ impl Clusters {
     /// Brings all clusters up to a mesh, before requests see it, and forgets those whose service has gone. May take
     /// milliseconds where there are many endpoints: to be called on a thread that carries no requests.
     pub fn prepare(&self, mesh: &Arc<Mesh>) {
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
-        let map = self.map.load();
+        // Without the lock, which requests to new destinations wait for; what these add meanwhile is of this mesh already, or
+        // follows with its next request.
         let mut gone = Vec::new();
-        for cluster in map.values() {
+        for cluster in self.map.load_full().values() {
             // One that can't follow says so to the request that asks for it.
             if let Err(error) = cluster.follow(mesh) {
                 tracing::debug!(cluster = %cluster.backend(), %error, "a destination can't be reached any more");
@@ -232,6 +232,8 @@ impl Clusters {
             }
         }
         if !gone.is_empty() {
+            let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+            let map = self.map.load();
             let mut next = Map::clone(&map);
             for backend in &gone {
                 next.remove(backend);

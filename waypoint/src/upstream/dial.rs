@@ -17,6 +17,10 @@ use crate::upstream::clusters::Shared;
 /// When TCP probes a silent peer: after, every, how often (`tcpKeepalive`).
 pub(crate) type Keepalive = Option<(Duration, Duration, u32)>;
 
+/// What holds where nothing is said of it, as at nodes. Servers of HTTP/2 are not asked with PINGs: those of gRPC end
+/// connections on which these come more often than every five minutes.
+const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(180), Duration::from_secs(180), 9);
+
 /// How long the addresses of a name are used. The resolver doesn't tell how long they hold.
 const NAME_LIFE: Duration = Duration::from_secs(30);
 /// For an answer of the resolver.
@@ -29,12 +33,11 @@ const MAX_ADDRESSES: usize = 64;
 pub(crate) async fn tcp(address: SocketAddr, keepalive: Keepalive) -> io::Result<TcpStream> {
     let stream = TcpStream::connect(address).await?;
     stream.set_nodelay(true)?;
-    if let Some((time, interval, probes)) = keepalive {
-        // The kernel has whole seconds, from one on.
-        let least = Duration::from_secs(1);
-        let settings = TcpKeepalive::new().with_time(time.max(least)).with_interval(interval.max(least));
-        SockRef::from(&stream).set_tcp_keepalive(&settings.with_retries(probes))?;
-    }
+    let (time, interval, probes) = keepalive.unwrap_or(KEEPALIVE);
+    // The kernel has whole seconds, from one on.
+    let least = Duration::from_secs(1);
+    let settings = TcpKeepalive::new().with_time(time.max(least)).with_interval(interval.max(least));
+    SockRef::from(&stream).set_tcp_keepalive(&settings.with_retries(probes))?;
     Ok(stream)
 }
 

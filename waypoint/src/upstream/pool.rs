@@ -510,7 +510,14 @@ impl Pool {
     /// Makes a connection, or waits for one that another request makes; with a stream on it taken.
     async fn share(&self, target: &Arc<Target>) -> Result<Shared, PoolError> {
         let _pending = pending(target)?;
-        let making = self.0.slots().get(target).map(|slot| Arc::clone(&slot.making)).unwrap_or_default();
+        // There is a slot from here on, so that all who come meanwhile wait for the one connection.
+        let making = {
+            let mut slots = self.0.slots();
+            let slot = slots.entry(Arc::clone(target)).or_default();
+            slot.waiting += 1;
+            Arc::clone(&slot.making)
+        };
+        let _waiting = Waiting { pool: &self.0, target };
         let _turn = making.lock().await;
         if let Some(shared) = self.with_room(target) {
             return Ok(shared);

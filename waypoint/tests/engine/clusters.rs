@@ -323,6 +323,7 @@ async fn threads_that_choose_while_endpoints_fail_and_come_and_go_lose_no_count(
                     identity: None,
                     server_name: None,
                     secure: false,
+                    said: None,
                 };
                 let request = RequestHead::default();
                 for n in 0..20_000 {
@@ -636,15 +637,34 @@ async fn a_host_name_is_an_endpoint_and_so_is_what_the_client_dialled() {
     assert_eq!(bodies(&world.proxy().await, 2).await, "a0a0");
 
     // Of a service without endpoints, and of none: the address that was dialled is where it goes.
-    let outside = World::of([service("http", ServiceSource::Passthrough)]);
-    let connection =
-        Connection { client: a, destination: a, identity: None, server_name: None, secure: false };
+    let passing = |vips: &[SocketAddr]| {
+        let Change::SetService(service) = service("http", ServiceSource::Passthrough) else { unreachable!() };
+        let range = |vip: &SocketAddr| model::Vip { network: "".into(), range: vip.ip().into() };
+        let vips = vips.iter().map(range).collect();
+        World::of([Change::SetService(Arc::new(Service { vips, ..Service::clone(&service) }))])
+    };
+    let outside = passing(&[a]);
+    let connection = Connection {
+        client: a,
+        destination: a,
+        identity: None,
+        server_name: None,
+        secure: false,
+        said: None,
+    };
     let call =
         Call { request: &RequestHead::default(), connection: &connection, tried: &[], elsewhere: false };
     let dialled = |endpoints: Arc<dyn Endpoints>| endpoints.pick(&call).unwrap().target.address;
     assert_eq!(dialled(outside.backend(None).unwrap()), a);
     assert_eq!(dialled(outside.clusters.original(&outside.mesh, &connection)), a);
     assert_eq!(outside.clusters.snapshot()[0].circuit.requests, 0, "both have ended");
+    // Where a route of another service leads to it, the address is the other's: plain TCP to that would pass by all that
+    // guards it.
+    for vips in [&[][..], &["192.0.2.1:0".parse().unwrap()][..]] {
+        let elsewhere = passing(vips);
+        assert!(elsewhere.backend(None).unwrap().pick(&call).is_err(), "{vips:?}");
+        assert_eq!(elsewhere.clusters.snapshot()[0].circuit.requests, 0);
+    }
 }
 
 #[tokio::test]

@@ -30,10 +30,10 @@ use waypoint::upstream::{ClusterLimits, Clusters, Dialers};
 const LONG: Duration = Duration::from_secs(60);
 
 /// The peer, as long as this lives.
-struct Checks {
+pub struct Checks {
     child: Child,
-    grpc: SocketAddr,
-    http: SocketAddr,
+    pub grpc: SocketAddr,
+    pub http: SocketAddr,
 }
 
 impl Drop for Checks {
@@ -68,7 +68,7 @@ pub fn free() -> SocketAddr {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
-async fn checks() -> Option<Checks> {
+pub async fn checks() -> Option<Checks> {
     let program = tokio::task::spawn_blocking(program).await.unwrap()?;
     let (grpc, http) = (free(), free());
     let child = Command::new(program)
@@ -88,7 +88,7 @@ async fn checks() -> Option<Checks> {
 }
 
 /// Nothing is in the mesh here.
-struct NoTunnels;
+pub struct NoTunnels;
 
 impl Dialers for NoTunnels {
     fn tunnel(&self, to: model::HboneAddr, _: Arc<[SpiffeId]>) -> Arc<dyn Dial> {
@@ -96,7 +96,7 @@ impl Dialers for NoTunnels {
     }
 }
 
-struct NoKeys;
+pub struct NoKeys;
 
 impl Fetch for NoKeys {
     fn fetch(&self, url: &str, _: Duration) -> Fetching {
@@ -105,7 +105,7 @@ impl Fetch for NoKeys {
     }
 }
 
-fn external(name: &str, vip: &str, port: &str, to: SocketAddr) -> String {
+pub fn external(name: &str, vip: &str, port: &str, to: SocketAddr) -> String {
     format!(
         "
 ---
@@ -125,13 +125,13 @@ spec:
     )
 }
 
-const VIP: &str = "240.240.0.1";
+pub const VIP: &str = "240.240.0.1";
 
 /// A waypoint before the service `shop`, in the test's own process.
 pub struct Lab {
     address: SocketAddr,
     pub guards: Arc<Guards>,
-    _worker: Arc<Worker>,
+    pub worker: Arc<Worker>,
 }
 
 impl Lab {
@@ -197,11 +197,12 @@ spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, p
                     identity: Some(identity.clone()),
                     server_name: None,
                     secure: false,
+                    said: None,
                 };
                 tokio::spawn(serve(Arc::clone(&serving), Io::Tcp(stream), facts));
             }
         });
-        Self { address, guards, _worker: worker }
+        Self { address, guards, worker }
     }
 
     /// Sends a request on a connection of its own; the response's head and body.
@@ -232,7 +233,7 @@ spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, p
 }
 
 /// A server that answers each request with all that it was sent.
-async fn echo() -> SocketAddr {
+pub async fn echo() -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {
@@ -264,7 +265,7 @@ async fn echo() -> SocketAddr {
     address
 }
 
-fn custom(provider: &str) -> String {
+pub fn custom(provider: &str) -> String {
     format!(
         "
 ---
@@ -280,7 +281,7 @@ spec:
     )
 }
 
-fn mesh_config(providers: &str) -> String {
+pub fn mesh_config(providers: &str) -> String {
     format!(
         "\n---\napiVersion: mesh.istio.io/v1alpha1\nkind: MeshConfig\nmetadata: {{name: mesh}}\nspec:\n  extensionProviders:\n{providers}"
     )

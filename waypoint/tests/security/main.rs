@@ -8,6 +8,7 @@
     clippy::print_stderr
 )]
 
+mod beyond;
 mod chain;
 mod fetch;
 mod peers;

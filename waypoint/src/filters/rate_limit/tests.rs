@@ -104,6 +104,7 @@ fn connection() -> Connection {
         identity: Some(Arc::new("spiffe://cluster.local/ns/a/sa/b".parse().unwrap())),
         server_name: None,
         secure: false,
+        said: None,
     }
 }
 
@@ -267,4 +268,32 @@ fn connections_take_from_what_asks_nothing_of_requests() {
     assert_eq!([admit(), admit(), admit()], [true, true, false]);
     // One that is listed and not known refuses.
     assert!(counted.admit(&Mesh::default(), &service, &connection()).is_err());
+}
+
+#[test]
+fn a_limit_counts_for_as_long_as_somebody_goes_by_it() {
+    let (counted, limits) = all(vec![limit("l", &[], 2)], LimitHeaders::None);
+    let head = request("GET", "/", &[]);
+    // Another snapshot has other limits; a request that waited still goes by these.
+    counted.follow(&Mesh::default());
+    let answers = [0, 1, 2].map(|_| ask(&counted, &limits, &head, None).0);
+    assert_eq!(answers, [0, 0, 429]);
+    // What is listed and not counted is not let through.
+    let fresh = RateLimits::default();
+    assert_eq!(ask(&fresh, &limits, &head, None).0, 503);
+    let service = HttpService {
+        service: model::ServiceKey { namespace: "a".into(), hostname: "b".into() },
+        waypoint: model::http::WaypointKey { namespace: "a".into(), name: "w".into() },
+        ports: Box::default(),
+        policies: Box::default(),
+        selected: Box::default(),
+        authentication: Box::default(),
+        rate_limits: [limits.key.clone()].into(),
+        telemetry: Arc::default(),
+    };
+    let mesh = Mesh::default().apply([Change::SetRateLimit(limits.clone())]);
+    assert!(fresh.admit(&mesh, &service, &connection()).is_err());
+    drop((limits, mesh));
+    counted.follow(&Mesh::default());
+    assert!(counted.buckets.load().is_empty());
 }

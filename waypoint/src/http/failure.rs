@@ -1,0 +1,134 @@
+//! Why a try of a request comes to nothing, what the client and the log are told of it, and when it is worth another try.
+
+use bytes::Bytes;
+
+use crate::http::decide::{Flag, Response, Retries};
+use crate::http::head::ResponseHead;
+use crate::http::messages::grpc_status;
+use crate::http::wire::ReadError;
+use crate::upstream::pool::PoolError;
+
+/// What the log says where a connection was not made in time.
+pub(super) const CONNECT_TIMEOUT: &str = "connection_timeout";
+
+/// Why a try came to nothing.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Failure {
+    /// 0 where there is nobody to answer.
+    pub(super) status: u16,
+    pub(super) flag: Flag,
+    pub(super) detail: &'static str,
+    pub(super) class: Class,
+}
+
+/// What retries distinguish.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Class {
+    Final,
+    Connect,
+    /// The connection that it was sent on was used before and ended without a byte: it may have ended before the request.
+    Stale,
+    Reset,
+    Refused,
+    TryTimeout,
+}
+
+impl Failure {
+    pub(super) const fn new(status: u16, flag: Flag, detail: &'static str, class: Class) -> Self {
+        Self { status, flag, detail, class }
+    }
+
+    pub(super) const CLIENT_GONE: Self =
+        Self::new(0, Flag::DownstreamConnectionTermination, "the client has gone", Class::Final);
+    pub(super) const TIMEOUT: Self =
+        Self::new(504, Flag::UpstreamRequestTimeout, "response_timeout", Class::Final);
+    pub(super) const TRY_TIMEOUT: Self =
+        Self::new(504, Flag::UpstreamRequestTimeout, "upstream_per_try_timeout", Class::TryTimeout);
+    pub(super) const HELD: Self = Self::new(503, Flag::Decided("OM"), "too_much_is_held", Class::Final);
+    pub(super) const IDLE: Self =
+        Self::new(504, Flag::StreamIdleTimeout, "stream_idle_timeout", Class::Final);
+
+    pub(super) fn of_pool(error: &PoolError) -> Self {
+        tracing::debug!(%error, "no connection to an endpoint");
+        match error {
+            PoolError::Overflow(_) | PoolError::Pending => {
+                Self::new(503, Flag::UpstreamOverflow, "overflow", Class::Final)
+            }
+            PoolError::Timeout(_) => {
+                Self::new(503, Flag::UpstreamConnectionFailure, CONNECT_TIMEOUT, Class::Connect)
+            }
+            PoolError::Connect(_) | PoolError::Http2(_) => {
+                Self::new(503, Flag::UpstreamConnectionFailure, "connection_failure", Class::Connect)
+            }
+            PoolError::Unsendable => {
+                Self::new(400, Flag::DownstreamProtocolError, "unsendable", Class::Final)
+            }
+        }
+    }
+
+    /// The response's head did not come.
+    pub(super) fn of_response(error: &ReadError, stale: bool) -> Self {
+        tracing::debug!(%error, "no response from an endpoint");
+        let ended = Self::new(
+            503,
+            Flag::UpstreamConnectionTermination,
+            "upstream_reset_before_response_started{connection_termination}",
+            if stale { Class::Stale } else { Class::Reset },
+        );
+        match error {
+            ReadError::Refused(_) => {
+                Self::new(502, Flag::UpstreamProtocolError, "protocol_error", Class::Final)
+            }
+            error if error.is_unseen() => {
+                Self::new(503, Flag::UpstreamRemoteReset, "remote_refused_stream", Class::Refused)
+            }
+            ReadError::Stream(error) if error.is_reset() => {
+                Self::new(503, Flag::UpstreamRemoteReset, "remote_reset", Class::Reset)
+            }
+            ReadError::Ended | ReadError::Truncated | ReadError::Io(_) | ReadError::Stream(_) => ended,
+        }
+    }
+
+    /// The request's body did not come.
+    pub(super) fn of_request(error: &ReadError) -> Self {
+        match error {
+            ReadError::Refused(_) => Self::new(400, Flag::DownstreamProtocolError, "bad_body", Class::Final),
+            _ => Self::CLIENT_GONE,
+        }
+    }
+
+    /// The answer to the client.
+    pub(super) fn response(self, fields: Box<[(Box<str>, Box<str>)]>) -> Response {
+        let body = Bytes::from_static(self.detail.as_bytes());
+        Response { status: self.status, fields, body, flag: self.flag }
+    }
+
+    /// What the endpoint says is no HTTP, or not what was asked for.
+    pub(super) const fn of_protocol(detail: &'static str) -> Self {
+        Self::new(502, Flag::UpstreamProtocolError, detail, Class::Final)
+    }
+}
+
+impl Retries {
+    pub(super) fn take(&self, class: Class) -> bool {
+        match class {
+            Class::Final => false,
+            Class::Connect => self.connect_failure,
+            Class::Stale | Class::Reset | Class::TryTimeout => self.reset,
+            Class::Refused => self.refused_stream || self.reset,
+        }
+    }
+
+    pub(super) fn take_response(&self, reply: &ResponseHead) -> bool {
+        // What is too much already gets no more of it, unless that is said (as Envoy has it).
+        if reply.fields.values(b"x-envoy-ratelimited").next().is_some() {
+            return self.rate_limited;
+        }
+        let status = reply.status;
+        (self.server_errors && status >= 500)
+            || (self.gateway_errors && matches!(status, 502..=504))
+            || self.statuses.contains(&status)
+            || (!self.grpc_codes.is_empty()
+                && grpc_status(&reply.fields).is_some_and(|code| self.grpc_codes.contains(&code)))
+    }
+}
