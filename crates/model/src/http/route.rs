@@ -73,14 +73,10 @@ pub struct RouteId {
 
 impl fmt::Display for RouteId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let kind = match self.kind {
-            RouteKind::Default => return f.write_str("default"),
-            RouteKind::HttpRoute => "HTTPRoute",
-            RouteKind::GrpcRoute => "GRPCRoute",
-            RouteKind::VirtualService => "VirtualService",
-            RouteKind::TcpRoute => "TCPRoute",
-            RouteKind::TlsRoute => "TLSRoute",
-        };
+        let kind = self.kind.name();
+        if self.kind == RouteKind::Default {
+            return f.write_str(kind);
+        }
         write!(f, "{kind} {}/{} rule {}", self.namespace, self.name, self.rule)?;
         self.rule_name.as_ref().map_or(Ok(()), |name| write!(f, " ({name})"))
     }
@@ -102,6 +98,21 @@ pub enum RouteKind {
     TcpRoute,
     /// `gateway.networking.k8s.io` TLSRoute.
     TlsRoute,
+}
+
+impl RouteKind {
+    /// Its name as in `kind`; `default` where it is none.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Default => "default",
+            Self::HttpRoute => "HTTPRoute",
+            Self::GrpcRoute => "GRPCRoute",
+            Self::VirtualService => "VirtualService",
+            Self::TcpRoute => "TCPRoute",
+            Self::TlsRoute => "TLSRoute",
+        }
+    }
 }
 
 /// Where a request goes.
@@ -432,12 +443,16 @@ impl Origin {
     }
 }
 
-/// How long things may take; `None` is without limit.
+/// How long things may take; `None` is without limit. Neither holds for what has switched protocols (WebSocket).
+///
+/// Of routes of the Gateway API the times are whole: from the request's first byte, or the choice of a try's back end, to
+/// the response's last byte. Of a VirtualService they are what Envoy makes of them: they begin when all of the request has
+/// come, and a try's ends with the response's head.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Timeouts {
-    /// The whole, from the request's first byte to the response's last (Gateway API `request`, VirtualService `timeout`).
+    /// All tries, with the pauses between them (Gateway API `request`, VirtualService `timeout`).
     pub request: Option<Duration>,
-    /// One try, until the response's last byte (Gateway API `backendRequest`, VirtualService `perTryTimeout`).
+    /// One try (Gateway API `backendRequest`, VirtualService `perTryTimeout`).
     pub per_try: Option<Duration>,
 }
 
@@ -509,6 +524,11 @@ impl RetryOn {
         ("resource-exhausted", Self::RESOURCE_EXHAUSTED),
         ("unavailable", Self::UNAVAILABLE),
     ];
+
+    /// All of Envoy's words that are known.
+    pub fn words() -> impl Iterator<Item = &'static str> {
+        Self::WORDS.iter().map(|(word, _)| *word)
+    }
 
     /// The one that Envoy calls `word`.
     #[must_use]
