@@ -181,7 +181,11 @@ async fn what_a_client_makes_us_hold_is_limited() {
     })
     .await;
     for (client, cut) in [(70 << 10, true), (100 << 20, false)] {
-        let settings = Settings { held: HeldLimits { all: 100 << 20, client }, ..Settings::default() };
+        let settings = Settings {
+            held: HeldLimits { all: 100 << 20, client },
+            stream_idle_timeout: Duration::from_secs(4),
+            ..Settings::default()
+        };
         let endpoints = in_turn(vec![target(deaf, Protocol::Http1)]);
         let proxy = Proxy::start(Forwarding::default(), endpoints, settings).await;
         let mut client = proxy.connect().await;
@@ -204,7 +208,6 @@ async fn what_a_client_makes_us_hold_is_limited() {
             assert_eq!(proxy.connect().await.ask(get("/direct")).await.status(), 418, "room again");
         } else {
             assert!(sent < 64 << 20, "the client is held up");
-            assert!(proxy.records().is_empty());
             assert!(held.bytes() > 64 << 10, "{}", held.bytes());
             drop(client);
             lab::until(|| (held.bytes() == 0).then_some(())).await;
