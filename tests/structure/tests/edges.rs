@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use structure::{Member, Workspace};
 
 /// A library, and the libraries that it may depend on.
-const LIBRARIES: [(&str, &[&str]); 12] = [
+const LIBRARIES: [(&str, &[&str]); 13] = [
     ("model", &[]),
     ("config", &["model"]),
     ("balance", &["model"]),
@@ -15,7 +15,8 @@ const LIBRARIES: [(&str, &[&str]); 12] = [
     ("identity", &["model", "proto"]),
     ("net", &[]),
     ("hbone", &["net", "model"]),
-    ("capture", &["net"]),
+    ("ebpf", &["net"]),
+    ("capture", &["net", "ebpf"]),
     ("process", &[]),
     ("telemetry", &["model", "process"]),
     // What both proxies begin with: neither may depend on the other, and both follow files or a control plane.
@@ -23,7 +24,8 @@ const LIBRARIES: [(&str, &[&str]); 12] = [
 ];
 
 /// What a library's tests may depend on beside that.
-const IN_TESTS: [(&str, &[&str]); 2] = [("net", &["harness"]), ("capture", &["harness"])];
+const IN_TESTS: [(&str, &[&str]); 3] =
+    [("net", &["harness"]), ("ebpf", &["harness"]), ("capture", &["harness"])];
 
 /// May depend on all libraries, and not on each other.
 const BINARIES: [&str; 6] = ["ztunnel", "waypoint", "control-plane", "cni-plugin", "node-agent", "cli"];

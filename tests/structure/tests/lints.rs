@@ -4,7 +4,7 @@
 use structure::{Parsed, Workspace};
 
 /// The crates that talk to the kernel below safe wrappers.
-const MAY_BE_UNSAFE: [&str; 1] = ["net"];
+const MAY_BE_UNSAFE: [&str; 2] = ["net", "ebpf"];
 
 /// Names that say nothing of what is inside.
 const EMPTY_NAMES: [&str; 7] = ["core", "common", "util", "utils", "helper", "helpers", "misc"];

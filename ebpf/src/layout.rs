@@ -1,0 +1,172 @@
+//! What the programs and user space share. This file is the one definition: the build makes the programs' header of it, and
+//! both compilers check the sizes.
+//!
+//! Addresses are 16 bytes, IPv4 in its mapped form; ports are in host order unless a field says otherwise.
+
+/// ztunnel's own packets and sockets.
+pub const MARK_ZTUNNEL: u32 = 0x539;
+/// Packets from outside the pod, the sockets that they make, and connections that were alive at enrolment: they use the pod's
+/// own routes. It differs from ztunnel's mark in the last bit, so that one rule matches both.
+pub const MARK_DIRECT: u32 = 0x538;
+/// What matches both of them.
+pub const MARK_DIRECT_MASK: u32 = 0xffe;
+/// The application's side of a connection that ztunnel delivers: back to ztunnel by the loopback device.
+pub const MARK_REPLY: u32 = 0x111;
+/// The bits of the mark that are ours.
+pub const MARK_MASK: u32 = 0xfff;
+
+/// Something is captured; without it all passes but what is in the map of refused connections.
+pub const CAPTURING: u32 = 0x1;
+/// DNS goes to the proxy.
+pub const WITH_DNS: u32 = 0x2;
+/// Incoming connections are left alone.
+pub const BYPASS_INBOUND: u32 = 0x4;
+/// Only the listed incoming ports are captured.
+pub const ONLY_INBOUND_PORTS: u32 = 0x8;
+/// Only the listed destinations are captured.
+pub const ONLY_OUTBOUND_RANGES: u32 = 0x10;
+/// The two sources of probes are exempt.
+pub const WITH_PROBES: u32 = 0x20;
+/// Some connections are to be reset.
+pub const WITH_REFUSED: u32 = 0x40;
+
+/// The listener for outgoing connections, by its place in the map of listeners.
+pub const LISTENER_OUTBOUND: u32 = 0;
+/// For incoming ones without a tunnel.
+pub const LISTENER_PLAINTEXT: u32 = 1;
+/// For tunnels.
+pub const LISTENER_HBONE: u32 = 2;
+/// For DNS over TCP.
+pub const LISTENER_DNS_TCP: u32 = 3;
+/// For DNS over UDP.
+pub const LISTENER_DNS_UDP: u32 = 4;
+/// How many there are.
+pub const LISTENERS: u32 = 5;
+
+/// Of an interface: traffic is left alone.
+pub const INTERFACE_EXCLUDED: u32 = 0x1;
+/// Of an interface: what comes in is the pod's outgoing traffic.
+pub const INTERFACE_VIRTUAL: u32 = 0x2;
+
+/// Destinations that are left alone: the last bit of the key's first byte. The half is the bit before.
+pub const RANGE_EXCLUDED: u32 = 0;
+/// Destinations that are captured.
+pub const RANGE_INCLUDED: u32 = 1;
+
+/// Incoming connections given to ztunnel.
+pub const COUNT_INBOUND: u32 = 0;
+/// Outgoing connections given to ztunnel.
+pub const COUNT_OUTBOUND: u32 = 1;
+/// DNS queries over UDP given to ztunnel.
+pub const COUNT_DNS: u32 = 2;
+/// Incoming connections that should have been captured and were about to reach another socket. Refused.
+pub const COUNT_ESCAPED_INBOUND: u32 = 3;
+/// Outgoing connections that should have been captured and were about to leave. Refused.
+pub const COUNT_ESCAPED_OUTBOUND: u32 = 4;
+/// Refused since no ztunnel listens.
+pub const COUNT_NO_LISTENER: u32 = 5;
+/// Packets whose headers could not be followed. Dropped.
+pub const COUNT_UNREADABLE: u32 = 6;
+/// Packets that belong to ztunnel's connections, or to none that is known, and were about to leave. Dropped.
+pub const COUNT_ASTRAY: u32 = 7;
+/// Packets of connections that are no longer allowed. Answered with resets.
+pub const COUNT_REFUSED: u32 = 8;
+/// How many counters there are.
+pub const COUNTERS: u32 = 9;
+
+/// Destinations at most, of both lists and families.
+pub const RANGES_LIMIT: u32 = 4096;
+/// Interfaces, own addresses, and refused connections at most.
+pub const ENTRIES_LIMIT: u32 = 2048;
+/// Connections on their way from ztunnel to the application at most; a processor has one at a time.
+pub const DELIVERED_LIMIT: u32 = 1024;
+/// Connections that can be marked in one go.
+pub const MARKS_LIMIT: u32 = 1_048_576;
+/// 32-bit words of a set of ports.
+pub const PORT_WORDS: usize = 2048;
+
+/// What is captured, but for the lists.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Settings {
+    /// See above.
+    pub flags: u32,
+    /// Which of the two halves of the lists is in force: 0 or 1.
+    pub half: u32,
+    /// Which programs wrote it.
+    pub build: [u8; 8],
+    /// Where outgoing connections go.
+    pub outbound: u16,
+    /// Where incoming ones go.
+    pub plaintext: u16,
+    /// Where tunnels arrive.
+    pub hbone: u16,
+    /// Where DNS goes.
+    pub dns: u16,
+    /// A source of probes, IPv4.
+    pub probe4: [u8; 16],
+    /// A source of probes, IPv6.
+    pub probe6: [u8; 16],
+}
+const _: () = assert!(size_of::<Settings>() == 56);
+
+/// Sets of ports, a bit for each.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PortSets {
+    /// Incoming, left alone.
+    pub inbound_excluded: [u32; PORT_WORDS],
+    /// Incoming, captured.
+    pub inbound_included: [u32; PORT_WORDS],
+    /// Destinations, left alone.
+    pub outbound_excluded: [u32; PORT_WORDS],
+    /// Destinations, captured whatever the address.
+    pub outbound_included: [u32; PORT_WORDS],
+}
+const _: () = assert!(size_of::<PortSets>() == 32768);
+
+/// A key of the trie of destinations; its prefix counts the byte of the list.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Range {
+    /// Which list.
+    pub list: u8,
+    /// The network.
+    pub network: [u8; 16],
+}
+const _: () = assert!(size_of::<Range>() == 17);
+
+/// An interface in one of the halves.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, PartialOrd, Ord)]
+pub struct Interface {
+    /// The half.
+    pub half: u32,
+    /// Its number.
+    pub index: u32,
+}
+const _: () = assert!(size_of::<Interface>() == 8);
+
+/// An address.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Address {
+    /// Its bytes.
+    pub octets: [u8; 16],
+}
+const _: () = assert!(size_of::<Address>() == 16);
+
+/// A connection, seen from the pod.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Connection {
+    /// The pod's address.
+    pub local: [u8; 16],
+    /// The other end's.
+    pub peer: [u8; 16],
+    /// The pod's port.
+    pub local_port: u16,
+    /// The other end's.
+    pub peer_port: u16,
+}
+const _: () = assert!(size_of::<Connection>() == 36);

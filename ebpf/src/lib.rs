@@ -1,0 +1,103 @@
+//! Capture of a pod's traffic by eBPF: the programs (`programs/`), the structs that they share with user space ([`layout`]),
+//! and the loader.
+//!
+//! All that belongs to a pod is pinned below one directory of a bpf file system, so that it outlives every process of ours:
+//!
+//! ```text
+//! ROOT/INODE OF THE NAMESPACE/settings, ports, ranges, interfaces, own, refused, listeners, counters   maps
+//!                            /link-sockets, link-inside-1, link-arriving-N, link-leaving-N              links
+//! ```
+//!
+//! Invariants:
+//! * the programs decide alone, by what is in the maps; nothing here has to run for that;
+//! * a change of settings is seen whole: lists are written to the half that is not in force, then the settings name it;
+//! * newer programs replace older ones link by link, each at once, with the same maps.
+
+pub mod layout;
+mod marks;
+mod pins;
+mod pod;
+mod sys;
+
+pub use marks::mark;
+pub use pins::{Pins, bpf_file_system, remember, remembered};
+pub use pod::{Contents, Drift, Pod, build, remove};
+
+use std::io;
+use std::path::PathBuf;
+
+/// Why the programs or their maps could not be changed or read.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no bpf file system to keep the programs in.
+    #[error(
+        "no bpf file system is mounted at {path}, which keeps the programs while no process of ours runs \
+         ({source}); mount one: mount -t bpf bpf {path}"
+    )]
+    NoFileSystem {
+        /// Where it should be.
+        path: PathBuf,
+        /// Why it can't be used.
+        #[source]
+        source: io::Error,
+    },
+    /// The programs or maps are refused by the kernel.
+    #[error("cannot load the programs: {0}")]
+    Load(#[source] Box<aya::EbpfError>),
+    /// A program is refused.
+    #[error("cannot load the program {program}: {source}")]
+    Program {
+        /// Which.
+        program: &'static str,
+        /// The verifier's answer.
+        #[source]
+        source: Box<aya::programs::ProgramError>,
+    },
+    /// A map can't be opened, read or written.
+    #[error("cannot {action} the map {map}: {source}")]
+    Map {
+        /// What was attempted.
+        action: &'static str,
+        /// Which.
+        map: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: Box<aya::maps::MapError>,
+    },
+    /// The kernel's type information can't be read.
+    #[error("cannot read the kernel's type information (CONFIG_DEBUG_INFO_BTF): {0}")]
+    Types(#[source] Box<aya::BtfError>),
+    /// Something else of the kernel's.
+    #[error("cannot {action} {what}: {source}")]
+    Io {
+        /// What was attempted.
+        action: &'static str,
+        /// With what.
+        what: String,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Error {
+    fn io(action: &'static str, what: impl std::fmt::Display) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io { action, what: what.to_string(), source }
+    }
+
+    fn map(action: &'static str, map: &'static str) -> impl FnOnce(aya::maps::MapError) -> Self {
+        move |source| Self::Map { action, map, source: Box::new(source) }
+    }
+
+    fn program(program: &'static str) -> impl FnOnce(aya::programs::ProgramError) -> Self {
+        move |source| Self::Program { program, source: Box::new(source) }
+    }
+}
+
+/// The programs, as clang made them.
+mod objects {
+    use aya::include_bytes_aligned;
+
+    pub(crate) static CAPTURE: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/capture.bpf.o"));
+    pub(crate) static MARKS: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/marks.bpf.o"));
+}

@@ -1,0 +1,450 @@
+//! The programs and maps of one pod.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+
+use aya::maps::lpm_trie::Key;
+use aya::maps::{HashMap, LpmTrie, Map, MapData, PerCpuArray};
+use aya::programs::{SchedClassifier, SkLookup};
+use aya::{Ebpf, EbpfLoader};
+use ipnet::IpNet;
+use net::Netns;
+
+use crate::layout::{
+    Address, COUNTERS, Connection, Interface, PORT_WORDS, PortSets, RANGE_EXCLUDED, RANGE_INCLUDED, Range,
+    Settings,
+};
+use crate::pins::is_over;
+use crate::sys::{self, AttachType};
+use crate::{Error, Pins, objects};
+
+/// The link of the choice of sockets.
+pub(crate) const SOCKETS: &str = "link-sockets";
+/// The loopback device is the first of every namespace (kernel `LOOPBACK_IFINDEX`).
+const LOOPBACK: u32 = 1;
+
+/// What the maps of a pod say.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Contents {
+    /// The half and the build are not looked at.
+    pub settings: Settings,
+    /// The sets of ports.
+    pub ports: Box<PortSets>,
+    /// Destinations that are left alone.
+    pub excluded: Vec<IpNet>,
+    /// Destinations that are captured.
+    pub included: Vec<IpNet>,
+    /// Interfaces by their numbers, with what is said of them; also those of which nothing is said.
+    pub interfaces: BTreeMap<u32, u32>,
+    /// The pod's own addresses.
+    pub own: BTreeSet<IpAddr>,
+    /// Connections that are answered with resets.
+    pub refused: BTreeSet<(std::net::SocketAddr, std::net::SocketAddr)>,
+}
+
+/// How a pod differs from what it should be.
+pub type Drift = Vec<String>;
+
+/// A pod's programs and maps.
+#[derive(Debug)]
+pub struct Pod {
+    directory: PathBuf,
+}
+
+impl Address {
+    /// IPv4 in its mapped form.
+    #[must_use]
+    pub fn new(ip: IpAddr) -> Self {
+        let octets = match ip {
+            IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+            IpAddr::V6(ip) => ip.octets(),
+        };
+        Self { octets }
+    }
+}
+
+impl Connection {
+    /// The connection between an address of the pod and another one.
+    #[must_use]
+    pub fn new(local: std::net::SocketAddr, peer: std::net::SocketAddr) -> Self {
+        Self {
+            local: Address::new(local.ip()).octets,
+            peer: Address::new(peer.ip()).octets,
+            local_port: local.port(),
+            peer_port: peer.port(),
+        }
+    }
+}
+
+impl PortSets {
+    /// No port in any set.
+    #[must_use]
+    pub fn empty() -> Box<Self> {
+        let none = [0; PORT_WORDS];
+        Box::new(Self {
+            inbound_excluded: none,
+            inbound_included: none,
+            outbound_excluded: none,
+            outbound_included: none,
+        })
+    }
+}
+
+/// What tells these programs from others.
+#[must_use]
+pub fn build() -> [u8; 8] {
+    let mut hasher = DefaultHasher::new();
+    objects::CAPTURE.hash(&mut hasher);
+    hasher.finish().to_le_bytes()
+}
+
+/// Removes all that belongs to a pod. Whether there was anything.
+///
+/// # Errors
+/// It can't be removed.
+pub fn remove(pins: &Pins, netns: &Netns) -> Result<bool, Error> {
+    let directory = pins.of(netns);
+    // The kernel detaches in its own time; until then the programs let everything pass.
+    if let Some(pod) = Pod::find(pins, netns) {
+        let mut settings: HashMap<MapData, u32, Settings> = pod.map("settings")?;
+        settings.insert(0, Settings::default(), 0).map_err(Error::map("write", "settings"))?;
+    }
+    match fs::remove_dir_all(&directory) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(Error::io("remove", directory.display())(error)),
+    }
+}
+
+impl Pod {
+    /// The pod's programs if they are there.
+    #[must_use]
+    pub fn find(pins: &Pins, netns: &Netns) -> Option<Self> {
+        let directory = pins.of(netns);
+        (is_over(&directory) == Some(false)).then_some(Self { directory })
+    }
+
+    /// Makes the pod's maps say `contents`, and attaches the programs to its interfaces. Whether anything was changed.
+    ///
+    /// # Errors
+    /// What could not be done. What was done of it captures or refuses.
+    pub fn install(pins: &Pins, netns: &Netns, contents: &Contents) -> Result<bool, Error> {
+        if let Some(pod) = Self::find(pins, netns)
+            && pod.drift(netns, contents)?.is_empty()
+        {
+            return Ok(false);
+        }
+        let directory = pins.of(netns);
+        if is_over(&directory) == Some(true) {
+            remove(pins, netns)?;
+        }
+        fs::create_dir_all(&directory).map_err(Error::io("make", directory.display()))?;
+        let pod = Self { directory };
+        let attached = pod.detached(netns, contents).is_empty() && pod.has_our_programs();
+        if attached {
+            pod.write(contents)?;
+        } else {
+            // The maps first: programs with empty ones let everything through.
+            let mut loaded = pod.load()?;
+            pod.write(contents)?;
+            pod.attach(&mut loaded, netns, contents.interfaces.keys().copied())?;
+        }
+        Ok(true)
+    }
+
+    /// The links that should be there and aren't, or lead elsewhere.
+    fn detached(&self, netns: &Netns, contents: &Contents) -> Vec<String> {
+        let mut detached = Vec::new();
+        for (name, kind, target) in links(netns, contents.interfaces.keys().copied()) {
+            let attached = sys::open(&self.directory.join(&name))
+                .and_then(|link| sys::link_info(link.as_fd()))
+                .is_ok_and(|info| info.target == target && info.attach_type == kind as u32);
+            if !attached {
+                detached.push(format!("the program of {name}"));
+            }
+        }
+        detached
+    }
+
+    fn has_our_programs(&self) -> bool {
+        matches!(self.read(), Ok(Some((settings, _))) if settings.build == build())
+    }
+
+    /// How the pod differs from `contents`.
+    ///
+    /// # Errors
+    /// It can't be read.
+    pub fn drift(&self, netns: &Netns, contents: &Contents) -> Result<Drift, Error> {
+        let mut drift = Vec::new();
+        match self.read()? {
+            None => drift.push("the settings".to_owned()),
+            Some((settings, found)) => {
+                if settings.build != build() {
+                    drift.push("these programs; others are there".to_owned());
+                }
+                if found != *contents {
+                    drift.push("these lists; others are there".to_owned());
+                }
+            }
+        }
+        drift.extend(self.detached(netns, contents));
+        Ok(drift)
+    }
+
+    /// The counters, summed over the processors.
+    ///
+    /// # Errors
+    /// They can't be read.
+    pub fn counters(&self) -> Result<[u64; COUNTERS as usize], Error> {
+        let map: PerCpuArray<MapData, u64> = self.map("counters")?;
+        let mut sums = [0; COUNTERS as usize];
+        for (index, sum) in (0_u32..).zip(sums.iter_mut()) {
+            let values = map.get(&index, 0).map_err(Error::map("read", "counters"))?;
+            *sum = values.iter().sum();
+        }
+        Ok(sums)
+    }
+
+    fn load(&self) -> Result<Ebpf, Error> {
+        let mut loader = EbpfLoader::new();
+        loader.default_map_pin_directory(&self.directory);
+        loader.load(objects::CAPTURE).map_err(|error| Error::Load(Box::new(error)))
+    }
+
+    fn attach(
+        &self,
+        loaded: &mut Ebpf,
+        netns: &Netns,
+        interfaces: impl Iterator<Item = u32>,
+    ) -> Result<(), Error> {
+        let wanted = links(netns, interfaces);
+        for (name, kind, target) in &wanted {
+            let program = program(loaded, name)?;
+            let path = self.directory.join(name);
+            // A link that has lost its interface, or had another one of that number, is of no use.
+            if let Ok(link) = sys::open(&path) {
+                let info = sys::link_info(link.as_fd()).map_err(Error::io("look at", path.display()))?;
+                if info.target == *target {
+                    sys::link_update(link.as_fd(), program)
+                        .map_err(Error::io("replace the program of", path.display()))?;
+                    continue;
+                }
+                fs::remove_file(&path).map_err(Error::io("remove", path.display()))?;
+            }
+            let link = netns
+                .run(|| {
+                    let target =
+                        if *kind == AttachType::SkLookup { sys::descriptor(netns.as_fd()) } else { *target };
+                    sys::link_create(program, target, *kind)
+                })
+                .and_then(|made| made)
+                .map_err(Error::io("attach", format!("{name} in {netns}")))?;
+            sys::pin(link.as_fd(), &path).map_err(Error::io("pin", path.display()))?;
+        }
+        // Those of interfaces that are gone, or that are no longer ours.
+        let names: BTreeSet<_> = wanted.into_iter().map(|(name, ..)| name).collect();
+        for path in entries(&self.directory)? {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if name.starts_with("link-") && !names.contains(&name) {
+                fs::remove_file(&path).map_err(Error::io("remove", path.display()))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn map<M: TryFrom<Map, Error = aya::maps::MapError>>(&self, name: &'static str) -> Result<M, Error> {
+        let data = MapData::from_pin(self.directory.join(name)).map_err(Error::map("open", name))?;
+        let map = Map::from_map_data(data).map_err(Error::map("open", name))?;
+        M::try_from(map).map_err(Error::map("open", name))
+    }
+
+    fn write(&self, contents: &Contents) -> Result<(), Error> {
+        let mut settings: HashMap<MapData, u32, Settings> = self.map("settings")?;
+        let half = settings.get(&0, 0).map_or(0, |current| 1 - current.half.min(1));
+        self.write_lists(contents, half)?;
+        let mut own: HashMap<MapData, Address, u32> = self.map("own")?;
+        let wanted: BTreeMap<_, _> = contents.own.iter().map(|ip| (Address::new(*ip).octets, 1)).collect();
+        replace(
+            &mut own,
+            "own",
+            |key| wanted.contains_key(&key.octets),
+            |map| wanted.keys().try_for_each(|octets| map.insert(Address { octets: *octets }, 1, 0)),
+        )?;
+        let mut refused: HashMap<MapData, Connection, u32> = self.map("refused")?;
+        let wanted: Vec<_> =
+            contents.refused.iter().map(|(local, peer)| Connection::new(*local, *peer)).collect();
+        replace(
+            &mut refused,
+            "refused",
+            |key| wanted.contains(key),
+            |map| wanted.iter().try_for_each(|key| map.insert(key, 1, 0)),
+        )?;
+        let value = Settings { half, build: build(), ..contents.settings };
+        settings.insert(0, value, 0).map_err(Error::map("write", "settings"))
+    }
+
+    /// Writes the lists into the half that is not in force.
+    fn write_lists(&self, contents: &Contents, half: u32) -> Result<(), Error> {
+        let mut ports: HashMap<MapData, u32, PortSets> = self.map("ports")?;
+        ports.insert(half, *contents.ports, 0).map_err(Error::map("write", "ports"))?;
+        let mut interfaces: HashMap<MapData, Interface, u32> = self.map("interfaces")?;
+        replace(
+            &mut interfaces,
+            "interfaces",
+            |key| key.half != half,
+            |map| {
+                let entries = contents.interfaces.iter();
+                entries
+                    .into_iter()
+                    .try_for_each(|(index, kind)| map.insert(Interface { half, index: *index }, kind, 0))
+            },
+        )?;
+        let mut ranges: LpmTrie<MapData, Range, u32> = self.map("ranges")?;
+        let old: Vec<_> =
+            ranges.keys().flatten().filter(|key| u32::from(key.data().list >> 1) == half).collect();
+        for key in old {
+            ranges.remove(&key).map_err(Error::map("write", "ranges"))?;
+        }
+        for (list, networks) in [(RANGE_EXCLUDED, &contents.excluded), (RANGE_INCLUDED, &contents.included)] {
+            for network in networks {
+                let key = range_key(list, half, *network);
+                ranges.insert(&key, 1, 0).map_err(Error::map("write", "ranges"))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The settings and what is in force; `None` if nothing was written yet.
+    fn read(&self) -> Result<Option<(Settings, Contents)>, Error> {
+        let settings: HashMap<MapData, u32, Settings> = self.map("settings")?;
+        let Ok(current) = settings.get(&0, 0) else { return Ok(None) };
+        let half = current.half;
+        let ports: HashMap<MapData, u32, PortSets> = self.map("ports")?;
+        let Ok(ports) = ports.get(&half, 0) else { return Ok(None) };
+        let interfaces: HashMap<MapData, Interface, u32> = self.map("interfaces")?;
+        let interfaces = interfaces.iter().flatten().filter(|(key, _)| key.half == half);
+        let ranges: LpmTrie<MapData, Range, u32> = self.map("ranges")?;
+        let (mut excluded, mut included) = (Vec::new(), Vec::new());
+        for key in ranges.keys().flatten().filter(|key| u32::from(key.data().list >> 1) == half) {
+            let list =
+                if u32::from(key.data().list & 1) == RANGE_EXCLUDED { &mut excluded } else { &mut included };
+            list.extend(network_of(&key));
+        }
+        excluded.sort();
+        included.sort();
+        let own: HashMap<MapData, Address, u32> = self.map("own")?;
+        let refused: HashMap<MapData, Connection, u32> = self.map("refused")?;
+        let contents = Contents {
+            settings: Settings { half: 0, build: [0; 8], ..current },
+            ports: Box::new(ports),
+            excluded,
+            included,
+            interfaces: interfaces.map(|(key, kind)| (key.index, kind)).collect(),
+            own: own.keys().flatten().map(|key| ip(key.octets)).collect(),
+            refused: refused.keys().flatten().map(|key| ends(&key)).collect(),
+        };
+        Ok(Some((current, contents)))
+    }
+}
+
+/// Takes out what is not to stay, and puts in what is wanted.
+fn replace<K: aya::Pod, V: aya::Pod>(
+    map: &mut HashMap<MapData, K, V>,
+    name: &'static str,
+    stays: impl Fn(&K) -> bool,
+    insert: impl FnOnce(&mut HashMap<MapData, K, V>) -> Result<(), aya::maps::MapError>,
+) -> Result<(), Error> {
+    let old: Vec<K> = map.keys().flatten().filter(|key| !stays(key)).collect();
+    for key in old {
+        map.remove(&key).map_err(Error::map("write", name))?;
+    }
+    insert(map).map_err(Error::map("write", name))
+}
+
+/// The pod's links: names, kinds, and interfaces or the namespace's number.
+fn links(netns: &Netns, interfaces: impl Iterator<Item = u32>) -> Vec<(String, AttachType, u32)> {
+    let inode = u32::try_from(netns.id().inode()).unwrap_or(0);
+    let mut all = vec![
+        (SOCKETS.to_owned(), AttachType::SkLookup, inode),
+        (format!("link-inside-{LOOPBACK}"), AttachType::TcxIngress, LOOPBACK),
+    ];
+    for index in interfaces.filter(|index| *index != LOOPBACK) {
+        all.push((format!("link-arriving-{index}"), AttachType::TcxIngress, index));
+        all.push((format!("link-leaving-{index}"), AttachType::TcxEgress, index));
+    }
+    // The choice of sockets last: what it needs is there by then.
+    all.rotate_left(1);
+    all
+}
+
+/// The program of a link, loaded if it isn't.
+fn program<'a>(loaded: &'a mut Ebpf, link: &str) -> Result<BorrowedFd<'a>, Error> {
+    let name = ["sockets", "inside", "arriving", "leaving"];
+    let name = name.into_iter().find(|name| link.contains(name)).unwrap_or("sockets");
+    let absent = || Error::program(name)(aya::programs::ProgramError::UnexpectedProgramType);
+    let found = loaded.program_mut(name).ok_or_else(absent)?;
+    let fd = if name == "sockets" {
+        let program: &mut SkLookup = found.try_into().map_err(Error::program(name))?;
+        if program.fd().is_err() {
+            program.load().map_err(Error::program(name))?;
+        }
+        program.fd()
+    } else {
+        let program: &mut SchedClassifier = found.try_into().map_err(Error::program(name))?;
+        if program.fd().is_err() {
+            program.load().map_err(Error::program(name))?;
+        }
+        program.fd()
+    };
+    Ok(fd.map_err(Error::program(name))?.as_fd())
+}
+
+fn entries(directory: &Path) -> Result<Vec<PathBuf>, Error> {
+    let entries = fs::read_dir(directory).map_err(Error::io("list", directory.display()))?;
+    Ok(entries.flatten().map(|entry| entry.path()).collect())
+}
+
+fn range_key(list: u32, half: u32, network: IpNet) -> Key<Range> {
+    let bits = u32::from(network.prefix_len()) + if network.addr().is_ipv4() { 96 } else { 0 };
+    let list = u8::try_from(list | half << 1).unwrap_or(0);
+    Key::new(8 + bits, Range { list, network: Address::new(network.network()).octets })
+}
+
+fn network_of(key: &Key<Range>) -> Option<IpNet> {
+    let (bits, ip) = (u8::try_from(key.prefix_len().checked_sub(8)?).ok()?, ip(key.data().network));
+    IpNet::new(ip, if ip.is_ipv4() { bits.checked_sub(96)? } else { bits }).ok()
+}
+
+fn ip(octets: [u8; 16]) -> IpAddr {
+    IpAddr::from(octets).to_canonical()
+}
+
+fn ends(connection: &Connection) -> (std::net::SocketAddr, std::net::SocketAddr) {
+    let Connection { local, peer, local_port, peer_port } = *connection;
+    ((ip(local), local_port).into(), (ip(peer), peer_port).into())
+}
+
+/// What the kernel may take and give as bytes.
+#[expect(unsafe_code, reason = "the trait is how aya is told that")]
+mod plain {
+    use super::{Address, Connection, Interface, PortSets, Range, Settings};
+
+    // SAFETY: integers and arrays of integers in C's layout without padding (the sizes are asserted in `layout`): every
+    // pattern of bits is a value, and there is none that is not initialised.
+    unsafe impl aya::Pod for Settings {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for PortSets {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Range {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Interface {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Address {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Connection {}
+}

@@ -1,0 +1,105 @@
+//! The few commands of bpf(2) that aya has no safe way to: links and pins by descriptor.
+//!
+//! Layouts are those of `union bpf_attr` and `struct bpf_link_info` in kernel include/uapi/linux/bpf.h.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+const OBJ_PIN: libc::c_long = 6;
+const OBJ_GET: libc::c_long = 7;
+const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const LINK_CREATE: libc::c_long = 28;
+const LINK_UPDATE: libc::c_long = 29;
+
+/// Where a program is attached (`enum bpf_attach_type`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum AttachType {
+    SkLookup = 36,
+    TcxIngress = 46,
+    TcxEgress = 47,
+}
+
+/// Words of the union that our commands use; the rest is zero to the kernel.
+type Attributes = [u32; 8];
+
+/// What a link is attached to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct LinkInfo {
+    /// The interface's index, or the namespace's inode; zero when it is gone.
+    pub(crate) target: u32,
+    /// `enum bpf_attach_type`.
+    pub(crate) attach_type: u32,
+}
+
+/// Attaches the program `program` to an interface of the thread's namespace, or to a namespace by its descriptor.
+pub(crate) fn link_create(program: BorrowedFd<'_>, target: u32, kind: AttachType) -> io::Result<OwnedFd> {
+    let fd = call(LINK_CREATE, &mut [word(program.as_raw_fd()), target, kind as u32, 0, 0, 0, 0, 0])?;
+    Ok(own(fd))
+}
+
+/// Replaces the program of a link, at once.
+pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    call(LINK_UPDATE, &mut [word(link.as_raw_fd()), word(program.as_raw_fd()), 0, 0, 0, 0, 0, 0]).map(drop)
+}
+
+/// What a link is attached to.
+pub(crate) fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
+    // `struct bpf_link_info`: type, id, program, padding, then the kind's own words.
+    let mut info = [0_u32; 16];
+    let [low, high] = address(info.as_mut_ptr().addr());
+    let size = u32::try_from(size_of_val(&info)).unwrap_or(0);
+    call(OBJ_GET_INFO_BY_FD, &mut [word(link.as_raw_fd()), size, low, high, 0, 0, 0, 0])?;
+    Ok(LinkInfo { target: info[4], attach_type: info[5] })
+}
+
+/// Keeps an object in a bpf file system under a name.
+pub(crate) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let [low, high] = address(path.as_ptr().addr());
+    call(OBJ_PIN, &mut [low, high, word(object.as_raw_fd()), 0, 0, 0, 0, 0]).map(drop)
+}
+
+/// Opens an object by its name.
+pub(crate) fn open(path: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let [low, high] = address(path.as_ptr().addr());
+    call(OBJ_GET, &mut [low, high, 0, 0, 0, 0, 0, 0]).map(own)
+}
+
+/// The target for a namespace in [`link_create`].
+pub(crate) fn descriptor(fd: BorrowedFd<'_>) -> u32 {
+    word(fd.as_raw_fd())
+}
+
+fn word(fd: RawFd) -> u32 {
+    fd.cast_unsigned()
+}
+
+/// A pointer as two words of the union, low before high.
+fn address(pointer: usize) -> [u32; 2] {
+    let pointer = (pointer as u64).to_le_bytes();
+    let [a, b, c, d, e, f, g, h] = pointer;
+    [u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])]
+}
+
+#[expect(unsafe_code, reason = "no safe wrapper of bpf(2) exists")]
+fn call(command: libc::c_long, attributes: &mut Attributes) -> io::Result<RawFd> {
+    // SAFETY: the kernel reads and writes the union, whose size is said. Pointers in it are to a path that is terminated
+    // and to an array whose size is in the union too; both belong to the callers above and outlive the call.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, command, attributes.as_mut_ptr(), size_of::<Attributes>()) };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        RawFd::try_from(result).map_err(io::Error::other)
+    }
+}
+
+#[expect(unsafe_code, reason = "the kernel's answer is a number")]
+fn own(fd: RawFd) -> OwnedFd {
+    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
