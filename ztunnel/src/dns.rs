@@ -53,6 +53,8 @@ const DATAGRAM_LIMIT: usize = 65_000;
 /// A connection over TCP is closed when nothing was asked for this long (RFC 7766, section 6.2.3: "a few seconds").
 const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Where servers are asked.
+const SERVER_PORT: u16 = 53;
 /// The index of the loopback interface, in every network namespace.
 const LOOPBACK: u32 = 1;
 
@@ -136,8 +138,17 @@ impl Client {
     }
 
     /// The server that a datagram from `peer` to `local` was sent to, before it was redirected here.
-    fn original_of_datagram(&self, peer: SocketAddr, local: SocketAddr) -> Option<SocketAddr> {
+    fn original_of_datagram(
+        &self,
+        peer: SocketAddr,
+        local: SocketAddr,
+        header: Option<SocketAddr>,
+    ) -> Option<SocketAddr> {
         let mut conntrack = self.conntrack.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(original) = header.filter(|original| original.port() == SERVER_PORT) {
+            // Captured without netfilter: nothing was rewritten.
+            return Some(original);
+        }
         conntrack.original_udp_dst(peer, local).ok().filter(|original| *original != local)
     }
 
@@ -145,7 +156,8 @@ impl Client {
     fn original_of_stream(&self, stream: &TcpStream, peer: SocketAddr) -> Option<SocketAddr> {
         self.conntrack.as_ref()?;
         let local = net::canonical(stream.local_addr().ok()?);
-        net::original_dst(stream, peer).ok().filter(|original| *original != local)
+        let rewritten = |original: &SocketAddr| *original != local || local.port() == SERVER_PORT;
+        net::original_dst(stream, peer).ok().filter(rewritten)
     }
 }
 
@@ -299,8 +311,10 @@ impl DnsProxy {
                 self.metrics.dropped("too_long");
                 continue;
             }
-            let original =
-                || client.original_of_datagram(datagram.peer, SocketAddr::new(datagram.local, port));
+            let original = || {
+                let local = SocketAddr::new(datagram.local, port);
+                client.original_of_datagram(datagram.peer, local, datagram.header_dst)
+            };
             let started = Instant::now();
             let next = self.next(message, Transport::Udp, &client, original);
             let spent = started.elapsed();

@@ -18,11 +18,13 @@ pub enum Backend {
     IptablesNft,
     /// `iptables-legacy`: the kernel's older tables.
     IptablesLegacy,
+    /// eBPF programs, without netfilter.
+    Ebpf,
 }
 
 impl Backend {
     /// All, the preferred one first.
-    pub const ALL: [Self; 3] = [Self::Nftables, Self::IptablesNft, Self::IptablesLegacy];
+    pub const ALL: [Self; 4] = [Self::Nftables, Self::IptablesNft, Self::IptablesLegacy, Self::Ebpf];
 
     /// As it is written in settings.
     #[must_use]
@@ -31,6 +33,7 @@ impl Backend {
             Self::Nftables => "nftables",
             Self::IptablesNft => "iptables-nft",
             Self::IptablesLegacy => "iptables-legacy",
+            Self::Ebpf => "ebpf",
         }
     }
 }
@@ -43,7 +46,7 @@ impl fmt::Display for Backend {
 
 /// No back-end has that name.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("{0:?} is no capture back-end; there are nftables, iptables-nft and iptables-legacy")]
+#[error("{0:?} is no capture back-end; there are nftables, iptables-nft, iptables-legacy and ebpf")]
 pub struct UnknownBackend(String);
 
 impl FromStr for Backend {
@@ -183,6 +186,6 @@ mod tests {
         for backend in Backend::ALL {
             assert_eq!(backend.as_str().parse(), Ok(backend));
         }
-        assert!("ebpf".parse::<Backend>().is_err());
+        assert!("iptables".parse::<Backend>().is_err());
     }
 }

@@ -87,6 +87,9 @@ pub enum Error {
         #[source]
         missing: Box<Missing>,
     },
+    /// The eBPF programs can't be changed or read.
+    #[error(transparent)]
+    Ebpf(#[from] ebpf::Error),
     /// The kernel refused a policy rule, a route, or another request of ours.
     #[error("cannot {action} in {netns}: {source}")]
     Netlink {

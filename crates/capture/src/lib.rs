@@ -1,7 +1,7 @@
 //! Redirection of a pod's traffic to ztunnel.
 //!
 //! ztunnel listens inside the pod's network namespace; capture adds rules there. Three back-ends write the
-//! same rules down in different languages, behind one trait, [`Capture`].
+//! same rules down in different languages, behind one trait, [`Capture`]; a fourth does the same by eBPF, without netfilter.
 //!
 //! ```text
 //!                      pod's network namespace
@@ -24,6 +24,7 @@
 #![forbid(unsafe_code)]
 
 mod backend;
+mod ebpf;
 mod error;
 mod iptables;
 mod live;
@@ -37,6 +38,7 @@ mod select;
 mod tool;
 
 pub use backend::{Backend, Capture, Drift, Installed, UnknownBackend};
+pub use ebpf::{Counter, Programs};
 pub use error::{Error, Missing};
 pub use iptables::Iptables;
 pub use live::{Cut, Direction, LiveConnection, cut, live_connections, refuse};

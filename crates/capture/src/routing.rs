@@ -21,7 +21,7 @@ pub(crate) const REPLY_MARK: u32 = 0x111;
 const TABLE: u32 = 100;
 const PREFERENCE: u32 = 32764;
 /// `protocol` in the listings of `ip`; 187 to 250 are free but for a few routing daemons.
-const OUR_PROTOCOL: u8 = 211;
+pub(crate) const OUR_PROTOCOL: u8 = 211;
 /// The loopback device is the first of every namespace (kernel `LOOPBACK_IFINDEX`).
 const LOOPBACK: u32 = 1;
 
@@ -212,18 +212,27 @@ fn is_gone(error: &io::Error) -> bool {
 }
 
 /// The kernel has no such family.
-fn is_absent(error: &io::Error) -> bool {
+pub(crate) fn is_absent(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::EPFNOSUPPORT))
 }
 
 /// The device has no IPv6.
-fn is_disabled(error: &io::Error) -> bool {
+pub(crate) fn is_disabled(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EACCES | libc::EINVAL | libc::ENODEV))
 }
 
 /// Whether the kernel has IPv6 at all; a namespace may still have it switched off.
 pub(crate) fn kernel_has_ipv6() -> bool {
     std::path::Path::new("/proc/sys/net/ipv6").exists()
+}
+
+/// Whether the pod in `netns` speaks IPv6.
+pub(crate) fn ipv6(netns: &Netns) -> Ipv6 {
+    match (kernel_has_ipv6(), ipv6_is_disabled(netns)) {
+        (false, _) => Ipv6::Absent,
+        (true, true) => Ipv6::Disabled,
+        (true, false) => Ipv6::Enabled,
+    }
 }
 
 fn ipv6_is_disabled(netns: &Netns) -> bool {

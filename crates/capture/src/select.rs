@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::backend::{Backend, Capture};
+use crate::ebpf::Programs;
 use crate::error::Missing;
 use crate::iptables::Iptables;
 use crate::nft::Nftables;
@@ -67,6 +68,7 @@ pub fn probe(backend: Backend, tools: &Tools) -> Result<Arc<dyn Capture>, Missin
         Backend::Nftables => Arc::new(Nftables::probe(tools)?),
         Backend::IptablesNft => Arc::new(Iptables::probe_nft(tools)?),
         Backend::IptablesLegacy => Arc::new(Iptables::probe_legacy(tools)?),
+        Backend::Ebpf => Arc::new(Programs::probe(tools)?),
     })
 }
 

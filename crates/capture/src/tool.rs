@@ -22,6 +22,7 @@ const SAID_LIMIT: usize = 2000;
 #[derive(Clone, Debug)]
 pub struct Tools {
     directories: Vec<PathBuf>,
+    bpf_file_system: PathBuf,
 }
 
 impl Default for Tools {
@@ -30,7 +31,7 @@ impl Default for Tools {
         let path = std::env::var_os("PATH").unwrap_or_default();
         let mut directories: Vec<_> = std::env::split_paths(&path).collect();
         directories.extend(["/usr/sbin", "/sbin"].map(PathBuf::from));
-        Self { directories }
+        Self { directories, bpf_file_system: ebpf::bpf_file_system().to_owned() }
     }
 }
 
@@ -38,7 +39,17 @@ impl Tools {
     /// Only these directories, in the form of `PATH`.
     #[must_use]
     pub fn in_path(path: &OsString) -> Self {
-        Self { directories: std::env::split_paths(path).collect() }
+        Self { directories: std::env::split_paths(path).collect(), ..Self::default() }
+    }
+
+    /// Keeps eBPF programs in the bpf file system at `path`, instead of `/sys/fs/bpf`.
+    #[must_use]
+    pub fn with_bpf_file_system(self, path: &Path) -> Self {
+        Self { bpf_file_system: path.to_owned(), ..self }
+    }
+
+    pub(crate) fn bpf_file_system(&self) -> &Path {
+        &self.bpf_file_system
     }
 
     /// The first of `names` that is installed.

@@ -133,6 +133,7 @@ impl Node {
             let listen = self.listen_options();
             let options = DatagramOptions {
                 mark: listen.mark,
+                transparent: listen.transparent,
                 reuse_port: listen.reuse_port,
                 ..DatagramOptions::default()
             };
@@ -149,7 +150,8 @@ impl Node {
     /// does, there is only one, and a port that is taken is taken by somebody else.
     fn listen_options(&self) -> ListenOptions {
         let reuse_port = self.redirection.is_agents();
-        ListenOptions { mark: Some(net::ZTUNNEL_MARK), reuse_port, ..ListenOptions::default() }
+        // Without netfilter a connection arrives with the address that was dialled, which is another's.
+        ListenOptions { mark: Some(net::ZTUNNEL_MARK), transparent: true, reuse_port, ..ListenOptions::default() }
     }
 
     /// The rules that a pod is redirected by, whoever writes them.

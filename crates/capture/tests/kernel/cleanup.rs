@@ -12,7 +12,7 @@ fn dump(pod: &Host) -> String {
     let everything = "nft -s list ruleset; \
         iptables-legacy-save; ip6tables-legacy-save; \
         ip rule; ip -6 rule; ip route show table all; ip -6 route show table all; \
-        sysctl -a 2>/dev/null | grep -E '^net.ipv[46].(conf|ip_forward|tcp_fwmark)' | grep -v stable_secret";
+        sysctl -a 2>/dev/null | grep -E '^net.ipv[46].(conf|ip_forward|tcp_fwmark|fwmark_reflect)' | grep -v stable_secret";
     without_empty_tables(&pod.shell(everything).unwrap())
 }
 
@@ -124,7 +124,20 @@ fn someone_elses_equal_rule_stays() {
 }
 
 /// Ways in which others break what we installed.
-fn vandalism(case: Case) -> Vec<&'static str> {
+fn vandalism(case: Case, pod: &Host) -> Vec<String> {
+    if case.backend == Backend::Ebpf {
+        let pins = format!("/sys/fs/bpf/culvert/{}", pod.netns.id().inode());
+        return vec![
+            "ip rule del pref 51".to_owned(),
+            "ip -6 rule del pref 55".to_owned(),
+            "ip route flush table 15390".to_owned(),
+            "ip -6 route flush table 15391".to_owned(),
+            "ip rule add pref 52 goto 59 proto 211".to_owned(),
+            "echo 0 > /proc/sys/net/ipv4/tcp_fwmark_accept".to_owned(),
+            format!("rm {pins}/link-sockets"),
+            format!("rm {pins}/link-leaving-*"),
+        ];
+    }
     let mut lines = vec![
         "ip rule del pref 32764",
         "ip -6 rule del pref 32764",
@@ -150,8 +163,9 @@ fn vandalism(case: Case) -> Vec<&'static str> {
             "iptables-legacy -w -t nat -I OUTPUT -p tcp -j ACCEPT",
             "iptables-legacy -w -t mangle -A CULVERT_OUTPUT -j RETURN",
         ],
+        Backend::Ebpf => unreachable!("above"),
     });
-    lines
+    lines.into_iter().map(str::to_owned).collect()
 }
 
 #[test]
@@ -166,8 +180,8 @@ fn drift_is_seen_and_repaired() {
         let capture = case.capture();
         let rules = Rules::default();
         capture.install(&server.netns, &rules).unwrap();
-        for line in vandalism(case) {
-            server.shell(line).unwrap();
+        for line in vandalism(case, server) {
+            server.shell(&line).unwrap();
             let drift = capture.verify(&server.netns, &rules).unwrap();
             assert!(!drift.is_none(), "{line}: not seen");
             assert!(capture.install(&server.netns, &rules).unwrap().changed, "{line}: nothing done");

@@ -162,7 +162,11 @@ fn replies_never_leave_past_ztunnel() {
         // With the policy route, ztunnel brings the reply.
         assert_ne!(on_the_link(&lab, large, echo(&mut stream, &data)).await, 0);
         // Without it, the application's reply goes nowhere; not to the client, on its own.
-        server.shell("ip rule del pref 32764; ip -6 rule del pref 32764").unwrap();
+        let line = match case.backend {
+            Backend::Ebpf => "for pref in 51 55; do ip rule del pref $pref; ip -6 rule del pref $pref; done",
+            _ => "ip rule del pref 32764; ip -6 rule del pref 32764",
+        };
+        server.shell(line).unwrap();
         let seen = on_the_link(&lab, large, async {
             stream.write_all(data.as_bytes()).await.unwrap();
             let mut byte = [0];
@@ -189,6 +193,11 @@ fn break_redirection(case: Case, pod: &Host) {
         Backend::IptablesLegacy => {
             format!("{family}-legacy -w -t nat -F PREROUTING; {family}-legacy -w -t nat -F OUTPUT")
         }
+        Backend::Ebpf => {
+            let pins = format!("/sys/fs/bpf/culvert/{}", pod.netns.id().inode());
+            let rules = "for pref in 52 55 57; do ip rule del pref $pref; ip -6 rule del pref $pref; done";
+            format!("rm {pins}/link-sockets; {rules}")
+        }
     };
     pod.shell(&line).unwrap();
 }
@@ -212,6 +221,13 @@ fn what_is_not_redirected_is_refused() {
 
         let refused = Err(io::ErrorKind::ConnectionRefused);
         let outcome = async |from: &Host, to| dial(&from.netns, to).await.map(drop);
+        // The kernel detaches a program in its own time.
+        in_time(async {
+            while outcome(client, case.addr(server, 8080)).await.is_ok() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        })
+        .await;
         assert_eq!(outcome(client, case.addr(server, 8080)).await, refused);
         assert_eq!(outcome(server, case.addr(client, 9090)).await, refused);
         assert_eq!(outcome(server, case.addr(client, 53)).await, refused);

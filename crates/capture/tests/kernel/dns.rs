@@ -46,7 +46,10 @@ async fn ask(socket: &UdpSocket, question: &str) -> io::Result<String> {
 
 /// A server that answers with its name, the question, and where it was addressed as far as it can tell.
 fn start_server(netns: &Netns, port: u16, name: &'static str) {
-    let socket = ProxyUdpSocket::bind(netns, wildcard(port), &DatagramOptions::default()).unwrap();
+    let ours = port == 15053;
+    let mark = ours.then_some(net::ZTUNNEL_MARK);
+    let options = DatagramOptions { mark, transparent: ours, ..DatagramOptions::default() };
+    let socket = ProxyUdpSocket::bind(netns, wildcard(port), &options).unwrap();
     let mut conntrack = Conntrack::open(netns).unwrap();
     tokio::spawn(async move {
         let mut buffer = [0; 512];
@@ -54,7 +57,10 @@ fn start_server(netns: &Netns, port: u16, name: &'static str) {
             let query = socket.recv(&mut buffer).await.unwrap();
             let question = String::from_utf8_lossy(&buffer[..query.len]).into_owned();
             let local = SocketAddr::new(query.local, port);
-            let asked = conntrack.original_udp_dst(query.peer, local).unwrap_or(local);
+            // Without netfilter the header tells.
+            let header = query.header_dst.filter(|header| header.port() == 53);
+            let asked =
+                header.or_else(|| conntrack.original_udp_dst(query.peer, local).ok()).unwrap_or(local);
             let answer = format!("{name}: {question} to {asked}");
             socket.send(answer.as_bytes(), query.peer, query.local).await.unwrap();
         }

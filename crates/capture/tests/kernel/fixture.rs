@@ -1,7 +1,7 @@
 //! What the cases share: the table of back-ends and families, a ztunnel that only passes traffic on, and
 //! applications to talk to.
 
-use std::io;
+use std::io::{self, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -42,7 +42,8 @@ pub fn each_case(name: &str, test: impl AsyncFn(Case) + Sync) {
     if !root_or_skip(name) {
         return;
     }
-    let cases = Backend::ALL.into_iter().flat_map(|backend| [false, true].map(|v6| Case { backend, v6 }));
+    let backends = Backend::ALL.into_iter().filter(|backend| works(name, *backend));
+    let cases = backends.flat_map(|backend| [false, true].map(|v6| Case { backend, v6 }));
     std::thread::scope(|scope| {
         for case in cases {
             let test = &test;
@@ -50,6 +51,17 @@ pub fn each_case(name: &str, test: impl AsyncFn(Case) + Sync) {
             thread.spawn_scoped(scope, move || block_on(test(case))).unwrap();
         }
     });
+}
+
+/// Whether a back-end is tested here. Kernels may lack what eBPF needs; what the others need is a package.
+pub fn works(name: &str, backend: Backend) -> bool {
+    match capture::probe(backend, &Tools::default()) {
+        Err(missing) if backend == Backend::Ebpf => {
+            let _ = writeln!(io::stderr(), "skipped: {name} with ebpf: {missing}");
+            false
+        }
+        _ => true,
+    }
 }
 
 pub fn block_on<T>(work: impl Future<Output = T>) -> T {
@@ -80,7 +92,8 @@ pub fn app_listener(netns: &Netns, port: u16) -> TcpListener {
 
 /// Listens as ztunnel does, with its mark.
 pub fn ztunnel_listener(netns: &Netns, port: u16) -> TcpListener {
-    let options = ListenOptions { mark: Some(net::ZTUNNEL_MARK), ..ListenOptions::default() };
+    let options =
+        ListenOptions { mark: Some(net::ZTUNNEL_MARK), transparent: true, ..ListenOptions::default() };
     net::listen(netns, wildcard(port), &options).unwrap()
 }
 

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::symlink;
+use std::path::Path;
 
 use caps::{CapSet, Capability};
 use capture::{Backend, Error, Include, Missing, PortRange, Rules, Tools, probe, select};
@@ -36,8 +37,9 @@ fn a_missing_program_is_named_with_its_package() {
             other => panic!("{backend}: {other:?}"),
         }
     }
+    let tools = tools.with_bpf_file_system(Path::new("/nowhere"));
     let none = select(None, &tools).unwrap_err();
-    assert_eq!(none.tried.len(), 3);
+    assert_eq!(none.tried.len(), 4);
     assert!(none.to_string().contains("install the package nftables"), "{none}");
 }
 

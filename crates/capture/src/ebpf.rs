@@ -1,0 +1,351 @@
+//! The eBPF back-end: no netfilter, no connection tracking, no address rewritten.
+//!
+//! ```text
+//!   in   -- SYN by a device --> [arriving: mark 0x538] --> [sockets: the listener on 15006, 15008] --> ztunnel
+//!   out  -- route by table 15391 or 15392: every address is local --> lo --> [inside] --> [sockets: 15001] --> ztunnel
+//!   ztunnel, with the client's address and mark 0x539 --> lo --> [inside: mark 0x111] --> application
+//!   application's reply, mark 0x111 from its first packet on --> table 15390: everything is local --> ztunnel
+//!   whatever leaves by a device without a mark of ours --> [leaving: refuse]
+//! ```
+//!
+//! Which socket a connection meets is chosen where the kernel has read its headers (`sk_lookup`), so that IP options, extension
+//! headers and SYN cookies make no difference. A connection keeps the route that it had when it was made: those alive at
+//! enrolment are given the mark that the pod's own routes are for, from outside, by an iterator over the sockets.
+//!
+//! Programs and maps are pinned; rules and routes are the kernel's own. Nothing of ours has to run.
+
+mod network;
+mod routes;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
+use std::net::SocketAddr;
+
+use ebpf::layout;
+use ebpf::{Contents, Pins, Pod};
+use ipnet::IpNet;
+use net::sock_diag::{self, TcpState};
+use net::{MARK_MASK, Netns, ZTUNNEL_MARK};
+
+use crate::backend::{Backend, Capture, Drift, Installed, check};
+use crate::error::{Error, Missing};
+use crate::probe::privileges;
+use crate::routing::{self, Ipv6};
+use crate::rules::{Include, PortRange, Rules};
+use crate::tool::Tools;
+use network::Network;
+
+/// What has to be on, and is put back when the pod leaves: sockets take the mark of the packet that makes them; answers without
+/// a socket take that of what they answer; the mark counts when it is asked whether a source is to be believed.
+const SWITCHES: [&str; 4] = [
+    "/proc/sys/net/ipv4/tcp_fwmark_accept",
+    "/proc/sys/net/ipv4/fwmark_reflect",
+    "/proc/sys/net/ipv6/fwmark_reflect",
+    "/proc/sys/net/ipv4/conf/all/src_valid_mark",
+];
+
+/// Capture by eBPF.
+#[derive(Debug)]
+pub struct Programs {
+    pins: Pins,
+    version: String,
+}
+
+impl Programs {
+    /// Installs the programs in an empty namespace, to see that they work here.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub fn probe(tools: &Tools) -> Result<Self, Missing> {
+        privileges()?;
+        let missing = |error: ebpf::Error| Missing::Kernel(Box::new(error.into()));
+        let pins = Pins::open(tools.bpf_file_system()).map_err(missing)?;
+        let build = u64::from_be_bytes(ebpf::build());
+        let found = Self { pins, version: format!("programs {build:016x}") };
+        let made = Netns::new_empty()
+            .map_err(|source| Error::Enter { netns: "an empty namespace".to_owned(), source })
+            .and_then(|netns| {
+                routing::loopback_up(&netns)?;
+                ebpf::mark(&netns, &[])?;
+                let outcome = found.install(&netns, &Rules::default());
+                found.remove(&netns)?;
+                outcome
+            });
+        made.map(|_| found).map_err(|error| Missing::Kernel(Box::new(error)))
+    }
+
+    /// The counters of the pod in `netns`, by [`Counter`]; none if it is not captured by this back-end.
+    ///
+    /// # Errors
+    /// They can't be read.
+    pub fn counters(&self, netns: &Netns) -> Result<Vec<(Counter, u64)>, Error> {
+        let Some(pod) = Pod::find(&self.pins, netns) else { return Ok(Vec::new()) };
+        Ok(Counter::ALL.into_iter().zip(pod.counters()?).collect())
+    }
+}
+
+/// What the programs count, for each pod.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Counter {
+    /// Incoming connections given to ztunnel.
+    Inbound,
+    /// Outgoing connections given to ztunnel.
+    Outbound,
+    /// DNS queries over UDP given to ztunnel.
+    Dns,
+    /// Incoming connections that should have been captured and were about to reach another socket. They were refused; it should
+    /// be zero.
+    EscapedInbound,
+    /// Outgoing connections that should have been captured and were about to leave. They were refused; it should be zero.
+    EscapedOutbound,
+    /// Refused: no ztunnel listens.
+    NoListener,
+    /// Dropped: the headers of a packet that was about to leave could not be followed.
+    Unreadable,
+    /// Dropped: packets that were about to leave and belong to ztunnel's connections, or to none that is known.
+    Astray,
+    /// Packets of connections that are no longer allowed, answered with resets.
+    Refused,
+}
+
+impl Counter {
+    /// All, in the order of the map.
+    pub const ALL: [Self; layout::COUNTERS as usize] = [
+        Self::Inbound,
+        Self::Outbound,
+        Self::Dns,
+        Self::EscapedInbound,
+        Self::EscapedOutbound,
+        Self::NoListener,
+        Self::Unreadable,
+        Self::Astray,
+        Self::Refused,
+    ];
+
+    /// As a label's value.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Inbound => "captured_inbound",
+            Self::Outbound => "captured_outbound",
+            Self::Dns => "captured_dns",
+            Self::EscapedInbound => "escaped_inbound",
+            Self::EscapedOutbound => "escaped_outbound",
+            Self::NoListener => "no_listener",
+            Self::Unreadable => "unreadable",
+            Self::Astray => "astray",
+            Self::Refused => "refused",
+        }
+    }
+}
+
+impl Capture for Programs {
+    fn backend(&self) -> Backend {
+        Backend::Ebpf
+    }
+
+    fn version(&self) -> &str {
+        &self.version
+    }
+
+    fn guards_ports(&self) -> bool {
+        true
+    }
+
+    fn install(&self, netns: &Netns, rules: &Rules) -> Result<Installed, Error> {
+        check(rules)?;
+        let network = Network::read(netns)?;
+        let contents = contents(rules, &network);
+        let routes = routes::wanted(rules, &network);
+        let drift = match Pod::find(&self.pins, netns) {
+            Some(pod) => pod.drift(netns, &contents)?,
+            None => vec!["all".to_owned()],
+        };
+        let switched = switched_off(netns)?;
+        let routed = routes.drift(netns)?;
+        if drift.is_empty() && switched.is_empty() && routed.is_none() {
+            return Ok(Installed { changed: false, ipv6: network.ipv6 });
+        }
+        self.remember_switches(netns)?;
+        switch_on(netns, &switched)?;
+        // What lives keeps its routes. Marked before the guard looks for marks, and again when nothing new needs them.
+        let enrols = !rules.leaving && !routes::captures(netns)?;
+        let leaves = rules.leaving && routes::captures(netns)?;
+        if enrols || leaves {
+            mark(netns, leaves)?;
+        }
+        Pod::install(&self.pins, netns, &contents)?;
+        match routes.apply(netns) {
+            // The loopback device of a new pod may still be down.
+            Err(Error::Netlink { source, .. }) if source.raw_os_error() == Some(nix::libc::ENETDOWN) => {
+                routing::loopback_up(netns)?;
+                routes.apply(netns)?;
+            }
+            applied => applied?,
+        }
+        if enrols {
+            mark(netns, false)?;
+        }
+        Ok(Installed { changed: true, ipv6: network.ipv6 })
+    }
+
+    fn verify(&self, netns: &Netns, rules: &Rules) -> Result<Drift, Error> {
+        check(rules)?;
+        let network = Network::read(netns)?;
+        let mut drift = routes::wanted(rules, &network).drift(netns)?;
+        match Pod::find(&self.pins, netns) {
+            Some(pod) => drift.missing.extend(pod.drift(netns, &contents(rules, &network))?),
+            None => drift.missing.push("the programs".to_owned()),
+        }
+        drift.missing.extend(switched_off(netns)?.into_iter().map(|path| format!("1 in {path}")));
+        Ok(drift)
+    }
+
+    fn remove(&self, netns: &Netns) -> Result<bool, Error> {
+        let routed = routes::remove(netns)?;
+        let before = self.switches_before(netns);
+        let programs = ebpf::remove(&self.pins, netns)?;
+        for path in before {
+            netns.run(|| fs::write(path, "0\n")).and_then(|written| written).map_err(|source| {
+                Error::Netlink { action: "put a setting back", netns: netns.to_string(), source }
+            })?;
+        }
+        Ok(routed || programs)
+    }
+}
+
+impl Programs {
+    /// Notes, once, which switches are off, beside the pins: a process that removes the capture may be another one.
+    fn remember_switches(&self, netns: &Netns) -> Result<(), Error> {
+        if Pod::find(&self.pins, netns).is_some() {
+            return Ok(());
+        }
+        let off = switched_off(netns)?;
+        let bits = SWITCHES.iter().enumerate().filter(|(_, path)| off.contains(path));
+        let bits = bits.fold(0, |bits, (index, _)| bits | 1 << index);
+        Ok(ebpf::remember(&self.pins, netns, bits)?)
+    }
+
+    /// Those that were off.
+    fn switches_before(&self, netns: &Netns) -> Vec<&'static str> {
+        let bits = ebpf::remembered(&self.pins, netns);
+        SWITCHES
+            .into_iter()
+            .enumerate()
+            .filter(|(index, _)| bits & 1 << index != 0)
+            .map(|(_, path)| path)
+            .collect()
+    }
+}
+
+/// Which of the switches there are, and are off.
+fn switched_off(netns: &Netns) -> Result<Vec<&'static str>, Error> {
+    let off = |path: &&str| fs::read_to_string(path).is_ok_and(|value| value.trim() == "0");
+    netns
+        .run(|| SWITCHES.into_iter().filter(off).collect())
+        .map_err(|source| Error::Enter { netns: netns.to_string(), source })
+}
+
+fn switch_on(netns: &Netns, switches: &[&'static str]) -> Result<(), Error> {
+    let write = || switches.iter().try_for_each(|path| fs::write(path, "1\n"));
+    let written: io::Result<()> = netns.run(write).and_then(|written| written);
+    written.map_err(|source| Error::Netlink {
+        action: "change a setting of /proc/sys/net",
+        netns: netns.to_string(),
+        source,
+    })
+}
+
+/// Marks what must keep its routes: at enrolment the connections that go past ztunnel; when the pod leaves, the application's
+/// ends of those that ztunnel carries.
+fn mark(netns: &Netns, carried: bool) -> Result<(), Error> {
+    let failed = |source| Error::Netlink { action: "list the connections", netns: netns.to_string(), source };
+    let all = sock_diag::connections(netns).map_err(failed)?;
+    let ends: BTreeSet<(SocketAddr, SocketAddr)> =
+        all.iter().map(|socket| (socket.local, socket.peer)).collect();
+    let wanted: Vec<_> = all
+        .iter()
+        .filter(|socket| {
+            let internal = ends.contains(&(socket.peer, socket.local));
+            let known =
+                socket.mark.unwrap_or(0) & MARK_MASK & layout::MARK_DIRECT_MASK == layout::MARK_DIRECT;
+            !known && internal == carried && !matches!(socket.state, TcpState::SynSent | TcpState::Listen)
+        })
+        .map(|socket| {
+            let mark = if carried { layout::MARK_REPLY } else { layout::MARK_DIRECT };
+            (socket.local, socket.peer, mark)
+        })
+        .collect();
+    Ok(ebpf::mark(netns, &wanted)?)
+}
+
+/// The maps of a pod with `rules`.
+fn contents(rules: &Rules, network: &Network) -> Contents {
+    let mut settings = layout::Settings::default();
+    let mut ports = layout::PortSets::empty();
+    let mut interfaces: BTreeMap<u32, u32> = network.interfaces.values().map(|index| (*index, 0)).collect();
+    let (mut excluded, mut included) = (Vec::new(), Vec::new());
+    if !rules.leaving {
+        let dns = rules.dns && !rules.exclude_outbound_ports.iter().any(|range| range.contains(53));
+        let flags = [
+            (layout::CAPTURING, true),
+            (layout::WITH_DNS, dns),
+            (layout::BYPASS_INBOUND, rules.bypass_inbound),
+            (layout::ONLY_INBOUND_PORTS, rules.include_inbound_ports != Include::All),
+            (layout::ONLY_OUTBOUND_RANGES, rules.include_outbound_ranges != Include::All),
+            (layout::WITH_PROBES, rules.probes.is_some()),
+        ];
+        settings.flags = flags.into_iter().filter(|(_, set)| *set).fold(0, |flags, (flag, _)| flags | flag);
+        settings.outbound = rules.ports.outbound;
+        settings.plaintext = rules.ports.inbound_plaintext;
+        settings.hbone = rules.ports.inbound_hbone;
+        settings.dns = rules.ports.dns;
+        if let Some(probes) = rules.probes {
+            settings.probe4 = layout::Address::new(probes.ipv4.into()).octets;
+            settings.probe6 = layout::Address::new(probes.ipv6.into()).octets;
+        }
+        fill(&mut ports.inbound_excluded, &rules.exclude_inbound_ports);
+        if let Include::Only(list) = &rules.include_inbound_ports {
+            fill(&mut ports.inbound_included, list);
+        }
+        fill(&mut ports.outbound_excluded, &rules.exclude_outbound_ports);
+        fill(&mut ports.outbound_included, &rules.include_outbound_ports);
+        excluded = IpNet::aggregate(&rules.exclude_outbound_ranges);
+        if let Include::Only(list) = &rules.include_outbound_ranges {
+            included = IpNet::aggregate(list);
+        }
+        for (names, kind) in [
+            (&rules.exclude_interfaces, layout::INTERFACE_EXCLUDED),
+            (&rules.virtual_interfaces, layout::INTERFACE_VIRTUAL),
+        ] {
+            for index in names.iter().filter_map(|name| network.interfaces.get(name.as_str())) {
+                *interfaces.entry(*index).or_default() |= kind;
+            }
+        }
+    }
+    if !rules.refused.is_empty() {
+        settings.flags |= layout::WITH_REFUSED;
+    }
+    excluded.sort();
+    included.sort();
+    let own = network.addresses.iter().map(|address| address.ip).collect();
+    let refused = rules.refused.iter().map(|tuple| (tuple.local, tuple.peer)).collect();
+    Contents { settings, ports, excluded, included, interfaces, own, refused }
+}
+
+fn fill(set: &mut [u32; layout::PORT_WORDS], ranges: &[PortRange]) {
+    for port in ranges.iter().flat_map(|range| range.first()..=range.last()) {
+        if let Some(word) = set.get_mut(usize::from(port >> 5)) {
+            *word |= 1 << (port & 31);
+        }
+    }
+}
+
+const _: () = assert!(layout::MARK_ZTUNNEL == ZTUNNEL_MARK && layout::MARK_MASK == MARK_MASK);
+const _: () = assert!(layout::MARK_REPLY == routing::REPLY_MARK);
+
+/// Whether IPv6 is spoken, by what the namespace says.
+fn ipv6(netns: &Netns) -> Ipv6 {
+    routing::ipv6(netns)
+}
