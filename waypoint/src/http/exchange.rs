@@ -224,7 +224,7 @@ impl Exchange<'_> {
     async fn read_ahead(&mut self, reading: Reading) -> Result<Decision, Failure> {
         if std::mem::take(&mut self.hop.expects_continue) && self.framing != Framing::None {
             self.client.send_continue();
-            self.flush().await.map_err(|_| Failure::CLIENT_GONE)?;
+            self.flush().await?;
         }
         poll_fn(|cx| {
             match self.upload.poll_ahead(cx, self.client, reading.limit) {
@@ -628,8 +628,23 @@ impl Exchange<'_> {
         After::Abort
     }
 
-    async fn flush(&mut self) -> std::io::Result<()> {
-        poll_fn(|cx| self.client.poll_flush(cx)).await
+    async fn flush(&mut self) -> Result<(), Failure> {
+        poll_fn(|cx| match self.client.poll_flush(cx) {
+            Poll::Ready(flushed) => Poll::Ready(flushed.map_err(|_| Failure::CLIENT_GONE)),
+            Poll::Pending => self.poll_late(cx).map(Err),
+        })
+        .await
+    }
+
+    /// One step of an answer of our own: sends what is `left` of its body.
+    fn poll_answer(&mut self, cx: &mut Context<'_>, left: &mut Bytes) -> Poll<std::io::Result<()>> {
+        while !left.is_empty() {
+            let room = ready!(self.client.poll_room(cx, left.len()))?;
+            let data = left.split_to(room);
+            self.upload.moved = true;
+            if left.is_empty() { self.client.send_last(data)? } else { self.client.send(data)? }
+        }
+        self.client.poll_flush(cx)
     }
 
     async fn fail(&mut self, failure: Failure) -> After {
@@ -657,17 +672,18 @@ impl Exchange<'_> {
         let sent = self.client.send_response(&self.reply, framing, !to_head, close, false);
         let mut left = if to_head { Bytes::new() } else { body };
         self.record.sent = left.len() as u64;
-        let result = poll_fn(|cx| {
-            while !left.is_empty() {
-                let room = ready!(self.client.poll_room(cx, left.len()))?;
-                let data = left.split_to(room);
-                if left.is_empty() { self.client.send_last(data)? } else { self.client.send(data)? }
-            }
-            Poll::Ready(std::io::Result::Ok(()))
+        // A client that opens no window, or reads nothing, has as long for it as for anything else.
+        (self.whole, self.this_try) = (Limit::default(), Limit::default());
+        self.idle_deadline = Instant::now() + self.idle;
+        let result = poll_fn(|cx| match self.poll_answer(cx, &mut left) {
+            Poll::Ready(sent) => Poll::Ready(sent.map_err(|_| Failure::CLIENT_GONE)),
+            Poll::Pending => self.poll_late(cx).map(Err),
         })
         .await;
-        if sent.and(result).is_err() || self.flush().await.is_err() {
-            return self.gone();
+        if let Err(failure) = result.and(sent.map_err(|_| Failure::CLIENT_GONE)) {
+            (self.record.flag, self.record.detail) = (failure.flag, failure.detail);
+            self.client.abort();
+            return After::Abort;
         }
         if !self.upload.is_read() {
             self.client.stop_reading();

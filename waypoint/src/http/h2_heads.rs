@@ -29,9 +29,10 @@ pub(crate) fn request(
     if parts.method != Method::CONNECT {
         check_target(target.as_bytes())?;
     }
-    // A path that begins with none is in no rule for paths.
-    if target.starts_with('*') && (target != "*" || parts.method != Method::OPTIONS) {
-        return Err(Refusal::Malformed("an asterisk that is not the whole target of OPTIONS"));
+    // What begins with no slash is in no rule for paths, and no target of HTTP/1.1.
+    let is_server_wide = target == "*" && parts.method == Method::OPTIONS;
+    if parts.method != Method::CONNECT && !target.starts_with('/') && !is_server_wide {
+        return Err(Refusal::Malformed("a path that begins with no slash, and is not the asterisk of OPTIONS"));
     }
     head.set_target(target);
     let authority = match (parts.uri.authority(), parts.headers.get(HOST)) {
@@ -150,10 +151,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_asterisk_is_a_target_of_options_only() {
-        for (method, target, taken) in
-            [("OPTIONS", "*", true), ("GET", "*", false), ("POST", "*", false), ("GET", "/*", true)]
-        {
+    fn a_target_begins_with_a_slash_or_is_the_asterisk_of_options() {
+        for (method, target, taken) in [
+            ("OPTIONS", "*", true),
+            ("GET", "*", false),
+            ("POST", "*", false),
+            ("GET", "/*", true),
+            ("GET", "?a", false),
+            ("OPTIONS", "?a", false),
+        ] {
             let uri = Uri::builder().scheme("http").authority("a").path_and_query(target).build().unwrap();
             let (parts, ()) = Request::builder().method(method).uri(uri).body(()).unwrap().into_parts();
             let mut head = RequestHead::default();

@@ -181,7 +181,9 @@ impl Session<'_> {
         let date = httpdate::fmt_http_date(std::time::SystemTime::now());
         head.fields.push(b"date", date.as_bytes());
         let sent = self.client.send_response(&head, Framing::None, true, true, false);
-        if sent.is_ok() && poll_fn(|cx| self.client.poll_flush(cx)).await.is_ok() {
+        let flushed = poll_fn(|cx| self.client.poll_flush(cx));
+        let flushed = tokio::time::timeout(self.worker.settings.head_timeout, flushed).await;
+        if sent.is_ok() && matches!(flushed, Ok(Ok(()))) {
             self.linger().await;
         }
     }
@@ -191,7 +193,9 @@ impl Session<'_> {
     async fn linger(&mut self) {
         let Channel::H1(wire) = &mut self.client else { return };
         let io = wire.io();
-        if io.shutdown().await.is_err() {
+        // In a tunnel that waits for the client to take what was sent.
+        let shut = tokio::time::timeout(self.worker.settings.stream_idle_timeout, io.shutdown()).await;
+        if !matches!(shut, Ok(Ok(()))) {
             return;
         }
         let rest = async {

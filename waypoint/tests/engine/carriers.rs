@@ -25,7 +25,7 @@ use waypoint::http::{Settings, Worker, serve};
 use crate::lab::{self, Client, Proxy, get, in_turn, target};
 
 fn facts(client: SocketAddr, destination: SocketAddr) -> Connection {
-    Connection { client, destination, identity: None, server_name: None, secure: false }
+    Connection { client, destination, identity: None, server_name: None, secure: false, said: None }
 }
 
 #[tokio::test]

@@ -116,6 +116,7 @@ impl Proxy {
                     identity: None,
                     server_name: None,
                     secure: false,
+                    said: None,
                 };
                 tokio::spawn(serve(Arc::clone(&serving), Io::Tcp(stream), facts));
             }

@@ -4,8 +4,13 @@
 mod bad_input;
 mod carriers;
 mod clusters;
+mod floods;
 mod forwarding;
 mod h2;
 mod lab;
+mod limits;
 mod peers;
+mod raw_h2;
 mod retries;
+mod smuggling;
+mod upstreams;

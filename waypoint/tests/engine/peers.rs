@@ -13,7 +13,7 @@ use waypoint::http::decide::{Forwarding, Protocol};
 use crate::lab::{self, Proxy, in_turn, target};
 
 /// A free port of loopback; who takes it in between makes the test fail, not pass.
-async fn free_port() -> SocketAddr {
+pub async fn free_port() -> SocketAddr {
     tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
 }
 
