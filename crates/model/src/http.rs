@@ -28,7 +28,7 @@ pub use matcher::{
     HeaderMatch, InvalidPattern, PathMatch, Pattern, QueryMatch, Regex, RouteMatch, SourceFacts, SourceMatch,
 };
 pub use path::{InvalidPath, Normalization, normalize};
-pub(crate) use policy::matches_host;
+pub(crate) use policy::{Readings, matches_host};
 pub use policy::{Attribute, AttributeMatch, HttpMatch, InvalidTemplate, PathPattern, Template};
 pub use rate_limit::{Bucket, Count, GlobalLimit, Limit, LimitHeaders, LimitKey, LimitMatch, RateLimit};
 pub use request::{Claims, Headers, Request};

@@ -5,7 +5,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use balance::Client;
@@ -129,9 +129,11 @@ pub const VIP: &str = "240.240.0.1";
 
 /// A waypoint before the service `shop`, in the test's own process.
 pub struct Lab {
-    address: SocketAddr,
+    pub address: SocketAddr,
     pub guards: Arc<Guards>,
     pub worker: Arc<Worker>,
+    deciding: Deciding,
+    files: Mutex<(Repository, Arc<Mesh>)>,
 }
 
 impl Lab {
@@ -182,8 +184,8 @@ spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, p
         let clusters = Clusters::new(origin, ClusterLimits::default(), Arc::new(NoTunnels));
         let own = model::http::WaypointKey { namespace: "shop".into(), name: "waypoint".into() };
         let deciding = Deciding::new(own, "".into(), clusters, told, guards.clone());
-        deciding.update(mesh);
-        let worker = Worker::new(Arc::new(deciding), Settings::default(), CancellationToken::new());
+        deciding.update(mesh.clone());
+        let worker = Worker::new(Arc::new(deciding.clone()), Settings::default(), CancellationToken::new());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let serving = Arc::clone(&worker);
@@ -202,7 +204,16 @@ spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, p
                 tokio::spawn(serve(Arc::clone(&serving), Io::Tcp(stream), facts));
             }
         });
-        Self { address, guards, worker }
+        Self { address, guards, worker, deciding, files: Mutex::new((repository, mesh)) }
+    }
+
+    /// Puts a file in force beside the others, as a change of what there is.
+    pub fn put(&self, file: &str, text: &str) {
+        let mut files = self.files.lock().unwrap();
+        let (repository, mesh) = &mut *files;
+        repository.stage(&file.into(), Content::Bytes(text.as_bytes()));
+        *mesh = Arc::new(mesh.apply(repository.commit().changes));
+        self.deciding.update(mesh.clone());
     }
 
     /// Sends a request on a connection of its own; the response's head and body.

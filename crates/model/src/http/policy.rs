@@ -55,6 +55,32 @@ pub enum Attribute {
     Sni,
 }
 
+/// How a value is read that servers read in different ways.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Readings {
+    /// As it is: all lines of a field together, a host with its port.
+    Whole,
+    /// In each way: also the members of a list alone, since a server may take the first line or the last one, and a host
+    /// without its port and the dot at its end.
+    Any,
+}
+
+impl Readings {
+    /// Whether a reading of a host is one that `holds`.
+    pub(crate) fn any_host(self, authority: &str, holds: impl Fn(&str) -> bool) -> bool {
+        if self == Self::Whole {
+            return holds(authority);
+        }
+        let is_port = |text: &str| text.bytes().all(|b| b.is_ascii_digit());
+        let name = authority.rsplit_once(':').filter(|(_, port)| is_port(port)).map_or(authority, |(n, _)| n);
+        holds(authority) || holds(name) || holds(name.trim_end_matches('.'))
+    }
+
+    fn any_value(self, value: &str, holds: impl Fn(&str) -> bool) -> bool {
+        holds(value) || (self == Self::Any && value.split(',').any(|member| holds(member.trim())))
+    }
+}
+
 impl fmt::Display for Attribute {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -76,18 +102,23 @@ impl Attribute {
     }
 
     /// Whether a value of it in `request` is one that `holds`.
-    pub(crate) fn any(&self, request: &Request<'_>, holds: impl Fn(&str) -> bool) -> bool {
+    pub(crate) fn any(
+        &self,
+        request: &Request<'_>,
+        readings: Readings,
+        holds: impl Fn(&str) -> bool,
+    ) -> bool {
         match self {
             // In whichever case it was sent, it is the same host.
             Self::Header(name) if matches!(&**name, ":authority" | "host") => {
-                holds(request.authority) || holds(&request.authority.to_ascii_lowercase())
+                readings.any_host(request.authority, |host| holds(host) || holds(&host.to_ascii_lowercase()))
             }
             Self::Header(name) if Self::is_of_head(name) => holds(&of_head(name, request)),
             Self::Header(name) => request
                 .headers
                 .field(name)
                 // What is no UTF-8 can be no value of a policy; shown with marks, it matches prefixes and `*` only.
-                .is_some_and(|value| holds(&String::from_utf8_lossy(&value))),
+                .is_some_and(|value| readings.any_value(&String::from_utf8_lossy(&value), &holds)),
             Self::Claim(path) => request.claims.is_some_and(|claims| claims.any(path, holds)),
             Self::Sni => request.sni.is_some_and(holds),
         }
@@ -325,8 +356,8 @@ mod tests {
             (":scheme", "http"),
         ] {
             let attribute = Attribute::Header(name.into());
-            assert!(attribute.any(&request, |text| text == value), "{name}");
-            assert!(!attribute.any(&request, |text| text == "forged"), "{name}");
+            assert!(attribute.any(&request, Readings::Whole, |text| text == value), "{name}");
+            assert!(!attribute.any(&request, Readings::Whole, |text| text == "forged"), "{name}");
             assert!(attribute.shown(&request).eq_ignore_ascii_case(value), "{name}");
         }
     }

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::{Connection, Field, NearMiss, RuleRef};
-use crate::http::{HttpMatch, Request, matches_host};
+use crate::http::{HttpMatch, Readings, Request, matches_host};
 use crate::policy::{Action, Clause, Match, Policy, Rule, ServiceAccountMatch};
 use crate::{IpMatch, SpiffeId, StringMatch};
 
@@ -62,16 +62,19 @@ enum Failure {
 struct Fields {
     any: bool,
     failed: Option<Failure>,
+    /// Whether what matches is refused, or shown to somebody who may refuse it.
+    refuses: bool,
 }
 
 impl Fields {
-    /// Checks one field: the positive list, and the negated one. `hit` says whether one of a list matches.
+    /// Checks one field: the positive list, and the negated one. `hit` says whether one of a list matches. What can be read
+    /// in several ways matches by any of them where a match refuses, and by all of it where a match lets in.
     fn check<T>(
         &mut self,
         field: impl Fn() -> Field,
         positive: &[T],
         negated: &[T],
-        hit: impl Fn(&[T]) -> bool,
+        hit: impl Fn(&[T], Readings) -> bool,
     ) {
         for (list, negated) in [(positive, false), (negated, true)] {
             if self.failed.is_some() {
@@ -79,7 +82,8 @@ impl Fields {
             }
             if !list.is_empty() {
                 self.any = true;
-                if hit(list) == negated {
+                let readings = if self.refuses == negated { Readings::Whole } else { Readings::Any };
+                if hit(list, readings) == negated {
                     self.failed = Some(Failure::Field { field: field(), negated });
                 }
             }
@@ -93,7 +97,7 @@ fn failing_field(m: &Match, subject: Subject<'_>, unseen: Unseen) -> Option<Fail
     let s = c.source.as_ref();
     let namespace = s.map_or("", |s| s.namespace());
     let domain = s.map_or("", |s| s.trust_domain().as_str());
-    let account = |list: &[ServiceAccountMatch]| {
+    let account = |list: &[ServiceAccountMatch], _| {
         s.is_some_and(|s| {
             list.iter().any(|a| a.namespace == *s.namespace() && a.name == *s.service_account())
         })
@@ -102,18 +106,18 @@ fn failing_field(m: &Match, subject: Subject<'_>, unseen: Unseen) -> Option<Fail
     let text = |list: &[StringMatch], t: &str| s.is_some() && list.iter().any(|p| p.matches(t));
     let ip = |list: &[IpMatch], ip: IpAddr| list.iter().any(|r| r.matches(ip));
     let (to_ip, to_port) = (c.destination.ip(), c.destination.port());
-    let mut fields = Fields { any: false, failed: None };
-    fields.check(|| Field::Principal, &m.principals, &m.not_principals, |l| text(l, &c.principal));
+    let mut fields = Fields { any: false, failed: None, refuses: unseen == Unseen::Holds };
+    fields.check(|| Field::Principal, &m.principals, &m.not_principals, |l, _| text(l, &c.principal));
     fields.check(|| Field::ServiceAccount, &m.service_accounts, &m.not_service_accounts, account);
-    fields.check(|| Field::Namespace, &m.namespaces, &m.not_namespaces, |l| text(l, namespace));
-    fields.check(|| Field::TrustDomain, &m.trust_domains, &m.not_trust_domains, |l| text(l, domain));
-    fields.check(|| Field::SourceIp, &m.source_ips, &m.not_source_ips, |l| ip(l, c.source_ip));
-    fields.check(|| Field::DestinationIp, &m.destination_ips, &m.not_destination_ips, |l| ip(l, to_ip));
+    fields.check(|| Field::Namespace, &m.namespaces, &m.not_namespaces, |l, _| text(l, namespace));
+    fields.check(|| Field::TrustDomain, &m.trust_domains, &m.not_trust_domains, |l, _| text(l, domain));
+    fields.check(|| Field::SourceIp, &m.source_ips, &m.not_source_ips, |l, _| ip(l, c.source_ip));
+    fields.check(|| Field::DestinationIp, &m.destination_ips, &m.not_destination_ips, |l, _| ip(l, to_ip));
     fields.check(
         || Field::DestinationPort,
         &m.destination_ports,
         &m.not_destination_ports,
-        |l| l.contains(&to_port),
+        |l, _| l.contains(&to_port),
     );
     if let (None, Some(http)) = (&fields.failed, &m.http) {
         match subject.request {
@@ -129,20 +133,23 @@ fn failing_field(m: &Match, subject: Subject<'_>, unseen: Unseen) -> Option<Fail
 }
 
 fn failing_http(fields: &mut Fields, m: &HttpMatch, r: &Request<'_>) {
-    let host = |list: &[StringMatch]| list.iter().any(|p| matches_host(p, r.authority));
+    let host = |list: &[StringMatch], readings: Readings| {
+        readings.any_host(r.authority, |host| list.iter().any(|p| matches_host(p, host)))
+    };
     fields.check(|| Field::Host, &m.hosts, &m.not_hosts, host);
-    let method = |list: &[StringMatch]| list.iter().any(|p| p.matches(r.method));
+    let method = |list: &[StringMatch], _| list.iter().any(|p| p.matches(r.method));
     fields.check(|| Field::Method, &m.methods, &m.not_methods, method);
-    fields.check(|| Field::Path, &m.paths, &m.not_paths, |list| list.iter().any(|p| p.matches(r.path)));
-    let remote = |list: &[IpMatch]| list.iter().any(|p| p.matches(r.remote_ip));
+    fields.check(|| Field::Path, &m.paths, &m.not_paths, |list, _| list.iter().any(|p| p.matches(r.path)));
+    let remote = |list: &[IpMatch], _| list.iter().any(|p| p.matches(r.remote_ip));
     fields.check(|| Field::RemoteIp, &m.remote_ips, &m.not_remote_ips, remote);
-    let principal = |list: &[StringMatch]| {
+    let principal = |list: &[StringMatch], _| {
         r.claims.and_then(|c| c.principal()).is_some_and(|text| list.iter().any(|p| p.matches(text)))
     };
     fields.check(|| Field::RequestPrincipal, &m.request_principals, &m.not_request_principals, principal);
     if let (None, Some(condition)) = (&fields.failed, &m.attribute) {
-        let any =
-            |list: &[StringMatch]| condition.attribute.any(r, |text| list.iter().any(|p| p.matches(text)));
+        let any = |list: &[StringMatch], readings| {
+            condition.attribute.any(r, readings, |text| list.iter().any(|p| p.matches(text)))
+        };
         let field = || Field::Attribute(condition.attribute.clone());
         fields.check(field, &condition.values, &condition.not_values, any);
     }
