@@ -16,6 +16,7 @@ pub fn labels(story: &Story) -> TcpLabels {
             Carrier::Hbone => ConnectionSecurity::MutualTls,
             Carrier::Plaintext => ConnectionSecurity::Unknown,
         },
+        custom: None,
     }
 }
 
@@ -27,6 +28,7 @@ pub fn unknown_labels(direction: Direction) -> TcpLabels {
         destination: Party::unknown(),
         service: ServiceLabels::default(),
         security: ConnectionSecurity::Unknown,
+        custom: None,
     }
 }
 

@@ -128,6 +128,7 @@ fn labels(reporter: Reporter) -> TcpLabels {
         destination: Party::unknown(),
         service,
         security: ConnectionSecurity::MutualTls,
+        custom: None,
     }
 }
 

@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use super::tcp::{ConnectionSecurity, Party, Reporter, ServiceLabels, write_localities, write_parties};
+use super::tcp::{
+    ConnectionSecurity, CustomLabels, Party, Reporter, ServiceLabels, write_localities, write_parties,
+};
 use super::{Description, Family, Handle, Kind, LabelWriter, Labels, Metric, Registry, SampleWriter};
 
 /// What a request is, by its content type.
@@ -45,37 +47,11 @@ pub struct HttpLabels {
     pub custom: Option<Arc<CustomLabels>>,
 }
 
-/// Labels that differ from the standard ones. They are part of what tells series apart.
-#[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
-pub struct CustomLabels {
-    /// Standard labels that are left out.
-    pub hidden: Box<[Arc<str>]>,
-    /// Labels that are there besides, or in the place of hidden ones. Valid names.
-    pub added: Box<[(Arc<str>, Arc<str>)]>,
-}
-
 impl HttpLabels {
     /// Forgets what the hidden labels would have told, so that what differs in nothing else is one series.
     pub fn hide(&mut self, custom: Arc<CustomLabels>) {
-        let hidden = |name: &str| custom.hidden.iter().any(|h| **h == *name);
-        self.source = self.source.without("source", &hidden).map_or_else(|| self.source.clone(), Arc::new);
-        self.destination = self
-            .destination
-            .without("destination", &hidden)
-            .map_or_else(|| self.destination.clone(), Arc::new);
-        let unknown = ServiceLabels::default();
-        for (name, field, none) in [
-            ("destination_service", &mut self.service.hostname, unknown.hostname),
-            ("destination_service_name", &mut self.service.name, unknown.name),
-            ("destination_service_namespace", &mut self.service.namespace, unknown.namespace),
-        ] {
-            if hidden(name) {
-                *field = none;
-            }
-        }
-        if hidden("connection_security_policy") {
-            self.security = ConnectionSecurity::Unknown;
-        }
+        let hidden = |name: &str| custom.hides(name);
+        custom.forget((&mut self.source, &mut self.destination), &mut self.service, &mut self.security);
         if hidden("request_protocol") {
             self.protocol = RequestProtocol::Http;
         }
@@ -94,10 +70,9 @@ impl HttpLabels {
 
 impl Labels for HttpLabels {
     fn write(&self, out: &mut LabelWriter<'_>) {
-        let nothing = CustomLabels::default();
-        let custom = self.custom.as_deref().unwrap_or(&nothing);
+        let custom = self.custom.as_deref();
         let mut pair = |name: &str, value: &str| {
-            if !custom.hidden.iter().any(|h| **h == *name) {
+            if !custom.is_some_and(|custom| custom.hides(name)) {
                 out.pair(name, value);
             }
         };
@@ -118,7 +93,7 @@ impl Labels for HttpLabels {
         pair("response_flags", &self.response_flags);
         pair("connection_security_policy", self.security.as_str());
         write_localities(ends, &mut pair);
-        for (name, value) in &custom.added {
+        for (name, value) in custom.iter().flat_map(|custom| &custom.added) {
             out.pair(name, value);
         }
     }

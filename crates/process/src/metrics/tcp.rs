@@ -6,6 +6,7 @@
 //! (istio/istio#32399), and readers rely on it; the access log has them the workload's way. [`TcpSeries`] takes
 //! the bytes by their direction on the connection, so that callers need not know.
 
+use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 use std::sync::{Arc, LazyLock};
 
 use super::{
@@ -193,6 +194,53 @@ pub struct TcpLabels {
     pub service: ServiceLabels,
     /// How it was protected.
     pub security: ConnectionSecurity,
+    /// What differs from the standard labels.
+    pub custom: Option<Arc<CustomLabels>>,
+}
+
+/// Labels that differ from the standard ones. They are part of what tells series apart.
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
+pub struct CustomLabels {
+    /// Standard labels that are left out.
+    pub hidden: Box<[Arc<str>]>,
+    /// Labels that are there besides, or in the place of hidden ones. Valid names.
+    pub added: Box<[(Arc<str>, Arc<str>)]>,
+}
+
+impl CustomLabels {
+    /// Whether a label is left out.
+    #[must_use]
+    pub fn hides(&self, name: &str) -> bool {
+        self.hidden.iter().any(|hidden| **hidden == *name)
+    }
+
+    /// Forgets what hidden labels would have told of two ends and a service.
+    pub(super) fn forget(
+        &self,
+        (source, destination): (&mut Arc<Party>, &mut Arc<Party>),
+        service: &mut ServiceLabels,
+        security: &mut ConnectionSecurity,
+    ) {
+        let hidden = |name: &str| self.hides(name);
+        for (end, party) in [("source", source), ("destination", destination)] {
+            if let Some(less) = party.without(end, &hidden) {
+                *party = Arc::new(less);
+            }
+        }
+        let unknown = ServiceLabels::default();
+        for (name, field, none) in [
+            ("destination_service", &mut service.hostname, unknown.hostname),
+            ("destination_service_name", &mut service.name, unknown.name),
+            ("destination_service_namespace", &mut service.namespace, unknown.namespace),
+        ] {
+            if hidden(name) {
+                *field = none;
+            }
+        }
+        if hidden("connection_security_policy") {
+            *security = ConnectionSecurity::Unknown;
+        }
+    }
 }
 
 fn known(value: &str) -> &str {
@@ -238,14 +286,28 @@ pub(super) fn write_localities((source, destination): (&Party, &Party), pair: &m
 }
 
 impl TcpLabels {
+    /// Forgets what the hidden labels would have told, so that what differs in nothing else is one series.
+    pub fn hide(&mut self, custom: Arc<CustomLabels>) {
+        custom.forget((&mut self.source, &mut self.destination), &mut self.service, &mut self.security);
+        self.custom = Some(custom);
+    }
+
     fn write_with(&self, out: &mut LabelWriter<'_>, flags: &str) {
-        let mut pair = |name: &str, value: &str| out.pair(name, value);
+        let custom = self.custom.as_deref();
+        let mut pair = |name: &str, value: &str| {
+            if !custom.is_some_and(|custom| custom.hides(name)) {
+                out.pair(name, value);
+            }
+        };
         let ends = (&*self.source, &*self.destination);
         write_parties(self.reporter, ends, &self.service, &mut pair);
         pair("request_protocol", "tcp");
         pair("response_flags", flags);
         pair("connection_security_policy", self.security.as_str());
         write_localities(ends, &mut pair);
+        for (name, value) in custom.iter().flat_map(|custom| &custom.added) {
+            out.pair(name, value);
+        }
     }
 }
 
@@ -275,11 +337,44 @@ pub struct TcpSeries {
     closed: Counter,
     received: Counter,
     sent: Counter,
+    /// The metrics that connections count in, a bit each.
+    shown: AtomicU8,
+}
+
+/// The metrics that a connection counts in: a set of these.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct TcpColumns(u8);
+
+impl TcpColumns {
+    /// `istio_tcp_connections_opened_total`
+    pub const OPENED: Self = Self(1);
+    /// `istio_tcp_connections_closed_total`
+    pub const CLOSED: Self = Self(1 << 1);
+    /// `istio_tcp_received_bytes_total`
+    pub const RECEIVED: Self = Self(1 << 2);
+    /// `istio_tcp_sent_bytes_total`
+    pub const SENT: Self = Self(1 << 3);
+    /// All of them.
+    pub const ALL: Self = Self(0b1111);
+
+    /// With `other`.
+    #[must_use]
+    pub fn with(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
 }
 
 impl TcpSeries {
     /// A connection was opened.
     pub fn opened(&self) {
+        self.opened_in(TcpColumns::ALL);
+    }
+
+    /// A connection was opened of which no more than these metrics are kept.
+    pub fn opened_in(&self, columns: TcpColumns) {
+        if self.shown.load(Relaxed) & columns.0 != columns.0 {
+            self.shown.fetch_or(columns.0, Relaxed);
+        }
         self.opened.inc();
     }
 
@@ -309,6 +404,9 @@ impl TcpSeries {
 
 impl Metric for TcpSeries {
     fn write(&self, column: usize, out: &mut SampleWriter<'_, '_>, labels: &dyn Fn(&mut LabelWriter<'_>)) {
+        if self.shown.load(Relaxed) >> column & 1 == 0 {
+            return;
+        }
         let counter = match column {
             0 => &self.opened,
             1 => &self.closed,
