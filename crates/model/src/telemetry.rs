@@ -117,6 +117,23 @@ pub enum LogSink {
         /// What a line looks like.
         format: LogFormat,
     },
+    /// To a service that takes Envoy's access logs over gRPC (ALS, version 3).
+    Service(Box<LogService>),
+}
+
+/// A service that takes log entries.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct LogService {
+    /// Where it is.
+    pub collector: Collector,
+    /// Whether it takes entries of connections of bytes; of requests otherwise.
+    pub connections: bool,
+    /// What the log is called.
+    pub name: Str,
+    /// Fields of requests that entries show beside those that they have anyway; in lower case.
+    pub request_headers: Box<[Str]>,
+    /// Fields of responses that entries show; in lower case.
+    pub response_headers: Box<[Str]>,
 }
 
 /// How spans are made, and who takes them.

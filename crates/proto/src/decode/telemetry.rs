@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use model::telemetry::{
-    AccessLog, Collector, Exporter, Expression, LogFormat, LogSink, LogText, MetricName, MetricRule, Metrics,
-    SpanProtocol, SpanTag, Tag, Telemetry, Tracing,
+    AccessLog, Collector, Exporter, Expression, LogFormat, LogService, LogSink, LogText, MetricName,
+    MetricRule, Metrics, SpanProtocol, SpanTag, Tag, Telemetry, Tracing,
 };
 
 use super::http::{needed_duration, share};
@@ -59,6 +59,17 @@ impl Decoder {
                 let format = self.log_format(format).map_err(|f| f.within("file.format"))?;
                 LogSink::File { path: self.text(&file.path), format }
             }
+            Sink::Service(service) => LogSink::Service(Box::new(LogService {
+                collector: self.collector(service.collector.as_ref()).map_err(|f| f.within("service"))?,
+                connections: service.connections,
+                name: self.text(&service.name),
+                request_headers: each(&service.request_headers, "request_headers", |name| {
+                    self.header_key(name)
+                })?,
+                response_headers: each(&service.response_headers, "response_headers", |name| {
+                    self.header_key(name)
+                })?,
+            })),
         };
         let filter = log.filter.as_deref().map(|source| expression(source, "filter"));
         Ok(AccessLog { sink, filter: filter.transpose()? })
@@ -78,15 +89,9 @@ impl Decoder {
 
     fn tracing(&mut self, t: &wire::Tracing) -> Result<Tracing, Fault> {
         use wire::tracing::exporter::Protocol;
-        let collector = needed(t.collector.as_ref(), "collector")?;
         let exporter = needed(t.exporter.as_ref(), "exporter")?;
         Ok(Tracing {
-            collector: Collector {
-                provider: self.text(&collector.provider),
-                namespace: self.optional(collector.namespace.as_ref()),
-                host: self.text(&collector.host),
-                port: port(collector.port, "collector.port")?,
-            },
+            collector: self.collector(t.collector.as_ref())?,
             exporter: Exporter {
                 protocol: match needed(exporter.protocol.as_ref(), "exporter.protocol")? {
                     Protocol::OtlpGrpc(()) => SpanProtocol::OtlpGrpc,
@@ -101,6 +106,16 @@ impl Decoder {
             propagate: t.propagate,
             tags: each(&t.tags, "tags", |tag| Ok((self.text(&tag.name), self.span_tag(tag)?)))?,
             max_tag_length: t.max_tag_length,
+        })
+    }
+
+    fn collector(&mut self, message: Option<&wire::tracing::Collector>) -> Result<Collector, Fault> {
+        let collector = needed(message, "collector")?;
+        Ok(Collector {
+            provider: self.text(&collector.provider),
+            namespace: self.optional(collector.namespace.as_ref()),
+            host: self.text(&collector.host),
+            port: port(collector.port, "collector.port")?,
         })
     }
 

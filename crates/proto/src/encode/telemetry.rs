@@ -2,7 +2,7 @@
 
 use model::Str;
 use model::telemetry::{
-    AccessLog, Collector, Exporter, LogFormat, LogSink, LogText, MetricName, MetricRule, Metrics,
+    AccessLog, Collector, Exporter, LogFormat, LogService, LogSink, LogText, MetricName, MetricRule, Metrics,
     SpanProtocol, SpanTag, Tag, Telemetry, Tracing,
 };
 
@@ -38,12 +38,24 @@ fn metric(rule: &MetricRule) -> wire::MetricRule {
 }
 
 fn access_log(log: &AccessLog) -> wire::AccessLog {
-    use wire::access_log::{File, Sink};
+    use wire::access_log::{File, Service, Sink};
+    let texts = |list: &[Str]| list.iter().map(ToString::to_string).collect();
     let AccessLog { sink, filter } = log;
     wire::AccessLog {
         sink: Some(match sink {
             LogSink::File { path, format } => {
                 Sink::File(File { path: path.to_string(), format: Some(log_format(format)) })
+            }
+            LogSink::Service(service) => {
+                let LogService { collector: to, connections, name, request_headers, response_headers } =
+                    &**service;
+                Sink::Service(Service {
+                    collector: Some(collector(to)),
+                    connections: *connections,
+                    name: name.to_string(),
+                    request_headers: texts(request_headers),
+                    response_headers: texts(response_headers),
+                })
             }
         }),
         filter: filter.as_ref().map(|filter| filter.source().to_string()),
@@ -65,18 +77,22 @@ fn log_format(format: &LogFormat) -> wire::LogFormat {
     wire::LogFormat { kind: Some(kind) }
 }
 
+fn collector(collector: &Collector) -> wire::tracing::Collector {
+    let Collector { provider, namespace, host, port } = collector;
+    wire::tracing::Collector {
+        provider: provider.to_string(),
+        namespace: text(namespace),
+        host: host.to_string(),
+        port: (*port).into(),
+    }
+}
+
 fn tracing(tracing: &Tracing) -> wire::Tracing {
     use wire::tracing::exporter::Protocol;
-    let Tracing { collector, exporter, sampling, report, propagate, tags, max_tag_length } = tracing;
-    let Collector { provider, namespace, host, port } = collector;
+    let Tracing { collector: to, exporter, sampling, report, propagate, tags, max_tag_length } = tracing;
     let Exporter { protocol, timeout, headers } = exporter;
     wire::Tracing {
-        collector: Some(wire::tracing::Collector {
-            provider: provider.to_string(),
-            namespace: text(namespace),
-            host: host.to_string(),
-            port: (*port).into(),
-        }),
+        collector: Some(collector(to)),
         exporter: Some(wire::tracing::Exporter {
             protocol: Some(match protocol {
                 SpanProtocol::OtlpGrpc => Protocol::OtlpGrpc(()),

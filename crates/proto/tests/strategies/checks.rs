@@ -9,8 +9,8 @@ use model::http::{
     TokenRule,
 };
 use model::telemetry::{
-    AccessLog, Collector, Exporter, Expression, LogFormat, LogSink, LogText, MetricName, MetricRule, Metrics,
-    SpanProtocol, SpanTag, Tag, Telemetry, Tracing,
+    AccessLog, Collector, Exporter, Expression, LogFormat, LogService, LogSink, LogText, MetricName,
+    MetricRule, Metrics, SpanProtocol, SpanTag, Tag, Telemetry, Tracing,
 };
 use proptest::collection::vec;
 use proptest::option;
@@ -137,9 +137,13 @@ fn log_text() -> BoxedStrategy<LogText> {
     select(vec!["", "%REQ(:METHOD)% %DURATION%", "100%%"]).prop_map(|t| LogText::new(t).unwrap()).boxed()
 }
 
+fn collector() -> BoxedStrategy<Collector> {
+    (text(), option::of(text()), text(), any::<u16>())
+        .prop_map(|(provider, namespace, host, port)| Collector { provider, namespace, host, port })
+        .boxed()
+}
+
 fn tracing() -> BoxedStrategy<Tracing> {
-    let collector = (text(), option::of(text()), text(), any::<u16>())
-        .prop_map(|(provider, namespace, host, port)| Collector { provider, namespace, host, port });
     let protocol = prop_oneof![
         Just(SpanProtocol::OtlpGrpc),
         text().prop_map(|path| SpanProtocol::OtlpHttp { path }),
@@ -157,7 +161,7 @@ fn tracing() -> BoxedStrategy<Tracing> {
         log_text().prop_map(SpanTag::Format),
     ];
     let flags = (any::<bool>(), any::<bool>());
-    (collector, exporter, percent(), flags, list((text(), tag)), any::<u32>())
+    (collector(), exporter, percent(), flags, list((text(), tag)), any::<u32>())
         .prop_map(|(collector, exporter, sampling, flags, tags, max_tag_length)| Tracing {
             collector,
             exporter,
@@ -184,8 +188,22 @@ pub fn telemetry() -> BoxedStrategy<Telemetry> {
         log_text().prop_map(LogFormat::TextOf),
         list((text(), log_text())).prop_map(LogFormat::JsonOf),
     ];
-    let log = (strs(&["/dev/stdout", "/tmp/log"]), format, option::of(expression()))
-        .prop_map(|(path, format, filter)| AccessLog { sink: LogSink::File { path, format }, filter });
+    let file = (strs(&["/dev/stdout", "/tmp/log"]), format)
+        .prop_map(|(path, format)| LogSink::File { path, format });
+    let names = || list(header_key());
+    let service = (collector(), any::<bool>(), text(), names(), names()).prop_map(
+        |(collector, connections, name, request_headers, response_headers)| {
+            LogSink::Service(Box::new(LogService {
+                collector,
+                connections,
+                name,
+                request_headers,
+                response_headers,
+            }))
+        },
+    );
+    let log = (prop_oneof![file, service], option::of(expression()))
+        .prop_map(|(sink, filter)| AccessLog { sink, filter });
     (any::<bool>(), list(rule), option::of(list(log)), option::of(tracing()))
         .prop_map(|(disabled, rules, logs, tracing)| Telemetry {
             metrics: Metrics { disabled, rules },
