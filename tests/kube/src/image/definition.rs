@@ -116,13 +116,14 @@ impl Build {
         let seconds = self.source_date()?;
         let built: Vec<&str> =
             definitions.values().flat_map(|d| &d.program).map(|p| p.package.as_str()).collect();
+        let sources = sbom::Sources::read(&self.workspace, self.platform, &built)?;
         let mut archives = Vec::new();
         for (stem, definition) in definitions {
             let clock = Clock::start();
             let tag = env!("CARGO_PKG_VERSION");
             let files = self.files(definition)?;
             let packages: Vec<&str> = definition.program.iter().map(|p| p.package.as_str()).collect();
-            let mut parts = sbom::crates(&self.workspace, self.platform, &packages, &built)?;
+            let mut parts = sources.crates(&packages)?;
             if definition.program.iter().any(|program| program.r#static) {
                 parts.extend(sbom::static_libc(&self.sysroot, self.platform)?);
             }

@@ -53,43 +53,57 @@ impl Part {
     }
 }
 
-/// The crates that a package's programs are made of, itself among them, and Rust's standard library: normal
-/// dependencies, of one platform. `built` are all packages that cargo builds at once, whose features it unites.
-///
-/// # Errors
-/// cargo fails.
-pub fn crates(
-    workspace: &Path,
-    platform: Platform,
-    packages: &[&str],
-    built: &[&str],
-) -> Result<BTreeSet<Part>> {
-    let mut cargo = Command::new("cargo");
-    cargo.current_dir(workspace).args(["metadata", "--format-version", "1", "--locked"]);
-    cargo.args(["--filter-platform", platform.target]);
-    let metadata: Value = serde_json::from_str(&finish(&mut cargo)?).context("reading cargo's metadata")?;
-    // The metadata has the features of the whole workspace, tests too, and with them crates that are in no program.
-    let mut cargo = Command::new("cargo");
-    cargo.current_dir(workspace).args(["tree", "--locked", "--prefix", "none", "--no-dedupe"]);
-    cargo.args(["--edges", "normal,no-proc-macro", "--format", "{p}", "--target", platform.target]);
-    for package in built {
-        cargo.args(["--package", package]);
+/// What cargo knows of the workspace: asked once for all images.
+#[derive(Debug)]
+pub struct Sources {
+    metadata: Value,
+    /// Name and version of the crates that are linked into programs.
+    linked: BTreeSet<(String, String)>,
+    rust: Part,
+}
+
+impl Sources {
+    /// Of one platform. `built` are all packages that cargo builds at once, whose features it unites.
+    ///
+    /// # Errors
+    /// cargo fails.
+    pub fn read(workspace: &Path, platform: Platform, built: &[&str]) -> Result<Self> {
+        let mut cargo = Command::new("cargo");
+        cargo.current_dir(workspace).args(["metadata", "--format-version", "1", "--locked"]);
+        cargo.args(["--filter-platform", platform.target]);
+        let metadata = serde_json::from_str(&finish(&mut cargo)?).context("reading cargo's metadata")?;
+        // The metadata has the features of the whole workspace, tests too, and with them crates that are in no program.
+        let mut cargo = Command::new("cargo");
+        cargo.current_dir(workspace).args(["tree", "--locked", "--prefix", "none"]);
+        cargo.args(["--edges", "normal,no-proc-macro", "--format", "{p}", "--target", platform.target]);
+        for package in built {
+            cargo.args(["--package", package]);
+        }
+        let linked = finish(&mut cargo)?.lines().filter_map(linked).collect();
+        let rustc = output("rustc", &["--version"])?;
+        let version = rustc.split_whitespace().nth(1).context("rustc says no version")?.to_owned();
+        let licence = Some("MIT OR Apache-2.0".to_owned());
+        let rust = Part { kind: "generic", name: "rust-std".into(), version, licence };
+        Ok(Self { metadata, linked, rust })
     }
-    let tree = finish(&mut cargo)?;
-    let linked: BTreeSet<(&str, &str)> = tree.lines().filter_map(linked).collect();
-    let mut parts = reached(&metadata, packages)?;
-    parts.retain(|part| linked.contains(&(part.name.as_str(), part.version.as_str())));
-    let rustc = output("rustc", &["--version"])?;
-    let version = rustc.split_whitespace().nth(1).context("rustc says no version")?.to_owned();
-    let licence = Some("MIT OR Apache-2.0".to_owned());
-    parts.insert(Part { kind: "generic", name: "rust-std".into(), version, licence });
-    Ok(parts)
+
+    /// The crates that these packages' programs are made of, themselves among them, and Rust's standard library: normal
+    /// dependencies.
+    ///
+    /// # Errors
+    /// The workspace has no such package.
+    pub fn crates(&self, packages: &[&str]) -> Result<BTreeSet<Part>> {
+        let mut parts = reached(&self.metadata, packages)?;
+        parts.retain(|part| self.linked.contains(&(part.name.clone(), part.version.clone())));
+        parts.insert(self.rust.clone());
+        Ok(parts)
+    }
 }
 
 /// Name and version of a line of `cargo tree`: `name v1.0.0 (where)`.
-fn linked(line: &str) -> Option<(&str, &str)> {
+fn linked(line: &str) -> Option<(String, String)> {
     let mut words = line.split_whitespace();
-    Some((words.next()?, words.next()?.strip_prefix('v')?))
+    Some((words.next()?.to_owned(), words.next()?.strip_prefix('v')?.to_owned()))
 }
 
 fn reached(metadata: &Value, packages: &[&str]) -> Result<BTreeSet<Part>> {
@@ -259,12 +273,13 @@ mod tests {
     fn what_only_tests_need_is_in_no_bill() {
         let workspace = crate::lab::Lab::find().unwrap().workspace;
         let here = Platform::here().unwrap();
-        let parts = crates(&workspace, here, &["ztunnel"], &["ztunnel", "control-plane"]).unwrap();
+        let sources = Sources::read(&workspace, here, &["ztunnel", "control-plane"]).unwrap();
+        let parts = sources.crates(&["ztunnel"]).unwrap();
         let has = |name: &str| parts.iter().any(|part| part.name == name);
         assert!(has("ztunnel") && has("rustls") && has("aws-lc-sys") && has("rust-std"), "{parts:?}");
         // Named in the lock file for features that no program has; a macro that is expanded, and gone; a test's tool.
         assert!(!has("ring") && !has("serde_derive") && !has("proptest"), "{parts:?}");
-        assert_eq!(linked("a v1.2.3 (proc-macro)"), Some(("a", "1.2.3")));
+        assert_eq!(linked("a v1.2.3 (*)"), Some(("a".to_owned(), "1.2.3".to_owned())));
     }
 
     #[test]
