@@ -1,8 +1,9 @@
-//! What is told of requests: metrics, log lines, spans.
+//! What is told of requests and of connections of bytes: metrics, log lines, spans, and why the last of them went as they
+//! did.
 //!
 //! ```text
 //!   decide ─▶ request_started   the trace's context: read, decided over, passed on
-//!   ended  ─▶ request_ended     one look-up and six counters; the lines of logs; the span
+//!   ended  ─▶ request_ended     one look-up and six counters; the lines of logs; the span; the record of the decision
 //!   refused ─▶ request_refused  what could not be read has a line and a reason too
 //! ```
 //!
@@ -16,7 +17,9 @@ mod ended;
 mod engine;
 mod export;
 mod log;
+mod log_service;
 mod plan;
+mod recent;
 mod series;
 mod streams;
 mod trace;
@@ -46,7 +49,8 @@ use crate::http::head::{Fields, RequestHead};
 pub use self::collectors::ThroughMesh;
 pub use self::engine::register_engine;
 pub use self::export::{Connect, Connecting, Exporters};
-pub use self::streams::Counted;
+pub use self::recent::Recent;
+pub use self::streams::{Carried, Counted};
 pub use self::trace::Span;
 
 /// As many services' settings a thread remembers.
@@ -95,6 +99,7 @@ pub struct Telemetry {
     sinks: Sinks,
     exporters: Arc<Exporters>,
     random: trace::Random,
+    recent: Recent,
     plain: Arc<model::telemetry::Telemetry>,
 }
 
@@ -146,6 +151,7 @@ impl Telemetry {
             sinks: Sinks::new(output),
             exporters,
             random: trace::Random::new(),
+            recent: Recent::default(),
             plain: Arc::default(),
         });
         telemetry.register(registry);
@@ -169,11 +175,59 @@ impl Telemetry {
         counter("culvert_spans_sent", "Spans that a collector took", |t| t.exporters.counts().sent);
         let help = "Spans that no collector took";
         counter("culvert_spans_failed", help, |t| t.exporters.counts().failed);
+        self.register_entries(registry);
+    }
+
+    /// The metrics of services that take access logs, and of what is kept for `culvert why`.
+    fn register_entries(self: &Arc<Self>, registry: &Registry) {
+        let number = |name, help, kind, read: fn(&Self) -> u64| {
+            let telemetry = self.clone();
+            registry.collect(Description { name, help, kind }, move |out| {
+                out.integer(&|_| {}, read(&telemetry));
+            });
+        };
+        let counter = |name, help, read| number(name, help, Kind::Counter, read);
+        let help = "Entries that were handed to the queue of a service that takes access logs";
+        counter("culvert_access_log_entries", help, |t| t.exporters.entries().taken.load(Relaxed));
+        let help = "Entries that were dropped because their service's queue was full";
+        counter("culvert_access_log_entries_dropped", help, |t| t.exporters.entries().dropped.load(Relaxed));
+        let help = "Entries that were sent to their service";
+        counter("culvert_access_log_entries_sent", help, |t| t.exporters.entries().sent.load(Relaxed));
+        let help = "Entries that their service did not take";
+        counter("culvert_access_log_entries_failed", help, |t| t.exporters.entries().failed.load(Relaxed));
+        let help = "Streams that were opened to services that take access logs";
+        counter("culvert_access_log_streams", help, |t| t.exporters.entries().streams.load(Relaxed));
+        let help = "Requests and connections of which no record was kept for culvert why, because there were too many";
+        counter("culvert_decisions_passed_over", help, |t| t.recent.passed_over());
+        let gauge = |name, help, read| number(name, help, Kind::Gauge, read);
+        let help = "Entries that wait for services that take access logs";
+        gauge("culvert_access_log_entries_waiting", help, |t| t.exporters.entries().waiting.load(Relaxed));
+        let help = "Requests and connections of which a record is kept for culvert why";
+        gauge("culvert_decisions_kept", help, |t| t.recent.kept());
+    }
+
+    /// Why the last requests and connections went as they did.
+    #[must_use]
+    pub fn recent(&self) -> &Recent {
+        &self.recent
+    }
+
+    fn with_local<T>(&self, work: impl FnOnce(&mut Local) -> T) -> T {
+        LOCAL.with_borrow_mut(|local| {
+            if local.of != self.id {
+                *local = Local { of: self.id, ..Local::default() };
+            }
+            work(local)
+        })
     }
 
     /// Begins the request's span, if somebody takes spans of its service: to be called once `decided.service` is known,
-    /// before the request is sent. The context goes into the request's head.
+    /// before the request is sent. The context goes into the request's head, and an ID by which logs and `culvert why` find
+    /// it, if it has none.
     pub fn request_started(&self, request: &mut RequestHead, decided: &mut Decided) {
+        if request.fields.values(b"x-request-id").next().is_none() {
+            request.fields.push(b"x-request-id", trace::request_id(&self.random).as_bytes());
+        }
         let tracing = decided.service.as_ref().and_then(|service| service.telemetry.tracing.as_deref());
         if let Some(tracing) = tracing {
             decided.trace = Some(Box::new(trace::begin(request, tracing, &self.random)));
@@ -192,10 +246,7 @@ impl Telemetry {
         let place = (mesh, &self.settings.network);
         let ended = Ended::new(place, (request, response), connection, decided, record);
         let told = decided.service.as_ref().map_or(&self.plain, |service| &service.telemetry);
-        LOCAL.with_borrow_mut(|local| {
-            if local.of != self.id {
-                *local = Local { of: self.id, ..Local::default() };
-            }
+        self.with_local(|local| {
             let resolved = self.resolved(local, told);
             let what = HttpObservation {
                 duration: ended.duration,
@@ -209,6 +260,7 @@ impl Telemetry {
                 log.write(&ended);
             }
         });
+        self.recent.keep(&ended);
         for dry_run in decided.verdict.iter().flat_map(|verdict| &verdict.dry_run) {
             let would = if dry_run.would.is_ok() { "allow" } else { "deny" };
             let labels = [("policy", dry_run.policy.to_string().into()), ("would", would.into())];
@@ -274,7 +326,7 @@ impl Telemetry {
             local.resolved.clear();
         }
         let logs = match &told.logs {
-            Some(logs) => logs.iter().filter_map(|log| self.sinks.open(log)).collect(),
+            Some(logs) => logs.iter().filter_map(|log| self.sinks.open(log, &self.exporters)).collect(),
             None => self.settings.access_log.iter().map(|format| self.sinks.own(*format)).collect(),
         };
         let resolved = Arc::new(Resolved { plan: Plan::of(&told.metrics), logs });

@@ -67,6 +67,7 @@ impl Connect for ThroughMesh {
                     identity: None,
                     server_name: None,
                     secure: false,
+                    said: None,
                 };
                 let request = RequestHead::default();
                 let call = Call { request: &request, connection: &connection, tried: &[], elsewhere: false };

@@ -1,4 +1,5 @@
-//! A request that has ended, with all that is known of it: what labels, filters, log lines and spans are made of.
+//! A request, or a connection of bytes, that has ended, with all that is known of it: what labels, filters, log lines and
+//! spans are made of. Of a connection the record has no status and the head is empty.
 
 use std::borrow::Cow;
 use std::cell::OnceCell;
@@ -11,8 +12,10 @@ use model::{Mesh, NetworkAddress, Str, Workload};
 use crate::http::decide::{Connection, Decided, Flag, Record};
 use crate::http::head::{Fields, RequestHead, Version};
 
-/// A request that has ended.
+/// A request or a connection that has ended.
 pub(super) struct Ended<'a> {
+    /// Whether it is a connection that shows no requests.
+    pub is_connection: bool,
     pub mesh: &'a Mesh,
     pub network: &'a Str,
     pub request: &'a RequestHead,
@@ -35,14 +38,36 @@ impl<'a> Ended<'a> {
     ) -> Self {
         let duration = record.started.elapsed();
         let source = OnceCell::new();
-        Self { mesh, network, request, response, connection, decided, record, duration, source }
+        Self {
+            is_connection: false,
+            mesh,
+            network,
+            request,
+            response,
+            connection,
+            decided,
+            record,
+            duration,
+            source,
+        }
+    }
+
+    /// A connection.
+    pub fn of_connection(
+        place: (&'a Mesh, &'a Str),
+        heads: (&'a RequestHead, &'a Fields),
+        connection: &'a Connection,
+        decided: &'a Decided,
+        record: &'a Record,
+    ) -> Self {
+        Self { is_connection: true, ..Self::new(place, heads, connection, decided, record) }
     }
 
     /// The client's workload.
     pub fn source(&self) -> Option<&Arc<Workload>> {
         let find = || {
             let address = NetworkAddress::new(self.network.clone(), self.connection.client.ip());
-            self.mesh.workload_at(&address).cloned()
+            self.mesh.workload_at(&address).or(self.connection.said.as_ref()).cloned()
         };
         self.source.get_or_init(find).as_ref()
     }
@@ -54,23 +79,52 @@ impl<'a> Ended<'a> {
 
     /// Envoy's response flags.
     pub fn flags(&self) -> Cow<'static, str> {
-        flags(self.record.flag, self.record.retries_exhausted)
+        let own = flags(self.record.flag, self.record.retries_exhausted);
+        match &*own {
+            _ if !self.decided.delayed => own,
+            "-" => Cow::Borrowed("DI"),
+            flags => Cow::Owned(format!("DI,{flags}")),
+        }
+    }
+
+    /// What it was for: the service of the endpoint that it was sent to, else that which has the address.
+    pub fn service(&self) -> Option<&'a model::ServiceKey> {
+        let of_endpoint = self.about().and_then(|about| about.service.as_ref());
+        of_endpoint.or_else(|| self.decided.service.as_ref().map(|service| &service.service))
+    }
+
+    /// Why it went as it did, in Envoy's words.
+    pub fn details(&self) -> &'static str {
+        match self.record.detail {
+            "" if self.record.flag == Flag::NoRoute => "route_not_found",
+            "" if self.record.flag == Flag::Decided("NC") => "cluster_not_found",
+            "" if self.record.flag == Flag::Decided("FI") => "fault_filter_abort",
+            "" if self.is_connection => "-",
+            "" if self.record.target.is_some() => "via_upstream",
+            "" => "direct_response",
+            detail => detail,
+        }
     }
 
     /// The back end as Istio names clusters of a waypoint.
     pub fn cluster(&self) -> Option<String> {
         let about = self.about()?;
         let service = about.service.as_ref()?;
-        let subset = about.subset.as_deref().map_or_else(|| "http".to_owned(), |s| format!("http/{s}"));
+        let kind = if self.is_connection { "tcp" } else { "http" };
+        let subset = about.subset.as_deref().map_or_else(|| kind.to_owned(), |s| format!("{kind}/{s}"));
         Some(format!("inbound-vip|{}|{subset}|{}", about.port, service.hostname))
     }
 
     pub fn route(&self) -> Option<String> {
-        self.decided.route.as_ref().map(|route| route.id.to_string())
+        let of_stream = || self.decided.stream.as_ref().map(|route| route.id.to_string());
+        self.decided.route.as_ref().map(|route| route.id.to_string()).or_else(of_stream)
     }
 
     /// A field of the request, or what HTTP/2 has as one.
     fn field(&self, name: &str) -> Option<Cow<'_, str>> {
+        if self.is_connection {
+            return None;
+        }
         let text = match name {
             ":method" => self.request.method(),
             ":path" => self.request.target(),
@@ -92,14 +146,20 @@ pub(super) fn flags(flag: Flag, exhausted: bool) -> Cow<'static, str> {
     if exhausted { Cow::Owned(format!("URX,{own}")) } else { Cow::Owned(own.to_string()) }
 }
 
+/// Envoy's flags in the order in which it counts them.
+const FLAGS: [&str; 28] = [
+    "LH", "UH", "UT", "LR", "UR", "UF", "UC", "UO", "NR", "DI", "FI", "RL", "UAEX", "RLSE", "DC", "URX",
+    "SI", "IH", "DPE", "UMSDR", "RFCF", "NFCF", "DT", "UPE", "NC", "OM", "DF", "DR",
+];
+
+/// The place of a flag in Envoy's order, from 0; `None` for what is none of its flags.
+pub(super) fn place_of_flag(flag: &str) -> Option<usize> {
+    FLAGS.iter().position(|known| *known == flag)
+}
+
 /// The bits that Envoy has for its response flags.
 fn bits(flags: &str) -> i64 {
-    const ALL: [&str; 26] = [
-        "LH", "UH", "UT", "LR", "UR", "UF", "UC", "UO", "NR", "DI", "FI", "RL", "UAEX", "RLSE", "DC", "URX",
-        "SI", "IH", "DPE", "UMSDR", "RFCF", "NFCF", "DT", "UPE", "NC", "OM",
-    ];
-    let bit = |flag: &str| ALL.iter().position(|known| *known == flag).map_or(0, |at| 1 << at);
-    flags.split(',').map(bit).sum()
+    flags.split(',').filter_map(place_of_flag).map(|place| 1 << place).sum()
 }
 
 fn joined<'f>(fields: &'f Fields, name: &str) -> Option<Cow<'f, str>> {
@@ -123,6 +183,9 @@ impl model::telemetry::Facts for Ended<'_> {
     fn attribute(&self, attribute: Attribute) -> Result<Value<'_>, Missing> {
         let (request, record, connection) = (self.request, self.record, self.connection);
         let field = |name| self.field(name).map(Value::Text).ok_or(Missing);
+        if self.is_connection && needs_request(attribute) {
+            return Err(Missing);
+        }
         Ok(match attribute {
             Attribute::RequestPath => Value::Text(request.target().into()),
             Attribute::RequestUrlPath => Value::Text(request.path().into()),
@@ -138,7 +201,7 @@ impl model::telemetry::Facts for Ended<'_> {
             Attribute::RequestTotalSize => size(record.received + request.fields.size() as u64),
             Attribute::RequestDuration => Value::Float(self.duration.as_secs_f64()),
             Attribute::ResponseCode => Value::Int(record.status.into()),
-            Attribute::ResponseCodeDetails => Value::Text(details(record).into()),
+            Attribute::ResponseCodeDetails => Value::Text(self.details().into()),
             Attribute::ResponseFlags => Value::Int(bits(&self.flags())),
             Attribute::ResponseGrpcStatus => Value::Int(record.grpc_status.ok_or(Missing)?.into()),
             Attribute::ResponseSize => size(record.sent),
@@ -171,18 +234,24 @@ impl model::telemetry::Facts for Ended<'_> {
     }
 }
 
+/// Whether a connection that shows no request has nothing of the kind.
+fn needs_request(attribute: Attribute) -> bool {
+    matches!(
+        attribute,
+        Attribute::RequestPath
+            | Attribute::RequestUrlPath
+            | Attribute::RequestQuery
+            | Attribute::RequestHost
+            | Attribute::RequestScheme
+            | Attribute::RequestMethod
+            | Attribute::RequestProtocol
+            | Attribute::ResponseCode
+    )
+}
+
 pub(super) fn protocol(version: Version) -> &'static str {
     match version {
         Version::Http1 => "HTTP/1.1",
         Version::Http2 => "HTTP/2",
-    }
-}
-
-/// Why the response is as it is, in Envoy's words.
-pub(super) fn details(record: &Record) -> &'static str {
-    match record.detail {
-        "" if record.target.is_some() => "via_upstream",
-        "" => "direct_response",
-        detail => detail,
     }
 }

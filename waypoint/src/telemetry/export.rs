@@ -15,13 +15,14 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
-use model::telemetry::{Collector, Exporter, Facts, Headers, SpanProtocol, SpanTag, Tracing};
+use model::telemetry::{Collector, Exporter, Facts, Headers, LogService, SpanProtocol, SpanTag, Tracing};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
-use super::ended::{Ended, details, protocol};
-use super::log;
+use super::ended::{Ended, protocol};
+use super::log_service::{Queue, Queues};
 use super::trace::Span;
+use super::{log, log_service};
 
 /// Spans that wait for one collector.
 const QUEUE: usize = 4096;
@@ -82,15 +83,16 @@ pub(super) struct Origin {
     pub namespace: String,
 }
 
-type Queues = HashMap<(Collector, Exporter), Option<mpsc::Sender<Finished>>>;
+type SpanQueues = HashMap<(Collector, Exporter), Option<mpsc::Sender<Finished>>>;
 
 /// The exporters: one for each collector that services name. They run on a runtime that is not the data plane's.
 pub struct Exporters {
-    queues: RwLock<Queues>,
+    queues: RwLock<SpanQueues>,
     connect: Arc<dyn Connect>,
     runtime: Option<Handle>,
     origin: Origin,
     counters: Arc<Counters>,
+    logs: Queues,
 }
 
 impl fmt::Debug for Exporters {
@@ -127,7 +129,18 @@ impl Exporters {
             runtime,
             origin: Origin { name: name.to_owned(), namespace: namespace.to_owned() },
             counters: Arc::default(),
+            logs: Queues::default(),
         })
+    }
+
+    /// The way to a service that takes logs; `None` if there is none.
+    pub(super) fn log_service(&self, service: &LogService) -> Option<Queue> {
+        self.logs.open(service, self.runtime.as_ref()?, &self.connect, &self.origin)
+    }
+
+    /// What was done with the entries of services that take logs.
+    pub(super) fn entries(&self) -> &log_service::Counters {
+        &self.logs.counters
     }
 
     pub(super) fn counts(&self) -> Counts {
@@ -245,9 +258,7 @@ pub(super) fn finished(span: &Span, tracing: &Tracing, ended: &Ended<'_>) -> Fin
     let (request, record) = (ended.request, ended.record);
     let longest = tracing.max_tag_length as usize;
     let cut = |text: &str| text.get(..text.floor_char_boundary(longest)).unwrap_or_default().to_owned();
-    let about = ended.about();
-    let service = about.and_then(|about| about.service.as_ref());
-    let service = service.or_else(|| ended.decided.service.as_ref().map(|service| &service.service));
+    let service = ended.service();
     let mut attributes = vec![
         ("component".to_owned(), Attribute::Text("proxy".to_owned())),
         ("http.method".to_owned(), Attribute::Text(request.method().to_owned())),
@@ -263,7 +274,7 @@ pub(super) fn finished(span: &Span, tracing: &Tracing, ended: &Ended<'_>) -> Fin
         ("http.protocol".to_owned(), Attribute::Text(protocol(request.version).to_owned())),
         ("http.status_code".to_owned(), Attribute::Int(record.status.into())),
         ("response_flags".to_owned(), Attribute::Text(ended.flags().into_owned())),
-        ("response_code_details".to_owned(), Attribute::Text(details(record).to_owned())),
+        ("response_code_details".to_owned(), Attribute::Text(ended.details().to_owned())),
         ("peer.address".to_owned(), Attribute::Text(ended.connection.client.ip().to_string())),
         ("request_size".to_owned(), number(record.received)),
         ("response_size".to_owned(), number(record.sent)),

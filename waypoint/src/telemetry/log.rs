@@ -1,6 +1,7 @@
-//! The access log: a line for each request that passes the filter, in the program's own form or in a format of Envoy's.
+//! The access log: a line, or an entry for a service, of each request and each connection of bytes that passes the filter; lines
+//! are in the program's own form or in a format of Envoy's.
 //!
-//! Nobody waits for a line: see [`process::logs::LogWriter`].
+//! Nobody waits for a line or an entry: see [`process::logs::LogWriter`] and [`super::log_service`].
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -15,7 +16,9 @@ use model::{RequestDecision, Str};
 use process::logs::{Format, Line, LogWriter, Target, push_escaped};
 use tracing::Level;
 
-use super::ended::{Ended, details, protocol};
+use super::ended::{Ended, protocol};
+use super::export::Exporters;
+use super::log_service::Queue;
 use super::trace;
 use crate::http::edits::{self, command_value};
 
@@ -36,9 +39,14 @@ pub(super) struct Sinks {
 /// A log, with its sink opened.
 #[derive(Debug)]
 pub(super) struct Log {
-    writer: LogWriter,
-    format: LogFormat,
+    to: To,
     filter: Option<Expression>,
+}
+
+#[derive(Debug)]
+enum To {
+    Lines(LogWriter, LogFormat),
+    Service(Queue),
 }
 
 impl Sinks {
@@ -52,14 +60,22 @@ impl Sinks {
             Format::Text => LogFormat::Text,
             Format::Json => LogFormat::Json,
         };
-        Log { writer: self.output.clone(), format, filter: None }
+        Log { to: To::Lines(self.output.clone(), format), filter: None }
     }
 
     /// Opens a log. One that can't be opened is left out, and said so.
-    pub fn open(&self, log: &AccessLog) -> Option<Log> {
-        let LogSink::File { path, format } = &log.sink;
-        let writer = self.writer(path)?;
-        Some(Log { writer, format: format.clone(), filter: log.filter.clone() })
+    pub fn open(&self, log: &AccessLog, exporters: &Exporters) -> Option<Log> {
+        let to = match &log.sink {
+            LogSink::File { path, format } => To::Lines(self.writer(path)?, format.clone()),
+            LogSink::Service(service) => match exporters.log_service(service) {
+                Some(queue) => To::Service(queue),
+                None => {
+                    self.refused.fetch_add(1, Relaxed);
+                    return None;
+                }
+            },
+        };
+        Some(Log { to, filter: log.filter.clone() })
     }
 
     fn writer(&self, path: &Str) -> Option<LogWriter> {
@@ -108,14 +124,18 @@ fn with_text(write: impl FnOnce(&mut String)) {
 }
 
 impl Log {
-    /// Writes the request's line, unless the filter leaves it out.
+    /// Writes the line, or the entry, of what has ended, unless the filter leaves it out.
     pub fn write(&self, ended: &Ended<'_>) {
         if self.filter.as_ref().is_some_and(|filter| !filter.holds(ended)) {
             return;
         }
+        let (writer, format) = match &self.to {
+            To::Lines(writer, format) => (writer, format),
+            To::Service(queue) => return queue.put(ended),
+        };
         with_text(|text| {
             text.clear();
-            match &self.format {
+            match format {
                 LogFormat::Text => own_line(text, Format::Text, ended),
                 LogFormat::Json => own_line(text, Format::Json, ended),
                 LogFormat::TextOf(format) => {
@@ -126,7 +146,7 @@ impl Log {
                 }
                 LogFormat::JsonOf(fields) => json_line(text, fields, ended),
             }
-            self.writer.write_line(text.as_bytes());
+            writer.write_line(text.as_bytes());
         });
     }
 }
@@ -134,7 +154,7 @@ impl Log {
 /// Everything that is known, by name.
 fn own_line(text: &mut String, format: Format, ended: &Ended<'_>) {
     let (request, record, connection) = (ended.request, ended.record, ended.connection);
-    let message = "request complete";
+    let message = if ended.is_connection { "connection complete" } else { "request complete" };
     let mut line = Line::start(text, format, SystemTime::now(), Level::INFO, SCOPE, message);
     line.plain("src.addr", &connection.client);
     if let Some(source) = ended.source() {
@@ -146,8 +166,7 @@ fn own_line(text: &mut String, format: Format, ended: &Ended<'_>) {
     }
     line.plain("dst.addr", &connection.destination);
     let about = ended.about();
-    let service = about.and_then(|about| about.service.as_ref());
-    if let Some(service) = service.or_else(|| ended.decided.service.as_ref().map(|s| &s.service)) {
+    if let Some(service) = ended.service() {
         line.text("dst.service", &service.hostname);
     }
     if let Some(target) = &record.target {
@@ -163,14 +182,19 @@ fn own_line(text: &mut String, format: Format, ended: &Ended<'_>) {
         line.text("path", request.target());
         line.text("protocol", protocol(request.version));
     }
-    line.bare("status", &record.status);
+    if let Some(name) = &connection.server_name {
+        line.text("sni", name);
+    }
+    if !ended.is_connection {
+        line.bare("status", &record.status);
+    }
     if let Some(status) = record.grpc_status {
         line.bare("grpc_status", &status);
     }
     line.text("flags", &ended.flags());
-    line.text("details", details(record));
-    if let Some(route) = ended.decided.route.as_ref() {
-        line.display("route", &route.id);
+    line.text("details", ended.details());
+    if let Some(route) = ended.route() {
+        line.text("route", &route);
     }
     if let Some(verdict) = &ended.decided.verdict {
         of_verdict(&mut line, verdict);
@@ -221,8 +245,11 @@ fn value(command: &Command, ended: &Ended<'_>) -> String {
     let mut value = Vec::new();
     command_value(command, &facts(ended), Some(ended.response), &mut value);
     match (command, value.is_empty()) {
-        (Command::StatusDetails, true) => details(ended.record).to_owned(),
+        (Command::StatusDetails, true) => ended.details().to_owned(),
         (Command::Flags, _) => ended.flags().into_owned(),
+        (Command::Protocol, _) if ended.is_connection => "-".to_owned(),
+        (Command::Route, true) => ended.route().unwrap_or_else(|| "-".to_owned()),
+        (Command::Backend, true) => ended.cluster().unwrap_or_else(|| "-".to_owned()),
         (_, true) => "-".to_owned(),
         (_, false) => String::from_utf8_lossy(&value).into_owned(),
     }

@@ -11,7 +11,7 @@ use hashbrown::{DefaultHashBuilder, HashTable};
 use model::http::HttpService;
 use model::{SpiffeId, Workload};
 use process::metrics::http::{
-    Columns, CustomLabels, HttpHandle, HttpLabels, HttpMetrics, HttpObservation, RequestProtocol,
+    Columns, HttpHandle, HttpLabels, HttpMetrics, HttpObservation, RequestProtocol,
 };
 use process::metrics::tcp::{ConnectionSecurity, Reporter};
 use telemetry::{party, service_labels};
@@ -32,6 +32,7 @@ struct Outcome {
     status: u16,
     flag: Flag,
     exhausted: bool,
+    delayed: bool,
     grpc_status: Option<u8>,
     protocol: RequestProtocol,
 }
@@ -74,6 +75,7 @@ impl Memory {
             status: ended.record.status,
             flag: ended.record.flag,
             exhausted: ended.record.retries_exhausted,
+            delayed: ended.decided.delayed,
             grpc_status: ended.record.grpc_status,
             protocol: if ended.request.is_grpc() { RequestProtocol::Grpc } else { RequestProtocol::Http },
         };
@@ -139,9 +141,7 @@ impl Memory {
 fn labels(ended: &Ended<'_>, outcome: Outcome, group: &Group) -> HttpLabels {
     let about = ended.about();
     // What it was sent to; of what was not sent, what it was for.
-    let key = about.and_then(|about| about.service.as_ref());
-    let key = key.or_else(|| ended.decided.service.as_ref().map(|service| &service.service));
-    let service = key.and_then(|key| ended.mesh.service(key));
+    let service = ended.service().and_then(|key| ended.mesh.service(key));
     let workload = about.and_then(|about| about.workload.as_ref());
     let proved = about.filter(|about| about.tunnelled).and(workload).and_then(|w| w.identity().ok());
     let mut labels = HttpLabels {
@@ -160,11 +160,8 @@ fn labels(ended: &Ended<'_>, outcome: Outcome, group: &Group) -> HttpLabels {
         grpc_status: outcome.grpc_status,
         custom: None,
     };
-    if !group.hidden.is_empty() || !group.added.is_empty() {
-        let added = group.added.iter().map(|(name, value)| {
-            (name.clone(), value.text(ended).map_or_else(|| "unknown".into(), |text| text.as_ref().into()))
-        });
-        labels.hide(Arc::new(CustomLabels { hidden: group.hidden.clone(), added: added.collect() }));
+    if let Some(custom) = group.labels.custom(ended) {
+        labels.hide(custom);
     }
     labels
 }

@@ -146,6 +146,7 @@ fn connection() -> Connection {
         identity: Some(Arc::new("spiffe://cluster.local/ns/shop/sa/web".parse().unwrap())),
         server_name: None,
         secure: false,
+        said: None,
     }
 }
 
@@ -422,4 +423,107 @@ async fn spans_reach_a_collector_of_otlp_over_grpc() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     driver.abort();
+}
+
+/// A connection of bytes, from its beginning to its end.
+fn carry(lab: &Lab, told: &Told, change: impl FnOnce(&mut Record)) {
+    let decided = Decided {
+        service: Some(Arc::new(HttpService { telemetry: Arc::new(told.clone()), ..service() })),
+        port: 80,
+        ..Decided::default()
+    };
+    let connection = connection();
+    let mut record = Record { status: 0, received: 0, sent: 0, tries: 0, ..record() };
+    let carried = Carried { mesh: &lab.mesh, connection: &connection, decided: &decided, record: &record };
+    let opened = lab.telemetry.connection_opened(&carried, (tokio::io::empty(), 7));
+    assert_eq!(opened.bytes(), (7, 0));
+    drop(opened);
+    (record.received, record.sent) = (7, 9);
+    change(&mut record);
+    let carried = Carried { mesh: &lab.mesh, connection: &connection, decided: &decided, record: &record };
+    lab.telemetry.connection_ended(&carried);
+}
+
+#[test]
+fn metrics_of_connections_are_changed_as_those_of_requests() {
+    let lab = Lab::new(None);
+    carry(&lab, &Told::default(), |_| {});
+    let opened = "istio_tcp_connections_opened_total{reporter=\"waypoint\"";
+    assert_eq!(lab.sample(&[opened]).as_deref(), Some("1"));
+    assert_eq!(lab.sample(&["istio_tcp_received_bytes_total{"]).as_deref(), Some("7"));
+    let lab = Lab::new(None);
+    let tag = |name: &str, value: Option<&str>| Tag {
+        name: name.into(),
+        value: value.map(|text| Expression::new(text).unwrap()),
+    };
+    let all = [
+        (MetricName::TcpSent, true),
+        (MetricName::TcpOpened, false),
+        (MetricName::TcpClosed, false),
+        (MetricName::RequestCount, false),
+    ];
+    let rules = all.map(|(metric, disabled)| MetricRule {
+        metric,
+        disabled,
+        tags: [
+            tag("source_principal", None),
+            tag("port", Some("destination.port")),
+            tag("path", Some("request.path")),
+        ]
+        .into(),
+    });
+    let metrics = model::telemetry::Metrics { disabled: false, rules: rules.into() };
+    let told = Told { metrics, ..Told::default() };
+    carry(&lab, &told, |_| {});
+    let text = lab.metrics();
+    let line = |name: &str| text.lines().find(|line| line.starts_with(name)).unwrap_or_default();
+    let opened = line("istio_tcp_connections_opened_total");
+    assert!(opened.contains("port=\"80\"") && opened.contains("path=\"unknown\""), "{text}");
+    assert!(!opened.contains("source_principal"), "{opened}");
+    assert_eq!(line("istio_tcp_sent_bytes_total"), "", "disabled");
+    let received = line("istio_tcp_received_bytes_total");
+    assert!(received.contains("source_principal") && !received.contains("port="), "as ever: {received}");
+    assert_eq!(lab.sample(&["istio_tcp_connections_closed_total{"]).as_deref(), Some("1"));
+    // None at all, not even of failures.
+    let lab = Lab::new(None);
+    let metrics = model::telemetry::Metrics { disabled: true, rules: Box::default() };
+    let told = Told { metrics, ..Told::default() };
+    carry(&lab, &told, |_| {});
+    let decided = Decided {
+        service: Some(Arc::new(HttpService { telemetry: Arc::new(told), ..service() })),
+        ..Decided::default()
+    };
+    let (connection, record) = (connection(), record());
+    let carried = Carried { mesh: &lab.mesh, connection: &connection, decided: &decided, record: &record };
+    lab.telemetry.connection_failed(&carried, process::metrics::tcp::FailureFlag::Deny);
+    let text = lab.metrics();
+    assert!(!text.lines().any(|line| line.starts_with("istio_tcp_")), "{text}");
+}
+
+#[test]
+fn connections_have_lines_by_the_same_filters_and_formats() {
+    let lab = Lab::new(Some(Format::Json));
+    carry(&lab, &Told::default(), |record| record.flag = Flag::UpstreamConnectionTermination);
+    let line: serde_json::Value = serde_json::from_str(&lab.lines()[0]).unwrap();
+    for (key, value) in [
+        ("message", "connection complete"),
+        ("dst.service", "cart.shop.svc.cluster.local"),
+        ("src.identity", "spiffe://cluster.local/ns/shop/sa/web"),
+        ("upstream", "10.0.0.9:8080"),
+        ("flags", "UC"),
+        ("details", "-"),
+    ] {
+        assert_eq!(line[key], value, "{key} of {line}");
+    }
+    assert!(line["status"].is_null() && line["method"].is_null(), "{line}");
+    assert_eq!((&line["bytes_recv"], &line["bytes_sent"]), (&7.into(), &9.into()));
+    let lab = Lab::new(None);
+    let format =
+        LogText::new("%PROTOCOL% %RESPONSE_CODE% %BYTES_SENT% %UPSTREAM_CLUSTER% %REQ(:PATH)%").unwrap();
+    // What asks for a request does not hold for what shows none.
+    let of_requests = log(LogFormat::TextOf(format.clone()), Some("request.method != 'PUT'"));
+    carry(&lab, &of_requests, |_| {});
+    let of_both = log(LogFormat::TextOf(format), Some("connection.mtls && destination.port == 80"));
+    carry(&lab, &of_both, |_| {});
+    assert_eq!(lab.lines(), ["- 0 9 inbound-vip|80|tcp|cart.shop.svc.cluster.local -"]);
 }

@@ -69,6 +69,15 @@ impl Random {
     }
 }
 
+/// An ID for a request: a random UUID (RFC 9562, version 4).
+pub(super) fn request_id(random: &Random) -> String {
+    let (high, low) = (random.next(), random.next());
+    let third = high & 0x0fff | 0x4000;
+    let fourth = low >> 48 & 0x3fff | 0x8000;
+    let (first, second, last) = (high >> 32, high >> 16 & 0xffff, low & 0xffff_ffff_ffff);
+    format!("{first:08x}-{second:04x}-{third:04x}-{fourth:04x}-{last:012x}")
+}
+
 /// Begins the span of a request, and puts its context into the request's head.
 pub(super) fn begin(request: &mut RequestHead, tracing: &Tracing, random: &Random) -> Span {
     let came = read(&request.fields);

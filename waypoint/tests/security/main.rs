@@ -13,3 +13,5 @@ mod chain;
 mod fetch;
 mod peers;
 mod redis;
+mod told;
+mod ways_past;

@@ -1,5 +1,5 @@
-// An external authorizer and a rate-limit service, as others build them: grpc-go and Envoy's own messages. What it
-// answers is told by the request, so that a test can ask for each kind of answer.
+// An external authorizer, a rate-limit service and a service that takes access logs, as others build them: grpc-go and Envoy's own
+// messages. What they answer is told by the request, so that a test can ask for each kind of answer; what was logged is at /logs.
 //
 // Usage: checks ADDRESS-OF-GRPC ADDRESS-OF-HTTP
 package main
@@ -18,6 +18,7 @@ import (
 	"time"
 
 	core "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	als "github.com/envoyproxy/go-control-plane/envoy/service/accesslog/v3"
 	auth "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	ratelimit "github.com/envoyproxy/go-control-plane/envoy/service/ratelimit/v3"
 	kind "github.com/envoyproxy/go-control-plane/envoy/type/v3"
@@ -130,9 +131,14 @@ func main() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	go func() { log.Fatal(http.ListenAndServe(os.Args[2], http.HandlerFunc(check))) }()
+	kept := &logs{end: make(chan struct{})}
+	pages := http.NewServeMux()
+	pages.Handle("/logs", kept)
+	pages.HandleFunc("/", check)
+	go func() { log.Fatal(http.ListenAndServe(os.Args[2], pages)) }()
 	server := grpc.NewServer()
 	auth.RegisterAuthorizationServer(server, authorizer{})
 	ratelimit.RegisterRateLimitServiceServer(server, &counter{seen: map[string]uint32{}})
+	als.RegisterAccessLogServiceServer(server, kept)
 	log.Fatal(server.Serve(listener))
 }

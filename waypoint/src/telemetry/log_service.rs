@@ -1,0 +1,210 @@
+//! Services that take access logs over gRPC (Envoy's ALS, version 3): a queue for each, and one stream at a time that goes
+//! on for as long as the service takes it.
+//!
+//! A request never waits for a service. The queue has a limit of entries and of bytes; what finds it full is dropped and
+//! counted. A batch that a stream does not take is sent once more by a new one, which is all that can be done: the protocol
+//! has no acknowledgements. After that a service is left alone for a while.
+
+mod entry;
+mod stream;
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use model::telemetry::LogService;
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+
+use self::stream::{Stream, StreamError};
+use super::ended::Ended;
+use super::export::{Connect, Origin};
+
+/// Entries that wait for one service.
+const QUEUE: usize = 4096;
+/// Bytes that they have.
+const QUEUE_BYTES: usize = 4 << 20;
+/// Bytes of a batch, about: Envoy's services are used to as much.
+const BATCH_BYTES: usize = 64 << 10;
+/// So long the first entry of a batch waits for others.
+const GATHER: Duration = Duration::from_secs(1);
+/// To connect, and for a batch to be taken.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// Services that there may be at a time; more than these get nothing.
+const SERVICES: usize = 16;
+/// How long a service that takes nothing is left alone, at first and at most.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
+
+/// What was done with entries.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    /// Handed to a queue.
+    pub taken: AtomicU64,
+    /// Dropped: the queue was full, or there was none.
+    pub dropped: AtomicU64,
+    /// Sent.
+    pub sent: AtomicU64,
+    /// Not taken by their service.
+    pub failed: AtomicU64,
+    /// Streams that were opened.
+    pub streams: AtomicU64,
+    /// Waiting now, in all queues.
+    pub waiting: AtomicU64,
+}
+
+/// The way to one service.
+#[derive(Clone, Debug)]
+pub(super) struct Queue {
+    service: LogService,
+    sender: mpsc::Sender<Vec<u8>>,
+    bytes: Arc<AtomicUsize>,
+    counters: Arc<Counters>,
+}
+
+impl Queue {
+    /// Hands over the entry of what has ended.
+    pub fn put(&self, ended: &Ended<'_>) {
+        let Some(entry) = entry::encode(&self.service, ended) else { return };
+        let length = entry.len();
+        let fits = self.bytes.fetch_add(length, Relaxed) + length <= QUEUE_BYTES;
+        // Counted before it is there, so that it is not counted away before.
+        self.counters.waiting.fetch_add(1, Relaxed);
+        if fits && self.sender.try_send(entry).is_ok() {
+            self.counters.taken.fetch_add(1, Relaxed);
+        } else {
+            self.bytes.fetch_sub(length, Relaxed);
+            self.counters.waiting.fetch_sub(1, Relaxed);
+            self.counters.dropped.fetch_add(1, Relaxed);
+        }
+    }
+}
+
+/// The queues of all services that logs go to.
+#[derive(Default)]
+pub(super) struct Queues {
+    all: RwLock<HashMap<LogService, Queue>>,
+    pub counters: Arc<Counters>,
+}
+
+impl Queues {
+    /// The queue of `service`; `None` if there are too many.
+    pub fn open(
+        &self,
+        service: &LogService,
+        runtime: &Handle,
+        connect: &Arc<dyn Connect>,
+        origin: &Origin,
+    ) -> Option<Queue> {
+        if let Some(queue) = self.all.read().unwrap_or_else(PoisonError::into_inner).get(service) {
+            return Some(queue.clone());
+        }
+        let mut all = self.all.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(queue) = all.get(service) {
+            return Some(queue.clone());
+        }
+        if all.len() >= SERVICES {
+            // Those of settings that have changed: nobody but this list has them, unless they are still in use.
+            all.retain(|_, queue| queue.sender.strong_count() > 1);
+        }
+        if all.len() >= SERVICES {
+            tracing::error!(service = &*service.collector.host, SERVICES, "too many services of access logs");
+            return None;
+        }
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        let queue = Queue {
+            service: service.clone(),
+            sender,
+            bytes: Arc::default(),
+            counters: Arc::clone(&self.counters),
+        };
+        let work = Work {
+            service: service.clone(),
+            connect: Arc::clone(connect),
+            origin: origin.clone(),
+            bytes: Arc::clone(&queue.bytes),
+            counters: Arc::clone(&self.counters),
+        };
+        runtime.spawn(work.run(receiver));
+        all.insert(service.clone(), queue.clone());
+        Some(queue)
+    }
+}
+
+/// Sends what one queue gets.
+struct Work {
+    service: LogService,
+    connect: Arc<dyn Connect>,
+    origin: Origin,
+    bytes: Arc<AtomicUsize>,
+    counters: Arc<Counters>,
+}
+
+impl Work {
+    /// Ends when nobody has the queue any more.
+    async fn run(self, mut entries: mpsc::Receiver<Vec<u8>>) {
+        let mut stream = None;
+        let mut pause = None;
+        while let Some(batch) = self.gather(&mut entries).await {
+            let count = batch.len() as u64;
+            match self.send(&mut stream, &batch).await {
+                Ok(()) => {
+                    pause = None;
+                    self.counters.sent.fetch_add(count, Relaxed);
+                }
+                Err(error) => {
+                    self.counters.failed.fetch_add(count, Relaxed);
+                    // Once for each time that it begins to fail.
+                    if pause.is_none() {
+                        let (provider, host) =
+                            (&*self.service.collector.provider, &*self.service.collector.host);
+                        tracing::warn!(provider, host, %error, "access logs are not taken");
+                    }
+                    let next = pause.map_or(PAUSES.0, |last: Duration| (last * 2).min(PAUSES.1));
+                    pause = Some(next);
+                    tokio::time::sleep(next).await;
+                }
+            }
+        }
+    }
+
+    async fn gather(&self, entries: &mut mpsc::Receiver<Vec<u8>>) -> Option<Vec<Vec<u8>>> {
+        let first = entries.recv().await?;
+        let mut size = first.len();
+        let mut batch = vec![first];
+        let gathered = tokio::time::sleep(GATHER);
+        tokio::pin!(gathered);
+        while size < BATCH_BYTES {
+            let more = tokio::select! {
+                more = entries.recv() => more,
+                () = &mut gathered => None,
+            };
+            let Some(entry) = more else { break };
+            size += entry.len();
+            batch.push(entry);
+        }
+        self.bytes.fetch_sub(size, Relaxed);
+        self.counters.waiting.fetch_sub(batch.len() as u64, Relaxed);
+        Some(batch)
+    }
+
+    /// Sends a batch by the stream that there is, else, or if that does not take it, by a new one.
+    async fn send(&self, stream: &mut Option<Stream>, batch: &[Vec<u8>]) -> Result<(), StreamError> {
+        if let Some(open) = stream {
+            let sent = tokio::time::timeout(TIMEOUT, open.send(&self.service, batch)).await;
+            if matches!(sent, Ok(Ok(()))) {
+                return Ok(());
+            }
+            *stream = None;
+        }
+        let opened = tokio::time::timeout(TIMEOUT, async {
+            let io = self.connect.connect(&self.service.collector).await.map_err(StreamError::Connect)?;
+            let mut opened = Stream::open(io, &self.service, &self.origin).await?;
+            self.counters.streams.fetch_add(1, Relaxed);
+            opened.send(&self.service, batch).await?;
+            Ok::<_, StreamError>(opened)
+        });
+        *stream = Some(opened.await.unwrap_or(Err(StreamError::Timeout))?);
+        Ok(())
+    }
+}
