@@ -1,5 +1,5 @@
-//! A client for ztunnel's loopback servers, which are reached inside the node's network namespace, or in a pod of a
-//! cluster by port forwarding.
+//! A client for a proxy's loopback servers, which are reached inside its network namespace, or in a pod of a cluster by
+//! port forwarding.
 
 use std::fmt;
 use std::io;
@@ -20,7 +20,7 @@ use tokio::time::timeout;
 use crate::cluster::{Cluster, PodName};
 use crate::netns;
 
-/// Where ztunnel's admin server is unless a flag says otherwise.
+/// Where a proxy's admin server is unless a flag says otherwise.
 pub const ADMIN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 15000);
 /// Where its metrics are.
 pub const METRICS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 15020);
@@ -32,7 +32,7 @@ const LIMIT: Duration = Duration::from_secs(30);
 /// 100,000 workloads are some 60 MB.
 const MOST_BYTES: usize = 512 << 20;
 
-/// One of ztunnel's servers.
+/// One of a proxy's servers.
 #[derive(Clone, Debug)]
 pub enum Address {
     /// On this machine.
@@ -104,7 +104,7 @@ impl Address {
         };
         if status != http::StatusCode::OK {
             let text = String::from_utf8_lossy(&bytes);
-            bail!("ztunnel at {self} answered {path} with {status}: {}", text.trim())
+            bail!("the proxy at {self} answered {path} with {status}: {}", text.trim())
         }
         Ok(bytes)
     }
@@ -124,12 +124,12 @@ impl Address {
         match netns::run_in(namespace.map(PathBuf::as_path), ask)?? {
             Ok(answer) => answer.with_context(|| {
                 format!(
-                    "no ztunnel answers at {self}. Its admin address is in the network namespace of its node: \
-                     name that with --netns (see `ip netns`), and another address with --admin; for one in a \
-                     cluster give --context or --kubeconfig"
+                    "no proxy answers at {self}. A ztunnel's admin address is in the network namespace of its node, a \
+                     waypoint's in that of its pod: name that with --netns (see `ip netns`), and another address with \
+                     --admin; for one in a cluster give --context or --kubeconfig"
                 )
             }),
-            Err(_) => bail!("ztunnel at {self} did not answer {path} within {LIMIT:?}"),
+            Err(_) => bail!("the proxy at {self} did not answer {path} within {LIMIT:?}"),
         }
     }
 }

@@ -25,6 +25,8 @@ pub use objects::{Objects, origin};
 const LIMIT: Duration = Duration::from_secs(30);
 /// Objects that are asked for at once.
 const PAGE: usize = 500;
+/// The label of what is deployed for a Gateway.
+const GATEWAY_LABEL: &str = "gateway.networking.k8s.io/gateway-name";
 /// Who changes what these commands change, in the server's records.
 const MANAGER: &str = "culvert";
 
@@ -303,6 +305,20 @@ impl Cluster {
         let path = format!("/api/v1/namespaces/{}/pods?labelSelector=app%3D{app}", self.system);
         let mut pods: Vec<_> = self.list(&path)?.iter().map(pod_name).collect();
         pods.sort_by(|a, b| (&a.node, &a.name).cmp(&(&b.node, &b.name)));
+        Ok(pods)
+    }
+
+    /// The pods that are deployed for waypoints: of a namespace, or all, and of the Gateway of a name, or of all.
+    ///
+    /// # Errors
+    /// As [`Cluster::find`].
+    pub fn waypoint_pods(&self, namespace: Option<&str>, gateway: Option<&str>) -> Result<Vec<PodName>> {
+        let pods =
+            namespace.map_or_else(|| "/api/v1/pods".to_owned(), |n| format!("/api/v1/namespaces/{n}/pods"));
+        let wanted = gateway.map(|name| format!("%3D{name}")).unwrap_or_default();
+        let path = format!("{pods}?labelSelector={}{wanted}", GATEWAY_LABEL.replace('/', "%2F"));
+        let mut pods: Vec<_> = self.list(&path)?.iter().map(pod_name).collect();
+        pods.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
         Ok(pods)
     }
 }

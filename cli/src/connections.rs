@@ -12,14 +12,14 @@ use serde_json::Value;
 use crate::admin;
 use crate::cluster::{Cluster, ClusterArgs, PodName};
 
-/// Where the ztunnel is: on this machine if --netns or --admin name it, otherwise in the cluster, if there is a
+/// Where the proxy is: on this machine if --netns or --admin name it, otherwise in the cluster, if there is a
 /// kubeconfig.
 #[derive(Args, Clone, Debug)]
 pub struct Target {
     /// The network namespace of the node: a name of `ip netns`, or a path [default: this one]
     #[arg(long, value_name = "NAME|PATH", global = true)]
     netns: Option<String>,
-    /// The ztunnel's admin address on this machine [default: 127.0.0.1:15000]
+    /// The proxy's admin address on this machine [default: 127.0.0.1:15000]
     #[arg(long, value_name = "ADDR", global = true)]
     admin: Option<SocketAddr>,
     /// The node whose ztunnel is asked, in a cluster
@@ -62,6 +62,17 @@ impl Target {
         }
         let port = admin::ADMIN.port();
         Ok(found.into_iter().map(|pod| admin::Address::Pod { cluster: cluster.clone(), pod, port }).collect())
+    }
+
+    /// The addresses of waypoints instead: the one of this machine, or those of the pods of `who`, or of all.
+    ///
+    /// # Errors
+    /// See [`crate::proxy_config::target::addresses`].
+    pub fn waypoints(&self, who: Option<&str>) -> Result<Vec<admin::Address>> {
+        if self.node.is_some() {
+            bail!("--node names a ztunnel's node, and waypoints are asked: name the waypoint");
+        }
+        crate::proxy_config::target::addresses((self.netns.as_deref(), self.admin), &self.cluster, who)
     }
 
     /// One address to ask for what all ztunnels know alike.
@@ -166,6 +177,16 @@ pub struct Filter {
 }
 
 impl Filter {
+    /// Whether who is at these addresses and has these names is the source that is meant.
+    pub fn is_source(&self, addresses: &[Option<SocketAddr>], names: &[&Option<String>]) -> bool {
+        self.source.as_ref().is_none_or(|who| is(who, addresses, names))
+    }
+
+    /// The same for the destination.
+    pub fn is_destination(&self, addresses: &[Option<SocketAddr>], names: &[&Option<String>]) -> bool {
+        self.destination.as_ref().is_none_or(|who| is(who, addresses, names))
+    }
+
     /// Whether nothing was asked for.
     pub fn is_empty(&self) -> bool {
         self.source.is_none() && self.destination.is_none()

@@ -16,6 +16,7 @@ mod install;
 mod lab;
 mod load;
 mod netns;
+mod proxy_config;
 mod proxy_status;
 mod schema;
 mod status;
@@ -52,6 +53,7 @@ enum Command {
     Uninstall(install::UninstallArgs),
     Status(status::StatusArgs),
     ProxyStatus(proxy_status::ProxyStatusArgs),
+    ProxyConfig(proxy_config::ProxyConfigArgs),
     Version(version::VersionArgs),
     Doctor(doctor::DoctorArgs),
     Authn(tls_check::AuthnArgs),
@@ -106,6 +108,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Uninstall(args) => install::uninstall(&args),
         Command::Status(args) => status::run(&args),
         Command::ProxyStatus(args) => proxy_status::run(&args),
+        Command::ProxyConfig(args) => proxy_config::run(&args),
         Command::Version(args) => version::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Authn(args) => tls_check::run(&args),

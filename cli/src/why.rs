@@ -1,5 +1,7 @@
-//! `culvert why`: what decided over a connection that was, from the ztunnel that decided. It shows the
-//! evaluator's own words; nothing is worked out again.
+//! `culvert why`: what decided over a connection that was, from the ztunnel that decided, or over a request, from the
+//! waypoint that did. It shows the evaluator's own words; nothing is worked out again.
+
+mod requests;
 
 use std::fmt::Write;
 use std::process::ExitCode;
@@ -10,11 +12,13 @@ use clap::Args;
 use crate::connections::{Connection, Filter, State, Target, fetch};
 use crate::table::{Output, print, printable};
 
-/// Why a connection was let in or refused: policy, rule and clause
+/// Why a connection was let in or refused, or a request that passed a waypoint: policy, rule and clause, route, hop
 #[derive(Args, Debug)]
 pub struct WhyArgs {
     /// The connection's number, as in `ztunnel-config connections` and the access log
     id: Option<u64>,
+    #[command(flatten)]
+    request: requests::RequestFilter,
     #[command(flatten)]
     filter: Filter,
     /// How many of the newest that match
@@ -29,8 +33,14 @@ pub struct WhyArgs {
 
 /// Runs the command.
 pub fn run(args: &WhyArgs) -> Result<ExitCode> {
+    if let Some(who) = args.request.waypoints() {
+        return requests::run(args, who);
+    }
     if args.id.is_none() && args.filter.is_empty() {
-        bail!("which connection? Give its number, or --source and --destination");
+        bail!(
+            "which connection? Give its number, or --source and --destination; for a request that passed a waypoint give \
+             --waypoint, --request-id, --path, --method or --status"
+        );
     }
     let all = fetch(&args.target.all()?)?;
     let known = all.len();

@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 use serde_json::Value;
 
+use crate::admin::Address;
 use crate::connections::{Filter, Target, fetch};
 use crate::table::{Output, Table, print};
 
@@ -68,7 +69,7 @@ pub fn run(args: &ZtunnelConfigArgs) -> Result<ExitCode> {
         What::Policy(only) => listed(&dump()?, "policies", only, args.output, POLICY, policy)?,
         What::Certificate => certificates(args)?,
         What::Connections { filter, last } => connections(args, filter, *last)?,
-        What::Log { level } => log(args, level.as_deref())?,
+        What::Log { level } => log(&args.target.all()?, level.as_deref())?,
     };
     print(&text)?;
     Ok(ExitCode::SUCCESS)
@@ -98,7 +99,7 @@ fn listed(
 }
 
 /// A field as text: strings as they are, lists joined by commas, nothing for what is absent.
-fn text(value: &Value, key: &str) -> String {
+pub fn text(value: &Value, key: &str) -> String {
     match value.get(key) {
         Some(Value::String(s)) => s.clone(),
         Some(Value::Array(list)) => {
@@ -163,7 +164,8 @@ fn certificates(args: &ZtunnelConfigArgs) -> Result<String> {
     Ok(args.output.document(&document)?.unwrap_or(text))
 }
 
-fn certificate_table(all: &Value) -> String {
+/// The certificates of a dump, and the roots that are trusted.
+pub fn certificate_table(all: &Value) -> String {
     let mut table =
         Table::new(&["IDENTITY", "VALID", "SERIAL", "NOT AFTER", "RENEWED AT", "ROOT", "FAILURE"]);
     let rows = |key: &str| all.get(key).and_then(Value::as_array).cloned().unwrap_or_default();
@@ -225,15 +227,19 @@ fn connections(args: &ZtunnelConfigArgs, filter: &Filter, last: Option<usize>) -
     Ok(if table.is_empty() { "no connections\n".to_owned() } else { table.to_string() })
 }
 
-fn log(args: &ZtunnelConfigArgs, level: Option<&str>) -> Result<String> {
+/// Shows the log levels of proxies, or changes them.
+///
+/// # Errors
+/// One of them can't be asked, or refuses the level.
+pub fn log(addresses: &[Address], level: Option<&str>) -> Result<String> {
     let mut text = String::new();
-    for address in args.target.all()? {
+    for address in addresses {
         let answer = match level {
             Some(level) => address.post(&format!("/logging?level={}", escaped(level)))?,
             None => address.get("/logging")?,
         };
-        if !address.node().is_empty() {
-            text.push_str(&format!("{}: ", address.node()));
+        if let Address::Pod { pod, .. } = address {
+            text.push_str(&format!("{} {}: ", pod.node, pod.name));
         }
         text.push_str(&String::from_utf8_lossy(&answer));
     }

@@ -78,6 +78,7 @@ fn every_command_and_flag_is_described() {
         "what-if",
         "why",
         "ztunnel-config",
+        "proxy-config",
         "waypoint",
         "ca",
         "demo",
@@ -91,6 +92,7 @@ fn every_command_and_flag_is_described() {
         let below: &[&str] = match command {
             "authn" => &["tls-check"],
             "tag" => &["list", "set", "remove"],
+            "proxy-config" => &["listener", "route", "cluster", "endpoint", "secret", "log"],
             "waypoint" => &["apply", "generate", "list", "status", "delete"],
             _ => &[],
         };

@@ -240,6 +240,15 @@ impl Demo {
         Ok(ran)
     }
 
+    /// Runs culvert in a pod, as on the machine that it stands for.
+    fn culvert_in(&self, pod: &str, args: &[&str]) -> Result<Ran> {
+        let mut argv = vec![self.culvert.as_str()];
+        argv.extend(args);
+        let mut ran = self.lab.run(pod, &argv)?;
+        ran.line = format!("culvert {}", args.join(" "));
+        Ok(ran)
+    }
+
     /// A load from `pod` on nginx behind the Service's address `ip`.
     fn web_load(&self, pod: &str, target: std::net::SocketAddr, shape: Shape) -> Result<Plan> {
         Ok(Plan {

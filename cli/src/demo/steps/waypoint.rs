@@ -117,6 +117,7 @@ pub fn run(demo: &mut Demo) -> Result<()> {
     );
     routed(demo)?;
     policed(demo)?;
+    explained(demo)?;
     bypassed(demo)?;
     metrics(demo)
 }
@@ -180,6 +181,34 @@ fn policed(demo: &mut Demo) -> Result<()> {
         batch.stdout == "403",
         "batch is refused: the waypoint knows who it is, by the identity that its node has proved",
     );
+    Ok(())
+}
+
+/// What the waypoint decided over the requests just now, from where it runs.
+fn explained(demo: &mut Demo) -> Result<()> {
+    let asked: [(&[&str], &[&str]); 3] = [
+        (&["--method", "POST"], &["403", "shop/frontend", "denied", "policy shop/", "clause"]),
+        (
+            &["--path", "/", "--status", "200"],
+            &["allowed by policy shop/", "route HTTPRoute shop/", "over HBONE"],
+        ),
+        (&["--source", "shop/batch"], &["403", "sa/batch"]),
+    ];
+    for (flags, wanted) in asked {
+        let why = demo.culvert_in(WAYPOINT, &[&["why", "--waypoint"], flags].concat())?;
+        demo.report.ran(&why);
+        let missing: Vec<_> = wanted.iter().filter(|w| !why.stdout.contains(**w)).collect();
+        let claim = if missing.is_empty() {
+            "the waypoint says why, by policy and clause, route and hop".to_owned()
+        } else {
+            format!("the waypoint's explanation has: {}; missing: {missing:?}", wanted.join(", "))
+        };
+        demo.report.claim(missing.is_empty(), claim);
+    }
+    let routes = demo.culvert_in(WAYPOINT, &["proxy-config", "route"])?;
+    demo.report.ran(&routes);
+    let shows = routes.stdout.contains("HTTPRoute shop/") && routes.stdout.contains("catalog-2");
+    demo.report.claim(shows, "culvert proxy-config shows its routes");
     Ok(())
 }
 
