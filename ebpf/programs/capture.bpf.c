@@ -227,22 +227,15 @@ INLINE int for_leaving(const struct Settings *s, __u32 interface, const __u8 *to
 /* Keeps clang from reading two fields of the context by one pointer, which the verifier doesn't allow. */
 #define APART(value) __asm__ volatile("" : "+r"(value))
 
-INLINE int choose(struct bpf_sk_lookup *ctx, __u32 listener, __u32 counter)
+/* Counts nothing: the guards ask too. */
+INLINE int choose(struct bpf_sk_lookup *ctx, __u32 listener)
 {
 	struct bpf_sock *sk = bpf_map_lookup_elem(&listeners, &listener);
-	if (!sk) {
-		count(COUNT_NO_LISTENER);
+	if (!sk)
 		return SK_DROP;
-	}
 	long error = bpf_sk_assign(ctx, sk, BPF_SK_LOOKUP_F_REPLACE);
 	bpf_sk_release(sk);
-	if (error) {
-		count(COUNT_NO_LISTENER);
-		return SK_DROP;
-	}
-	if (counter < COUNTERS)
-		count(counter);
-	return SK_PASS;
+	return error ? SK_DROP : SK_PASS;
 }
 
 /* Whether it is the connection that inside() has just seen ztunnel make. It counts once. */
@@ -288,34 +281,41 @@ int sockets(struct bpf_sk_lookup *ctx)
 		if (!(s->flags & WITH_DNS))
 			return SK_PASS;
 		if (interface == LOOPBACK && port == 53 && !is_own(local))
-			return choose(ctx, LISTENER_DNS_UDP, COUNT_DNS);
+			return choose(ctx, LISTENER_DNS_UDP);
 		return interface != LOOPBACK && port == s->dns ? SK_DROP : SK_PASS;
 	}
 	/* Only what our rules send there comes to another's address on the loopback device. */
 	if (interface == LOOPBACK && !is_own(local) && !same(local, remote)) {
 		listener = s->flags & WITH_DNS && port == 53 ? LISTENER_DNS_TCP : LISTENER_OUTBOUND;
-		return choose(ctx, listener, COUNT_OUTBOUND);
+		return choose(ctx, listener);
 	}
 	/* To an own address, the kernel names the interface that has it, also for what never left the pod
 	 * (net/ipv4/route.c, rt_iif; net/ipv6/ip6_input.c): who sends tells the two apart. */
 	if (interface == LOOPBACK || is_own(remote) || same(local, remote) || is_delivered(ctx, local, remote))
-		return to_own_port ? choose(ctx, listener, COUNTERS) : SK_PASS;
+		return to_own_port ? choose(ctx, listener) : SK_PASS;
 	if (!for_arriving(s, interface, remote, port, &listener))
 		return is_own(local) ? SK_PASS : SK_DROP;
-	return choose(ctx, listener, listener == LISTENER_HBONE ? COUNTERS : COUNT_INBOUND);
+	return choose(ctx, listener);
 }
 
 /* ---- what devices see ---- */
+
+INLINE int is_known(__u32 listener)
+{
+	struct bpf_sock *sk = bpf_map_lookup_elem(&listeners, &listener);
+	if (!sk)
+		return 0;
+	bpf_sk_release(sk);
+	return 1;
+}
 
 /* Puts a listener of ztunnel's into the map if it isn't there: the kernel takes it out when it closes. Whether it is there. */
 INLINE int find(struct __sk_buff *skb, __u32 listener, __u16 port)
 {
 	int found = 0;
-	struct bpf_sock *sk = bpf_map_lookup_elem(&listeners, &listener);
-	if (sk) {
-		bpf_sk_release(sk);
+	struct bpf_sock *sk;
+	if (is_known(listener))
 		return 1;
-	}
 	struct bpf_sock_tuple tuple = {};
 	tuple.ipv4.saddr = be32(0x7f000001);
 	tuple.ipv4.daddr = be32(0x7f000001);
@@ -341,8 +341,8 @@ INLINE void find_all(struct __sk_buff *skb, const struct Settings *s)
 	find(skb, LISTENER_DNS_TCP, s->dns);
 }
 
-/* Whether a packet that opens a connection will meet another listener than ztunnel's: nobody is 1 too if `nobody` says so. */
-INLINE int astray(struct __sk_buff *skb, struct packet *p, int nobody)
+/* The socket that a packet will meet; to be released. */
+INLINE struct bpf_sock *find_socket(struct __sk_buff *skb, struct packet *p)
 {
 	struct bpf_sock_tuple tuple = {};
 	__u32 size;
@@ -359,7 +359,13 @@ INLINE int astray(struct __sk_buff *skb, struct packet *p, int nobody)
 		tuple.ipv4.dport = be16(p->destination_port);
 		size = sizeof(tuple.ipv4);
 	}
-	struct bpf_sock *sk = bpf_skc_lookup_tcp(skb, &tuple, size, NETNS, 0);
+	return bpf_skc_lookup_tcp(skb, &tuple, size, NETNS, 0);
+}
+
+/* Whether a packet that opens a connection will meet another listener than ztunnel's: nobody is 1 too if `nobody` says so. */
+INLINE int astray(struct __sk_buff *skb, struct packet *p, int nobody)
+{
+	struct bpf_sock *sk = find_socket(skb, p);
 	if (!sk)
 		return nobody;
 	int wrong = 0;
@@ -428,10 +434,16 @@ int arriving(struct __sk_buff *skb)
 	struct Connection key;
 	connection(&key, &p, 0);
 	bpf_map_delete_elem(&delivered, &key);
-	if (for_arriving(s, skb->ifindex, p.source, p.destination_port, &listener) && astray(skb, &p, 0)) {
+	if (!for_arriving(s, skb->ifindex, p.source, p.destination_port, &listener))
+		return TC_ACT_UNSPEC;
+	if (astray(skb, &p, 0)) {
 		count(COUNT_ESCAPED_INBOUND);
 		return into_reset(skb, &p) ? TC_ACT_SHOT : bpf_redirect(skb->ifindex, 0);
 	}
+	if (!is_known(listener))
+		count(COUNT_NO_LISTENER);
+	else if (listener != LISTENER_HBONE)
+		count(listener == LISTENER_OUTBOUND ? COUNT_OUTBOUND : COUNT_INBOUND);
 	return TC_ACT_UNSPEC;
 }
 
@@ -484,6 +496,19 @@ int leaving(struct __sk_buff *skb)
 	return into_reset(skb, &p) ? TC_ACT_SHOT : bpf_redirect(skb->ifindex, BPF_F_INGRESS);
 }
 
+/* Whether a packet without data meets no socket but a listener. */
+INLINE int ends_handshake(struct __sk_buff *skb, struct packet *p)
+{
+	if ((p->flags & (TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK)) != TCP_ACK || skb->len > ETH_HLEN + p->transport + 60)
+		return 0;
+	struct bpf_sock *sk = find_socket(skb, p);
+	if (!sk)
+		return 1;
+	int listening = sk->state == LISTENING;
+	bpf_sk_release(sk);
+	return listening;
+}
+
 /* From ztunnel to the pod: a connection to the application, or an answer of the DNS proxy, which leaves from the port that was
  * asked. Zero if it may go on. */
 INLINE int from_ztunnel(struct __sk_buff *skb, const struct Settings *s)
@@ -494,7 +519,8 @@ INLINE int from_ztunnel(struct __sk_buff *skb, const struct Settings *s)
 	if (p.protocol == IPPROTO_TCP) {
 		__u32 one = 1;
 		struct Connection key;
-		if (!opens(&p))
+		/* The kernel asks for the socket again by the last packet of a handshake that had a cookie. */
+		if (!opens(&p) && !ends_handshake(skb, &p))
 			return 0;
 		/* It is here for one reason: the address is the pod's. */
 		if (!is_own(p.destination))
@@ -543,9 +569,13 @@ int inside(struct __sk_buff *skb)
 		if (!(s->flags & WITH_DNS) || p.destination_port != 53 || is_own(p.destination))
 			return TC_ACT_UNSPEC;
 		/* For IPv4 the kernel makes no error that comes from an address which isn't the pod's. */
-		if (find(skb, LISTENER_DNS_UDP, s->dns) || p.v6)
+		if (find(skb, LISTENER_DNS_UDP, s->dns)) {
+			count(COUNT_DNS);
 			return TC_ACT_UNSPEC;
+		}
 		count(COUNT_NO_LISTENER);
+		if (p.v6)
+			return TC_ACT_UNSPEC;
 		return into_unreachable(skb, &p) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 	}
 	if (!opens(&p))
@@ -558,6 +588,7 @@ int inside(struct __sk_buff *skb)
 		count(COUNT_NO_LISTENER);
 		return into_reset(skb, &p) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 	}
+	count(COUNT_OUTBOUND);
 	return TC_ACT_UNSPEC;
 }
 

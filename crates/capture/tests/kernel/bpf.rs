@@ -1,0 +1,236 @@
+//! What is particular to capture without netfilter: packets that are hard to read, handshakes without a state, own addresses,
+//! and programs that outlive the processes that installed them.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
+use std::process::Command;
+use std::time::Duration;
+
+use capture::{Backend, Capture, Counter, Programs, Rules, Tools};
+use harness::netns::{Host, Lab, root_or_skip};
+use net::Netns;
+use tokio::net::TcpStream;
+
+use crate::fixture::{
+    Case, FakeZtunnel, block_on, dial, echo, greeting, in_time, plain, start_app, two_nodes, works,
+};
+
+const NAMESPACE: &str = "CULVERT_TEST_INSTALL_IN";
+
+fn each_family(name: &str, test: impl AsyncFn(Case)) {
+    if root_or_skip(name) && works(name, Backend::Ebpf) {
+        for v6 in [false, true] {
+            block_on(test(Case { backend: Backend::Ebpf, v6 }));
+        }
+    }
+}
+
+fn counted(programs: &Programs, netns: &Netns, counter: Counter) -> u64 {
+    let all = programs.counters(netns).unwrap();
+    all.into_iter().find(|(known, _)| *known == counter).unwrap().1
+}
+
+fn nothing_escaped(programs: &Programs, netns: &Netns) {
+    for counter in [Counter::EscapedInbound, Counter::EscapedOutbound] {
+        assert_eq!(counted(programs, netns, counter), 0, "{counter:?}");
+    }
+}
+
+/// Connects with four bytes of IP options, or an extension header with options for the destination.
+async fn dial_with_options(netns: &Netns, to: SocketAddr) -> io::Result<TcpStream> {
+    let socket = netns.run(|| {
+        let socket =
+            if to.is_ipv6() { tokio::net::TcpSocket::new_v6() } else { tokio::net::TcpSocket::new_v4() }?;
+        let (level, name, value): (_, _, &[u8]) = if to.is_ipv6() {
+            // Next header and length are the kernel's; one option of padding, four bytes.
+            (nix::libc::IPPROTO_IPV6, nix::libc::IPV6_DSTOPTS, &[0, 0, 1, 4, 0, 0, 0, 0])
+        } else {
+            (nix::libc::IPPROTO_IP, nix::libc::IP_OPTIONS, &[1, 1, 1, 1])
+        };
+        set_option(socket.as_raw_fd(), level, name, value)?;
+        io::Result::Ok(socket)
+    });
+    let connecting = socket??.connect(to);
+    tokio::time::timeout(Duration::from_secs(3), connecting).await?
+}
+
+#[allow(unsafe_code, reason = "no safe wrapper sets these options")]
+fn set_option(fd: i32, level: i32, name: i32, value: &[u8]) -> io::Result<()> {
+    let length = u32::try_from(value.len()).unwrap();
+    // SAFETY: the descriptor is open, and the kernel reads as many bytes as there are.
+    let result = unsafe { nix::libc::setsockopt(fd, level, name, value.as_ptr().cast(), length) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[test]
+fn headers_with_options_make_no_difference() {
+    each_family("headers_with_options_make_no_difference", async |case| {
+        let lab = two_nodes();
+        let (server, client) = (lab.pod("server"), lab.pod("client"));
+        start_app(&server.netns, 8080);
+        start_app(&client.netns, 9090);
+        let programs = Programs::probe(&Tools::default()).unwrap();
+        programs.install(&server.netns, &Rules::default()).unwrap();
+        for (from, to) in [(client, case.addr(server, 8080)), (server, case.addr(client, 9090))] {
+            let refused = dial_with_options(&from.netns, to).await.unwrap_err();
+            assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused, "{to}");
+        }
+        let ztunnel = FakeZtunnel::start(&server.netns);
+        for (from, to) in [(client, case.addr(server, 8080)), (server, case.addr(client, 9090))] {
+            let mut stream = dial_with_options(&from.netns, to).await.unwrap();
+            greeting(&mut stream).await;
+            assert_eq!(ztunnel.took().await.original_dst, to);
+        }
+        nothing_escaped(&programs, &server.netns);
+    });
+}
+
+#[test]
+fn handshakes_with_cookies_make_no_difference() {
+    each_family("handshakes_with_cookies_make_no_difference", async |case| {
+        let lab = two_nodes();
+        let (server, client) = (lab.pod("server"), lab.pod("client"));
+        // For every handshake, not only when a queue is full.
+        server.shell("echo 2 > /proc/sys/net/ipv4/tcp_syncookies").unwrap();
+        start_app(&server.netns, 8080);
+        start_app(&client.netns, 9090);
+        let programs = Programs::probe(&Tools::default()).unwrap();
+        programs.install(&server.netns, &Rules::default()).unwrap();
+        let ztunnel = FakeZtunnel::start(&server.netns);
+        for (from, to) in [(client, case.addr(server, 8080)), (server, case.addr(client, 9090))] {
+            for _ in 0..10 {
+                let mut stream = dial(&from.netns, to).await.unwrap();
+                assert_eq!(greeting(&mut stream).await, case.addr(from, 0).ip().to_string());
+                echo(&mut stream, "there and back").await;
+                assert_eq!(ztunnel.took().await.original_dst, to);
+            }
+        }
+        nothing_escaped(&programs, &server.netns);
+    });
+}
+
+/// A first version captured what ztunnel delivered to the pod's own address, and so on, until descriptors ran out.
+#[test]
+fn own_addresses_are_not_captured_over_and_over() {
+    each_family("own_addresses_are_not_captured_over_and_over", async |case| {
+        let lab = two_nodes();
+        let (server, client) = (lab.pod("server"), lab.pod("client"));
+        start_app(&server.netns, 8080);
+        let programs = Programs::probe(&Tools::default()).unwrap();
+        programs.install(&server.netns, &Rules::default()).unwrap();
+        let ztunnel = FakeZtunnel::start(&server.netns);
+        // One that the maps don't know: at most one detour, and not one more.
+        let late = if case.v6 { "fd77::7" } else { "203.0.113.7" };
+        server.shell(&format!("ip addr add {late} dev eth0 {}", if case.v6 { "nodad" } else { "" })).unwrap();
+        let late = SocketAddr::new(late.parse().unwrap(), 8080);
+        for to in [case.addr(server, 8080), late] {
+            for _ in 0..20 {
+                let mut stream = dial(&server.netns, to).await.unwrap();
+                greeting(&mut stream).await;
+                assert!(ztunnel.taken().len() <= 1, "{to}");
+            }
+        }
+        // What is delivered has the client's own address, and the same port if chance will have it.
+        for _ in 0..20 {
+            let mut stream = dial(&client.netns, case.addr(server, 8080)).await.unwrap();
+            greeting(&mut stream).await;
+            assert_eq!(ztunnel.taken().len(), 1);
+        }
+        let connections = net::sock_diag::connections(&server.netns).unwrap();
+        assert!(connections.len() < 300, "{}", connections.len());
+    });
+}
+
+/// The application closes first, so that its ends linger; ztunnel comes again from the same port.
+#[test]
+fn a_delivery_from_a_lingering_port_is_not_captured() {
+    each_family("a_delivery_from_a_lingering_port_is_not_captured", async |case| {
+        let lab = two_nodes();
+        let (server, client) = (lab.pod("server"), lab.pod("client"));
+        let app = crate::fixture::app_listener(&server.netns, 8080);
+        let programs = Programs::probe(&Tools::default()).unwrap();
+        programs.install(&server.netns, &Rules::default()).unwrap();
+        let ztunnel = FakeZtunnel::start(&server.netns);
+        let source = Some(case.addr(client, 40_000));
+        let options = net::ConnectOptions { source, mark: Some(net::ZTUNNEL_MARK), ..plain() };
+        for _ in 0..3 {
+            let dialled =
+                net::connect(&server.netns, &options, case.addr(server, 8080), Duration::from_secs(3));
+            let mut dialled = dialled.await.unwrap();
+            let (accepted, peer) = in_time(app.accept()).await.unwrap();
+            assert_eq!(peer.port(), 40_000);
+            drop(accepted);
+            assert_eq!(in_time(tokio::io::AsyncReadExt::read(&mut dialled, &mut [0])).await.unwrap(), 0);
+            drop(dialled);
+        }
+        assert_eq!(ztunnel.taken(), []);
+    });
+}
+
+/// Not a test: the process that installs, and ends. It runs only when a test starts it.
+#[test]
+fn installing_process() {
+    let Some(path) = std::env::var_os(NAMESPACE) else { return };
+    let programs = Programs::probe(&Tools::default()).unwrap();
+    programs.install(&Netns::open(path).unwrap(), &Rules::default()).unwrap();
+}
+
+fn install_and_end(pod: &Host) {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "bpf::installing_process"]).env(NAMESPACE, pod.netns.name());
+    let output = pod.output(&mut command).unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+}
+
+#[test]
+fn capture_outlives_who_installed_it() {
+    each_family("capture_outlives_who_installed_it", async |case| {
+        let lab = two_nodes();
+        let (server, client) = (lab.pod("server"), lab.pod("client"));
+        start_app(&server.netns, 8080);
+        start_app(&client.netns, 9090);
+        install_and_end(server);
+        let both = [(client, case.addr(server, 8080)), (server, case.addr(client, 9090))];
+        for (from, to) in both {
+            assert_eq!(dial(&from.netns, to).await.map(drop), Err(io::ErrorKind::ConnectionRefused), "{to}");
+        }
+        // Another process finds all as it should be, and what was counted.
+        let programs = Programs::probe(&Tools::default()).unwrap();
+        assert!(!programs.install(&server.netns, &Rules::default()).unwrap().changed);
+        assert!(counted(&programs, &server.netns, Counter::NoListener) >= 2);
+        let ztunnel = FakeZtunnel::start(&server.netns);
+        for (from, to) in both {
+            let mut stream = dial(&from.netns, to).await.unwrap();
+            greeting(&mut stream).await;
+            assert_eq!(ztunnel.took().await.original_dst, to);
+        }
+        assert_eq!(counted(&programs, &server.netns, Counter::Inbound), 1);
+        assert_eq!(counted(&programs, &server.netns, Counter::Outbound), 1);
+        assert!(programs.remove(&server.netns).unwrap());
+        assert_eq!(programs.counters(&server.netns).unwrap(), []);
+    });
+}
+
+/// Past the routes: by a socket that is bound to the device.
+#[test]
+fn a_socket_bound_to_a_device_is_refused() {
+    each_family("a_socket_bound_to_a_device_is_refused", async |case| {
+        let lab: Lab = two_nodes();
+        let (server, client) = (lab.pod("server"), lab.pod("client"));
+        start_app(&client.netns, 9090);
+        let programs = Programs::probe(&Tools::default()).unwrap();
+        programs.install(&server.netns, &Rules::default()).unwrap();
+        let _ztunnel = FakeZtunnel::start(&server.netns);
+        let to = case.addr(client, 9090);
+        let socket = server.netns.run(|| {
+            let socket =
+                if case.v6 { tokio::net::TcpSocket::new_v6() } else { tokio::net::TcpSocket::new_v4() }?;
+            socket.bind_device(Some(b"eth0"))?;
+            io::Result::Ok(socket)
+        });
+        let connected = in_time(socket.unwrap().unwrap().connect(to)).await;
+        assert_eq!(connected.unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        assert_eq!(counted(&programs, &server.netns, Counter::EscapedOutbound), 1);
+    });
+}
