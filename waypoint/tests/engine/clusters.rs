@@ -696,3 +696,50 @@ async fn the_clients_protocol_goes_on_where_that_is_asked_for() {
         crate::peers::run("curl", &["-sS", "--http2-prior-knowledge", "-w", "%{http_code}", &url]).await;
     assert!(out.ends_with("200"), "{out}");
 }
+
+#[tokio::test]
+async fn another_try_goes_to_another_locality_where_that_is_said() {
+    let bad = || Arc::new(AtomicUsize::new(503));
+    let (one, two, far) = (named("n", bad()).await, named("n", bad()).await, named("f", good()).await);
+    let outliers = Outliers {
+        consecutive_5xx: 0,
+        consecutive_gateway_errors: 0,
+        split_local_origin: false,
+        consecutive_local_origin_failures: 0,
+        interval: Duration::from_secs(10),
+        base_ejection: Duration::from_secs(10),
+        max_ejection: Percent::of(10, 100),
+        min_health: Percent::default(),
+    };
+    let policy = TrafficPolicy { outliers: Some(outliers), ..round_robin() };
+    let place = |region: &str| Arc::new(Locality { region: region.into(), ..Locality::default() });
+    let of = |uid: &str, address, region: &str| Workload { locality: place(region), ..workload(uid, address) };
+    let world = World::of([
+        set(of("a", one, "near")),
+        set(of("b", two, "near")),
+        set(of("c", far, "far")),
+        service("http", ServiceSource::Kubernetes),
+        traffic(policy),
+    ]);
+    let client = Place {
+        locality: place("near"),
+        node: "".into(),
+        cluster: "".into(),
+        network: "".into(),
+        address: IpAddr::V4(Ipv4Addr::LOCALHOST),
+    };
+    world.clusters.set_origin(Origin { client, labels: Arc::default() });
+    for (remote_localities, status) in [(false, 503), (true, 200)] {
+        let retries = Retries {
+            attempts: 1,
+            gateway_errors: true,
+            backoff: Duration::from_millis(1),
+            remote_localities,
+            ..Retries::default()
+        };
+        let proxy = world.proxy_with(Forwarding { retries: Some(retries), ..Forwarding::default() }).await;
+        for _ in 0..4 {
+            assert_eq!(proxy.connect().await.ask(get("/")).await.status(), status, "{remote_localities}");
+        }
+    }
+}
