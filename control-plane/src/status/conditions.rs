@@ -59,6 +59,8 @@ pub const WAYPOINT_ACCEPTED: &str = "WaypointAccepted";
 pub const WAYPOINT_BOUND: &str = "istio.io/WaypointBound";
 /// Whether all that a route leads to is there.
 pub const RESOLVED: &str = "ResolvedRefs";
+/// That some rules of a route have errors, and the others are in force.
+pub const PARTIALLY_INVALID: &str = "PartiallyInvalid";
 /// Whether all proxies enforce it.
 pub const ENFORCED: &str = "Enforced";
 
@@ -177,18 +179,30 @@ fn judged(kind: &'static str, judgement: Option<&Judgement>) -> Condition {
 }
 
 fn of_route(state: &ObjectState) -> Vec<Condition> {
-    // With errors its last good version is in force, or none.
+    // With errors its last good version is in force, or none; or all of its rules but those that have them.
     let read = accepted(ACCEPTED, &state.findings, None, "");
+    let dropped = state.findings.iter().find(|finding| finding.code == Code::RuleDropped);
     let mut all = Vec::new();
     for (parent, standing) in &state.standing.parents {
         let accepted = match read.holds {
-            Some(false) if standing.accepted.holds => {
+            Some(false) if standing.accepted.holds && dropped.is_none() => {
                 Condition { reason: "UnsupportedValue", ..read.clone() }
             }
             _ => Condition::of(ACCEPTED, &standing.accepted),
         };
         let bound = standing.bound.as_ref().map(|bound| Condition::of(WAYPOINT_BOUND, bound));
-        let of_parent = [accepted, Condition::of(RESOLVED, &standing.resolved)].into_iter().chain(bound);
+        let partly = dropped.filter(|_| standing.accepted.holds).map(|dropped| Condition {
+            kind: PARTIALLY_INVALID,
+            holds: Some(true),
+            reason: "UnsupportedValue",
+            message: format!("{} ({})", dropped.message, read.message)
+                .chars()
+                .take(MOST_CHARACTERS)
+                .collect(),
+            parent: None,
+        });
+        let of_parent =
+            [accepted, Condition::of(RESOLVED, &standing.resolved)].into_iter().chain(bound).chain(partly);
         all.extend(of_parent.map(|condition| Condition { parent: Some(parent.clone()), ..condition }));
     }
     all
@@ -411,6 +425,29 @@ mod tests {
             assert_eq!(heads, [one, one].concat());
             assert_eq!(found[3].parent.as_ref().unwrap()["name"], "b");
         }
+    }
+
+    #[test]
+    fn a_route_of_which_some_rules_have_errors_is_accepted_in_part() {
+        let standing = RouteStanding {
+            accepted: Judgement { holds: true, reason: "Accepted", message: String::new() },
+            resolved: Judgement { holds: true, reason: "ResolvedRefs", message: String::new() },
+            bound: None,
+        };
+        let about = |code, message: &str| Diagnostic::about_file(code, "HTTPRoute a/b".into(), message, "");
+        let mut state = state(vec![
+            about(Code::InvalidValue, "no expression"),
+            about(Code::RuleDropped, "Dropped Rule 1"),
+        ]);
+        state.standing.parents = vec![(Arc::new(serde_json::json!({"name": "a"})), standing)];
+        let found = of_other(Kind::HttpRoute, &state);
+        let heads: Vec<_> = found.iter().map(|c| (c.kind, c.holds, c.reason)).collect();
+        let partly = (PARTIALLY_INVALID, Some(true), "UnsupportedValue");
+        assert_eq!(
+            heads,
+            [(ACCEPTED, Some(true), "Accepted"), (RESOLVED, Some(true), "ResolvedRefs"), partly]
+        );
+        assert!(found[2].message.starts_with("Dropped Rule 1") && found[2].message.contains("no expression"));
     }
 
     #[test]

@@ -38,6 +38,7 @@ mod instance;
 mod join;
 mod review;
 mod review_routes;
+mod review_shadows;
 mod standing;
 
 use std::collections::BTreeMap;

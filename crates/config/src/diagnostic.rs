@@ -97,6 +97,7 @@ codes! {
     NetnsMissing = "netns-missing", Warning, "A pod in the mesh on this node is not captured: its network namespace is not named.";
     // policies and external services
     NeedsWaypoint = "needs-waypoint", Warning, "A policy asks for what only a waypoint can enforce; until one is deployed it fails closed for its scope.";
+    RuleDropped = "rule-dropped", Warning, "Rules of a route have errors and are not in force; the others are.";
     WithoutEffect = "without-effect", Warning, "An object, or a part of it, has no effect as it stands.";
     SettingsUnread = "settings-unread", Error, "Settings of the mesh stand where they are not read, and none are in force: the defaults hold.";
     ActsOtherwise = "acts-otherwise", Warning, "A value is taken as another one, which is named.";

@@ -179,6 +179,26 @@ impl<'n> Context<'n> {
         rest.split('\n').next().unwrap_or_default()
     }
 }
+    /// How many errors were reported so far.
+    pub(crate) fn errors(&self) -> usize {
+        self.errors
+    }
+
+    /// The fields of which something was said after the first `from` things that were said.
+    pub(crate) fn said_of(&self, from: usize) -> impl Iterator<Item = &str> {
+        self.diagnostics.iter().skip(from).map(|diagnostic| &*diagnostic.field)
+    }
+
+    /// How many things were said so far.
+    pub(crate) fn said(&self) -> usize {
+        self.diagnostics.len()
+    }
+
+    /// Has the object be in force in spite of `errors` errors, which are still said: what they are about is not.
+    pub(crate) fn forgive(&mut self, errors: usize) {
+        self.errors -= errors.min(self.errors);
+    }
+
 
 /// Where in an object a value stands, such as `spec.ports[0].port`.
 #[derive(Clone, Copy)]
@@ -572,6 +592,11 @@ fn suggestion(schema: &Schema, name: &str) -> Option<&'static str> {
     }
     let distance = |field: &Field| edit_distance(&field.name.to_lowercase(), &name.to_lowercase());
     let best = schema.fields.iter().map(|f| (distance(f), f.name)).min()?;
+    /// Has the object be in force in spite of `errors` errors, see [`Context::forgive`].
+    pub(crate) fn forgive(&mut self, errors: usize) {
+        self.context.forgive(errors);
+    }
+
     (best.0 <= name.len() / 3).then_some(best.1)
 }
 

@@ -11,24 +11,13 @@ use std::path::Path;
 use config::compile::{EnrolmentChange, Options};
 use config::diagnostic::Diagnostic;
 use config::repository::{Content, Repository};
-use config::tree::{self, Limits, Node, Value};
+use config::tree::{self, Limits};
 use model::http::{BackendRef, HttpService, Route, RouteAction, RouteMatch, StreamMatch, StreamRoute};
 use model::{Change, GatewayAddress, GatewayTarget, Mesh, Service, TargetPort, Workload};
 use serde_json::{Map, Value as Json, json};
 
-fn to_json(node: &Node<'_>) -> Json {
-    match &node.value {
-        Value::Null => Json::Null,
-        Value::Bool(b) => json!(b),
-        Value::Int(n) => json!(n),
-        Value::Float(n) => json!(n),
-        Value::String(s) => json!(s),
-        Value::Sequence(items) => items.iter().map(to_json).collect(),
-        Value::Mapping(entries) => {
-            Json::Object(entries.iter().map(|e| (e.key.to_string(), to_json(&e.value))).collect())
-        }
-    }
-}
+mod yaml;
+use yaml::to_json;
 
 fn workload(w: &Workload) -> Json {
     let services: Map<String, Json> = w

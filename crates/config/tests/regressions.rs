@@ -496,3 +496,77 @@ fn an_entry_does_not_take_the_address_of_another_namespaces_pod() {
     world.set("pod.yaml", &pod("evil", "own", "10.0.0.1"));
     assert_eq!((dialled(&world), world.said()), ("evil/trap".into(), vec![]));
 }
+
+/// A Service and a ServiceEntry behind one waypoint.
+const TWO_BEHIND_A_WAYPOINT: &str = "apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: gate, namespace: shop}
+spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop, labels: {istio.io/use-waypoint: gate}}
+spec: {clusterIP: 10.1.0.1, ports: [{name: http, port: 80}]}
+---
+apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {name: outside, namespace: shop, labels: {istio.io/use-waypoint: gate}}
+spec:
+  hosts: [outside.example.com]
+  addresses: [10.2.0.1]
+  resolution: STATIC
+  ports: [{number: 80, name: http, protocol: HTTP}]
+  endpoints: [{address: 10.3.0.1}]
+";
+
+#[test]
+fn each_kind_of_resource_holds_for_each_kind_of_target() {
+    let kinds = [
+        ("security.istio.io/v1", "AuthorizationPolicy", "action: DENY, rules: [{}]"),
+        (
+            "security.istio.io/v1",
+            "RequestAuthentication",
+            "jwtRules: [{issuer: a, jwksUri: 'https://a.example.com/keys'}]",
+        ),
+        ("telemetry.istio.io/v1", "Telemetry", "accessLogging: [{providers: [{name: envoy}]}]"),
+        ("culvert.dev/v1alpha1", "RateLimit", "limits: [{name: a, local: {requests: 1, per: 1s}}]"),
+    ];
+    let gateway = "gateway.networking.k8s.io";
+    let targets = [
+        ("shop", "", "Service", "web", (true, false)),
+        ("shop", "networking.istio.io", "ServiceEntry", "outside", (false, true)),
+        ("shop", gateway, "Gateway", "gate", (true, true)),
+        ("istio-system", gateway, "GatewayClass", "istio-waypoint", (true, true)),
+        // What is meant is in the resource's own namespace, and a class is for the whole mesh.
+        ("other", "", "Service", "web", (false, false)),
+        ("other", gateway, "Gateway", "gate", (false, false)),
+        ("other", gateway, "GatewayClass", "istio-waypoint", (false, false)),
+    ];
+    let services = [("web.shop.svc.cluster.local", "shop"), ("outside.example.com", "shop")];
+    for (version, kind, spec) in kinds {
+        for (namespace, group, target, name, wanted) in targets {
+            let mut world = World::of(TWO_BEHIND_A_WAYPOINT);
+            let of = |world: &World| {
+                services.map(|(host, namespace)| {
+                    let key = model::ServiceKey { namespace: namespace.into(), hostname: host.into() };
+                    world.mesh.http_service(&key).unwrap_or_else(|| panic!("{host} is not served")).clone()
+                })
+            };
+            let before = of(&world);
+            world.set(
+                "policy.yaml",
+                &format!(
+                    "apiVersion: {version}\nkind: {kind}\nmetadata: {{name: p, namespace: {namespace}}}\nspec: {{targetRefs: \
+                     [{{group: '{group}', kind: {target}, name: {name}}}], {spec}}}\n"
+                ),
+            );
+            let said = world.repository.diagnostics();
+            let errors: Vec<_> =
+                said.iter().filter(|d| d.severity == config::diagnostic::Severity::Error).collect();
+            assert!(errors.is_empty(), "{kind}: {errors:?}");
+            let after = of(&world);
+            let holds = (before[0] != after[0], before[1] != after[1]);
+            assert_eq!(holds, wanted, "a {kind} of {namespace} for the {target} {name}");
+        }
+    }
+}

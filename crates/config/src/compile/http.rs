@@ -49,6 +49,9 @@ impl Compiler {
                 self.found.insert(key.clone());
                 for parent in self.routes.set(key, route) {
                     self.touch(&parent);
+                    // Of several types one is in force.
+                    let others = self.routes.on(&parent).filter(|other| other.kind != key.kind);
+                    self.found.extend(others.cloned());
                 }
             }
         }
@@ -229,7 +232,7 @@ impl Compiler {
 }
 
 /// The services that the routes of a port lead to, copies of requests included.
-fn led_to(port: &HttpPort) -> BTreeSet<ServiceKey> {
+pub(super) fn led_to(port: &HttpPort) -> BTreeSet<ServiceKey> {
     let routes = port.routes.entries();
     let requests = routes.iter().filter_map(|(_, route)| match &route.action {
         RouteAction::Forward(forward) => Some(forward),

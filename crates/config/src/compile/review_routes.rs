@@ -17,12 +17,13 @@ fn finding(code: Code, message: String, remedy: &str) -> Finding {
 impl Compiler {
     /// What is not as it should be about a route, or about how a host is spoken to.
     pub(super) fn review_routes(&self, key: &ObjectKey) -> Vec<Finding> {
-        let mut found = match key.kind {
+        let mut found = self.bound_elsewhere(key);
+        found.extend(match key.kind {
             Kind::VirtualService => self.review_virtual_service(key),
             Kind::DestinationRule => self.review_destination_rule(key),
             Kind::HttpRoute | Kind::GrpcRoute | Kind::TcpRoute | Kind::TlsRoute => self.review_route(key),
             _ => Vec::new(),
-        };
+        });
         let mut seen = BTreeSet::new();
         found.retain(|finding| seen.insert(finding.message.clone()));
         found
@@ -40,7 +41,52 @@ impl Compiler {
                 finding(Code::NamesNothing, resolved.message, "what falls to it is answered with 500")
             }));
         }
+        let owners = parents.iter().filter_map(|parent| Parent::of(parent).object());
+        let services: Vec<ServiceKey> =
+            owners.filter_map(|owner| self.made_services.get(&owner)).flatten().cloned().collect();
+        found.extend(self.shadowed(key, &services));
         found
+    }
+
+    /// The back ends of a resource that let in the waypoint of another service than the one that is called.
+    pub(super) fn bound_elsewhere(&self, key: &ObjectKey) -> Vec<Finding> {
+        let mut found = Vec::new();
+        for (service, at) in self.called_by(key) {
+            let backends: BTreeSet<ServiceKey> = at.ports.iter().flat_map(super::http::led_to).collect();
+            for backend in backends.iter().filter(|backend| **backend != service) {
+                let Some((owner, definition)) = self.in_force(backend) else { continue };
+                let Some((waypoint, Ok(spec))) = self.waypoint_of(owner, definition) else { continue };
+                let same = waypoint.namespace == at.waypoint.namespace && waypoint.name == at.waypoint.name;
+                if same || spec.permissive {
+                    continue;
+                }
+                let message = format!(
+                    "what goes from {} to {} is refused by its nodes, which let in the waypoint {}/{} alone: requests pass \
+                     one waypoint, here {}",
+                    service.hostname, backend.hostname, waypoint.namespace, waypoint.name, at.waypoint
+                );
+                let remedy = "bind both services to one waypoint, or make the back end's binding permissive";
+                found.push(finding(Code::WaypointNotReady, message, remedy));
+            }
+        }
+        found
+    }
+
+    /// The services whose requests a resource routes, as waypoints have them.
+    fn called_by(&self, key: &ObjectKey) -> Vec<(ServiceKey, &model::http::HttpService)> {
+        let services: Vec<ServiceKey> = match key.kind {
+            Kind::VirtualService => {
+                let hosts = self.virtual_services.hosts(key, &self.options.cluster_domain);
+                let all = hosts.iter().flat_map(|by| self.hosts.concerned(by));
+                all.filter(|s| self.virtual_services.of(s).is_some_and(|(first, _)| first == *key)).collect()
+            }
+            _ => {
+                let parents = self.routes.get(key).map(|route| route.parents()).unwrap_or_default();
+                let owners = parents.iter().filter_map(|parent| Parent::of(parent).object());
+                owners.filter_map(|owner| self.made_services.get(&owner)).flatten().cloned().collect()
+            }
+        };
+        services.into_iter().filter_map(|s| Some((s.clone(), &**self.http_services.get(&s)?))).collect()
     }
 
     fn review_virtual_service(&self, key: &ObjectKey) -> Vec<Finding> {
@@ -56,6 +102,8 @@ impl Compiler {
         for service in &services {
             found.extend(self.overruled(key, service));
         }
+        let services: Vec<ServiceKey> = services.into_iter().collect();
+        found.extend(self.shadowed(key, &services));
         for message in self.virtual_services.broken_delegates(key) {
             found.push(finding(Code::NamesNothing, message, "what it would take is answered with 404"));
         }

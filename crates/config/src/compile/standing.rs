@@ -94,6 +94,17 @@ impl Compiler {
             let accepted = Judgement::no("NoMatchingParent", message);
             return Some(RouteStanding { accepted, resolved, bound: None });
         }
+        let mut others = definition.service.ports.iter().filter(is_meant);
+        let hung = Parent::of(parent);
+        let first = others.next().and_then(|port| self.routes.overruling(route, &hung, port));
+        if let Some(first) = first
+            && others.all(|port| self.routes.overruling(route, &hung, port).is_some())
+        {
+            let (first, own) = (first.name(), route.kind.name());
+            let message = format!("a {first} hangs on the same ports, and goes before every {own}");
+            let accepted = Judgement::no("Conflicted", message);
+            return Some(RouteStanding { accepted, resolved, bound: None });
+        }
         let bound = self.binding_of(&owner, definition).unwrap_or_else(|| {
             let message = format!(
                 "no waypoint enforces the route: the {} {}/{} is bound to none (label istio.io/use-waypoint)",
@@ -103,6 +114,11 @@ impl Compiler {
             );
             Judgement::no("NoWaypoint", message)
         });
+        let elsewhere = self.bound_elsewhere(route).into_iter().next();
+        let bound = match elsewhere.filter(|_| bound.holds) {
+            Some(finding) => Judgement::no("BackendBoundElsewhere", finding.message),
+            None => bound,
+        };
         let accepted = Judgement::yes("Accepted", "the route is attached");
         Some(RouteStanding { accepted, resolved, bound: Some(bound) })
     }
@@ -132,7 +148,17 @@ impl Compiler {
         let fine = Judgement::yes("Accepted", "");
         let Some(object) = target.object(&policy.namespace) else {
             let waypoint = Waypoint { namespace: policy.namespace.clone(), name: target.name.clone() };
-            if target.kind == TargetKind::GatewayClass || self.waypoints.contains_key(&waypoint) {
+            if target.kind == TargetKind::GatewayClass {
+                let root = &self.policies.settings().root_namespace;
+                let message =
+                    format!("a policy for a GatewayClass has an effect in the namespace {root} only");
+                return if policy.namespace == *root {
+                    fine
+                } else {
+                    Judgement::no("TargetNotFound", message)
+                };
+            }
+            if self.waypoints.contains_key(&waypoint) {
                 return fine;
             }
             let message = format!("there is no waypoint {}/{}", waypoint.namespace, waypoint.name);

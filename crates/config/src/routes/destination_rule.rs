@@ -9,7 +9,7 @@ use model::http::{
 };
 use model::{ServiceKey, Str};
 
-use super::value::{go_duration, number, word};
+use super::value::{go_duration, number, some_time, word};
 use crate::diagnostic::Code;
 use crate::fields::{Cursor, Fields, Schema, enforced, nested, refused, silent};
 use crate::metadata::{METADATA, Metadata, is_label};
@@ -414,9 +414,9 @@ fn read_balancer(fields: &mut Fields<'_, '_>) -> Balancer {
     if simple.is_some() && hash.is_some() {
         fields.report(Code::InvalidValue, "simple and consistentHash are both set", "remove one");
     }
-    let seconds = fields.take("warmupDurationSecs").and_then(go_duration);
+    let seconds = fields.take("warmupDurationSecs").and_then(some_time);
     let warmup = fields.object("warmup").and_then(|mut warmup| {
-        let duration = warmup.required("duration").and_then(go_duration);
+        let duration = warmup.required("duration").and_then(some_time);
         let minimum_percent =
             warmup.take("minimumPercent").and_then(|c| number(c, 0.0, 100.0)).unwrap_or(10.0);
         let aggression = warmup.take("aggression").and_then(|c| number(c, 1.0, 1000.0)).unwrap_or(1.0);
@@ -565,13 +565,18 @@ pub(crate) fn read_locality(fields: &mut Fields<'_, '_>) -> LocalitySetting {
     }
 }
 
+/// As good as without end, and small enough to be added to a time.
+const FOR_EVER: Duration = Duration::from_hours(10 * 365 * 24);
+
 fn read_pool(fields: &mut Fields<'_, '_>) -> ConnectionPool {
     let mut pool = ConnectionPool::default();
     if let Some(mut tcp) = fields.object("tcp") {
         pool.max_connections = limit(&mut tcp, "maxConnections");
-        pool.connect_timeout = tcp.take("connectTimeout").and_then(go_duration);
-        pool.max_connection_duration = tcp.take("maxConnectionDuration").and_then(go_duration);
-        pool.idle_timeout = tcp.take("idleTimeout").and_then(go_duration);
+        pool.connect_timeout = tcp.take("connectTimeout").and_then(some_time);
+        pool.max_connection_duration = tcp.take("maxConnectionDuration").and_then(some_time);
+        // Zero is for ever (Istio, TCPSettings.idleTimeout).
+        let idle = tcp.take("idleTimeout").and_then(go_duration);
+        pool.idle_timeout = idle.map(|idle| if idle.is_zero() { FOR_EVER } else { idle });
         pool.keepalive = tcp.object("tcpKeepalive").map(|mut keepalive| {
             let probes = limit(&mut keepalive, "probes").unwrap_or(9);
             let time = keepalive.take("time").and_then(go_duration).unwrap_or(Duration::from_hours(2));
@@ -586,7 +591,7 @@ fn read_pool(fields: &mut Fields<'_, '_>) -> ConnectionPool {
         pool.max_requests_per_connection = limit(&mut http, "maxRequestsPerConnection");
         pool.max_retries = limit(&mut http, "maxRetries");
         pool.max_concurrent_streams = limit(&mut http, "maxConcurrentStreams");
-        pool.idle_timeout = http.take("idleTimeout").and_then(go_duration).or(pool.idle_timeout);
+        pool.idle_timeout = http.take("idleTimeout").and_then(some_time).or(pool.idle_timeout);
         let upgrade = http.take("h2UpgradePolicy");
         let words = [("DEFAULT", None), ("DO_NOT_UPGRADE", Some(false)), ("UPGRADE", Some(true))];
         pool.h2_upgrade = upgrade.and_then(|c| word(c, &words)).flatten();
@@ -611,8 +616,8 @@ fn read_outliers(fields: &mut Fields<'_, '_>) -> Outliers {
     }
     let split_local_origin = fields.boolean("splitExternalLocalOriginErrors").unwrap_or(false);
     let local = fields.integer("consecutiveLocalOriginFailures", 0..=u32::MAX).unwrap_or(5);
-    let interval = fields.take("interval").and_then(go_duration);
-    let base = fields.take("baseEjectionTime").and_then(go_duration);
+    let interval = fields.take("interval").and_then(some_time);
+    let base = fields.take("baseEjectionTime").and_then(some_time);
     let most = fields.integer("maxEjectionPercent", 0..=100_u32).unwrap_or(10);
     let least = fields.integer("minHealthPercent", 0..=100_u32).unwrap_or(0);
     Outliers {
@@ -630,7 +635,7 @@ fn read_outliers(fields: &mut Fields<'_, '_>) -> Outliers {
 fn read_budget(fields: &mut Fields<'_, '_>) -> RetryBudget {
     let percent = fields.take("percent").and_then(|c| number(c, 0.0, 100.0)).unwrap_or(20.0);
     let min_concurrency = fields.integer("minRetryConcurrency", 0..=u32::MAX).unwrap_or(3);
-    let interval = fields.take("budgetInterval").and_then(go_duration);
+    let interval = fields.take("budgetInterval").and_then(some_time);
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "from 0 to 1,000,000")]
     let share = Percent::of((percent * 10_000.0) as u32, 1_000_000);
     RetryBudget { share, min_concurrency, interval }

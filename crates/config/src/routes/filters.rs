@@ -9,7 +9,7 @@ use model::http::{
 };
 
 use super::reference::{BackendDraft, MIRRORED, read_backend};
-use super::value::{edited_name, header_value, path, word};
+use super::value::{edited_name, edited_value, path, word};
 use crate::diagnostic::Code;
 use crate::fields::{Cursor, Fields, Schema, enforced, nested, refused};
 
@@ -105,6 +105,16 @@ pub(super) enum Type {
     Cors,
 }
 
+/// Where each type has its settings.
+const FIELDS: [(&str, Type); 6] = [
+    ("requestHeaderModifier", Type::Request),
+    ("responseHeaderModifier", Type::Response),
+    ("requestMirror", Type::Mirror),
+    ("requestRedirect", Type::Redirect),
+    ("urlRewrite", Type::Rewrite),
+    ("cors", Type::Cors),
+];
+
 /// The filters of HTTPRoute.
 pub(super) const HTTP: [(&str, Type); 6] = [
     ("RequestHeaderModifier", Type::Request),
@@ -134,6 +144,12 @@ pub(super) fn read(owner: &mut Fields<'_, '_>, namespace: &Str, types: &[(&str, 
         }
         seen.push(kind);
         read_one(&mut fields, kind, namespace, &mut filters);
+        let known = |other: Type| other != kind && types.iter().any(|(_, t)| *t == other);
+        for (name, _) in FIELDS.iter().filter(|(_, other)| known(*other)) {
+            if let Some(mut other) = fields.take(name) {
+                other.invalid("does not go with this type", "make a filter of its own type of it");
+            }
+        }
     });
     if filters.redirect.is_some() && (filters.path.is_some() || filters.host.is_some()) {
         let message = "a rule redirects or rewrites, not both";
@@ -178,7 +194,7 @@ fn modifier(cursor: Cursor<'_, '_>) -> Option<HeaderEdits> {
         fields.each(if set { "set" } else { "add" }, |item| {
             let Some(mut header) = item.fields() else { return };
             let name = header.required("name").and_then(edited_name);
-            let value = header.required("value").and_then(header_value);
+            let value = header.required("value").and_then(edited_value);
             let (Some(name), Some(value)) = (name, value) else { return };
             once(&mut header, &name);
             edits.push(if set { HeaderEdit::Set(name, value) } else { HeaderEdit::Add(name, value) });
@@ -277,10 +293,16 @@ fn cors(cursor: Cursor<'_, '_>) -> Option<Cors> {
     let mut cors = Cors::default();
     let mut origins = Vec::new();
     fields.each("allowOrigins", |item| origins.extend(origin(item)));
+    if origins.len() > 1 && origins.contains(&Origin::Text(Pattern::Present)) {
+        fields.report(Code::InvalidValue, "allowOrigins has * beside others", "write * alone");
+    }
     cors.origins = origins.into();
     cors.credentials = fields.boolean("allowCredentials").unwrap_or(false);
     let mut list = |name| -> Box<[Str]> {
         let items = fields.string_list(name);
+        if items.len() > 1 && items.contains(&"*") {
+            fields.report(Code::InvalidValue, format!("{name} has * beside others"), "write * alone");
+        }
         let pool = &mut fields.context().pool;
         items.into_iter().map(|text| pool.string(text)).collect()
     };

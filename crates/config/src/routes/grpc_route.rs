@@ -1,14 +1,12 @@
 //! GRPCRoute (`gateway.networking.k8s.io`): a call is a POST to `/SERVICE/METHOD`, so its rules are rules of HTTP.
 
 use model::Str;
-use model::http::{
-    HeaderMatch, PathMatch, Pattern, Regex, Route, RouteAction, RouteId, RouteKind, RouteMatch,
-};
+use model::http::{PathMatch, Pattern, Regex, Route, RouteAction, RouteId, RouteKind, RouteMatch};
 
 use super::filters::{self, GRPC, GRPC_FILTER};
-use super::http_route::{NAMED, RuleDraft, read, read_backends, read_pattern};
+use super::http_route::{NAMED, RuleDraft, read, read_backends, read_headers};
 use super::reference::PARENT;
-use super::value::{header_name, word};
+use super::value::word;
 use crate::diagnostic::Code;
 use crate::fields::{Cursor, Fields, Schema, enforced, nested, refused, silent};
 use crate::metadata::{METADATA, Metadata};
@@ -99,19 +97,9 @@ fn read_rule(rule: &mut Fields<'_, '_>, id: RouteId, namespace: &Str) -> RuleDra
 fn read_match(cursor: Cursor<'_, '_>) -> Option<RouteMatch> {
     let mut fields = cursor.fields()?;
     let path = fields.object("method").and_then(|mut method| read_method(&mut method));
-    let mut headers: Vec<HeaderMatch> = Vec::new();
-    fields.each("headers", |item| {
-        let Some(mut header) = item.fields() else { return };
-        let name = header.required("name").and_then(header_name);
-        let value = read_pattern(&mut header);
-        let (Some(name), Some(value)) = (name, value) else { return };
-        // Of equal names only the first counts (Gateway API, GRPCHeaderMatch.name).
-        if !headers.iter().any(|h| *h.name == *name.as_str()) {
-            headers.push(HeaderMatch { name: name.as_str().into(), value, negated: false });
-        }
-    });
+    let headers = read_headers(&mut fields);
     let method = path.is_some().then(|| Pattern::Exact("POST".into()));
-    Some(RouteMatch { path, method, headers: headers.into(), ..RouteMatch::default() })
+    Some(RouteMatch { path, method, headers, ..RouteMatch::default() })
 }
 
 fn read_method(fields: &mut Fields<'_, '_>) -> Option<PathMatch> {

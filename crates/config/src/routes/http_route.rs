@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use model::Str;
 use model::http::{
-    HeaderMatch, PathMatch, Pattern, Percent, QueryMatch, Retry, RetryOn, Route, RouteAction, RouteId,
-    RouteKind, RouteMatch, Timeouts,
+    HeaderMatch, PathMatch, Pattern, Percent, QueryMatch, Respond, Retry, RetryOn, Route, RouteAction,
+    RouteId, RouteKind, RouteMatch, Timeouts,
 };
 
 use super::filters::{self, FILTER, HTTP, Type};
@@ -138,17 +138,65 @@ pub(super) fn read(
     let mut spec = fields.required("spec")?.fields()?;
     let parents = read_parents(&mut spec, &namespace);
     let hostnames = read_hostnames(&mut spec);
-    let mut rules = Vec::new();
+    let mut rules: Vec<RuleDraft> = Vec::new();
+    let (mut broken, mut dropped) = (0, Vec::new());
+    let id =
+        |rule, rule_name| RouteId { kind, namespace: namespace.clone(), name: name.clone(), rule, rule_name };
     let mut place = 0;
-    spec.each("rules", |item| {
+    spec.each("rules", |mut item| {
+        let (errors, said) = (item.context().errors(), item.context().said());
         let Some(mut rule) = item.fields() else { return };
-        let rule_name = rule.string("name").map(Into::into);
-        let id = RouteId { kind, namespace: namespace.clone(), name: name.clone(), rule: place, rule_name };
+        let rule_name: Option<Str> = rule.string("name").map(Into::into);
+        let mut draft = read_rule(&mut rule, id(place, rule_name.clone()), &namespace);
+        let context = rule.context();
+        let wrong = context.errors() - errors;
+        if wrong > 0 {
+            broken += wrong;
+            dropped.push(place);
+            draft = draft.refusing(context.said_of(said).any(|field| field.contains("].matches")));
+        }
+        if rule_name.is_some() && rules.iter().any(|other| other.route.id.rule_name == rule_name) {
+            rule.report(Code::InvalidValue, "another rule has this name", "give it one of its own");
+        }
         place += 1;
-        rules.push(read_rule(&mut rule, id, &namespace));
+        rules.push(draft);
     });
+    if place == 0 {
+        // The CRD's default.
+        rules.push(RuleDraft::for_all(id(0, None)));
+    } else if !dropped.is_empty() && dropped.len() < rules.len() && spec.context().errors() == broken {
+        let list = dropped.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
+        let message = format!(
+            "Dropped Rule {list}: requests are answered with 500 where its matches can be read, and are other \
+                               rules' where not"
+        );
+        spec.report(Code::RuleDropped, message, "correct its errors");
+        spec.forgive(broken);
+    }
     let route = HttpRoute { parents, hostnames, rules: rules.into(), created };
     Some(Resource::HttpRoute(Box::new(route)))
+}
+
+impl RuleDraft {
+    /// A rule that takes every request, and leads nowhere.
+    fn for_all(id: RouteId) -> Self {
+        let matches = [RouteMatch { path: Some(PathMatch::segments("/")), ..RouteMatch::default() }];
+        let route = Route { id, ..Route::new(RouteAction::default()) };
+        Self { matches: matches.into(), route, backends: Box::default(), mirrors: Box::default() }
+    }
+
+    /// What becomes of a rule with errors: what it asks for is answered with 500, or, where that can't be told, nothing is
+    /// its own.
+    fn refusing(self, of_matches: bool) -> Self {
+        let refuse =
+            RouteAction::Respond(Box::new(Respond { status: 500, body: Box::default(), content_type: None }));
+        Self {
+            matches: if of_matches { Box::default() } else { self.matches },
+            route: Route { id: self.route.id, ..Route::new(refuse) },
+            backends: Box::default(),
+            mirrors: Box::default(),
+        }
+    }
 }
 
 /// Reads `hostnames`, in lower case.
@@ -239,17 +287,7 @@ fn read_match(cursor: Cursor<'_, '_>) -> Option<RouteMatch> {
         Some(mut wanted) => read_path(&mut wanted)?,
         None => PathMatch::segments("/"),
     };
-    let mut headers: Vec<HeaderMatch> = Vec::new();
-    fields.each("headers", |item| {
-        let Some(mut header) = item.fields() else { return };
-        let name = header.required("name").and_then(header_name);
-        let value = read_pattern(&mut header);
-        let (Some(name), Some(value)) = (name, value) else { return };
-        // Of equal names only the first counts (Gateway API, HTTPHeaderMatch.name).
-        if !headers.iter().any(|h| *h.name == *name.as_str()) {
-            headers.push(HeaderMatch { name: name.as_str().into(), value, negated: false });
-        }
-    });
+    let headers = read_headers(&mut fields);
     let mut query: Vec<QueryMatch> = Vec::new();
     fields.each("queryParams", |item| {
         let Some(mut parameter) = item.fields() else { return };
@@ -261,13 +299,22 @@ fn read_match(cursor: Cursor<'_, '_>) -> Option<RouteMatch> {
         }
     });
     let method = fields.take("method").and_then(|c| word(c, &METHODS)).map(|m| Pattern::Exact(m.into()));
-    Some(RouteMatch {
-        path: Some(wanted),
-        method,
-        headers: headers.into(),
-        query: query.into(),
-        ..RouteMatch::default()
-    })
+    Some(RouteMatch { path: Some(wanted), method, headers, query: query.into(), ..RouteMatch::default() })
+}
+
+/// Reads `headers` of a match. Of equal names only the first counts (Gateway API, HTTPHeaderMatch.name).
+pub(super) fn read_headers(fields: &mut Fields<'_, '_>) -> Box<[HeaderMatch]> {
+    let mut headers: Vec<HeaderMatch> = Vec::new();
+    fields.each("headers", |item| {
+        let Some(mut header) = item.fields() else { return };
+        let name = header.required("name").and_then(header_name);
+        let value = read_pattern(&mut header);
+        let (Some(name), Some(value)) = (name, value) else { return };
+        if !headers.iter().any(|h| *h.name == *name.as_str()) {
+            headers.push(HeaderMatch { name: name.as_str().into(), value, negated: false });
+        }
+    });
+    headers.into()
 }
 
 const METHODS: [(&str, &str); 9] = [
@@ -312,7 +359,7 @@ fn read_path(fields: &mut Fields<'_, '_>) -> Option<PathMatch> {
     }
 }
 
-pub(super) fn read_pattern(fields: &mut Fields<'_, '_>) -> Option<Pattern> {
+fn read_pattern(fields: &mut Fields<'_, '_>) -> Option<Pattern> {
     let by = match fields.take("type") {
         Some(cursor) => word(cursor, &[("Exact", By::Exact), ("RegularExpression", By::Regex)])?,
         None => By::Exact,

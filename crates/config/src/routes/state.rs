@@ -162,8 +162,33 @@ impl Routes {
         into.flat_map(|(_, keys)| keys).filter_map(|key| self.all.get_key_value(key))
     }
 
-    /// The routes that hang on a port of `parent`.
+    /// The routes that hang on a port of `parent` and are in force there: of those that are for the same clients the ones
+    /// of the most specific type, and none of another (GEP-1294, "Route types").
     pub(super) fn at(
+        &self,
+        parent: &Parent,
+        port: &ServicePort,
+    ) -> impl Iterator<Item = (&ObjectKey, &RouteDraft)> {
+        let mut first: HashMap<Option<&Str>, u8> = HashMap::new();
+        for (key, _) in self.hanging(parent, port) {
+            let least = first.entry(audience(key, parent)).or_insert(u8::MAX);
+            *least = specificity(key.kind).min(*least);
+        }
+        self.hanging(parent, port)
+            .filter(move |(key, _)| first.get(&audience(key, parent)) == Some(&specificity(key.kind)))
+    }
+
+    /// The type of route that is in force at a port of `parent` in the place of `route`'s, for the same clients.
+    #[must_use]
+    pub fn overruling(&self, route: &ObjectKey, parent: &Parent, port: &ServicePort) -> Option<Kind> {
+        let others = self.hanging(parent, port).map(|(key, _)| key);
+        let others = others.filter(|key| audience(key, parent) == audience(route, parent));
+        let first = others.map(|key| key.kind).min_by_key(|kind| specificity(*kind))?;
+        (specificity(first) < specificity(route.kind)).then_some(first)
+    }
+
+    /// The routes that hang on a port of `parent`, in force or not.
+    fn hanging(
         &self,
         parent: &Parent,
         port: &ServicePort,
@@ -189,8 +214,7 @@ impl Routes {
             for (place, rule) in route.rules.iter().enumerate() {
                 let made = Arc::new(made(rule, key, port.port, resolve));
                 for (entry, when) in rule.matches.iter().enumerate() {
-                    let place =
-                        Precedence::of(when, &route.created, &key.namespace, &key.name, (place, entry));
+                    let place = Precedence::of(when, &route.created, key, (place, entry));
                     entries.push((
                         (consumer.is_none(), place),
                         narrowed(when, consumer.as_ref()),
@@ -247,6 +271,21 @@ impl BackendDraft {
             request_headers: model::http::HeaderEdits::default(),
             response_headers: model::http::HeaderEdits::default(),
         }
+    }
+}
+
+/// Whose clients a route is for: those of a namespace, or all.
+fn audience<'k>(route: &'k ObjectKey, parent: &Parent) -> Option<&'k Str> {
+    (route.namespace != parent.namespace).then_some(&route.namespace)
+}
+
+/// How specific a type of route is; the least is the most.
+fn specificity(kind: Kind) -> u8 {
+    match kind {
+        Kind::GrpcRoute => 0,
+        Kind::HttpRoute => 1,
+        Kind::TlsRoute => 2,
+        _ => 3,
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use http::{HeaderName, HeaderValue};
 use model::Str;
-use model::http::{InvalidPattern, Regex};
+use model::http::{Format, InvalidPattern, Regex};
 
 use crate::fields::Cursor;
 use crate::headers::is_of_connection;
@@ -42,18 +42,33 @@ pub(super) fn parse_duration(text: &str) -> Option<Duration> {
     (1..=4).contains(&parts).then_some(total)
 }
 
+/// A duration as [`go_duration`] reads it, of a millisecond at least, as Istio has it: zero is no way to say "without" here.
+pub(super) fn some_time(cursor: Cursor<'_, '_>) -> Option<Duration> {
+    at_least(cursor, Duration::from_millis(1))
+}
+
 /// A duration as Go and protobuf write it: numbers, with fractions, and `h`, `m`, `s`, `ms`, `us` or `ns`.
-pub(super) fn go_duration(mut cursor: Cursor<'_, '_>) -> Option<Duration> {
+pub(super) fn go_duration(cursor: Cursor<'_, '_>) -> Option<Duration> {
+    at_least(cursor, Duration::ZERO)
+}
+
+fn at_least(mut cursor: Cursor<'_, '_>, least: Duration) -> Option<Duration> {
     let node = cursor.node();
     let Some(text) = node.as_str() else {
         cursor.string();
         return None;
     };
     let read = parse_go_duration(text);
-    if read.is_none() {
-        cursor.invalid(format_args!("{text:?} is no duration"), "write one such as 10s, 0.5s or 1m30s");
+    match read {
+        None => {
+            cursor.invalid(format_args!("{text:?} is no duration"), "write one such as 10s, 0.5s or 1m30s")
+        }
+        Some(read) if read < least => {
+            cursor.invalid(format_args!("{text:?} is less than {least:?}"), "leave it out for the default");
+        }
+        Some(_) => {}
     }
-    read
+    read.filter(|read| *read >= least)
 }
 
 fn parse_go_duration(text: &str) -> Option<Duration> {
@@ -126,13 +141,18 @@ pub(super) fn is_unchangeable(cursor: &mut Cursor<'_, '_>, name: &str) -> bool {
     taken
 }
 
-/// A header field's value.
-pub(super) fn header_value(mut cursor: Cursor<'_, '_>) -> Option<HeaderValue> {
+/// What a header field becomes: a value, in which Envoy's `%COMMANDS%` are such as are known. What is none would reach the
+/// other side as it is written, and nobody would notice.
+pub(super) fn edited_value(mut cursor: Cursor<'_, '_>) -> Option<HeaderValue> {
     let node = cursor.node();
     let Some(text) = node.as_str() else {
         cursor.string();
         return None;
     };
+    if let Err(error) = Format::parse(text) {
+        cursor.invalid(format_args!("{text:?} is no value of a header field: {error}"), "");
+        return None;
+    }
     let read = HeaderValue::from_str(text).ok();
     if read.is_none() {
         cursor.invalid("has characters that no header field may have", "");

@@ -13,7 +13,7 @@ use model::http::{
 use super::destination_rule::read_export;
 use super::http_route::RuleDraft;
 use super::reference::{BackendDraft, Reference};
-use super::value::{go_duration, number, regex, word};
+use super::value::{go_duration, number, regex, some_time, word};
 use crate::diagnostic::Code;
 use crate::fields::{Cursor, Fields, Schema, enforced, nested, refused, silent};
 use crate::metadata::{METADATA, Metadata};
@@ -445,7 +445,7 @@ fn operations(fields: &mut Fields<'_, '_>, mut authority: Option<&mut Option<Str
             if name.is_err() {
                 value.invalid(format_args!("{key:?} is no name of a header field"), "");
             }
-            let value = super::value::header_value(value);
+            let value = super::value::edited_value(value);
             edits.extend(name.ok().zip(value).map(|(name, value)| make(name, value)));
         });
     }
@@ -656,7 +656,7 @@ fn percentage(fields: &mut Fields<'_, '_>, name: &'static str) -> Option<Percent
 fn read_fault(entry: &mut Fields<'_, '_>) -> Fault {
     let Some(mut fields) = entry.object("fault") else { return Fault::default() };
     let delay = fields.object("delay").and_then(|mut delay| {
-        let fixed = delay.required("fixedDelay").and_then(go_duration);
+        let fixed = delay.required("fixedDelay").and_then(some_time);
         let share = percentage(&mut delay, "percentage");
         let old = delay.integer("percent", 0..=100_u32).map(|p| Percent::of(p, 100));
         Some((fixed?, share.or(old).unwrap_or(Percent::ALL)))
@@ -751,7 +751,8 @@ fn read_retries(fields: &mut Fields<'_, '_>) -> Retry {
     }
     if let (Some(mut cursor), false) = (cursor, unknown.is_empty()) {
         let message = format!("{} is nothing that could be tried again", unknown.join(", "));
-        cursor.invalid(message, "write names of Envoy's retry_on and statuses, separated by commas");
+        let known = RetryOn::words().collect::<Vec<_>>().join(", ");
+        cursor.invalid(message, format!("write some of {known}, and statuses, separated by commas"));
     }
     if written.is_none() {
         statuses.push(503);
