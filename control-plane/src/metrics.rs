@@ -60,6 +60,13 @@ fn short(type_url: &str) -> &'static str {
         proto::ADDRESS_TYPE_URL => "istio.workload.Address",
         proto::AUTHORIZATION_TYPE_URL => "istio.security.Authorization",
         proto::MESH_SETTINGS_TYPE_URL => "culvert.wire.v1.MeshSettings",
+        proto::HTTP_SERVICE_TYPE_URL => "culvert.waypoint.v1.HttpService",
+        proto::HTTP_POLICY_TYPE_URL => "culvert.waypoint.v1.HttpPolicy",
+        proto::TRAFFIC_TYPE_URL => "culvert.waypoint.v1.ServiceTraffic",
+        proto::AUTHENTICATION_TYPE_URL => "culvert.waypoint.v1.Authentication",
+        proto::RATE_LIMIT_TYPE_URL => "culvert.waypoint.v1.RateLimit",
+        proto::AUTHORIZER_TYPE_URL => "culvert.waypoint.v1.Authorizer",
+        proto::REACHABLE_TYPE_URL => "culvert.waypoint.v1.Reachable",
         _ => "other",
     }
 }

@@ -9,22 +9,25 @@
 //! The same goes to a proxy of ours that is too old for a field ([`Features`]): it would skip the field, and enforce
 //! something else. The condition `Enforced` names it.
 
+mod reach;
 mod waypoints;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
-use model::{Action, Change, Policy, PolicyKey, Rule, Service, Str, Workload};
+use model::{Action, Change, Policy, PolicyKey, Rule, Service, Workload};
 use prost::Message;
+use proto::wire::waypoint::Reachable;
 use proto::wire::workload::{Address, address};
 use proto::{
     ADDRESS_TYPE_URL, AUTHENTICATION_TYPE_URL, AUTHORIZATION_TYPE_URL, AUTHORIZER_TYPE_URL, EncodeError,
     Extensions, Features, HTTP_POLICY_TYPE_URL, HTTP_SERVICE_TYPE_URL, MESH_SETTINGS_TYPE_URL,
-    RATE_LIMIT_TYPE_URL, TRAFFIC_TYPE_URL,
+    RATE_LIMIT_TYPE_URL, REACHABLE_TYPE_URL, TRAFFIC_TYPE_URL,
 };
 use xds::server::{Change as Update, Generation, Resource, Server};
 
+use reach::Reach;
 use waypoints::Waypoints;
 pub use waypoints::{Enforcers, MOST_BYTES};
 
@@ -33,7 +36,7 @@ pub use waypoints::{Enforcers, MOST_BYTES};
 /// waypoint does for a service last, when all is there that it is done with: who authorizes, policies, how and where
 /// its back ends are spoken to. So no request is let through by a route whose policies are not there yet, and none fails
 /// because it is sent to what is not known yet.
-pub const TYPES: [&str; 9] = [
+pub const TYPES: [&str; 10] = [
     MESH_SETTINGS_TYPE_URL,
     AUTHORIZATION_TYPE_URL,
     AUTHORIZER_TYPE_URL,
@@ -42,6 +45,7 @@ pub const TYPES: [&str; 9] = [
     HTTP_POLICY_TYPE_URL,
     TRAFFIC_TYPE_URL,
     ADDRESS_TYPE_URL,
+    REACHABLE_TYPE_URL,
     HTTP_SERVICE_TYPE_URL,
 ];
 
@@ -103,8 +107,7 @@ pub struct Push<S> {
     exceptions: Exceptions,
     waypoints: Waypoints,
     enforcers: Enforcers,
-    /// Those that have labels: which of these are sent may change.
-    labelled: HashMap<Str, Arc<Workload>>,
+    reach: Reach,
     encoded: u64,
 }
 
@@ -114,7 +117,7 @@ impl<S: Sink> Push<S> {
     pub fn new(sink: S, exceptions: Exceptions) -> Self {
         let enforcers = Enforcers::default();
         let waypoints = Waypoints::new(MOST_BYTES, enforcers.clone());
-        Self { sink, exceptions, waypoints, enforcers, labelled: HashMap::new(), encoded: 0 }
+        Self { sink, exceptions, waypoints, enforcers, reach: Reach::default(), encoded: 0 }
     }
 
     /// Which waypoints enforce which policies.
@@ -135,38 +138,52 @@ impl<S: Sink> Push<S> {
         self.encoded
     }
 
+    /// How many workloads were looked at so far for who of the waypoints is sent them.
+    #[must_use]
+    pub fn looks(&self) -> u64 {
+        self.reach.looks()
+    }
+
     /// Gives changes on; the generation that has them all.
     pub fn push(&mut self, changes: &[Change]) -> Generation {
         let of_waypoints = changes.iter().filter(|change| self.waypoints.take(change)).count();
         self.encoded += of_waypoints as u64;
-        let mut updates =
-            if of_waypoints > 0 { self.waypoints.updates(&self.exceptions) } else { Vec::new() };
-        if let Some(labels) = self.waypoints.new_labels() {
-            updates.extend(self.relabel(&labels));
+        let mut updates = Vec::new();
+        if of_waypoints > 0 {
+            updates = self.waypoints.updates(&self.exceptions);
+            for (waypoint, service, wants) in self.waypoints.moves() {
+                self.reach.want(&waypoint, &service, wants);
+            }
+            self.reach.wish(self.waypoints.wishes());
         }
-        updates.extend(changes.iter().filter_map(|change| self.encode(change)));
+        if let Some(labels) = self.waypoints.new_labels() {
+            self.reach.relabel(&labels);
+        }
+        for change in changes {
+            updates.extend(self.encode(change));
+            match change {
+                Change::SetWorkload(workload) => self.reach.set(workload),
+                Change::RemoveWorkload(uid) => self.reach.remove(uid, &mut updates),
+                Change::SetService(service) => self.reach.service(&service.key(), Some(service)),
+                Change::RemoveService(key) => self.reach.service(key, None),
+                _ => {}
+            }
+        }
+        let Self { reach, waypoints, .. } = self;
+        let asked = |label: &str| waypoints.asks_about(label);
+        let encoded = |workload: &Workload| {
+            let message = proto::encode_workload(workload).ok()?;
+            let workload = Some(proto::with_labels(message, &workload.labels, asked));
+            Some(Reachable { workload }.encode_to_vec().into())
+        };
+        self.encoded += reach.settle(encoded, &mut updates) as u64;
         self.sink.apply(updates)
-    }
-
-    /// The workloads that have one of these labels, anew.
-    fn relabel(&mut self, labels: &std::collections::BTreeSet<Str>) -> Vec<Update> {
-        let with = |w: &&Arc<Workload>| labels.iter().any(|label| w.label(label).is_some());
-        let with: Vec<_> = self.labelled.values().filter(with).cloned().collect();
-        self.encoded += with.len() as u64;
-        with.iter().map(|workload| self.workload(workload)).collect()
     }
 
     fn encode(&mut self, change: &Change) -> Option<Update> {
         self.encoded += 1;
         Some(match change {
-            Change::SetWorkload(workload) => {
-                if workload.labels.is_empty() {
-                    self.labelled.remove(&workload.uid);
-                } else {
-                    self.labelled.insert(workload.uid.clone(), workload.clone());
-                }
-                self.workload(workload)
-            }
+            Change::SetWorkload(workload) => self.workload(workload),
             Change::SetService(service) => Update::Set(self.service(service)),
             Change::SetPolicy(policy) => Update::Set(self.policy(policy)),
             Change::SetSettings(settings) => {
@@ -182,7 +199,6 @@ impl<S: Sink> Push<S> {
                 })
             }
             Change::RemoveWorkload(uid) => {
-                self.labelled.remove(uid);
                 self.exceptions.set(uid, None);
                 Update::Remove { type_url: ADDRESS_TYPE_URL, name: uid.clone() }
             }
@@ -211,19 +227,16 @@ impl<S: Sink> Push<S> {
                 return Update::Remove { type_url: ADDRESS_TYPE_URL, name };
             }
         };
-        let encoded =
-            |message| Bytes::from(Address { r#type: Some(address::Type::Workload(message)) }.encode_to_vec());
-        let asked = |label: &str| self.waypoints.asks_about(label);
-        let has = workload.labels.iter().any(|(label, _)| asked(label));
-        let labelled = has.then(|| encoded(proto::with_labels(message.clone(), &workload.labels, asked)));
-        let plain = encoded(message);
+        let address = Address { r#type: Some(address::Type::Workload(message)) };
+        let body = Bytes::from(address.encode_to_vec());
         Update::Set(Resource {
             type_url: ADDRESS_TYPE_URL,
             name,
             aliases: proto::workload_aliases(workload).map(Arc::from).collect(),
+            // A waypoint gets those that it needs under names of its own.
             scope: Some(workload.namespace.clone()),
-            culvert: Some(labelled.unwrap_or_else(|| plain.clone())),
-            plain: Some(plain),
+            culvert: Some(body.clone()),
+            plain: Some(body),
             needs: Features::NONE,
         })
     }
@@ -248,7 +261,8 @@ impl<S: Sink> Push<S> {
             type_url: ADDRESS_TYPE_URL,
             name,
             aliases: proto::service_aliases(service).map(Arc::from).collect(),
-            scope: Some(service.namespace.clone()),
+            // Which of all has an address is decided where they are known.
+            scope: None,
             plain: plain.ok(),
             culvert: culvert.ok(),
             needs: Features::of_service(service),

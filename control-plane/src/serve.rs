@@ -117,11 +117,10 @@ impl Authorizer for NodeProxies {
             _ if audience(node) != Extensions::Culvert => Err(Status::permission_denied(format!(
                 "the token is of the waypoint {own}, and the proxy knows none of our extensions: it could enforce nothing"
             ))),
-            // Namespaces, of which all others are, have no slash.
+            // What has a scope is another waypoint's, or a workload as nodes get them.
             _ => {
                 let own: Arc<str> = own.into();
-                let interest = move |scope: &str| !scope.contains('/') || *scope == *own;
-                Ok(Admission { interest: Some(Arc::new(interest)) })
+                Ok(Admission { interest: Some(Arc::new(move |scope: &str| *scope == *own)) })
             }
         }
     }

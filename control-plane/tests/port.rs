@@ -266,22 +266,26 @@ fn of_waypoint(namespace: &str, kind: &'static str, name: &str) -> Change {
 #[tokio::test]
 async fn a_waypoint_gets_its_own_gateways_configuration_and_a_node_proxy_none() {
     let plane = Plane::new(limits()).await;
-    let address = Change::Set(Resource {
-        type_url: proto::ADDRESS_TYPE_URL,
-        name: "shop/cart".into(),
-        aliases: Vec::new(),
-        scope: Some("shop".into()),
-        plain: None,
-        culvert: Some("x".into()),
-        needs: proto::Features::NONE,
-    });
+    let address = |name: &str, scope: Option<&str>| {
+        Change::Set(Resource {
+            type_url: proto::ADDRESS_TYPE_URL,
+            name: name.into(),
+            aliases: Vec::new(),
+            scope: scope.map(Arc::from),
+            plain: None,
+            culvert: Some("x".into()),
+            needs: proto::Features::NONE,
+        })
+    };
     let service = proto::HTTP_SERVICE_TYPE_URL;
     let policy = proto::HTTP_POLICY_TYPE_URL;
     plane.server.apply([
         of_waypoint("shop", service, "shop/cart"),
         of_waypoint("shop", policy, "shop/p"),
         of_waypoint("ops", service, "ops/db"),
-        address,
+        of_waypoint("ops", proto::REACHABLE_TYPE_URL, "Kubernetes//Pod/ops/db-0"),
+        address("shop/cart", None),
+        address("Kubernetes//Pod/ops/db-0", Some("ops")),
     ]);
     plane.server.ready();
     let held: [Arc<Mutex<BTreeSet<String>>>; 3] = Default::default();
@@ -295,8 +299,8 @@ async fn a_waypoint_gets_its_own_gateways_configuration_and_a_node_proxy_none() 
     plane
         .until("each has its own", |_| {
             has(0) == ["shop/cart", "shop/w/shop/cart", "shop/w/shop/p"]
-                && has(1) == ["ops/w/ops/db", "shop/cart"]
-                && has(2) == ["shop/cart"]
+                && has(1) == ["ops/w/Kubernetes//Pod/ops/db-0", "ops/w/ops/db", "shop/cart"]
+                && has(2) == ["Kubernetes//Pod/ops/db-0", "shop/cart"]
         })
         .await;
 
@@ -308,8 +312,9 @@ async fn a_waypoint_gets_its_own_gateways_configuration_and_a_node_proxy_none() 
     plane
         .until("it has moved", |_| {
             has(0) == ["shop/cart", "shop/w/shop/p"]
-                && has(1) == ["ops/w/ops/db", "ops/w/shop/cart", "shop/cart"]
-                && has(2) == ["shop/cart"]
+                && has(1)
+                    == ["ops/w/Kubernetes//Pod/ops/db-0", "ops/w/ops/db", "ops/w/shop/cart", "shop/cart"]
+                && has(2) == ["Kubernetes//Pod/ops/db-0", "shop/cart"]
         })
         .await;
 }

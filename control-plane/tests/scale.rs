@@ -24,8 +24,9 @@ impl Sink for Counting {
     }
 }
 
-/// Steps and encoded resources of a pod's change, its removal and its return, in a mesh of so many.
-fn cost(pods: usize) -> Vec<(u64, u64)> {
+/// Steps, encoded resources, and workloads looked at for who of the waypoints is sent them, of a pod's change, its removal
+/// and its return, in a mesh of so many. It is behind a waypoint, as one service of ten is.
+fn cost(pods: usize) -> Vec<(u64, u64, u64)> {
     let (mut registry, _) = registry();
     first_lists(&mut registry, &[("shop", json!({ "istio.io/dataplane-mode": "ambient" }))], None);
     let address = |index: usize| format!("10.{}.{}.{}", index >> 16, (index >> 8) & 255, index & 255);
@@ -41,6 +42,10 @@ fn cost(pods: usize) -> Vec<(u64, u64)> {
         let mut service =
             service("shop", &format!("web-{index}"), &format!("10.96.{}.{}", index >> 8, index & 255));
         service["spec"]["selector"] = json!({ "app": format!("web-{index}") });
+        if index % 10 == 0 {
+            service["metadata"]["labels"] = json!({ "istio.io/use-waypoint": format!("w-{index}") });
+            objects.push(set(Kind::Gateway, &gateway(&format!("w-{index}"))));
+        }
         objects.push(set(Kind::Service, &service));
     }
     let rules = json!({ "selector": { "matchLabels": { "app": "web-0" } }, "rules": [{}] });
@@ -55,18 +60,32 @@ fn cost(pods: usize) -> Vec<(u64, u64)> {
     let gone = control_plane::source::Change::Gone { namespace: "shop".into(), name: "web-7".into() };
     let mut costs = Vec::new();
     for event in [set(Kind::Pod, &changed), event(Kind::Pod, gone), set(Kind::Pod, &of(7, "3"))] {
-        let (steps, encoded) = (registry.repository().steps(), push.encoded());
+        let (steps, encoded, looks) = (registry.repository().steps(), push.encoded(), push.looks());
         registry.take(event);
         let committed = registry.commit(Instant::now()).unwrap();
         push.push(&committed.changes);
-        costs.push((registry.repository().steps() - steps, push.encoded() - encoded));
+        costs.push((registry.repository().steps() - steps, push.encoded() - encoded, push.looks() - looks));
     }
     costs
+}
+
+fn gateway(name: &str) -> serde_json::Value {
+    json!({
+        "apiVersion": "gateway.networking.k8s.io/v1",
+        "kind": "Gateway",
+        "metadata": { "name": name, "namespace": "shop", "labels": { "istio.io/waypoint-for": "service" } },
+        "spec": {
+            "gatewayClassName": "culvert-waypoint",
+            "listeners": [{ "name": "mesh", "port": 15008, "protocol": "HBONE" }],
+        },
+    })
 }
 
 #[test]
 fn a_pods_change_costs_the_same_among_100_000_as_among_a_hundred() {
     let (few, many) = (cost(100), cost(100_000));
     assert_eq!(few, many);
-    assert!(many.iter().all(|(steps, encoded)| *steps <= 10 && *encoded == 1), "{many:?}");
+    let limited = |(steps, encoded, looks): &(u64, u64, u64)| *steps <= 10 && *encoded <= 2 && *looks <= 1;
+    assert!(many.iter().all(limited), "{many:?}");
+    assert_eq!(many[0].1, 2, "it is told to nodes, and to the waypoint: {many:?}");
 }

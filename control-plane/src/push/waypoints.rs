@@ -22,6 +22,7 @@ use proto::{
 use xds::server::{Change as Update, Resource};
 
 use super::Exceptions;
+use super::reach::Wishes;
 
 /// How many bytes of resources one waypoint is sent: 10,000 routes are a few MiB.
 pub const MOST_BYTES: usize = 64 << 20;
@@ -76,6 +77,8 @@ struct Asks {
 struct Bound {
     waypoint: Arc<str>,
     needs: BTreeSet<Part>,
+    /// The labels that its routes ask of clients.
+    clients: BTreeSet<Str>,
 }
 
 /// What one waypoint needs and has.
@@ -83,6 +86,8 @@ struct Bound {
 struct Waypoint {
     /// How many of its services need a part.
     counts: HashMap<Part, u32>,
+    /// How many of them ask clients for a label.
+    clients: BTreeMap<Str, u32>,
     /// The length of what it was sent.
     sent: HashMap<Part, usize>,
     bytes: usize,
@@ -103,6 +108,8 @@ pub(super) struct Waypoints {
     /// The hosts of all providers, and whether these may have changed.
     providers: BTreeSet<Str>,
     moved: bool,
+    /// Services to whose endpoints waypoints send now, or no longer do.
+    moves: Vec<(Arc<str>, ServiceKey, bool)>,
 }
 
 impl Waypoints {
@@ -117,6 +124,7 @@ impl Waypoints {
             asks: false,
             providers: BTreeSet::new(),
             moved: false,
+            moves: Vec::new(),
         }
     }
 
@@ -204,12 +212,13 @@ impl Waypoints {
         let body = proto::encode_http_service(service).encode_to_vec();
         let own: Part = (HTTP_SERVICE_TYPE_URL, service.service.to_string().into());
         let collector = service.telemetry.tracing.as_ref().map(|t| t.collector.host.clone());
-        let asks = Asks { labels: labels_of_routes(service), hosts: collector.into_iter().collect() };
+        let clients = labels_of_routes(service);
+        let asks = Asks { labels: clients.clone(), hosts: collector.into_iter().collect() };
         self.set(own.clone(), body, asks);
         let mut needs = needs(service);
         needs.insert(own);
-        self.acquire(&waypoint, &needs);
-        let bound = Bound { waypoint, needs };
+        let bound = Bound { waypoint, needs, clients };
+        self.acquire(&bound);
         if let Some(old) = self.services.insert(service.service.clone(), bound) {
             self.release(&old);
         }
@@ -222,10 +231,14 @@ impl Waypoints {
         }
     }
 
-    fn acquire(&mut self, name: &Arc<str>, parts: &BTreeSet<Part>) {
+    fn acquire(&mut self, bound: &Bound) {
+        let name = &bound.waypoint;
         let is_new = !self.waypoints.contains_key(name);
         let waypoint = self.waypoints.entry(name.clone()).or_default();
-        for part in parts {
+        for label in &bound.clients {
+            *waypoint.clients.entry(label.clone()).or_default() += 1;
+        }
+        for part in &bound.needs {
             let count = waypoint.counts.entry(part.clone()).or_default();
             *count += 1;
             if *count == 1 {
@@ -234,6 +247,7 @@ impl Waypoints {
                 if part.0 == HTTP_POLICY_TYPE_URL {
                     self.enforcers.change(&part.1, name, true);
                 }
+                self.moves.extend(destination(part).map(|key| (name.clone(), key, true)));
             }
         }
         if is_new {
@@ -245,6 +259,12 @@ impl Waypoints {
 
     fn release(&mut self, old: &Bound) {
         let Some(waypoint) = self.waypoints.get_mut(&old.waypoint) else { return };
+        for label in &old.clients {
+            if let Some(count) = waypoint.clients.get_mut(label) {
+                *count = count.saturating_sub(1);
+            }
+        }
+        waypoint.clients.retain(|_, count| *count > 0);
         for part in &old.needs {
             let Some(count) = waypoint.counts.get_mut(part) else { continue };
             *count = count.saturating_sub(1);
@@ -255,6 +275,7 @@ impl Waypoints {
                 if part.0 == HTTP_POLICY_TYPE_URL {
                     self.enforcers.change(&part.1, &old.waypoint, false);
                 }
+                self.moves.extend(destination(part).map(|key| (old.waypoint.clone(), key, false)));
             }
         }
         if waypoint.counts.is_empty() {
@@ -304,6 +325,18 @@ impl Waypoints {
         let changed = self.labels.symmetric_difference(&asked).cloned().collect();
         self.labels = asked;
         Some(changed)
+    }
+
+    /// The services to whose endpoints waypoints send since this was asked last, or no longer do.
+    pub(super) fn moves(&mut self) -> Vec<(Arc<str>, ServiceKey, bool)> {
+        std::mem::take(&mut self.moves)
+    }
+
+    /// What waypoints ask of workloads now, beside the endpoints of services.
+    pub(super) fn wishes(&self) -> Wishes {
+        let of = |waypoint: &Waypoint| waypoint.clients.keys().cloned().collect();
+        let labels = self.waypoints.iter().map(|(name, waypoint)| (name.clone(), of(waypoint))).collect();
+        Wishes { labels, providers: self.providers.clone() }
     }
 
     /// Whether a label is one that waypoints are asked about.
@@ -372,6 +405,12 @@ impl Waypoint {
 fn is_for_all((kind, name): &Part, providers: &BTreeSet<Str>) -> bool {
     let is_provider = || name.split_once('/').is_some_and(|(_, host)| providers.contains(host));
     *kind == AUTHORIZER_TYPE_URL || (*kind == TRAFFIC_TYPE_URL && is_provider())
+}
+
+/// The service that a part says how to speak to: who needs that sends to its endpoints.
+fn destination((kind, name): &Part) -> Option<ServiceKey> {
+    let (namespace, hostname) = name.split_once('/').filter(|_| *kind == TRAFFIC_TYPE_URL)?;
+    Some(ServiceKey { namespace: namespace.into(), hostname: hostname.into() })
 }
 
 fn asks_of(host: &Str) -> Asks {

@@ -31,6 +31,9 @@ pub const RATE_LIMIT_TYPE_URL: &str = "type.googleapis.com/culvert.waypoint.v1.R
 /// The type of external authorizers.
 pub const AUTHORIZER_TYPE_URL: &str = "type.googleapis.com/culvert.waypoint.v1.Authorizer";
 
+/// The type of the workloads that a waypoint is sent.
+pub const REACHABLE_TYPE_URL: &str = "type.googleapis.com/culvert.waypoint.v1.Reachable";
+
 /// What a waypoint is interested in: `namespace/name`. Namespaces, which other resources have, have no slash.
 #[must_use]
 pub fn waypoint_scope(waypoint: &WaypointKey) -> String {

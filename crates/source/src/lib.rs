@@ -36,8 +36,9 @@ pub use self::xds::{Xds, XdsStatus};
 pub const NODE_TYPES: [&str; 3] =
     [proto::MESH_SETTINGS_TYPE_URL, proto::AUTHORIZATION_TYPE_URL, proto::ADDRESS_TYPE_URL];
 
-/// What a waypoint asks for: the same, and what it does for services, last of all, since it names the rest.
-pub const WAYPOINT_TYPES: [&str; 9] = [
+/// What a waypoint asks for: the same, where of the addresses it gets the services; the workloads that it needs; and what
+/// it does for services, last of all, since it names the rest.
+pub const WAYPOINT_TYPES: [&str; 10] = [
     proto::MESH_SETTINGS_TYPE_URL,
     proto::AUTHORIZATION_TYPE_URL,
     proto::AUTHORIZER_TYPE_URL,
@@ -46,6 +47,7 @@ pub const WAYPOINT_TYPES: [&str; 9] = [
     proto::HTTP_POLICY_TYPE_URL,
     proto::TRAFFIC_TYPE_URL,
     proto::ADDRESS_TYPE_URL,
+    proto::REACHABLE_TYPE_URL,
     proto::HTTP_SERVICE_TYPE_URL,
 ];
 

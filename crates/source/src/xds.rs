@@ -18,12 +18,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use ::xds::client::{Link, Origin, Rejection, Resource, Update as Batch, Updates};
-use model::{Action, Change, Mesh, Policy, PolicyKey, Rule, Scope, Settings};
+use model::{Action, Change, Mesh, Policy, PolicyKey, Rule, Scope, Settings, Workload};
 use prost::Message;
-use proto::wire::{culvert, security, workload};
+use proto::wire::workload::address::Type;
+use proto::wire::{culvert, security, waypoint as culvert_waypoint, workload};
 use proto::{
     ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, Decoded, Decoder, Elided, MESH_SETTINGS_NAME,
-    MESH_SETTINGS_TYPE_URL, ResourceName,
+    MESH_SETTINGS_TYPE_URL, REACHABLE_TYPE_URL, ResourceName, waypoint_part,
 };
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -179,7 +180,7 @@ impl Xds {
             changes: Vec::new(),
             rejections: Vec::new(),
             // What is in force of policies and settings must not be older after a crash of the node.
-            must_last: batch.type_url != ADDRESS_TYPE_URL,
+            must_last: ![ADDRESS_TYPE_URL, REACHABLE_TYPE_URL].contains(&batch.type_url),
         };
         for resource in &batch.resources {
             reading.resource(batch.type_url, resource);
@@ -265,6 +266,7 @@ impl Reading<'_> {
         let read = match type_url {
             AUTHORIZATION_TYPE_URL => self.policy(resource),
             ADDRESS_TYPE_URL => self.address(resource),
+            REACHABLE_TYPE_URL => self.reachable(resource),
             MESH_SETTINGS_TYPE_URL => self.settings(resource),
             other => self.of_waypoints(other, resource),
         };
@@ -285,12 +287,9 @@ impl Reading<'_> {
         match self.decoder.address(&message).map_err(|e| e.to_string())? {
             Decoded::Workload(mut workload) => {
                 named(resource, &workload.uid)?;
-                let old = self.mesh.workload(&workload.uid);
                 // One text for all who have it, the client's table of what is held among them.
-                workload.uid = old.map_or(&resource.name, |old| &old.uid).clone();
-                // By its list a policy is enforced.
-                self.must_last |= *workload.policies != *old.map_or(&[][..], |old| &old.policies);
-                self.changes.push(Change::SetWorkload(Arc::new(workload)));
+                workload.uid = resource.name.clone();
+                self.workload(workload);
             }
             Decoded::Service(service) => {
                 named(resource, &service.key().to_string())?;
@@ -298,6 +297,29 @@ impl Reading<'_> {
             }
         }
         Ok(())
+    }
+
+    /// A workload that a waypoint is sent under a name of its own.
+    fn reachable(&mut self, resource: &Resource) -> Result<(), String> {
+        let workload = message::<culvert_waypoint::Reachable>(resource)?.workload.map(Type::Workload);
+        match self.decoder.address(&workload::Address { r#type: workload }).map_err(|e| e.to_string())? {
+            Decoded::Workload(workload) => {
+                if waypoint_part(&resource.name) != Some(&*workload.uid) {
+                    return Err(format!("it holds {:?}, and is named {:?}", workload.uid, resource.name));
+                }
+                self.workload(workload);
+                Ok(())
+            }
+            Decoded::Service(_) => Err("it is no workload".to_owned()),
+        }
+    }
+
+    fn workload(&mut self, mut workload: Workload) {
+        let old = self.mesh.workload(&workload.uid);
+        workload.uid = old.map_or(&workload.uid, |old| &old.uid).clone();
+        // By its list a policy is enforced.
+        self.must_last |= *workload.policies != *old.map_or(&[][..], |old| &old.policies);
+        self.changes.push(Change::SetWorkload(Arc::new(workload)));
     }
 
     fn policy(&mut self, resource: &Resource) -> Result<(), String> {
@@ -350,6 +372,9 @@ impl Reading<'_> {
                     // Whatever form a uid has.
                     _ => self.changes.push(Change::RemoveWorkload(name.into())),
                 }
+            }
+            REACHABLE_TYPE_URL => {
+                self.changes.extend(waypoint_part(name).map(|uid| Change::RemoveWorkload(uid.into())));
             }
             MESH_SETTINGS_TYPE_URL if name == MESH_SETTINGS_NAME => {
                 self.changes.push(Change::SetSettings(defaults.clone()));
