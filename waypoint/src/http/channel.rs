@@ -299,11 +299,4 @@ impl Channel {
             send.send_reset(Reason::INTERNAL_ERROR);
         }
     }
-
-    /// Says that no more of the request is wanted, after a response that was whole.
-    pub(crate) fn stop_reading(&mut self) {
-        if let Self::H2(Stream { send: Some(send), read: false, .. }) = self {
-            send.send_reset(Reason::NO_ERROR);
-        }
-    }
 }

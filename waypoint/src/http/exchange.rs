@@ -551,8 +551,9 @@ impl Exchange<'_> {
         if self.upload.done && !ends && framing != Framing::UntilClose {
             self.worker.pool.put(lease);
         }
+        // Of a stream that ends so no more is wanted; the library says so (`NO_ERROR`) once the response is sent. A reset of
+        // our own would go before it, and take its place.
         if !self.client.is_read() {
-            self.client.stop_reading();
             return After::Close;
         }
         if close { After::Close } else { After::Next }
@@ -684,9 +685,6 @@ impl Exchange<'_> {
             (self.record.flag, self.record.detail) = (failure.flag, failure.detail);
             self.client.abort();
             return After::Abort;
-        }
-        if !self.upload.is_read() {
-            self.client.stop_reading();
         }
         if close { After::Close } else { After::Next }
     }

@@ -232,3 +232,28 @@ async fn a_server_that_goes_away_is_connected_to_again() {
         assert_eq!(proxy.worker.stats.upstream_connections.get(), count);
     }
 }
+
+#[tokio::test]
+async fn an_answer_before_the_requests_end_arrives_whole() {
+    let early = lab::server(|_, mut client: lab::Client| async move {
+        client.head().await;
+        client.send("HTTP/1.1 413 x\r\nContent-Length: 5\r\n\r\nearly").await;
+        client.rest().await;
+    })
+    .await;
+    let proxy = Proxy::to(early).await;
+    // Of the server, and of our own; the request's body never ends.
+    for (path, status, body) in [("/", 413, "early"), ("/direct", 418, "direct")] {
+        let mut send = client(proxy.address).await.ready().await.unwrap();
+        let request = Request::post(format!("http://{}{path}", proxy.address)).body(()).unwrap();
+        let (response, mut upload) = send.send_request(request, false).unwrap();
+        upload.send_data("more to come".into(), false).unwrap();
+        let response = tokio::time::timeout(lab::LONG, response).await.unwrap().expect("the response");
+        assert_eq!(response.status(), status);
+        let mut recv = response.into_body();
+        assert_eq!(data(&mut recv).await, body);
+        assert!(!matches!(recv.data().await, Some(Ok(_))));
+        // And then the server says that it wants no more.
+        assert_eq!(poll_fn(|cx| upload.poll_reset(cx)).await.unwrap(), Reason::NO_ERROR);
+    }
+}
