@@ -82,9 +82,8 @@ fn mesh(case: &Value) -> (Mesh, model::ServiceKey, Vec<String>) {
     (Mesh::default().apply(outcome.changes), key, errors)
 }
 
-fn decides(case: &Value) -> (bool, String) {
-    let (mesh, key, errors) = mesh(case);
-    let Some(service) = mesh.http_service(&key) else { return (false, format!("not served: {errors:?}")) };
+/// The connection that a case is about.
+fn connection(case: &Value) -> Connection {
     let peer = &case["source_peer"];
     let identity = peer["identity"].as_object().map(|id| {
         let part = |f: &str| id[f].as_str().unwrap();
@@ -99,7 +98,13 @@ fn decides(case: &Value) -> (bool, String) {
     let address = |v: &Value| v.as_str().unwrap_or("10.0.0.1").parse().unwrap();
     let port = u16::try_from(case["destination"]["port"].as_u64().unwrap()).unwrap();
     let to = std::net::SocketAddr::new(address(&case["destination"]["ip"]), port);
-    let connection = Connection::new(identity, address(&peer["ip"]), to);
+    Connection::new(identity, address(&peer["ip"]), to)
+}
+
+fn decides(case: &Value) -> (bool, String) {
+    let (mesh, key, errors) = mesh(case);
+    let Some(service) = mesh.http_service(&key) else { return (false, format!("not served: {errors:?}")) };
+    let connection = connection(case);
     let wire = &case["request"];
     let text = |f: &str| wire[f].as_str().unwrap_or_default();
     let lower: Vec<(String, String)> = wire["headers"]
@@ -134,15 +139,34 @@ fn decides(case: &Value) -> (bool, String) {
     (decision.outcome.is_ok() && decision.ask.is_empty(), format!("{said} {errors:?}"))
 }
 
+/// What the node of a workload that no waypoint stands before decides of a connection.
+fn decides_at_the_node(case: &Value) -> (bool, String) {
+    let to = &case["destination"];
+    let mut labels = to["labels"].clone();
+    labels["istio.io/dataplane-mode"] = json!("ambient");
+    let mut objects = case["policies"].as_array().unwrap().clone();
+    objects.push(json!({ "apiVersion": "v1", "kind": "Pod",
+        "metadata": { "name": "to", "namespace": to["namespace"], "labels": labels },
+        "status": { "podIP": to["ip"] } }));
+    let text: String = objects.iter().map(|object| format!("---\n{object}\n")).collect();
+    let mut repository = Repository::new(Options::default());
+    repository.stage(&"case.yaml".into(), Content::Bytes(text.as_bytes()));
+    let mesh = Mesh::default().apply(repository.commit().changes);
+    let pod = mesh.workloads().next().unwrap();
+    let outcome = mesh.authorize(pod, &connection(case)).outcome;
+    (outcome.is_ok(), format!("{outcome:?}"))
+}
+
 #[test]
 fn requests_are_decided_as_in_istio() {
     let Some(file) = peer::peer_cases("authz-l7.json") else { return };
     let (mut tried, mut wrong) = (0, Vec::new());
     for case in file["cases"].as_array().unwrap() {
-        if !matches!(case["enforcement"].as_str().unwrap(), "workload" | "waypoint") {
-            continue;
-        }
-        let (allowed, said) = decides(case);
+        let (allowed, said) = match case["enforcement"].as_str().unwrap() {
+            "workload" | "waypoint" | "end-to-end" => decides(case),
+            "ztunnel" => decides_at_the_node(case),
+            other => panic!("a case for {other}"),
+        };
         let id = case["id"].as_str().unwrap();
         tried += 1;
         let otherwise = OTHERWISE.iter().any(|(other, _)| *other == id);
@@ -151,5 +175,6 @@ fn requests_are_decided_as_in_istio() {
         }
     }
     assert!(wrong.is_empty(), "{} of {tried}:\n{}", wrong.len(), wrong.join("\n"));
-    assert!(tried > 200);
+    let all = file["cases"].as_array().unwrap().len();
+    assert!(tried == all && all >= 242, "{tried} of {all}");
 }
