@@ -283,8 +283,11 @@ fn play(cluster: &Cluster, scenarios: &[scenario::Scenario], arguments: &E2e) ->
     let (mesh, plain): (Vec<_>, Vec<_>) = scenarios.iter().partition(|s| s.mesh);
     let wanted = !mesh.is_empty() && !arguments.as_is;
     let build = || {
-        let archives = mesh::build(cluster, &arguments.profile, arguments.prebuilt)?;
-        cluster.import(&archives)
+        let built = mesh::build(cluster, &arguments.profile, arguments.prebuilt);
+        // Said at once: the scenarios that run meanwhile take minutes.
+        built
+            .and_then(|archives| cluster.import(&archives))
+            .inspect_err(|error| say(&format!("error: {error:#}")))
     };
     // What is built needs the processor, and the cluster's own scenarios mostly wait.
     let (failed, built) = thread::scope(|scope| {
