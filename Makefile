@@ -29,12 +29,15 @@ test-node: ## Two nodes with real traffic and faults, by the real ztunnel (root,
 	@.ci/packages test
 	$(CARGO) test --locked -p ztunnel --test node
 
-interop: ## Between Istio's own programs, built from Go modules: istiod, its node agent and plugin, its clients (root, Go)
+interop: ## Among programs of others, built from Go modules: Istio's, and the waypoint's peers (gRPC, OPA, OpenTelemetry; root, Go)
 	@.ci/packages test
 	$(CARGO) run --locked -q -p kube-tests -- cluster build
 	@.ci/istio
 	CULVERT_REQUIRE_ISTIO=1 $(CARGO) test --locked -p ztunnel --test istio -p control-plane --test istio_clients
-	CULVERT_REQUIRE_GO=1 $(CARGO) test --locked -p waypoint --test security
+	@.ci/peers
+	$(CARGO) build --locked -p waypoint
+	CULVERT_REQUIRE_PEERS=1 $(CARGO) test --locked -p interop --test waypoint
+	CULVERT_REQUIRE_GO=1 CULVERT_RATELIMIT_SERVICE=$(CURDIR)/target/interop/peers/ratelimit $(CARGO) test --locked -p waypoint --test security
 
 images: ## The container images with their bills of materials, in target/images; ARGS="--arch arm64 --sysroot DIR"
 	@$(SUDO) .ci/packages demo

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use identity::{
-    CertificateAuthority, CertificateSettings, Certificates, Clock, Issued, Issuer, TrustBundle, Validity,
+    CaDirectory, CertificateAuthority, CertificateSettings, Certificates, Clock, Issued, Issuer, TrustBundle,
+    Validity,
 };
 use model::{SpiffeId, TrustDomain, TrustDomains};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
@@ -32,6 +33,21 @@ impl Mesh {
         let bundle = TrustBundle::new(&made.chain, TrustDomains::only(domain))?;
         let authority = Arc::new(CertificateAuthority::new(&made.chain, &made.key, &bundle, now)?);
         Ok(Self { authority, root, bundle })
+    }
+
+    /// Makes the root in a directory, as programs of ours read it (`--ca-dir`).
+    ///
+    /// # Errors
+    /// It could not be made.
+    pub fn in_directory(path: &Path) -> Result<Self, AnyError> {
+        let (now, domain) = (Clock::system().now(), TrustDomain::cluster_local());
+        let directory = CaDirectory::open_or_make(path)?;
+        directory.make_if_missing(&domain, Validity::of_roots(), now)?;
+        let domains = TrustDomains::only(domain);
+        let loaded = directory.load(&domains, now)?;
+        let bundle = TrustBundle::new(&loaded.roots, domains)?;
+        let root = loaded.roots.first().ok_or("a directory without a root")?.clone();
+        Ok(Self { authority: Arc::new(loaded.authority), root, bundle })
     }
 
     /// The identity of a service account in the namespace `interop`.
