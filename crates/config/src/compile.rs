@@ -54,6 +54,7 @@ use model::{
 pub use enrolment::{Enrolment, EnrolmentChange};
 pub use instance::{
     Affected, Definition, Effects, Finding, Instance, Made, Membership, Names, PortRule, Rank, RuleTarget,
+    Told,
 };
 pub use standing::{Judgement, RouteStanding};
 
@@ -636,6 +637,10 @@ impl Compiler {
             }
             Affected::Covered(namespace) => {
                 self.touch_covered(namespace.as_ref());
+                return;
+            }
+            Affected::Told(told) => {
+                self.touch_told(told);
                 return;
             }
             Affected::Rewritten(key) => {

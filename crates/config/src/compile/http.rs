@@ -6,7 +6,7 @@ use std::sync::Arc;
 use model::http::{BackendRef, Forward, HttpPort, HttpService, Protocol, RouteAction, WaypointKey};
 use model::{Change, ServiceKey};
 
-use super::instance::Definition;
+use super::instance::{Definition, Told};
 use super::{Compiler, convert};
 use crate::resource::{Kind, ObjectKey, Resource};
 use crate::routes::{BackendDraft, Concerned, Parent, Reference, RouteDraft, Unresolved, Why};
@@ -90,6 +90,23 @@ impl Compiler {
             self.touch_routes(routes);
             let hosts = self.virtual_services.leading_to(reference, &self.options.cluster_domain);
             self.touch_hosts(&hosts);
+        }
+    }
+
+    /// Has the services compiled of which something else is told. One that is not behind a waypoint yet is compiled
+    /// when it comes to be.
+    pub(super) fn touch_told(&mut self, told: &Told) {
+        let concerned = |service: &HttpService| match told {
+            Told::All => true,
+            Told::In(namespace) => service.waypoint.namespace == *namespace,
+            Told::By(by) => service.waypoint.namespace == by.namespace && service.waypoint.name == by.name,
+            Told::Of(_) => false,
+        };
+        if let Told::Of(object) = told {
+            self.dirty_services.extend(self.made_services.get(object).cloned().unwrap_or_default());
+        } else {
+            let services = self.http_services.iter().filter(|(_, service)| concerned(service));
+            self.dirty_services.extend(services.map(|(key, _)| key.clone()));
         }
     }
 

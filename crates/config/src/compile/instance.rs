@@ -7,8 +7,8 @@ use model::{Change, PolicyKey, ServiceMembership, Str, TunnelProtocol, Workload}
 use crate::diagnostic::Code;
 use crate::kinds::{Capture, service::Distribution};
 use crate::labels::{Labels, Selector};
-use crate::policy::Binding;
 use crate::policy::selector::Target;
+use crate::policy::{Binding, Waypoint};
 use crate::resource::ObjectKey;
 
 /// Something with labels, and addresses or a host name. Services and policies of its namespace select it.
@@ -160,8 +160,23 @@ pub enum Affected {
     Services(Option<Str>),
     /// Not workloads: the services with workloads of a namespace, or of any, behind waypoints.
     Covered(Option<Str>),
+    /// Not workloads: the services behind waypoints that something is told of.
+    Told(Told),
     /// Not workloads: what nodes enforce of a policy for workloads behind waypoints.
     Rewritten(PolicyKey),
     /// All.
     Mesh,
+}
+
+/// Services behind waypoints.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Told {
+    /// All.
+    All,
+    /// Those behind the waypoints of a namespace.
+    In(Str),
+    /// Those behind one waypoint.
+    By(Waypoint),
+    /// Those that an object defines.
+    Of(ObjectKey),
 }

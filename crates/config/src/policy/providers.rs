@@ -48,6 +48,17 @@ pub enum ProviderKind {
         /// What a line looks like.
         format: LogFormat,
     },
+    /// Takes log entries over gRPC (`envoyHttpAls`, `envoyTcpAls`).
+    LogService {
+        /// Whether they are of connections of bytes.
+        connections: bool,
+        /// What the log is called.
+        name: Str,
+        /// Fields of requests that entries show, in lower case.
+        request_headers: Box<[Str]>,
+        /// Fields of responses that entries show, in lower case.
+        response_headers: Box<[Str]>,
+    },
     /// Takes spans (`opentelemetry`, `zipkin`).
     Spans {
         /// How.
@@ -389,7 +400,7 @@ fn of_kind(
     provider: Option<&str>,
 ) -> Option<(Option<ProviderAddress>, ProviderKind)> {
     let authorizer = name.starts_with("envoyExtAuthz");
-    let told = matches!(name, "prometheus" | "envoyFileAccessLog" | "opentelemetry" | "zipkin");
+    let told = takers::KINDS.contains(&name);
     if !authorizer && !told {
         let message = format!("a provider of the kind {name} has no effect: no proxy here speaks to one");
         cursor.report(Code::FieldNotApplicable, message, "");
@@ -433,6 +444,9 @@ pub(super) fn backend(fields: &mut Fields<'_, '_>) -> Option<ProviderAddress> {
     Some(ProviderAddress { namespace, host, port: port? })
 }
 
+/// The most of a request's body that an authorizer is shown: all of it waits in memory meanwhile.
+const MAX_SHOWN_BODY: u32 = 8 << 20;
+
 /// Reads how an authorizer is asked; its name and address are the caller's to fill in.
 fn read_authorizer(fields: &mut Fields<'_, '_>, http: bool) -> Authorizer {
     let address = ProviderAddress { namespace: None, host: "".into(), port: 0 };
@@ -444,7 +458,7 @@ fn read_authorizer(fields: &mut Fields<'_, '_>, http: bool) -> Authorizer {
         clear_route_cache: fields.boolean("clearRouteCache").unwrap_or(false),
         status_on_error: fields.take("statusOnError").and_then(status),
         body: fields.object("includeRequestBodyInCheck").and_then(|mut body| {
-            let max_bytes = body.required("maxRequestBytes").and_then(|c| c.integer(1..=u32::MAX));
+            let max_bytes = body.required("maxRequestBytes").and_then(|c| c.integer(1..=MAX_SHOWN_BODY));
             let allow_partial = body.boolean("allowPartialMessage").unwrap_or(false);
             let as_bytes = body.boolean("packAsBytes").unwrap_or(false);
             Some(BodyCheck { max_bytes: max_bytes?, allow_partial, as_bytes })

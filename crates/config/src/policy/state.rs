@@ -239,7 +239,7 @@ impl Policies {
     }
 
     fn set_telemetry(&mut self, key: &ObjectKey, telemetry: Option<Telemetry>, effects: &mut Effects) {
-        self.telemetries.set(key, telemetry, effects);
+        self.telemetries.set(key, telemetry, &self.settings.root_namespace, effects);
         effects.findings.push((key.clone(), self.telemetries.about(key, self.config())));
     }
 
@@ -648,6 +648,7 @@ impl Policies {
         }
         if root_changed {
             self.guards.set_root(&self.settings.root_namespace, effects);
+            self.telemetries.set_root(effects);
             self.modes.set_root(self.settings.root_namespace.clone(), effects);
         }
         effects.affected.push(Affected::Mesh);

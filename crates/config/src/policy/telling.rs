@@ -14,7 +14,7 @@ use std::time::Duration;
 use model::Str;
 use model::http::Percent;
 use model::telemetry::{
-    AccessLog, Collector, Expression, LogFormat, LogSink, MetricName, MetricRule, Metrics, Tag,
+    AccessLog, Collector, Expression, LogFormat, LogService, LogSink, MetricName, MetricRule, Metrics, Tag,
     Telemetry as Told, Tracing,
 };
 
@@ -24,7 +24,7 @@ use super::providers::{Provider, ProviderKind};
 use super::selector::{Target, TargetKind};
 use super::telemetry::{LogDraft, Telemetry};
 use super::waypoint::Waypoint;
-use crate::compile::{Affected, Effects, Finding};
+use crate::compile::{Affected, Effects, Finding, Told as Services};
 use crate::diagnostic::Code;
 use crate::resource::ObjectKey;
 
@@ -45,15 +45,24 @@ pub(super) struct Telemetries {
 
 impl Telemetries {
     /// Sets a resource, or removes it.
-    pub fn set(&mut self, key: &ObjectKey, telemetry: Option<Telemetry>, effects: &mut Effects) {
+    pub fn set(&mut self, key: &ObjectKey, telemetry: Option<Telemetry>, root: &str, effects: &mut Effects) {
         let old = match telemetry {
             Some(telemetry) => self.all.insert(key.clone(), telemetry),
             None => self.all.remove(key),
         };
-        if old.as_ref() != self.all.get(key) {
-            // Those bound to a waypoint of its namespace may be anywhere. There are few of these resources, and they
-            // seldom change.
-            effects.affected.push(Affected::Services(None));
+        let new = self.all.get(key);
+        if old.as_ref() == new {
+            return;
+        }
+        for scope in old.iter().chain(new).map(|telemetry| &telemetry.scope) {
+            effects.affected.extend(concerned(key, scope, root).into_iter().map(Affected::Told));
+        }
+    }
+
+    /// Follows a change of the root namespace.
+    pub fn set_root(&self, effects: &mut Effects) {
+        if !self.all.is_empty() {
+            effects.affected.push(Affected::Told(Services::All));
         }
     }
 
@@ -131,7 +140,7 @@ impl Telemetries {
         let wrong = |(name, wanted): (&Str, Use)| {
             let good = match (providers.get(name).map(|provider| &provider.kind), wanted) {
                 (Some(ProviderKind::Prometheus), Use::Metrics)
-                | (Some(ProviderKind::FileLog { .. }), Use::Logs)
+                | (Some(ProviderKind::FileLog { .. } | ProviderKind::LogService { .. }), Use::Logs)
                 | (Some(ProviderKind::Spans { .. }), Use::Traces) => true,
                 (None, Use::Metrics) => &**name == PROMETHEUS,
                 (None, Use::Logs) => &**name == FILE_LOG,
@@ -144,6 +153,25 @@ impl Telemetries {
             })
         };
         metrics.chain(logs).chain(traces).filter_map(wrong).collect()
+    }
+}
+
+/// The services of which a resource says something, see [`Telemetries::levels`].
+fn concerned(key: &ObjectKey, scope: &PolicyScope, root: &str) -> Vec<Services> {
+    let one = |target: &Target| match (target.kind, target.object(&key.namespace)) {
+        (_, Some(object)) => Some(Services::Of(object)),
+        (TargetKind::GatewayClass, None) => (*key.namespace == *root).then_some(Services::All),
+        (_, None) => {
+            let (namespace, name) = (key.namespace.clone(), target.name.clone());
+            Some(Services::By(Waypoint { namespace, name }))
+        }
+    };
+    match scope {
+        PolicyScope::Namespace if *key.namespace == *root => vec![Services::All],
+        PolicyScope::Namespace => vec![Services::In(key.namespace.clone())],
+        PolicyScope::Targets(targets) => targets.iter().filter_map(one).collect(),
+        // No waypoint is selected.
+        PolicyScope::Selector(_) => Vec::new(),
     }
 }
 
@@ -166,7 +194,9 @@ impl Use {
     fn remedy(self) -> &'static str {
         match self {
             Self::Metrics => "prometheus is there without being defined",
-            Self::Logs => "envoy is there without being defined; or define one with envoyFileAccessLog",
+            Self::Logs => {
+                "envoy is there without being defined; or define one with envoyFileAccessLog, envoyHttpAls or envoyTcpAls"
+            }
             Self::Traces => "define one with opentelemetry or zipkin (extensionProviders)",
         }
     }
@@ -221,9 +251,19 @@ fn metrics(levels: &[&Telemetry], config: &MeshConfig) -> Metrics {
 
 /// A log of a provider; `None` for one that takes no logs here.
 fn log_sink(name: &str, config: &MeshConfig) -> Option<LogSink> {
-    match config.providers().get(name).map(|provider| &provider.kind) {
+    let provider = config.providers().get(name);
+    match provider.map(|provider| &provider.kind) {
         Some(ProviderKind::FileLog { path, format }) => {
             Some(LogSink::File { path: path.clone(), format: format.clone() })
+        }
+        Some(ProviderKind::LogService { connections, name, request_headers, response_headers }) => {
+            Some(LogSink::Service(Box::new(LogService {
+                collector: collector(provider?)?,
+                connections: *connections,
+                name: name.clone(),
+                request_headers: request_headers.clone(),
+                response_headers: response_headers.clone(),
+            })))
         }
         None if name == FILE_LOG => {
             Some(LogSink::File { path: "/dev/stdout".into(), format: config.log_format() })
@@ -274,6 +314,17 @@ fn logs(levels: &[&Telemetry], config: &MeshConfig) -> Option<Box<[AccessLog]>> 
     )
 }
 
+/// Where a provider is.
+fn collector(provider: &Provider) -> Option<Collector> {
+    let at = provider.backend.as_ref()?;
+    Some(Collector {
+        provider: provider.name.clone(),
+        namespace: at.namespace.clone(),
+        host: at.host.clone(),
+        port: at.port,
+    })
+}
+
 fn tracing(levels: &[&Telemetry], config: &MeshConfig) -> Option<Tracing> {
     let mut provider = config.providers().defaults().tracing.first();
     let (mut sampling, mut report, mut propagate) = (Percent::default(), true, true);
@@ -286,16 +337,10 @@ fn tracing(levels: &[&Telemetry], config: &MeshConfig) -> Option<Tracing> {
         propagate = entry.propagate.unwrap_or(propagate);
         tags = entry.tags.as_ref().unwrap_or(tags);
     }
-    let Provider { name, backend, kind } = config.providers().get(provider?)?;
-    let ProviderKind::Spans { exporter, max_tag_length } = kind else { return None };
-    let at = backend.as_ref()?;
+    let provider = config.providers().get(provider?)?;
+    let ProviderKind::Spans { exporter, max_tag_length } = &provider.kind else { return None };
     Some(Tracing {
-        collector: Collector {
-            provider: name.clone(),
-            namespace: at.namespace.clone(),
-            host: at.host.clone(),
-            port: at.port,
-        },
+        collector: collector(provider)?,
         exporter: (**exporter).clone(),
         sampling,
         report,

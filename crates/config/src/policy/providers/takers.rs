@@ -10,10 +10,16 @@ use super::{ProviderKind, check, choice, duration};
 use crate::diagnostic::Code;
 use crate::fields::{Cursor, Fields};
 
+/// The kinds, by their fields' names.
+pub(super) const KINDS: [&str; 6] =
+    ["prometheus", "envoyFileAccessLog", "envoyHttpAls", "envoyTcpAls", "opentelemetry", "zipkin"];
+
 /// Reads a provider of the kind `name`; its service was read.
 pub(super) fn read(name: &str, fields: &mut Fields<'_, '_>) -> ProviderKind {
     match name {
         "envoyFileAccessLog" => file_log(fields),
+        "envoyHttpAls" => log_service(fields, false),
+        "envoyTcpAls" => log_service(fields, true),
         "opentelemetry" => opentelemetry(fields),
         "zipkin" => zipkin(fields),
         _ => ProviderKind::Prometheus,
@@ -71,6 +77,37 @@ fn file_log(fields: &mut Fields<'_, '_>) -> ProviderKind {
         }
     }
     ProviderKind::FileLog { path, format }
+}
+
+/// What Istio calls logs to which no name is given.
+const HTTP_LOG: &str = "http_envoy_accesslog";
+const TCP_LOG: &str = "tcp_envoy_accesslog";
+
+fn log_service(fields: &mut Fields<'_, '_>, connections: bool) -> ProviderKind {
+    let name = fields.string("logName").filter(|name| !name.is_empty());
+    for field in ["filterStateObjectsToLog", "additionalResponseTrailersToLog"] {
+        let here = !connections || field == "filterStateObjectsToLog";
+        if here && !fields.string_list(field).is_empty() {
+            let message = format!("{field} has no effect: entries have no such part here");
+            fields.report(Code::FieldNotApplicable, message, "");
+        }
+    }
+    let mut names = |field| -> Box<[Str]> {
+        let list = if connections { Vec::new() } else { fields.string_list(field) };
+        let mut names: Vec<Str> = list.iter().map(|name| name.to_ascii_lowercase().as_str().into()).collect();
+        let count = names.len();
+        names.retain(|name| HeaderName::from_bytes(name.as_bytes()).is_ok());
+        if names.len() < count {
+            fields.report(Code::InvalidValue, format!("{field} has what is no name of a header field"), "");
+        }
+        names.into()
+    };
+    ProviderKind::LogService {
+        connections,
+        request_headers: names("additionalRequestHeadersToLog"),
+        response_headers: names("additionalResponseHeadersToLog"),
+        name: name.unwrap_or(if connections { TCP_LOG } else { HTTP_LOG }).into(),
+    }
 }
 
 /// Fields of a head that a collector wants.

@@ -127,7 +127,7 @@ fn logs_are_where_and_what_is_said() {
     let paths = |world: &World| -> Vec<String> {
         let told = world.told("cart");
         let path = |log: &model::telemetry::AccessLog| {
-            let LogSink::File { path, .. } = &log.sink;
+            let LogSink::File { path, .. } = &log.sink else { panic!("{log:?}") };
             path.to_string()
         };
         told.logs.as_deref().unwrap().iter().map(path).collect()
@@ -143,7 +143,7 @@ fn logs_are_where_and_what_is_said() {
     let told = world.told("cart");
     let log = &told.logs.as_deref().unwrap()[0];
     assert_eq!(&**log.filter.as_ref().unwrap().source(), "response.code >= 500");
-    let LogSink::File { format, .. } = &log.sink;
+    let LogSink::File { format, .. } = &log.sink else { panic!("{log:?}") };
     assert!(matches!(format, LogFormat::JsonOf(fields) if fields.len() == 1 && &*fields[0].0 == "code"));
     world.telemetry("b", "shop", "{accessLogging: [{disabled: true}]}");
     assert!(world.told("cart").logs.as_deref().unwrap().is_empty());
@@ -159,7 +159,7 @@ fn the_meshs_own_log_is_for_those_of_whom_nobody_says_anything() {
     };
     world.set("mesh", &config("{accessLogFile: /dev/stdout, accessLogEncoding: JSON}"));
     let told = world.told("cart");
-    let LogSink::File { path, format } = &told.logs.as_deref().unwrap()[0].sink;
+    let LogSink::File { path, format } = &told.logs.as_deref().unwrap()[0].sink else { panic!("{told:?}") };
     assert_eq!(&**path, "/dev/stdout");
     assert!(
         matches!(format, LogFormat::JsonOf(fields) if fields.iter().any(|(name, _)| &**name == "response_flags"))
@@ -170,7 +170,7 @@ fn the_meshs_own_log_is_for_those_of_whom_nobody_says_anything() {
         &config("{accessLogFormat: '%RESPONSE_CODE%', defaultProviders: {accessLogging: [envoy]}}"),
     );
     let told = world.told("cart");
-    let LogSink::File { format, .. } = &told.logs.as_deref().unwrap()[0].sink;
+    let LogSink::File { format, .. } = &told.logs.as_deref().unwrap()[0].sink else { panic!("{told:?}") };
     assert!(matches!(format, LogFormat::TextOf(text) if &**text.source() == "%RESPONSE_CODE%"));
 }
 
@@ -207,4 +207,91 @@ fn what_goes_is_not_told_any_more() {
     assert!(outcome.changes.iter().any(|change| matches!(change, Change::SetHttpService(_))));
     world.mesh = world.mesh.apply(outcome.changes);
     assert_eq!(world.told("cart").logs, None);
+}
+
+/// What a change costs: services compiled, and services of which something else is told.
+fn cost(world: &mut World, file: &str, text: &str) -> (u64, usize) {
+    let before = world.repository.steps();
+    let content = if text.is_empty() { Content::Gone } else { Content::Bytes(text.as_bytes()) };
+    let outcome = world.repository.apply(&file.into(), content);
+    let told = outcome.changes.iter().filter(|change| matches!(change, Change::SetHttpService(_))).count();
+    assert_eq!(told, outcome.changes.len(), "{:?}", outcome.changes);
+    world.mesh = world.mesh.apply(outcome.changes);
+    // One step is the resource itself, where there is one.
+    ((world.repository.steps() - before).saturating_sub(1), told)
+}
+
+#[test]
+fn a_telemetry_touches_the_services_that_it_is_for() {
+    let mut world = World::new();
+    let mut text = String::new();
+    for number in 0..300 {
+        let namespace = if number < 200 { "shop" } else { "elsewhere" };
+        text += &format!(
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: s{number}, namespace: {namespace}}}\n\
+             spec: {{clusterIP: 10.97.{}.{}, ports: [{{port: 80}}]}}\n",
+            number / 200,
+            number % 200
+        );
+    }
+    world.set("services", &text);
+    let telemetry = |namespace: &str, target: &str, lines: &str| {
+        format!(
+            "apiVersion: telemetry.istio.io/v1\nkind: Telemetry\nmetadata: {{name: t, namespace: {namespace}}}\n\
+             spec: {{{target}accessLogging: [{lines}]}}\n"
+        )
+    };
+    // `cart` and `shelf` beside the 200; the waypoint's own Service is bound to none.
+    const SHOP: usize = 202;
+    let one = "targetRefs: [{group: '', kind: Service, name: s7}], ";
+    let on = "{providers: [{name: envoy}]}";
+    assert_eq!(cost(&mut world, "t", &telemetry("shop", one, on)), (1, 1));
+    assert_eq!(cost(&mut world, "t", &telemetry("shop", one, "{disabled: true}")), (1, 1));
+    // From one service to another: both.
+    assert_eq!(cost(&mut world, "t", &telemetry("shop", &one.replace("s7", "s8"), on)), (2, 2));
+    assert_eq!(cost(&mut world, "t", &telemetry("shop", &one.replace("s7", "nobody"), on)), (1, 1));
+    assert_eq!(cost(&mut world, "t", &telemetry("shop", "selector: {matchLabels: {a: b}}, ", on)), (0, 0));
+    assert_eq!(cost(&mut world, "t", ""), (0, 0));
+    assert_eq!(cost(&mut world, "t", &telemetry("elsewhere", "", on)), (0, 0), "no waypoint is there");
+    assert_eq!(cost(&mut world, "t", &telemetry("elsewhere", one, on)), (0, 0), "nor a service of the name");
+    assert_eq!(cost(&mut world, "t", ""), (0, 0));
+    let gateway = "targetRefs: [{group: gateway.networking.k8s.io, kind: Gateway, name: waypoint}], ";
+    assert_eq!(cost(&mut world, "t", &telemetry("shop", gateway, on)), (SHOP as u64, SHOP));
+    let class =
+        "targetRefs: [{group: gateway.networking.k8s.io, kind: GatewayClass, name: istio-waypoint}], ";
+    assert_eq!(
+        cost(&mut world, "c", &telemetry("shop", class, "{disabled: true}")),
+        (0, 0),
+        "not in the root"
+    );
+    assert_eq!(cost(&mut world, "m", &telemetry("istio-system", "", on)), (SHOP as u64, 0), "no difference");
+    assert_eq!(world.told("s7").logs.as_deref().map(<[_]>::len), Some(1));
+}
+
+#[test]
+fn logs_go_to_services_that_take_them() {
+    let mut world = World::new();
+    let providers = r"
+apiVersion: mesh.istio.io/v1alpha1
+kind: MeshConfig
+metadata: {name: mesh}
+spec:
+  extensionProviders:
+    - name: als
+      envoyHttpAls:
+        service: obs/als.obs.svc.cluster.local
+        port: 9000
+        additionalRequestHeadersToLog: [X-User]
+    - {name: tcp, envoyTcpAls: {service: als.obs.svc.cluster.local, port: 9000, logName: bytes}}
+";
+    world.set("mesh", providers);
+    world.telemetry("t", "shop", "{accessLogging: [{providers: [{name: als}, {name: tcp}]}]}");
+    let told = world.told("cart");
+    let services: Vec<_> = told.logs.as_deref().unwrap().iter().map(|log| &log.sink).collect();
+    let [LogSink::Service(http), LogSink::Service(tcp)] = services[..] else { panic!("{services:?}") };
+    assert!(!http.connections && tcp.connections);
+    assert_eq!((&*http.name, &*tcp.name), ("http_envoy_accesslog", "bytes"));
+    assert_eq!((&*http.collector.host, http.collector.port), ("als.obs.svc.cluster.local", 9000));
+    assert_eq!(http.collector.namespace.as_deref(), Some("obs"));
+    assert_eq!(http.request_headers.iter().map(|name| &**name).collect::<Vec<_>>(), ["x-user"]);
 }
