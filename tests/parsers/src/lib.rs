@@ -8,6 +8,7 @@
 
 mod config_files;
 mod config_objects;
+mod decisions;
 mod discovery;
 mod dns;
 mod http;
@@ -33,7 +34,7 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 21] = [
+pub const TARGETS: [Target; 23] = [
     Target {
         name: "config_manifest",
         run: config_files::manifest,
@@ -77,6 +78,8 @@ pub const TARGETS: [Target; 21] = [
     Target { name: "http_response", run: http::response, seeds: http::responses, cases: 20_000 },
     Target { name: "http_chunks", run: http::chunks, seeds: http::bodies, cases: 20_000 },
     Target { name: "http_connection", run: http::connection, seeds: http::conversations, cases: 3000 },
+    Target { name: "http_decision", run: decisions::request, seeds: decisions::requests, cases: 10_000 },
+    Target { name: "http_matcher", run: decisions::matcher, seeds: decisions::matchers, cases: 4000 },
     Target { name: "token", run: tokens::token, seeds: tokens::tokens, cases: 3000 },
     Target { name: "jwk_set", run: tokens::key_set, seeds: tokens::key_sets, cases: 3000 },
     Target { name: "dns_message", run: dns::message, seeds: dns::messages, cases: 20_000 },

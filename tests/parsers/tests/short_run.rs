@@ -42,5 +42,5 @@ macro_rules! short_runs {
 short_runs! {
     config_manifest config_object spiffe_id ca_pem certificate signing_request tls_server tls_client
     hbone_authority hbone_headers hbone_server hbone_client http_request http_response http_chunks
-    http_connection wds xds_requests dns_message token jwk_set
+    http_connection http_decision http_matcher wds xds_requests dns_message token jwk_set
 }
