@@ -48,7 +48,7 @@ pub enum Life {
     Dead(&'static str),
 }
 
-/// A node proxy, by its pod.
+/// A node proxy, or one of a waypoint, by its pod.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Ztunnel {
     /// Its namespace.
@@ -57,6 +57,8 @@ pub struct Ztunnel {
     pub pod: Arc<str>,
     /// Its node.
     pub node: Arc<str>,
+    /// The Gateway that it is a waypoint of, `NAMESPACE/NAME`; `None` for a node proxy.
+    pub gateway: Option<Arc<str>>,
     /// The revision that its pod is labelled with; `None` where it has no such label.
     pub revision: Option<Arc<str>>,
     /// What it says of the roots that it trusts, as the annotation has it.
@@ -137,10 +139,19 @@ impl Ztunnels {
     /// All node proxies, the dead ones too, by name; `None` while they are not known, as after a start.
     #[must_use]
     pub fn list(&self) -> Option<Vec<Ztunnel>> {
-        let mut all = self.pods.proxies()?;
+        Some(self.with_life(self.pods.proxies()?))
+    }
+
+    /// All waypoints' pods, in the same way.
+    #[must_use]
+    pub fn waypoints(&self) -> Option<Vec<Ztunnel>> {
+        Some(self.with_life(self.pods.waypoints()?))
+    }
+
+    fn with_life(&self, all: Vec<(Ztunnel, Instant)>) -> Vec<Ztunnel> {
         let leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
         let mut list: Vec<Ztunnel> = all
-            .drain(..)
+            .into_iter()
             .map(|(mut ztunnel, since)| {
                 match self.nodes.is_ready(&ztunnel.node) {
                     None if since.elapsed() >= NODE_LATENESS => {
@@ -156,7 +167,7 @@ impl Ztunnels {
             })
             .collect();
         list.sort_by(|a, b| (&a.namespace, &a.pod).cmp(&(&b.namespace, &b.pod)));
-        Some(list)
+        list
     }
 
     /// Looks at the Leases of nodes whose proxies do not say what they should, and of those that are over: to be called

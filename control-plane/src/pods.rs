@@ -18,6 +18,8 @@ type Place = (Arc<str>, Arc<str>, Arc<str>);
 /// The label of pods of Gateways, and its value for waypoints (facts 4.9).
 const MANAGED: &str = "gateway.istio.io/managed";
 const WAYPOINTS: &str = "istio.io-mesh-controller";
+/// The label that says of which Gateway.
+const GATEWAY: &str = "gateway.networking.k8s.io/gateway-name";
 
 /// A pod that says which roots it trusts.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -44,8 +46,8 @@ struct Pod {
     starting: bool,
     /// What its proxy says of the roots that it trusts, as the annotation has it.
     roots: Option<Arc<str>>,
-    /// It is labelled as a waypoint.
-    waypoint: bool,
+    /// The Gateway that it is labelled as a waypoint of.
+    waypoint: Option<Arc<str>>,
     revision: Option<Arc<str>>,
     /// When it was first heard of.
     since: Instant,
@@ -71,6 +73,8 @@ struct Table {
     /// The accounts of the proxies of nodes, and their pods.
     accounts: Vec<Account>,
     proxies: HashSet<Name>,
+    /// The pods of waypoints.
+    waypoints: HashSet<Name>,
 }
 
 /// All pods. Cloning shares it. The registry fills it as events come, before they are compiled: a pod's certificate is
@@ -126,11 +130,18 @@ impl PodTable {
             finished: matches!(phase, "Succeeded" | "Failed"),
             starting: matches!(phase, "Pending" | ""),
             roots: annotation(decoded, TRUSTED_ROOTS).map(Arc::from),
-            waypoint: decoded.label(MANAGED) == Some(WAYPOINTS),
+            waypoint: None,
             revision: None,
             since: Instant::now(),
         };
         let key = (namespace.clone(), name.clone());
+        if decoded.label(MANAGED) == Some(WAYPOINTS) {
+            pod.waypoint = Some(decoded.label(GATEWAY).unwrap_or_default().into());
+            pod.revision = decoded.label("istio.io/rev").map(Arc::from);
+            table.waypoints.insert(key.clone());
+        } else {
+            table.waypoints.remove(&key);
+        }
         if table.is_proxy(namespace, account) {
             pod.revision = decoded.label("istio.io/rev").map(Arc::from);
             table.proxies.insert(key.clone());
@@ -151,6 +162,7 @@ impl PodTable {
         let mut table = self.write();
         let key = (namespace.clone(), name.clone());
         table.proxies.remove(&key);
+        table.waypoints.remove(&key);
         if let Some(old) = table.pods.remove(&key) {
             table.leave(namespace, &old);
         }
@@ -172,19 +184,14 @@ impl PodTable {
         if !table.ready {
             return None;
         }
-        let proxy = |key: &Name| {
-            let pod = table.pods.get(key).filter(|pod| !pod.finished && !pod.node.is_empty())?;
-            let ztunnel = Ztunnel {
-                namespace: key.0.clone(),
-                pod: key.1.clone(),
-                node: pod.node.clone(),
-                revision: pod.revision.clone(),
-                roots: pod.roots.clone(),
-                life: if pod.starting { Life::Starting } else { Life::Running },
-            };
-            Some((ztunnel, pod.since))
-        };
-        Some(table.proxies.iter().filter_map(proxy).collect())
+        Some(table.proxies.iter().filter_map(|key| table.proxy(key)).collect())
+    }
+
+    /// The pods of waypoints, in the same way: each with its Gateway.
+    #[must_use]
+    pub fn waypoints(&self) -> Option<Vec<(Ztunnel, Instant)>> {
+        let table = self.read();
+        table.ready.then(|| table.waypoints.iter().filter_map(|key| table.proxy(key)).collect())
     }
 
     /// Pods that are no node proxies, are not over, and say which roots they trust: those of these namespaces, and
@@ -194,7 +201,7 @@ impl PodTable {
         let table = self.read();
         let reporter = |(key, pod): (&Name, &Pod)| {
             let roots = pod.roots.clone()?;
-            let counts = pod.waypoint || namespaces.contains(&*key.0);
+            let counts = pod.waypoint.is_some() || namespaces.contains(&*key.0);
             (counts && !pod.finished && !pod.node.is_empty() && !table.proxies.contains(key)).then(|| {
                 Reporter { namespace: key.0.clone(), pod: key.1.clone(), node: pod.node.clone(), roots }
             })
@@ -222,6 +229,20 @@ fn annotation<'d>(decoded: &'d Decoded, key: &str) -> Option<&'d str> {
 }
 
 impl Table {
+    fn proxy(&self, key: &Name) -> Option<(Ztunnel, Instant)> {
+        let pod = self.pods.get(key).filter(|pod| !pod.finished && !pod.node.is_empty())?;
+        let ztunnel = Ztunnel {
+            namespace: key.0.clone(),
+            pod: key.1.clone(),
+            node: pod.node.clone(),
+            gateway: pod.waypoint.as_ref().map(|name| format!("{}/{name}", key.0).into()),
+            revision: pod.revision.clone(),
+            roots: pod.roots.clone(),
+            life: if pod.starting { Life::Starting } else { Life::Running },
+        };
+        Some((ztunnel, pod.since))
+    }
+
     fn is_proxy(&self, namespace: &str, account: &str) -> bool {
         self.accounts.iter().any(|a| a.namespace == namespace && a.name == account)
     }
@@ -286,7 +307,7 @@ impl Pods for PodTable {
     }
 
     fn is_waypoint(&self, namespace: &str, name: &str) -> bool {
-        self.read().pods.get(&(namespace.into(), name.into())).is_some_and(|pod| pod.waypoint)
+        self.read().pods.get(&(namespace.into(), name.into())).is_some_and(|pod| pod.waypoint.is_some())
     }
 
     fn runs_on(&self, node: &str, namespace: &str, service_account: &str) -> bool {

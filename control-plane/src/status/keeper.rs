@@ -98,17 +98,20 @@ impl Keeper {
     /// Writes what is due; whether there was something.
     async fn round(&mut self, ledger: &mut Ledger, counts: &Counts) -> bool {
         let told = self.peers.ask().await;
-        if let Some(ztunnels) = self.ztunnels.list() {
+        if let (Some(mut all), Some(waypoints)) = (self.ztunnels.list(), self.ztunnels.waypoints()) {
+            all.extend(waypoints);
             // What was not read in time is asked for again.
-            let _ = timeout(PATIENCE, self.ztunnels.look(ledger.doubted(&ztunnels))).await;
+            let _ = timeout(PATIENCE, self.ztunnels.look(ledger.doubted(&all))).await;
         }
-        let (ztunnels, proxies) = (self.ztunnels.list(), Proxies::of(&self.server));
+        let (ztunnels, waypoints) = (self.ztunnels.list(), self.ztunnels.waypoints());
+        let proxies = Proxies::of(&self.server);
         let due = ledger.due(&World {
             followers: &self.followers,
             proxies: &proxies,
             peers: &self.peers,
             told,
             ztunnels: ztunnels.as_deref(),
+            waypoints: waypoints.as_deref(),
             exceptions: &self.exceptions,
         });
         counts.waiting.set(i64::try_from(ledger.waiting()).unwrap_or(i64::MAX));

@@ -52,6 +52,8 @@ pub struct World<'a> {
     pub told: Vec<String>,
     /// All node proxies; `None` while they are not known.
     pub ztunnels: Option<&'a [Ztunnel]>,
+    /// All pods of waypoints; `None` while they are not known.
+    pub waypoints: Option<&'a [Ztunnel]>,
     /// What proxies of another make are told otherwise.
     pub exceptions: &'a Exceptions,
 }
@@ -121,6 +123,8 @@ struct Outline {
     unlabelled: Class,
     /// Of policies that a label gives to this one.
     labelled: Class,
+    /// Pods of waypoints that are alive and connected to none, by their Gateway.
+    absent_waypoints: BTreeMap<Arc<str>, Tally>,
     /// Whether this revision writes what has no label.
     owns: bool,
 }
@@ -209,9 +213,9 @@ impl Ledger {
         self.later.first().map(|(at, _)| *at)
     }
 
-    /// The nodes of proxies that are connected to none.
-    pub fn doubted(&self, ztunnels: &[Ztunnel]) -> HashSet<Arc<str>> {
-        let absent = ztunnels.iter().filter(|z| self.absent.contains_key(&*z.name()));
+    /// The nodes of those of these proxies that are connected to none.
+    pub fn doubted(&self, proxies: &[Ztunnel]) -> HashSet<Arc<str>> {
+        let absent = proxies.iter().filter(|z| self.absent.contains_key(&*z.name()));
         absent.map(|z| z.node.clone()).collect()
     }
 
@@ -299,9 +303,9 @@ impl Ledger {
     }
 
     fn note_absent(&mut self, world: &World<'_>, now: Instant) {
-        let Some(ztunnels) = world.ztunnels else { return };
+        let (Some(ztunnels), Some(waypoints)) = (world.ztunnels, world.waypoints) else { return };
         let before = std::mem::take(&mut self.absent);
-        for ztunnel in ztunnels.iter().filter(|z| z.life == Life::Running) {
+        for ztunnel in ztunnels.iter().chain(waypoints).filter(|z| z.life == Life::Running) {
             let name: Arc<str> = ztunnel.name().into();
             if !is_connected(world, &name) {
                 let since = before.get(&name).copied().unwrap_or(now);
@@ -335,6 +339,7 @@ impl Ledger {
             silent: silent + usize::from(!world.peers.are_known()),
             unlabelled: class(false),
             labelled: class(true),
+            absent_waypoints: self.absent_waypoints(world),
             // Who does not know of others could spoil what they write.
             owns: *self.revision == *owner && (world.peers.are_known() || owner == "default"),
         }
@@ -351,6 +356,19 @@ impl Ledger {
             }
         }
         tally
+    }
+
+    /// Pods of waypoints that are alive and connected to none.
+    fn absent_waypoints(&self, world: &World<'_>) -> BTreeMap<Arc<str>, Tally> {
+        let mut absent: BTreeMap<Arc<str>, Tally> = BTreeMap::new();
+        for waypoint in world.waypoints.unwrap_or_default() {
+            let name = waypoint.name();
+            if let (Some(since), Some(gateway)) = (self.absent.get(&*name), &waypoint.gateway) {
+                let tally = absent.entry(gateway.clone()).or_default();
+                tally.wait_for(&format!("{name} (not connected)").into(), since.elapsed() < FRESH);
+            }
+        }
+        absent
     }
 
     /// Looks at what waits under a rank, until so many are due.
@@ -471,6 +489,11 @@ impl Ledger {
         }
         if tally.unasked == 0 && table.is_at_nodes(name) {
             tally.add(&self.outline.class(version.labelled).absent);
+        }
+        if tally.unasked == 0 {
+            let gateways = table.waypoints_of(name);
+            let absent = gateways.iter().filter_map(|gateway| self.outline.absent_waypoints.get(gateway));
+            absent.for_each(|absent| tally.add(absent));
         }
         let unclear = tally.unasked > 0 && tally.unasked == fresh;
         (tally, unclear)

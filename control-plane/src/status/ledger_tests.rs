@@ -15,6 +15,7 @@ struct Bench {
     proxies: Proxies,
     peers: Peers,
     ztunnels: Vec<Ztunnel>,
+    waypoints: Vec<Ztunnel>,
     exceptions: Exceptions,
     ledger: Ledger,
     told: Vec<String>,
@@ -34,6 +35,7 @@ fn ztunnel(name: &str, life: Life) -> Ztunnel {
         namespace: namespace.into(),
         pod: pod.into(),
         node: format!("node-of-{pod}").into(),
+        gateway: None,
         revision: None,
         roots: None,
         life,
@@ -71,6 +73,7 @@ impl Bench {
             proxies: Proxies::made(&[("a.mesh", 10)]),
             peers: Peers::of(Vec::new()),
             ztunnels: vec![ztunnel("a.mesh", Life::Running)],
+            waypoints: Vec::new(),
             exceptions: Exceptions::default(),
             ledger: Ledger::new(revision),
             told: Vec::new(),
@@ -90,6 +93,7 @@ impl Bench {
             peers: &self.peers,
             told,
             ztunnels: Some(&self.ztunnels),
+            waypoints: Some(&self.waypoints),
             exceptions: &self.exceptions,
         })
     }
@@ -143,6 +147,36 @@ async fn a_live_proxy_that_is_connected_to_none_does_not_enforce() {
     bench.peers = Peers::of(vec![peer("default", &[], &[("p", 2)])]);
     bench.report(version("p", 2), "p", 3);
     assert_eq!(bench.enforced(), Some((Some(false), message.to_owned())));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_waypoints_pod_that_is_connected_to_none_does_not_enforce() {
+    let mut bench = Bench::new("default");
+    let enforcers = crate::push::Enforcers::default();
+    enforcers.change(&"shop/p".into(), &"shop/w".into(), true);
+    bench.followers = Followers::default().enforced_by(&enforcers);
+    let of =
+        |name: &str, gateway: &str, life| Ztunnel { gateway: Some(gateway.into()), ..ztunnel(name, life) };
+    bench.waypoints = vec![
+        of("w-1.shop", "shop/w", Life::Running),
+        of("w-2.shop", "shop/w", Life::Starting),
+        of("x-1.shop", "shop/x", Life::Running),
+    ];
+    bench.report(version("p", 1), "p", 3);
+    let policy = std::sync::Arc::new(model::Policy {
+        key: model::PolicyKey { namespace: "shop".into(), name: "p".into() },
+        scope: model::Scope::WorkloadSelector,
+        action: model::Action::Deny,
+        rules: Box::default(),
+        dry_run: false,
+    });
+    bench.followers.take(Vec::new(), &[model::Change::SetHttpPolicy(policy)], Generation(3));
+    bench.due();
+    tokio::time::advance(FRESH + ALL).await;
+    let message = "0/1 proxies enforce it; waiting for w-1.shop (not connected)";
+    assert_eq!(bench.enforced(), Some((Some(false), message.to_owned())));
+    let doubted = bench.ledger.doubted(&bench.waypoints);
+    assert!(doubted.contains("node-of-w-1"), "its node's Lease is looked at: {doubted:?}");
 }
 
 #[tokio::test(start_paused = true)]
