@@ -93,6 +93,7 @@ fn answered(
         identity: Some(Arc::new(client)),
         server_name: None,
         secure: false,
+        said: None,
     };
     let mut decided = Decided::default();
     match authenticator.authenticate(&mesh, service, &mut head, Patience::Spent) {
