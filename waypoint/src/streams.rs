@@ -188,7 +188,10 @@ impl Refused {
             Self::NotServed => (connect, Flag::NoRoute, "not_bound"),
             Self::NoRoute => (connect, Flag::NoRoute, "route_not_found"),
             Self::NoBackend => (connect, Flag::Decided("NC"), "backend_not_found"),
-            Self::NoEndpoint(flag, _) => (connect, *flag, "no_endpoint"),
+            Self::NoEndpoint(Flag::UpstreamConnectionFailure, _) => {
+                (connect, Flag::UpstreamConnectionFailure, "upstream_connection_failure")
+            }
+            Self::NoEndpoint(flag, _) => (connect, *flag, "no_healthy_upstream"),
         }
     }
 }

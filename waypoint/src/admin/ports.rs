@@ -10,7 +10,9 @@ use serde_json::{Map, Value, json};
 
 /// A port.
 pub(super) fn port(port: &HttpPort) -> Value {
-    let routes = port.routes.entries().iter();
+    // A port of bytes has those that its host's VirtualServices say of requests, and no use for them.
+    let is_bytes = matches!(port.protocol, Protocol::Tcp | Protocol::Tls);
+    let routes = port.routes.entries().iter().filter(|_| !is_bytes);
     let streams = port.streams.entries().iter();
     json!({
         "port": port.number,
