@@ -14,6 +14,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use crate::diagnostic::{Code, Diagnostic, ResourceName, Severity};
+use crate::form::Form;
 use crate::labels::Pool;
 use crate::tree::{Entry, Node, Position, Text, Value};
 
@@ -35,6 +36,39 @@ pub struct Field {
     pub disposition: Disposition,
     /// The fields of its value, or of its value's items, where the parser reads these.
     pub nested: Option<&'static Schema>,
+    /// What its value is, or its value's items are, of a kind of our own: its definition is made of that.
+    pub form: Option<Form>,
+    /// Whether an object of such a kind needs it.
+    pub is_required: bool,
+    /// The fewest and the most items, of a list.
+    pub items: Option<(u32, u32)>,
+}
+
+impl Field {
+    const fn new(name: &'static str, disposition: Disposition, nested: Option<&'static Schema>) -> Self {
+        Self { name, disposition, nested, form: None, is_required: false, items: None }
+    }
+
+    /// The same, with what its value is.
+    #[must_use]
+    pub const fn of(mut self, form: Form) -> Self {
+        self.form = Some(form);
+        self
+    }
+
+    /// The same, that has to be there.
+    #[must_use]
+    pub const fn required(mut self) -> Self {
+        self.is_required = true;
+        self
+    }
+
+    /// The same, a list of so many.
+    #[must_use]
+    pub const fn items(mut self, least: u32, most: u32) -> Self {
+        self.items = Some((least, most));
+        self
+    }
 }
 
 /// What is done with a field.
@@ -58,31 +92,31 @@ pub enum Disposition {
 /// A field that the mesh acts on.
 #[must_use]
 pub const fn enforced(name: &'static str) -> Field {
-    Field { name, disposition: Disposition::Enforced, nested: None }
+    Field::new(name, Disposition::Enforced, None)
 }
 
 /// A field that the mesh acts on, whose value (or each of whose items) is a mapping.
 #[must_use]
 pub const fn nested(name: &'static str, schema: &'static Schema) -> Field {
-    Field { name, disposition: Disposition::Enforced, nested: Some(schema) }
+    Field::new(name, Disposition::Enforced, Some(schema))
 }
 
 /// A field without effect in the mesh, which is said when it is set.
 #[must_use]
 pub const fn not_applicable(name: &'static str, reason: &'static str) -> Field {
-    Field { name, disposition: Disposition::NotApplicable(reason), nested: None }
+    Field::new(name, Disposition::NotApplicable(reason), None)
 }
 
 /// A field without effect in the mesh, where nobody expects one.
 #[must_use]
 pub const fn silent(name: &'static str, reason: &'static str) -> Field {
-    Field { name, disposition: Disposition::Silent(reason), nested: None }
+    Field::new(name, Disposition::Silent(reason), None)
 }
 
 /// A field that the mesh refuses.
 #[must_use]
 pub const fn refused(name: &'static str, reason: &'static str, remedy: &'static str) -> Field {
-    Field { name, disposition: Disposition::Refused { reason, remedy }, nested: None }
+    Field::new(name, Disposition::Refused { reason, remedy }, None)
 }
 
 impl Schema {
@@ -145,6 +179,26 @@ impl<'n> Context<'n> {
         self.errors == 0
     }
 
+    /// How many errors were reported so far.
+    pub(crate) fn errors(&self) -> usize {
+        self.errors
+    }
+
+    /// The fields of which something was said after the first `from` things that were said.
+    pub(crate) fn said_of(&self, from: usize) -> impl Iterator<Item = &str> {
+        self.diagnostics.iter().skip(from).map(|diagnostic| &*diagnostic.field)
+    }
+
+    /// How many things were said so far.
+    pub(crate) fn said(&self) -> usize {
+        self.diagnostics.len()
+    }
+
+    /// Has the object be in force in spite of `errors` errors, which are still said: what they are about is not.
+    pub(crate) fn forgive(&mut self, errors: usize) {
+        self.errors -= errors.min(self.errors);
+    }
+
     /// What was reported so far; the list is empty afterwards.
     pub fn take_diagnostics(&mut self) -> Vec<Diagnostic> {
         std::mem::take(&mut self.diagnostics)
@@ -179,26 +233,6 @@ impl<'n> Context<'n> {
         rest.split('\n').next().unwrap_or_default()
     }
 }
-    /// How many errors were reported so far.
-    pub(crate) fn errors(&self) -> usize {
-        self.errors
-    }
-
-    /// The fields of which something was said after the first `from` things that were said.
-    pub(crate) fn said_of(&self, from: usize) -> impl Iterator<Item = &str> {
-        self.diagnostics.iter().skip(from).map(|diagnostic| &*diagnostic.field)
-    }
-
-    /// How many things were said so far.
-    pub(crate) fn said(&self) -> usize {
-        self.diagnostics.len()
-    }
-
-    /// Has the object be in force in spite of `errors` errors, which are still said: what they are about is not.
-    pub(crate) fn forgive(&mut self, errors: usize) {
-        self.errors -= errors.min(self.errors);
-    }
-
 
 /// Where in an object a value stands, such as `spec.ports[0].port`.
 #[derive(Clone, Copy)]
@@ -558,6 +592,11 @@ impl<'f, 'n> Fields<'f, 'n> {
         self.take(name).map(Cursor::string_map).unwrap_or_default()
     }
 
+    /// Has the object be in force in spite of `errors` errors, see [`Context::forgive`].
+    pub(crate) fn forgive(&mut self, errors: usize) {
+        self.context.forgive(errors);
+    }
+
     /// Reports something about the mapping as a whole.
     pub fn report(&mut self, code: Code, message: impl Into<String>, remedy: impl Into<String>) {
         self.context.report(code, self.position, &self.path, message, remedy);
@@ -592,11 +631,6 @@ fn suggestion(schema: &Schema, name: &str) -> Option<&'static str> {
     }
     let distance = |field: &Field| edit_distance(&field.name.to_lowercase(), &name.to_lowercase());
     let best = schema.fields.iter().map(|f| (distance(f), f.name)).min()?;
-    /// Has the object be in force in spite of `errors` errors, see [`Context::forgive`].
-    pub(crate) fn forgive(&mut self, errors: usize) {
-        self.context.forgive(errors);
-    }
-
     (best.0 <= name.len() / 3).then_some(best.1)
 }
 

@@ -6,6 +6,7 @@ pub mod diagnostic;
 pub mod directory;
 pub mod external;
 pub mod fields;
+pub mod form;
 mod headers;
 pub mod json;
 pub mod keys;

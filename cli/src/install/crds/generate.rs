@@ -2,7 +2,8 @@
 //! them against the tables of fields that the mesh reads.
 //!
 //! `UPDATE_CRDS=FILE cargo test -p cli crds` writes them anew, where FILE is upstream's
-//! `customresourcedefinitions.gen.yaml` of the Go module istio.io/api. What then differs gets a new [`VERSION`].
+//! `customresourcedefinitions.gen.yaml` of the Go module istio.io/api. What then differs gets a new [`VERSION`]. Those of our own
+//! kinds are made of the tables alone, with the words and limits that the parsers read by ([`Form`]).
 //!
 //! Upstream's texts stay behind; its rules (CEL) are kept, with words of our own ([`SAID`]). Of our own:
 //! * nothing in `spec` is pruned: a field that these CRDs don't know reaches the admission and the control plane, which
@@ -12,8 +13,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use config::fields::Schema;
-use config::resource::KINDS;
+use config::fields::{Field, Schema};
+use config::form::Form;
+use config::resource::{KINDS, KindSpec};
 use serde_json::{Map, Value, json};
 
 use super::{VERSION_ANNOTATION, ours, version, versions};
@@ -233,9 +235,128 @@ fn column(upstream: &Value) -> Value {
         .into()
 }
 
+/// The rules that the objects of our own kinds keep, by the name of the mapping's table.
+const OWN_RULES: &[(&str, &str, &str)] = &[
+    (
+        "RateLimit.spec",
+        "say what it is for, in one way: set one of targetRef and targetRefs",
+        "has(self.targetRef) != has(self.targetRefs)",
+    ),
+    (
+        "RateLimit.spec.limits[]",
+        "a limit is counted either by each waypoint or by a service: set one of local and global",
+        "has(self.local) != has(self.global)",
+    ),
+];
+
+/// What is said of a mapping, by its table.
+fn of_table(table: &Schema) -> Value {
+    let fields: Map<String, Value> =
+        table.fields.iter().map(|field| (field.name.to_owned(), of_field(table, field))).collect();
+    let mut schema = json!({
+        "type": "object", "properties": fields, "x-kubernetes-preserve-unknown-fields": true,
+    });
+    let required: Vec<_> = table.fields.iter().filter(|f| f.is_required).map(|f| f.name).collect();
+    if !required.is_empty() {
+        schema["required"] = json!(required);
+    }
+    let rules = OWN_RULES.iter().filter(|(of, ..)| *of == table.name);
+    let rules: Vec<_> = rules.map(|(_, message, rule)| json!({"message": message, "rule": rule})).collect();
+    if !rules.is_empty() {
+        schema["x-kubernetes-validations"] = rules.into();
+    }
+    schema
+}
+
+fn of_field(table: &Schema, field: &Field) -> Value {
+    let text = |rule: &str, message: &str| json!({"type": "string", "x-kubernetes-validations": [{"message": message, "rule": rule}]});
+    let one = match (field.nested, field.form) {
+        (Some(nested), _) => of_table(nested),
+        (None, Some(Form::Text)) => json!({"type": "string", "minLength": 1}),
+        (None, Some(Form::UpTo(most))) => json!({"type": "string", "maxLength": most}),
+        (None, Some(Form::Name(most))) => json!({"type": "string", "minLength": 1, "maxLength": most}),
+        (None, Some(Form::Empty(message))) => text("self.size() == 0", message),
+        (None, Some(Form::Words(words))) => json!({"type": "string", "enum": words}),
+        (None, Some(Form::Count(most))) => json!({"type": "integer", "minimum": 1, "maximum": most}),
+        (None, Some(Form::Flag)) => json!({"type": "boolean"}),
+        (None, Some(Form::Time)) => {
+            text("duration(self) >= duration('1ms')", "write a time of at least 1ms, such as 1.5s")
+        }
+        (None, None) => panic!("{}.{} has no form", table.name, field.name),
+    };
+    let Some((least, most)) = field.items else { return one };
+    let mut list = json!({"type": "array", "items": one, "maxItems": most});
+    if least > 0 {
+        list["minItems"] = json!(least);
+    }
+    list
+}
+
+/// The text of the definition of a kind of our own.
+fn own_crd(kind: &KindSpec) -> String {
+    let table = kind.schema.fields.iter().find(|f| f.name == "spec").unwrap().nested.unwrap();
+    let condition = json!({"type": "object", "properties": {
+        "lastProbeTime": {"format": "date-time", "type": "string"},
+        "lastTransitionTime": {"format": "date-time", "type": "string"},
+        "message": {"type": "string"},
+        "observedGeneration": {"x-kubernetes-int-or-string": true},
+        "reason": {"type": "string"},
+        "status": {"type": "string"},
+        "type": {"type": "string"},
+    }});
+    let status = json!({"type": "object", "x-kubernetes-preserve-unknown-fields": true, "properties": {
+        "conditions": {"type": "array", "items": condition},
+        "observedGeneration": {"x-kubernetes-int-or-string": true},
+    }});
+    let schema = json!({"type": "object", "properties": {"spec": of_table(table), "status": status}});
+    let versions = kind.versions.iter().enumerate().map(|(index, version)| {
+        json!({
+            "name": version, "served": true, "storage": index == 0, "subresources": {"status": {}},
+            "schema": {"openAPIV3Schema": schema},
+        })
+    });
+    let singular = kind.name.to_lowercase();
+    let plural = format!("{singular}s");
+    let crd = json!({
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {
+            "name": format!("{plural}.{}", kind.group),
+            "annotations": {VERSION_ANNOTATION: VERSION.to_string()},
+            "labels": {"app.kubernetes.io/part-of": "culvert"},
+        },
+        "spec": {
+            "group": kind.group,
+            "names": {
+                "categories": ["culvert"], "kind": kind.name, "listKind": format!("{}List", kind.name),
+                "plural": plural, "singular": singular,
+            },
+            "scope": if kind.namespaced { "Namespaced" } else { "Cluster" },
+            "versions": versions.collect::<Vec<_>>(),
+        },
+    });
+    format!("# Made by cli/src/install/crds/generate.rs.\n{}", yaml::write(&crd, 118))
+}
+
+/// `UPDATE_CRDS=own cargo test -p cli crds` writes them anew.
+#[test]
+fn the_definitions_of_our_own_kinds_are_made_of_their_tables() {
+    let own: Vec<_> = KINDS.iter().filter(|kind| kind.group == "culvert.dev").collect();
+    assert!(!own.is_empty());
+    for kind in own {
+        let file = directory().join(format!("{}s.{}.yaml", kind.name.to_lowercase(), kind.group));
+        let text = own_crd(kind);
+        if std::env::var_os("UPDATE_CRDS").is_some_and(|what| what == "own") {
+            fs::write(&file, &text).unwrap();
+        }
+        let there = fs::read_to_string(&file).unwrap_or_default();
+        assert!(there == text, "{} is not in step: UPDATE_CRDS=own writes it anew", file.display());
+    }
+}
+
 #[test]
 fn crds_are_made_anew_when_asked_for() {
-    let Some(file) = std::env::var_os("UPDATE_CRDS") else { return };
+    let Some(file) = std::env::var_os("UPDATE_CRDS").filter(|file| file != "own") else { return };
     for upstream in yaml::read(&fs::read_to_string(file).unwrap()).unwrap() {
         let name = upstream["metadata"]["name"].as_str().unwrap();
         fs::write(directory().join(format!("{name}.yaml")), crd(&upstream)).unwrap();

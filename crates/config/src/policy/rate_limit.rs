@@ -15,6 +15,7 @@ use super::pattern;
 use super::selector::{TARGET_REF, non_empty, read_targets};
 use crate::diagnostic::Code;
 use crate::fields::{Cursor, Fields, Schema, enforced, nested, silent};
+use crate::form::{Form, words_of};
 use crate::metadata::{METADATA, Metadata};
 use crate::resource::{Kind, KindSpec, Resource};
 
@@ -43,61 +44,111 @@ static SCHEMA: Schema = Schema {
 static SPEC: Schema = Schema {
     name: "RateLimit.spec",
     fields: &[
-        nested("targetRefs", &TARGET_REF),
+        nested("targetRefs", &TARGET_REF).items(0, 16),
         nested("targetRef", &TARGET_REF),
-        enforced("headers"),
+        enforced("headers").of(Form::Words(&HEADERS_WORDS)),
         nested("global", &GLOBAL),
-        nested("limits", &LIMIT),
+        nested("limits", &LIMIT).items(0, MAX_LIMITS).required(),
     ],
 };
 
 static GLOBAL: Schema = Schema {
     name: "RateLimit.spec.global",
     fields: &[
-        enforced("service"),
-        enforced("port"),
-        enforced("domain"),
-        enforced("timeout"),
-        enforced("onFailure"),
+        enforced("service").of(Form::Text).required(),
+        enforced("port").of(Form::Count(65_535)).required(),
+        enforced("domain").of(Form::Text).required(),
+        enforced("timeout").of(Form::Time),
+        enforced("onFailure").of(Form::Words(&ON_FAILURE_WORDS)).required(),
     ],
 };
 
 static LIMIT: Schema = Schema {
     name: "RateLimit.spec.limits[]",
     fields: &[
-        enforced("name"),
+        enforced("name").of(Form::Name(63)).required(),
         nested("match", &MATCH),
-        nested("by", &BY),
+        nested("by", &BY).items(0, MAX_PARTS),
         nested("local", &LOCAL),
         nested("global", &HITS),
-        enforced("dryRun"),
+        enforced("dryRun").of(Form::Flag),
     ],
 };
 
 static MATCH: Schema = Schema {
     name: "RateLimit.spec.limits[].match",
-    fields: &[enforced("methods"), enforced("paths"), nested("headers", &HEADER)],
+    fields: &[
+        enforced("methods").of(Form::Text).items(1, 64),
+        enforced("paths").of(Form::Text).items(1, 256),
+        nested("headers", &HEADER).items(0, 64),
+    ],
 };
 static HEADER: Schema = Schema {
     name: "RateLimit.spec.limits[].match.headers[]",
-    fields: &[enforced("name"), enforced("value")],
+    fields: &[enforced("name").of(Form::Text).required(), enforced("value").of(Form::Text)],
 };
 static BY: Schema = Schema {
     name: "RateLimit.spec.limits[].by[]",
-    fields: &[enforced("type"), enforced("name"), enforced("value")],
+    fields: &[
+        enforced("type").of(Form::Words(&PARTS_WORDS)).required(),
+        enforced("name").of(Form::Text),
+        enforced("value").of(Form::Text),
+    ],
 };
 static LOCAL: Schema = Schema {
     name: "RateLimit.spec.limits[].local",
-    fields: &[enforced("requests"), enforced("per"), enforced("burst"), enforced("maxKeys")],
+    fields: &[
+        enforced("requests").of(Form::Count(MAX_REQUESTS)).required(),
+        enforced("per").of(Form::Time).required(),
+        enforced("burst").of(Form::Count(MAX_REQUESTS)),
+        enforced("maxKeys").of(Form::Count(MOST_KEYS)),
+    ],
 };
-static HITS: Schema = Schema { name: "RateLimit.spec.limits[].global", fields: &[enforced("hits")] };
+static HITS: Schema =
+    Schema { name: "RateLimit.spec.limits[].global", fields: &[enforced("hits").of(Form::Count(MAX_HITS))] };
+
+const HEADERS: [(&str, LimitHeaders); 3] =
+    [("Standard", LimitHeaders::Standard), ("Legacy", LimitHeaders::Legacy), ("None", LimitHeaders::None)];
+/// Whether a request passes that nobody counted.
+const ON_FAILURE: [(&str, bool); 2] = [("Allow", true), ("Deny", false)];
+const PARTS: [(&str, Part); 7] = [
+    ("Path", Part::Path),
+    ("Method", Part::Method),
+    ("Header", Part::Header),
+    ("Claim", Part::Claim),
+    ("Identity", Part::Identity),
+    ("Address", Part::Address),
+    ("Constant", Part::Constant),
+];
+
+static HEADERS_WORDS: [&str; 3] = words_of(&HEADERS);
+static ON_FAILURE_WORDS: [&str; 2] = words_of(&ON_FAILURE);
+static PARTS_WORDS: [&str; 7] = words_of(&PARTS);
+
+/// What requests are told apart by.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Part {
+    Path,
+    Method,
+    Header,
+    Claim,
+    Identity,
+    Address,
+    Constant,
+}
 
 /// How long a service that counts is waited for, unless it is said.
 const TIMEOUT: Duration = Duration::from_millis(100);
 /// How many values are counted at a time, unless it is said.
 const MAX_KEYS: u32 = 10_000;
+/// The most that may be said.
+const MOST_KEYS: u32 = 1_000_000;
 /// The most limits of a resource: each costs something for each request.
-const MAX_LIMITS: usize = 64;
+const MAX_LIMITS: u32 = 64;
+/// The most parts of what a limit tells requests apart by.
+const MAX_PARTS: u32 = 16;
+const MAX_REQUESTS: u32 = 1_000_000_000;
+const MAX_HITS: u32 = 1_000_000;
 
 /// What a RateLimit says.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -124,19 +175,12 @@ fn parse(fields: &mut Fields<'_, '_>, _: &Metadata<'_>) -> Option<Resource> {
         let message = "spec.targetRefs is missing: a limit is for a Service, a ServiceEntry or a Gateway";
         spec.report(Code::MissingField, message, "name what it is for");
     }
-    let headers = spec.take("headers").and_then(|cursor| {
-        let words = [
-            ("Standard", LimitHeaders::Standard),
-            ("Legacy", LimitHeaders::Legacy),
-            ("None", LimitHeaders::None),
-        ];
-        word(cursor, &words)
-    });
+    let headers = spec.take("headers").and_then(|cursor| word(cursor, &HEADERS));
     let global = spec.object("global").and_then(|fields| read_global(fields.without_nulls())).map(Arc::new);
     let mut limits: Vec<Arc<Limit>> = Vec::new();
     if let Some(cursor) = spec.required("limits") {
         cursor.each(|mut item| {
-            if limits.len() == MAX_LIMITS {
+            if limits.len() == MAX_LIMITS as usize {
                 item.invalid(format_args!("is one of more than {MAX_LIMITS} limits"), "split the resource");
                 return;
             }
@@ -156,8 +200,7 @@ fn read_global(mut fields: Fields<'_, '_>) -> Option<GlobalLimit> {
     let domain = fields.required("domain").and_then(non_empty).map(Str::from);
     let timeout = fields.take("timeout").and_then(super::providers::duration);
     // What happens when nobody counts has no answer that is right for all: it is said.
-    let fail_open =
-        fields.required("onFailure").and_then(|cursor| word(cursor, &[("Allow", true), ("Deny", false)]));
+    let fail_open = fields.required("onFailure").and_then(|cursor| word(cursor, &ON_FAILURE));
     Some(GlobalLimit {
         address: address?,
         domain: domain?,
@@ -184,13 +227,14 @@ fn read_limit(
     let on = fields.object("match").map(|f| read_match(f.without_nulls())).unwrap_or_default();
     let mut by = Vec::new();
     fields.each("by", |item| by.extend(item.fields().and_then(|f| read_key(f.without_nulls()))));
-    if by.len() > 16 {
-        fields.report(Code::InvalidValue, "a limit has more than 16 parts in `by`", "split it");
+    if by.len() > MAX_PARTS as usize {
+        let message = format!("a limit has more than {MAX_PARTS} parts in `by`");
+        fields.report(Code::InvalidValue, message, "split it");
     }
     let local = fields.object("local").map(|f| read_bucket(f.without_nulls()));
     let hits = fields.object("global").map(|f| {
         let mut f = f.without_nulls();
-        f.integer("hits", 1..=1_000_000_u32).unwrap_or(1)
+        f.integer("hits", 1..=MAX_HITS).unwrap_or(1)
     });
     let dry_run = fields.boolean("dryRun").unwrap_or(false);
     let count = match (local, hits, global) {
@@ -218,10 +262,10 @@ fn read_limit(
 }
 
 fn read_bucket(mut fields: Fields<'_, '_>) -> Option<Bucket> {
-    let requests = fields.required("requests").and_then(|c| c.integer(1..=1_000_000_000_u32));
+    let requests = fields.required("requests").and_then(|c| c.integer(1..=MAX_REQUESTS));
     let per = fields.required("per").and_then(super::providers::duration);
-    let burst = fields.integer("burst", 1..=1_000_000_000_u32);
-    let max_keys = fields.integer("maxKeys", 1..=1_000_000_u32);
+    let burst = fields.integer("burst", 1..=MAX_REQUESTS);
+    let max_keys = fields.integer("maxKeys", 1..=MOST_KEYS);
     Some(Bucket {
         requests: requests?,
         per: per?,
@@ -262,43 +306,24 @@ fn path(mut cursor: Cursor<'_, '_>) -> Option<PathPattern> {
 }
 
 fn read_key(mut fields: Fields<'_, '_>) -> Option<LimitKey> {
-    #[derive(Clone, Copy, PartialEq, Eq)]
-    enum Type {
-        Path,
-        Method,
-        Header,
-        Claim,
-        Identity,
-        Address,
-        Constant,
-    }
-    let words = [
-        ("Path", Type::Path),
-        ("Method", Type::Method),
-        ("Header", Type::Header),
-        ("Claim", Type::Claim),
-        ("Identity", Type::Identity),
-        ("Address", Type::Address),
-        ("Constant", Type::Constant),
-    ];
-    let kind = fields.required("type").and_then(|cursor| word(cursor, &words))?;
-    let named = matches!(kind, Type::Header | Type::Claim | Type::Constant);
-    for (name, meant) in [("name", named), ("value", kind == Type::Constant)] {
+    let kind = fields.required("type").and_then(|cursor| word(cursor, &PARTS))?;
+    let named = matches!(kind, Part::Header | Part::Claim | Part::Constant);
+    for (name, meant) in [("name", named), ("value", kind == Part::Constant)] {
         if let (false, Some(mut cursor)) = (meant, fields.take(name)) {
             cursor.invalid("means nothing to this type", "remove it");
         }
     }
     Some(match kind {
-        Type::Path => LimitKey::Path,
-        Type::Method => LimitKey::Method,
-        Type::Identity => LimitKey::Identity,
-        Type::Address => LimitKey::Address,
-        Type::Header => LimitKey::Header(fields.required("name").and_then(header_name)?),
-        Type::Claim => {
+        Part::Path => LimitKey::Path,
+        Part::Method => LimitKey::Method,
+        Part::Identity => LimitKey::Identity,
+        Part::Address => LimitKey::Address,
+        Part::Header => LimitKey::Header(fields.required("name").and_then(header_name)?),
+        Part::Claim => {
             let claim = fields.required("name").and_then(non_empty)?;
             LimitKey::Claim(claim.split('.').map(Str::from).collect())
         }
-        Type::Constant => LimitKey::Constant {
+        Part::Constant => LimitKey::Constant {
             key: fields.required("name").and_then(non_empty)?.into(),
             value: fields.required("value").and_then(non_empty)?.into(),
         },

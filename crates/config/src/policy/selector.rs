@@ -4,6 +4,7 @@ use model::Str;
 
 use crate::diagnostic::Code;
 use crate::fields::{Cursor, Fields, Schema, enforced};
+use crate::form::Form;
 use crate::labels::Selector;
 use crate::resource::{Kind, ObjectKey};
 
@@ -13,7 +14,13 @@ pub static SELECTOR: Schema = Schema { name: "WorkloadSelector", fields: &[enfor
 /// `targetRef`, and the items of `targetRefs`.
 pub static TARGET_REF: Schema = Schema {
     name: "PolicyTargetReference",
-    fields: &[enforced("kind"), enforced("name"), enforced("group"), enforced("namespace")],
+    fields: &[
+        enforced("kind").of(Form::Name(63)).required(),
+        enforced("name").of(Form::Name(253)).required(),
+        enforced("group").of(Form::UpTo(253)),
+        enforced("namespace")
+            .of(Form::Empty("what a policy is for is in its own namespace: leave the namespace out")),
+    ],
 };
 
 /// Reads `selector`. `None` when it is absent or has no labels: then it selects everything.
