@@ -1,12 +1,14 @@
-//! The waypoint behind a plain listener, for measurements: `front CONFIG_DIR NAMESPACE/GATEWAY LISTEN AS [CLIENT]`.
+//! The waypoint behind a plain listener, for measurements:
+//! `front CONFIG_DIR NAMESPACE/GATEWAY LISTEN AS [CLIENT [CERTIFICATES]]`.
 //!
 //! One thread of the data plane. Every connection to LISTEN is taken for one to AS, a service's address and port; with
-//! CLIENT, a SPIFFE ID, for one of a client that has proved it. Everything but the way in is the program's: files,
-//! decisions, balancing, telemetry.
+//! CLIENT, a SPIFFE ID, for one of a client that has proved it. With CERTIFICATES, a directory with cert.pem, key.pem and
+//! root.pem, it takes connections with TLS and a certificate of the client's, and no others. Everything but the way in is the
+//! program's: files, decisions, balancing, telemetry.
 #![allow(clippy::print_stderr, clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use model::http::WaypointKey;
@@ -14,9 +16,14 @@ use model::{HboneAddr, Mesh, SpiffeId};
 use process::logs::{LogSettings, Logs};
 use process::metrics::{Format, Registry};
 use process::runtimes::Workers;
+use rustls::server::WebPkiClientVerifier;
+use rustls::{RootCertStore, ServerConfig};
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_util::sync::CancellationToken;
 use waypoint::deciding::Deciding;
 use waypoint::guards::Guards;
+use waypoint::http::carriers::serve_tls;
 use waypoint::http::decide::{Connection, Dial, Dialing};
 use waypoint::http::io::Io;
 use waypoint::http::{Settings, Worker, serve};
@@ -44,6 +51,7 @@ struct Given {
     listen: SocketAddr,
     destination: SocketAddr,
     client: Option<Arc<SpiffeId>>,
+    tls: Option<Arc<ServerConfig>>,
 }
 
 impl Given {
@@ -59,8 +67,23 @@ impl Given {
             listen: next().parse().expect("an address"),
             destination: next().parse().expect("an address"),
             client: args.next().map(|id| Arc::new(id.parse().expect("a SPIFFE ID"))),
+            tls: args.next().map(|directory| Arc::new(tls(directory.as_ref()))),
         }
     }
+}
+
+fn tls(directory: &Path) -> ServerConfig {
+    let of = |name: &str| directory.join(name);
+    let chain =
+        CertificateDer::pem_file_iter(of("cert.pem")).expect("cert.pem").map(|one| one.expect("cert.pem"));
+    let key = PrivateKeyDer::from_pem_file(of("key.pem")).expect("key.pem");
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_file(of("root.pem")).expect("root.pem")).expect("root.pem");
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone()).build();
+    let builder = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+    let builder = builder.expect("versions").with_client_cert_verifier(verifier.expect("root.pem"));
+    builder.with_single_cert(chain.collect(), key).expect("a key that fits the certificate")
 }
 
 fn deciding(given: &Given, mesh: Arc<Mesh>, logs: &Logs, registry: &Registry) -> Deciding {
@@ -93,6 +116,7 @@ fn main() {
     let deciding = deciding(&given, mesh, &logs, &registry);
     let workers = Workers::start("1".parse().expect("a number")).expect("threads");
     let (listen, destination, identity) = (given.listen, given.destination, given.client.clone());
+    let tls = given.tls.clone();
     let task = workers.handles()[0].spawn(async move {
         let listener = tokio::net::TcpListener::bind(listen).await.expect("an address that is free");
         let worker = Worker::new(Arc::new(deciding), Settings::default(), CancellationToken::new());
@@ -100,8 +124,12 @@ fn main() {
         while let Ok((stream, client)) = listener.accept().await {
             let _ = stream.set_nodelay(true);
             let identity = identity.clone();
-            let facts = Connection { client, destination, identity, server_name: None, secure: false };
-            tokio::spawn(serve(Arc::clone(&worker), Io::Tcp(stream), facts));
+            let facts =
+                Connection { client, destination, identity, server_name: None, secure: false, said: None };
+            match &tls {
+                Some(tls) => tokio::spawn(serve_tls(Arc::clone(&worker), stream, Arc::clone(tls), facts)),
+                None => tokio::spawn(serve(Arc::clone(&worker), Io::Tcp(stream), facts)),
+            };
         }
     });
     // Its metrics are asked for by a signal's lack of anything better: a line on standard input.

@@ -48,7 +48,14 @@ fn main() {
         while let Ok((stream, client)) = listener.accept().await {
             let _ = stream.set_nodelay(true);
             let destination = listen;
-            let facts = Connection { client, destination, identity: None, server_name: None, secure: false };
+            let facts = Connection {
+                client,
+                destination,
+                identity: None,
+                server_name: None,
+                secure: false,
+                said: None,
+            };
             tokio::spawn(serve(Arc::clone(&worker), Io::Tcp(stream), facts));
         }
     });
