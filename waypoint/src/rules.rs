@@ -7,10 +7,11 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use hashbrown::{HashMap, HashSet};
+use hashbrown::HashSet;
 use model::http::{HttpPort, HttpService, Protocol, WaypointKey};
 use model::{
-    Destination, GatewayTarget, Mesh, OriginalDst, Policy, PolicyKey, ServiceKey, SpiffeId, Str, Workload,
+    CowMap, Destination, GatewayTarget, Mesh, OriginalDst, Policy, PolicyKey, ServiceKey, SpiffeId, Str,
+    Workload,
 };
 
 use crate::filters::authorize::Policies;
@@ -22,9 +23,9 @@ pub struct Rules {
     /// The mesh.
     pub mesh: Arc<Mesh>,
     own: Option<WaypointKey>,
-    services: HashMap<ServiceKey, Arc<ServiceRules>>,
-    /// All that something is bound to.
-    waypoints: HashSet<WaypointKey>,
+    services: CowMap<ServiceKey, Arc<ServiceRules>>,
+    /// How many services are bound to each waypoint.
+    waypoints: CowMap<WaypointKey, u32>,
 }
 
 /// What is done for a service that is bound to this waypoint.
@@ -47,22 +48,41 @@ pub enum Served {
 }
 
 impl Rules {
-    /// What is made of `mesh`, for the waypoint `own`; what is the same as `before` is kept.
+    /// What is made of `mesh`, for the waypoint `own`; what is the same as `before` is kept. Costs what has changed between the two:
+    /// services, and those that ask a policy that has.
     #[must_use]
     pub fn new(mesh: Arc<Mesh>, own: &WaypointKey, before: &Self) -> Self {
-        let ours = mesh.http_services().filter(|http| http.waypoint == *own);
-        let services = ours
-            .map(|http| {
-                let old = before.services.get(&http.service);
-                let policies = policies(&mesh, http);
-                let rules = match old {
-                    Some(old) if Arc::ptr_eq(&old.http, http) && old.policies == policies => old.clone(),
-                    _ => Arc::new(ServiceRules::new(http, policies, old)),
-                };
-                (http.service.clone(), rules)
-            })
-            .collect();
-        let waypoints = mesh.http_services().map(|http| http.waypoint.clone()).collect();
+        let mut changed = mesh.http_services_since(&before.mesh);
+        let mut waypoints = before.waypoints.clone();
+        for key in &changed {
+            if let Some(now) = mesh.http_service(key)
+                && let Some(count) = waypoints.entry_or_default(&now.waypoint)
+            {
+                *count += 1;
+            }
+            if let Some(then) = before.mesh.http_service(key)
+                && let Some(count) = waypoints.get_mut(&then.waypoint)
+            {
+                *count -= 1;
+            }
+        }
+        let edited: HashSet<PolicyKey> = mesh.http_policies_since(&before.mesh).into_iter().collect();
+        if !edited.is_empty() {
+            let asking = before.services.values().filter(|rules| rules.asks_one_of(&edited));
+            changed.extend(asking.map(|rules| rules.http.service.clone()));
+        }
+        let mut services = before.services.clone();
+        for key in changed {
+            let Some(http) = mesh.http_service(&key).filter(|http| http.waypoint == *own) else {
+                services.remove(&key);
+                continue;
+            };
+            let (old, policies) = (services.get(&key), policies(&mesh, http));
+            if !old.is_some_and(|old| Arc::ptr_eq(&old.http, http) && old.policies == policies) {
+                let rules = Arc::new(ServiceRules::new(http, policies, old));
+                services.insert(key, rules);
+            }
+        }
         Self { mesh, own: Some(own.clone()), services, waypoints }
     }
 
@@ -70,7 +90,8 @@ impl Rules {
     #[must_use]
     pub fn is_waypoint(&self, id: &SpiffeId) -> bool {
         let key = WaypointKey { namespace: id.namespace().clone(), name: id.service_account().clone() };
-        self.mesh.settings().trust_domains.includes(id.trust_domain()) && self.waypoints.contains(&key)
+        self.mesh.settings().trust_domains.includes(id.trust_domain())
+            && self.waypoints.get(&key).is_some_and(|bound| *bound > 0)
     }
 
     /// What is done for a service.
@@ -183,6 +204,11 @@ impl ServiceRules {
         Self { http: http.clone(), policies, ports: http.ports.iter().map(port).collect() }
     }
 
+    fn asks_one_of(&self, policies: &HashSet<PolicyKey>) -> bool {
+        let selected = self.http.selected.iter().flat_map(|set| set.iter());
+        self.http.policies.iter().chain(selected).any(|key| policies.contains(key))
+    }
+
     /// The rules of the port `number`.
     #[must_use]
     pub fn port(&self, number: u16) -> Option<&PortRules> {
@@ -276,6 +302,41 @@ mod tests {
         // Those of the service itself are not among them.
         assert_eq!(policies.of_workloads_in("b"), Policies(vec![sets[0].clone(), sets[2].clone()]));
         assert_eq!(policies.of_workloads_in("d"), Policies(vec![sets[2].clone()]));
+    }
+
+    #[test]
+    fn a_change_costs_its_own_service_however_many_there_are() {
+        let asked = key("shop", "asked");
+        let policies = |n: usize| if n == 7 { std::slice::from_ref(&asked) } else { &[] };
+        let all: Vec<_> = (0..10_000).map(|n| service(&format!("n{n}"), &[], policies(n))).collect();
+        let before = rules(&all.iter().collect::<Vec<_>>());
+        assert_eq!(before.services().count(), all.len());
+        let after = |change| {
+            let mesh = Arc::new(before.mesh.apply([change]));
+            let touched = mesh.http_services_since(&before.mesh).len();
+            let next = Rules::new(mesh, &own(), &before);
+            let is_new = |rules: &&Arc<ServiceRules>| {
+                !before.service(&rules.http.service).is_some_and(|old| Arc::ptr_eq(old, rules))
+            };
+            let made: Vec<_> =
+                next.services().filter(is_new).map(|rules| rules.http.service.clone()).collect();
+            (touched, made, next)
+        };
+        let (touched, made, _) = after(Change::SetHttpService(service("n5", &[key("a", "b")], &[])));
+        assert_eq!((touched, made), (1, vec![named("n5")]));
+        let (touched, made, next) = after(Change::RemoveHttpService(named("n5")));
+        assert_eq!((touched, made.len(), next.services().count()), (1, 0, all.len() - 1));
+        let policy = Policy {
+            key: asked.clone(),
+            scope: model::Scope::WorkloadSelector,
+            action: model::Action::Deny,
+            rules: Box::default(),
+            dry_run: false,
+        };
+        let (touched, made, next) = after(Change::SetHttpPolicy(Arc::new(policy)));
+        assert_eq!((touched, made), (0, vec![named("n7")]));
+        let asked = next.service(&named("n7")).map(|rules| rules.policies.clone());
+        assert!(asked.is_some_and(|asked| asked.0[0][0].is_ok()), "the policy is known now");
     }
 
     #[test]

@@ -142,6 +142,19 @@ impl<K: Hash + Eq + Clone, V: Clone> CowMap<K, V> {
         self.iter().map(|(_, v)| v)
     }
 
+    /// The keys of what came, went or was replaced since `before`. Costs what is in the shards that the two don't share: of
+    /// a map and the one that it was cloned from, those that were changed.
+    pub fn changed_since(&self, before: &Self, is_same: impl Fn(&V, &V) -> bool) -> Vec<K> {
+        let mut keys = Vec::new();
+        let shards = self.shards.iter().zip(before.shards.iter());
+        for (now, then) in shards.filter(|(now, then)| !Arc::ptr_eq(now, then)) {
+            let is_new = |(key, value): &(&K, &V)| !before.get(*key).is_some_and(|old| is_same(old, value));
+            keys.extend(now.iter().filter(is_new).map(|(key, _)| key.clone()));
+            keys.extend(then.keys().filter(|key| !self.contains_key(*key)).cloned());
+        }
+        keys
+    }
+
     /// The number of entries.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -170,6 +183,32 @@ mod tests {
         a.remove(&8);
         assert_eq!((a.get(&7), a.get(&8), a.len()), (Some(&70), None, 999));
         assert_eq!((b.get(&7), b.get(&8), b.len()), (Some(&7), Some(&8), 1000));
+    }
+
+    #[test]
+    fn what_changed_is_told_of_maps_of_one_descent_and_of_others() {
+        let mut a: CowMap<u32, u32> = CowMap::default();
+        for i in 0..1000 {
+            a.insert(i, i);
+        }
+        let mut b = a.clone();
+        assert_eq!(b.changed_since(&a, PartialEq::eq), [0; 0]);
+        b.insert(7, 70);
+        b.insert(8, 8);
+        b.remove(&9);
+        b.insert(1000, 0);
+        let changed = |now: &CowMap<u32, u32>, then: &CowMap<u32, u32>| {
+            let mut keys = now.changed_since(then, PartialEq::eq);
+            keys.sort_unstable();
+            keys
+        };
+        assert_eq!(changed(&b, &a), [7, 9, 1000]);
+        // Another map hashes otherwise.
+        let mut c: CowMap<u32, u32> = CowMap::default();
+        b.iter().for_each(|(key, value)| _ = c.insert(*key, *value));
+        assert_eq!(changed(&c, &b), [0; 0]);
+        assert_eq!(changed(&c, &a), [7, 9, 1000]);
+        assert_eq!(changed(&CowMap::default(), &a).len(), 1000);
     }
 
     #[test]

@@ -372,6 +372,18 @@ impl Mesh {
         self.http_services.values()
     }
 
+    /// The services that waypoints do something else for than in `before`, see [`CowMap::changed_since`].
+    #[must_use]
+    pub fn http_services_since(&self, before: &Self) -> Vec<ServiceKey> {
+        self.http_services.changed_since(&before.http_services, Arc::ptr_eq)
+    }
+
+    /// The policies of which waypoints enforce something else than in `before`.
+    #[must_use]
+    pub fn http_policies_since(&self, before: &Self) -> Vec<PolicyKey> {
+        self.http_policies.changed_since(&before.http_policies, Arc::ptr_eq)
+    }
+
     /// How a service is spoken to, where something is said of it.
     #[must_use]
     pub fn traffic(&self, key: &ServiceKey) -> Option<&Arc<ServiceTraffic>> {

@@ -162,7 +162,7 @@ fn decisions_are_those_that_istio_makes() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    assert!(tried > 0);
+    assert!(tried >= 33, "{tried}");
 }
 
 #[test]
@@ -201,5 +201,5 @@ fn paths_are_normalised_as_in_istio() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    assert!(tried > 0);
+    assert!(tried >= 192, "{tried}");
 }

@@ -180,3 +180,34 @@ fn retries(retry: &Retry) -> Retries {
         same_hosts: !retry.other_hosts,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn each_word_of_retry_on_has_something_tried_again() {
+        let of = |on| {
+            retries(&Retry {
+                attempts: 1,
+                on,
+                statuses: [418].into(),
+                backoff: Duration::ZERO,
+                remote_localities: true,
+                other_hosts: true,
+            })
+        };
+        let nothing = of(RetryOn::default());
+        let mut seen = vec![nothing];
+        for word in RetryOn::words() {
+            let Some(on) = RetryOn::parse(word) else { panic!("{word} is listed, and not known") };
+            let asked = of(on);
+            // What was reset before anything was sent is a connection that was not had, to the engine.
+            let is_new = !seen.contains(&asked) || word == "connect-failure";
+            assert!(is_new, "{word} asks for nothing, or for what another word does");
+            seen.push(asked);
+        }
+    }
+}
