@@ -48,6 +48,12 @@ impl Pins {
         Ok(pins)
     }
 
+    /// The same without a look: for whoever reads what others pinned.
+    #[must_use]
+    pub fn of_others(path: &Path) -> Self {
+        Self { root: path.join("culvert") }
+    }
+
     /// The pods' directories.
     #[must_use]
     pub fn root(&self) -> &Path {
@@ -73,18 +79,20 @@ impl Pins {
     }
 }
 
-/// Notes a number beside a pod's programs, for whoever removes them.
+/// Notes a number beside a pod's programs, for whoever removes them. What was noted before stays: it is what was found first.
 ///
 /// # Errors
 /// It can't be kept.
 pub fn remember(pins: &Pins, netns: &Netns, bits: u32) -> Result<(), Error> {
     let directory = pins.of(netns);
-    fs::create_dir_all(&directory).map_err(Error::io("make", directory.display()))?;
-    // A directory's name: files of this file system hold nothing but objects.
-    for old in remembered_in(&directory) {
-        let path = directory.join(format!("{NOTE}{old}"));
-        fs::remove_dir(&path).map_err(Error::io("remove", path.display()))?;
+    if is_over(&directory) == Some(true) {
+        crate::remove(pins, netns)?;
     }
+    fs::create_dir_all(&directory).map_err(Error::io("make", directory.display()))?;
+    if !remembered_in(&directory).is_empty() {
+        return Ok(());
+    }
+    // A directory's name: files of this file system hold nothing but objects.
     let path = directory.join(format!("{NOTE}{bits}"));
     fs::create_dir(&path).map_err(Error::io("make", path.display()))
 }

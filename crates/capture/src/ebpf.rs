@@ -74,15 +74,17 @@ impl Programs {
             });
         made.map(|_| found).map_err(|error| Missing::Kernel(Box::new(error)))
     }
+}
 
-    /// The counters of the pod in `netns`, by [`Counter`]; none if it is not captured by this back-end.
-    ///
-    /// # Errors
-    /// They can't be read.
-    pub fn counters(&self, netns: &Netns) -> Result<Vec<(Counter, u64)>, Error> {
-        let Some(pod) = Pod::find(&self.pins, netns) else { return Ok(Vec::new()) };
-        Ok(Counter::ALL.into_iter().zip(pod.counters()?).collect())
-    }
+/// The counters of the pod in `netns`; none if it is not captured by eBPF. Whoever captured it: the programs of all processes of
+/// this machine are below one directory.
+///
+/// # Errors
+/// They can't be read: we may not, or `/sys/fs/bpf` is not the node's.
+pub fn counters(netns: &Netns) -> Result<Vec<(Counter, u64)>, Error> {
+    let pins = Pins::of_others(ebpf::bpf_file_system());
+    let Some(pod) = Pod::find(&pins, netns) else { return Ok(Vec::new()) };
+    Ok(Counter::ALL.into_iter().zip(pod.counters()?).collect())
 }
 
 /// What the programs count, for each pod.
@@ -218,9 +220,6 @@ impl Capture for Programs {
 impl Programs {
     /// Notes, once, which switches are off, beside the pins: a process that removes the capture may be another one.
     fn remember_switches(&self, netns: &Netns) -> Result<(), Error> {
-        if Pod::find(&self.pins, netns).is_some() {
-            return Ok(());
-        }
         let off = switched_off(netns)?;
         let bits = SWITCHES.iter().enumerate().filter(|(_, path)| off.contains(path));
         let bits = bits.fold(0, |bits, (index, _)| bits | 1 << index);

@@ -38,7 +38,7 @@ mod select;
 mod tool;
 
 pub use backend::{Backend, Capture, Drift, Installed, UnknownBackend};
-pub use ebpf::{Counter, Programs};
+pub use ebpf::{Counter, Programs, counters};
 pub use error::{Error, Missing};
 pub use iptables::Iptables;
 pub use live::{Cut, Direction, LiveConnection, cut, live_connections, refuse};

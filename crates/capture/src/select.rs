@@ -46,7 +46,11 @@ pub fn select(wanted: Option<Backend>, tools: &Tools) -> Result<Selected, NoBack
         match probe(backend, tools) {
             Ok(capture) => {
                 let version = capture.version();
-                let why = if wanted.is_some() { "as configured" } else { "the first that works here" };
+                let why = if wanted.is_some() {
+                    "as configured"
+                } else {
+                    "the first that works here, ebpf being the last"
+                };
                 let mut reason = format!("{backend} ({version}): {why}");
                 if !tried.is_empty() {
                     reason = format!("{reason}; {}", describe(&tried));

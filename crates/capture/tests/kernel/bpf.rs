@@ -26,14 +26,14 @@ fn each_family(name: &str, test: impl AsyncFn(Case)) {
     }
 }
 
-fn counted(programs: &Programs, netns: &Netns, counter: Counter) -> u64 {
-    let all = programs.counters(netns).unwrap();
+fn counted(netns: &Netns, counter: Counter) -> u64 {
+    let all = capture::counters(netns).unwrap();
     all.into_iter().find(|(known, _)| *known == counter).unwrap().1
 }
 
-fn nothing_escaped(programs: &Programs, netns: &Netns) {
+fn nothing_escaped(netns: &Netns) {
     for counter in [Counter::EscapedInbound, Counter::EscapedOutbound] {
-        assert_eq!(counted(programs, netns, counter), 0, "{counter:?}");
+        assert_eq!(counted(netns, counter), 0, "{counter:?}");
     }
 }
 
@@ -82,7 +82,7 @@ fn headers_with_options_make_no_difference() {
             greeting(&mut stream).await;
             assert_eq!(ztunnel.took().await.original_dst, to);
         }
-        nothing_escaped(&programs, &server.netns);
+        nothing_escaped(&server.netns);
     });
 }
 
@@ -106,7 +106,7 @@ fn handshakes_with_cookies_make_no_difference() {
                 assert_eq!(ztunnel.took().await.original_dst, to);
             }
         }
-        nothing_escaped(&programs, &server.netns);
+        nothing_escaped(&server.netns);
     });
 }
 
@@ -198,17 +198,37 @@ fn capture_outlives_who_installed_it() {
         // Another process finds all as it should be, and what was counted.
         let programs = Programs::probe(&Tools::default()).unwrap();
         assert!(!programs.install(&server.netns, &Rules::default()).unwrap().changed);
-        assert!(counted(&programs, &server.netns, Counter::NoListener) >= 2);
+        assert!(counted(&server.netns, Counter::NoListener) >= 2);
         let ztunnel = FakeZtunnel::start(&server.netns);
         for (from, to) in both {
             let mut stream = dial(&from.netns, to).await.unwrap();
             greeting(&mut stream).await;
             assert_eq!(ztunnel.took().await.original_dst, to);
         }
-        assert_eq!(counted(&programs, &server.netns, Counter::Inbound), 1);
-        assert_eq!(counted(&programs, &server.netns, Counter::Outbound), 1);
+        assert_eq!(counted(&server.netns, Counter::Inbound), 1);
+        assert_eq!(counted(&server.netns, Counter::Outbound), 1);
         assert!(programs.remove(&server.netns).unwrap());
-        assert_eq!(programs.counters(&server.netns).unwrap(), []);
+        assert_eq!(capture::counters(&server.netns).unwrap(), []);
+    });
+}
+
+#[test]
+fn settings_are_put_back_whatever_was_broken_meanwhile() {
+    each_family("settings_are_put_back_whatever_was_broken_meanwhile", async |case| {
+        let lab = Lab::builder().node("a", &["server"]).build().unwrap();
+        let server = lab.pod("server");
+        let settings = "cat /proc/sys/net/ipv4/tcp_fwmark_accept /proc/sys/net/ipv[46]/fwmark_reflect \
+                        /proc/sys/net/ipv4/conf/all/src_valid_mark";
+        let before = server.shell(settings).unwrap();
+        let capture = case.capture();
+        capture.install(&server.netns, &Rules::default()).unwrap();
+        assert_eq!(server.shell(settings).unwrap(), "1\n1\n1\n1\n");
+        let pins = format!("/sys/fs/bpf/culvert/{}", server.netns.id().inode());
+        server.shell(&format!("rm {pins}/link-sockets")).unwrap();
+        assert!(capture.install(&server.netns, &Rules::default()).unwrap().changed);
+        assert!(capture.remove(&server.netns).unwrap());
+        assert_eq!(server.shell(settings).unwrap(), before);
+        assert!(!std::fs::exists(pins).unwrap());
     });
 }
 
@@ -231,6 +251,6 @@ fn a_socket_bound_to_a_device_is_refused() {
         });
         let connected = in_time(socket.unwrap().unwrap().connect(to)).await;
         assert_eq!(connected.unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
-        assert_eq!(counted(&programs, &server.netns, Counter::EscapedOutbound), 1);
+        assert_eq!(counted(&server.netns, Counter::EscapedOutbound), 1);
     });
 }
