@@ -679,6 +679,14 @@ fn read_tls(fields: &mut Fields<'_, '_>) -> Option<Box<TlsOrigination>> {
     };
     if let Some(wrong) = wrong {
         fields.report(Code::InvalidValue, wrong, "");
+    } else if let Some(name) = &credential {
+        let said = format!(
+            "the Secret is not fetched: waypoints read it from the directory /etc/culvert/credentials/{name}, and \
+             connections fail where it is not mounted"
+        );
+        let remedy =
+            "mount it there by a ConfigMap that the Gateway names in spec.infrastructure.parametersRef";
+        fields.report(Code::ActsOtherwise, said, remedy);
     }
     (mode != TlsMode::Off).then(|| {
         Box::new(TlsOrigination {
