@@ -25,6 +25,8 @@ const SKEW: Duration = Duration::from_secs(60);
 const LEASE_PERIOD: Duration = Duration::from_secs(10);
 /// nftables sets of addresses, cgroup v2 sockets and SO_REUSEPORT migration are there from this kernel on.
 const OLDEST_KERNEL: (u32, u32) = (5, 10);
+/// Programs on devices by links (tcx) are there from this kernel on.
+const OLDEST_KERNEL_FOR_EBPF: (u32, u32) = (6, 6);
 /// A root that ends sooner is worth a word.
 const ROOT_LEFT: Duration = Duration::from_secs(90 * 86_400);
 
@@ -197,7 +199,23 @@ fn nodes(nodes: &[Value]) -> Vec<Finding> {
         let kernels = kernels.into_iter().collect::<Vec<_>>().join(", ");
         found.push(Finding::new("node", Grade::Ok, format!("{} nodes, kernels {kernels}", nodes.len()), ""));
     }
+    found.push(back_ends(nodes));
     found
+}
+
+/// Which back-ends of capture the nodes can have, as far as their kernels tell.
+fn back_ends(nodes: &[Value]) -> Finding {
+    let old = nodes.iter().filter(|node| {
+        let kernel = version(text(node, "/status/nodeInfo/kernelVersion"));
+        kernel.is_none_or(|version| version < OLDEST_KERNEL_FOR_EBPF)
+    });
+    let old: Vec<_> = old.map(name).collect();
+    let (major, minor) = OLDEST_KERNEL_FOR_EBPF;
+    let ebpf = match old.as_slice() {
+        [] => "--capture ebpf can be asked for on all nodes".to_owned(),
+        old => format!("--capture ebpf needs Linux {major}.{minor}, which {} have not", old.join(", ")),
+    };
+    Finding::new("capture", Grade::Ok, format!("auto takes nftables where nft is, then iptables; {ebpf}"), "")
 }
 
 fn version(kernel: &str) -> Option<(u32, u32)> {
@@ -403,6 +421,8 @@ mod tests {
         assert_eq!(version("x"), None);
         let node = |kernel: &str| json!({"metadata": {"name": "a"}, "status": {"nodeInfo": {"kernelVersion": kernel}}});
         let grade = |kernel: &str| nodes(&[node(kernel)])[0].grade;
+        assert!(back_ends(&[node("6.1.0"), node("6.6.1")]).detail.contains("6.6, which a have not"));
+        assert!(back_ends(&[node("6.6.1")]).detail.contains("on all nodes"));
         assert_eq!((grade("5.4.0"), grade("5.10.1"), grade("10.0")), (Grade::Problem, Grade::Ok, Grade::Ok));
     }
 

@@ -36,6 +36,9 @@ enum What {
     /// The certificates of this node's workloads, and the roots that are trusted
     #[command(visible_alias = "certificates")]
     Certificate,
+    /// How the pods of a node are captured, and what was counted of them
+    #[command(visible_alias = "pods")]
+    Capture(InNamespace),
     /// The connections that are open, and the last that ended or were refused
     #[command(visible_alias = "connection")]
     Connections {
@@ -67,6 +70,7 @@ pub fn run(args: &ZtunnelConfigArgs) -> Result<ExitCode> {
         What::Workload(only) => listed(&dump()?, "workloads", only, args.output, WORKLOAD, workload)?,
         What::Service(only) => listed(&dump()?, "services", only, args.output, SERVICE, service)?,
         What::Policy(only) => listed(&dump()?, "policies", only, args.output, POLICY, policy)?,
+        What::Capture(only) => captures(args, only)?,
         What::Certificate => certificates(args)?,
         What::Connections { filter, last } => connections(args, filter, *last)?,
         What::Log { level } => log(&args.target.all()?, level.as_deref())?,
@@ -75,6 +79,8 @@ pub fn run(args: &ZtunnelConfigArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+const CAPTURE: &[&str] =
+    &["NODE", "NAMESPACE", "NAME", "STATE", "BY", "INBOUND", "OUTBOUND", "ESCAPED", "REFUSED", "DROPPED"];
 const WORKLOAD: &[&str] = &["NAMESPACE", "NAME", "ADDRESSES", "NODE", "PROTOCOL", "STATUS", "IDENTITY"];
 const SERVICE: &[&str] = &["NAMESPACE", "NAME", "HOSTNAME", "VIPS", "PORTS", "ENDPOINTS"];
 const POLICY: &[&str] = &["NAMESPACE", "NAME", "ACTION", "SCOPE", "RULES", "DRY RUN"];
@@ -140,6 +146,43 @@ fn policy(v: &Value) -> Vec<String> {
     let mut row: Vec<String> = ["namespace", "name", "action", "scope"].map(|k| text(v, k)).into();
     row.push(count(v, "rules"));
     row.push(text(v, "dryRun"));
+    row
+}
+
+/// Of every ztunnel: each knows its own node's pods.
+fn captures(args: &ZtunnelConfigArgs, only: &InNamespace) -> Result<String> {
+    let (mut table, mut documents) = (Table::new(CAPTURE), Vec::new());
+    for address in args.target.all()? {
+        let dump = address.json("/config_dump")?;
+        let all = dump.get("pods").and_then(Value::as_array).context("the dump has no pods")?;
+        for pod in
+            all.iter().filter(|pod| only.namespace.as_ref().is_none_or(|n| text(pod, "namespace") == *n))
+        {
+            let mut row = vec![address.node().to_owned()];
+            row.extend(capture(pod));
+            table.row(row);
+            documents.push(pod.clone());
+        }
+    }
+    if let Some(document) = args.output.document(&documents)? {
+        return Ok(document);
+    }
+    Ok(if table.is_empty() { "no pods\n".to_owned() } else { table.to_string() })
+}
+
+/// Counters are eBPF's alone; `-` for what nobody counts.
+fn capture(pod: &Value) -> Vec<String> {
+    let mut row: Vec<String> = ["namespace", "name", "state", "capture"].map(|k| text(pod, k)).into();
+    let counters = pod.get("captureCounters");
+    let sum = |names: &[&str]| {
+        let number = |name: &&str| counters?.get(*name)?.as_u64();
+        counters.map_or_else(|| "-".to_owned(), |_| names.iter().filter_map(number).sum::<u64>().to_string())
+    };
+    row.push(sum(&["captured_inbound"]));
+    row.push(sum(&["captured_outbound", "captured_dns"]));
+    row.push(sum(&["escaped_inbound", "escaped_outbound"]));
+    row.push(sum(&["no_listener", "refused"]));
+    row.push(sum(&["unreadable", "astray"]));
     row
 }
 

@@ -37,6 +37,7 @@ pub fn register(registry: &Registry, proxy: &Arc<Proxy>, node: &Arc<Node>) {
             1,
         );
     });
+    captured(registry, node);
     let node = node.clone();
     registry.collect(
         Description { name: "culvert_pods", help: "Pods of this node by capture state", kind: Kind::Gauge },
@@ -46,6 +47,26 @@ pub fn register(registry: &Registry, proxy: &Arc<Proxy>, node: &Arc<Node>) {
             out.integer(&|labels| labels.pair("state", "pending"), pending);
         },
     );
+}
+
+/// What the programs of eBPF count.
+fn captured(registry: &Registry, node: &Arc<Node>) {
+    let help = "What capture by eBPF did, by pod: connections captured, refused and dropped, by reason; escaped_inbound and \
+                escaped_outbound should have been captured, were not, and were refused";
+    let node = node.clone();
+    let description = Description { name: "culvert_capture_events_total", help, kind: Kind::Counter };
+    registry.collect(description, move |out| {
+        for (namespace, name, counters) in node.capture_counters() {
+            for (counter, number) in counters {
+                let labels = |labels: &mut process::metrics::LabelWriter<'_>| {
+                    labels.pair("namespace", &namespace);
+                    labels.pair("pod", &name);
+                    labels.pair("what", counter.as_str());
+                };
+                out.integer(&labels, number);
+            }
+        }
+    });
 }
 
 type Read = Box<dyn Fn(&Proxy, &Node) -> u64 + Send + Sync>;

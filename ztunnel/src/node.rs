@@ -306,6 +306,21 @@ impl Node {
         self.leaving().iter().map(describe).collect()
     }
 
+    /// What the programs of eBPF count for each pod, with its namespace and name; empty with other back-ends.
+    pub fn capture_counters(&self) -> Vec<(Str, Str, Vec<(capture::Counter, u64)>)> {
+        let pods: Vec<_> = {
+            let pods = self.pods();
+            let all = pods.values().map(|slot| &slot.enrolment);
+            all.map(|e| (e.namespace.clone(), e.name.clone(), e.netns.clone())).collect()
+        };
+        let mut counted = Vec::new();
+        for (namespace, name, place) in pods {
+            let counters = place.open().ok().and_then(|netns| capture::counters(&netns).ok());
+            counted.push((namespace, name, counters.unwrap_or_default()));
+        }
+        counted
+    }
+
     /// The capture state of each pod as JSON.
     pub fn dump(&self) -> Value {
         let pods = self.pods();

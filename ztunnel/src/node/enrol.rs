@@ -151,7 +151,12 @@ impl Node {
     fn listen_options(&self) -> ListenOptions {
         let reuse_port = self.redirection.is_agents();
         // Without netfilter a connection arrives with the address that was dialled, which is another's.
-        ListenOptions { mark: Some(net::ZTUNNEL_MARK), transparent: true, reuse_port, ..ListenOptions::default() }
+        ListenOptions {
+            mark: Some(net::ZTUNNEL_MARK),
+            transparent: true,
+            reuse_port,
+            ..ListenOptions::default()
+        }
     }
 
     /// The rules that a pod is redirected by, whoever writes them.

@@ -172,6 +172,14 @@ impl Slot {
         };
         if let (Value::Object(pod), Value::Object(state)) = (&mut pod, state) {
             pod.extend(state);
+            // What the programs of eBPF count, whoever installed them.
+            let counters =
+                e.netns.open().ok().and_then(|netns| capture::counters(&netns).ok()).unwrap_or_default();
+            if !counters.is_empty() {
+                let counters =
+                    counters.into_iter().map(|(counter, n)| (counter.as_str().to_owned(), n.into()));
+                pod.insert("captureCounters".to_owned(), Value::Object(counters.collect()));
+            }
         }
         pod
     }
