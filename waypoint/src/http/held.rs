@@ -34,10 +34,10 @@ pub struct HeldLimits {
 }
 
 impl HeldLimits {
-    /// A quarter of `all` for a client.
+    /// Half of `all` for a client: behind one identity there may be many, as behind a gateway's.
     #[must_use]
     pub fn of(all: usize) -> Self {
-        Self { all, client: all / 4 }
+        Self { all, client: all / 2 }
     }
 }
 
