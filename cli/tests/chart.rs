@@ -253,6 +253,9 @@ fn a_value_that_is_not_known_is_refused() {
         "controlPlane.replicas=0",
         "log.format=xml",
         "ztunnel.xdsAddress=http://plain:15010",
+        "meshConfig.trustDomain=a b",
+        "clusterDomain=Cluster_local",
+        "controlPlane=null",
     ] {
         let output = template(&helm, &["--set", wrong]);
         assert!(!output.status.success(), "{wrong} was taken");

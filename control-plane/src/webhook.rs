@@ -5,8 +5,8 @@
 //! what is changed. The API server asks over TLS, under the mesh's own root, which the leader writes into the
 //! configurations of the webhooks and keeps there, as it does the revisions whose objects are asked about ([`bundle`]).
 //! While no control plane answers, the configurations' `failurePolicy` decides: the chart has `Fail` for
-//! security.istio.io, so that no policy comes in unread, and `Ignore` for all else, mutation included. What comes in
-//! unread all the same fails closed here, see [`config::repository`].
+//! security.istio.io and culvert.dev, so that no policy comes in unread, and `Ignore` for all else, mutation included.
+//! What comes in unread all the same fails closed here, see [`config::repository`].
 
 pub mod bundle;
 pub mod mutate;

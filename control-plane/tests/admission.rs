@@ -5,15 +5,23 @@
 
 mod apiserver;
 
-use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 
-use apiserver::{Cluster, Plane, apply_crds, fill, next, policy};
+use apiserver::rights::compare;
+use apiserver::{Cluster, Plane, apply_crds, apply_gateway_api, fill, next, policy};
 use serde_json::{Value, json};
 
 const WEBHOOKS: &str = "culvertd-culvert-system";
+/// Nobody asks for these by themselves: a patch that makes its object takes `create` as well, and a bundle of a signer
+/// `attest`. That both objects are there shows that they are granted.
+const IN_OTHERS: [&str; 3] = [
+    "/configmaps create",
+    "certificates.k8s.io/clustertrustbundles create",
+    "certificates.k8s.io/signers attest",
+];
+
 const CONFIGURATIONS: [&str; 2] = ["validatingwebhookconfiguration", "mutatingwebhookconfiguration"];
 
 /// A template of the chart, as Helm makes it; `None` where there is no Helm.
@@ -56,7 +64,7 @@ fn kept(cluster: &Cluster, place: &str) -> Vec<Value> {
 
 fn roots_are_kept(cluster: &Cluster) -> bool {
     let bundles = kept(cluster, "/clientConfig/caBundle");
-    bundles.len() == 7 && bundles.iter().all(|bundle| bundle == &bundles[0])
+    bundles.len() == 11 && bundles.iter().all(|bundle| bundle == &bundles[0])
 }
 
 fn create(cluster: &Cluster, object: &Value) -> Result<String, String> {
@@ -120,6 +128,7 @@ fn objects_are_reviewed_and_put_right_and_only_policies_wait_for_a_control_plane
     let bad = json!({ "acton": "DENY" });
     until_refused(&cluster, "a review", &named("bad", None, &bad), "did you mean action?");
     put_right(&cluster);
+    routes_of_services_and_waypoints_are_reviewed(&cluster);
     tags(&cluster, &plane, &bad);
     drop(plane);
     nobody_answers(&cluster);
@@ -145,6 +154,47 @@ fn put_right(cluster: &Cluster) {
     let annotate = ["annotate", "pod", "-n", "shop", "restored", "ambient.istio.io/redirection=enabled"];
     cluster.kubectl(&annotate, "").unwrap();
     assert_eq!(annotation(REDIRECTION), "enabled");
+}
+
+/// Of the kinds that other controllers read, too, only what is the mesh's is looked at.
+fn routes_of_services_and_waypoints_are_reviewed(cluster: &Cluster) {
+    if !apply_gateway_api(cluster) {
+        return;
+    }
+    let of = |kind: &str, spec: Value| {
+        json!({
+            "apiVersion": "gateway.networking.k8s.io/v1", "kind": kind,
+            "metadata": { "name": "n", "namespace": "shop" }, "spec": spec,
+        })
+    };
+    let filter =
+        json!({ "type": "ExtensionRef", "extensionRef": { "group": "a.example", "kind": "B", "name": "c" } });
+    let route = |parent: &str| {
+        of(
+            "HTTPRoute",
+            json!({ "parentRefs": [{ "group": "", "kind": parent, "name": "web" }], "rules": [{ "filters": [filter] }] }),
+        )
+    };
+    let gateway = |class: &str| {
+        of(
+            "Gateway",
+            json!({ "gatewayClassName": class, "listeners": [{ "name": "a", "port": 80, "protocol": "HTTP" }] }),
+        )
+    };
+    for (ours, theirs, words) in [
+        (route("Service"), route("Gateway"), "there is no filter that it could refer to"),
+        (gateway("culvert-waypoint"), gateway("nginx"), "a waypoint listens for HBONE"),
+    ] {
+        let kind = ours["kind"].as_str().unwrap();
+        cluster.until(&format!("a review of {kind}"), || match create(cluster, &ours) {
+            Ok(_) => {
+                delete(cluster, kind, "n");
+                false
+            }
+            Err(error) => error.contains(words),
+        });
+        create(cluster, &theirs).unwrap();
+    }
 }
 
 fn tags(cluster: &Cluster, plane: &Plane, bad: &Value) {
@@ -262,7 +312,7 @@ async fn the_root_is_exchanged_under_the_admission_by_the_charts_rights_and_none
     let found = std::cell::RefCell::default();
     let all_are_used = std::panic::AssertUnwindSafe(|| {
         cluster.until("the use of all rights", || {
-            *found.borrow_mut() = compare(&cluster, &rights);
+            *found.borrow_mut() = compare(&cluster, &rights, &IN_OTHERS);
             found.borrow().0.is_empty()
         });
     });
@@ -344,72 +394,4 @@ fn exchange_the_root(cluster: &Cluster) {
     cluster.until("the new root signs", || stage().contains("the new root signs"));
     annotate("culvert.dev/accept-rotation=drop");
     cluster.until("only the new root in all webhooks", || roots() == 1);
-}
-
-/// What of the rights nobody used so far, and what was asked for without the right.
-fn compare(cluster: &Cluster, rights: &str) -> (BTreeSet<String>, BTreeSet<String>) {
-    let log = std::fs::read_to_string(cluster.at("audit.log")).unwrap_or_default();
-    let mut forbidden = BTreeSet::new();
-    let mut used = BTreeSet::new();
-    for line in log.lines() {
-        let Ok(event) = serde_json::from_str::<Value>(line) else { continue };
-        let decision = event["annotations"]["authorization.k8s.io/decision"].as_str();
-        let is_ours = event["user"]["username"] == "system:serviceaccount:culvert-system:culvertd";
-        let (Some(decision), true) = (decision, is_ours && event["objectRef"].is_object()) else { continue };
-        let text = |field: &str| event["objectRef"][field].as_str().unwrap_or_default().to_owned();
-        let sub = event["objectRef"]["subresource"].as_str().map(|sub| format!("/{sub}")).unwrap_or_default();
-        let what = format!("{}/{}{sub}", text("apiGroup"), text("resource"));
-        let verb = event["verb"].as_str().unwrap();
-        if decision == "allow" {
-            used.insert((format!("{what} {verb}"), text("namespace"), text("name")));
-        } else {
-            forbidden.insert(format!("{what} {verb} {} {}", text("namespace"), text("name")));
-        }
-    }
-    let objects = cluster.kubectl(&["create", "--dry-run=client", "-o", "json", "-f", "-"], rights).unwrap();
-    let mut unused = BTreeSet::new();
-    for object in serde_json::Deserializer::from_str(&objects).into_iter::<Value>() {
-        let object = object.unwrap();
-        let items = object["items"].as_array().cloned().unwrap_or_else(|| vec![object]);
-        for role in items {
-            let namespace = role["metadata"]["namespace"].as_str().unwrap_or_default();
-            for rule in role["rules"].as_array().into_iter().flatten() {
-                unused.extend(not_used(rule, namespace, &used));
-            }
-        }
-    }
-    (unused, forbidden)
-}
-
-/// Nobody asks for these by themselves: a patch that makes its object takes `create` as well, and a bundle of a signer
-/// `attest`. That both objects are there shows that they are granted.
-const IN_OTHERS: [&str; 3] = [
-    "/configmaps create",
-    "certificates.k8s.io/clustertrustbundles create",
-    "certificates.k8s.io/signers attest",
-];
-
-fn not_used(rule: &Value, namespace: &str, used: &BTreeSet<(String, String, String)>) -> Vec<String> {
-    let list = |field: &str| {
-        let items = rule[field].as_array().into_iter().flatten();
-        items.map(|item| item.as_str().unwrap().to_owned()).collect::<Vec<_>>()
-    };
-    let names = list("resourceNames");
-    let mut found = Vec::new();
-    for group in list("apiGroups") {
-        for resource in list("resources") {
-            for verb in list("verbs") {
-                let what = format!("{group}/{resource} {verb}");
-                let fits = |(asked, within, name): &(String, String, String)| {
-                    *asked == what
-                        && (namespace.is_empty() || within == namespace)
-                        && (names.is_empty() || names.contains(name))
-                };
-                if !IN_OTHERS.contains(&what.as_str()) && !used.iter().any(fits) {
-                    found.push(what);
-                }
-            }
-        }
-    }
-    found
 }

@@ -7,6 +7,8 @@
     reason = "says that it was skipped; waits for other processes"
 )]
 
+pub mod rights;
+
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -346,4 +348,21 @@ pub fn apply_crds(cluster: &Cluster) {
         let file = crds.join(format!("{crd}.istio.io.yaml"));
         cluster.kubectl(&["apply", "--server-side", "-f", file.to_str().unwrap()], "").unwrap();
     }
+}
+
+/// The definitions of the Gateway API, of the Go module that the scenarios or the tests with Istio's programs fetched;
+/// whether they are there.
+pub fn apply_gateway_api(cluster: &Cluster) -> bool {
+    const GATEWAYS: &str = "gateway.networking.k8s.io_gateways.yaml";
+    let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target");
+    let places = [target.join("kube/crds"), target.join("interop/istio/crds")];
+    let Some(place) = places.into_iter().find(|place| place.join(GATEWAYS).exists()) else {
+        let missing =
+            "the definitions of the Gateway API are not there (cargo run -p kube-tests -- cluster build)";
+        assert!(std::env::var_os("CULVERT_REQUIRE_KUBE").is_none(), "{missing}");
+        eprintln!("skipped: {missing}");
+        return false;
+    };
+    cluster.kubectl(&["apply", "--server-side", "-f", place.to_str().unwrap()], "").unwrap();
+    true
 }
