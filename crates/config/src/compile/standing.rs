@@ -94,15 +94,8 @@ impl Compiler {
             let accepted = Judgement::no("NoMatchingParent", message);
             return Some(RouteStanding { accepted, resolved, bound: None });
         }
-        let mut others = definition.service.ports.iter().filter(is_meant);
-        let hung = Parent::of(parent);
-        let first = others.next().and_then(|port| self.routes.overruling(route, &hung, port));
-        if let Some(first) = first
-            && others.all(|port| self.routes.overruling(route, &hung, port).is_some())
-        {
-            let (first, own) = (first.name(), route.kind.name());
-            let message = format!("a {first} hangs on the same ports, and goes before every {own}");
-            let accepted = Judgement::no("Conflicted", message);
+        let meant = definition.service.ports.iter().filter(is_meant);
+        if let Some(accepted) = self.conflicting(route, &Parent::of(parent), meant) {
             return Some(RouteStanding { accepted, resolved, bound: None });
         }
         let bound = self.binding_of(&owner, definition).unwrap_or_else(|| {
@@ -121,6 +114,20 @@ impl Compiler {
         };
         let accepted = Judgement::yes("Accepted", "the route is attached");
         Some(RouteStanding { accepted, resolved, bound: Some(bound) })
+    }
+
+    /// What to say of a route in whose place those of another type are in force at all of these ports.
+    fn conflicting<'p>(
+        &self,
+        route: &ObjectKey,
+        parent: &Parent,
+        mut ports: impl Iterator<Item = &'p model::ServicePort>,
+    ) -> Option<Judgement> {
+        let first = self.routes.overruling(route, parent, ports.next()?)?;
+        ports.all(|port| self.routes.overruling(route, parent, port).is_some()).then(|| {
+            let (first, own) = (first.name(), route.kind.name());
+            Judgement::no("Conflicted", format!("the {first}s on the same ports go before every {own}"))
+        })
     }
 
     /// How a Service or ServiceEntry stands with its waypoint; `None` if it is bound to none.
