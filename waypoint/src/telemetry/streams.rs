@@ -52,7 +52,7 @@ impl<T> Counted<T> {
         self.failed
     }
 
-    fn from_client(&mut self, bytes: u64) {
+    fn count_received(&mut self, bytes: u64) {
         self.received += bytes;
         self.series.iter().for_each(|series| series.from_client(bytes));
     }
@@ -66,7 +66,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for Counted<T> {
     ) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         let read = Pin::new(&mut self.io).poll_read(cx, buf);
-        self.from_client((buf.filled().len() - before) as u64);
+        self.count_received((buf.filled().len() - before) as u64);
         self.failed |= matches!(read, Poll::Ready(Err(_)));
         read
     }
@@ -126,7 +126,7 @@ impl Telemetry {
             series
         });
         let mut counted = Counted { io, series: series.collect(), received: 0, sent: 0, failed: false };
-        counted.from_client(read as u64);
+        counted.count_received(read as u64);
         counted
     }
 
