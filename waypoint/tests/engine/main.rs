@@ -1,5 +1,11 @@
 //! The engine between real sockets: raw clients and servers that say exactly what a test wants, and programs of others.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stderr
+)]
 
 mod bad_input;
 mod carriers;
