@@ -10,7 +10,7 @@
 
 use std::net::{Ipv6Addr, SocketAddr};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use capture::{Backend, Ports, Rules, Tools};
 use harness::netns::Lab;
@@ -18,6 +18,7 @@ use net::{AcceptLoop, AcceptStats, ByteCounts, ConnectOptions, ListenOptions, Ne
 use nix::sys::resource::{UsageWho, getrusage};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::time::Instant;
 
 const BACKENDS: [Backend; 2] = [Backend::Nftables, Backend::Ebpf];
 
