@@ -56,16 +56,14 @@ fn captured(registry: &Registry, node: &Arc<Node>) {
     let node = node.clone();
     let description = Description { name: "culvert_capture_events_total", help, kind: Kind::Counter };
     registry.collect(description, move |out| {
-        for (namespace, name, counters) in node.capture_counters() {
-            for (counter, number) in counters {
-                let labels = |labels: &mut process::metrics::LabelWriter<'_>| {
-                    labels.pair("namespace", &namespace);
-                    labels.pair("pod", &name);
-                    labels.pair("what", counter.as_str());
-                };
-                out.integer(&labels, number);
-            }
-        }
+        node.capture_counters(|namespace, name, counter, number| {
+            let labels = |labels: &mut process::metrics::LabelWriter<'_>| {
+                labels.pair("namespace", namespace);
+                labels.pair("pod", name);
+                labels.pair("what", counter.as_str());
+            };
+            out.integer(&labels, number);
+        });
     });
 }
 

@@ -306,19 +306,19 @@ impl Node {
         self.leaving().iter().map(describe).collect()
     }
 
-    /// What the programs of eBPF count for each pod, with its namespace and name; empty with other back-ends.
-    pub fn capture_counters(&self) -> Vec<(Str, Str, Vec<(capture::Counter, u64)>)> {
+    /// Tells what the programs of eBPF count: a pod's namespace and name, counter, and number. Nothing with other back-ends.
+    pub fn capture_counters(&self, mut each: impl FnMut(&str, &str, capture::Counter, u64)) {
         let pods: Vec<_> = {
             let pods = self.pods();
             let all = pods.values().map(|slot| &slot.enrolment);
             all.map(|e| (e.namespace.clone(), e.name.clone(), e.netns.clone())).collect()
         };
-        let mut counted = Vec::new();
         for (namespace, name, place) in pods {
             let counters = place.open().ok().and_then(|netns| capture::counters(&netns).ok());
-            counted.push((namespace, name, counters.unwrap_or_default()));
+            for (counter, number) in counters.unwrap_or_default() {
+                each(&namespace, &name, counter, number);
+            }
         }
-        counted
     }
 
     /// The capture state of each pod as JSON.
