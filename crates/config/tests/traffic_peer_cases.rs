@@ -60,8 +60,7 @@ const DIFFERENCES: &[(&str, &str, &str, &str)] = &[
     ("TestInboundSidecarTLSModes/sidecar TCP over TLS simple", "tcp over mTLS", "let in", SIDECAR),
     ("TestInboundSidecarTLSModes/sidecar http over mTLS", "http over tls", "let in", SIDECAR),
 ];
-const ONE_PORT: &str =
-    "that two ports of a gateway's Services lead to one listener is a gateway's; in the mesh each port is its own";
+const ONE_PORT: &str = "that two ports of a gateway's Services lead to one listener is a gateway's; in the mesh each port is its own";
 const NO_ROUTES: &str = "a host that no service has is none: there is no listener that could answer 404";
 const REDIRECT: &str = "httpsRedirect is a gateway's; within the mesh a redirect is a route";
 const ONE_FOR_A_HOST: &str =
