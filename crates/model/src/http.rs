@@ -28,8 +28,8 @@ pub use matcher::{
     HeaderMatch, InvalidPattern, PathMatch, Pattern, QueryMatch, Regex, RouteMatch, SourceFacts, SourceMatch,
 };
 pub use path::{InvalidPath, Normalization, normalize};
-pub(crate) use policy::{Readings, matches_host};
 pub use policy::{Attribute, AttributeMatch, HttpMatch, InvalidTemplate, PathPattern, Template};
+pub(crate) use policy::{Readings, matches_host};
 pub use rate_limit::{Bucket, Count, GlobalLimit, Limit, LimitHeaders, LimitKey, LimitMatch, RateLimit};
 pub use request::{Claims, Headers, Request};
 pub use route::{

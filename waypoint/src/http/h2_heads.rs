@@ -32,7 +32,9 @@ pub(crate) fn request(
     // What begins with no slash is in no rule for paths, and no target of HTTP/1.1.
     let is_server_wide = target == "*" && parts.method == Method::OPTIONS;
     if parts.method != Method::CONNECT && !target.starts_with('/') && !is_server_wide {
-        return Err(Refusal::Malformed("a path that begins with no slash, and is not the asterisk of OPTIONS"));
+        return Err(Refusal::Malformed(
+            "a path that begins with no slash, and is not the asterisk of OPTIONS",
+        ));
     }
     head.set_target(target);
     let authority = match (parts.uri.authority(), parts.headers.get(HOST)) {

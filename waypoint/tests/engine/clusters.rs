@@ -713,7 +713,8 @@ async fn another_try_goes_to_another_locality_where_that_is_said() {
     };
     let policy = TrafficPolicy { outliers: Some(outliers), ..round_robin() };
     let place = |region: &str| Arc::new(Locality { region: region.into(), ..Locality::default() });
-    let of = |uid: &str, address, region: &str| Workload { locality: place(region), ..workload(uid, address) };
+    let of =
+        |uid: &str, address, region: &str| Workload { locality: place(region), ..workload(uid, address) };
     let world = World::of([
         set(of("a", one, "near")),
         set(of("b", two, "near")),

@@ -199,6 +199,7 @@ mod tests {
             identity: Some(std::sync::Arc::new("spiffe://cluster.local/ns/a/sa/b".parse().unwrap())),
             server_name: None,
             secure: false,
+            said: None,
         }
     }
 
