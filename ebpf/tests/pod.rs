@@ -4,7 +4,8 @@
     clippy::expect_used,
     clippy::panic,
     clippy::indexing_slicing,
-    reason = "a test"
+    clippy::disallowed_types,
+    reason = "a test, which waits for the kernel alone"
 )]
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -143,6 +143,7 @@ pub(crate) fn connection(bytes: &[u8]) {
             identity: None,
             server_name: None,
             secure: false,
+            said: None,
         };
         let worker =
             Worker::new(Arc::new(Answers), Settings::default(), tokio_util::sync::CancellationToken::new());

@@ -8,7 +8,7 @@ use super::{Compiler, Finding};
 use crate::diagnostic::Code;
 use crate::labels::Selector;
 use crate::resource::{Kind, ObjectKey};
-use crate::routes::{BackendDraft, Parent};
+use crate::routes::{BackendDraft, Parent, RouteDraft};
 
 fn finding(code: Code, message: String, remedy: &str) -> Finding {
     Finding { code, message, remedy: remedy.to_owned() }
@@ -81,7 +81,7 @@ impl Compiler {
                 all.filter(|s| self.virtual_services.of(s).is_some_and(|(first, _)| first == *key)).collect()
             }
             _ => {
-                let parents = self.routes.get(key).map(|route| route.parents()).unwrap_or_default();
+                let parents = self.routes.get(key).map(RouteDraft::parents).unwrap_or_default();
                 let owners = parents.iter().filter_map(|parent| Parent::of(parent).object());
                 owners.filter_map(|owner| self.made_services.get(&owner)).flatten().cloned().collect()
             }

@@ -61,7 +61,7 @@ fn at_least(mut cursor: Cursor<'_, '_>, least: Duration) -> Option<Duration> {
     let read = parse_go_duration(text);
     match read {
         None => {
-            cursor.invalid(format_args!("{text:?} is no duration"), "write one such as 10s, 0.5s or 1m30s")
+            cursor.invalid(format_args!("{text:?} is no duration"), "write one such as 10s, 0.5s or 1m30s");
         }
         Some(read) if read < least => {
             cursor.invalid(format_args!("{text:?} is less than {least:?}"), "leave it out for the default");
