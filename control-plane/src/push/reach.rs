@@ -110,7 +110,10 @@ impl Reach {
             self.wanting.remove(key);
         }
         if changed {
-            self.due.extend(self.by_service.get(key).into_iter().flatten().cloned());
+            let members = self.by_service.get(key).into_iter().flatten();
+            let members: Vec<Arc<Workload>> =
+                members.filter_map(|uid| Some(self.workloads.get(uid)?.workload.clone())).collect();
+            members.iter().for_each(|member| self.note(member));
             self.all |= self.ranged.contains_key(key);
         }
     }

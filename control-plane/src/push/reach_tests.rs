@@ -122,6 +122,18 @@ fn a_waypoint_is_sent_the_endpoints_of_what_it_sends_to() {
 }
 
 #[test]
+fn who_shares_an_address_with_an_endpoint_comes_and_goes_with_it() {
+    let mut reach = Reach::default();
+    set(&mut reach, workload("a", "10.0.0.1", &["cart"]));
+    set(&mut reach, workload("shares", "10.0.0.1", &[]));
+    assert_eq!(settled(&mut reach), [""; 0]);
+    reach.want(&"shop/w".into(), &key("cart"), true);
+    assert_eq!(settled(&mut reach), ["+shop/w/a", "+shop/w/shares"]);
+    reach.want(&"shop/w".into(), &key("cart"), false);
+    assert_eq!(settled(&mut reach), ["-shop/w/a", "-shop/w/shares"]);
+}
+
+#[test]
 fn what_a_decision_may_ask_for_is_sent() {
     let mut reach = Reach::default();
     let target = GatewayTarget::Service(key("w"));

@@ -12,7 +12,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use bytes::Bytes;
-use model::http::{BackendRef, Count, HttpService, Limit, RateLimit, RouteAction, ServiceTraffic};
+use model::http::{
+    BackendRef, Count, HttpService, KeySource, Limit, RateLimit, RequestAuthentication, RouteAction,
+    ServiceTraffic,
+};
+use model::telemetry::{LogSink, Telemetry};
 use model::{Change, PolicyKey, ServiceKey, Str};
 use prost::Message;
 use proto::{
@@ -151,7 +155,7 @@ impl Waypoints {
             Change::RemoveTraffic(key) => self.remove(&(TRAFFIC_TYPE_URL, service(key))),
             Change::SetAuthentication(a) => {
                 let body = proto::encode_authentication(a).encode_to_vec();
-                self.set((AUTHENTICATION_TYPE_URL, policy(&a.key)), body, Asks::default());
+                self.set((AUTHENTICATION_TYPE_URL, policy(&a.key)), body, asks_of_issuers(a));
             }
             Change::RemoveAuthentication(key) => self.remove(&(AUTHENTICATION_TYPE_URL, policy(key))),
             Change::SetRateLimit(limit) => {
@@ -211,9 +215,8 @@ impl Waypoints {
         let waypoint: Arc<str> = proto::waypoint_scope(&service.waypoint).into();
         let body = proto::encode_http_service(service).encode_to_vec();
         let own: Part = (HTTP_SERVICE_TYPE_URL, service.service.to_string().into());
-        let collector = service.telemetry.tracing.as_ref().map(|t| t.collector.host.clone());
         let clients = labels_of_routes(service);
-        let asks = Asks { labels: clients.clone(), hosts: collector.into_iter().collect() };
+        let asks = Asks { labels: clients.clone(), hosts: collectors(&service.telemetry) };
         self.set(own.clone(), body, asks);
         let mut needs = needs(service);
         needs.insert(own);
@@ -415,6 +418,28 @@ fn destination((kind, name): &Part) -> Option<ServiceKey> {
 
 fn asks_of(host: &Str) -> Asks {
     Asks { hosts: BTreeSet::from([host.clone()]), ..Asks::default() }
+}
+
+/// The hosts that an authentication's keys are fetched from, as far as it says so itself.
+fn asks_of_issuers(authentication: &RequestAuthentication) -> Asks {
+    let host = |keys: &KeySource| match keys {
+        KeySource::Inline(_) => None,
+        KeySource::Url(url) | KeySource::Discovered(url) => {
+            let uri: http::Uri = url.parse().ok()?;
+            Some(uri.host()?.to_ascii_lowercase().into())
+        }
+    };
+    let hosts = authentication.rules.iter().filter_map(|rule| host(&rule.keys)).collect();
+    Asks { hosts, ..Asks::default() }
+}
+
+/// The hosts that are sent spans and log entries.
+fn collectors(telemetry: &Telemetry) -> BTreeSet<Str> {
+    let logs = telemetry.logs.iter().flatten().filter_map(|log| match &log.sink {
+        LogSink::Service(service) => Some(&service.collector),
+        LogSink::File { .. } => None,
+    });
+    telemetry.tracing.iter().map(|tracing| &tracing.collector).chain(logs).map(|to| to.host.clone()).collect()
 }
 
 fn asks_of_limits(limit: &RateLimit) -> Asks {

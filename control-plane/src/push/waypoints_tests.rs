@@ -1,9 +1,11 @@
 use std::sync::Arc;
+use std::time::Duration;
 
 use model::http::{
-    Backend, Forward, HttpPort, Protocol, Route, RouteMatch, RouteTable, StreamTable, Subset, TrafficPolicy,
-    WaypointKey,
+    Backend, Forward, HttpPort, Protocol, Route, RouteMatch, RouteTable, StreamTable, Subset, TokenRule,
+    TrafficPolicy, WaypointKey,
 };
+use model::telemetry::{AccessLog, Collector, LogService};
 use model::{Action, Policy, Scope};
 
 use super::*;
@@ -223,4 +225,51 @@ fn what_is_said_of_a_providers_host_goes_to_every_waypoint() {
             "-ServiceTraffic shop/x/shop/authz",
         ]
     );
+}
+
+/// What is at these hosts is asked by the waypoint itself, so it has to know where they are.
+#[test]
+fn hosts_of_keys_spans_and_logs_are_known_to_waypoints() {
+    let rule = |keys| {
+        Arc::new(TokenRule {
+            issuer: None,
+            audiences: Box::default(),
+            keys,
+            places: Box::default(),
+            forward: false,
+            payload_header: None,
+            claim_headers: Box::default(),
+            space_delimited: Box::default(),
+            timeout: Duration::from_secs(5),
+        })
+    };
+    let keys = [
+        KeySource::Url("http://Keys.shop.svc.cluster.local:8080/jwks".into()),
+        KeySource::Discovered("https://issuer.example".into()),
+        KeySource::Inline("{}".into()),
+    ];
+    let authentication = Change::SetAuthentication(Arc::new(RequestAuthentication {
+        key: policy_key("tokens"),
+        rules: keys.map(rule).into(),
+    }));
+    let collector =
+        |host: &str| Collector { provider: "p".into(), namespace: None, host: host.into(), port: 4317 };
+    let log = LogService {
+        collector: collector("logs"),
+        connections: false,
+        name: "log".into(),
+        request_headers: Box::default(),
+        response_headers: Box::default(),
+    };
+    let telemetry = Telemetry {
+        logs: Some([AccessLog { sink: LogSink::Service(Box::new(log)), filter: None }].into()),
+        ..Telemetry::default()
+    };
+    let Change::SetHttpService(cart) = service("cart", "w", &[], "cart") else { panic!("a service") };
+    let cart = HttpService { telemetry: Arc::new(telemetry), ..(*cart).clone() };
+
+    let mut staged = Staged::new(MOST_BYTES);
+    staged.take(&[authentication, Change::SetHttpService(Arc::new(cart))]);
+    let hosts: Vec<Str> = staged.waypoints.wishes().providers.into_iter().collect();
+    assert_eq!(hosts, ["issuer.example".into(), "keys.shop.svc.cluster.local".into(), Str::from("logs")]);
 }
