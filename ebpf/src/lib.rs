@@ -94,6 +94,29 @@ impl Error {
     }
 }
 
+/// How often a program is loaded: a signal to the thread breaks the kernel's check of it off (`EAGAIN` of `bpf_check`,
+/// kernel/bpf/verifier.c), and a process that waits for children gets signals.
+const LOAD_ATTEMPTS: usize = 5;
+
+/// Loads the program of this name with `load`, again where a signal came between.
+fn load(
+    program: &'static str,
+    mut load: impl FnMut() -> Result<(), aya::programs::ProgramError>,
+) -> Result<(), Error> {
+    let is_broken_off = |error: &aya::programs::ProgramError| {
+        use aya::programs::ProgramError::LoadError;
+        matches!(error, LoadError { io_error, .. } if io_error.kind() == std::io::ErrorKind::WouldBlock)
+    };
+    let mut outcome = load();
+    for _ in 1..LOAD_ATTEMPTS {
+        if !outcome.as_ref().is_err_and(is_broken_off) {
+            break;
+        }
+        outcome = load();
+    }
+    outcome.map_err(Error::program(program))
+}
+
 /// The programs, as clang made them.
 mod objects {
     use aya::include_bytes_aligned;

@@ -52,7 +52,8 @@ fn load() -> Result<Ebpf, Error> {
         .btf(Some(&btf))
         .load(objects::MARKS)
         .map_err(|error| Error::Load(Box::new(error)))?;
-    program(&mut loaded)?.load("tcp", &btf).map_err(Error::program(PROGRAM))?;
+    let marks = program(&mut loaded)?;
+    crate::load(PROGRAM, || marks.load("tcp", &btf))?;
     Ok(loaded)
 }
 

@@ -391,13 +391,13 @@ fn program<'a>(loaded: &'a mut Ebpf, link: &str) -> Result<BorrowedFd<'a>, Error
     let fd = if name == "sockets" {
         let program: &mut SkLookup = found.try_into().map_err(Error::program(name))?;
         if program.fd().is_err() {
-            program.load().map_err(Error::program(name))?;
+            crate::load(name, || program.load())?;
         }
         program.fd()
     } else {
         let program: &mut SchedClassifier = found.try_into().map_err(Error::program(name))?;
         if program.fd().is_err() {
-            program.load().map_err(Error::program(name))?;
+            crate::load(name, || program.load())?;
         }
         program.fd()
     };
