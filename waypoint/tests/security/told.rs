@@ -204,9 +204,8 @@ fn hidden(name: &str, place: u8, to: SocketAddr) -> String {
         .replace("use-waypoint: waypoint", "use-waypoint: none")
 }
 
-#[tokio::test]
-async fn each_response_flag_is_provoked() {
-    let routes = "
+/// Routes that end in all the ways that a request can.
+const ENDINGS: &str = "
 ---
 apiVersion: networking.istio.io/v1
 kind: VirtualService
@@ -254,12 +253,16 @@ kind: ServiceEntry
 metadata: {name: empty, namespace: shop}
 spec: {hosts: [empty.example], addresses: [240.240.0.20], location: MESH_EXTERNAL, resolution: STATIC, ports: [{number: 80, name: http, protocol: HTTP}]}
 ";
-    let limit = "
+
+const LIMITED: &str = "
   global: {service: away.example, port: 80, domain: shop, onFailure: Deny}
   limits:
   - {name: here, match: {paths: [/limited]}, by: [{type: Path}], local: {requests: 1, per: 1h}}
   - {name: away, match: {paths: [/limited/away]}, by: [{type: Path}], global: {}}
 ";
+
+#[tokio::test]
+async fn each_response_flag_is_provoked() {
     let authorizer = mesh_config(
         "\n  - name: away\n    envoyExtAuthzGrpc: {service: away.example, port: 80, timeout: 2s}\n",
     );
@@ -271,8 +274,8 @@ spec: {hosts: [empty.example], addresses: [240.240.0.20], location: MESH_EXTERNA
         hidden("close", 24, server(b"", false).await),
         hidden("garbage", 25, server(b"\x00\x01\x02\r\n\r\n", false).await),
         hidden("away", 26, free()),
-        routes.to_owned(),
-        limits(limit),
+        ENDINGS.to_owned(),
+        limits(LIMITED),
         authorizer,
         custom("away"),
     ]
@@ -313,6 +316,14 @@ spec: {hosts: [empty.example], addresses: [240.240.0.20], location: MESH_EXTERNA
         ];
         assert!(lab.metrics().lines().any(|l| counted.iter().all(|part| l.contains(part))), "{counted:?}");
     }
+    what_is_full_and_who_leaves(&lab).await;
+    // What is no request has a flag, and no ID.
+    let bad = "POST /ok HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n";
+    assert_eq!(lab.send(bad).await, 400);
+    lab.until(&["istio_requests_total{", "response_code=\"400\",response_flags=\"DPE\""], "1").await;
+}
+
+async fn what_is_full_and_who_leaves(lab: &Lab) {
     // A limit of requests: one is under way.
     let first = TcpStream::connect(lab.address).await.unwrap();
     let (mut reading, mut writing) = first.into_split();
@@ -340,10 +351,6 @@ spec: {hosts: [empty.example], addresses: [240.240.0.20], location: MESH_EXTERNA
     drop(client);
     let line = lab.line("left").await;
     assert_eq!((&line["flags"], &line["status"]), (&"DC".into(), &0.into()), "{line}");
-    // What is no request has a flag, and no ID.
-    let bad = "POST /ok HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n";
-    assert_eq!(lab.send(bad).await, 400);
-    lab.until(&["istio_requests_total{", "response_code=\"400\",response_flags=\"DPE\""], "1").await;
 }
 
 #[tokio::test]
@@ -486,7 +493,27 @@ async fn entries_reach_a_service_of_others_and_a_new_stream_of_it() {
     };
     assert_eq!(messages[0]["identifier"]["logName"], "shop");
     assert_eq!(messages[0]["identifier"]["node"]["id"], "waypoint.shop");
-    let all = entries(&messages);
+    is_told(&entries(&messages), shop);
+    // The service ends the stream: what comes then goes by another.
+    got(checks.http, "POST").await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(lab.get("/second", "two").await, 200);
+    let begin = tokio::time::Instant::now();
+    loop {
+        let (streams, messages) = got(checks.http, "GET").await;
+        let all = entries(&messages);
+        if all.len() == 2 {
+            assert_eq!((streams, &all[1]["request"]["path"]), (2, &"/second".into()));
+            break;
+        }
+        assert!(begin.elapsed() < LONG, "{messages:#?}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(lab.sample(&["culvert_access_log_entries_waiting "]).as_deref(), Some("0"));
+}
+
+/// The entry of the first request is all that there is, and says what it was.
+fn is_told(all: &[Value], shop: SocketAddr) {
     assert_eq!(all.len(), 1, "the filter leaves the other out: {all:#?}");
     let (entry, common) = (&all[0], &all[0]["commonProperties"]);
     assert_eq!(entry["protocolVersion"], "HTTP11", "{entry:#}");
@@ -511,22 +538,6 @@ async fn entries_reach_a_service_of_others_and_a_new_stream_of_it() {
             && common["startTime"].is_string()
             && common["duration"].is_string()
     );
-    // The service ends the stream: what comes then goes by another.
-    got(checks.http, "POST").await;
-    tokio::time::sleep(Duration::from_millis(50)).await;
-    assert_eq!(lab.get("/second", "two").await, 200);
-    let begin = tokio::time::Instant::now();
-    loop {
-        let (streams, messages) = got(checks.http, "GET").await;
-        let all = entries(&messages);
-        if all.len() == 2 {
-            assert_eq!((streams, &all[1]["request"]["path"]), (2, &"/second".into()));
-            break;
-        }
-        assert!(begin.elapsed() < LONG, "{messages:#?}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    assert_eq!(lab.sample(&["culvert_access_log_entries_waiting "]).as_deref(), Some("0"));
 }
 
 #[tokio::test]
