@@ -159,7 +159,8 @@ INLINE const struct PortSets *sets_of(const struct Settings *s)
 
 INLINE int in_range(const struct Settings *s, __u8 list, const __u8 *address)
 {
-	struct range_key key = { .bits = 8 + 128, .range = { .list = list | (__u8)(s->half << 1) } };
+	__u8 v6 = is_v4(address) ? 0 : RANGE_V6;
+	struct range_key key = { .bits = 8 + 128, .range = { .list = list | (__u8)(s->half << 1) | v6 } };
 	__builtin_memcpy(key.range.network, address, 16);
 	return bpf_map_lookup_elem(&ranges, &key) != 0;
 }
@@ -454,7 +455,10 @@ int leaving(struct __sk_buff *skb)
 	if (!s)
 		return TC_ACT_SHOT;
 	int direct = (skb->mark & MARK_DIRECT_MASK) == MARK_DIRECT;
-	if (direct && !(s->flags & WITH_REFUSED))
+	/* Nothing of ours opens a connection with the mark of what came from outside or was alive at enrolment: a socket that
+	 * has it was taken apart, connect(AF_UNSPEC), and used again. */
+	int used_again = (skb->mark & MARK_MASK) == MARK_DIRECT && s->flags & CAPTURING;
+	if (direct && !used_again && !(s->flags & WITH_REFUSED))
 		return TC_ACT_UNSPEC;
 	struct packet p;
 	switch (read_packet(skb, &p)) {
@@ -472,7 +476,7 @@ int leaving(struct __sk_buff *skb)
 		count(COUNT_REFUSED);
 		return into_reset(skb, &p) ? TC_ACT_SHOT : bpf_redirect(skb->ifindex, BPF_F_INGRESS);
 	}
-	if (direct)
+	if (direct && !(used_again && p.protocol == IPPROTO_TCP && opens(&p)))
 		return TC_ACT_UNSPEC;
 	if (p.protocol == IPPROTO_TCP && (skb->mark & MARK_MASK) == MARK_REPLY) {
 		count(COUNT_ASTRAY);

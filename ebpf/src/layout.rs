@@ -48,10 +48,13 @@ pub const INTERFACE_EXCLUDED: u32 = 0x1;
 /// Of an interface: what comes in is the pod's outgoing traffic.
 pub const INTERFACE_VIRTUAL: u32 = 0x2;
 
-/// Destinations that are left alone: the last bit of the key's first byte. The half is the bit before.
+/// Destinations that are left alone: the last bit of the key's first byte. The half is the bit before, and the family the one
+/// before that: `::/0` is no network of IPv4's mapped addresses.
 pub const RANGE_EXCLUDED: u32 = 0;
 /// Destinations that are captured.
 pub const RANGE_INCLUDED: u32 = 1;
+/// The destinations are those of IPv6.
+pub const RANGE_V6: u32 = 4;
 
 /// Incoming connections given to ztunnel.
 pub const COUNT_INBOUND: u32 = 0;
@@ -125,11 +128,11 @@ pub struct PortSets {
 }
 const _: () = assert!(size_of::<PortSets>() == 32768);
 
-/// A key of the trie of destinations; its prefix counts the byte of the list.
+/// A key of the trie of destinations; its prefix counts the first byte.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Range {
-    /// Which list.
+    /// Which list, half and family.
     pub list: u8,
     /// The network.
     pub network: [u8; 16],

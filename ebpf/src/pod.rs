@@ -16,8 +16,8 @@ use ipnet::IpNet;
 use net::Netns;
 
 use crate::layout::{
-    Address, COUNTERS, Connection, Interface, PORT_WORDS, PortSets, RANGE_EXCLUDED, RANGE_INCLUDED, Range,
-    Settings,
+    Address, COUNTERS, Connection, Interface, PORT_WORDS, PortSets, RANGE_EXCLUDED, RANGE_INCLUDED, RANGE_V6,
+    Range, Settings,
 };
 use crate::pins::is_over;
 use crate::sys::{self, AttachType};
@@ -305,14 +305,13 @@ impl Pod {
             },
         )?;
         let mut ranges: LpmTrie<MapData, Range, u32> = self.map("ranges")?;
-        let old: Vec<_> =
-            ranges.keys().flatten().filter(|key| u32::from(key.data().list >> 1) == half).collect();
+        let old: Vec<_> = ranges.keys().flatten().filter(|key| key.data().is_of(half)).collect();
         for key in old {
             ranges.remove(&key).map_err(Error::map("write", "ranges"))?;
         }
         for (list, networks) in [(RANGE_EXCLUDED, &contents.excluded), (RANGE_INCLUDED, &contents.included)] {
             for network in networks {
-                let key = range_key(list, half, *network);
+                let key = Range::key(list, half, *network);
                 ranges.insert(&key, 1, 0).map_err(Error::map("write", "ranges"))?;
             }
         }
@@ -330,7 +329,7 @@ impl Pod {
         let interfaces = interfaces.iter().flatten().filter(|(key, _)| key.half == half);
         let ranges: LpmTrie<MapData, Range, u32> = self.map("ranges")?;
         let (mut excluded, mut included) = (Vec::new(), Vec::new());
-        for key in ranges.keys().flatten().filter(|key| u32::from(key.data().list >> 1) == half) {
+        for key in ranges.keys().flatten().filter(|key| key.data().is_of(half)) {
             let list =
                 if u32::from(key.data().list & 1) == RANGE_EXCLUDED { &mut excluded } else { &mut included };
             list.extend(network_of(&key));
@@ -409,15 +408,30 @@ fn entries(directory: &Path) -> Result<Vec<PathBuf>, Error> {
     Ok(entries.flatten().map(|entry| entry.path()).collect())
 }
 
-fn range_key(list: u32, half: u32, network: IpNet) -> Key<Range> {
-    let bits = u32::from(network.prefix_len()) + if network.addr().is_ipv4() { 96 } else { 0 };
-    let list = u8::try_from(list | half << 1).unwrap_or(0);
-    Key::new(8 + bits, Range { list, network: Address::new(network.network()).octets })
+impl Range {
+    /// The key of a network in one of the lists, of one of the halves.
+    #[must_use]
+    pub fn key(list: u32, half: u32, network: IpNet) -> Key<Self> {
+        let (more, family) = if network.addr().is_ipv4() { (96, 0) } else { (0, RANGE_V6) };
+        let list = u8::try_from(list | half << 1 | family).unwrap_or(0);
+        let network_octets = Address::new(network.network()).octets;
+        Key::new(8 + more + u32::from(network.prefix_len()), Self { list, network: network_octets })
+    }
+
+    fn is_of(self, half: u32) -> bool {
+        u32::from(self.list >> 1 & 1) == half
+    }
+
+    fn is_v6(self) -> bool {
+        u32::from(self.list) & RANGE_V6 != 0
+    }
 }
 
 fn network_of(key: &Key<Range>) -> Option<IpNet> {
-    let (bits, ip) = (u8::try_from(key.prefix_len().checked_sub(8)?).ok()?, ip(key.data().network));
-    IpNet::new(ip, if ip.is_ipv4() { bits.checked_sub(96)? } else { bits }).ok()
+    let (bits, range) = (u8::try_from(key.prefix_len().checked_sub(8)?).ok()?, key.data());
+    let (ip, bits) =
+        if range.is_v6() { (range.network.into(), bits) } else { (ip(range.network), bits.checked_sub(96)?) };
+    IpNet::new(ip, bits).ok()
 }
 
 fn ip(octets: [u8; 16]) -> IpAddr {

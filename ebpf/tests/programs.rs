@@ -12,10 +12,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
 
-use aya::maps::{HashMap, MapData, PerCpuArray};
+use aya::maps::{HashMap, LpmTrie, MapData, PerCpuArray};
 use aya::programs::{SchedClassifier, SkLookup, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
-use ebpf::layout::{self, Address, Connection, PortSets, Settings};
+use ebpf::layout::{self, Address, Connection, PortSets, Range, Settings};
 use harness::netns::root_or_skip;
 use net::Netns;
 
@@ -168,10 +168,11 @@ fn run_context(fd: i32, context: &mut [u8]) -> io::Result<u32> {
     let mut attributes = Attributes {
         program: fd.cast_unsigned(),
         context_size: u32::try_from(context.len()).unwrap(),
-        context: context.as_mut_ptr().addr() as u64,
+        context: context.as_mut_ptr().expose_provenance() as u64,
         ..Attributes::default()
     };
-    // SAFETY: the kernel reads and writes the union, whose size is said, and reads the context, which outlives the call.
+    // SAFETY: the kernel reads and writes the union, whose size is said, and reads the context,
+    // whose provenance is exposed above and which outlives the call.
     let result = unsafe { libc::syscall(libc::SYS_bpf, 10, &raw mut attributes, size_of::<Attributes>()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(attributes.returned) }
 }
@@ -271,8 +272,19 @@ fn what_leaves_without_a_mark_is_refused() {
     for extra in [Extra::default(), padded] {
         for (from, to) in PAIRS {
             let syn = tcp(from, to, SYN, extra);
-            for mark in [layout::MARK_ZTUNNEL, layout::MARK_DIRECT, 0x7000 | layout::MARK_DIRECT] {
+            let data = tcp(from, to, ACK, extra);
+            let answer = tcp(from, to, SYN | ACK, extra);
+            for mark in [layout::MARK_ZTUNNEL, 0x7000 | layout::MARK_ZTUNNEL] {
                 assert_eq!(bench.run("leaving", mark, &syn).0, PASS, "{mark:#x}");
+            }
+            // Connections from outside and those alive at enrolment go on; none begins with their mark.
+            for mark in [layout::MARK_DIRECT, 0x7000 | layout::MARK_DIRECT] {
+                for packet in [&data, &answer] {
+                    assert_eq!(bench.run("leaving", mark, packet).0, PASS, "{mark:#x}");
+                }
+                let before = bench.counted(layout::COUNT_ESCAPED_OUTBOUND);
+                assert_eq!(bench.run("leaving", mark, &syn).0, REDIRECT, "{mark:#x}");
+                assert_eq!(bench.counted(layout::COUNT_ESCAPED_OUTBOUND), before + 1);
             }
             let before = bench.counted(layout::COUNT_ESCAPED_OUTBOUND);
             let (verdict, _, reset) = bench.run("leaving", 0, &syn);
@@ -291,7 +303,6 @@ fn what_leaves_without_a_mark_is_refused() {
                 check_sums(&reset);
             }
             // Of a connection that nobody knows, or an application's reply to ztunnel.
-            let data = tcp(from, to, ACK, extra);
             assert_eq!(bench.run("leaving", 0, &data).0, DROP);
             assert_eq!(bench.run("leaving", layout::MARK_REPLY, &data).0, DROP);
         }
@@ -334,10 +345,47 @@ fn what_is_exempt_leaves() {
         ports.outbound_included[80 >> 5] |= 1 << (80 & 31);
     });
     assert_eq!(bench.run("leaving", 0, &syn).0, REDIRECT);
+    // What is exempt may leave with the mark of what came from outside too.
+    assert_eq!(bench.run("leaving", layout::MARK_DIRECT, &syn).0, REDIRECT);
+    bench.set(layout::CAPTURING, |ports| ports.outbound_excluded[80 >> 5] |= 1 << (80 & 31));
+    assert_eq!(bench.run("leaving", layout::MARK_DIRECT, &syn).0, PASS);
     // A pod that leaves: all but what belongs to ztunnel's connections.
     bench.set(0, |_| {});
+    assert_eq!(bench.run("leaving", layout::MARK_DIRECT, &syn).0, PASS);
     assert_eq!(bench.run("leaving", 0, &syn).0, PASS);
     assert_eq!(bench.run("leaving", layout::MARK_REPLY, &syn).0, DROP);
+}
+
+/// IPv4 is kept in its mapped form, which networks of IPv6 may cover.
+#[test]
+fn a_network_is_of_one_family() {
+    let Some(mut bench) = Bench::new("a network is of one family") else { return };
+    for (network, matches) in [
+        ("::/0", [false, true]),
+        ("::/64", [false, false]),
+        ("::ffff:0:0/96", [false, false]),
+        ("0.0.0.0/0", [true, false]),
+        ("198.51.100.0/24", [true, false]),
+        ("2001:db8::/32", [false, true]),
+    ] {
+        for (list, flags, matching, other) in [
+            (layout::RANGE_EXCLUDED, 0, PASS, REDIRECT),
+            (layout::RANGE_INCLUDED, layout::ONLY_OUTBOUND_RANGES, REDIRECT, PASS),
+        ] {
+            bench.set(layout::CAPTURING | flags, |_| {});
+            let key = Range::key(list, 0, network.parse().unwrap());
+            let mut ranges: LpmTrie<_, Range, u32> =
+                LpmTrie::try_from(bench.loaded.map_mut("ranges").unwrap()).unwrap();
+            ranges.insert(&key, 1, 0).unwrap();
+            for ((from, to), matches) in PAIRS.into_iter().zip(matches) {
+                let verdict = bench.run("leaving", 0, &tcp(from, to, SYN, Extra::default())).0;
+                assert_eq!(verdict, if matches { matching } else { other }, "{network} {to} {list}");
+            }
+            let mut ranges: LpmTrie<_, Range, u32> =
+                LpmTrie::try_from(bench.loaded.map_mut("ranges").unwrap()).unwrap();
+            ranges.remove(&key).unwrap();
+        }
+    }
 }
 
 #[test]

@@ -254,3 +254,66 @@ fn a_socket_bound_to_a_device_is_refused() {
         assert_eq!(counted(&server.netns, Counter::EscapedOutbound), 1);
     });
 }
+
+/// Takes a connection apart and uses its socket for another one.
+#[allow(unsafe_code, reason = "no safe wrapper connects to nothing")]
+fn use_again(stream: &TcpStream, to: SocketAddr) -> io::Result<()> {
+    let to = match to.ip() {
+        std::net::IpAddr::V4(ip) if stream.local_addr()?.is_ipv6() => (ip.to_ipv6_mapped(), to.port()).into(),
+        _ => to,
+    };
+    let nothing =
+        nix::libc::sockaddr { sa_family: u16::try_from(nix::libc::AF_UNSPEC).unwrap(), sa_data: [0; 14] };
+    let length = u32::try_from(size_of_val(&nothing)).unwrap();
+    // SAFETY: the descriptor is open, and the kernel reads as many bytes as there are.
+    if unsafe { nix::libc::connect(stream.as_raw_fd(), &raw const nothing, length) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    match nix::sys::socket::connect(stream.as_raw_fd(), &nix::sys::socket::SockaddrStorage::from(to)) {
+        Err(nix::Error::EINPROGRESS) => Ok(()),
+        connected => Ok(connected?),
+    }
+}
+
+/// Of what was accepted past ztunnel, and of what was alive at enrolment, the socket has the mark of the pod's own routes, and
+/// the application may connect it again.
+#[test]
+fn a_socket_that_is_used_again_is_refused() {
+    each_family("a_socket_that_is_used_again_is_refused", async |case| {
+        let lab = two_nodes();
+        let (server, client) = (lab.pod("server"), lab.pod("client"));
+        start_app(&client.netns, 9090);
+        let app = crate::fixture::app_listener(&server.netns, 8080);
+        let mut alive = dial(&server.netns, case.addr(client, 9090)).await.unwrap();
+        greeting(&mut alive).await;
+        let programs = Programs::probe(&Tools::default()).unwrap();
+        let exempt = vec![capture::PortRange::new(8080, 8080).unwrap()];
+        let rules = Rules { exclude_inbound_ports: exempt, ..Rules::default() };
+        programs.install(&server.netns, &rules).unwrap();
+        let ztunnel = FakeZtunnel::start(&server.netns);
+        let _dialled = dial(&client.netns, case.addr(server, 8080)).await.unwrap();
+        let (accepted, _) = in_time(app.accept()).await.unwrap();
+        echo(&mut alive, "it goes on").await;
+        for (before, stream) in [accepted, alive].into_iter().enumerate() {
+            use_again(&stream, case.addr(client, 9090)).unwrap();
+            let refused = in_time(async {
+                loop {
+                    if let Some(error) = stream.take_error().unwrap() {
+                        return Some(error.kind());
+                    }
+                    if stream.peer_addr().is_ok() {
+                        return None;
+                    }
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            });
+            assert_eq!(refused.await, Some(io::ErrorKind::ConnectionRefused));
+            assert_eq!(counted(&server.netns, Counter::EscapedOutbound), before as u64 + 1);
+        }
+        assert_eq!(ztunnel.taken(), []);
+        // ztunnel's own still leave.
+        let mut stream = dial(&server.netns, case.addr(client, 9090)).await.unwrap();
+        greeting(&mut stream).await;
+        assert!(!ztunnel.took().await.inbound);
+    });
+}

@@ -12,12 +12,15 @@ use crate::fixture::{Case, FakeZtunnel, dial, each_case, greeting, start_app, tw
 
 /// Connections in the order of their letters: into the pod at 8080 (a) and 8081 (b); out to `client` at 8080
 /// (c) and 8081 (d), and to `third` at 8080 (e). Rules, and which of the connections they capture.
-fn rows(client: &[IpNet]) -> Vec<(Rules, &'static str)> {
+fn rows(client: &[IpNet], v6: bool) -> Vec<(Rules, &'static str)> {
     let ports = |list: &[(u16, u16)]| {
         list.iter().map(|(first, last)| PortRange::new(*first, *last).unwrap()).collect::<Vec<_>>()
     };
     let interfaces = |name| vec![InterfaceName::new(name).unwrap()];
     let (all, client) = (Rules::default, client.to_vec());
+    // All of IPv6, and nothing of IPv4.
+    let every = vec!["::/0".parse::<IpNet>().unwrap()];
+    let (without, with) = if v6 { ("ab", "abcde") } else { ("abcde", "ab") };
     vec![
         (all(), "abcde"),
         (Rules { exclude_inbound_ports: ports(&[(8080, 8080)]), ..all() }, "bcde"),
@@ -29,6 +32,8 @@ fn rows(client: &[IpNet]) -> Vec<(Rules, &'static str)> {
         (Rules { exclude_outbound_ranges: client.clone(), ..all() }, "abe"),
         (Rules { include_outbound_ranges: Include::Only(client), ..all() }, "abcd"),
         (Rules { include_outbound_ranges: Include::Only(Vec::new()), ..all() }, "ab"),
+        (Rules { exclude_outbound_ranges: every.clone(), ..all() }, without),
+        (Rules { include_outbound_ranges: Include::Only(every), ..all() }, with),
         (
             Rules {
                 include_outbound_ranges: Include::Only(Vec::new()),
@@ -53,7 +58,7 @@ fn rules_exempt_what_they_say() {
         }
         let ztunnel = FakeZtunnel::start(&lab.pod("server").netns);
         let client = [false, true].map(|v6| IpNet::from(lab.pod("client").ip(v6)));
-        for (rules, expected) in rows(&client) {
+        for (rules, expected) in rows(&client, case.v6) {
             capture.install(&lab.pod("server").netns, &rules).unwrap();
             assert_eq!(captured(case, &lab, &ztunnel).await, expected, "{case:?} {rules:?}");
             let drift = capture.verify(&lab.pod("server").netns, &rules).unwrap();
