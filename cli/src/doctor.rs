@@ -212,8 +212,13 @@ fn back_ends(nodes: &[Value]) -> Finding {
     let old: Vec<_> = old.map(name).collect();
     let (major, minor) = OLDEST_KERNEL_FOR_EBPF;
     let ebpf = match old.as_slice() {
-        [] => "--capture ebpf can be asked for on all nodes".to_owned(),
-        old => format!("--capture ebpf needs Linux {major}.{minor}, which {} have not", old.join(", ")),
+        [] => "--capture ebpf is for file mode only so far".to_owned(),
+        old => {
+            let old = old.join(", ");
+            format!(
+                "--capture ebpf is for file mode only so far, and needs Linux {major}.{minor}, which {old} have not"
+            )
+        }
     };
     Finding::new("capture", Grade::Ok, format!("auto takes nftables where nft is, then iptables; {ebpf}"), "")
 }
@@ -422,7 +427,7 @@ mod tests {
         let node = |kernel: &str| json!({"metadata": {"name": "a"}, "status": {"nodeInfo": {"kernelVersion": kernel}}});
         let grade = |kernel: &str| nodes(&[node(kernel)])[0].grade;
         assert!(back_ends(&[node("6.1.0"), node("6.6.1")]).detail.contains("6.6, which a have not"));
-        assert!(back_ends(&[node("6.6.1")]).detail.contains("on all nodes"));
+        assert!(back_ends(&[node("6.6.1")]).detail.contains("file mode only"));
         assert_eq!((grade("5.4.0"), grade("5.10.1"), grade("10.0")), (Grade::Problem, Grade::Ok, Grade::Ok));
     }
 
