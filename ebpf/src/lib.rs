@@ -20,7 +20,7 @@ mod pod;
 mod sys;
 
 pub use marks::mark;
-pub use pins::{Pins, bpf_file_system, remember, remembered};
+pub use pins::{Pins, bpf_file_system, forget, remember, remembered};
 pub use pod::{Contents, Drift, Pod, build, remove};
 
 use std::io;
@@ -32,7 +32,8 @@ pub enum Error {
     /// There is no bpf file system to keep the programs in.
     #[error(
         "no bpf file system is mounted at {path}, which keeps the programs while no process of ours runs \
-         ({source}); mount one: mount -t bpf bpf {path}"
+         ({source}); mount one on the node: mount -t bpf bpf {path}; a container needs that directory of the \
+         node's as a volume (hostPath)"
     )]
     NoFileSystem {
         /// Where it should be.

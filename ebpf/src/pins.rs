@@ -2,7 +2,9 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use net::Netns;
 use nix::mount::{MsFlags, mount};
@@ -13,8 +15,15 @@ use crate::{Error, sys};
 /// `BPF_FS_MAGIC` (kernel include/uapi/linux/magic.h).
 const MAGIC: i64 = 0xcafe_4a11;
 
-/// Before the number of a note.
+/// Before the numbers of a note: the namespace's cookie, and what is noted.
 const NOTE: &str = "before-";
+
+/// The machine's own process namespace (kernel include/linux/proc_ns.h, `PROC_PID_INIT_INO`): in another one, process 1 isn't the
+/// machine's.
+const MACHINES_PROCESSES: &str = "pid:[4026531836]";
+
+/// So long after the last change a directory without live links is what a process left that ended half-way.
+const HALF_MADE: Duration = Duration::from_secs(600);
 
 /// Where the system has its bpf file system.
 #[must_use]
@@ -29,17 +38,20 @@ pub struct Pins {
 }
 
 impl Pins {
-    /// `culvert` in the bpf file system at `path`, which is mounted if nothing is there. What namespaces that are gone have left
-    /// is removed.
+    /// `culvert` in the bpf file system at `path`, which is mounted if nothing is there and it would outlive us. What namespaces
+    /// that are gone have left is removed.
     ///
     /// # Errors
-    /// There is no such directory, or we may not mount.
+    /// There is no such directory, we may not mount, or our mounts aren't the machine's.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let failed = |source| Error::NoFileSystem { path: path.to_owned(), source };
         if !is_bpf(path).map_err(failed)? {
-            let none: Option<&Path> = None;
-            mount(Some("bpf"), path, Some("bpf"), MsFlags::empty(), none)
-                .map_err(|error| failed(error.into()))?;
+            if !outlives_us() {
+                return Err(failed(io::Error::other(
+                    "this process has mounts of its own, and the pins would end with it",
+                )));
+            }
+            mount_at(path).map_err(failed)?;
         }
         let root = path.join("culvert");
         fs::create_dir_all(&root).map_err(failed)?;
@@ -85,34 +97,91 @@ impl Pins {
 /// It can't be kept.
 pub fn remember(pins: &Pins, netns: &Netns, bits: u32) -> Result<(), Error> {
     let directory = pins.of(netns);
+    let cookie = cookie(netns)?;
+    if noted(&directory, cookie).is_some() {
+        return Ok(());
+    }
+    // The numbers of namespaces are given again: what another one left says nothing of this one.
     if is_over(&directory) == Some(true) {
         crate::remove(pins, netns)?;
     }
     fs::create_dir_all(&directory).map_err(Error::io("make", directory.display()))?;
-    if !remembered_in(&directory).is_empty() {
-        return Ok(());
+    for note in fs::read_dir(&directory).into_iter().flatten().flatten().map(|entry| entry.path()) {
+        if is_note(&note) {
+            fs::remove_dir(&note).map_err(Error::io("remove", note.display()))?;
+        }
     }
     // A directory's name: files of this file system hold nothing but objects.
-    let path = directory.join(format!("{NOTE}{bits}"));
+    let path = directory.join(format!("{NOTE}{cookie}-{bits}"));
     fs::create_dir(&path).map_err(Error::io("make", path.display()))
 }
 
-/// What [`remember`] noted; 0 if nothing.
+/// What [`remember`] noted of this namespace; 0 if nothing.
 #[must_use]
 pub fn remembered(pins: &Pins, netns: &Netns) -> u32 {
-    remembered_in(&pins.of(netns)).first().copied().unwrap_or(0)
+    cookie(netns).ok().and_then(|cookie| noted(&pins.of(netns), cookie)).unwrap_or(0)
 }
 
-fn remembered_in(directory: &Path) -> Vec<u32> {
-    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-    entries.filter_map(|entry| entry.file_name().to_str()?.strip_prefix(NOTE)?.parse().ok()).collect()
+/// Removes what [`remember`] noted, after what it is for was done.
+///
+/// # Errors
+/// It can't be removed.
+pub fn forget(pins: &Pins, netns: &Netns) -> Result<(), Error> {
+    let directory = pins.of(netns);
+    match fs::remove_dir_all(&directory) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(Error::io("remove", directory.display())(error))
+        }
+        _ => Ok(()),
+    }
 }
 
-/// Whether the namespace of a pod's directory is gone; `None` if that can't be told.
+fn noted(directory: &Path, cookie: u64) -> Option<u32> {
+    let prefix = format!("{NOTE}{cookie}-");
+    let mut entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    entries.find_map(|entry| entry.file_name().to_str()?.strip_prefix(&prefix)?.parse().ok())
+}
+
+pub(crate) fn is_note(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(NOTE))
+}
+
+/// What no other namespace has until the machine starts anew; and then the file system is empty.
+fn cookie(netns: &Netns) -> Result<u64, Error> {
+    netns.run(sys::netns_cookie).and_then(|cookie| cookie).map_err(Error::io("tell the cookie of", netns))
+}
+
+/// Whether the namespace of a pod's directory is gone, or never had programs that stayed; `None` if that can't be told.
 pub(crate) fn is_over(directory: &Path) -> Option<bool> {
-    let link = sys::open(&directory.join(crate::pod::SOCKETS)).ok()?;
-    let info = sys::link_info(std::os::fd::AsFd::as_fd(&link)).ok()?;
-    Some(info.target == 0)
+    let target = |link: &Path| {
+        let link = sys::open(link)?;
+        io::Result::Ok(sys::link_info(link.as_fd())?.target)
+    };
+    match target(&directory.join(crate::pod::SOCKETS)) {
+        Ok(target) => return Some(target == 0),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return None,
+        Err(_) => {}
+    }
+    // That link comes last.
+    let mut paths = fs::read_dir(directory).ok()?.flatten().map(|entry| entry.path());
+    let alive = |path: &Path| crate::pod::is_link(path) && target(path).ok() != Some(0);
+    if paths.any(|path| alive(&path)) {
+        return None;
+    }
+    let changed = fs::metadata(directory).and_then(|metadata| metadata.modified()).ok()?;
+    (changed.elapsed().ok()? > HALF_MADE).then_some(true)
+}
+
+/// Whether a mount of ours stays when we end: our mounts are those of the machine's first process. If that can't be told, no.
+fn outlives_us() -> bool {
+    let namespace = |of: &str| fs::read_link(format!("/proc/{of}")).ok();
+    let (first, ours) = (namespace("1/ns/mnt"), namespace("thread-self/ns/mnt"));
+    first.is_some() && first == ours && namespace("thread-self/ns/pid") == Some(MACHINES_PROCESSES.into())
+}
+
+fn mount_at(path: &Path) -> io::Result<()> {
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    Ok(mount(Some("bpf"), path, Some("bpf"), flags, Some("mode=0700"))?)
 }
 
 fn is_bpf(path: &Path) -> io::Result<bool> {
@@ -120,4 +189,40 @@ fn is_bpf(path: &Path) -> io::Result<bool> {
     #[allow(clippy::unnecessary_cast, reason = "it is i64 on some machines")]
     let kind = statfs(path)?.filesystem_type().0 as i64;
     Ok(kind & 0xffff_ffff == MAGIC)
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test")]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use nix::sched::{CloneFlags, unshare};
+    use nix::sys::statvfs::{FsFlags, statvfs};
+
+    use super::*;
+
+    /// In a thread with mounts of its own.
+    #[test]
+    fn nothing_is_mounted_that_ends_with_us() {
+        let outcome = std::thread::spawn(|| {
+            if unshare(CloneFlags::CLONE_NEWNS).is_err() {
+                return;
+            }
+            let none: Option<&Path> = None;
+            mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+            let path = Path::new("/mnt");
+            mount(Some("tmpfs"), path, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+            let error = Pins::open(path).unwrap_err().to_string();
+            assert!(error.contains("hostPath") && error.contains("/mnt"), "{error}");
+            assert!(!is_bpf(path).unwrap());
+
+            mount_at(path).unwrap();
+            assert!(is_bpf(path).unwrap());
+            let flags = statvfs(path).unwrap().flags();
+            assert!(flags.contains(FsFlags::ST_NOSUID | FsFlags::ST_NODEV | FsFlags::ST_NOEXEC), "{flags:?}");
+            assert_eq!(fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o700);
+            Pins::open(path).unwrap();
+        });
+        outcome.join().unwrap();
+    }
 }

@@ -19,7 +19,7 @@ use crate::layout::{
     Address, COUNTERS, Connection, Interface, PORT_WORDS, PortSets, RANGE_EXCLUDED, RANGE_INCLUDED, RANGE_V6,
     Range, Settings,
 };
-use crate::pins::is_over;
+use crate::pins::{is_note, is_over};
 use crate::sys::{self, AttachType};
 use crate::{Error, Pins, objects};
 
@@ -103,7 +103,7 @@ pub fn build() -> [u8; 8] {
     hasher.finish().to_le_bytes()
 }
 
-/// Removes all that belongs to a pod. Whether there was anything.
+/// Removes all that belongs to a pod but what was noted of it. Whether there was anything.
 ///
 /// # Errors
 /// It can't be removed.
@@ -114,10 +114,20 @@ pub fn remove(pins: &Pins, netns: &Netns) -> Result<bool, Error> {
         let mut settings: HashMap<MapData, u32, Settings> = pod.map("settings")?;
         settings.insert(0, Settings::default(), 0).map_err(Error::map("write", "settings"))?;
     }
-    match fs::remove_dir_all(&directory) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(Error::io("remove", directory.display())(error)),
+    if !directory.exists() {
+        return Ok(false);
+    }
+    let mut found = false;
+    for path in entries(&directory)?.iter().filter(|path| !is_note(path)) {
+        found = true;
+        let removed = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+        removed.map_err(Error::io("remove", path.display()))?;
+    }
+    match fs::remove_dir(&directory) {
+        Err(error) if error.kind() != io::ErrorKind::DirectoryNotEmpty => {
+            Err(Error::io("remove", directory.display())(error))
+        }
+        _ => Ok(found),
     }
 }
 
@@ -250,7 +260,7 @@ impl Pod {
         let names: BTreeSet<_> = wanted.into_iter().map(|(name, ..)| name).collect();
         for path in entries(&self.directory)? {
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            if name.starts_with("link-") && !names.contains(&name) {
+            if is_link(&path) && !names.contains(&name) {
                 fs::remove_file(&path).map_err(Error::io("remove", path.display()))?;
             }
         }
@@ -401,6 +411,10 @@ fn program<'a>(loaded: &'a mut Ebpf, link: &str) -> Result<BorrowedFd<'a>, Error
         program.fd()
     };
     Ok(fd.map_err(Error::program(name))?.as_fd())
+}
+
+pub(crate) fn is_link(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("link-"))
 }
 
 fn entries(directory: &Path) -> Result<Vec<PathBuf>, Error> {

@@ -6,6 +6,7 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 
 const OBJ_PIN: libc::c_long = 6;
@@ -49,7 +50,7 @@ pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
 pub(crate) fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     // `struct bpf_link_info`: type, id, program, padding, then the kind's own words.
     let mut info = [0_u32; 16];
-    let [low, high] = address(info.as_mut_ptr().addr());
+    let [low, high] = address(info.as_mut_ptr().expose_provenance());
     let size = u32::try_from(size_of_val(&info)).unwrap_or(0);
     call(OBJ_GET_INFO_BY_FD, &mut [word(link.as_raw_fd()), size, low, high, 0, 0, 0, 0])?;
     Ok(LinkInfo { target: info[4], attach_type: info[5] })
@@ -58,15 +59,33 @@ pub(crate) fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
 /// Keeps an object in a bpf file system under a name.
 pub(crate) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     let path = CString::new(path.as_os_str().as_bytes())?;
-    let [low, high] = address(path.as_ptr().addr());
+    let [low, high] = address(path.as_ptr().expose_provenance());
     call(OBJ_PIN, &mut [low, high, word(object.as_raw_fd()), 0, 0, 0, 0, 0]).map(drop)
 }
 
 /// Opens an object by its name.
 pub(crate) fn open(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
-    let [low, high] = address(path.as_ptr().addr());
+    let [low, high] = address(path.as_ptr().expose_provenance());
     call(OBJ_GET, &mut [low, high, 0, 0, 0, 0, 0, 0]).map(own)
+}
+
+/// What tells the thread's network namespace from all others since the machine started (`SO_NETNS_COOKIE`).
+#[expect(unsafe_code, reason = "no safe wrapper has this option")]
+pub(crate) fn netns_cookie() -> io::Result<u64> {
+    let socket = UnixDatagram::unbound()?;
+    let (mut cookie, mut size) = (0_u64, libc::socklen_t::try_from(size_of::<u64>()).unwrap_or(0));
+    // SAFETY: the descriptor is open; the kernel writes as many bytes as `size` says, which `cookie` has.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut size,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
 }
 
 /// The target for a namespace in [`link_create`].
@@ -78,7 +97,7 @@ fn word(fd: RawFd) -> u32 {
     fd.cast_unsigned()
 }
 
-/// A pointer as two words of the union, low before high.
+/// A pointer, whose provenance is exposed, as two words of the union, low before high.
 fn address(pointer: usize) -> [u32; 2] {
     let pointer = (pointer as u64).to_le_bytes();
     let [a, b, c, d, e, f, g, h] = pointer;
@@ -88,7 +107,8 @@ fn address(pointer: usize) -> [u32; 2] {
 #[expect(unsafe_code, reason = "no safe wrapper of bpf(2) exists")]
 fn call(command: libc::c_long, attributes: &mut Attributes) -> io::Result<RawFd> {
     // SAFETY: the kernel reads and writes the union, whose size is said. Pointers in it are to a path that is terminated
-    // and to an array whose size is in the union too; both belong to the callers above and outlive the call.
+    // and to an array whose size is in the union too; both belong to the callers above and outlive the call. They are made
+    // of integers there: the callers exposed their provenance, and the pointer to the array may be written through.
     let result =
         unsafe { libc::syscall(libc::SYS_bpf, command, attributes.as_mut_ptr(), size_of::<Attributes>()) };
     if result < 0 {

@@ -9,7 +9,7 @@
 )]
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{self, Write};
+use std::fs;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 
@@ -17,7 +17,7 @@ use aya::maps::{HashMap, Map, MapData};
 use aya::programs::links::{FdLink, PinnedLink};
 use ebpf::layout::{self, PortSets, Settings};
 use ebpf::{Contents, Pins, Pod};
-use harness::netns::{Lab, root_or_skip};
+use harness::netns::{Lab, root_or_skip, skip_without_ebpf};
 
 fn pins(test: &str) -> Option<Pins> {
     if !root_or_skip(test) {
@@ -26,7 +26,7 @@ fn pins(test: &str) -> Option<Pins> {
     match Pins::open(ebpf::bpf_file_system()) {
         Ok(pins) => Some(pins),
         Err(error) => {
-            let _ = writeln!(io::stderr(), "skipped: {test}: {error}");
+            skip_without_ebpf(test, &error);
             None
         }
     }
@@ -56,7 +56,7 @@ fn programs_are_replaced_in_place() {
     assert!(!Pod::install(&pins, netns, &contents).unwrap(), "nothing changed");
     let directory = pins.of(netns);
     let links = || {
-        let entries = std::fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().path());
+        let entries = fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().path());
         let links = entries.filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with("link-"));
         links.map(|path| (path.clone(), numbers(&path))).collect::<BTreeMap<_, _>>()
     };
@@ -99,7 +99,7 @@ fn live_connections_are_marked() {
     let lab = Lab::builder().node("a", &["web"]).build().unwrap();
     let netns = &lab.pod("web").netns;
     if let Err(error) = ebpf::mark(netns, &[]) {
-        let _ = writeln!(io::stderr(), "skipped: live connections are marked: {error}");
+        skip_without_ebpf("live connections are marked", &error);
         return;
     }
     for address in ["127.0.0.1:0", "[::1]:0"] {
@@ -127,4 +127,38 @@ fn live_connections_are_marked() {
         ebpf::mark(netns, &[(local, peer, layout::MARK_REPLY)]).unwrap();
         assert_eq!((mark(&one), mark(&other)), (0, layout::MARK_REPLY), "{address}");
     }
+}
+
+#[test]
+fn what_was_noted_is_of_one_namespace() {
+    let Some(pins) = pins("what was noted is of one namespace") else { return };
+    let netns = net::Netns::new_empty().unwrap();
+    let directory = pins.of(&netns);
+    // Of one that had the same number before; the machine's own has this cookie.
+    fs::create_dir_all(directory.join("before-1-5")).unwrap();
+    assert_eq!(ebpf::remembered(&pins, &netns), 0);
+    for bits in [2, 4] {
+        ebpf::remember(&pins, &netns, bits).unwrap();
+        assert_eq!(ebpf::remembered(&pins, &netns), 2);
+    }
+    assert_eq!(fs::read_dir(&directory).unwrap().count(), 1);
+    // It stays until what it is for was done.
+    assert!(!ebpf::remove(&pins, &netns).unwrap());
+    assert_eq!(ebpf::remembered(&pins, &netns), 2);
+    ebpf::forget(&pins, &netns).unwrap();
+    assert!(!directory.exists());
+}
+
+#[test]
+fn what_was_left_half_made_is_removed() {
+    let Some(pins) = pins("what was left half-made is removed") else { return };
+    let directory = pins.root().join(format!("test-half-made-{}", std::process::id()));
+    fs::create_dir_all(directory.join("before-1-5")).unwrap();
+    Pins::open(ebpf::bpf_file_system()).unwrap();
+    assert!(directory.exists(), "somebody may be at it");
+    let hour = std::time::Duration::from_secs(3600);
+    let then = std::time::SystemTime::now() - hour;
+    fs::File::open(&directory).unwrap().set_modified(then).unwrap();
+    Pins::open(ebpf::bpf_file_system()).unwrap();
+    assert!(!directory.exists());
 }

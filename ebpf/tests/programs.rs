@@ -7,7 +7,7 @@
     reason = "a test"
 )]
 
-use std::io::{self, Write};
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
@@ -16,7 +16,7 @@ use aya::maps::{HashMap, LpmTrie, MapData, PerCpuArray};
 use aya::programs::{SchedClassifier, SkLookup, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
 use ebpf::layout::{self, Address, Connection, PortSets, Range, Settings};
-use harness::netns::root_or_skip;
+use harness::netns::{root_or_skip, skip_without_ebpf};
 use net::Netns;
 
 static CAPTURE: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/capture.bpf.o"));
@@ -47,7 +47,7 @@ impl Bench {
         let pins = match ebpf::Pins::open(ebpf::bpf_file_system()) {
             Ok(pins) => pins,
             Err(error) => {
-                let _ = writeln!(io::stderr(), "skipped: {test}: {error}");
+                skip_without_ebpf(test, &error);
                 return None;
             }
         };

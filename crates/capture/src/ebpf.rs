@@ -213,6 +213,8 @@ impl Capture for Programs {
                 Error::Netlink { action: "put a setting back", netns: netns.to_string(), source }
             })?;
         }
+        // Not before: who tries again is to know them.
+        ebpf::forget(&self.pins, netns)?;
         Ok(routed || programs)
     }
 }

@@ -51,6 +51,27 @@ pub fn root_or_skip(test: &str) -> bool {
     }
 }
 
+/// Says on standard error that `test` is skipped, since eBPF is `missing`.
+///
+/// # Panics
+/// `CI_REQUIRE_EBPF=1`, and the kernel has what the programs need.
+pub fn skip_without_ebpf(test: &str, missing: &dyn std::fmt::Display) {
+    let asked = std::env::var("CI_REQUIRE_EBPF").is_ok_and(|value| value == "1");
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let types = Path::new("/sys/kernel/btf/vmlinux").exists();
+    assert!(
+        !asked || !has_ebpf(&release, types),
+        "{test}: CI_REQUIRE_EBPF=1, and there is no eBPF: {missing}"
+    );
+    let _ = writeln!(io::stderr(), "skipped: {test}: {missing}");
+}
+
+/// Whether a kernel of this release, with type information or without, has what the programs need.
+fn has_ebpf(release: &str, types: bool) -> bool {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|part| part.parse::<u32>().ok());
+    types && (numbers.next(), numbers.next()) >= (Some(6), Some(6))
+}
+
 /// What a lab is to consist of.
 #[derive(Clone, Debug)]
 pub struct Builder {
@@ -476,6 +497,21 @@ fn sweep() {
         let Some(Ok(owner)) = owner.map(str::parse::<u32>) else { continue };
         if !Path::new("/proc").join(owner.to_string()).exists() {
             delete(name);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::has_ebpf;
+
+    #[test]
+    fn kernels_that_have_ebpf_are_known() {
+        for release in ["6.6.0-1-amd64", "6.18.44", "7.0-rc1\n", "10.2"] {
+            assert!(has_ebpf(release, true) && !has_ebpf(release, false), "{release}");
+        }
+        for release in ["6.5.13", "5.10.0-30", "6", "", "unknown"] {
+            assert!(!has_ebpf(release, true), "{release}");
         }
     }
 }

@@ -232,6 +232,35 @@ fn settings_are_put_back_whatever_was_broken_meanwhile() {
     });
 }
 
+/// Where the settings can't be written at first, who comes later still knows them.
+#[test]
+fn settings_are_known_until_they_are_put_back() {
+    use nix::mount::{MsFlags, mount};
+    each_family("settings_are_known_until_they_are_put_back", async |case| {
+        let lab = Lab::builder().node("a", &["server"]).build().unwrap();
+        let netns = &lab.pod("server").netns;
+        let accept = || lab.pod("server").shell("cat /proc/sys/net/ipv4/tcp_fwmark_accept").unwrap();
+        let before = accept();
+        let capture = case.capture();
+        capture.install(netns, &Rules::default()).unwrap();
+        assert_ne!(accept(), before);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+                let (none, sys) = (None::<&str>, Some("/proc/sys"));
+                mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+                mount(sys, "/proc/sys", none, MsFlags::MS_BIND, none).unwrap();
+                let again = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+                mount(none, "/proc/sys", none, again, none).unwrap();
+                capture.remove(netns).unwrap_err();
+            });
+        });
+        assert_ne!(accept(), before);
+        capture.remove(netns).unwrap();
+        assert_eq!(accept(), before);
+    });
+}
+
 /// Past the routes: by a socket that is bound to the device.
 #[test]
 fn a_socket_bound_to_a_device_is_refused() {

@@ -1,13 +1,13 @@
 //! What the cases share: the table of back-ends and families, a ztunnel that only passes traffic on, and
 //! applications to talk to.
 
-use std::io::{self, Write};
+use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use capture::{Backend, Capture, Ports, Tools};
-use harness::netns::{Host, Lab, root_or_skip};
+use harness::netns::{Host, Lab, root_or_skip, skip_without_ebpf};
 use net::{AcceptLoop, AcceptStats, ByteCounts, ConnectOptions, ListenOptions, Netns, original_dst};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -53,11 +53,11 @@ pub fn each_case(name: &str, test: impl AsyncFn(Case) + Sync) {
     });
 }
 
-/// Whether a back-end is tested here. Kernels may lack what eBPF needs; what the others need is a package.
+/// Whether a back-end is tested here. Older kernels lack what eBPF needs; what the others need is a package.
 pub fn works(name: &str, backend: Backend) -> bool {
     match capture::probe(backend, &Tools::default()) {
         Err(missing) if backend == Backend::Ebpf => {
-            let _ = writeln!(io::stderr(), "skipped: {name} with ebpf: {missing}");
+            skip_without_ebpf(&format!("{name} with ebpf"), &missing);
             false
         }
         _ => true,
