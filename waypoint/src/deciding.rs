@@ -10,7 +10,7 @@ use model::http::{BackendRef, RouteAction, SourceFacts, WaypointKey};
 use model::{Mesh, NetworkAddress, SpiffeId, Str, Workload};
 use tokio::sync::watch;
 
-use crate::deciding::admission::{Admission, with_edits};
+use crate::deciding::admission::{Admission, Asked, Beyond, with_edits};
 use crate::filters::cors::Crossing;
 use crate::filters::jwt::Patience;
 use crate::filters::route::RouteRules;
@@ -236,6 +236,7 @@ impl Deciding {
         let backend = route.backends.get(chosen).ok_or_else(no_backend)?;
         decided.backend = Some(chosen);
         let endpoints = self.endpoints(rules, &backend.to, connection)?;
+        let asked = Asked::before_route(request, connection, decided);
         route.request_edits.apply_to_request(request, connection, decided);
         backend.request_edits.apply_to_request(request, connection, decided);
         if let Some(of) = &route.route {
@@ -250,7 +251,8 @@ impl Deciding {
                 rewrite::host(to, name, request, decided);
             }
             for mirror in &of.mirrors {
-                if !self.may_be_copied((rules, service), &mirror.to, request, connection, decided) {
+                let by = (&**service, asked.as_ref());
+                if !self.may_be_copied(rules, by, &mirror.to, request, connection, decided) {
                     continue;
                 }
                 // What becomes of copies touches nobody, also where there is nobody to copy to.
@@ -265,7 +267,7 @@ impl Deciding {
             endpoints,
             more: has_more.then(|| Box::new(more)),
         };
-        self.guarded((rules, service), &backend.to, decision, request, connection, decided)
+        self.guarded((rules, service), &backend.to, (decision, asked), request, connection, decided)
     }
 
     /// Asks what guards the back end, where that is another service than the one that was called: a route gets nobody past
@@ -274,28 +276,27 @@ impl Deciding {
         &self,
         (rules, service): (&Arc<Rules>, &Arc<ServiceRules>),
         to: &BackendRef,
-        decision: Decision,
+        (decision, asked): (Decision, Option<Asked>),
         request: &mut RequestHead,
         connection: &Connection,
         decided: &mut Decided,
     ) -> Result<Decision, Refusal> {
         let Some(other) = Other::of(rules, service, to, connection) else { return Ok(decision) };
         other.permit_unbelieved(service, request, connection, decided)?;
-        let Some(beyond) = other.beyond else { return Ok(decision) };
-        let admission = Admission::new(self, rules, &Arc::new(beyond));
-        let admission = admission.beyond(decision, other.address, other.believes);
+        let Some(beyond) = &other.beyond else { return Ok(decision) };
+        let to = Beyond { decision, to: other.address, believes: other.believes, asked };
+        let admission = Admission::new(self, rules, beyond).beyond(to);
         Ok(admission.run(request, connection, decided, Patience::Left))
     }
 
-    /// What a connection that shows no request has to be asked beside what `called` asks, where its route leads to another
-    /// service; and the connection as that sees it.
+    /// What a connection that shows no request has to be asked, where a route of `called` leads it to another service; and
+    /// the connection as that sees it.
     pub(crate) fn beyond(
-        &self,
         rules: &Rules,
         called: &ServiceRules,
         to: &BackendRef,
         connection: &Connection,
-    ) -> Option<(ServiceRules, Connection)> {
+    ) -> Option<(Arc<ServiceRules>, Connection)> {
         let other = Other::of(rules, called, to, connection)?;
         Some((other.beyond?, Connection { destination: other.address, ..connection.clone() }))
     }
@@ -304,7 +305,8 @@ impl Deciding {
     /// limit.
     fn may_be_copied(
         &self,
-        (rules, service): (&Arc<Rules>, &Arc<ServiceRules>),
+        rules: &Rules,
+        (service, asked): (&ServiceRules, Option<&Asked>),
         to: &BackendRef,
         request: &RequestHead,
         connection: &Connection,
@@ -318,8 +320,9 @@ impl Deciding {
         let Some(beyond) = &other.beyond else { return true };
         seen.claims = seen.claims.filter(|_| other.believes);
         let connection = Connection { destination: other.address, ..connection.clone() };
+        let agreed = |provider: &Str| asked.is_some_and(|a| a.agreed(rules, provider, request, &connection));
         authorize::apply(&beyond.policies, request, &connection, &mut seen).is_ok()
-            && seen.verdict.is_none_or(|verdict| verdict.ask.is_empty())
+            && seen.verdict.is_none_or(|verdict| verdict.ask.iter().all(|(_, provider)| agreed(provider)))
     }
 
     /// The endpoints of a back end.
@@ -352,8 +355,10 @@ impl Deciding {
 struct Other<'a> {
     namespace: &'a str,
     address: SocketAddr,
-    /// What is to be asked beside what the service that was called asks.
-    beyond: Option<ServiceRules>,
+    /// Whether it is bound here: the policies of its workloads are asked with its own then.
+    is_bound: bool,
+    /// What is to be asked.
+    beyond: Option<Arc<ServiceRules>>,
     /// Whether it believes what tokens say that were taken for that.
     believes: bool,
 }
@@ -369,10 +374,11 @@ impl<'a> Other<'a> {
         let address = SocketAddr::new(vip.unwrap_or(connection.destination.ip()), *port);
         let beyond = rules.beyond(&called.http, service);
         let believes = rules.believes(service, &called.http);
-        Some(Self { namespace: &service.namespace, address, beyond, believes })
+        let is_bound = rules.service(service).is_some();
+        Some(Self { namespace: &service.namespace, address, is_bound, beyond, believes })
     }
 
-    /// Asks the policies of the other's workloads again, without what they don't believe.
+    /// Asks the policies of the workloads of one that is not bound here again, without what they don't believe.
     fn permit_unbelieved(
         &self,
         called: &ServiceRules,
@@ -380,7 +386,7 @@ impl<'a> Other<'a> {
         connection: &Connection,
         decided: &mut Decided,
     ) -> Result<(), Refusal> {
-        if self.believes || decided.claims.is_none() {
+        if self.is_bound || self.believes || decided.claims.is_none() {
             return Ok(());
         }
         let mut seen = Decided::default();

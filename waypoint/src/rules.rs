@@ -109,32 +109,35 @@ impl Rules {
         })
     }
 
-    /// What is to be asked where a route of `called` leads to another service that is bound here, beside what was asked for
-    /// `called` already: `None` if that is nothing.
+    /// What is to be asked where a route of `called` leads to another service that is bound here: `None` if that is not
+    /// guarded by anything.
+    ///
+    /// Its policies are asked whole, also those that `called` has too: one ALLOW policy of a list that matches is enough, so
+    /// what another list said proves nothing, and neither do the request and its claims as they were before. Only tokens
+    /// that were taken (and perhaps removed) already are not looked for again, and no rate limit is taken from twice.
     #[must_use]
-    pub fn beyond(&self, called: &HttpService, to: &ServiceKey) -> Option<ServiceRules> {
-        let other = &self.services.get(to).filter(|_| *to != called.service)?.http;
-        let more = |of: fn(&HttpService) -> &[PolicyKey]| -> Box<[PolicyKey]> {
-            of(other).iter().filter(|key| !of(called).contains(key)).cloned().collect()
-        };
-        let policies_of = more(|http| &http.policies);
-        let (authentication, rate_limits) =
-            (more(|http| &http.authentication), more(|http| &http.rate_limits));
-        if policies_of.is_empty() && authentication.is_empty() && rate_limits.is_empty() {
+    pub fn beyond(&self, called: &HttpService, to: &ServiceKey) -> Option<Arc<ServiceRules>> {
+        let other = self.services.get(to).filter(|_| *to != called.service)?;
+        let http = &other.http;
+        if other.policies.is_empty() && http.authentication.is_empty() && http.rate_limits.is_empty() {
             return None;
         }
-        let http = HttpService {
-            service: other.service.clone(),
-            waypoint: other.waypoint.clone(),
-            ports: Box::default(),
-            policies: policies_of,
-            selected: Box::default(),
-            authentication,
-            rate_limits,
-            telemetry: Arc::clone(&other.telemetry),
+        let is_new = |key: &PolicyKey, before: &[PolicyKey]| !before.contains(key);
+        if http.authentication.iter().all(|key| is_new(key, &called.authentication))
+            && http.rate_limits.iter().all(|key| is_new(key, &called.rate_limits))
+        {
+            return Some(Arc::clone(other));
+        }
+        let more = |of: &[PolicyKey], before: &[PolicyKey]| -> Box<[PolicyKey]> {
+            of.iter().filter(|key| is_new(key, before)).cloned().collect()
         };
-        let policies = policies(&self.mesh, &http);
-        Some(ServiceRules { http: Arc::new(http), policies, ports: Box::default() })
+        let http = HttpService {
+            authentication: more(&http.authentication, &called.authentication),
+            rate_limits: more(&http.rate_limits, &called.rate_limits),
+            ..HttpService::clone(http)
+        };
+        let policies = other.policies.clone();
+        Some(Arc::new(ServiceRules { http: Arc::new(http), policies, ports: Box::default() }))
     }
 
     /// Whether what a token says that was taken for `called` counts for the policies of the service `to`, too: all who could
@@ -276,18 +279,39 @@ mod tests {
     }
 
     #[test]
-    fn another_service_is_asked_for_what_was_not_asked_yet() {
+    fn another_service_is_asked_whatever_the_called_one_was_asked_for() {
         let (both, theirs) = (key("shop", "gateway"), key("b", "theirs"));
-        let called = service("a", &[], std::slice::from_ref(&both));
+        let (tokens, limits) = (key("shop", "tokens"), key("shop", "limits"));
+        let called = HttpService {
+            rate_limits: [limits.clone()].into(),
+            ..HttpService::clone(&service("a", std::slice::from_ref(&tokens), std::slice::from_ref(&both)))
+        };
+        let called = Arc::new(called);
         let other = service("b", &[], &[both.clone(), theirs.clone()]);
-        let alike = service("c", &[], &[both]);
-        let rules = rules(&[&called, &other, &alike]);
-        let beyond = rules.beyond(&called, &named("b")).map(|rules| rules.http.policies.to_vec());
-        assert_eq!(beyond, Some(vec![theirs.clone()]));
+        let alike = service("c", &[], std::slice::from_ref(&both));
+        let selecting = HttpService {
+            selected: [[both.clone()].into()].into(),
+            ..HttpService::clone(&service("d", &[], &[]))
+        };
+        let twice = HttpService {
+            rate_limits: [limits, key("e", "limits")].into(),
+            ..HttpService::clone(&service("e", &[tokens, key("e", "tokens")], std::slice::from_ref(&both)))
+        };
+        let (selecting, twice) = (Arc::new(selecting), Arc::new(twice));
+        let plain = service("plain", &[], &[]);
+        let rules = rules(&[&called, &other, &alike, &selecting, &twice, &plain]);
+        let asked = |to| rules.beyond(&called, &named(to)).map(|rules| rules.policies.clone());
+        let unknown = |keys: &[&PolicyKey]| keys.iter().map(|key| Err((*key).clone())).collect::<Vec<_>>();
         // One that is listed and not known refuses.
-        let policies = rules.beyond(&called, &named("b")).map(|rules| rules.policies);
-        assert_eq!(policies, Some(Policies(vec![vec![Err(theirs)]])));
-        for nothing in ["a", "c", "unbound"] {
+        assert_eq!(asked("b"), Some(Policies(vec![unknown(&[&both, &theirs])])));
+        assert_eq!(asked("c"), Some(Policies(vec![unknown(&[&both])])));
+        assert_eq!(asked("d"), Some(Policies(vec![Vec::new(), unknown(&[&both])])), "its workloads' too");
+        assert_eq!(asked("e"), Some(Policies(vec![unknown(&[&both])])));
+        // A token that was taken may be gone by now, and nobody is charged twice.
+        let twice = rules.beyond(&called, &named("e")).map(|rules| Arc::clone(&rules.http));
+        let twice = twice.map(|http| (http.authentication.to_vec(), http.rate_limits.to_vec()));
+        assert_eq!(twice, Some((vec![key("e", "tokens")], vec![key("e", "limits")])));
+        for nothing in ["a", "plain", "unbound"] {
             assert!(rules.beyond(&called, &named(nothing)).is_none(), "{nothing}");
         }
     }

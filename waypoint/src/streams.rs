@@ -9,13 +9,14 @@ use process::metrics::tcp::FailureFlag;
 use tokio::io::AsyncWriteExt;
 use tokio::time::timeout;
 
+use crate::deciding::Deciding;
 use crate::detect::{self, Hello};
 use crate::filters::authorize;
 use crate::http::decide::{Call, Connection, Decided, Endpoints, Flag, Outcome, Picked, Record};
 use crate::http::head::RequestHead;
 use crate::listen::Front;
 use crate::relay::{Broken, relay};
-use crate::rules::Rules;
+use crate::rules::{Rules, ServiceRules};
 use crate::telemetry::{Carried, Counted};
 use crate::upstream::pool::{Opened, PoolError, open};
 
@@ -212,10 +213,7 @@ fn still_permitted(front: &Front, connection: &Connection, decided: &Decided) ->
             declared(&service.http, connection.destination.port())?;
             permit(&service.policies, connection).1?;
             let Some(led) = &decided.led_to else { return Ok(()) };
-            let Some((other, connection)) = deciding.beyond(&rules, service, led, connection) else {
-                return Ok(());
-            };
-            permit(&other.policies, &connection).1
+            permit_beyond(&rules, service, led, connection).map(|_| ())
         }
         None => {
             let workload = deciding.workload(&rules, connection.destination).ok_or(Refused::NotServed)?;
@@ -262,16 +260,28 @@ fn choose(
         SelectedStream::Nothing => return Err(Refused::NoRoute),
     };
     decided.led_to = Some(backend.clone());
-    if let Some((other, there)) = deciding.beyond(&rules, service, backend, connection) {
-        // A route gets nobody past what guards the service that it leads to.
-        let there_is = rules.service(&other.http.service).and_then(|s| s.protocol(there.destination.port()));
-        if !matches!(there_is, Some(Protocol::Tcp | Protocol::Tls)) {
-            without_requests(&other.http)?;
-        }
-        permit(&other.policies, &there).1?;
+    if let Some((other, there)) = permit_beyond(&rules, service, backend, connection)? {
         limits.admit(&rules.mesh, &other.http, &there).map_err(Refused::Limited)?;
     }
     endpoints(front, &rules, backend, connection)
+}
+
+/// A route of `called` gets nobody past what guards another service that it leads to: whether a connection may go there. What
+/// is returned is the other, with the limits that the connection is still to be taken from, and the connection as that sees it.
+fn permit_beyond(
+    rules: &Rules,
+    called: &ServiceRules,
+    to: &BackendRef,
+    connection: &Connection,
+) -> Result<Option<(Arc<ServiceRules>, Connection)>, Refused> {
+    let Some((other, there)) = Deciding::beyond(rules, called, to, connection) else { return Ok(None) };
+    // Of tokens and limits that both have, bytes were not asked at the one that was called either.
+    let whole = rules.service(&other.http.service).ok_or(Refused::NotServed)?;
+    if !matches!(whole.protocol(there.destination.port()), Some(Protocol::Tcp | Protocol::Tls)) {
+        without_requests(&whole.http)?;
+    }
+    permit(&other.policies, &there).1?;
+    Ok(Some((other, there)))
 }
 
 fn endpoints(
@@ -384,7 +394,7 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
     use model::http::{HttpPort, Route, RouteAction, RouteMatch, RouteTable, WaypointKey};
-    use model::{PolicyKey, ServiceKey};
+    use model::{Change, Policy, PolicyKey, ServiceKey};
 
     use super::*;
 
@@ -399,6 +409,55 @@ mod tests {
             authentication: Box::default(),
             rate_limits: Box::default(),
             telemetry: Arc::default(),
+        }
+    }
+
+    /// A service of the port 8080, and what a connection to another may do by a route to it.
+    fn led(protocol: Protocol, change: impl Fn(&mut HttpService), policies: Vec<Policy>) -> bool {
+        let named = |name: &str| ServiceKey { namespace: "shop".into(), hostname: name.into() };
+        let mut called = HttpService { service: named("called"), ..service(Protocol::Tcp) };
+        let mut other = HttpService { service: named("other"), ..service(protocol) };
+        other.ports[0].number = 8080;
+        change(&mut called);
+        change(&mut other);
+        let changes = [called, other].map(|http| Change::SetHttpService(Arc::new(http)));
+        let policies = policies.into_iter().map(|policy| Change::SetHttpPolicy(Arc::new(policy)));
+        let mesh = Arc::new(model::Mesh::default().apply(changes.into_iter().chain(policies)));
+        let own = service(protocol).waypoint;
+        let rules = Rules::new(mesh, &own, &Rules::default());
+        let called = rules.service(&named("called")).unwrap();
+        let connection = Connection {
+            client: "10.0.0.5:40000".parse().unwrap(),
+            destination: "10.1.0.1:80".parse().unwrap(),
+            identity: None,
+            server_name: None,
+            secure: false,
+            said: None,
+        };
+        assert!(permit(&called.policies, &connection).1.is_ok());
+        let to = BackendRef::Service { service: named("other"), port: 8080, subset: None };
+        permit_beyond(&rules, called, &to, &connection).is_ok()
+    }
+
+    #[test]
+    fn bytes_pass_nothing_by_that_both_have_where_a_route_leads_to_another_service() {
+        let key = || PolicyKey { namespace: "shop".into(), name: "both".into() };
+        let keys = || Box::from([key()]);
+        for (protocol, may) in [(Protocol::Http, false), (Protocol::Tcp, true)] {
+            assert!(led(protocol, |_| {}, Vec::new()));
+            assert_eq!(led(protocol, |http| http.authentication = keys(), Vec::new()), may, "{protocol:?}");
+            assert_eq!(led(protocol, |http| http.rate_limits = keys(), Vec::new()), may, "{protocol:?}");
+        }
+        let deny = |port| {
+            let to = model::Match { destination_ports: [port].into(), ..model::Match::default() };
+            let clause = model::Clause { matches: [to].into() };
+            let rules = [model::Rule { clauses: [clause].into() }].into();
+            let scope = model::Scope::WorkloadSelector;
+            Policy { key: key(), scope, action: model::Action::Deny, rules, dry_run: false }
+        };
+        for (port, may) in [(8080, false), (81, true)] {
+            let is_let = led(Protocol::Tcp, |http| http.policies = keys(), vec![deny(port)]);
+            assert_eq!(is_let, may, "{port}");
         }
     }
 

@@ -15,8 +15,8 @@ use crate::http::decide::{Connection, Decided, Decision, Edit, Edits, More, Read
 use crate::http::head::RequestHead;
 use crate::rules::{Rules, ServiceRules};
 
-/// A request's way from its token to its route; or, where its route leads to another service, to that, which is asked what
-/// was not asked yet.
+/// A request's way from its token to its route; or, where its route leads to another service, to that, which is asked about
+/// the request as it gets it.
 pub(super) struct Admission {
     deciding: Deciding,
     rules: Arc<Rules>,
@@ -25,13 +25,54 @@ pub(super) struct Admission {
 }
 
 /// Where a route leads to another service.
-struct Beyond {
+pub(super) struct Beyond {
     /// What is done with the request if it may.
-    decision: Decision,
+    pub decision: Decision,
     /// The other's address, as far as policies ask for it.
-    to: SocketAddr,
+    pub to: SocketAddr,
     /// Whether the other believes what the token says that was taken for the service that was called.
-    believes: bool,
+    pub believes: bool,
+    /// Whom the service that was called had asked.
+    pub asked: Option<Asked>,
+}
+
+/// The authorizers who have agreed to a request before its route was chosen.
+pub(super) struct Asked {
+    by: Vec<Str>,
+    /// As they were shown it, with what they have changed themselves.
+    request: RequestHead,
+    to: SocketAddr,
+}
+
+impl Asked {
+    /// Of a request that is at its route, which has not changed it yet; `None` where nobody was asked.
+    pub(super) fn before_route(
+        request: &RequestHead,
+        connection: &Connection,
+        decided: &Decided,
+    ) -> Option<Self> {
+        let verdict = decided.verdict.as_ref().filter(|verdict| !verdict.ask.is_empty())?;
+        let by = verdict.ask.iter().map(|(_, provider)| provider.clone()).collect();
+        Some(Self { by, request: request.clone(), to: connection.destination })
+    }
+
+    /// Whether `provider` has agreed to just this: to the request as it is now, and, if it is told of that (by gRPC), to
+    /// where it goes.
+    pub(super) fn agreed(
+        &self,
+        rules: &Rules,
+        provider: &Str,
+        request: &RequestHead,
+        there: &Connection,
+    ) -> bool {
+        let is_told = || rules.mesh.authorizer(provider).is_none_or(|authorizer| authorizer.http.is_none());
+        self.by.contains(provider)
+            && (self.to == there.destination || !is_told())
+            && self.request.method() == request.method()
+            && self.request.authority() == request.authority()
+            && self.request.target() == request.target()
+            && self.request.fields.iter().eq(request.fields.iter())
+    }
 }
 
 fn refused(refusal: Refusal, detail: &'static str, decided: &mut Decided) -> Decision {
@@ -45,9 +86,15 @@ impl Admission {
         Self { deciding, rules, service, beyond: None }
     }
 
-    /// The way of a request to another service's address, which `decision` sends it to, and which asks for `service`.
-    pub(super) fn beyond(self, decision: Decision, to: SocketAddr, believes: bool) -> Self {
-        Self { beyond: Some(Beyond { decision, to, believes }), ..self }
+    /// The way of a request to another service, which asks for `service`.
+    pub(super) fn beyond(self, to: Beyond) -> Self {
+        Self { beyond: Some(to), ..self }
+    }
+
+    /// The connection as the service sees it.
+    fn seen(&self, connection: &Connection) -> Connection {
+        let destination = self.beyond.as_ref().map_or(connection.destination, |beyond| beyond.to);
+        Connection { destination, ..connection.clone() }
     }
 
     /// Looks at the token, and goes on.
@@ -81,10 +128,10 @@ impl Admission {
         let authorized = match &self.beyond {
             None => authorize::apply(&self.service.policies, request, connection, decided),
             Some(beyond) => {
-                let connection = Connection { destination: beyond.to, ..connection.clone() };
                 let own = decided.claims.clone();
                 decided.claims = own.clone().filter(|_| beyond.believes);
-                let authorized = authorize::apply(&self.service.policies, request, &connection, decided);
+                let there = self.seen(connection);
+                let authorized = authorize::apply(&self.service.policies, request, &there, decided);
                 decided.claims = own;
                 authorized
             }
@@ -103,19 +150,26 @@ impl Admission {
         }
     }
 
-    /// Asks those whom CUSTOM policies name.
+    /// Asks those whom CUSTOM policies name, unless they have agreed to just this already.
     fn ask(
         self,
-        asked: &[(PolicyKey, Str)],
+        named: &[(PolicyKey, Str)],
         request: &mut RequestHead,
         connection: &Connection,
         decided: &mut Decided,
     ) -> Decision {
+        if named.is_empty() {
+            return self.limit(request, connection, decided, Vec::new());
+        }
+        let there = self.seen(connection);
+        let before = self.beyond.as_ref().and_then(|beyond| beyond.asked.as_ref());
+        let agreed = |provider| before.is_some_and(|b| b.agreed(&self.rules, provider, request, &there));
+        let asked: Vec<_> = named.iter().filter(|(_, provider)| !agreed(provider)).cloned().collect();
         if asked.is_empty() {
             return self.limit(request, connection, decided, Vec::new());
         }
         let clusters = &self.deciding.0.clusters;
-        let questions = match Questions::new(&self.rules.mesh, clusters, asked, request, connection) {
+        let questions = match Questions::new(&self.rules.mesh, clusters, &asked, request, &there) {
             Ok(questions) => questions,
             Err(refusal) => return refused(refusal, "ext_authz_error", decided),
         };

@@ -1,10 +1,23 @@
 //! Routes that lead from one service to another: what guards the other is asked, too.
 
-use crate::chain::{Lab, echo, external, free};
+use std::net::SocketAddr;
+
+use aws_lc_rs::rand::SystemRandom;
+use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _};
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use serde_json::json;
+
+use crate::chain::{Lab, echo, external, free, mesh_config};
 
 /// A waypoint before `shop`, whose routes lead to `other`.
 async fn lab(routes: &str, guards: &str) -> Lab {
     let other = external("other", "240.240.0.9", "http", echo().await);
+    lab_to(&other, free(), routes, guards).await
+}
+
+/// The same, where the service that routes may lead to is `other`, and the authorizer over HTTP is at `http`.
+async fn lab_to(other: &str, http: SocketAddr, routes: &str, guards: &str) -> Lab {
     let service = "
 ---
 apiVersion: networking.istio.io/v1
@@ -14,7 +27,7 @@ spec:
   hosts: [shop.example]
   http:
 ";
-    Lab::with(free(), free(), &[&other, service, routes, guards].concat()).await
+    Lab::with(free(), http, &[other, service, routes, guards].concat()).await
 }
 
 const TO_OTHER: &str = "
@@ -65,6 +78,142 @@ async fn a_route_gets_nobody_past_the_policies_of_the_service_that_it_leads_to()
     }
 }
 
+/// A policy for `target`.
+fn of(target: &str, name: &str, rest: &str) -> String {
+    let group = if target == "waypoint" { "gateway.networking.k8s.io" } else { "networking.istio.io" };
+    let kind = if target == "waypoint" { "Gateway" } else { "ServiceEntry" };
+    format!(
+        "
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {{name: {name}, namespace: shop}}
+spec:
+  targetRefs: [{{group: {group}, kind: {kind}, name: {target}}}]
+{rest}
+"
+    )
+}
+
+fn allow(account: &str) -> String {
+    let who = format!("{{principals: [cluster.local/ns/web/sa/{account}]}}");
+    format!("  action: ALLOW\n  rules: [{{from: [{{source: {who}}}]}}]")
+}
+
+fn deny(operation: &str) -> String {
+    format!("  action: DENY\n  rules: [{{to: [{{operation: {{{operation}}}}}]}}]")
+}
+
+#[tokio::test]
+async fn policies_of_both_are_asked_again_about_what_the_other_gets() {
+    let all = |rest: &str| of("waypoint", "all", rest);
+    for (policies, path, status, what) in [
+        // The client of the lab is `front`.
+        (
+            all(&allow("other")) + &of("shop", "own", &allow("front")),
+            "/",
+            403,
+            "an ALLOW of the called one's",
+        ),
+        (all(&allow("other")) + &of("shop", "own", &allow("front")), "/own", 200, "and that is enough there"),
+        (
+            all(&allow("front")) + &of("other", "own", &allow("other")),
+            "/",
+            200,
+            "either ALLOW of the other's",
+        ),
+        (all(&deny("paths: [/secret*]")), "/rewritten", 403, "a path that it is given"),
+        (all(&deny("paths: [/secret*]")), "/open", 200, "another path"),
+        (all(&deny("paths: [/rewritten]")), "/rewritten", 403, "the path that it had"),
+        (all(&deny("hosts: [other.example]")), "/", 200, "the host as it is sent"),
+    ] {
+        let lab = lab(TO_OTHER, &policies).await;
+        assert_eq!(lab.ask("GET", path, &[], "").await.0, status, "{what}");
+    }
+    for (port, status) in [(8080, 403), (81, 200)] {
+        let other = external("other", "240.240.0.9", "http", echo().await);
+        let other = other.replace("number: 80,", "number: 8080,");
+        let lab = lab_to(&other, free(), TO_OTHER, &all(&deny(&format!("ports: [\"{port}\"]")))).await;
+        assert_eq!(lab.ask("GET", "/", &[], "").await.0, status, "the port that it is led to");
+        assert_eq!(lab.ask("GET", "/own", &[], "").await.0, 200);
+    }
+}
+
+#[tokio::test]
+async fn a_token_that_the_called_service_alone_believes_satisfies_no_policy_of_both() {
+    let key = EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).unwrap();
+    let b64 = |bytes: &[u8]| URL_SAFE_NO_PAD.encode(bytes);
+    let point = key.public_key().as_ref();
+    let jwks = json!({"keys": [
+        {"kty": "EC", "crv": "P-256", "x": b64(&point[1..33]), "y": b64(&point[33..])}
+    ]});
+    let message = [json!({"alg": "ES256"}), json!({"iss": "mine", "sub": "admin", "exp": 4_102_444_800_u64})]
+        .map(|part| b64(part.to_string().as_bytes()))
+        .join(".");
+    let signature = key.sign(&SystemRandom::new(), message.as_bytes()).unwrap();
+    let bearer = format!("Bearer {message}.{}", b64(signature.as_ref()));
+    let tokens = |target: &str| {
+        format!(
+            "
+---
+apiVersion: security.istio.io/v1
+kind: RequestAuthentication
+metadata: {{name: tokens, namespace: shop}}
+spec:
+  targetRefs: [{target}]
+  jwtRules: [{{issuer: mine, jwks: '{jwks}'}}]
+"
+        )
+    };
+    let known = of("waypoint", "known", "  rules: [{from: [{source: {requestPrincipals: [\"*\"]}}]}]");
+    let other = external("other", "240.240.0.9", "http", echo().await).replace(
+        "namespace: shop, labels: {",
+        "namespace: b, labels: {istio.io/use-waypoint-namespace: shop, ",
+    );
+    for (target, status) in [
+        ("{group: networking.istio.io, kind: ServiceEntry, name: shop}", 403),
+        // Both believe it; it is gone from the request by then.
+        ("{group: gateway.networking.k8s.io, kind: Gateway, name: waypoint}", 200),
+    ] {
+        let lab = lab_to(&other, free(), TO_OTHER, &[&*tokens(target), &known].concat()).await;
+        assert_eq!(lab.ask("GET", "/own", &[("Authorization", &bearer)], "").await.0, 200, "{target}");
+        assert_eq!(lab.ask("GET", "/", &[("Authorization", &bearer)], "").await.0, status, "{target}");
+        assert_eq!(lab.ask("GET", "/", &[], "").await.0, 403, "{target}");
+    }
+}
+
+#[tokio::test]
+async fn an_authorizer_of_both_is_asked_again_where_the_request_has_changed() {
+    let providers = "
+  - name: web
+    envoyExtAuthzHttp: {service: authz-http.example, port: 80}
+";
+    let custom = of("waypoint", "web", "  action: CUSTOM\n  provider: {name: web}\n  rules: [{}]");
+    let other = external("other", "240.240.0.9", "http", echo().await);
+    let guards = [mesh_config(providers), custom].concat();
+    let copying = "
+  - match: [{uri: {prefix: /rewritten}}]
+    rewrite: {uri: /secret}
+    route: [{destination: {host: shop.example}}]
+    mirrors: [{destination: {host: other.example}}]
+  - route: [{destination: {host: shop.example}}]
+    mirrors: [{destination: {host: other.example}}]
+";
+    for (routes, path, asked, copies) in [
+        (TO_OTHER, "/own", 1, 0),
+        (TO_OTHER, "/open", 1, 0),
+        (TO_OTHER, "/rewritten", 2, 0),
+        // Nobody is asked about a copy.
+        (copying, "/open", 1, 1),
+        (copying, "/rewritten", 1, 0),
+    ] {
+        let lab = lab_to(&other, echo().await, routes, &guards).await;
+        assert_eq!(lab.ask("GET", path, &[], "").await.0, 200, "{path}");
+        assert_eq!(lab.guards.authorizers.allowed.get(), asked, "{path}");
+        assert_eq!(lab.worker.stats.mirrored.get(), copies, "{path}");
+    }
+}
+
 #[tokio::test]
 async fn its_tokens_and_limits_hold_too() {
     let tokens = "
@@ -97,6 +246,15 @@ spec:
     }
     assert_eq!(statuses, [200, 200, 429]);
     assert_eq!(lab.ask("GET", "/own", &[], "").await.0, 200);
+    // One that both have is taken from once.
+    let (theirs, both) = (
+        "{group: networking.istio.io, kind: ServiceEntry, name: other}",
+        "{group: gateway.networking.k8s.io, kind: Gateway, name: waypoint}",
+    );
+    let lab = self::lab(TO_OTHER, &limit.replace(theirs, both)).await;
+    for status in [200, 200, 429] {
+        assert_eq!(lab.ask("GET", "/", &[], "").await.0, status);
+    }
 }
 
 #[tokio::test]
@@ -112,6 +270,10 @@ async fn no_copy_reaches_a_service_that_would_refuse_it() {
     }
     let stats = &lab.worker.stats;
     assert_eq!(stats.mirrored.get(), 1);
+    let policies = of("waypoint", "all", &allow("other")) + &of("shop", "own", &allow("front"));
+    let lab = self::lab(routes, &policies).await;
+    assert_eq!(lab.ask("GET", "/", &[], "").await.0, 200);
+    assert_eq!(lab.worker.stats.mirrored.get(), 0, "one of the called one's own lets nobody in there");
 }
 
 #[tokio::test]
