@@ -232,14 +232,6 @@ impl Channel {
         }
     }
 
-    /// Whether anything of the response came.
-    pub(crate) fn has_received(&self) -> bool {
-        match self {
-            Self::H1(wire) => wire.has_received(),
-            Self::H2(_) => false,
-        }
-    }
-
     /// Reads a response's head.
     pub(crate) fn poll_response(
         &mut self,

@@ -442,7 +442,9 @@ impl Exchange<'_> {
                     *words -= 1;
                 }
                 Poll::Ready(Err(error)) => {
-                    let stale = lease.reused && !lease.channel.has_received();
+                    // Of HTTP/2, what its server has not looked at is told otherwise.
+                    let stale =
+                        lease.reused && matches!(&lease.channel, Channel::H1(wire) if !wire.has_received());
                     self.reply.clear();
                     return Poll::Ready(Err(Failure::of_response(&error, stale)));
                 }

@@ -26,7 +26,8 @@ pub(super) struct Failure {
 pub(super) enum Class {
     Final,
     Connect,
-    /// The connection that it was sent on was used before and ended without a byte: it may have ended before the request.
+    /// The connection of HTTP/1.1 that it was sent on was used before and ended without a byte: it may have ended before the
+    /// request.
     Stale,
     Reset,
     Refused,

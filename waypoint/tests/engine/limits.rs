@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use waypoint::http::Settings;
-use waypoint::http::decide::{Forwarding, Measured, Protocol, Retries, Timeouts};
+use waypoint::http::decide::{Forwarding, Measured, Outcome, Protocol, Retries, Timeouts};
 use waypoint::http::held::HeldLimits;
 
 use crate::lab::{self, Client, Proxy, get, in_turn, server, target};
@@ -30,13 +30,20 @@ async fn through(targets: Vec<SocketAddr>, protocol: Protocol, how: Forwarding) 
     Proxy::start(how, in_turn(targets), Settings::default()).await
 }
 
-/// A server of HTTP/2 that says `answer` to the first request of each connection.
+/// A server of HTTP/2 that says `answer` to each request.
 async fn saying(answer: Vec<u8>) -> (SocketAddr, Arc<AtomicUsize>) {
+    saying_in_turn(vec![answer]).await
+}
+
+/// A server of HTTP/2 that says one of `answers` after the other to the requests of each connection, the last to all that
+/// come then; or ends the connection, where that is nothing.
+async fn saying_in_turn(answers: Vec<Vec<u8>>) -> (SocketAddr, Arc<AtomicUsize>) {
     let asked = Arc::new(AtomicUsize::new(0));
     let counting = Arc::clone(&asked);
     let address = server(move |_, mut client: Client| {
-        let (answer, asked) = (answer.clone(), Arc::clone(&counting));
+        let (answers, asked) = (answers.clone(), Arc::clone(&counting));
         async move {
+            let mut answers = answers.iter().peekable();
             client.exactly(24).await;
             client.send(frame(SETTINGS, 0, 0, &[])).await;
             while let Some(head) = client.exactly(9).await {
@@ -44,7 +51,13 @@ async fn saying(answer: Vec<u8>) -> (SocketAddr, Arc<AtomicUsize>) {
                 client.exactly(length).await;
                 if head[3] == HEADERS {
                     asked.fetch_add(1, Ordering::SeqCst);
-                    client.send(&answer).await;
+                    let Some(answer) = answers.peek().copied().filter(|answer| !answer.is_empty()) else {
+                        return;
+                    };
+                    client.send(answer).await;
+                    if answers.len() > 1 {
+                        answers.next();
+                    }
                 }
             }
         }
@@ -74,6 +87,48 @@ async fn a_request_that_a_server_may_have_seen_is_not_sent_again_for_a_goaway() 
         assert_eq!(asked.load(Ordering::SeqCst), 1, "{what}");
         assert_eq!(again.load(Ordering::SeqCst), usize::from(status == 200), "{what}");
     }
+}
+
+#[tokio::test]
+async fn a_connection_of_http2_that_was_used_before_is_no_reason_to_send_anything_again() {
+    let goaway =
+        |last: u32, code: u32| frame(GOAWAY, 0, 0, &[last.to_be_bytes(), code.to_be_bytes()].concat());
+    let none = Retries { attempts: 0, ..by_default() };
+    let [get, put] =
+        ["GET", "PUT"].map(|method| format!("{method} / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n"));
+    for (answer, what) in [
+        (goaway(0, 2), "a server with a fault"),
+        (Vec::new(), "a connection that ends"),
+    ] {
+        for (request, retries) in [(&get, None), (&put, Some(none.clone())), (&put, Some(by_default()))] {
+            // All requests of the client go by one connection.
+            let (address, asked) = saying_in_turn(vec![ok(), answer.clone()]).await;
+            let endpoints = in_turn(vec![target(address, Protocol::Http2)]);
+            let how = Forwarding { retries, ..Forwarding::default() };
+            let proxy = Proxy::start(how, Arc::clone(&endpoints) as _, Settings::default()).await;
+            let mut client = proxy.connect().await;
+            assert_eq!(client.ask(&**request).await.status(), 200);
+            assert_eq!(client.ask(&**request).await.status(), 503, "{what}");
+            assert_eq!(asked.load(Ordering::SeqCst), 2, "{what}: {request}");
+            proxy.wait_records(2).await;
+            // It counts against the endpoint.
+            let ended = endpoints.ended.lock().unwrap().clone();
+            assert_eq!(ended, [Some(Outcome::Status(200)), Some(Outcome::Failed)], "{what}: {request}");
+        }
+    }
+    // What it has said not to have looked at goes elsewhere.
+    let (address, asked) = saying_in_turn(vec![ok(), goaway(1, 0)]).await;
+    let proxy = through(
+        vec![address],
+        Protocol::Http2,
+        Forwarding { retries: Some(by_default()), ..Forwarding::default() },
+    )
+    .await;
+    let mut client = proxy.connect().await;
+    for _ in 0..2 {
+        assert_eq!(client.ask(&*put).await.status(), 200);
+    }
+    assert_eq!(asked.load(Ordering::SeqCst), 3);
 }
 
 #[tokio::test]
