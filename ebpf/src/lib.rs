@@ -6,12 +6,14 @@
 //! ```text
 //! ROOT/INODE OF THE NAMESPACE/settings, ports, ranges, interfaces, own, refused, listeners, counters   maps
 //!                            /link-sockets, link-inside-1, link-arriving-N, link-leaving-N              links
+//!                            /maps-N/settings, ...   the maps, once they were others than the first programs'
 //! ```
 //!
 //! Invariants:
 //! * the programs decide alone, by what is in the maps; nothing here has to run for that;
 //! * a change of settings is seen whole: lists are written to the half that is not in force, then the settings name it;
-//! * newer programs replace older ones link by link, each at once, with the same maps.
+//! * newer programs replace older ones link by link, each at once, with the same maps; or with a new generation of them, if
+//!   they declare them otherwise, and the old one goes last.
 
 pub mod layout;
 mod marks;

@@ -192,7 +192,6 @@ fn is_bpf(path: &Path) -> io::Result<bool> {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test")]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
 

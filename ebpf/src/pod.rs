@@ -9,15 +9,15 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
 use aya::maps::lpm_trie::Key;
-use aya::maps::{HashMap, LpmTrie, Map, MapData, PerCpuArray};
+use aya::maps::{HashMap, LpmTrie, Map, MapData, MapInfo, MapType, PerCpuArray};
 use aya::programs::{SchedClassifier, SkLookup};
 use aya::{Ebpf, EbpfLoader};
 use ipnet::IpNet;
 use net::Netns;
 
 use crate::layout::{
-    Address, COUNTERS, Connection, Interface, PORT_WORDS, PortSets, RANGE_EXCLUDED, RANGE_INCLUDED, RANGE_V6,
-    Range, Settings,
+    Address, COUNTERS, Connection, DELIVERED_LIMIT, ENTRIES_LIMIT, Interface, LISTENERS, PORT_WORDS,
+    PortSets, RANGE_EXCLUDED, RANGE_INCLUDED, RANGE_V6, RANGES_LIMIT, Range, Settings,
 };
 use crate::pins::{is_note, is_over};
 use crate::sys::{self, AttachType};
@@ -27,6 +27,23 @@ use crate::{Error, Pins, objects};
 pub(crate) const SOCKETS: &str = "link-sockets";
 /// The loopback device is the first of every namespace (kernel `LOOPBACK_IFINDEX`).
 const LOOPBACK: u32 = 1;
+
+/// Of settings whose programs are still being attached: whoever ends before that leaves others.
+const NOT_ATTACHED: [u8; 8] = [0; 8];
+/// Before the number of a generation of maps. The first has no directory of its own.
+const GENERATION: &str = "maps-";
+/// The maps as the programs declare them: names, kinds, sizes of keys and values, and entries at most.
+const MAPS: [(&str, MapType, usize, usize, u32); 9] = [
+    ("settings", MapType::Hash, 4, size_of::<Settings>(), 1),
+    ("ports", MapType::Hash, 4, size_of::<PortSets>(), 2),
+    ("ranges", MapType::LpmTrie, 4 + size_of::<Range>(), 4, RANGES_LIMIT),
+    ("interfaces", MapType::Hash, size_of::<Interface>(), 4, ENTRIES_LIMIT),
+    ("own", MapType::Hash, size_of::<Address>(), 4, ENTRIES_LIMIT),
+    ("refused", MapType::Hash, size_of::<Connection>(), 4, ENTRIES_LIMIT),
+    ("delivered", MapType::LruHash, size_of::<Connection>(), 4, DELIVERED_LIMIT),
+    ("listeners", MapType::SockMap, 4, 4, LISTENERS),
+    ("counters", MapType::PerCpuArray, 4, 8, COUNTERS),
+];
 
 /// What the maps of a pod say.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -54,6 +71,8 @@ pub type Drift = Vec<String>;
 #[derive(Debug)]
 pub struct Pod {
     directory: PathBuf,
+    /// Where its maps are: the newest generation.
+    maps: PathBuf,
 }
 
 impl Address {
@@ -109,8 +128,8 @@ pub fn build() -> [u8; 8] {
 /// It can't be removed.
 pub fn remove(pins: &Pins, netns: &Netns) -> Result<bool, Error> {
     let directory = pins.of(netns);
-    // The kernel detaches in its own time; until then the programs let everything pass.
-    if let Some(pod) = Pod::find(pins, netns) {
+    // All programs at once let everything pass, where the maps are those that we know.
+    if let Some(pod) = Pod::find(pins, netns).filter(Pod::fits) {
         let mut settings: HashMap<MapData, u32, Settings> = pod.map("settings")?;
         settings.insert(0, Settings::default(), 0).map_err(Error::map("write", "settings"))?;
     }
@@ -120,6 +139,13 @@ pub fn remove(pins: &Pins, netns: &Netns) -> Result<bool, Error> {
     let mut found = false;
     for path in entries(&directory)?.iter().filter(|path| !is_note(path)) {
         found = true;
+        // A link without a name is detached too, but in the kernel's own time.
+        if is_link(path)
+            && let Ok(link) = sys::open(path)
+            && let Err(error) = sys::link_detach(link.as_fd())
+        {
+            tracing::debug!(link = %path.display(), %error, "a program is detached when its name is gone");
+        }
         let removed = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
         removed.map_err(Error::io("remove", path.display()))?;
     }
@@ -136,7 +162,47 @@ impl Pod {
     #[must_use]
     pub fn find(pins: &Pins, netns: &Netns) -> Option<Self> {
         let directory = pins.of(netns);
-        (is_over(&directory) == Some(false)).then_some(Self { directory })
+        (is_over(&directory) == Some(false)).then(|| Self::at(directory))
+    }
+
+    fn at(directory: PathBuf) -> Self {
+        let generation = newest(&directory);
+        let maps = if generation == 0 {
+            directory.clone()
+        } else {
+            directory.join(format!("{GENERATION}{generation}"))
+        };
+        Self { directory, maps }
+    }
+
+    /// Whether its maps are as the programs declare them: whoever opens a map by its name is given it as it is.
+    fn fits(&self) -> bool {
+        MAPS.iter().all(|(name, kind, key, value, entries)| {
+            MapInfo::from_pin(self.maps.join(name)).is_ok_and(|info| {
+                info.map_type().is_ok_and(|found| found == *kind)
+                    && (info.key_size() as usize, info.value_size() as usize) == (*key, *value)
+                    && info.max_entries() == *entries
+            })
+        })
+    }
+
+    /// With new maps if those that are there don't fit. Programs that use the old ones go on until they are replaced.
+    fn with_maps_that_fit(self) -> Result<Self, Error> {
+        if self.fits() || MAPS.iter().all(|(name, ..)| !self.maps.join(name).exists()) {
+            return Ok(self);
+        }
+        let maps = self.directory.join(format!("{GENERATION}{}", newest(&self.directory) + 1));
+        fs::create_dir(&maps).map_err(Error::io("make", maps.display()))?;
+        Ok(Self { maps, ..self })
+    }
+
+    /// The maps of older generations.
+    fn older(&self) -> Result<Vec<PathBuf>, Error> {
+        let mut older = entries(&self.directory)?;
+        older.retain(|path| {
+            self.maps != self.directory && *path != self.maps && !is_link(path) && !is_note(path)
+        });
+        Ok(older)
     }
 
     /// Makes the pod's maps say `contents`, and attaches the programs to its interfaces. Whether anything was changed.
@@ -154,15 +220,24 @@ impl Pod {
             remove(pins, netns)?;
         }
         fs::create_dir_all(&directory).map_err(Error::io("make", directory.display()))?;
-        let pod = Self { directory };
-        let attached = pod.detached(netns, contents).is_empty() && pod.has_our_programs();
+        let pod = Self::at(directory).with_maps_that_fit()?;
+        let older = pod.older()?;
+        let attached = older.is_empty()
+            && pod.fits()
+            && pod.detached(netns, contents).is_empty()
+            && pod.has_our_programs();
         if attached {
-            pod.write(contents)?;
+            pod.write(contents, build())?;
         } else {
             // The maps first: programs with empty ones let everything through.
             let mut loaded = pod.load()?;
-            pod.write(contents)?;
+            pod.write(contents, NOT_ATTACHED)?;
             pod.attach(&mut loaded, netns, contents.interfaces.keys().copied())?;
+            for path in older {
+                let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+                removed.map_err(Error::io("remove", path.display()))?;
+            }
+            pod.sign()?;
         }
         Ok(true)
     }
@@ -191,6 +266,10 @@ impl Pod {
     /// It can't be read.
     pub fn drift(&self, netns: &Netns, contents: &Contents) -> Result<Drift, Error> {
         let mut drift = Vec::new();
+        if !self.fits() || !self.older()?.is_empty() {
+            drift.push("the maps of these programs; others are there".to_owned());
+            return Ok(drift);
+        }
         match self.read()? {
             None => drift.push("the settings".to_owned()),
             Some((settings, found)) => {
@@ -222,7 +301,7 @@ impl Pod {
 
     fn load(&self) -> Result<Ebpf, Error> {
         let mut loader = EbpfLoader::new();
-        loader.default_map_pin_directory(&self.directory);
+        loader.default_map_pin_directory(&self.maps);
         loader.load(objects::CAPTURE).map_err(|error| Error::Load(Box::new(error)))
     }
 
@@ -268,12 +347,20 @@ impl Pod {
     }
 
     fn map<M: TryFrom<Map, Error = aya::maps::MapError>>(&self, name: &'static str) -> Result<M, Error> {
-        let data = MapData::from_pin(self.directory.join(name)).map_err(Error::map("open", name))?;
+        let data = MapData::from_pin(self.maps.join(name)).map_err(Error::map("open", name))?;
         let map = Map::from_map_data(data).map_err(Error::map("open", name))?;
         M::try_from(map).map_err(Error::map("open", name))
     }
 
-    fn write(&self, contents: &Contents) -> Result<(), Error> {
+    /// Says that the programs of all links are these.
+    fn sign(&self) -> Result<(), Error> {
+        let mut settings: HashMap<MapData, u32, Settings> = self.map("settings")?;
+        let current = settings.get(&0, 0).map_err(Error::map("read", "settings"))?;
+        let signed = Settings { build: build(), ..current };
+        settings.insert(0, signed, 0).map_err(Error::map("write", "settings"))
+    }
+
+    fn write(&self, contents: &Contents, build: [u8; 8]) -> Result<(), Error> {
         let mut settings: HashMap<MapData, u32, Settings> = self.map("settings")?;
         let half = settings.get(&0, 0).map_or(0, |current| 1 - current.half.min(1));
         self.write_lists(contents, half)?;
@@ -294,7 +381,7 @@ impl Pod {
             |key| wanted.contains(key),
             |map| wanted.iter().try_for_each(|key| map.insert(key, 1, 0)),
         )?;
-        let value = Settings { half, build: build(), ..contents.settings };
+        let value = Settings { half, build, ..contents.settings };
         settings.insert(0, value, 0).map_err(Error::map("write", "settings"))
     }
 
@@ -411,6 +498,14 @@ fn program<'a>(loaded: &'a mut Ebpf, link: &str) -> Result<BorrowedFd<'a>, Error
         program.fd()
     };
     Ok(fd.map_err(Error::program(name))?.as_fd())
+}
+
+/// The number of the newest generation of maps.
+fn newest(directory: &Path) -> u32 {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let numbers =
+        entries.filter_map(|entry| entry.file_name().to_str()?.strip_prefix(GENERATION)?.parse().ok());
+    numbers.max().unwrap_or(0)
 }
 
 pub(crate) fn is_link(path: &Path) -> bool {

@@ -14,6 +14,7 @@ const OBJ_GET: libc::c_long = 7;
 const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const LINK_CREATE: libc::c_long = 28;
 const LINK_UPDATE: libc::c_long = 29;
+const LINK_DETACH: libc::c_long = 34;
 
 /// Where a program is attached (`enum bpf_attach_type`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -44,6 +45,11 @@ pub(crate) fn link_create(program: BorrowedFd<'_>, target: u32, kind: AttachType
 /// Replaces the program of a link, at once.
 pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     call(LINK_UPDATE, &mut [word(link.as_raw_fd()), word(program.as_raw_fd()), 0, 0, 0, 0, 0, 0]).map(drop)
+}
+
+/// Detaches the program of a link, at once.
+pub(crate) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    call(LINK_DETACH, &mut [word(link.as_raw_fd()), 0, 0, 0, 0, 0, 0, 0]).map(drop)
 }
 
 /// What a link is attached to.

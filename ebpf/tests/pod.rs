@@ -86,6 +86,54 @@ fn programs_are_replaced_in_place() {
     assert!(!ebpf::remove(&pins, netns).unwrap());
 }
 
+/// As older programs leave it that declared a map otherwise.
+fn of_another_size(maps: &Path) {
+    fs::remove_file(maps.join("settings")).unwrap();
+    MapData::from_pin(maps.join("own")).unwrap().pin(maps.join("settings")).unwrap();
+}
+
+#[test]
+fn maps_of_another_size_are_replaced() {
+    let Some(pins) = pins("maps of another size are replaced") else { return };
+    let lab = Lab::builder().node("a", &["web"]).build().unwrap();
+    let netns = &lab.pod("web").netns;
+    let contents = Contents {
+        settings: Settings { flags: layout::CAPTURING, outbound: 15001, ..Settings::default() },
+        ports: PortSets::empty(),
+        excluded: vec!["::/0".parse().unwrap()],
+        included: vec!["10.9.0.0/16".parse().unwrap()],
+        interfaces: BTreeMap::from([(interface(&lab), 0)]),
+        own: BTreeSet::from([lab.pod("web").ipv4.into()]),
+        refused: BTreeSet::new(),
+    };
+    ebpf::remember(&pins, netns, 3).unwrap();
+    assert!(Pod::install(&pins, netns, &contents).unwrap());
+    let directory = pins.of(netns);
+    let link = directory.join("link-sockets");
+    let mut before = numbers(&link);
+    let mut maps = directory.clone();
+    for generation in 1..=2 {
+        of_another_size(&maps);
+        let pod = Pod::find(&pins, netns).unwrap();
+        assert_eq!(pod.drift(netns, &contents).unwrap(), ["the maps of these programs; others are there"]);
+        assert!(Pod::install(&pins, netns, &contents).unwrap());
+        assert!(!Pod::install(&pins, netns, &contents).unwrap(), "nothing changed");
+        let after = numbers(&link);
+        assert_eq!(after.0, before.0, "the same link");
+        assert_ne!(after.1, before.1, "another program");
+        maps = directory.join(format!("maps-{generation}"));
+        assert!(maps.join("settings").exists());
+        // Four links, the note, and one generation of maps.
+        assert_eq!(fs::read_dir(&directory).unwrap().count(), 6);
+        assert!(Pod::find(&pins, netns).unwrap().drift(netns, &contents).unwrap().is_empty());
+        before = after;
+    }
+    of_another_size(&maps);
+    assert!(ebpf::remove(&pins, netns).unwrap());
+    assert_eq!(ebpf::remembered(&pins, netns), 3);
+    ebpf::forget(&pins, netns).unwrap();
+}
+
 fn interface(lab: &Lab) -> u32 {
     let shown = lab.pod("web").shell("ip -o link show eth0").unwrap();
     shown.split(':').next().unwrap().trim().parse().unwrap()
