@@ -29,8 +29,8 @@ mod tests;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Weak};
 
 use model::http::HttpService;
 use model::{Mesh, Str};
@@ -113,7 +113,8 @@ struct Resolved {
 #[derive(Default)]
 struct Local {
     of: u64,
-    resolved: HashMap<usize, (Arc<model::telemetry::Telemetry>, Arc<Resolved>)>,
+    /// By the address of the settings, which stays theirs while this refers to them, also when nobody has them any more.
+    resolved: HashMap<usize, (Weak<model::telemetry::Telemetry>, Arc<Resolved>)>,
     memory: Memory,
 }
 
@@ -247,7 +248,7 @@ impl Telemetry {
         let ended = Ended::new(place, (request, response), connection, decided, record);
         let told = decided.service.as_ref().map_or(&self.plain, |service| &service.telemetry);
         self.with_local(|local| {
-            let resolved = self.resolved(local, told);
+            let resolved = self.resolved(mesh, local, told);
             let what = HttpObservation {
                 duration: ended.duration,
                 request_bytes: record.received,
@@ -317,20 +318,26 @@ impl Telemetry {
         self.metrics.series()
     }
 
-    fn resolved(&self, local: &mut Local, told: &Arc<model::telemetry::Telemetry>) -> Arc<Resolved> {
+    fn resolved(
+        &self,
+        mesh: &Mesh,
+        local: &mut Local,
+        told: &Arc<model::telemetry::Telemetry>,
+    ) -> Arc<Resolved> {
         let key = Arc::as_ptr(told).addr();
         if let Some((_, resolved)) = local.resolved.get(&key) {
             return Arc::clone(resolved);
         }
+        local.resolved.retain(|_, (told, _)| told.strong_count() > 0);
         if local.resolved.len() >= RESOLVED {
             local.resolved.clear();
         }
         let logs = match &told.logs {
-            Some(logs) => logs.iter().filter_map(|log| self.sinks.open(log, &self.exporters)).collect(),
+            Some(logs) => logs.iter().filter_map(|log| self.sinks.open(log, mesh, &self.exporters)).collect(),
             None => self.settings.access_log.iter().map(|format| self.sinks.own(*format)).collect(),
         };
         let resolved = Arc::new(Resolved { plan: Plan::of(&told.metrics), logs });
-        local.resolved.insert(key, (Arc::clone(told), Arc::clone(&resolved)));
+        local.resolved.insert(key, (Arc::downgrade(told), Arc::clone(&resolved)));
         resolved
     }
 }

@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
+use model::Mesh;
 use model::telemetry::{Collector, Exporter, Facts, Headers, LogService, SpanProtocol, SpanTag, Tracing};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -133,9 +134,9 @@ impl Exporters {
         })
     }
 
-    /// The way to a service that takes logs; `None` if there is none.
-    pub(super) fn log_service(&self, service: &LogService) -> Option<Queue> {
-        self.logs.open(service, self.runtime.as_ref()?, &self.connect, &self.origin)
+    /// The way to a service that takes logs, `None` if there is none.
+    pub(super) fn log_service(&self, service: &LogService, mesh: &Mesh) -> Option<Queue> {
+        self.logs.open((service, mesh), self.runtime.as_ref()?, &self.connect, &self.origin)
     }
 
     /// What was done with the entries of services that take logs.

@@ -12,7 +12,7 @@ use std::time::SystemTime;
 
 use model::http::{Command, FormatPart};
 use model::telemetry::{AccessLog, Expression, LogFormat, LogSink, LogText};
-use model::{RequestDecision, Str};
+use model::{Mesh, RequestDecision, Str};
 use process::logs::{Format, Line, LogWriter, Target, push_escaped};
 use tracing::Level;
 
@@ -64,10 +64,10 @@ impl Sinks {
     }
 
     /// Opens a log. One that can't be opened is left out, and said so.
-    pub fn open(&self, log: &AccessLog, exporters: &Exporters) -> Option<Log> {
+    pub fn open(&self, log: &AccessLog, mesh: &Mesh, exporters: &Exporters) -> Option<Log> {
         let to = match &log.sink {
             LogSink::File { path, format } => To::Lines(self.writer(path)?, format.clone()),
-            LogSink::Service(service) => match exporters.log_service(service) {
+            LogSink::Service(service) => match exporters.log_service(service, mesh) {
                 Some(queue) => To::Service(queue),
                 None => {
                     self.refused.fetch_add(1, Relaxed);

@@ -8,12 +8,13 @@
 mod entry;
 mod stream;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use model::telemetry::LogService;
+use model::Mesh;
+use model::telemetry::{LogService, LogSink};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
@@ -53,11 +54,11 @@ pub(super) struct Counters {
     pub waiting: AtomicU64,
 }
 
-/// The way to one service.
+/// The way to one service. It keeps nothing open: threads remember it longer than settings are in force.
 #[derive(Clone, Debug)]
 pub(super) struct Queue {
     service: LogService,
-    sender: mpsc::Sender<Vec<u8>>,
+    sender: mpsc::WeakSender<Vec<u8>>,
     bytes: Arc<AtomicUsize>,
     counters: Arc<Counters>,
 }
@@ -70,7 +71,7 @@ impl Queue {
         let fits = self.bytes.fetch_add(length, Relaxed) + length <= QUEUE_BYTES;
         // Counted before it is there, so that it is not counted away before.
         self.counters.waiting.fetch_add(1, Relaxed);
-        if fits && self.sender.try_send(entry).is_ok() {
+        if fits && self.sender.upgrade().is_some_and(|sender| sender.try_send(entry).is_ok()) {
             self.counters.taken.fetch_add(1, Relaxed);
         } else {
             self.bytes.fetch_sub(length, Relaxed);
@@ -80,32 +81,41 @@ impl Queue {
     }
 }
 
+/// A service that logs go to.
+struct Open {
+    queue: Queue,
+    /// Its work ends without this.
+    _sender: mpsc::Sender<Vec<u8>>,
+}
+
 /// The queues of all services that logs go to.
 #[derive(Default)]
 pub(super) struct Queues {
-    all: RwLock<HashMap<LogService, Queue>>,
+    all: Mutex<HashMap<LogService, Open>>,
     pub counters: Arc<Counters>,
 }
 
 impl Queues {
-    /// The queue of `service`; `None` if there are too many.
+    /// The queue of `service`; `None` if there are too many. Those that no service of `mesh` names any more make room.
     pub fn open(
         &self,
-        service: &LogService,
+        (service, mesh): (&LogService, &Mesh),
         runtime: &Handle,
         connect: &Arc<dyn Connect>,
         origin: &Origin,
     ) -> Option<Queue> {
-        if let Some(queue) = self.all.read().unwrap_or_else(PoisonError::into_inner).get(service) {
-            return Some(queue.clone());
-        }
-        let mut all = self.all.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(queue) = all.get(service) {
-            return Some(queue.clone());
+        let all = &mut *self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(open) = all.get(service) {
+            return Some(open.queue.clone());
         }
         if all.len() >= SERVICES {
-            // Those of settings that have changed: nobody but this list has them, unless they are still in use.
-            all.retain(|_, queue| queue.sender.strong_count() > 1);
+            let logs = mesh.http_services().filter_map(|http| http.telemetry.logs.as_deref()).flatten();
+            let in_force = logs.filter_map(|log| match &log.sink {
+                LogSink::Service(service) => Some(&**service),
+                LogSink::File { .. } => None,
+            });
+            let in_force: HashSet<&LogService> = in_force.collect();
+            all.retain(|service, _| in_force.contains(service));
         }
         if all.len() >= SERVICES {
             tracing::error!(service = &*service.collector.host, SERVICES, "too many services of access logs");
@@ -114,7 +124,7 @@ impl Queues {
         let (sender, receiver) = mpsc::channel(QUEUE);
         let queue = Queue {
             service: service.clone(),
-            sender,
+            sender: sender.downgrade(),
             bytes: Arc::default(),
             counters: Arc::clone(&self.counters),
         };
@@ -126,7 +136,8 @@ impl Queues {
             counters: Arc::clone(&self.counters),
         };
         runtime.spawn(work.run(receiver));
-        all.insert(service.clone(), queue.clone());
+        let open = Open { queue: queue.clone(), _sender: sender };
+        all.insert(service.clone(), open);
         Some(queue)
     }
 }

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use model::http::{HttpService, Percent, WaypointKey};
 use model::telemetry::{
-    AccessLog, Collector, Exporter, Expression, LogFormat, LogSink, LogText, MetricName, MetricRule,
-    SpanProtocol, SpanTag, Tag, Telemetry as Told, Tracing,
+    AccessLog, Collector, Exporter, Expression, LogFormat, LogService, LogSink, LogText, MetricName,
+    MetricRule, SpanProtocol, SpanTag, Tag, Telemetry as Told, Tracing,
 };
 use model::{Mesh, ServiceKey};
 use process::logs::{Format, LogWriter};
@@ -58,9 +58,13 @@ impl Lab {
     }
 
     fn end(&self, told: &Told, change: impl FnOnce(&mut RequestHead, &mut Record, &mut Decided)) {
+        self.end_of(&Arc::new(told.clone()), change);
+    }
+
+    fn end_of(&self, told: &Arc<Told>, change: impl FnOnce(&mut RequestHead, &mut Record, &mut Decided)) {
         let mut request = request();
         let mut decided = Decided {
-            service: Some(Arc::new(HttpService { telemetry: Arc::new(told.clone()), ..service() })),
+            service: Some(Arc::new(HttpService { telemetry: Arc::clone(told), ..service() })),
             port: 80,
             ..Decided::default()
         };
@@ -423,6 +427,60 @@ async fn spans_reach_a_collector_of_otlp_over_grpc() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     driver.abort();
+}
+
+fn entries_to(host: &str) -> Told {
+    let service = LogService {
+        collector: Collector { provider: "als".into(), namespace: None, host: host.into(), port: 80 },
+        connections: false,
+        name: "log".into(),
+        request_headers: Box::default(),
+        response_headers: Box::default(),
+    };
+    let log = AccessLog { sink: LogSink::Service(Box::new(service)), filter: None };
+    Told { logs: Some(Box::new([log])), ..Told::default() }
+}
+
+#[tokio::test]
+async fn services_of_logs_make_room_for_others_when_no_settings_name_them() {
+    let nobody = Arc::new(Piped(Mutex::default()));
+    let exporters = Exporters::new(tokio::runtime::Handle::current(), nobody, "waypoint", "shop");
+    let lab = Lab::with(None, exporters);
+    let counts = || {
+        let count = |name: &str| lab.sample(&[name]).unwrap();
+        (count("culvert_access_log_entries_total "), count("culvert_access_logs_refused_total "))
+    };
+    std::thread::scope(|scope| {
+        let ((seen, first), (done, last)) = (std::sync::mpsc::channel(), std::sync::mpsc::channel::<()>());
+        let lab = &lab;
+        // A thread of the data plane has seen the first of them, and nothing since.
+        scope.spawn(move || {
+            for n in 0..16 {
+                lab.end(&entries_to(&format!("old-{n}.test")), nothing);
+            }
+            seen.send(()).unwrap();
+            let _ = last.recv();
+        });
+        first.recv().unwrap();
+        for n in 0..40 {
+            lab.end(&entries_to(&format!("next-{n}.test")), nothing);
+        }
+        assert_eq!(counts(), ("56".to_owned(), "0".to_owned()));
+        drop(done);
+    });
+    // Those that are in force have their place.
+    let http = |n: usize| HttpService {
+        service: ServiceKey { namespace: "shop".into(), hostname: format!("s{n}.test").as_str().into() },
+        telemetry: Arc::new(entries_to(&format!("now-{n}.test"))),
+        ..service()
+    };
+    let changes = (0..16).map(|n| model::Change::SetHttpService(Arc::new(http(n))));
+    let lab = Lab { mesh: Mesh::default().apply(changes), ..lab };
+    for n in 0..17 {
+        lab.end(&entries_to(&format!("now-{n}.test")), nothing);
+    }
+    let refused = lab.sample(&["culvert_access_logs_refused_total "]);
+    assert_eq!(refused.as_deref(), Some("1"));
 }
 
 /// A connection of bytes, from its beginning to its end.
