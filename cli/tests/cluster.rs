@@ -9,7 +9,6 @@
 )]
 
 use std::fs;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread::sleep;
@@ -37,10 +36,6 @@ impl Drop for Server {
     }
 }
 
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
 impl Server {
     fn start() -> Option<Self> {
         let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/kube/bin");
@@ -51,7 +46,7 @@ impl Server {
             return None;
         }
         let mut server = Self { directory: tempfile::tempdir().unwrap(), bin, processes: Vec::new() };
-        let (clients, peers, secure) = (free_port(), free_port(), free_port());
+        let (clients, peers, secure) = (harness::port::free(), harness::port::free(), harness::port::free());
         let clients = format!("http://127.0.0.1:{clients}");
         let peers = format!("http://127.0.0.1:{peers}");
         let etcd = [

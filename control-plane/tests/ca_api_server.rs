@@ -9,7 +9,7 @@
 )]
 
 use std::collections::BTreeSet;
-use std::net::{SocketAddr, TcpListener as StdListener};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -43,10 +43,6 @@ struct ApiServer {
     _processes: [Running; 2],
 }
 
-fn free_port() -> u16 {
-    StdListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
 impl ApiServer {
     /// `None` if the binaries are not there.
     fn start() -> Option<Self> {
@@ -68,7 +64,7 @@ impl ApiServer {
             .unwrap();
         assert!(made.status.success());
         std::fs::write(dir.path().join("tokens"), "admin-token,admin,admin,system:masters\n").unwrap();
-        let (client, peer, port) = (free_port(), free_port(), free_port());
+        let (client, peer, port) = (harness::port::free(), harness::port::free(), harness::port::free());
         let spawn = |name: &str, args: &[String]| {
             let log = std::fs::File::create(dir.path().join(format!("{name}.log"))).unwrap();
             let child = Command::new(bin.join(name))

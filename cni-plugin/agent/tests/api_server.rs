@@ -4,7 +4,6 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -36,10 +35,6 @@ struct Server {
     _processes: Vec<Running>,
 }
 
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
 impl Server {
     fn start() -> Option<Self> {
         let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/kube/bin");
@@ -54,7 +49,7 @@ impl Server {
             return None;
         }
         let directory = tempfile::tempdir().unwrap();
-        let (client, peer, port) = (free_port(), free_port(), free_port());
+        let (client, peer, port) = (harness::port::free(), harness::port::free(), harness::port::free());
         let url = format!("https://127.0.0.1:{port}");
         let mut server = Self { binaries, directory, url, _processes: Vec::new() };
         let key = server.at("sa.key");

@@ -10,7 +10,7 @@
 pub mod rights;
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -39,10 +39,6 @@ impl Drop for Process {
     }
 }
 
-pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
 /// etcd and an API server on loopback.
 pub struct Cluster {
     pub programs: PathBuf,
@@ -65,7 +61,7 @@ impl Cluster {
         }
         let files = TempDir::new().unwrap();
         let at = |name: &str| files.path().join(name);
-        let (client, peer) = (free_port(), free_port());
+        let (client, peer) = (harness::port::free(), harness::port::free());
         let url = |port: u16| format!("http://127.0.0.1:{port}");
         let mut etcd = Command::new(programs.join("etcd"));
         etcd.arg("--data-dir").arg(at("etcd")).args(["--log-level", "error", "--name", "one"]);
@@ -83,7 +79,7 @@ impl Cluster {
         });
         std::fs::write(at("audit.yaml"), asked.to_string()).unwrap();
         let mut cluster =
-            Self { programs, files, port: free_port(), etcd_port: client, api: None, _etcd: etcd };
+            Self { programs, files, port: harness::port::free(), etcd_port: client, api: None, _etcd: etcd };
         cluster.start_api();
         let config = json!({
             "apiVersion": "v1", "kind": "Config", "current-context": "x",
@@ -207,7 +203,7 @@ impl Plane {
     /// Starts one with a kubeconfig and further flags, and does not wait.
     pub fn launch(cluster: &Cluster, pod: &str, kubeconfig: &Path, flags: &[&str]) -> Self {
         let ports: Vec<SocketAddr> =
-            (0..5).map(|_| SocketAddr::from(([127, 0, 0, 1], free_port()))).collect();
+            (0..5).map(|_| SocketAddr::from(([127, 0, 0, 1], harness::port::free()))).collect();
         let mut culvertd = Command::new(env!("CARGO_BIN_EXE_culvertd"));
         culvertd.arg("--kubeconfig").arg(kubeconfig).args(["--namespace", "culvert-system"]);
         for (flag, port) in ["grpc", "webhook", "admin", "metrics", "readiness"].iter().zip(&ports) {

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
@@ -25,14 +25,6 @@ pub struct Envoy {
     directory: TempDir,
 }
 
-/// A port of loopback that nobody uses at the moment.
-///
-/// # Errors
-/// There is none.
-pub fn free_port() -> io::Result<u16> {
-    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
-}
-
 impl Envoy {
     /// Starts an Envoy. `configure` gets a directory of its own for files and returns the `static_resources` of its
     /// configuration, in YAML.
@@ -46,7 +38,7 @@ impl Envoy {
         let binary = installed()?;
         let start = || -> io::Result<Self> {
             let directory = tempfile::Builder::new().prefix("interop-envoy-").tempdir()?;
-            let admin = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
+            let admin = SocketAddr::from((Ipv4Addr::LOCALHOST, harness::port::free()));
             let resources = configure(directory.path());
             let config = format!(
                 "admin:\n  address: {{ socket_address: {{ address: 127.0.0.1, port_value: {} }} }}\n{resources}",

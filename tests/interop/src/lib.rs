@@ -9,5 +9,5 @@ mod envoy;
 mod mesh;
 pub mod ours;
 
-pub use envoy::{Envoy, Unavailable, free_port};
+pub use envoy::{Envoy, Unavailable};
 pub use mesh::{Mesh, PemFiles};

@@ -20,7 +20,7 @@ use hbone::{
     TunnelHeaders,
 };
 use interop::ours::{self, Dialer, Seen};
-use interop::{Envoy, Mesh, free_port};
+use interop::{Envoy, Mesh};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
@@ -230,7 +230,7 @@ async fn towards_envoy(
     longest: Option<u32>,
 ) -> Option<(Envoy, Pool<Dialer>, SocketAddr)> {
     let mesh = Mesh::new().unwrap();
-    let (app, port) = (app().await, free_port().unwrap());
+    let (app, port) = (app().await, harness::port::free());
     let certificates = mesh.certificates();
     let envoy = tokio::task::spawn_blocking(move || {
         envoy(|directory| terminating(&mesh, directory, port, app, longest))
@@ -361,7 +361,7 @@ async fn connections_that_envoy_ends_after_a_while_fail_no_tunnel() {
 async fn envoy_and_we_accept_only_who_is_expected() {
     let mesh = Mesh::new().unwrap();
     let other = Mesh::new().unwrap();
-    let (app, port) = (app().await, free_port().unwrap());
+    let (app, port) = (app().await, harness::port::free());
     let (certificates, foreign) = (mesh.certificates(), other.certificates());
     let started = tokio::task::spawn_blocking(move || {
         envoy(|directory| terminating(&mesh, directory, port, app, None))
@@ -388,7 +388,7 @@ async fn from_envoy(settings: ServerSettings) -> Option<(Envoy, Arc<Seen>, u16, 
     let mesh = Mesh::new().unwrap();
     let server = ours::server(mesh.certificates(), Mesh::id("server").unwrap(), settings, app().await);
     let (address, seen) = server.await.unwrap();
-    let (plain, denied) = (free_port().unwrap(), free_port().unwrap());
+    let (plain, denied) = (harness::port::free(), harness::port::free());
     let started = tokio::task::spawn_blocking(move || {
         envoy(|directory| originating(&mesh, directory, plain, denied, address))
     });

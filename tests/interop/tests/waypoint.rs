@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use interop::{Envoy, Mesh, PemFiles, free_port};
+use interop::{Envoy, Mesh, PemFiles};
 use tempfile::TempDir;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout};
@@ -194,7 +194,7 @@ impl Lab {
         std::fs::create_dir(&config).unwrap();
         let text = [GATEWAY, &service("shop", VIP, port, to, true), resources].concat();
         std::fs::write(config.join("all.yaml"), text).unwrap();
-        let [hbone, admin, ready, stats, front] = std::array::from_fn(|_| free_port().unwrap());
+        let [hbone, admin, ready, stats, front] = std::array::from_fn(|_| harness::port::free());
         let mut command = Command::new(program);
         command.args(["--gateway", "interop/waypoint", "--forward-client-cert"]);
         command.arg("--config-dir").arg(&config).arg("--ca-dir").arg(directory.path().join("ca"));
@@ -235,7 +235,7 @@ impl Lab {
 
 /// nginx, which answers with what it was asked.
 async fn nginx(directory: &Path) -> (Running, u16) {
-    let port = free_port().unwrap();
+    let port = harness::port::free();
     let path = directory.display();
     let text = format!(
         "daemon off; master_process off; pid {path}/pid; error_log {path}/error.log; events {{}}
@@ -287,7 +287,7 @@ async fn requests_come_through_envoys_tunnels_with_its_identity() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn grpcs_own_client_and_server_find_no_fault() {
     let (Some(client), Some(server)) = (peer("grpc-client"), peer("grpc-server")) else { return };
-    let (directory, port) = (tempfile::tempdir().unwrap(), free_port().unwrap());
+    let (directory, port) = (tempfile::tempdir().unwrap(), harness::port::free());
     let mut command = Command::new(server);
     let _server = Running::start(command.args(["--port", &port.to_string()]), directory.path(), port).await;
     let Some(lab) = Lab::start("grpc", port, "").await else { return };
@@ -394,7 +394,7 @@ spec:
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn opa_decides() {
     let Some(opa) = peer("opa") else { return };
-    let (directory, port) = (tempfile::tempdir().unwrap(), free_port().unwrap());
+    let (directory, port) = (tempfile::tempdir().unwrap(), harness::port::free());
     std::fs::write(directory.path().join("policy.rego"), REGO).unwrap();
     let mut command = Command::new(opa);
     command.args(["run", "--server", "--disable-telemetry", "--authorization", "basic"]);
@@ -440,7 +440,7 @@ spec:
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_opentelemetry_collector_takes_the_spans() {
     let Some(collector) = peer("collector") else { return };
-    let (directory, port) = (tempfile::tempdir().unwrap(), free_port().unwrap());
+    let (directory, port) = (tempfile::tempdir().unwrap(), harness::port::free());
     let config = format!(
         "receivers: {{otlp: {{protocols: {{grpc: {{endpoint: 127.0.0.1:{port}}}}}}}}}
 exporters: {{debug: {{verbosity: detailed}}}}

@@ -12,9 +12,9 @@ use waypoint::http::decide::{Forwarding, Protocol};
 
 use crate::lab::{self, Proxy, in_turn, target};
 
-/// A free port of loopback; who takes it in between makes the test fail, not pass.
-pub async fn free_port() -> SocketAddr {
-    tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
+/// A free port of loopback.
+pub fn free_port() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], harness::port::free()))
 }
 
 /// nginx with one server.
@@ -28,7 +28,7 @@ impl Nginx {
     pub async fn start(server: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().display();
-        let address = free_port().await;
+        let address = free_port();
         let text = format!(
             "daemon off; master_process off; pid {path}/pid; error_log {path}/error.log;
              events {{ worker_connections 512; }}

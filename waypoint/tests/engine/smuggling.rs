@@ -67,7 +67,7 @@ struct HaProxy {
 
 impl HaProxy {
     async fn start(witness: &Witness) -> Option<Self> {
-        let (address, directory) = (free_port().await, tempfile::tempdir().unwrap());
+        let (address, directory) = (free_port(), tempfile::tempdir().unwrap());
         let file = directory.path().join("haproxy.cfg");
         let text = format!(
             "defaults\n mode http\n timeout connect 9s\n timeout client 60s\n timeout server 60s\n\

@@ -65,7 +65,7 @@ fn program() -> Option<&'static PathBuf> {
 
 /// Addresses that were free a moment ago.
 pub fn free() -> SocketAddr {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    SocketAddr::from(([127, 0, 0, 1], harness::port::free()))
 }
 
 pub async fn checks() -> Option<Checks> {
