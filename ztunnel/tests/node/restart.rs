@@ -10,10 +10,28 @@ use crate::lab::{Mesh, Options};
 
 #[tokio::test]
 async fn a_killed_ztunnel_fails_closed_and_its_successor_takes_over() {
-    if !root_or_skip("restart") {
+    if root_or_skip("restart") {
+        fails_closed_when_killed(&Options::default()).await;
+    }
+}
+
+#[tokio::test]
+async fn captured_by_ebpf_it_fails_closed_and_its_successor_takes_over_too() {
+    if !root_or_skip("restart with eBPF") {
         return;
     }
-    let mut mesh = Mesh::start(&[("a", &["client"]), ("b", &["web", "outside/old"])]).await;
+    if let Err(missing) = capture::probe(capture::Backend::Ebpf, &capture::Tools::default()) {
+        println!("skipped: {missing}");
+        return;
+    }
+    fails_closed_when_killed(&Options::default().argument("--capture").argument("ebpf")).await;
+}
+
+async fn fails_closed_when_killed(options: &Options) {
+    let mut mesh = Mesh::build(&[("a", &["client"]), ("b", &["web", "outside/old"])]);
+    for node in ["a", "b"] {
+        mesh.run(node, options).await;
+    }
     let (client, web, old) = (mesh.pod("client").clone(), mesh.pod("web").clone(), mesh.pod("old").clone());
     let _servers = [serve(&web, PORT), serve(&old, PORT)];
     let to_web = SocketAddr::new(web.ipv4.into(), PORT);
@@ -30,7 +48,7 @@ async fn a_killed_ztunnel_fails_closed_and_its_successor_takes_over() {
         let error = ask(pod, other).await.map(drop);
         assert!(error.is_err(), "plaintext passes while ztunnel of {node} is dead");
 
-        mesh.run(node, &Options::default()).await;
+        mesh.run(node, options).await;
         assert_eq!(ask(&client, to_web).await.unwrap().client.ip(), client.ipv4, "{node}");
         ask(pod, other).await.unwrap();
         let ztunnel = mesh.ztunnel(node);
