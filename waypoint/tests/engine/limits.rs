@@ -96,10 +96,7 @@ async fn a_connection_of_http2_that_was_used_before_is_no_reason_to_send_anythin
     let none = Retries { attempts: 0, ..by_default() };
     let [get, put] =
         ["GET", "PUT"].map(|method| format!("{method} / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n"));
-    for (answer, what) in [
-        (goaway(0, 2), "a server with a fault"),
-        (Vec::new(), "a connection that ends"),
-    ] {
+    for (answer, what) in [(goaway(0, 2), "a server with a fault"), (Vec::new(), "a connection that ends")] {
         for (request, retries) in [(&get, None), (&put, Some(none.clone())), (&put, Some(by_default()))] {
             // All requests of the client go by one connection.
             let (address, asked) = saying_in_turn(vec![ok(), answer.clone()]).await;
