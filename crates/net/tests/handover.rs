@@ -30,6 +30,18 @@ async fn dial(netns: &Netns, v6: bool) -> TcpStream {
     net::connect(netns, &options, to, PATIENCE).await.unwrap()
 }
 
+/// Waits until so many listen. A process that another test just forked has a closed listener open until it runs its program.
+async fn listening(netns: &Netns, count: usize) {
+    let sockets = || std::fs::read_to_string("/proc/thread-self/net/tcp6").unwrap();
+    let is_one = |line: &&str| line.split_whitespace().nth(3) == Some("0A");
+    let wait = async {
+        while netns.run(sockets).unwrap().lines().filter(is_one).count() != count {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(PATIENCE, wait).await.expect("a listener stays");
+}
+
 #[tokio::test]
 async fn the_newest_listener_gets_all_that_is_new() {
     if !root_or_skip("listeners that share a port") {
@@ -47,12 +59,14 @@ async fn the_newest_listener_gets_all_that_is_new() {
     }
     // The only one that is left gets them, and so does its successor.
     drop(old);
+    listening(&netns, 1).await;
     held.push(dial(&netns, true).await);
     held.push(timeout(PATIENCE, new.accept()).await.unwrap().unwrap().0);
     let next = listen(&netns);
     held.push(dial(&netns, false).await);
     held.push(timeout(PATIENCE, next.accept()).await.unwrap().unwrap().0);
     drop(next);
+    listening(&netns, 1).await;
     held.push(dial(&netns, false).await);
     held.push(timeout(PATIENCE, new.accept()).await.unwrap().unwrap().0);
 }
