@@ -19,6 +19,7 @@
 use std::fs;
 use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -31,6 +32,8 @@ use nix::unistd::Pid;
 
 /// Where `ip netns` keeps the names.
 const RUN_NETNS: &str = "/run/netns";
+/// Where `ztunnel` pins what it has in namespaces, by their number.
+const PINS: &str = "/sys/fs/bpf/culvert";
 /// Prefix of labs that are swept up when their process is gone.
 const OWN_PREFIX: &str = "cvlab-";
 /// Nodes and pods a node at most, by the addressing.
@@ -482,7 +485,12 @@ fn explain(command: &Command, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", command.get_program().display()))
 }
 
+/// Deletes a namespace, and what capture by eBPF pinned for it: that outlives a killed process, as it should.
 fn delete(namespace: &str) {
+    // First, while nobody else can get its number.
+    if let Ok(file) = fs::metadata(Path::new(RUN_NETNS).join(namespace)) {
+        let _ = fs::remove_dir_all(Path::new(PINS).join(file.ino().to_string()));
+    }
     // Nothing can be done about a failure, and a later lab tries again.
     let _ = Command::new("ip").args(["netns", "delete", namespace]).stderr(Stdio::null()).status();
 }
