@@ -7,8 +7,7 @@ pub(crate) struct Weighted {
     /// The weights up to and with each slot; empty where all weigh 1.
     sums: Box<[u64]>,
     total: u64,
-    /// What points are apart that follow each other in turn. It has no divisor in common with the total, so all points
-    /// come once before the first comes again; and it is near the golden section, so those of a slot come evenly.
+    /// What points are apart that follow each other in turn, see [`stride`].
     stride: u64,
 }
 
@@ -21,6 +20,47 @@ pub(crate) struct Hole {
 
 fn gcd(a: u64, b: u64) -> u64 {
     if b == 0 { a } else { gcd(b, a % b) }
+}
+
+/// The largest partial quotient of the continued fraction of `stride / total`; none where they have a divisor in
+/// common, or where one is more than `most`.
+fn quotient(stride: u64, total: u64, most: u64) -> Option<u64> {
+    let (mut a, mut b, mut largest) = (total, stride, 0);
+    while b > 0 {
+        largest = largest.max(a / b);
+        if largest > most {
+            return None;
+        }
+        (a, b) = (b, a % b);
+    }
+    (a == 1).then_some(largest)
+}
+
+/// What points are apart that follow each other in turn, below `total`.
+///
+/// It has no divisor in common with the total, so all points come once before the first comes again. And those of a
+/// slot come evenly: by the theorem of three distances a slot waits at most `q + 2` times as long as is even, where `q`
+/// is the largest partial quotient of the stride by the total. So it is the nearest to the golden section, whose
+/// quotients are all 1, that has none above 4, or the one with the least quotient where none is so near.
+fn stride(total: u64) -> u64 {
+    const NEAR: u64 = 256;
+    const GOOD: u64 = 4;
+    // The golden section in 1/2^64.
+    let golden = u64::try_from((u128::from(total) * 0x9e37_79b9_7f4a_7c15) >> 64).unwrap_or(1);
+    let mut best = (u64::MAX, 1);
+    for distance in 0..NEAR.min(total) {
+        for near in [golden.saturating_add(distance), golden.saturating_sub(distance)] {
+            if (1..total).contains(&near)
+                && let Some(largest) = quotient(near, total, best.0.saturating_sub(1))
+            {
+                best = (largest, near);
+            }
+        }
+        if best.0 <= GOOD {
+            break;
+        }
+    }
+    best.1
 }
 
 impl Weighted {
@@ -39,9 +79,7 @@ impl Weighted {
             sum
         });
         let sums = sums.collect();
-        let golden = u64::try_from(u128::from(total) * 618 / 1000).unwrap_or(1).max(1);
-        let stride = (golden..).find(|stride| gcd(*stride, total) == 1).unwrap_or(1);
-        Self { members: members.into(), sums, total, stride }
+        Self { members: members.into(), sums, total, stride: stride(total) }
     }
 
     /// The sum of the weights, in units of their greatest common divisor.
@@ -122,14 +160,21 @@ mod tests {
                 counts[at] += 1;
                 // Never much farther apart than is even.
                 if let Some(before) = last[at] {
-                    let even = total * unit / u64::from(weights[at]);
-                    prop_assert!(n - before <= 8 * even + 8, "{} apart, {even} were even", n - before);
+                    let even = (total * unit).div_ceil(u64::from(weights[at]));
+                    prop_assert!(n - before <= 7 * even, "{} apart, {even} were even", n - before);
                 }
                 last[at] = Some(n);
             }
             for (count, weight) in counts.iter().zip(&weights) {
                 prop_assert_eq!(count * unit, 2 * u64::from(*weight));
             }
+        }
+
+        #[test]
+        fn strides_of_any_total_are_even(total in prop_oneof![2..5_000u64, 2..=u64::MAX]) {
+            let stride = stride(total);
+            let largest = quotient(stride, total, u64::MAX);
+            prop_assert!(largest.is_some_and(|q| q <= if total < 5_000 { 5 } else { 16 }), "{stride}: {largest:?}");
         }
 
         #[test]
