@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::net::{TcpListener, TcpStream};
 
 use crate::netns::Netns;
 use crate::original_dst::canonical;
@@ -273,12 +273,34 @@ pub async fn connect(
     };
     let target = canonical(dst);
     let socket = outgoing(netns, options, target).map_err(failed)?;
-    let connecting = TcpSocket::from_std_stream(socket.into()).connect(target);
+    let connected = begin(&socket, target).at(Step::Connect).map_err(failed)?;
+    let stream = TcpStream::from_std(socket.into()).at(Step::Register).map_err(failed)?;
+    if connected {
+        return Ok(stream);
+    }
+    let connecting = async {
+        stream.writable().await?;
+        stream.take_error()?.map_or(Ok(()), Err)
+    };
     match tokio::time::timeout(timeout, connecting).await {
-        Ok(result) => result.at(Step::Connect),
+        Ok(result) => result.map(|()| stream).at(Step::Connect),
         Err(_elapsed) => Err((Step::Connect, io::ErrorKind::TimedOut.into())),
     }
     .map_err(failed)
+}
+
+/// Begins to connect. Whether that is all: within a machine the handshake is over by the time that the first call returns,
+/// and to ask again spares the wait for an event, a timer, and the look for an error.
+fn begin(socket: &Socket, target: SocketAddr) -> io::Result<bool> {
+    let target = target.into();
+    for _ in 0..2 {
+        match socket.connect(&target) {
+            Ok(()) => return Ok(true),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINPROGRESS | libc::EALREADY)) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(false)
 }
 
 /// A socket with all its options and its source, ready to connect to `target`.
