@@ -36,7 +36,7 @@ pub use flood::Flood;
 pub use headers::{Baggage, Forwarded, TunnelHeaders};
 pub use http::{HeaderValue, StatusCode};
 pub use memory::Memory;
-pub use open::{ConnectRequest, NotOpened, OpenError, Opened};
+pub use open::{ConnectRequest, OpenError, Opened};
 pub use pool::{ConnectError, ConnectionInfo, Connector, Pool};
 pub use pump::{AppIo, Outcome, PumpLimits, Side, Traffic, pump};
 pub use server::{Closed, Incoming, serve};

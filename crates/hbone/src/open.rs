@@ -84,17 +84,6 @@ impl<E: std::error::Error + 'static> OpenError<E> {
     }
 }
 
-/// A tunnel that could not be opened, with what had been read from the application by then.
-#[derive(Debug, thiserror::Error)]
-#[error("{error}")]
-pub struct NotOpened<E: std::error::Error + 'static> {
-    /// Why.
-    #[source]
-    pub error: OpenError<E>,
-    /// What was read from the application and must be sent again, to another endpoint.
-    pub early: Vec<Bytes>,
-}
-
 /// A request under way.
 struct Pending<P> {
     response: ResponseFuture,
@@ -123,19 +112,19 @@ impl<C: Connector> Pool<C> {
     /// Opens a tunnel, and sends ahead of the peer's consent what the application sends meanwhile: one round trip
     /// less where the client speaks first. What is sent this way (64 KiB at most) is kept until the consent comes.
     ///
-    /// `early` is what an earlier, failed call returned.
+    /// `early` is what is sent first: what an earlier call that failed has left in it. Afterwards it is all that was sent
+    /// so, for the next endpoint or for whoever counts.
     ///
     /// # Errors
-    /// See [`OpenError`]; with the data to give to the next call.
+    /// See [`OpenError`].
     pub async fn open_early<A: AppIo>(
         &self,
         key: &C::Key,
         request: &ConnectRequest,
         app: &mut A,
-        mut early: Vec<Bytes>,
-    ) -> Result<Opened<C::Peer>, NotOpened<C::Error>> {
-        let result = self.exchange(key, request, &mut early, Some(app)).await;
-        result.map_err(|error| NotOpened { error, early })
+        early: &mut Vec<Bytes>,
+    ) -> Result<Opened<C::Peer>, OpenError<C::Error>> {
+        self.exchange(key, request, early, Some(app)).await
     }
 
     async fn exchange(

@@ -100,6 +100,11 @@ impl Traffic {
         self.from_tunnel.load(Ordering::Relaxed)
     }
 
+    /// Counts what was read from the application and sent ahead, before the tunnel was open.
+    pub fn count_early(&self, bytes: u64) {
+        self.to_tunnel.fetch_add(bytes, Ordering::Relaxed);
+    }
+
     fn total(&self) -> u64 {
         self.to_tunnel().wrapping_add(self.from_tunnel())
     }

@@ -459,10 +459,11 @@ async fn early_data_arrives_with_the_request_and_comes_back_when_it_is_refused()
     let pool = Pool::new(Net::new(echo()), one_link());
     let (mut app, mut proxy) = tokio::io::duplex(1024);
     app.write_all(b"early").await.unwrap();
-    let mut opened = pool.open_early(&1, &request(), &mut proxy, Vec::new()).await.unwrap();
+    let mut early = Vec::new();
+    let mut opened = pool.open_early(&1, &request(), &mut proxy, &mut early).await.unwrap();
     let mut back = [0; 5];
     opened.tunnel.read_exact(&mut back).await.unwrap();
-    assert_eq!(&back, b"early");
+    assert_eq!((&back, &*early.concat()), (b"early", &b"early"[..]));
 
     let handler: Handler = Arc::new(|incoming| {
         tokio::spawn(async move {
@@ -472,11 +473,12 @@ async fn early_data_arrives_with_the_request_and_comes_back_when_it_is_refused()
     });
     let refusing = Pool::new(Net::new(handler), one_link());
     app.write_all(b" and more").await.unwrap();
-    let failed = refusing.open_early(&1, &request(), &mut proxy, vec!["again".into()]).await.unwrap_err();
-    assert!(matches!(failed.error, OpenError::Refused(_)));
-    assert_eq!(failed.early.concat(), b"again and more");
+    let mut early = vec!["again".into()];
+    let error = refusing.open_early(&1, &request(), &mut proxy, &mut early).await.unwrap_err();
+    assert!(matches!(error, OpenError::Refused(_)));
+    assert_eq!(early.concat(), b"again and more");
     // The next endpoint gets it all.
-    let mut opened = pool.open_early(&1, &request(), &mut proxy, failed.early).await.unwrap();
+    let mut opened = pool.open_early(&1, &request(), &mut proxy, &mut early).await.unwrap();
     let mut back = [0; 14];
     opened.tunnel.read_exact(&mut back).await.unwrap();
     assert_eq!(&back, b"again and more");
@@ -499,9 +501,10 @@ async fn early_data_is_bounded() {
             count.fetch_add(1000, Ordering::SeqCst);
         }
     });
-    let failed = pool.open_early(&1, &request(), &mut proxy, Vec::new()).await.unwrap_err();
-    assert!(matches!(failed.error, OpenError::Lost(_)), "{}", failed.error);
-    assert_eq!(failed.early.concat().len(), 64 * 1024);
+    let mut early = Vec::new();
+    let error = pool.open_early(&1, &request(), &mut proxy, &mut early).await.unwrap_err();
+    assert!(matches!(error, OpenError::Lost(_)), "{error}");
+    assert_eq!(early.concat().len(), 64 * 1024);
     assert!(sent.load(Ordering::SeqCst) < 70_000);
 }
 
