@@ -66,9 +66,9 @@ use crate::policy::{Binding, MeshConfig, NamespaceSelector, Policies, Waypoint};
 use crate::resource::{Kind, ObjectKey, Resource};
 use crate::routes::gateway::WaypointSpec;
 use crate::routes::{DestinationRules, Grants, Routes, VirtualServices};
-use halves::{Halves, Selection};
+use halves::Halves;
 use hosts::Hosts;
-use index::{Addresses, Area, Id, Place};
+use index::{Addresses, Area, Id, Place, Uids};
 
 /// Where the resources come from, which decides what some of them mean.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -138,7 +138,7 @@ pub struct Batch {
 /// An instance in the compiler's table.
 struct Record {
     /// What the resource says, until it is compiled.
-    draft: Option<Box<Workload>>,
+    draft: Option<Arc<Workload>>,
     /// What it was compiled to.
     compiled: Option<Arc<Workload>>,
     /// Whether the model has it.
@@ -160,7 +160,7 @@ struct Record {
     capture: Option<Box<Capture>>,
     enrolment: Option<Box<Enrolment>>,
     /// Its services behind waypoints, and which policies select it, as far as that was counted.
-    selection: Option<Box<(Box<[ServiceKey]>, Selection)>>,
+    selection: Option<halves::Counted>,
     /// The RequestAuthentications that were counted for its services.
     authenticated: Box<[(ServiceKey, PolicyKey)]>,
 }
@@ -197,7 +197,7 @@ pub struct Compiler {
     places: HashMap<Str, Place>,
     records: Vec<Option<Record>>,
     free: Vec<Id>,
-    by_uid: HashMap<Str, Id>,
+    by_uid: Uids,
     by_address: Addresses,
     arrivals: u64,
     services: HashMap<ServiceKey, Entry>,
@@ -282,7 +282,7 @@ impl Compiler {
             places: HashMap::new(),
             records: Vec::new(),
             free: Vec::new(),
-            by_uid: HashMap::new(),
+            by_uid: Uids::default(),
             by_address: Addresses::default(),
             arrivals: 0,
             services: HashMap::new(),
@@ -659,7 +659,7 @@ impl Compiler {
             Affected::Namespace(namespace) => {
                 self.areas.get(namespace).map(|a| a.instances.iter().copied().collect()).unwrap_or_default()
             }
-            Affected::Mesh => self.by_uid.values().copied().collect(),
+            Affected::Mesh => self.by_uid.iter().collect(),
         };
         ids.into_iter().for_each(|id| self.mark(id));
     }

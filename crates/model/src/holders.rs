@@ -1,8 +1,51 @@
 //! The workloads that have one address, of any network: a list that takes no memory of its own for one, as nearly all have.
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
-use crate::Workload;
+use crate::{CowMap, Workload};
+
+/// Workloads by their addresses. Each family has a table of its own: in one, an address of IPv4 would take the room of one of
+/// IPv6.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct ByAddress {
+    v4: CowMap<Ipv4Addr, Holders>,
+    v6: CowMap<Ipv6Addr, Holders>,
+}
+
+impl ByAddress {
+    /// Those that have an address.
+    pub(crate) fn get(&self, ip: &IpAddr) -> Option<&Holders> {
+        match ip {
+            IpAddr::V4(ip) => self.v4.get(ip),
+            IpAddr::V6(ip) => self.v6.get(ip),
+        }
+    }
+
+    /// Gives an address to a workload.
+    pub(crate) fn put(&mut self, ip: &IpAddr, workload: &Arc<Workload>) {
+        let holders = match ip {
+            IpAddr::V4(ip) => self.v4.entry_or_default(ip),
+            IpAddr::V6(ip) => self.v6.entry_or_default(ip),
+        };
+        if let Some(holders) = holders {
+            holders.put(workload);
+        }
+    }
+
+    /// Takes an address from the workload of `uid`.
+    pub(crate) fn remove(&mut self, ip: &IpAddr, uid: &str) {
+        match ip {
+            IpAddr::V4(ip) if self.v4.get_mut(ip).is_some_and(|holders| holders.remove(uid)) => {
+                self.v4.remove(ip);
+            }
+            IpAddr::V6(ip) if self.v6.get_mut(ip).is_some_and(|holders| holders.remove(uid)) => {
+                self.v6.remove(ip);
+            }
+            _ => {}
+        }
+    }
+}
 
 /// One workload or several, by their uids. Never empty but for a moment inside [`crate::CowMap::entry_or_default`].
 #[derive(Clone, Debug, Default)]

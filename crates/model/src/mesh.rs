@@ -10,7 +10,7 @@ use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
 use ipnet::{Ipv4Net, Ipv6Net};
 use prefix_trie::PrefixMap;
 
-use crate::holders::Holders;
+use crate::holders::ByAddress;
 use crate::http::{Authorizer, HttpService, RateLimit, Request, RequestAuthentication, ServiceTraffic};
 use crate::verdict::{Connection, Decision, Held, RequestDecision, decide, decide_request};
 use crate::{
@@ -170,7 +170,7 @@ pub struct Mesh {
     workloads: CowMap<ByUid, ()>,
     /// Usually one; with several, the first by uid, so that it does not depend on the order in which they came. Of
     /// one cluster, pods' uids come before those of entries and their endpoints.
-    by_address: CowMap<IpAddr, Holders>,
+    by_address: ByAddress,
     services: CowMap<ServiceKey, Arc<Service>>,
     by_vip: CowMap<NetworkAddress, Vec<Arc<Service>>>,
     by_range: Arc<Ranges>,
@@ -497,9 +497,7 @@ impl Mesh {
         }
         if workload.network_mode == crate::NetworkMode::Standard {
             for address in &workload.addresses {
-                if let Some(list) = self.by_address.entry_or_default(address) {
-                    list.put(&workload);
-                }
+                self.by_address.put(address, &workload);
             }
         }
         for membership in &*workload.services {
@@ -528,10 +526,8 @@ impl Mesh {
             next.is_some_and(|n| n.network_mode == crate::NetworkMode::Standard && n.addresses.contains(a))
         };
         for address in &old.addresses {
-            if !keeps_address(address)
-                && self.by_address.get_mut(address).is_some_and(|list| list.remove(&old.uid))
-            {
-                self.by_address.remove(address);
+            if !keeps_address(address) {
+                self.by_address.remove(address, &old.uid);
             }
         }
         for membership in &*old.services {

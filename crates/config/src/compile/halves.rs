@@ -19,12 +19,17 @@ const PREFIX: &str = "culvert_half_";
 /// The policies that select a workload, and its namespace, whose policies are for it too.
 pub(super) type Selection = (Str, Box<[PolicyKey]>);
 
+/// A workload's services, and what selects it, as far as that was counted. Most workloads share it with the one before.
+pub(super) type Counted = Arc<(Box<[ServiceKey]>, Selection)>;
+
 /// What is known of halves.
 #[derive(Debug, Default)]
 pub(super) struct Halves {
     /// For each service, since routes of one behind a waypoint may lead to any, how many of its workloads there are of each
     /// selection.
     selections: HashMap<ServiceKey, BTreeMap<Selection, u32>>,
+    /// What was counted last.
+    counted: Option<Counted>,
     /// The halves at nodes, by the policy that they are of, each with how many workloads list it.
     of: HashMap<PolicyKey, BTreeMap<PolicyKey, Half>>,
     /// Which policy a half is of.
@@ -214,11 +219,15 @@ impl Compiler {
         let next = new.filter(|workload| !workload.services.is_empty()).map(|workload| {
             let selecting = self.policies.selecting(&workload.namespace, &record.labels);
             let services: Box<[ServiceKey]> = workload.services.iter().map(|m| m.service.clone()).collect();
-            Box::new((services, (workload.namespace.clone(), selecting)))
+            (services, (workload.namespace.clone(), selecting))
         });
-        if record.selection == next {
+        if record.selection.as_deref() == next.as_ref() {
             return;
         }
+        let next = next.map(|next| match &self.halves.counted {
+            Some(counted) if **counted == next => counted.clone(),
+            _ => self.halves.counted.insert(Arc::new(next)).clone(),
+        });
         let mut changed = Vec::new();
         if let Some((services, selection)) = next.as_deref() {
             for service in services {
@@ -237,19 +246,19 @@ impl Compiler {
     }
 
     /// Takes back what was counted for a workload.
-    pub(super) fn forget_selection(&mut self, old: Option<Box<(Box<[ServiceKey]>, Selection)>>) {
+    pub(super) fn forget_selection(&mut self, old: Option<Counted>) {
         let Some(old) = old else { return };
-        let (services, selection) = *old;
+        let (services, selection) = &*old;
         for service in services {
-            let Some(counts) = self.halves.selections.get_mut(&service) else { continue };
-            let Some(count) = counts.get_mut(&selection) else { continue };
+            let Some(counts) = self.halves.selections.get_mut(service) else { continue };
+            let Some(count) = counts.get_mut(selection) else { continue };
             *count = count.saturating_sub(1);
             if *count == 0 {
-                counts.remove(&selection);
+                counts.remove(selection);
                 if counts.is_empty() {
-                    self.halves.selections.remove(&service);
+                    self.halves.selections.remove(service);
                 }
-                self.touch_asking(&service);
+                self.touch_asking(service);
             }
         }
     }

@@ -1,9 +1,10 @@
 //! The indexes by which a change finds what it touches.
 
-use std::net::IpAddr;
+use std::hash::BuildHasher;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
-use hashbrown::{HashMap, HashSet};
+use hashbrown::{DefaultHashBuilder, HashMap, HashSet, HashTable};
 use model::{Locality, NetworkAddress, ServiceKey, Str};
 
 use crate::kinds::service::Distribution;
@@ -153,11 +154,78 @@ pub(super) struct Place {
     pub(super) instances: HashSet<Id>,
 }
 
+/// Instances by their uids, which are read where they are: the table holds numbers alone.
+#[derive(Debug, Default)]
+pub(super) struct Uids {
+    ids: HashTable<Id>,
+    hasher: DefaultHashBuilder,
+}
+
+impl Uids {
+    /// The instance of `uid`.
+    pub(super) fn get<'u>(&self, uid: &str, uid_of: impl Fn(Id) -> Option<&'u str>) -> Option<Id> {
+        self.ids.find(self.hasher.hash_one(uid), |id| uid_of(*id) == Some(uid)).copied()
+    }
+
+    /// Adds an instance, of whose uid there is none.
+    pub(super) fn insert<'u>(&mut self, uid: &str, id: Id, uid_of: impl Fn(Id) -> Option<&'u str>) {
+        let hasher = &self.hasher;
+        let again = |id: &Id| uid_of(*id).map_or(0, |uid| hasher.hash_one(uid));
+        self.ids.insert_unique(hasher.hash_one(uid), id, again);
+    }
+
+    /// Takes the instance of `uid` out.
+    pub(super) fn remove(&mut self, uid: &str, id: Id) {
+        if let Ok(found) = self.ids.find_entry(self.hasher.hash_one(uid), |other| *other == id) {
+            found.remove();
+        }
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = Id> {
+        self.ids.iter().copied()
+    }
+}
+
 /// Who has which address, the one in force first. Nearly always that is one, so that costs no more than a number.
 #[derive(Debug, Default)]
 pub(super) struct Addresses {
-    single: HashMap<Str, HashMap<IpAddr, Id>>,
+    single: HashMap<Str, Singles>,
     shared: HashMap<NetworkAddress, Box<[Id]>>,
+}
+
+/// The addresses of a network that one instance has. In a table for both families each of IPv4 would take the room of
+/// one of IPv6.
+#[derive(Debug, Default)]
+struct Singles {
+    v4: HashMap<Ipv4Addr, Id>,
+    v6: HashMap<Ipv6Addr, Id>,
+}
+
+impl Singles {
+    fn get(&self, ip: &IpAddr) -> Option<&Id> {
+        match ip {
+            IpAddr::V4(ip) => self.v4.get(ip),
+            IpAddr::V6(ip) => self.v6.get(ip),
+        }
+    }
+
+    fn insert(&mut self, ip: IpAddr, id: Id) {
+        match ip {
+            IpAddr::V4(ip) => self.v4.insert(ip, id),
+            IpAddr::V6(ip) => self.v6.insert(ip, id),
+        };
+    }
+
+    fn remove(&mut self, ip: &IpAddr) {
+        match ip {
+            IpAddr::V4(ip) => self.v4.remove(ip),
+            IpAddr::V6(ip) => self.v6.remove(ip),
+        };
+    }
+
+    fn is_empty(&self) -> bool {
+        self.v4.is_empty() && self.v6.is_empty()
+    }
 }
 
 impl Addresses {

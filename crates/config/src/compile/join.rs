@@ -89,7 +89,7 @@ impl Compiler {
 
     /// Adds an instance or replaces the one of its uid.
     pub(super) fn put_instance(&mut self, maker: Kind, instance: Instance) -> Id {
-        let known = self.by_uid.get(&instance.workload.uid).copied();
+        let known = self.id_of(&instance.workload.uid);
         let id = known.unwrap_or_else(|| self.free.pop().unwrap_or_else(|| self.grow()));
         let old = self.records.get_mut(id as usize).and_then(Option::take);
         let old_addresses = old.as_ref().map(Record::addresses).unwrap_or_default();
@@ -99,7 +99,7 @@ impl Compiler {
         let uid = instance.workload.uid.clone();
         let old = old.unwrap_or_else(Record::empty);
         let mut record = Record {
-            draft: Some(Box::new(instance.workload)),
+            draft: Some(Arc::new(instance.workload)),
             labels: instance.labels,
             ports: instance.ports,
             names: instance.names,
@@ -119,7 +119,8 @@ impl Compiler {
         }
         self.index(id, &record);
         if known.is_none() {
-            self.by_uid.insert(uid, id);
+            let records = &self.records;
+            self.by_uid.insert(&uid, id, |id| uid_in(records, id));
         }
         if let Some(slot) = self.records.get_mut(id as usize) {
             *slot = Some(record);
@@ -139,8 +140,12 @@ impl Compiler {
         Id::try_from(self.records.len() - 1).unwrap_or(Id::MAX)
     }
 
+    fn id_of(&self, uid: &str) -> Option<Id> {
+        self.by_uid.get(uid, |id| uid_in(&self.records, id))
+    }
+
     pub(super) fn remove_uid(&mut self, uid: &str) {
-        if let Some(id) = self.by_uid.get(uid).copied() {
+        if let Some(id) = self.id_of(uid) {
             self.remove_instance(id);
         }
     }
@@ -155,7 +160,7 @@ impl Compiler {
             self.leave_address(id, &address);
         }
         if let Some(workload) = record.workload() {
-            self.by_uid.remove(&workload.uid);
+            self.by_uid.remove(&workload.uid, id);
             if record.emitted {
                 self.count_unguarded(record.compiled.as_deref(), None);
                 self.count_bindings(record.compiled.as_deref(), &[]);
@@ -220,14 +225,14 @@ impl Compiler {
         }
         let record = self.record_mut(id)?;
         record.dirty = false;
-        record.draft = None;
+        let draft = record.draft.take();
         self.count_authenticated(id, Some(&workload));
         self.count_selection(id, Some(&workload));
         let record = self.record_mut(id)?;
         if record.emitted && record.compiled.as_deref() == Some(&workload) {
             return None;
         }
-        let workload = Arc::new(workload);
+        let workload = in_place_of(draft, workload);
         let record = self.record(id)?;
         let bindings = self.binding_policies(&workload, record);
         let record = self.record_mut(id)?;
@@ -348,6 +353,23 @@ impl Compiler {
             remedy: "the other stays in force until it is gone or has another address".to_owned(),
         }
     }
+}
+
+/// The uid of an instance, read where it is.
+fn uid_in(records: &[Option<Record>], id: Id) -> Option<&str> {
+    let record = records.get(usize::try_from(id).ok()?)?.as_ref()?;
+    record.workload().map(|workload| &*workload.uid)
+}
+
+/// `workload` in the memory of the draft that it was made of: with another block for each of 100,000, what the drafts had
+/// would stay as so many holes.
+fn in_place_of(draft: Option<Arc<Workload>>, workload: Workload) -> Arc<Workload> {
+    let Some(mut draft) = draft else { return Arc::new(workload) };
+    match Arc::get_mut(&mut draft) {
+        Some(place) => *place = workload,
+        None => return Arc::new(workload),
+    }
+    draft
 }
 
 fn no_netns(workload: &Workload) -> Finding {

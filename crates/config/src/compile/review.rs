@@ -22,9 +22,9 @@ impl Compiler {
 
     /// The pods that are in the mesh and have annotations on what of their traffic is captured, by their uids.
     pub fn captures(&self) -> impl Iterator<Item = (&Str, &Capture)> {
-        self.by_uid.iter().filter(|(_, id)| self.is_in_mesh(**id)).filter_map(|(uid, id)| {
-            let capture = self.record(*id)?.capture.as_deref()?;
-            Some((uid, capture))
+        self.by_uid.iter().filter(|id| self.is_in_mesh(*id)).filter_map(|id| {
+            let record = self.record(id)?;
+            Some((&record.workload()?.uid, record.capture.as_deref()?))
         })
     }
 
