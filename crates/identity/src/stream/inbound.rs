@@ -17,8 +17,9 @@ use std::task::{Context, Poll, ready};
 use rustls::{AlertDescription, ContentType};
 use tokio::io::{AsyncRead, ReadBuf};
 
+use super::TlsError;
+use super::buffers::{self, BUFFER, Store};
 use super::record::{CIPHERTEXT, HEADER, Keys};
-use super::{TlsError, buffers};
 
 /// Records in a row that carry nothing (they cost the receiver work, not the sender).
 const MAX_EMPTY_RECORDS: u8 = 32;
@@ -31,27 +32,6 @@ const MIN_FREE: usize = 64 * 1024;
 
 const NEW_SESSION_TICKET: u8 = 4;
 const KEY_UPDATE: u8 = 24;
-
-/// Where received bytes are.
-#[derive(Default)]
-enum Store {
-    #[default]
-    None,
-    /// One of the thread's buffers.
-    Shared(Box<[u8]>),
-    /// An allocation of the content's size.
-    Exact(Vec<u8>),
-}
-
-impl Store {
-    fn bytes(&mut self) -> &mut [u8] {
-        match self {
-            Self::None => &mut [],
-            Self::Shared(buffer) => buffer,
-            Self::Exact(bytes) => bytes,
-        }
-    }
-}
 
 #[derive(Clone)]
 enum State {
@@ -315,7 +295,7 @@ impl Inbound {
                 let pending = bytes.get(self.cipher.clone()).unwrap_or_default();
                 let mut buffer = buffers::take();
                 match buffer.get_mut(..pending.len()) {
-                    Some(front) if pending.len() + MIN_FREE <= buffers::READ_BUFFER => {
+                    Some(front) if pending.len() + MIN_FREE <= BUFFER => {
                         front.copy_from_slice(pending);
                         self.cipher = 0..pending.len();
                         self.store = Store::Shared(buffer);
@@ -349,9 +329,7 @@ impl Inbound {
     }
 
     fn release(&mut self) {
-        if let Store::Shared(buffer) = std::mem::take(&mut self.store) {
-            buffers::give(buffer);
-        }
+        self.store.release();
         self.cipher = 0..0;
         self.plain = 0..0;
     }

@@ -1,6 +1,6 @@
 //! The encrypted stream: an [`AsyncRead`] and [`AsyncWrite`] over another one.
 //!
-//! * Reads take up to 96 KiB from the transport at once, writes hand it up to 32 records at once.
+//! * Reads take up to 160 KiB from the transport at once, writes hand it up to nine records at once.
 //! * Written bytes are **buffered**: they are only sure to be on their way after a flush or a shutdown.
 //! * A stream that waits holds no buffer: only keys, and the incomplete record, if there is one.
 //! * Half-close is TLS 1.3's: `shutdown` sends close_notify and shuts the transport's sending side, reading goes

@@ -5,51 +5,53 @@
 //!  Open ───────────────▶ close_notify ──────────────▶ transport shut down
 //! ```
 //!
-//! What is written is only sealed and queued; [`Outbound::poll_drain`] hands the queue to the transport. Small
-//! writes wait in `staged` for more, up to a flush, so that they share a record. Both are empty, and hold no
-//! memory, when all is written.
+//! What is written is only sealed, into one of the thread's buffers ([`buffers`]); [`Outbound::poll_drain`] hands that
+//! to the transport. Small writes wait in `staged` for more, up to a flush, so that they share a record. Both are
+//! empty, and hold no memory, when all is written.
 
-use std::collections::VecDeque;
 use std::io::{self, IoSlice};
+use std::ops::Range;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use rustls::crypto::cipher::OutboundChunks;
 use rustls::{AlertDescription, ContentType};
 use tokio::io::AsyncWrite;
 
 use super::TlsError;
-use super::record::{FRAGMENT, Keys};
+use super::buffers::{self, BUFFER, Store};
+use super::record::{FRAGMENT, KEY_UPDATE_RECORD, Keys, OVERHEAD, Plain};
 
 /// Less plaintext than this waits for more or for a flush; copying it once more is cheaper than a record.
 const STAGED: usize = 4096;
-/// So many queued bytes are handed to the transport without waiting for a flush, and nothing more is accepted until
+/// So many sealed bytes are handed to the transport without waiting for a flush, and nothing more is accepted until
 /// it has taken some. With less, the receiver is woken more often; with much more, the first record has left the
 /// cache when it is written (examples/tls_stream.rs).
 const BATCH: usize = 128 * 1024;
-/// Records handed to the transport at once.
-const SLICES: usize = 32;
+/// Less than this does not keep a buffer while the transport is full.
+const SMALL: usize = 16 * 1024;
 /// Slices accepted at once from a vectored write.
 const INPUT_SLICES: usize = 64;
+
+// What one call may accept and seal on top of a batch that is almost full: a record's worth, what was staged, and each of
+// their records with a key update before it; an alert at the end.
+const _: () = assert!(BATCH + FRAGMENT + STAGED + 16 * (OVERHEAD + KEY_UPDATE_RECORD) <= BUFFER);
 
 pub(super) struct Outbound {
     /// Plaintext that waits for more.
     staged: Vec<u8>,
     /// Sealed records.
-    queue: VecDeque<Vec<u8>>,
-    /// Bytes of the first record that are written.
-    written: usize,
-    /// Bytes in the queue that are not written.
-    queued: usize,
+    store: Store,
+    /// Where in the store those bytes are that are not written yet.
+    sealed: Range<usize>,
     closing: bool,
 }
 
 impl Outbound {
     pub(super) fn new() -> Self {
-        Self { staged: Vec::new(), queue: VecDeque::new(), written: 0, queued: 0, closing: false }
+        Self { staged: Vec::new(), store: Store::None, sealed: 0..0, closing: false }
     }
 
-    /// Takes what fits of `input`; waits while the queue is full.
+    /// Takes what fits of `input`; waits while there is a whole batch that the transport has not taken.
     pub(super) fn poll_accept<IO: AsyncWrite + Unpin>(
         &mut self,
         io: &mut IO,
@@ -61,7 +63,7 @@ impl Outbound {
         if self.closing {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
-        while self.queued >= BATCH {
+        while self.sealed.len() >= BATCH {
             ready!(self.poll_drain(io, cx))?;
         }
         if std::mem::take(key_update_due) {
@@ -69,7 +71,7 @@ impl Outbound {
             self.update_keys(keys)?;
         }
         let accepted = self.accept(keys, input)?;
-        if self.queued >= BATCH {
+        if self.sealed.len() >= BATCH {
             // The bytes are accepted whether the transport takes them now or not.
             let _ = self.poll_drain(io, cx)?;
         }
@@ -108,87 +110,80 @@ impl Outbound {
         const FATAL: u8 = 2;
         self.closing = true;
         let level = if alert == AlertDescription::CloseNotify { WARNING } else { FATAL };
-        self.seal(keys, ContentType::Alert, OutboundChunks::Single(&[level, u8::from(alert)]))
+        self.seal(keys, ContentType::Alert, Plain::new(&[&[level, u8::from(alert)]]))
     }
 
-    /// Writes until the queue is empty or the transport is full.
+    /// Writes until nothing is left or the transport is full.
     pub(super) fn poll_drain<IO: AsyncWrite + Unpin>(
         &mut self,
         io: &mut IO,
         cx: &mut Context<'_>,
     ) -> Poll<io::Result<()>> {
-        while let Some(first) = self.queue.front() {
-            let first = first.get(self.written..).unwrap_or_default();
-            let count = if io.is_write_vectored() {
-                let mut slices = [IoSlice::new(&[]); SLICES];
-                let rest = self.queue.iter().skip(1).map(Vec::as_slice);
-                let mut filled = 0;
-                for (slot, record) in slices.iter_mut().zip(std::iter::once(first).chain(rest)) {
-                    *slot = IoSlice::new(record);
-                    filled += 1;
-                }
-                let slices = slices.get(..filled).unwrap_or_default();
-                ready!(Pin::new(&mut *io).poll_write_vectored(cx, slices))?
-            } else {
-                ready!(Pin::new(&mut *io).poll_write(cx, first))?
+        while !self.sealed.is_empty() {
+            let rest = self.store.bytes().get(self.sealed.clone()).unwrap_or_default();
+            let Poll::Ready(written) = Pin::new(&mut *io).poll_write(cx, rest) else {
+                self.shrink();
+                return Poll::Pending;
             };
-            if count == 0 {
+            let written = written?;
+            if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
-            self.advance(count);
+            self.sealed.start += written;
         }
-        // Not even the queue's own memory is held while nothing is sent.
-        self.queue = VecDeque::new();
+        self.release();
         Poll::Ready(Ok(()))
     }
 
-    fn advance(&mut self, count: usize) {
-        self.queued = self.queued.saturating_sub(count);
-        self.written += count;
-        while let Some(length) = self.queue.front().map(Vec::len)
-            && self.written >= length
-        {
-            self.written -= length;
-            self.queue.pop_front();
+    /// Keeps no more than is needed while the transport is full.
+    fn shrink(&mut self) {
+        if self.sealed.len() < SMALL && matches!(self.store, Store::Shared(_)) {
+            let rest = self.store.bytes().get(self.sealed.clone()).unwrap_or_default().to_vec();
+            self.release();
+            self.sealed = 0..rest.len();
+            self.store = Store::Exact(rest);
         }
+    }
+
+    fn release(&mut self) {
+        self.store.release();
+        self.sealed = 0..0;
     }
 
     /// Seals what makes whole records, or is large enough for one, and stages the rest.
     fn accept(&mut self, keys: &mut Keys, input: &[IoSlice<'_>]) -> io::Result<usize> {
-        let room = BATCH.saturating_sub(self.queued).max(FRAGMENT);
+        let room = BATCH.saturating_sub(self.sealed.len()).max(FRAGMENT);
         let offered: usize = input.iter().take(INPUT_SLICES).map(|slice| slice.len()).sum();
         let accepted = offered.min(room);
-        let total = self.staged.len() + accepted;
-        let staged = std::mem::take(&mut self.staged);
-        let mut chunks: [&[u8]; INPUT_SLICES + 1] = [&[]; INPUT_SLICES + 1];
+        let mut staged = std::mem::take(&mut self.staged);
+        let total = staged.len() + accepted;
+        let mut pieces: [&[u8]; INPUT_SLICES + 1] = [&[]; INPUT_SLICES + 1];
         let sources = std::iter::once(staged.as_slice()).chain(input.iter().map(|slice| &**slice));
-        for (slot, source) in chunks.iter_mut().zip(sources) {
+        for (slot, source) in pieces.iter_mut().zip(sources) {
             *slot = source;
         }
+        let all = Plain::new(&pieces);
         let mut start = 0;
         while total - start >= STAGED {
             let end = total.min(start + FRAGMENT);
-            let payload = OutboundChunks::Multiple { chunks: &chunks, start, end };
-            if let Err(error) = self.seal(keys, ContentType::ApplicationData, payload) {
+            if let Err(error) = self.seal(keys, ContentType::ApplicationData, all.part(start..end)) {
                 self.closing = true;
                 return Err(error);
             }
             start = end;
         }
-        if start == 0 {
-            // Nothing was sealed: what was staged stays where it is.
-            let mut staged = staged;
-            let mut left = accepted;
-            for slice in input.iter().take(INPUT_SLICES) {
-                let part = slice.get(..left.min(slice.len())).unwrap_or_default();
-                staged.extend_from_slice(part);
-                left -= part.len();
-            }
-            self.staged = staged;
-        } else if start < total {
-            let rest = OutboundChunks::Multiple { chunks: &chunks, start, end: total };
-            self.staged = rest.to_vec();
+        if start > 0 {
+            self.staged = all.part(start..total).to_vec();
+            return Ok(accepted);
         }
+        // Nothing was sealed: what was staged stays where it is.
+        let mut left = accepted;
+        for slice in input.iter().take(INPUT_SLICES) {
+            let part = slice.get(..left.min(slice.len())).unwrap_or_default();
+            staged.extend_from_slice(part);
+            left -= part.len();
+        }
+        self.staged = staged;
         Ok(accepted)
     }
 
@@ -197,26 +192,47 @@ impl Outbound {
             return Ok(());
         }
         let staged = std::mem::take(&mut self.staged);
-        self.seal(keys, ContentType::ApplicationData, OutboundChunks::Single(&staged))
+        self.seal(keys, ContentType::ApplicationData, Plain::new(&[&staged]))
     }
 
-    fn seal(&mut self, keys: &mut Keys, content: ContentType, payload: OutboundChunks<'_>) -> io::Result<()> {
+    fn seal(&mut self, keys: &mut Keys, content: ContentType, payload: Plain<'_>) -> io::Result<()> {
         if keys.sending_key_used_up() {
             self.update_keys(keys)?;
         }
-        let record = keys.seal(content, payload).map_err(|e| TlsError::Record(e.to_string()))?;
-        self.push(record);
+        let record = keys.seal(content, payload, self.room(payload.len() + OVERHEAD));
+        self.sealed.end += record.map_err(|e| TlsError::Record(e.to_string()))?;
         Ok(())
     }
 
     fn update_keys(&mut self, keys: &mut Keys) -> io::Result<()> {
-        let record = keys.update_sending().map_err(|e| TlsError::Record(e.to_string()))?;
-        self.push(record);
+        let record = keys.update_sending(self.room(KEY_UPDATE_RECORD));
+        self.sealed.end += record.map_err(|e| TlsError::Record(e.to_string()))?;
         Ok(())
     }
 
-    fn push(&mut self, record: Vec<u8>) {
-        self.queued += record.len();
-        self.queue.push_back(record);
+    /// Free space behind what is sealed, of so many bytes.
+    fn room(&mut self, needed: usize) -> &mut [u8] {
+        let is_shared = matches!(self.store, Store::Shared(_));
+        let bytes = self.store.bytes();
+        if !is_shared {
+            let mut buffer = buffers::take();
+            let rest = bytes.get(self.sealed.clone()).unwrap_or_default();
+            if let Some(front) = buffer.get_mut(..rest.len()) {
+                front.copy_from_slice(rest);
+            }
+            self.store = Store::Shared(buffer);
+            self.sealed = 0..self.sealed.len();
+        } else if bytes.len().saturating_sub(self.sealed.end) < needed {
+            bytes.copy_within(self.sealed.clone(), 0);
+            self.sealed = 0..self.sealed.len();
+        }
+        let end = self.sealed.end;
+        self.store.bytes().get_mut(end..).unwrap_or_default()
+    }
+}
+
+impl Drop for Outbound {
+    fn drop(&mut self) {
+        self.release();
     }
 }

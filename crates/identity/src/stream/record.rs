@@ -1,12 +1,12 @@
-//! Record protection with the keys that a handshake agreed on (RFC 8446, section 5). The cryptography is rustls';
-//! sequence numbers and key updates are kept here.
+//! Record protection with the keys that a handshake agreed on (RFC 8446, section 5). Records are opened by rustls, and
+//! sealed by what it uses for that, since it would copy each into an allocation of its own. Sequence numbers and key
+//! updates are kept here.
 
 use std::ops::Range;
 
+use aws_lc_rs::aead::{self, AES_128_GCM, AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, UnboundKey};
 use rustls::client::ClientConnectionData;
-use rustls::crypto::cipher::{
-    InboundOpaqueMessage, MessageDecrypter, MessageEncrypter, OutboundChunks, OutboundPlainMessage,
-};
+use rustls::crypto::cipher::{AeadKey, InboundOpaqueMessage, Iv, MessageDecrypter, Nonce};
 use rustls::kernel::KernelConnection;
 use rustls::server::ServerConnectionData;
 use rustls::{
@@ -21,8 +21,56 @@ pub(super) const FRAGMENT: usize = 1 << 14;
 /// Most ciphertext of a record (RFC 8446, section 5.2).
 pub(super) const CIPHERTEXT: usize = FRAGMENT + 256;
 
+/// The tag of each of TLS 1.3's ciphers.
+const TAG: usize = 16;
+/// What a record is longer than its plaintext: the header, the content's type, the tag.
+pub(super) const OVERHEAD: usize = HEADER + 1 + TAG;
+
 /// KeyUpdate that asks for none in return (RFC 8446, section 4.6.3).
 const KEY_UPDATE: [u8; 5] = [24, 0, 0, 1, 0];
+/// The length of the record that announces new keys.
+pub(super) const KEY_UPDATE_RECORD: usize = KEY_UPDATE.len() + OVERHEAD;
+
+/// Plaintext in pieces: a part of what they hold together.
+#[derive(Clone, Copy)]
+pub(super) struct Plain<'a> {
+    pieces: &'a [&'a [u8]],
+    start: usize,
+    end: usize,
+}
+
+impl<'a> Plain<'a> {
+    /// All that `pieces` hold.
+    pub(super) fn new(pieces: &'a [&'a [u8]]) -> Self {
+        Self { pieces, start: 0, end: pieces.iter().map(|piece| piece.len()).sum() }
+    }
+
+    /// Another part of the same pieces.
+    pub(super) fn part(self, place: Range<usize>) -> Self {
+        Self { start: place.start, end: place.end, ..self }
+    }
+
+    pub(super) fn len(self) -> usize {
+        self.end.saturating_sub(self.start)
+    }
+
+    pub(super) fn to_vec(self) -> Vec<u8> {
+        let mut all = Vec::with_capacity(self.len());
+        self.slices().for_each(|slice| all.extend_from_slice(slice));
+        all
+    }
+
+    fn slices(self) -> impl Iterator<Item = &'a [u8]> {
+        let (mut skip, mut left) = (self.start, self.len());
+        self.pieces.iter().filter_map(move |piece| {
+            let rest = piece.get(skip..).unwrap_or_default();
+            skip = skip.saturating_sub(piece.len());
+            let slice = rest.get(..left).unwrap_or(rest);
+            left -= slice.len();
+            (!slice.is_empty()).then_some(slice)
+        })
+    }
+}
 
 /// Derives the next traffic keys.
 pub(crate) enum Schedule {
@@ -36,7 +84,7 @@ pub(crate) enum Schedule {
 pub(crate) struct Keys {
     schedule: Schedule,
     suite: &'static Tls13CipherSuite,
-    encrypter: Box<dyn MessageEncrypter>,
+    sealer: Sealer,
     /// The sequence number of the next record sent.
     sent: u64,
     /// Records that may be sent under one key.
@@ -63,7 +111,7 @@ impl Keys {
             return Err(Error::General("records were exchanged before the handshake was over".to_owned()));
         }
         Ok(Self {
-            encrypter: encrypter(suite, send)?,
+            sealer: Sealer::new(send)?,
             decrypter: decrypter(suite, receive)?,
             schedule,
             suite,
@@ -84,27 +132,29 @@ impl Keys {
         self.sent.saturating_add(1) >= self.sent_limit
     }
 
-    /// Protects `payload`, at most [`FRAGMENT`] bytes; returns the record with its header.
+    /// Protects `payload`, at most [`FRAGMENT`] bytes, as a record at the front of `out`; returns the record's length,
+    /// which is [`OVERHEAD`] more.
     pub(super) fn seal(
         &mut self,
         content: ContentType,
-        payload: OutboundChunks<'_>,
-    ) -> Result<Vec<u8>, Error> {
-        let message = OutboundPlainMessage { typ: content, version: ProtocolVersion::TLSv1_2, payload };
-        let record = self.encrypter.encrypt(message, self.sent)?.encode();
-        // Cannot wrap: `sending_key_used_up` comes first.
+        payload: Plain<'_>,
+        out: &mut [u8],
+    ) -> Result<usize, Error> {
+        let sequence = self.sent;
+        // Counted whatever comes of it: no number is ever used twice. Cannot wrap: `sending_key_used_up` comes first.
         self.sent = self.sent.checked_add(1).ok_or(Error::EncryptError)?;
-        Ok(record)
+        self.sealer.seal(content, payload, sequence, out)
     }
 
-    /// Announces new sending keys, and switches to them; returns the record that announces.
-    pub(super) fn update_sending(&mut self) -> Result<Vec<u8>, Error> {
-        let record = self.seal(ContentType::Handshake, OutboundChunks::Single(&KEY_UPDATE))?;
+    /// Announces new sending keys, and switches to them; returns the length of the record that announces, at the front
+    /// of `out`.
+    pub(super) fn update_sending(&mut self, out: &mut [u8]) -> Result<usize, Error> {
+        let record = self.seal(ContentType::Handshake, Plain::new(&[&KEY_UPDATE]), out)?;
         let (sequence, secrets) = match &mut self.schedule {
             Schedule::Client(kernel) => kernel.update_tx_secret()?,
             Schedule::Server(kernel) => kernel.update_tx_secret()?,
         };
-        self.encrypter = encrypter(self.suite, secrets)?;
+        self.sealer = Sealer::new(secrets)?;
         self.sent = sequence;
         Ok(record)
     }
@@ -139,15 +189,58 @@ impl Keys {
     }
 }
 
-fn encrypter(
-    suite: &Tls13CipherSuite,
-    secrets: ConnectionTrafficSecrets,
-) -> Result<Box<dyn MessageEncrypter>, Error> {
-    match secrets {
-        ConnectionTrafficSecrets::Aes128Gcm { key, iv }
-        | ConnectionTrafficSecrets::Aes256Gcm { key, iv }
-        | ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => Ok(suite.aead_alg.encrypter(key, iv)),
-        _ => Err(Error::General("unknown kind of traffic secrets".to_owned())),
+/// A sending key and its IV.
+struct Sealer {
+    key: LessSafeKey,
+    iv: Iv,
+}
+
+impl Sealer {
+    fn new(secrets: ConnectionTrafficSecrets) -> Result<Self, Error> {
+        let (algorithm, key, iv): (_, AeadKey, Iv) = match secrets {
+            ConnectionTrafficSecrets::Aes128Gcm { key, iv } => (&AES_128_GCM, key, iv),
+            ConnectionTrafficSecrets::Aes256Gcm { key, iv } => (&AES_256_GCM, key, iv),
+            ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => (&CHACHA20_POLY1305, key, iv),
+            _ => return Err(Error::General("unknown kind of traffic secrets".to_owned())),
+        };
+        let key = key.as_ref().get(..algorithm.key_len()).unwrap_or_default();
+        let key = UnboundKey::new(algorithm, key)
+            .map_err(|_| Error::General("a sending key of another length than its cipher's".to_owned()))?;
+        Ok(Self { key: LessSafeKey::new(key), iv })
+    }
+
+    /// Seals straight from where the plaintext lies, if it lies in one piece.
+    fn seal(
+        &self,
+        content: ContentType,
+        payload: Plain<'_>,
+        sequence: u64,
+        out: &mut [u8],
+    ) -> Result<usize, Error> {
+        let length = payload.len() + OVERHEAD;
+        let record = out.get_mut(..length).ok_or(Error::EncryptError)?;
+        let [high, low] = u16::try_from(length - HEADER).map_err(|_| Error::EncryptError)?.to_be_bytes();
+        // As if it were TLS 1.2 (RFC 8446, section 5.2).
+        let header = [u8::from(ContentType::ApplicationData), 3, 3, high, low];
+        let (head, body) = record.split_at_mut(HEADER);
+        head.copy_from_slice(&header);
+        let (body, tail) = body.split_at_mut(payload.len());
+        let nonce = aead::Nonce::assume_unique_for_key(Nonce::new(&self.iv, sequence).0);
+        let (aad, content) = (Aad::from(header), [u8::from(content)]);
+        let mut slices = payload.slices();
+        let first = slices.next().unwrap_or_default();
+        let sealed = if first.len() == body.len() {
+            self.key.seal_out_of_place_scatter(nonce, aad, first, body, &content, tail)
+        } else {
+            let mut rest = &mut *body;
+            for slice in std::iter::once(first).chain(slices) {
+                let (now, later) = rest.split_at_mut_checked(slice.len()).ok_or(Error::EncryptError)?;
+                now.copy_from_slice(slice);
+                rest = later;
+            }
+            self.key.seal_in_place_scatter(nonce, aad, body, &content, tail)
+        };
+        sealed.map(|()| length).map_err(|_| Error::EncryptError)
     }
 }
 

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use model::{SpiffeId, TrustDomain, TrustDomains};
 use proptest::prelude::*;
 use rustls::ContentType;
-use rustls::crypto::cipher::OutboundChunks;
 use rustls_pki_types::UnixTime;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 
+use super::record::{OVERHEAD, Plain};
 use super::{TlsError, TlsStream};
 use crate::{
     CaDirectory, CertificateSettings, Certificates, Clock, ExpectedPeers, HandshakeLimits, LocalIssuer,
@@ -52,7 +52,10 @@ impl Mesh {
 
 /// Sends a record of any type and content.
 async fn send(stream: &mut TlsStream<DuplexStream>, content: u8, payload: &[u8]) {
-    let record = stream.tls.keys.seal(ContentType::from(content), OutboundChunks::Single(payload)).unwrap();
+    let mut record = vec![0; payload.len() + OVERHEAD];
+    let length =
+        stream.tls.keys.seal(ContentType::from(content), Plain::new(&[payload]), &mut record).unwrap();
+    assert_eq!(length, record.len());
     stream.io.write_all(&record).await.unwrap();
 }
 
