@@ -50,6 +50,9 @@ pub enum Carrier {
     Hbone,
     /// As plain TCP.
     Plaintext,
+    /// From a pod of this node to another, not encrypted: this process knows both ends.
+    #[serde(rename = "node-local")]
+    NodeLocal,
 }
 
 /// What is known of a connection once it is decided. Its serialised form is the JSON of `/connections`; the
@@ -226,6 +229,8 @@ pub struct Open {
     pub bytes: ByteCounts,
     /// What it carried, when one side is a tunnel.
     pub traffic: Traffic,
+    /// The connection that this is another view of.
+    of: Option<Arc<Open>>,
     meter: Meter,
     recheck: Recheck,
     cut: OnceLock<String>,
@@ -235,6 +240,9 @@ pub struct Open {
 impl Open {
     /// Bytes carried so far: from the client, and from the server.
     pub fn carried(&self) -> (u64, u64) {
+        if let Some(of) = &self.of {
+            return of.carried();
+        }
         let tcp =
             (self.bytes.to_server.load(Ordering::Relaxed), self.bytes.to_client.load(Ordering::Relaxed));
         let (to_tunnel, from_tunnel) = (self.traffic.to_tunnel(), self.traffic.from_tunnel());
@@ -262,6 +270,9 @@ impl Open {
 
     /// Cuts the connection. The first reason stays.
     pub fn cut_now(&self, reason: String) {
+        if let Some(of) = &self.of {
+            return of.cut_now(reason);
+        }
         if self.cut.set(reason).is_ok() {
             self.cut_wake.notify_waiters();
             self.cut_wake.notify_one();
@@ -300,12 +311,19 @@ impl Registry {
         self.open.get(usize::try_from(id % SHARDS as u64).unwrap_or(0))
     }
 
-    /// Enters a connection; it leaves when the guard is dropped.
-    pub fn enter(self: &Arc<Self>, story: Story, meter: Meter, recheck: Recheck) -> Entered {
+    /// Enters a connection, or another view of the connection `of`; it leaves when the guard is dropped.
+    pub fn enter(
+        self: &Arc<Self>,
+        story: Story,
+        meter: Meter,
+        recheck: Recheck,
+        of: Option<Arc<Open>>,
+    ) -> Entered {
         let open = Arc::new(Open {
             story,
             bytes: ByteCounts::default(),
             traffic: Traffic::default(),
+            of,
             meter,
             recheck,
             cut: OnceLock::new(),
@@ -451,8 +469,9 @@ mod tests {
     #[tokio::test]
     async fn a_recheck_cuts_what_may_not_go_on_and_nothing_else() {
         let registry = Arc::new(Registry::default());
-        let bad = registry.enter(story(registry.next_id()), meter(), Box::new(|| Some("no more".into())));
-        let good = registry.enter(story(registry.next_id()), meter(), Box::new(|| None));
+        let bad =
+            registry.enter(story(registry.next_id()), meter(), Box::new(|| Some("no more".into())), None);
+        let good = registry.enter(story(registry.next_id()), meter(), Box::new(|| None), None);
         assert_eq!(registry.recheck(), 1);
         assert_eq!(bad.open.cut().await, "no more");
         assert!(good.open.cut.get().is_none());

@@ -65,6 +65,10 @@ fn settings(mesh: &Mesh) -> Value {
             model::OutboundMode::AllowAny => "ALLOW_ANY",
             model::OutboundMode::RegistryOnly => "REGISTRY_ONLY",
         },
+        "nodeLocal": settings.node_local.mesh.as_str(),
+        "nodeLocalOfNamespaces": settings.node_local.namespaces.iter()
+            .map(|(name, mode)| (name.to_string(), mode.as_str().into()))
+            .collect::<serde_json::Map<_, Value>>(),
     })
 }
 

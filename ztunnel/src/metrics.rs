@@ -121,6 +121,21 @@ fn connections(gauge: Register<'_>, counter: Register<'_>) {
         Box::new(|p, _| p.room.refused()),
     );
     gauge(
+        "culvert_splice_pipes",
+        "Pipes that data of unencrypted connections passes through, in use or kept for the next",
+        Box::new(|_, _| net::pipes().existing as u64),
+    );
+    gauge(
+        "culvert_splice_pipes_limit",
+        "Pipes that there may be; connections beyond copy",
+        Box::new(|_, _| net::pipes().limit as u64),
+    );
+    counter(
+        "culvert_splice_pipes_missing",
+        "Times that data was copied because there was no pipe for it",
+        Box::new(|_, _| net::pipes().without),
+    );
+    gauge(
         "culvert_connections_waiting",
         "Connections that wait for what the control plane has not told yet",
         Box::new(|p, _| p.state.waiting() as u64),

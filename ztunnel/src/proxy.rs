@@ -2,7 +2,8 @@
 //!
 //! * [`outbound`]: from a pod of this node, captured on port 15001;
 //! * [`inbound`]: from a tunnel, on port 15008;
-//! * [`plaintext`]: from outside the mesh, captured on port 15006.
+//! * [`plaintext`]: from outside the mesh, captured on port 15006;
+//! * [`within`]: from a pod of this node to another, not encrypted, where the settings ask for it.
 //!
 //! Each is one file that reads from top to bottom. What they share is here: how a connection is entered in the
 //! registry, carried, cut, counted and logged.
@@ -13,11 +14,13 @@ pub mod failure;
 pub mod handshakes;
 pub mod hosts;
 pub mod inbound;
+pub mod locals;
 pub mod outbound;
 pub mod peers;
 pub mod plaintext;
 pub mod pod;
 pub mod resolve;
+pub mod within;
 
 use std::borrow::Borrow;
 use std::net::{IpAddr, SocketAddr};
@@ -91,6 +94,8 @@ pub struct Proxy {
     pub server: hbone::ServerSettings,
     /// Counters of connections that peers opened.
     pub server_counters: Arc<hbone::ServerCounters>,
+    /// This node's pods.
+    pub locals: Arc<locals::Locals>,
     /// Secured connections that peers opened.
     pub peers: Arc<peers::Peers>,
     /// Room for connections that are carried.
@@ -113,6 +118,15 @@ pub enum Carried {
         client: TcpStream,
         /// What was dialled.
         server: TcpStream,
+    },
+    /// The same, where this process is the proxy of both ends.
+    Within {
+        /// Who connected.
+        client: TcpStream,
+        /// What was dialled.
+        server: TcpStream,
+        /// The destination's view, and whether it still allows it.
+        seen: Box<(Story, Recheck)>,
     },
     /// A tunnel on one side.
     Tunnelled {
@@ -303,12 +317,15 @@ impl Proxy {
         held: T,
     ) -> impl Future<Output = ()> + Send + use<T> {
         let started = Instant::now();
-        let meter = Meter::open(self.metrics.connection(&telemetry::labels(&story)));
-        let mut entered = self.registry.enter(story, meter, recheck);
-        // The policy may have changed between its evaluation and the entry, and nobody saw this connection then.
-        if let Some(reason) = entered.open.recheck() {
-            entered.open.cut_now(reason);
-        }
+        let mut entered = self.enter(story, recheck, None);
+        let (carried, mut other) = match carried {
+            Carried::Within { client, server, seen } => {
+                let (story, allowed) = *seen;
+                let other = self.enter(story, allowed, Some(entered.open.clone()));
+                (Carried::Plain { client, server }, Some(other))
+            }
+            carried => (carried, None),
+        };
         let mut transfer = transfer(carried, entered.open.clone());
         let proxy = self.clone();
         async move {
@@ -318,8 +335,22 @@ impl Proxy {
                 end = &mut transfer => end,
             };
             drop((transfer, held));
+            if let Some(other) = &mut other {
+                proxy.ended(other, end.clone(), started.elapsed());
+            }
             proxy.ended(&mut entered, end, started.elapsed());
         }
+    }
+
+    /// Enters a connection in the registry. With `of`, it is another view of that one.
+    fn enter(&self, story: Story, recheck: Recheck, of: Option<Arc<Open>>) -> Entered {
+        let meter = Meter::open(self.metrics.connection(&telemetry::labels(&story)));
+        let entered = self.registry.enter(story, meter, recheck, of);
+        // The policy may have changed between its evaluation and the entry, and nobody saw this connection then.
+        if let Some(reason) = entered.open.recheck() {
+            entered.open.cut_now(reason);
+        }
+        entered
     }
 
     fn ended(&self, entered: &mut Entered, end: Result<(), String>, duration: Duration) {
@@ -377,7 +408,7 @@ impl Proxy {
 /// Copies until both sides have ended, or one fails.
 fn transfer(carried: Carried, open: Arc<Open>) -> Pin<Box<dyn Future<Output = Result<(), String>> + Send>> {
     match carried {
-        Carried::Plain { client, server } => Box::pin(async move {
+        Carried::Plain { client, server } | Carried::Within { client, server, .. } => Box::pin(async move {
             match net::copy(client, server, &open.bytes).await {
                 net::End::Finished(_) => Ok(()),
                 net::End::Reset(side) => Err(format!("reset by the {side}")),
@@ -408,18 +439,19 @@ fn record<'a>(
 ) -> AccessRecord<'a> {
     let (source, destination) = (story.source_workload.as_deref(), story.destination_workload.as_deref());
     let tunnelled = story.carrier == Carrier::Hbone;
+    let proved = story.carrier != Carrier::Plaintext;
     AccessRecord {
         src_addr: story.source,
         src_workload: source.map_or("", |w| &w.name),
         src_namespace: source.map_or("", |w| &w.namespace),
-        src_identity: story.source_identity.as_ref().filter(|_| tunnelled).map(|i| i as _),
+        src_identity: story.source_identity.as_ref().filter(|_| proved).map(|i| i as _),
         src_cluster: source.map_or("", |w| &w.cluster),
         dst_addr: story.upstream.unwrap_or(story.destination),
         dst_hbone_addr: tunnelled.then_some(&story.destination as _),
         dst_service: story.destination_service.as_ref().map_or("", |s| &s.hostname),
         dst_workload: destination.map_or("", |w| &w.name),
         dst_namespace: destination.map_or("", |w| &w.namespace),
-        dst_identity: story.destination_identity.as_ref().filter(|_| tunnelled).map(|i| i as _),
+        dst_identity: story.destination_identity.as_ref().filter(|_| proved).map(|i| i as _),
         dst_cluster: destination.map_or("", |w| &w.cluster),
         direction: story.direction.into(),
         bytes_from_client: from_client,

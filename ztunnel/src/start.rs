@@ -206,6 +206,7 @@ fn proxy(
         server_counters: Arc::default(),
         balancer: balance::Balancer::new(balance::Limits::default()),
         hosts: crate::proxy::hosts::Hosts::default(),
+        locals: Arc::default(),
         peers: Arc::new(Peers::new(limits.peers)),
         room: Arc::new(Room::new(limits.room)),
         handshakes: Handshakes::new(limits.handshakes),

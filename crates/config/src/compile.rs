@@ -359,9 +359,9 @@ impl Compiler {
         self.steps += 1;
         match (key.kind, resource) {
             (Kind::Namespace, Some(Resource::Namespace(namespace))) => {
-                self.set_namespace(&key.name, Some(&namespace));
+                self.set_namespace(&key.name, Some(&namespace), pool);
             }
-            (Kind::Namespace, _) => self.set_namespace(&key.name, None),
+            (Kind::Namespace, _) => self.set_namespace(&key.name, None, pool),
             (Kind::Gateway, resource) => self.set_gateway(key, resource),
             (Kind::Node, Some(Resource::Node(node))) => self.set_node(&key.name, Some(node.locality)),
             (Kind::Node, _) => self.set_node(&key.name, None),
@@ -467,7 +467,9 @@ impl Compiler {
         }
     }
 
-    fn set_namespace(&mut self, name: &Str, namespace: Option<&Namespace>) {
+    fn set_namespace(&mut self, name: &Str, namespace: Option<&Namespace>, pool: &mut Pool) {
+        let said = self.policies.set_node_local(name, namespace.and_then(|n| n.node_local));
+        self.take(said, pool);
         match namespace {
             Some(_) => self.namespaces.insert(name.clone()),
             None => self.namespaces.remove(name),

@@ -39,6 +39,7 @@ pub static ANNOTATIONS: &[&str] = &[
     "ambient.istio.io/redirection",
     "culvert.dev/hash-load-bound",
     "culvert.dev/netns",
+    "culvert.dev/node-local",
     "istio.io/dry-run",
     "networking.istio.io/traffic-distribution",
     "sidecar.istio.io/status",

@@ -3,7 +3,8 @@
 //! A file's first document says what is expected, the others are the resources. `decisions` says of connections
 //! what the evaluator's own explanation starts with; `from` is `NAMESPACE/ACCOUNT`, in another trust domain
 //! `DOMAIN/ns/NAMESPACE/sa/ACCOUNT`, or `nobody` for a connection without an identity. `says` lists all diagnostics
-//! as `LINE:COLUMN code`; `workloads` and `services` parts of what these are compiled to.
+//! as `LINE:COLUMN code`; `workloads` and `services` parts of what these are compiled to; `nodeLocal` how connections
+//! from one namespace to another are carried within a node.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 use std::net::IpAddr;
@@ -182,7 +183,12 @@ fn run(path: &Path) -> Vec<String> {
         };
         case.same(&format!("waypoint of {host}"), &[text_of(expected, "through").unwrap()], &[through]);
     }
-    let known = ["egress", "says", "decisions", "services", "dialled", "workloads", "settings"];
+    for expected in items(&expected, "nodeLocal") {
+        let [from, to, is] = ["from", "to", "is"].map(|key| text_of(expected, key).unwrap());
+        let got = mesh.settings().node_local.between(&from, &to).as_str().to_owned();
+        case.same(&format!("from {from} to {to} on one node"), &[is], &[got]);
+    }
+    let known = ["nodeLocal", "egress", "says", "decisions", "services", "dialled", "workloads", "settings"];
     if let Value::Mapping(entries) = &expected.value {
         for entry in entries {
             assert!(known.contains(&&*entry.key), "{}: {} is not checked", case.name, entry.key);

@@ -57,6 +57,11 @@ fn inventory() -> Vec<Vec<String>> {
             ]
             .iter()
             .map(|labels| labelled("Namespace", "", namespace, labels, ""))
+            .chain(["direct", "encrypted"].map(|mode| {
+                format!(
+                    "apiVersion: v1\nkind: Namespace\nmetadata: {{name: {namespace}, annotations: {{culvert.dev/node-local: {mode}}}}}\n"
+                )
+            }))
             .collect(),
         );
     }
@@ -172,6 +177,7 @@ fn settings() -> Vec<String> {
         config("trustDomain: other.org"),
         config("clusterDomain: example"),
         config("outboundTrafficPolicy: {mode: REGISTRY_ONLY}"),
+        config("nodeLocal: direct"),
     ]
 }
 

@@ -410,6 +410,14 @@ impl Certificates {
         }
     }
 
+    /// The root of the certificate that an identity has, valid or not.
+    #[must_use]
+    pub fn root_of(&self, id: &SpiffeId) -> Option<RootId> {
+        let entries = self.entries();
+        let root = entries.get(id)?.state.borrow().certificate.as_ref().map(|certificate| certificate.root);
+        root
+    }
+
     /// Stops looking after an identity; asked for again, it is issued again.
     pub fn forget(&self, id: &SpiffeId) {
         if self.entries().remove(id).is_some() {

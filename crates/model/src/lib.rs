@@ -33,7 +33,7 @@ pub use service::{
     HealthPolicy, IpFamilies, LoadBalancing, LoadBalancingMode, LocalityScope, Service, ServiceKey,
     ServicePort, ServiceSource, TargetPort, Vip,
 };
-pub use settings::{OutboundMode, Settings};
+pub use settings::{NodeLocal, NodeLocalModes, OutboundMode, Settings, TlsVersion};
 pub use verdict::{
     Allow, Connection, Decision, Deny, DryRun, Field, Held, NearMiss, Permit, RequestDecision, RuleRef,
     decide_request,

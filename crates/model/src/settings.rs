@@ -1,5 +1,9 @@
 //! Settings of the whole mesh.
 
+use std::collections::BTreeMap;
+use std::str::FromStr;
+use std::sync::Arc;
+
 use crate::http::Normalization;
 use crate::{Str, TrustDomain, TrustDomains};
 
@@ -18,6 +22,10 @@ pub struct Settings {
     pub mesh_id: Option<Str>,
     /// How far waypoints normalise the paths of requests before they compare them.
     pub path_normalization: Normalization,
+    /// How connections are carried whose two ends are on one node.
+    pub node_local: NodeLocalModes,
+    /// The least version of TLS with servers outside of the mesh, where a waypoint begins it. Tunnels have 1.3 always.
+    pub tls_minimum: TlsVersion,
 }
 
 impl Settings {
@@ -37,6 +45,64 @@ impl Default for Settings {
             outbound: OutboundMode::AllowAny,
             mesh_id: None,
             path_normalization: Normalization::default(),
+            node_local: NodeLocalModes::default(),
+            tls_minimum: TlsVersion::default(),
+        }
+    }
+}
+
+/// `nodeLocal`: how connections are carried whose two ends are on one node. Identities and policies hold in any case.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub enum NodeLocal {
+    /// In a tunnel, as between nodes.
+    #[default]
+    Encrypted,
+    /// As they are: the node's proxy knows both ends.
+    Direct,
+}
+
+impl NodeLocal {
+    /// The value as it is written.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Encrypted => "encrypted",
+            Self::Direct => "direct",
+        }
+    }
+}
+
+impl FromStr for NodeLocal {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        [Self::Encrypted, Self::Direct].into_iter().find(|mode| mode.as_str() == text).ok_or(())
+    }
+}
+
+/// What the mesh, and namespaces of their own, say of connections whose two ends are on one node.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct NodeLocalModes {
+    /// For namespaces that say nothing.
+    pub mesh: NodeLocal,
+    /// By namespace.
+    pub namespaces: Arc<BTreeMap<Str, NodeLocal>>,
+}
+
+impl NodeLocalModes {
+    /// What holds for the workloads of `namespace`.
+    #[must_use]
+    pub fn of(&self, namespace: &str) -> NodeLocal {
+        self.namespaces.get(namespace).copied().unwrap_or(self.mesh)
+    }
+
+    /// What holds for connections from one namespace to another: nothing is left unencrypted that one of the two wants
+    /// to be encrypted.
+    #[must_use]
+    pub fn between(&self, source: &str, destination: &str) -> NodeLocal {
+        match (self.of(source), self.of(destination)) {
+            (NodeLocal::Direct, NodeLocal::Direct) => NodeLocal::Direct,
+            _ => NodeLocal::Encrypted,
         }
     }
 }
@@ -49,4 +115,37 @@ pub enum OutboundMode {
     AllowAny,
     /// `REGISTRY_ONLY`: they are refused.
     RegistryOnly,
+}
+
+/// A version of TLS (`meshConfig.tlsDefaults.minProtocolVersion`).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub enum TlsVersion {
+    /// RFC 5246.
+    #[default]
+    V1_2,
+    /// RFC 8446.
+    V1_3,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::NodeLocal::{Direct, Encrypted};
+    use super::*;
+
+    #[test]
+    fn a_connection_is_direct_only_where_both_namespaces_want_it() {
+        let with = |mesh, of: &[(&str, NodeLocal)]| {
+            let namespaces = of.iter().map(|(name, mode)| ((*name).into(), *mode)).collect();
+            NodeLocalModes { mesh, namespaces: Arc::new(namespaces) }
+        };
+        assert_eq!(NodeLocalModes::default().between("a", "b"), Encrypted);
+        let mesh = with(Direct, &[("bank", Encrypted)]);
+        assert_eq!(mesh.between("a", "b"), Direct);
+        for (source, destination) in [("a", "bank"), ("bank", "a"), ("bank", "bank")] {
+            assert_eq!(mesh.between(source, destination), Encrypted);
+        }
+        let some = with(Encrypted, &[("shop", Direct), ("tools", Direct)]);
+        assert_eq!((some.between("shop", "tools"), some.between("shop", "shop")), (Direct, Direct));
+        assert_eq!((some.between("shop", "a"), some.between("a", "shop")), (Encrypted, Encrypted));
+    }
 }

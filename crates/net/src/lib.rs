@@ -19,6 +19,7 @@ pub mod limits;
 pub mod netlink;
 pub mod netns;
 mod original_dst;
+mod own_address;
 mod pipe;
 mod scratch;
 pub mod seqpacket;
@@ -33,6 +34,8 @@ pub use handover::move_queues;
 pub use io::Io;
 pub use netns::{Netns, NetnsId};
 pub use original_dst::{canonical, original_dst};
+pub use own_address::has_address;
+pub use pipe::{PipeCounts, pipes};
 pub use scratch::{SCRATCH_SIZE, Scratch};
 pub use socket::{
     ConnectOptions, Keepalive, ListenOptions, MARK_MASK, Purpose, SocketError, Step, ZTUNNEL_MARK, connect,

@@ -5,7 +5,7 @@
 use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
 use nix::unistd::pipe2;
@@ -21,6 +21,25 @@ const CAPACITY: i32 = 512 * 1024;
 const AT_ONCE: usize = 512 * 1024;
 
 static EXISTING: AtomicUsize = AtomicUsize::new(0);
+static WITHOUT: AtomicU64 = AtomicU64::new(0);
+
+/// The process's pipes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PipeCounts {
+    /// Those that there are, in use or kept empty for the next.
+    pub existing: usize,
+    /// How many there may be.
+    pub limit: usize,
+    /// How often one was wanted and there was none, so that bytes were copied.
+    pub without: u64,
+}
+
+/// How many pipes there are.
+#[must_use]
+pub fn pipes() -> PipeCounts {
+    let existing = EXISTING.load(Ordering::Relaxed);
+    PipeCounts { existing, limit: LIMIT, without: WITHOUT.load(Ordering::Relaxed) }
+}
 
 thread_local! {
     static KEPT: RefCell<Vec<Ends>> = const { RefCell::new(Vec::new()) };
@@ -50,7 +69,11 @@ impl Pipe {
     /// An empty pipe; `None` when there are too many, or descriptors have run out.
     pub(crate) fn take() -> Option<Self> {
         let kept = KEPT.try_with(|kept| kept.borrow_mut().pop()).ok().flatten();
-        Some(Self { ends: Some(kept.or_else(Self::make)?), len: 0 })
+        let Some(ends) = kept.or_else(Self::make) else {
+            WITHOUT.fetch_add(1, Ordering::Relaxed);
+            return None;
+        };
+        Some(Self { ends: Some(ends), len: 0 })
     }
 
     fn make() -> Option<Ends> {

@@ -130,6 +130,11 @@ fn settings_read_back_as_they_were_and_what_is_left_out_is_the_default() {
         outbound: model::OutboundMode::RegistryOnly,
         mesh_id: Some("mesh-1".into()),
         path_normalization: model::http::Normalization::MergeSlashes,
+        node_local: model::NodeLocalModes {
+            mesh: model::NodeLocal::Direct,
+            namespaces: std::sync::Arc::new([("bank".into(), model::NodeLocal::Encrypted)].into()),
+        },
+        tls_minimum: model::TlsVersion::V1_3,
     };
     let message: culvert::MeshSettings = sent(&proto::encode_settings(&settings));
     assert_eq!(Decoder::default().settings(&message).unwrap(), settings);

@@ -14,7 +14,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use identity::{
-    Certificates, Distrust, ExpectedPeers, HandshakeError, HandshakeLimits, PeerInfo, TlsStream, TrustBundle,
+    CertificateError, Certificates, Distrust, ExpectedPeers, HandshakeError, HandshakeLimits, PeerInfo,
+    RootId, TlsStream, TrustBundle,
 };
 use model::SpiffeId;
 use serde_json::{Value, json};
@@ -152,6 +153,33 @@ impl Tls {
             Some(anew) if self.bundle().still_trusts(anew).is_ok() => Ok(()),
             _ => Err(distrust),
         }
+    }
+
+    /// Whether the CA says that this process may speak for `id`, where nobody is there to ask for proof; by which root.
+    ///
+    /// # Errors
+    /// There is no certificate that whoever trusts whom we trust would accept.
+    pub async fn vouched(&self, id: &SpiffeId) -> Result<RootId, CertificateError> {
+        let root = self.certificates.get(id).await?.root();
+        match self.bundle().snapshot().root(&root) {
+            Some(_) => Ok(root),
+            None => Err(CertificateError::NotIssued {
+                id: id.clone(),
+                reason: format!("the one that there is leads to the root {root}, which is not trusted")
+                    .into(),
+                attempts: 0,
+            }),
+        }
+    }
+
+    /// Whether it still does for `id`, which was vouched for by `root`, or there is time left for another certificate.
+    #[must_use]
+    pub fn is_still_vouched(&self, id: &SpiffeId, root: &RootId) -> bool {
+        let bundle = self.bundle().snapshot();
+        let trusted = |root: &RootId| bundle.root(root).is_some();
+        trusted(root)
+            || self.is_reauthenticating()
+            || self.certificates.root_of(id).as_ref().is_some_and(trusted)
     }
 
     /// Handshakes that succeeded.

@@ -59,6 +59,7 @@ impl Node {
         let mut enrolled = Enrolled {
             accepting: Vec::new(),
             pod: pod.clone(),
+            served: None,
             rules: Rules::default(),
             ipv6: None,
             since: Instant::now(),
@@ -78,6 +79,7 @@ impl Node {
         let Begun { ipv6, adopted } = flatten(begun.await)?;
         ready?;
         (enrolled.ipv6, enrolled.adopted) = (ipv6, adopted);
+        enrolled.served = Some(self.proxy.locals.enter(pod.clone()));
         if is_back {
             self.returned(&pod.netns);
             // Policies may have changed while it was no workload of the mesh.

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use super::enrol::EnrolError;
 use super::redirection::Verified;
 use super::{Enrolment, RECONCILE_INTERVAL};
+use crate::proxy::locals::Served;
 use crate::proxy::pod::LocalPod;
 
 /// How often the rules of an enrolled pod are compared with what they should be.
@@ -37,6 +38,8 @@ pub(super) enum PodState {
 /// An enrolled pod. Dropping it closes the listeners; open connections go on.
 pub(super) struct Enrolled {
     pub(super) pod: Arc<LocalPod>,
+    /// Its place among those that connections of this node's pods may go to as they are; taken once all stands.
+    pub(super) served: Option<Served>,
     pub(super) accepting: Vec<AbortHandle>,
     /// What is installed.
     pub(super) rules: Rules,

@@ -19,8 +19,9 @@ use super::dialer::TunnelKey;
 use super::failure::Failure;
 use super::pod::{LocalPod, Place};
 use super::resolve::{Context, Route};
+use super::within::{Source, Within};
 use super::{Carried, Proxy};
-use crate::connections::{Carrier, Direction, Story, Verdict, now_ms};
+use crate::connections::{Carrier, Direction, Recheck, Story, Verdict, now_ms};
 
 /// Carries one captured connection of the application at `peer` to its end.
 pub async fn handle(proxy: Arc<Proxy>, pod: Arc<LocalPod>, client: TcpStream, peer: SocketAddr) {
@@ -59,8 +60,9 @@ async fn begin(
             if matches!(upstream, Upstream::Tunnel(..)) {
                 outbound.place.keep(1);
             }
-            let held = (outbound.place, route.into_picked());
-            Some(proxy.carry(story, recheck, upstream.with(client), held))
+            let (carried, recheck, place) = upstream.with(client, recheck);
+            let held = (outbound.place, place, route.into_picked());
+            Some(proxy.carry(story, recheck, carried, held))
         }
         Err((route, failure)) => {
             let story = outbound.story(route.as_ref(), Verdict::proxy(failure.to_string()));
@@ -73,6 +75,7 @@ async fn begin(
 fn route_words(route: &Route) -> Verdict {
     match route {
         Route::Tunnel { .. } => Verdict::proxy("sent in a tunnel; the destination's node decides"),
+        Route::Within { .. } => Verdict::proxy("joined within the node, not encrypted (nodeLocal: direct)"),
         Route::Plain { why, .. } => Verdict::proxy(why.as_str()),
         Route::PlainHost { .. } => Verdict::proxy("sent to a host of a ServiceEntry"),
     }
@@ -80,6 +83,8 @@ fn route_words(route: &Route) -> Verdict {
 
 /// What a connection was opened to.
 pub enum Upstream {
+    /// The application of another pod of this node, which is not sent to in a tunnel.
+    Within(Box<Within>),
     /// A tunnel, and who is at its other end.
     Tunnel(hbone::Tunnel, Arc<PeerInfo>),
     /// A plain connection.
@@ -90,14 +95,19 @@ impl Upstream {
     fn peer(&self) -> Option<Arc<PeerInfo>> {
         match self {
             Self::Tunnel(_, peer) => Some(peer.clone()),
-            Self::Plain(_) => None,
+            Self::Plain(_) | Self::Within(_) => None,
         }
     }
 
-    fn with(self, client: TcpStream) -> Carried {
+    /// What is carried, on which condition, and what is held meanwhile.
+    fn with(self, client: TcpStream, recheck: Recheck) -> (Carried, Recheck, Option<Place>) {
         match self {
-            Self::Tunnel(tunnel, _) => Carried::Tunnelled { tunnel, tcp: client },
-            Self::Plain(server) => Carried::Plain { client, server },
+            Self::Tunnel(tunnel, _) => (Carried::Tunnelled { tunnel, tcp: client }, recheck, None),
+            Self::Plain(server) => (Carried::Plain { client, server }, recheck, None),
+            Self::Within(within) => {
+                let Within { server, story, allowed, direct, place } = *within;
+                (Carried::Within { client, server, seen: Box::new((story, allowed)) }, direct, Some(place))
+            }
         }
     }
 }
@@ -158,8 +168,9 @@ impl<'a> Outbound<'a> {
     }
 
     fn resolve(&self, tried: &[model::Str]) -> Result<Route, super::resolve::Refusal> {
+        let mesh = self.proxy.state.mesh();
         let context = Context {
-            mesh: &self.proxy.state.mesh(),
+            mesh: &mesh,
             balancer: &self.proxy.balancer,
             source: &self.source,
             source_ip: self.peer.ip().to_canonical(),
@@ -167,7 +178,7 @@ impl<'a> Outbound<'a> {
             now: self.proxy.started.elapsed(),
             random: self.proxy.random(),
         };
-        context.resolve(self.dialled)
+        Ok(self.proxy.shortened(&mesh, &self.source, context.resolve(self.dialled)?))
     }
 
     async fn dial(&self, route: &Route) -> Result<Upstream, Failure> {
@@ -182,6 +193,17 @@ impl<'a> Outbound<'a> {
                 };
                 let (tunnel, peer) = self.proxy.open_tunnel(&key, *authority, self.headers(route)).await?;
                 Ok(Upstream::Tunnel(tunnel, peer))
+            }
+            Route::Within { destination, target } => {
+                let source = Source {
+                    pod: self.pod,
+                    workload: &self.source,
+                    identity: &self.identity,
+                    peer: self.peer,
+                    opened_ms: self.opened_ms,
+                };
+                let within = self.proxy.join(&source, destination, target).await?;
+                Ok(Upstream::Within(Box::new(within)))
             }
             Route::Plain { to, .. } => self.plain(*to).await.map(Upstream::Plain),
             Route::PlainHost { host, port, .. } => {
@@ -213,11 +235,11 @@ impl<'a> Outbound<'a> {
     fn story(&self, route: Option<&Route>, verdict: Verdict) -> Story {
         let target = route.map(Route::target);
         let workload = target.and_then(|t| t.workload.clone());
+        let other = |to: SocketAddr| Some(to).filter(|to| *to != self.dialled.socket_addr());
         let (carrier, upstream) = match route {
             Some(Route::Tunnel { hbone, .. }) => (Carrier::Hbone, Some(hbone.socket_addr())),
-            Some(Route::Plain { to, .. }) => {
-                (Carrier::Plaintext, Some(*to).filter(|to| *to != self.dialled.socket_addr()))
-            }
+            Some(Route::Within { destination, .. }) => (Carrier::NodeLocal, other(destination.to)),
+            Some(Route::Plain { to, .. }) => (Carrier::Plaintext, other(*to)),
             Some(Route::PlainHost { .. }) | None => (Carrier::Plaintext, None),
         };
         Story {
@@ -231,7 +253,7 @@ impl<'a> Outbound<'a> {
             destination: self.dialled.socket_addr(),
             upstream,
             destination_identity: match carrier {
-                Carrier::Hbone => workload.as_ref().and_then(|w| w.identity().ok()),
+                Carrier::Hbone | Carrier::NodeLocal => workload.as_ref().and_then(|w| w.identity().ok()),
                 Carrier::Plaintext => None,
             },
             destination_workload: workload,

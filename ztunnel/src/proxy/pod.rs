@@ -10,6 +10,9 @@ use net::Netns;
 
 use super::failure::Failure;
 
+/// Addresses that are remembered of a pod; one has two as a rule.
+const MOST_ADDRESSES: usize = 8;
+
 /// Who a pod of this node is, whatever the snapshot of the moment knows of it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Subject {
@@ -122,13 +125,30 @@ pub struct LocalPod {
     /// Where its sockets live.
     pub netns: Netns,
     open: AtomicUsize,
+    /// Addresses that are known to be its own.
+    own: Mutex<Vec<IpAddr>>,
     baggage: Mutex<Option<(Arc<Workload>, Option<HeaderValue>)>>,
 }
 
 impl LocalPod {
     /// A pod in `netns`.
     pub fn new(subject: Subject, netns: Netns) -> Self {
-        Self { subject, netns, open: AtomicUsize::new(0), baggage: Mutex::default() }
+        Self { subject, netns, open: AtomicUsize::new(0), own: Mutex::default(), baggage: Mutex::default() }
+    }
+
+    /// Whether `ip` is an address of the pod's namespace. Asked of the kernel until it is.
+    pub fn has_address(&self, ip: IpAddr) -> bool {
+        let known =
+            |own: &Mutex<Vec<IpAddr>>| own.lock().unwrap_or_else(PoisonError::into_inner).contains(&ip);
+        if known(&self.own) {
+            return true;
+        }
+        let has = net::has_address(&self.netns, ip);
+        let mut own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
+        if has && own.len() < MOST_ADDRESSES && !own.contains(&ip) {
+            own.push(ip);
+        }
+        has
     }
 
     /// What tunnels say of `workload`, which is the pod's. Made once for each version of it.

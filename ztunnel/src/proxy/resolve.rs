@@ -12,6 +12,8 @@ use model::{
     ServiceSource, SpiffeId, Str, TunnelProtocol, Workload,
 };
 
+use super::within::Destined;
+
 /// The port that ztunnel and waypoints take HBONE on.
 pub const HBONE_PORT: u16 = 15008;
 
@@ -26,6 +28,15 @@ pub enum Route {
         authority: SocketAddr,
         /// The identities that the peer may prove.
         expected: Arc<[SpiffeId]>,
+        /// Whether a waypoint is dialled, and not the destination.
+        waypoint: bool,
+        /// What is behind the address.
+        target: Target,
+    },
+    /// To a pod of this node as it is, since both namespaces want that. Made of a tunnel's, see [`super::within`].
+    Within {
+        /// The pod.
+        destination: Destined,
         /// What is behind the address.
         target: Target,
     },
@@ -53,18 +64,20 @@ impl Route {
     /// What is behind the address.
     pub fn target(&self) -> &Target {
         match self {
-            Self::Tunnel { target, .. } | Self::Plain { target, .. } | Self::PlainHost { target, .. } => {
-                target
-            }
+            Self::Tunnel { target, .. }
+            | Self::Within { target, .. }
+            | Self::Plain { target, .. }
+            | Self::PlainHost { target, .. } => target,
         }
     }
 
     /// The balancer's count of this connection.
     pub fn into_picked(self) -> Option<Picked> {
         match self {
-            Self::Tunnel { target, .. } | Self::Plain { target, .. } | Self::PlainHost { target, .. } => {
-                target.picked
-            }
+            Self::Tunnel { target, .. }
+            | Self::Within { target, .. }
+            | Self::Plain { target, .. }
+            | Self::PlainHost { target, .. } => target.picked,
         }
     }
 }
@@ -245,7 +258,7 @@ impl Context<'_> {
         }
         let expected = expected_identities(workload, sans)?;
         let hbone = HboneAddr::new(SocketAddr::new(to.ip(), HBONE_PORT));
-        Ok(Route::Tunnel { hbone, authority: to, expected, target })
+        Ok(Route::Tunnel { hbone, authority: to, expected, waypoint: false, target })
     }
 
     /// Of the family of the client's own address where the workload has one: then the source can be preserved.
@@ -297,7 +310,8 @@ impl Context<'_> {
         let port = picked.as_ref().map_or(waypoint.hbone_mtls_port, Picked::target_port);
         let hbone = HboneAddr::new(SocketAddr::new(ip, port));
         let expected = expected_identities(&gateway, &[])?;
-        Ok(Route::Tunnel { hbone, authority, expected, target: Target { picked, ..target } })
+        let target = Target { picked, ..target };
+        Ok(Route::Tunnel { hbone, authority, expected, waypoint: true, target })
     }
 }
 

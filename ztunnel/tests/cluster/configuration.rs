@@ -217,7 +217,7 @@ async fn settings_of_the_mesh_come_with_the_rest() {
     if !root_or_skip("settings by ADS") {
         return;
     }
-    let cluster = Cluster::start(&[("a", &["client", "outside"])]).await;
+    let cluster = Cluster::start(&[("a", &["client", "near", "outside"])]).await;
     let client = cluster.pod("client");
     let _server = serve(cluster.pod("outside"), PORT);
     let known = SocketAddr::new(cluster.pod("outside").ipv4.into(), PORT);
@@ -227,9 +227,15 @@ async fn settings_of_the_mesh_come_with_the_rest() {
     cluster.in_force().await;
     ask(client, known).await.unwrap();
     let outbound = model::OutboundMode::RegistryOnly;
-    cluster.control_plane.settings(&Settings { outbound, ..Settings::default() });
+    let namespaces = std::sync::Arc::new([("shop".into(), model::NodeLocal::Direct)].into());
+    let node_local = model::NodeLocalModes { namespaces, ..model::NodeLocalModes::default() };
+    cluster.control_plane.settings(&Settings { outbound, node_local, ..Settings::default() });
     cluster.in_force().await;
     ask(client, known).await.unwrap_err();
+    let near = cluster.pod("near");
+    let _near = serve(near, PORT);
+    ask(client, SocketAddr::new(near.ipv4.into(), PORT)).await.unwrap();
+    cluster.ztunnel("a").last(|c| c["carrier"] == "node-local" && c["direction"] == "inbound").await;
     eventually("the settings are shown", async || {
         cluster.ztunnel("a").config_dump().await["settings"].to_string().to_lowercase().contains("registry")
     })

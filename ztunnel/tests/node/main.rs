@@ -28,3 +28,4 @@ mod services;
 mod strangers;
 mod streams;
 mod waypoint;
+mod within;

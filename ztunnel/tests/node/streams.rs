@@ -9,6 +9,7 @@ use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
+use crate::lab::manifests::node_local;
 use crate::lab::traffic::{dial, serve_with};
 use crate::lab::{Mesh, PATIENCE};
 
@@ -18,10 +19,23 @@ const BULK: u16 = 9003;
 /// Bytes each way.
 const LARGE: usize = 200 << 20;
 
-/// Client and server: in a tunnel across nodes and on one node, in plaintext into and out of the mesh.
-fn pairs(mesh: &Mesh) -> [(&Host, &Host); 4] {
-    [("client", "web"), ("client", "near"), ("old", "web"), ("client", "old")]
+/// Client and server: in a tunnel across nodes and on one node, in plaintext into and out of the mesh, and joined within
+/// a node, which has to be set first.
+fn pairs(mesh: &Mesh) -> [(&Host, &Host); 5] {
+    [("client", "web"), ("client", "near"), ("old", "web"), ("client", "old"), ("client", "near")]
         .map(|(from, to)| (mesh.pod(from), mesh.pod(to)))
+}
+
+/// Sets that connections within the node are joined, before the last of the pairs.
+async fn prepare(mesh: &Mesh, pair: usize) {
+    if pair == 4 {
+        mesh.apply("mesh", &node_local("direct")).await;
+    }
+}
+
+/// Waits until a connection was joined within the node: that the last pair was what it is to be.
+async fn was_joined(mesh: &Mesh) {
+    mesh.ztunnel("a").last(|c| c["carrier"] == "node-local").await;
 }
 
 async fn mesh() -> Mesh {
@@ -38,7 +52,8 @@ async fn either_side_may_finish_first() {
         return;
     }
     let mesh = mesh().await;
-    for (from, to) in pairs(&mesh) {
+    for (pair, (from, to)) in pairs(&mesh).into_iter().enumerate() {
+        prepare(&mesh, pair).await;
         let (got, mut heard) = mpsc::unbounded_channel();
         // Finishes first, and listens on; or hears the end, and answers it.
         let server = serve_with(to, HALF_CLOSE, move |mut stream: TcpStream, _| {
@@ -81,6 +96,7 @@ async fn either_side_may_finish_first() {
         }
         server.close().await;
     }
+    was_joined(&mesh).await;
 }
 
 #[tokio::test]
@@ -89,7 +105,8 @@ async fn a_reset_of_one_side_resets_the_other() {
         return;
     }
     let mesh = mesh().await;
-    for (from, to) in pairs(&mesh) {
+    for (pair, (from, to)) in pairs(&mesh).into_iter().enumerate() {
+        prepare(&mesh, pair).await;
         let (end, mut ended) = mpsc::unbounded_channel();
         let server = serve_with(to, RESET, move |mut stream: TcpStream, _| {
             let end = end.clone();
@@ -118,6 +135,7 @@ async fn a_reset_of_one_side_resets_the_other() {
         assert_eq!(error, Err(io::ErrorKind::ConnectionReset), "{} to {}", from.name, to.name);
         server.close().await;
     }
+    was_joined(&mesh).await;
 }
 
 /// A stream that does not repeat itself at any power of two: what is lost, doubled or out of order shows.
@@ -175,7 +193,9 @@ async fn hundreds_of_megabytes_arrive_as_they_were_sent() {
         return;
     }
     let mesh = mesh().await;
-    for (from, to) in [pairs(&mesh)[0], pairs(&mesh)[2]] {
+    for pair in [0, 2, 4] {
+        prepare(&mesh, pair).await;
+        let (from, to) = pairs(&mesh)[pair];
         let (got, mut heard) = mpsc::unbounded_channel();
         let server = serve_with(to, BULK, move |mut stream: TcpStream, _| {
             let got = got.clone();
@@ -193,6 +213,7 @@ async fn hundreds_of_megabytes_arrive_as_they_were_sent() {
         assert_eq!(heard.recv().await.unwrap().unwrap(), LARGE);
         server.close().await;
     }
+    was_joined(&mesh).await;
     for node in ["a", "b"] {
         let kb = mesh.ztunnel(node).resident_kb();
         assert!(kb < 200_000, "{kb} kB are resident on {node}");

@@ -1,10 +1,13 @@
 //! `v1 Namespace`: whether its pods are in the mesh, and defaults for its services.
 
+use model::NodeLocal;
+
 use super::service::{Distribution, distribution_annotation};
 use crate::diagnostic::Code;
 use crate::fields::{Fields, Schema, enforced, nested, silent};
 use crate::labels::Labels;
 use crate::metadata::{METADATA, Metadata};
+use crate::policy::node_local_annotation;
 use crate::resource::{Kind, KindSpec, Resource};
 
 /// The label that puts pods into the mesh, on a namespace or a pod.
@@ -20,6 +23,8 @@ pub struct Namespace {
     pub labels: Labels,
     /// Which endpoints its services prefer, where they don't say it themselves.
     pub distribution: Option<Distribution>,
+    /// How connections of its workloads are carried that stay on a node, where it says so itself.
+    pub node_local: Option<NodeLocal>,
 }
 
 static SCHEMA: Schema = Schema {
@@ -57,7 +62,12 @@ fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resourc
         metadata.report_label(label, fields, Code::SidecarNamespace, message, remedy);
     }
     let distribution = distribution_annotation(fields, metadata);
-    Some(Resource::Namespace(Box::new(Namespace { labels: metadata.labels.clone(), distribution })))
+    let node_local = node_local_annotation(fields, metadata);
+    Some(Resource::Namespace(Box::new(Namespace {
+        labels: metadata.labels.clone(),
+        distribution,
+        node_local,
+    })))
 }
 
 /// Says so when the value of [`DATAPLANE_MODE`] is not one of ours.

@@ -11,14 +11,15 @@
 //! ```
 //!
 //! The cluster's domain, which Istio takes as a flag of its programs, is the ConfigMap's key `clusterDomain`, or
-//! the field `clusterDomain` of the object.
+//! the field `clusterDomain` of the object. The field `nodeLocal` is of this mesh alone.
 
 use model::http::Normalization;
 use model::telemetry::LogFormat;
-use model::{OutboundMode, Settings, Str, TrustDomain, TrustDomains};
+use model::{NodeLocal, NodeLocalModes, OutboundMode, Settings, Str, TlsVersion, TrustDomain, TrustDomains};
 
 use super::discovery::{self, NamespaceSelector};
 use super::embedded;
+use super::node_local;
 use super::providers::{self, Providers};
 use super::telling;
 use crate::diagnostic::Code;
@@ -83,6 +84,7 @@ static SPEC: Schema = Schema {
         enforced("rootNamespace"),
         nested("outboundTrafficPolicy", &OUTBOUND),
         enforced("clusterDomain"),
+        enforced("nodeLocal"),
         nested("discoverySelectors", &discovery::SELECTOR),
         enforced("accessLogEncoding"),
         enforced("accessLogFile"),
@@ -135,10 +137,20 @@ static SPEC: Schema = Schema {
         not_applicable("serviceSettings", "there is one cluster"),
         not_applicable("tcpKeepalive", "the node proxy has settings of its own"),
         not_applicable("thriftConfig", "upstream has removed it"),
-        not_applicable("tlsDefaults", TLS),
+        nested("tlsDefaults", &TLS_DEFAULTS),
         not_applicable("verifyCertificateAtClient", TLS),
     ],
 };
+
+static TLS_DEFAULTS: Schema = Schema {
+    name: "MeshConfig.spec.tlsDefaults",
+    fields: &[
+        enforced("minProtocolVersion"),
+        not_applicable("cipherSuites", SUITES),
+        not_applicable("ecdhCurves", SUITES),
+    ],
+};
+const SUITES: &str = "TLS has the suites and groups that are thought safe today, and no others";
 
 static PATHS: Schema =
     Schema { name: "MeshConfig.spec.pathNormalization", fields: &[enforced("normalization")] };
@@ -158,6 +170,8 @@ pub struct MeshConfig {
     discovery: Vec<NamespaceSelector>,
     mesh_id: Option<Str>,
     path_normalization: Option<Normalization>,
+    node_local: Option<NodeLocal>,
+    tls_minimum: Option<TlsVersion>,
     providers: Providers,
     log: LogSettings,
 }
@@ -213,6 +227,11 @@ impl MeshConfig {
             outbound: self.outbound.unwrap_or(default.outbound),
             mesh_id: self.mesh_id.as_ref().or(default.mesh_id.as_ref()).cloned(),
             path_normalization: self.path_normalization.unwrap_or(default.path_normalization),
+            node_local: NodeLocalModes {
+                mesh: self.node_local.unwrap_or(default.node_local.mesh),
+                namespaces: default.node_local.namespaces.clone(),
+            },
+            tls_minimum: self.tls_minimum.unwrap_or(default.tls_minimum),
         }
     }
 }
@@ -272,6 +291,7 @@ fn read(mut spec: Fields<'_, '_>, config: &mut MeshConfig) {
     if let Some(cursor) = spec.take("clusterDomain") {
         config.cluster_domain = read_cluster_domain(cursor);
     }
+    config.node_local = spec.take("nodeLocal").and_then(node_local::field);
     config.providers = providers::read(&mut spec);
     config.log = read_log(&mut spec);
     if let Some(cursor) = spec.take("defaultConfig") {
@@ -284,6 +304,9 @@ fn read(mut spec: Fields<'_, '_>, config: &mut MeshConfig) {
     }
     if let Some(mut paths) = spec.object("pathNormalization") {
         config.path_normalization = paths.take("normalization").and_then(read_normalization);
+    }
+    if let Some(mut tls) = spec.object("tlsDefaults") {
+        config.tls_minimum = tls.take("minProtocolVersion").and_then(read_tls_version);
     }
     // Not as if it were absent: that is ALLOW_ANY.
     spec.refuse_null("outboundTrafficPolicy");
@@ -346,6 +369,23 @@ fn read_normalization(mut cursor: Cursor<'_, '_>) -> Option<Normalization> {
         Some(other) => {
             let how = "write NONE, BASE, MERGE_SLASHES or DECODE_AND_MERGE_SLASHES";
             cursor.invalid(format_args!("{other:?} is no normalization of paths"), how);
+            None
+        }
+        None => {
+            cursor.string();
+            None
+        }
+    }
+}
+
+fn read_tls_version(mut cursor: Cursor<'_, '_>) -> Option<TlsVersion> {
+    let node = cursor.node();
+    match node.as_str() {
+        Some("TLS_AUTO" | "TLSV1_2") => Some(TlsVersion::V1_2),
+        Some("TLSV1_3") => Some(TlsVersion::V1_3),
+        Some(other) => {
+            let how = "write TLS_AUTO, TLSV1_2 or TLSV1_3";
+            cursor.invalid(format_args!("{other:?} is no version of TLS that is spoken"), how);
             None
         }
         None => {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-use model::{Change, Policy, PolicyKey, Settings, Str};
+use model::{Change, NodeLocal, Policy, PolicyKey, Settings, Str};
 
 use super::authorization::{AuthorizationPolicy, PolicyScope};
 use super::discovery::{self, NamespaceSelector};
@@ -97,6 +97,8 @@ pub struct Policies {
     settings: Settings,
     /// Where settings can come from, the one in force first.
     configs: BTreeMap<ConfigSource, Box<MeshConfig>>,
+    /// What namespaces say of connections that stay on a node.
+    node_local: Arc<BTreeMap<Str, NodeLocal>>,
     /// ConfigMaps with settings that are not read: another namespace's, or a revision's.
     unread: BTreeSet<ObjectKey>,
     pub(super) authorization: HashMap<PolicyKey, Entry>,
@@ -155,6 +157,7 @@ impl Policies {
             defaults: settings.clone(),
             settings,
             configs: BTreeMap::new(),
+            node_local: Arc::default(),
             unread: BTreeSet::new(),
             authorization: HashMap::new(),
             by_selector: BySelector::default(),
@@ -587,8 +590,28 @@ impl Policies {
             }
         }
         self.say_unread(effects);
+        self.follow_settings(effects);
+    }
+
+    /// Sets what a namespace says of connections that stay on a node.
+    pub fn set_node_local(&mut self, namespace: &Str, mode: Option<NodeLocal>) -> Effects {
+        let mut effects = Effects::default();
+        if self.node_local.get(namespace).copied() != mode {
+            let modes = Arc::make_mut(&mut self.node_local);
+            match mode {
+                Some(mode) => modes.insert(namespace.clone(), mode),
+                None => modes.remove(namespace),
+            };
+            self.follow_settings(&mut effects);
+        }
+        effects
+    }
+
+    fn follow_settings(&mut self, effects: &mut Effects) {
         let config = self.configs.first_key_value().map(|(_, config)| config.settings(&self.defaults));
-        self.set_settings(config.unwrap_or_else(|| self.defaults.clone()), effects);
+        let mut settings = config.unwrap_or_else(|| self.defaults.clone());
+        settings.node_local.namespaces = self.node_local.clone();
+        self.set_settings(settings, effects);
     }
 
     /// Says of settings that stand where they are not read what holds instead.

@@ -1,7 +1,9 @@
 //! Reading the mesh's settings.
 
+use std::sync::Arc;
+
 use model::http::Normalization;
-use model::{OutboundMode, Settings, TrustDomain, TrustDomains};
+use model::{NodeLocal, NodeLocalModes, OutboundMode, Settings, TlsVersion, TrustDomain, TrustDomains};
 
 use super::{DecodeError, Decoder, Fault, Problem, each};
 use crate::names::MESH_SETTINGS_NAME;
@@ -17,7 +19,7 @@ impl Decoder {
     }
 
     fn read_settings(&mut self, s: &wire::MeshSettings) -> Result<Settings, Fault> {
-        use wire::mesh_settings::{OutboundMode as Wire, PathNormalization as Path};
+        use wire::mesh_settings::{OutboundMode as Wire, PathNormalization as Path, TlsVersion as Tls};
         let defaults = Settings::default();
         let mut domain = |name: &str| {
             TrustDomain::new(self.text(name)).map_err(|invalid| Fault::new("trust_domain", invalid))
@@ -44,6 +46,29 @@ impl Decoder {
                 Ok(Path::DecodeAndMergeSlashes) => Normalization::DecodeAndMergeSlashes,
                 Err(_) => return Err(Fault::new("path_normalization", Problem::Enum(s.path_normalization))),
             },
+            node_local: NodeLocalModes {
+                mesh: node_local(s.node_local),
+                namespaces: Arc::new(
+                    s.node_local_namespaces
+                        .iter()
+                        .map(|(name, mode)| (self.text(name), node_local(*mode)))
+                        .collect(),
+                ),
+            },
+            tls_minimum: match Tls::try_from(s.tls_minimum) {
+                Ok(Tls::Tls12) => TlsVersion::V1_2,
+                Ok(Tls::Tls13) => TlsVersion::V1_3,
+                Err(_) => return Err(Fault::new("tls_minimum", Problem::Enum(s.tls_minimum))),
+            },
         })
+    }
+}
+
+/// What is not known is encrypted: that is the strictest there can be.
+fn node_local(mode: i32) -> NodeLocal {
+    use wire::mesh_settings::NodeLocal as Wire;
+    match Wire::try_from(mode) {
+        Ok(Wire::Direct) => NodeLocal::Direct,
+        Ok(Wire::Encrypted) | Err(_) => NodeLocal::Encrypted,
     }
 }

@@ -195,6 +195,13 @@ pub fn policy(name: &str, action: &str, app: &str, rule: &str) -> String {
     )
 }
 
+/// The mesh's settings with this for connections that stay on a node.
+pub fn node_local(mode: &str) -> String {
+    format!(
+        "apiVersion: mesh.istio.io/v1alpha1\nkind: MeshConfig\nmetadata: {{name: mesh}}\nspec: {{nodeLocal: {mode}}}\n"
+    )
+}
+
 /// The mesh's settings with this treatment of addresses that nothing is known of.
 pub fn outbound(mode: &str) -> String {
     format!(

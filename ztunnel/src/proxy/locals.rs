@@ -1,0 +1,56 @@
+//! The pods whose traffic this process carries, found by who they are.
+//!
+//! A pod is here from the moment in which it is enrolled, listeners and redirection, to that in which it is let go.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use model::{Mesh, Str, Workload};
+
+use super::pod::LocalPod;
+
+/// The pods, by the uid of their workload. For a moment one of the same name may be here twice: before it is let go, and
+/// after it began anew.
+#[derive(Debug, Default)]
+pub struct Locals(RwLock<HashMap<Str, Vec<Arc<LocalPod>>>>);
+
+/// A pod's place among them, until dropped.
+#[derive(Debug)]
+pub struct Served {
+    locals: Arc<Locals>,
+    pod: Arc<LocalPod>,
+}
+
+impl Locals {
+    /// Enters a pod.
+    pub fn enter(self: &Arc<Self>, pod: Arc<LocalPod>) -> Served {
+        let mut pods = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        pods.entry(pod.subject.uid.clone()).or_default().push(pod.clone());
+        Served { locals: self.clone(), pod }
+    }
+
+    /// The pod that is `workload`, is served under its address `ip`, and really has it: a connection that is made there
+    /// from inside the pod's namespace ends in the pod.
+    pub fn find(&self, mesh: &Mesh, workload: &Workload, ip: IpAddr) -> Option<Arc<LocalPod>> {
+        let pods = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let same = |pod: &&Arc<LocalPod>| {
+            let known = pod.subject.destination(mesh, ip);
+            known.is_ok_and(|known| known.uid == workload.uid) && pod.has_address(ip)
+        };
+        pods.get(&workload.uid)?.iter().find(same).cloned()
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let mut pods = self.locals.0.write().unwrap_or_else(PoisonError::into_inner);
+        let uid = &self.pod.subject.uid;
+        if let Some(list) = pods.get_mut(uid) {
+            list.retain(|other| !Arc::ptr_eq(other, &self.pod));
+            if list.is_empty() {
+                pods.remove(uid);
+            }
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! Connections between two pods of this node that are not encrypted: `nodeLocal: direct`.
+//!
+//! ```text
+//! resolved (to a pod of this node) -> both namespaces want it -> both identities vouched for -> permitted -> delivered
+//! ```
+//!
+//! This process is the proxy of both ends, so it asks itself what the two proxies of a tunnel ask each other, and what a
+//! handshake would prove is what it could prove: it has the CA's certificates for both. All the rest is as with a tunnel:
+//! the destination's policies decide, and again whenever they change; each end has an entry in the registry, metrics, and a
+//! line in the log.
+//!
+//! Invariants:
+//! * what goes to a waypoint, or is not known to be a pod that is served here, goes in a tunnel;
+//! * nothing goes this way that either namespace's setting, read from the snapshot of the moment, does not allow.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use identity::RootId;
+use model::{Connection, Mesh, NodeLocal, Permit, SpiffeId, Workload};
+use tokio::net::TcpStream;
+
+use super::failure::Failure;
+use super::pod::{LocalPod, Place};
+use super::resolve::{Route, Target};
+use super::{Proxy, is_listener_port};
+use crate::connections::{Carrier, Direction, Recheck, Story, Verdict};
+
+/// A pod with the identity that it has on a connection, and the root by which that is vouched for.
+#[derive(Clone)]
+struct End {
+    pod: Arc<LocalPod>,
+    identity: SpiffeId,
+    root: RootId,
+}
+
+/// The source of a connection.
+pub struct Source<'a> {
+    /// The pod.
+    pub pod: &'a Arc<LocalPod>,
+    /// Its workload.
+    pub workload: &'a Arc<Workload>,
+    /// Its identity.
+    pub identity: &'a SpiffeId,
+    /// Its end of the connection.
+    pub peer: SocketAddr,
+    /// When it was accepted, milliseconds since the epoch.
+    pub opened_ms: u64,
+}
+
+/// The pod of this node that a connection goes to.
+#[derive(Clone, Debug)]
+pub struct Destined {
+    pod: Arc<LocalPod>,
+    identity: SpiffeId,
+    /// Its own address.
+    pub to: SocketAddr,
+}
+
+/// A connection to the application of the other pod.
+pub struct Within {
+    /// The connection.
+    pub server: TcpStream,
+    /// The destination's view of it.
+    pub story: Story,
+    /// Whether the destination still allows it.
+    pub allowed: Recheck,
+    /// Whether it may still go as it is.
+    pub direct: Recheck,
+    /// The destination's place among its connections.
+    pub place: Place,
+}
+
+impl Proxy {
+    /// The same route, but for a tunnel to a pod of this node where both namespaces want none.
+    pub fn shortened(&self, mesh: &Mesh, source: &Workload, route: Route) -> Route {
+        match (self.destined(mesh, source, &route), route) {
+            (Some(destination), Route::Tunnel { target, .. }) => Route::Within { destination, target },
+            (_, route) => route,
+        }
+    }
+
+    fn destined(&self, mesh: &Mesh, source: &Workload, route: &Route) -> Option<Destined> {
+        let Route::Tunnel { authority, target, waypoint: false, .. } = route else { return None };
+        let workload = target.workload.as_ref()?;
+        if mesh.settings().node_local.between(&source.namespace, &workload.namespace) != NodeLocal::Direct {
+            return None;
+        }
+        let to = net::canonical(*authority);
+        let pod = self.locals.find(mesh, workload, to.ip())?;
+        Some(Destined { pod, identity: workload.identity().ok()?, to })
+    }
+
+    /// Connects to the other pod's application, as its policies allow.
+    ///
+    /// # Errors
+    /// They don't, an identity is not vouched for, or the application does not take the connection.
+    pub async fn join(
+        &self,
+        source: &Source<'_>,
+        destination: &Destined,
+        target: &Target,
+    ) -> Result<Within, Failure> {
+        let (mut story, decision) = self.decide_within(source, destination, target)?;
+        match self.deliver_within(source, destination, decision).await {
+            Ok((server, allowed, direct, place)) => Ok(Within { server, story, allowed, direct, place }),
+            Err(failure) => {
+                if !matches!(failure, Failure::Denied(_)) {
+                    story.verdict = Verdict::proxy(failure.to_string());
+                }
+                self.refused(story, &failure);
+                Err(failure)
+            }
+        }
+    }
+
+    /// Asks the destination's policies.
+    fn decide_within(
+        &self,
+        source: &Source<'_>,
+        Destined { pod, identity, to }: &Destined,
+        target: &Target,
+    ) -> Result<(Story, Result<Permit, Failure>), Failure> {
+        let connection = Connection::new(Some(source.identity.clone()), source.peer.ip(), *to);
+        let mesh = self.state.mesh();
+        let workload = pod.subject.destination(&mesh, to.ip())?;
+        let decision = mesh.authorize(&workload, &connection);
+        let story = Story {
+            id: self.registry.next_id(),
+            direction: Direction::Inbound,
+            carrier: Carrier::NodeLocal,
+            opened_ms: source.opened_ms,
+            source: source.peer,
+            source_workload: Some(source.workload.clone()),
+            source_identity: Some(source.identity.clone()),
+            destination: *to,
+            upstream: None,
+            destination_identity: Some(identity.clone()),
+            destination_service: target.service.clone(),
+            destination_workload: Some(workload),
+            verdict: Verdict::of(&decision),
+        };
+        Ok((story, decision.outcome.map_err(Failure::Denied)))
+    }
+
+    async fn deliver_within(
+        &self,
+        source: &Source<'_>,
+        Destined { pod, identity, to }: &Destined,
+        decision: Result<Permit, Failure>,
+    ) -> Result<(TcpStream, Recheck, Recheck, Place), Failure> {
+        if is_listener_port(to.port()) {
+            return Err(Failure::ListenerPort(to.port()));
+        }
+        let source = self.vouched(source.pod.clone(), source.identity.clone()).await?;
+        let destination = self.vouched(pod.clone(), identity.clone()).await?;
+        let permit = decision?;
+        // Both descriptors are counted where the source has its place.
+        let place = destination.pod.place(&self.room, 0)?;
+        let server = super::deliver::deliver(self, &destination.pod, &permit).await?;
+        let allowed = self.recheck_inbound(&destination.pod, permit.connection().clone(), None);
+        Ok((server, allowed, self.recheck_within(source, destination), place))
+    }
+
+    async fn vouched(&self, pod: Arc<LocalPod>, identity: SpiffeId) -> Result<End, Failure> {
+        match self.tls.vouched(&identity).await {
+            Ok(root) => Ok(End { pod, identity, root }),
+            Err(error) => Err(Failure::Identity(identity, error.to_string())),
+        }
+    }
+
+    /// Whether a connection may still go as it is: both namespaces want it, and both ends are who they were.
+    fn recheck_within(&self, source: End, destination: End) -> Recheck {
+        let (state, tls) = (self.state.clone(), self.tls.clone());
+        Box::new(move || {
+            let mesh = state.mesh();
+            let between = |one: &SpiffeId, other: &SpiffeId| {
+                mesh.settings().node_local.between(one.namespace(), other.namespace())
+            };
+            if between(&source.identity, &destination.identity) != NodeLocal::Direct {
+                return Some("connections within the node are to be encrypted now".to_owned());
+            }
+            [&source, &destination].into_iter().find_map(|End { pod, identity, root }| {
+                if !tls.is_still_vouched(identity, root) {
+                    return Some(format!("the CA that vouched for {identity} is not trusted any more"));
+                }
+                // A pod whose manifest is gone is un-enrolled in good order, or is about to end.
+                let now = pod.subject.source(&mesh).ok()?.identity();
+                (now.as_ref() != Ok(identity))
+                    .then(|| format!("{identity} is not the pod's identity any more"))
+            })
+        })
+    }
+}
