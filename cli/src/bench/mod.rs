@@ -15,7 +15,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use crate::lab::manifests::{ENROLLED, Manifests, OUTSIDE};
+use crate::lab::manifests::{DIRECT, ENROLLED, Manifests, OUTSIDE};
 use crate::lab::{Interrupted, Lab, NodeId, PodPlan, ZtunnelOptions, missing_programs, stop_on_signals};
 use crate::load::SINK_PORT;
 use results::{Machine, Results};
@@ -62,6 +62,8 @@ const PODS: &[PodPlan] = &[
     PodPlan { name: "client", namespace: ENROLLED, node: NodeId::One },
     PodPlan { name: "near", namespace: ENROLLED, node: NodeId::One },
     PodPlan { name: "far", namespace: ENROLLED, node: NodeId::Two },
+    PodPlan { name: "dclient", namespace: DIRECT, node: NodeId::One },
+    PodPlan { name: "dnear", namespace: DIRECT, node: NodeId::One },
     PodPlan { name: "xclient", namespace: OUTSIDE, node: NodeId::One },
     PodPlan { name: "xnear", namespace: OUTSIDE, node: NodeId::One },
     PodPlan { name: "xfar", namespace: OUTSIDE, node: NodeId::Two },
@@ -97,11 +99,12 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
     let stop = stop_on_signals()?;
     let mut lab = Lab::build("culvert-bench", PODS, &stop)?;
     let manifests = Manifests::write(&lab, &[])?;
-    for name in ["near", "far", "xnear", "xfar"] {
+    const SERVERS: [&str; 5] = ["near", "far", "dnear", "xnear", "xfar"];
+    for name in SERVERS {
         let netns = lab.pod(name)?.netns.clone();
         lab.spawn(&netns, name, &[&culvert.to_string_lossy(), "lab-service", "load", "::"])?;
     }
-    for name in ["near", "far", "xnear", "xfar"] {
+    for name in SERVERS {
         lab.wait_listening(name, SINK_PORT)?;
     }
     let options = ZtunnelOptions {

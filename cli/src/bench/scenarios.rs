@@ -111,47 +111,56 @@ const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// A path: its name, and the servers in the mesh and outside.
-const PATHS: [(&str, &str, &str); 2] = [("across", "far", "xfar"), ("same-node", "near", "xnear")];
+/// The way from a client to a server in the mesh, and the server outside that stands where that one does.
+#[derive(Clone, Copy)]
+struct Path {
+    name: &'static str,
+    client: &'static str,
+    server: &'static str,
+    outside: &'static str,
+}
 
-/// Measures all scenarios on both paths.
+const PATHS: [Path; 3] = [
+    Path { name: "across", client: "client", server: "far", outside: "xfar" },
+    Path { name: "same-node", client: "client", server: "near", outside: "xnear" },
+    // As it is, by the namespace's `nodeLocal: direct`.
+    Path { name: "same-node-direct", client: "dclient", server: "dnear", outside: "xnear" },
+];
+
+/// Measures all scenarios on all paths.
 pub(super) fn measure(bench: &mut Bench<'_>) -> Result<()> {
     for scenario in SCENARIOS {
         for path in PATHS {
             if bench.args.wants(scenario.name) {
-                bench.attempt(&format!("{} {}", scenario.name, path.0), |b| one(b, scenario, path))?;
+                bench.attempt(&format!("{} {}", scenario.name, path.name), |b| one(b, scenario, path))?;
             }
         }
     }
     if bench.args.wants("cold-start") {
         for path in PATHS {
-            bench.attempt(&format!("cold-start {}", path.0), |b| cold_start(b, path))?;
+            bench.attempt(&format!("cold-start {}", path.name), |b| cold_start(b, path))?;
         }
     }
     Ok(())
 }
 
-fn one(
-    bench: &mut Bench<'_>,
-    scenario: &Scenario,
-    (path, server, outside): (&'static str, &str, &str),
-) -> Result<()> {
+fn one(bench: &mut Bench<'_>, scenario: &Scenario, path: Path) -> Result<()> {
     let mut direct = Vec::new();
     let mut mesh = Vec::new();
     let mut cpu = Vec::new();
     for _ in 0..bench.args.repetitions {
-        direct.push(load_once(bench, scenario, "xclient", outside)?);
+        direct.push(load_once(bench, scenario, "xclient", path.outside)?);
         let before = cpu_of_both(bench)?;
-        let outcome = load_once(bench, scenario, "client", server)?;
+        let outcome = load_once(bench, scenario, path.client, path.server)?;
         cpu.push(scenario.per.of(cpu_of_both(bench)? - before, &outcome));
         mesh.push(outcome);
     }
     for (metric, unit, figure) in scenario.figures {
         let value = |list: &[Outcome]| median(list.iter().map(figure).collect());
-        bench.results.add(scenario.name, path, metric, unit, value(&mesh), Some(value(&direct)));
+        bench.results.add(scenario.name, path.name, metric, unit, value(&mesh), Some(value(&direct)));
     }
     let (metric, unit) = scenario.per.metric();
-    bench.results.add(scenario.name, path, metric, unit, median(cpu), None);
+    bench.results.add(scenario.name, path.name, metric, unit, median(cpu), None);
     Ok(())
 }
 
@@ -178,7 +187,7 @@ fn cpu_of_both(bench: &Bench<'_>) -> Result<f64> {
 }
 
 /// The first request that ztunnels carry: nothing is pooled, no certificate is there.
-fn cold_start(bench: &mut Bench<'_>, (path, server, outside): (&'static str, &str, &str)) -> Result<()> {
+fn cold_start(bench: &mut Bench<'_>, path: Path) -> Result<()> {
     let plan = |bench: &Bench<'_>, client: &str, server: &str| -> Result<Plan> {
         Ok(Plan {
             namespace: Some(bench.lab.pod(client)?.netns_path()),
@@ -197,11 +206,10 @@ fn cold_start(bench: &mut Bench<'_>, (path, server, outside): (&'static str, &st
         }
         bench.start_ztunnels()?;
         let us = |d: Duration| d.as_secs_f64() * 1e6;
-        direct.push(us(load::once(&plan(bench, "xclient", outside)?)?));
-        mesh.push(
-            us(load::once(&plan(bench, "client", server)?).context("the first request after a start")?),
-        );
+        direct.push(us(load::once(&plan(bench, "xclient", path.outside)?)?));
+        let first = plan(bench, path.client, path.server)?;
+        mesh.push(us(load::once(&first).context("the first request after a start")?));
     }
-    bench.results.add("cold-start", path, "p50_us", "us", median(mesh), Some(median(direct)));
+    bench.results.add("cold-start", path.name, "p50_us", "us", median(mesh), Some(median(direct)));
     Ok(())
 }

@@ -11,6 +11,8 @@ use super::{Lab, NodeId, Pod};
 
 /// The namespace whose pods are in the mesh.
 pub const ENROLLED: &str = "shop";
+/// One whose pods are too, and whose connections are not encrypted where they stay on a node.
+pub const DIRECT: &str = "direct";
 /// The one whose pods are not.
 pub const OUTSIDE: &str = "outside";
 
@@ -43,8 +45,9 @@ impl Manifests {
         let dir = lab.dir().join("manifests");
         fs::create_dir(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
         let manifests = Self { dir };
-        manifests
-            .put("namespaces", &format!("{}---\n{}", namespace(ENROLLED, true), namespace(OUTSIDE, false)))?;
+        let direct = namespace(DIRECT, true) + "  annotations:\n    culvert.dev/node-local: direct\n";
+        let namespaces = [namespace(ENROLLED, true), direct, namespace(OUTSIDE, false)];
+        manifests.put("namespaces", &namespaces.join("---\n"))?;
         manifests.put("nodes", &NodeId::ALL.map(node).join("---\n"))?;
         for pod in lab.pods() {
             manifests.put(&format!("pod-{}", pod.plan.name), &pod_manifest(pod))?;

@@ -413,9 +413,7 @@ impl Certificates {
     /// The root of the certificate that an identity has, valid or not.
     #[must_use]
     pub fn root_of(&self, id: &SpiffeId) -> Option<RootId> {
-        let entries = self.entries();
-        let root = entries.get(id)?.state.borrow().certificate.as_ref().map(|certificate| certificate.root);
-        root
+        self.entries().get(id).and_then(|entry| entry.state.borrow().certificate.as_ref().map(|c| c.root))
     }
 
     /// Stops looking after an identity; asked for again, it is issued again.
