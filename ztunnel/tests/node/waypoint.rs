@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use harness::netns::root_or_skip;
 use nix::sys::signal::Signal;
 
-use crate::lab::manifests::vips;
+use crate::lab::manifests::{node_local, vips};
 use crate::lab::traffic::{Http, PORT, ask, request, serve, serve_http};
 use crate::lab::waypoint::{Waypoint, program};
 use crate::lab::{Mesh, eventually};
@@ -143,6 +143,41 @@ async fn requests_are_routed_and_policed_and_there_is_no_way_around() {
     assert!(metrics.lines().any(counted), "{metrics}");
     assert!(waypoint.get(15000, "/config_dump").await.unwrap().contains("HTTPRoute shop/web rule 0"));
     println!("the waypoint has {} kB resident", waypoint.resident_kb());
+}
+
+#[tokio::test]
+async fn what_is_bound_goes_through_its_waypoint_also_where_connections_stay_on_the_node() {
+    let (true, Some(program)) = (root_or_skip("waypoint and nodeLocal: direct"), program()) else { return };
+    let mut mesh = Mesh::build(&[("a", &["client", "web", "other", "waypoint"])]);
+    mesh.put_waypoint("waypoint", 9);
+    for (name, text) in [
+        ("web", web(true)),
+        ("other", OTHER.to_owned()),
+        ("routes", ROUTES.to_owned()),
+        ("mesh", node_local("direct")),
+    ] {
+        mesh.put(name, &text);
+    }
+    mesh.put("policies", POLICIES);
+    mesh.run("a", &crate::lab::Options::default()).await;
+    let _waypoint = mesh.run_waypoint(&program, "waypoint", &[]).await;
+    let _servers = ["web", "other"].map(|name| serve_http(mesh.pod(name), PORT));
+    let client = mesh.pod("client");
+    assert_eq!(request(client, web_v4(), "GET /", "").await.unwrap().0, 200);
+    assert_eq!(request(client, web_v4(), "DELETE /", "").await.unwrap().0, 403);
+    let by_pod = |name: &str| SocketAddr::new(mesh.pod(name).ip(false), PORT);
+    assert!(request(client, by_pod("web"), "GET /", "").await.is_err());
+    assert_eq!(request(client, by_pod("other"), "GET /", "").await.unwrap().0, 200);
+    let a = mesh.ztunnel("a");
+    let to = |address: SocketAddr, direction: &'static str| {
+        let address = address.to_string();
+        move |c: &serde_json::Value| c["destination"] == address && c["direction"] == direction
+    };
+    assert_eq!(a.last(to(web_v4(), "outbound")).await["carrier"], "hbone");
+    assert_eq!(a.last(to(by_pod("other"), "outbound")).await["carrier"], "node-local");
+    // The way around is refused by the policy that lets in only the waypoint.
+    let refused = a.last(to(by_pod("web"), "outbound")).await;
+    assert!(refused["error"].as_str().unwrap().contains("denied"), "{refused}");
 }
 
 #[tokio::test]
