@@ -144,7 +144,7 @@ impl Report<'_> {
                 (admin::ADMIN.port(), "/connections"),
                 (node, "/metrics"),
             ],
-            _ => &[(admin::ADMIN.port(), "/pods"), (node, "/metrics")],
+            _ => &[(admin::ADMIN.port(), "/pods"), (admin::ADMIN.port(), "/capture"), (node, "/metrics")],
         };
         for (port, path) in pages {
             let answer = self.cluster.ask_pod(pod, *port, Method::GET, path).and_then(|(status, bytes)| {

@@ -3,7 +3,7 @@
 
 mod network_policy;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
 
@@ -13,7 +13,8 @@ use serde::Serialize;
 use serde_json::Value;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use crate::cluster::{Cluster, ClusterArgs, Objects};
+use crate::admin;
+use crate::cluster::{Cluster, ClusterArgs, Objects, PodName};
 use crate::health::{self, Check, State};
 use crate::status::{MODE, REDIRECTION};
 use crate::table::{Output, Table, print, printable};
@@ -25,8 +26,8 @@ const SKEW: Duration = Duration::from_secs(60);
 const LEASE_PERIOD: Duration = Duration::from_secs(10);
 /// nftables sets of addresses, cgroup v2 sockets and SO_REUSEPORT migration are there from this kernel on.
 const OLDEST_KERNEL: (u32, u32) = (5, 10);
-/// Programs on devices by links (tcx) are there from this kernel on.
-const OLDEST_KERNEL_FOR_EBPF: (u32, u32) = (6, 6);
+/// Node agents are asked, one after the other, for so many nodes.
+const NODES_ASKED: usize = 50;
 /// A root that ends sooner is worth a word.
 const ROOT_LEFT: Duration = Duration::from_secs(90 * 86_400);
 
@@ -71,6 +72,7 @@ pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
     let server = cluster.server_time()?;
     found.extend(clocks(&cluster, server)?);
     found.extend(nodes(&cluster.list("/api/v1/nodes")?));
+    found.extend(back_ends(&cluster)?);
     found.extend(installation(health::look(&cluster)?));
     found.extend(certificates(&cluster, server)?);
     let namespaces = cluster.list("/api/v1/namespaces")?;
@@ -199,28 +201,60 @@ fn nodes(nodes: &[Value]) -> Vec<Finding> {
         let kernels = kernels.into_iter().collect::<Vec<_>>().join(", ");
         found.push(Finding::new("node", Grade::Ok, format!("{} nodes, kernels {kernels}", nodes.len()), ""));
     }
-    found.push(back_ends(nodes));
     found
 }
 
-/// Which back-ends of capture the nodes can have, as far as their kernels tell.
-fn back_ends(nodes: &[Value]) -> Finding {
-    let old = nodes.iter().filter(|node| {
-        let kernel = version(text(node, "/status/nodeInfo/kernelVersion"));
-        kernel.is_none_or(|version| version < OLDEST_KERNEL_FOR_EBPF)
-    });
-    let old: Vec<_> = old.map(name).collect();
-    let (major, minor) = OLDEST_KERNEL_FOR_EBPF;
-    let ebpf = match old.as_slice() {
-        [] => "--capture ebpf is for file mode only so far".to_owned(),
-        old => {
-            let old = old.join(", ");
-            format!(
-                "--capture ebpf is for file mode only so far, and needs Linux {major}.{minor}, which {old} have not"
-            )
-        }
+/// What the nodes have for capture, by their agents, which have tried it.
+fn back_ends(cluster: &Cluster) -> Result<Vec<Finding>> {
+    let agents = cluster.pods("culvert-node")?;
+    let ask = |pod: &PodName| {
+        let answer = cluster.pod_json(pod, admin::ADMIN.port(), "/capture");
+        (pod.node.clone(), answer.ok().flatten().filter(|answer| !answer.is_null()))
     };
-    Finding::new("capture", Grade::Ok, format!("auto takes nftables where nft is, then iptables; {ebpf}"), "")
+    let answers: Vec<_> = agents.iter().filter(|pod| pod.ready).take(NODES_ASKED).map(ask).collect();
+    Ok(vec![tried(&answers, agents.len())])
+}
+
+/// The answers of nodes' agents, of so many, in a sentence.
+fn tried(answers: &[(String, Option<Value>)], agents: usize) -> Finding {
+    let known: Vec<_> = answers.iter().filter_map(|(node, answer)| Some((node, answer.as_ref()?))).collect();
+    if known.is_empty() {
+        let why = if agents == 0 {
+            "no node agent is there yet to try what its node has for capture"
+        } else {
+            "no node agent says what its node has for capture"
+        };
+        return Finding::new("capture", Grade::Ok, why, "");
+    }
+    let mut chosen: BTreeMap<&str, usize> = BTreeMap::new();
+    // By back-end: the nodes on which it works, and on which it doesn't, with the reason.
+    let mut works: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut lacks: BTreeMap<(&str, &str), Vec<&str>> = BTreeMap::new();
+    for (node, answer) in &known {
+        *chosen.entry(text(answer, "/chosen")).or_default() += 1;
+        for means in answer.pointer("/tried").and_then(Value::as_array).into_iter().flatten() {
+            let backend = text(means, "/backend");
+            if means.pointer("/works").and_then(Value::as_bool) == Some(true) {
+                *works.entry(backend).or_default() += 1;
+            } else {
+                lacks.entry((backend, text(means, "/what"))).or_default().push(node);
+            }
+        }
+    }
+    let counted = |counts: &BTreeMap<&str, usize>| {
+        let all = counts.iter().map(|(backend, nodes)| format!("{backend} on {nodes}"));
+        all.collect::<Vec<_>>().join(", ")
+    };
+    let mut detail = format!(
+        "of {} nodes that were asked, in use: {}; tried, and works: {}",
+        known.len(),
+        counted(&chosen),
+        counted(&works)
+    );
+    for ((backend, why), nodes) in lacks {
+        detail.push_str(&format!("; {backend} does not on {}: {why}", nodes.join(", ")));
+    }
+    Finding::new("capture", Grade::Ok, detail, "")
 }
 
 fn version(kernel: &str) -> Option<(u32, u32)> {
@@ -426,9 +460,27 @@ mod tests {
         assert_eq!(version("x"), None);
         let node = |kernel: &str| json!({"metadata": {"name": "a"}, "status": {"nodeInfo": {"kernelVersion": kernel}}});
         let grade = |kernel: &str| nodes(&[node(kernel)])[0].grade;
-        assert!(back_ends(&[node("6.1.0"), node("6.6.1")]).detail.contains("6.6, which a have not"));
-        assert!(back_ends(&[node("6.6.1")]).detail.contains("file mode only"));
         assert_eq!((grade("5.4.0"), grade("5.10.1"), grade("10.0")), (Grade::Problem, Grade::Ok, Grade::Ok));
+    }
+
+    #[test]
+    fn what_nodes_have_for_capture_is_what_their_agents_tried() {
+        let answer = |works: bool, what: &str| {
+            let ebpf = json!({"backend": "ebpf", "works": works, "what": what});
+            let nft = json!({"backend": "nftables", "works": true, "what": "nft 1.1"});
+            Some(json!({"chosen": "nftables", "reason": "", "tried": [nft, ebpf]}))
+        };
+        let answers = [
+            ("a".to_owned(), answer(true, "programs 1")),
+            ("b".to_owned(), answer(false, "no BTF")),
+            ("c".to_owned(), answer(false, "no BTF")),
+            ("silent".to_owned(), None),
+        ];
+        let said = tried(&answers, 4).detail;
+        assert!(said.starts_with("of 3 nodes that were asked, in use: nftables on 3;"), "{said}");
+        assert!(said.contains("works: ebpf on 1, nftables on 3; ebpf does not on b, c: no BTF"), "{said}");
+        assert!(tried(&[], 0).detail.contains("there yet"));
+        assert!(tried(&[("silent".to_owned(), None)], 1).detail.contains("no node agent says"));
     }
 
     #[test]

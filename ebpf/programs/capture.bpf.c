@@ -294,8 +294,13 @@ int sockets(struct bpf_sk_lookup *ctx)
 	 * (net/ipv4/route.c, rt_iif; net/ipv6/ip6_input.c): who sends tells the two apart. */
 	if (interface == LOOPBACK || is_own(remote) || same(local, remote) || is_delivered(ctx, local, remote))
 		return to_own_port ? choose(ctx, listener) : SK_PASS;
-	if (!for_arriving(s, interface, remote, port, &listener))
-		return is_own(local) ? SK_PASS : SK_DROP;
+	if (!for_arriving(s, interface, remote, port, &listener)) {
+		if (is_own(local))
+			return SK_PASS;
+		/* The guards don't ask for these. */
+		count(COUNT_NOT_THE_PODS);
+		return SK_DROP;
+	}
 	return choose(ctx, listener);
 }
 
@@ -422,9 +427,13 @@ int arriving(struct __sk_buff *skb)
 	case READ:
 		break;
 	}
-	if (p.protocol == IPPROTO_UDP)
+	if (p.protocol == IPPROTO_UDP) {
+		if (!(s->flags & WITH_DNS) || p.destination_port != s->dns)
+			return TC_ACT_UNSPEC;
 		/* The proxy answers the pod, not the world. */
-		return s->flags & WITH_DNS && p.destination_port == s->dns ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+		count(COUNT_DNS_OUTSIDE);
+		return TC_ACT_SHOT;
+	}
 	if (is_refused(s, &p, 0)) {
 		count(COUNT_REFUSED);
 		return into_reset(skb, &p) ? TC_ACT_SHOT : bpf_redirect(skb->ifindex, 0);
@@ -493,7 +502,7 @@ int leaving(struct __sk_buff *skb)
 	if (!for_leaving(s, skb->ifindex, p.destination, p.destination_port))
 		return TC_ACT_UNSPEC;
 	if (!opens(&p)) {
-		count(COUNT_ASTRAY);
+		count(COUNT_UNKNOWN);
 		return TC_ACT_SHOT;
 	}
 	count(COUNT_ESCAPED_OUTBOUND);
@@ -551,8 +560,10 @@ int inside(struct __sk_buff *skb)
 	if (!s)
 		return TC_ACT_SHOT;
 	if ((skb->mark & MARK_MASK) == MARK_ZTUNNEL) {
-		if (s->flags & CAPTURING && from_ztunnel(skb, s))
+		if (s->flags & CAPTURING && from_ztunnel(skb, s)) {
+			count(COUNT_UNDELIVERED);
 			return TC_ACT_SHOT;
+		}
 		/* What the application makes of it is not to carry ztunnel's mark. */
 		mark(skb, MARK_REPLY);
 		return TC_ACT_UNSPEC;

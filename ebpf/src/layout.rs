@@ -70,12 +70,20 @@ pub const COUNT_ESCAPED_OUTBOUND: u32 = 4;
 pub const COUNT_NO_LISTENER: u32 = 5;
 /// Packets whose headers could not be followed. Dropped.
 pub const COUNT_UNREADABLE: u32 = 6;
-/// Packets that belong to ztunnel's connections, or to none that is known, and were about to leave. Dropped.
+/// Packets of ztunnel's connections to the pod that were about to leave. Dropped.
 pub const COUNT_ASTRAY: u32 = 7;
 /// Packets of connections that are no longer allowed. Answered with resets.
 pub const COUNT_REFUSED: u32 = 8;
+/// Packets of no connection that is known, which were about to leave. Dropped.
+pub const COUNT_UNKNOWN: u32 = 9;
+/// Packets from outside for the proxy of DNS, which is the pod's. Dropped.
+pub const COUNT_DNS_OUTSIDE: u32 = 10;
+/// Packets of ztunnel to the pod that could not be noted or changed. Dropped.
+pub const COUNT_UNDELIVERED: u32 = 11;
+/// Connections from outside to an address that is not the pod's, on ports or devices that are left alone. Dropped.
+pub const COUNT_NOT_THE_PODS: u32 = 12;
 /// How many counters there are.
-pub const COUNTERS: u32 = 9;
+pub const COUNTERS: u32 = 13;
 
 /// Destinations at most, of both lists and families.
 pub const RANGES_LIMIT: u32 = 4096;

@@ -1,12 +1,14 @@
 //! Where programs and maps are kept while no process of ours runs.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use net::Netns;
+use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::statfs;
 
@@ -31,10 +33,16 @@ pub fn bpf_file_system() -> &'static Path {
     Path::new("/sys/fs/bpf")
 }
 
+/// How often who opens the directory looks whether nobody installs, and how long it waits between.
+const SWEEP_ATTEMPTS: u32 = 20;
+const SWEEP_PAUSE: Duration = Duration::from_millis(50);
+
 /// A directory of a bpf file system.
 #[derive(Clone, Debug)]
 pub struct Pins {
     root: PathBuf,
+    /// Of one that is mounted nowhere.
+    _own: Option<Arc<OwnedFd>>,
 }
 
 impl Pins {
@@ -55,15 +63,32 @@ impl Pins {
         }
         let root = path.join("culvert");
         fs::create_dir_all(&root).map_err(failed)?;
-        let pins = Self { root };
-        pins.sweep();
+        let pins = Self { root, _own: None };
+        // Whoever installs is done in a moment.
+        for _ in 0..SWEEP_ATTEMPTS {
+            if pins.sweep().is_some() {
+                break;
+            }
+            std::thread::sleep(SWEEP_PAUSE);
+        }
         Ok(pins)
+    }
+
+    /// In a bpf file system of this value's own, with which all of it ends: to try something.
+    ///
+    /// # Errors
+    /// The kernel has none, or refuses.
+    pub fn to_try() -> Result<Self, Error> {
+        let own = net::mounts::detached(c"bpf").map_err(Error::io("make", "a bpf file system"))?;
+        let root = PathBuf::from(format!("/proc/self/fd/{}/culvert", own.as_raw_fd()));
+        fs::create_dir(&root).map_err(Error::io("make", root.display()))?;
+        Ok(Self { root, _own: Some(Arc::new(own)) })
     }
 
     /// The same without a look: for whoever reads what others pinned.
     #[must_use]
     pub fn of_others(path: &Path) -> Self {
-        Self { root: path.join("culvert") }
+        Self { root: path.join("culvert"), _own: None }
     }
 
     /// The pods' directories.
@@ -78,16 +103,34 @@ impl Pins {
         self.root.join(netns.id().inode().to_string())
     }
 
-    /// Removes what belongs to namespaces that are gone. Their numbers are given again.
-    fn sweep(&self) {
-        let Ok(entries) = fs::read_dir(&self.root) else { return };
+    /// Removes what belongs to namespaces that are gone, whose numbers are given again; says of how many. `None` while somebody
+    /// installs: there is a next time.
+    pub fn sweep(&self) -> Option<usize> {
+        let root = File::open(&self.root).ok()?;
+        let _alone = Flock::lock(root, FlockArg::LockExclusiveNonblock).ok()?;
+        let entries = fs::read_dir(&self.root).ok()?;
+        let mut removed = 0;
         for directory in entries.flatten().map(|entry| entry.path()) {
-            if is_over(&directory) == Some(true)
-                && let Err(error) = fs::remove_dir_all(&directory)
-            {
-                tracing::warn!(directory = %directory.display(), %error, "what a pod that is gone left can't be removed");
+            if is_over(&directory) != Some(true) {
+                continue;
+            }
+            match fs::remove_dir_all(&directory) {
+                Ok(()) => removed += 1,
+                Err(error) => {
+                    tracing::warn!(directory = %directory.display(), %error, "what a pod that is gone left can't be removed");
+                }
             }
         }
+        Some(removed)
+    }
+
+    /// While this is held, by any process, [`Pins::sweep`] removes nothing: a namespace that takes the number of one that is gone
+    /// is not to lose what it is just given.
+    pub(crate) fn hold(&self) -> Result<Flock<File>, Error> {
+        let failed = Error::io("lock", self.root.display());
+        let locked = File::open(&self.root)
+            .and_then(|root| Flock::lock(root, FlockArg::LockShared).map_err(|(_, error)| error.into()));
+        locked.map_err(failed)
     }
 }
 
@@ -96,6 +139,7 @@ impl Pins {
 /// # Errors
 /// It can't be kept.
 pub fn remember(pins: &Pins, netns: &Netns, bits: u32) -> Result<(), Error> {
+    let _held = pins.hold()?;
     let directory = pins.of(netns);
     let cookie = cookie(netns)?;
     if noted(&directory, cookie).is_some() {

@@ -215,6 +215,7 @@ impl Pod {
         {
             return Ok(false);
         }
+        let _held = pins.hold()?;
         let directory = pins.of(netns);
         if is_over(&directory) == Some(true) {
             remove(pins, netns)?;

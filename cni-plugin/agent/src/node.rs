@@ -19,6 +19,7 @@
 //! Work on one pod is done by one task at a time; several pods are worked on at once, within a limit.
 
 mod add;
+mod devices;
 mod enrol;
 mod leave;
 mod reconcile;

@@ -63,7 +63,7 @@ pub struct Flags {
     /// Directories in which ztunnel keeps keys and configuration on this node: `cleanup` deletes what is in them
     #[arg(long, env = "CULVERT_ZTUNNEL_DIRS", value_name = "DIR", value_delimiter = ',')]
     pub ztunnel_dirs: Vec<PathBuf>,
-    /// How pods' traffic is redirected: auto, nftables, iptables-nft or iptables-legacy
+    /// How pods' traffic is redirected: auto, nftables, iptables-nft, iptables-legacy or ebpf
     #[arg(long, env = "CULVERT_CAPTURE", default_value = "auto", value_name = "BACKEND")]
     pub capture: String,
     /// The kubelet's control group (v2), where it is not that of the process `kubelet`

@@ -3,12 +3,12 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use capture::{Capture, NodeProbes};
+use capture::{Capture, NodeProbes, Selected};
 use net::Netns;
 use process::logs::Logs;
 use process::metrics::{Registry, build_info, register_process};
@@ -17,6 +17,7 @@ use process::runtimes;
 use process::settings::Settings;
 use process::shutdown::Shutdown;
 use process::{admin as pages, http};
+use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
@@ -72,8 +73,9 @@ async fn serve(flags: &Flags, settings: &Settings, logs: &Logs) -> anyhow::Resul
     let client = kubernetes::client(flags.kubeconfig.as_deref()).await.context("Kubernetes")?;
     let kubernetes = Kubernetes::new(client, &flags.node);
     let (cluster, ztunnels) = (Arc::new(Cluster::default()), Ztunnels::default());
+    let (capture, chosen) = capture(flags)?;
     let node = Arc::new(Node::new(Parts {
-        capture: capture(flags)?,
+        capture,
         ztunnels: ztunnels.clone(),
         record: Record::open(&flags.state_dir).context("--state-dir")?,
         cluster: cluster.clone(),
@@ -91,9 +93,11 @@ async fn serve(flags: &Flags, settings: &Settings, logs: &Logs) -> anyhow::Resul
     logs.register(&registry);
     metrics::register(&registry, &node, &ztunnels);
     // The port is the node's, and any process's there: what changes something is behind a socket of root's.
-    let shown = with_pods(pages::shown("culvert-node", logs), &node);
+    let means = Means::default();
+    let shown = with_pods(pages::shown("culvert-node", logs), &node, &means);
     ports.serve(shown, pages::metrics_routes(&registry), readiness.routes(&shutdown));
-    let admin = with_pods(pages::routes("culvert-node", logs, &shutdown), &node);
+    let admin = with_pods(pages::routes("culvert-node", logs, &shutdown), &node, &means);
+    tokio::task::spawn_blocking(move || means.set(survey(&chosen)));
     make_room(&flags.plugin_socket)?;
     let socket = plugin::bind(&flags.admin_socket()).context("admin socket, beside --plugin-socket")?;
     tokio::spawn(http::serve_unix(socket, admin, http::Limits::default()));
@@ -129,12 +133,32 @@ async fn serve(flags: &Flags, settings: &Settings, logs: &Logs) -> anyhow::Resul
     Ok(())
 }
 
-fn with_pods(routes: http::Routes, node: &Arc<Node>) -> http::Routes {
-    let node = node.clone();
-    routes.get("/pods", "the pods of this node", move |_| {
+/// What this node has for capture, once that was tried.
+type Means = Arc<OnceLock<Value>>;
+
+fn with_pods(routes: http::Routes, node: &Arc<Node>, means: &Means) -> http::Routes {
+    let (node, means) = (node.clone(), means.clone());
+    let routes = routes.get("/pods", "the pods of this node", move |_| {
         let response = http::Response::json(&node.dump());
         async { response }
+    });
+    routes.get("/capture", "what this node has for capture, as it was tried at the start", move |_| {
+        let response = http::Response::json(means.get().unwrap_or(&Value::Null));
+        async { response }
     })
+}
+
+/// Every back-end of capture, and what it is called here or lacks.
+fn survey(chosen: &Selected) -> Value {
+    let row = |(backend, found): (capture::Backend, Result<String, capture::Missing>)| {
+        let (works, what) = match found {
+            Ok(version) => (true, version),
+            Err(missing) => (false, missing.to_string()),
+        };
+        json!({ "backend": backend.as_str(), "works": works, "what": what })
+    };
+    let all: Vec<Value> = capture::survey(&capture::Tools::default()).into_iter().map(row).collect();
+    json!({ "chosen": chosen.capture.backend().as_str(), "reason": chosen.reason, "tried": all })
 }
 
 /// Follows the cluster, and says when this node is ready for pods.
@@ -212,7 +236,7 @@ async fn clean_up(flags: &Flags) -> anyhow::Result<()> {
     if let Err(error) = &kubernetes {
         tracing::warn!(%error, "the pods' annotations stay");
     }
-    let capture = capture(flags)?;
+    let (capture, _) = capture(flags)?;
     let left = crate::node::clean_up(&record, capture, kubernetes.as_ref().ok()).await;
     if let Some(probes) = probes(flags)? {
         probes.remove().context("the exemption of probes")?;
@@ -254,7 +278,7 @@ fn installation(flags: &Flags, metrics: Metrics) -> anyhow::Result<Installation>
 }
 
 /// The back-end that redirects pods' traffic.
-fn capture(flags: &Flags) -> anyhow::Result<Arc<dyn Capture>> {
+fn capture(flags: &Flags) -> anyhow::Result<(Arc<dyn Capture>, Selected)> {
     let wanted = match flags.capture.as_str() {
         "auto" => None,
         name => Some(name.parse::<capture::Backend>().context("--capture")?),
@@ -266,7 +290,7 @@ fn capture(flags: &Flags) -> anyhow::Result<Arc<dyn Capture>> {
         reason = selected.reason,
         "capture"
     );
-    Ok(selected.capture)
+    Ok((selected.capture.clone(), selected))
 }
 
 /// The exemption of probes, where nft is there.

@@ -131,6 +131,18 @@ pub trait Capture: Send + Sync + fmt::Debug {
     /// # Errors
     /// What could not be done.
     fn remove(&self, netns: &Netns) -> Result<bool, Error>;
+
+    /// Removes what is kept outside of namespaces for pods whose namespace is gone, and says of how many. What is in a namespace
+    /// goes with it.
+    fn sweep(&self) -> usize {
+        0
+    }
+
+    /// Whether devices that come later are captured only after another [`Capture::install`]: [`net::netlink::Devices`] tells
+    /// of them.
+    fn is_by_device(&self) -> bool {
+        false
+    }
 }
 
 /// Refuses rules that no pod can need.

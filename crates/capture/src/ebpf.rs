@@ -18,15 +18,13 @@ mod network;
 mod routes;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
-use std::io;
 use std::net::SocketAddr;
 
 use ebpf::layout;
 use ebpf::{Contents, Pins, Pod};
 use ipnet::IpNet;
 use net::sock_diag::{self, TcpState};
-use net::{MARK_MASK, Netns, ZTUNNEL_MARK};
+use net::{MARK_MASK, Netns, ZTUNNEL_MARK, sysctl};
 
 use crate::backend::{Backend, Capture, Drift, Installed, check};
 use crate::error::{Error, Missing};
@@ -38,12 +36,8 @@ use network::Network;
 
 /// What has to be on, and is put back when the pod leaves: sockets take the mark of the packet that makes them; answers without
 /// a socket take that of what they answer; the mark counts when it is asked whether a source is to be believed.
-const SWITCHES: [&str; 4] = [
-    "/proc/sys/net/ipv4/tcp_fwmark_accept",
-    "/proc/sys/net/ipv4/fwmark_reflect",
-    "/proc/sys/net/ipv6/fwmark_reflect",
-    "/proc/sys/net/ipv4/conf/all/src_valid_mark",
-];
+const SWITCHES: [&str; 4] =
+    ["ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect", "ipv6/fwmark_reflect", "ipv4/conf/all/src_valid_mark"];
 
 /// Capture by eBPF.
 #[derive(Debug)]
@@ -59,8 +53,20 @@ impl Programs {
     /// What is missing.
     pub fn probe(tools: &Tools) -> Result<Self, Missing> {
         privileges()?;
-        let missing = |error: ebpf::Error| Missing::Kernel(Box::new(error.into()));
-        let pins = Pins::open(tools.bpf_file_system()).map_err(missing)?;
+        Self::with(Pins::open(tools.bpf_file_system()).map_err(missing)?)
+    }
+
+    /// What the programs are called, if the kernel takes them: nothing of it stays, and the node's bpf file system, which they
+    /// would be kept in, is not looked at.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub fn work_here() -> Result<String, Missing> {
+        privileges()?;
+        Self::with(Pins::to_try().map_err(missing)?).map(|found| found.version)
+    }
+
+    fn with(pins: Pins) -> Result<Self, Missing> {
         let build = u64::from_be_bytes(ebpf::build());
         let found = Self { pins, version: format!("programs {build:016x}") };
         let made = Netns::new_empty()
@@ -74,6 +80,10 @@ impl Programs {
             });
         made.map(|_| found).map_err(|error| Missing::Kernel(Box::new(error)))
     }
+}
+
+fn missing(error: ebpf::Error) -> Missing {
+    Missing::Kernel(Box::new(error.into()))
 }
 
 /// The counters of the pod in `netns`; none if it is not captured by eBPF. Whoever captured it: the programs of all processes of
@@ -105,10 +115,18 @@ pub enum Counter {
     NoListener,
     /// Dropped: the headers of a packet that was about to leave could not be followed.
     Unreadable,
-    /// Dropped: packets that were about to leave and belong to ztunnel's connections, or to none that is known.
+    /// Dropped: packets of ztunnel's connections to the pod that were about to leave.
     Astray,
     /// Packets of connections that are no longer allowed, answered with resets.
     Refused,
+    /// Dropped: packets of no connection that is known, which were about to leave.
+    Unknown,
+    /// Dropped: packets from outside for the proxy of DNS.
+    DnsOutside,
+    /// Dropped: packets of ztunnel to the pod that could not be noted or changed.
+    Undelivered,
+    /// Dropped: connections from outside to an address that is not the pod's, past what is captured.
+    NotThePods,
 }
 
 impl Counter {
@@ -123,6 +141,10 @@ impl Counter {
         Self::Unreadable,
         Self::Astray,
         Self::Refused,
+        Self::Unknown,
+        Self::DnsOutside,
+        Self::Undelivered,
+        Self::NotThePods,
     ];
 
     /// As a label's value.
@@ -138,6 +160,10 @@ impl Counter {
             Self::Unreadable => "unreadable",
             Self::Astray => "astray",
             Self::Refused => "refused",
+            Self::Unknown => "unknown",
+            Self::DnsOutside => "dns_outside",
+            Self::Undelivered => "undelivered",
+            Self::NotThePods => "not_the_pods",
         }
     }
 }
@@ -200,7 +226,9 @@ impl Capture for Programs {
             Some(pod) => drift.missing.extend(pod.drift(netns, &contents(rules, &network))?),
             None => drift.missing.push("the programs".to_owned()),
         }
-        drift.missing.extend(switched_off(netns)?.into_iter().map(|path| format!("1 in {path}")));
+        drift
+            .missing
+            .extend(switched_off(netns)?.into_iter().map(|name| format!("1 in /proc/sys/net/{name}")));
         Ok(drift)
     }
 
@@ -208,14 +236,24 @@ impl Capture for Programs {
         let routed = routes::remove(netns)?;
         let before = self.switches_before(netns);
         let programs = ebpf::remove(&self.pins, netns)?;
-        for path in before {
-            netns.run(|| fs::write(path, "0\n")).and_then(|written| written).map_err(|source| {
-                Error::Netlink { action: "put a setting back", netns: netns.to_string(), source }
+        for name in before {
+            sysctl::write(netns, name, "0").map_err(|source| Error::Netlink {
+                action: "put a setting back",
+                netns: netns.to_string(),
+                source,
             })?;
         }
         // Not before: who tries again is to know them.
         ebpf::forget(&self.pins, netns)?;
         Ok(routed || programs)
+    }
+
+    fn sweep(&self) -> usize {
+        self.pins.sweep().unwrap_or(0)
+    }
+
+    fn is_by_device(&self) -> bool {
+        true
     }
 }
 
@@ -223,7 +261,7 @@ impl Programs {
     /// Notes, once, which switches are off, beside the pins: a process that removes the capture may be another one.
     fn remember_switches(&self, netns: &Netns) -> Result<(), Error> {
         let off = switched_off(netns)?;
-        let bits = SWITCHES.iter().enumerate().filter(|(_, path)| off.contains(path));
+        let bits = SWITCHES.iter().enumerate().filter(|(_, name)| off.contains(name));
         let bits = bits.fold(0, |bits, (index, _)| bits | 1 << index);
         Ok(ebpf::remember(&self.pins, netns, bits)?)
     }
@@ -235,23 +273,22 @@ impl Programs {
             .into_iter()
             .enumerate()
             .filter(|(index, _)| bits & 1 << index != 0)
-            .map(|(_, path)| path)
+            .map(|(_, name)| name)
             .collect()
     }
 }
 
 /// Which of the switches there are, and are off.
 fn switched_off(netns: &Netns) -> Result<Vec<&'static str>, Error> {
-    let off = |path: &&str| fs::read_to_string(path).is_ok_and(|value| value.trim() == "0");
+    // One that can't be read is of a kernel without it.
+    let off = |name: &&str| sysctl::read(netns, name).is_ok_and(|value| value == "0");
     netns
         .run(|| SWITCHES.into_iter().filter(off).collect())
         .map_err(|source| Error::Enter { netns: netns.to_string(), source })
 }
 
 fn switch_on(netns: &Netns, switches: &[&'static str]) -> Result<(), Error> {
-    let write = || switches.iter().try_for_each(|path| fs::write(path, "1\n"));
-    let written: io::Result<()> = netns.run(write).and_then(|written| written);
-    written.map_err(|source| Error::Netlink {
+    switches.iter().try_for_each(|name| sysctl::write(netns, name, "1")).map_err(|source| Error::Netlink {
         action: "change a setting of /proc/sys/net",
         netns: netns.to_string(),
         source,

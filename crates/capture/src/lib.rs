@@ -46,5 +46,5 @@ pub use nft::Nftables;
 pub use node_probes::{NodeProbes, Prober};
 pub use routing::Ipv6;
 pub use rules::{Include, InterfaceName, LIST_LIMIT, PortRange, Ports, ProbeSources, Rules, Tuple};
-pub use select::{NoBackend, Selected, probe, select};
+pub use select::{NoBackend, Selected, probe, select, survey};
 pub use tool::Tools;

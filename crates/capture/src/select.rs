@@ -76,6 +76,17 @@ pub fn probe(backend: Backend, tools: &Tools) -> Result<Arc<dyn Capture>, Missin
     })
 }
 
+/// What every back-end is called here, or lacks: each is tried in an empty namespace, and eBPF without the file system that keeps
+/// its programs.
+#[must_use]
+pub fn survey(tools: &Tools) -> Vec<(Backend, Result<String, Missing>)> {
+    let tried = |backend| match backend {
+        Backend::Ebpf => Programs::work_here(),
+        other => probe(other, tools).map(|capture| capture.version().to_owned()),
+    };
+    Backend::ALL.into_iter().map(|backend| (backend, tried(backend))).collect()
+}
+
 fn describe(tried: &[(Backend, Missing)]) -> String {
     tried.iter().map(|(backend, missing)| format!("{backend}: {missing}")).collect::<Vec<_>>().join("; ")
 }

@@ -4,26 +4,24 @@
 //! that closes is reset. So the newest listener gets all new ones from its first moment on ([`prefer_newest`]), and the
 //! queue of the older one is empty when it closes; what still waits there moves over ([`move_queues`]).
 
-use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use crate::netns::Netns;
+use crate::sysctl;
 
-/// Where it is set, for the namespace of whoever writes (kernel Documentation/networking/ip-sysctl.rst; since 5.14).
-const MIGRATE: &str = "/proc/sys/net/ipv4/tcp_migrate_req";
+/// Where it is set (kernel Documentation/networking/ip-sysctl.rst; since 5.14).
+const MIGRATE: &str = "ipv4/tcp_migrate_req";
 
 /// Has the connections that wait in the queue of a listener which closes move to another that shares its port, in `netns`.
 ///
 /// # Errors
-/// The kernel is older than 5.14, or `/proc/sys` can't be written, as in a container without privileges.
+/// The kernel is older than 5.14, or the setting can't be written, see [`sysctl::write`].
 pub fn move_queues(netns: &Netns) -> io::Result<()> {
-    netns.run(|| {
-        if fs::read_to_string(MIGRATE)?.trim() == "1" {
-            return Ok(());
-        }
-        fs::write(MIGRATE, "1\n")
-    })?
+    if sysctl::read(netns, MIGRATE)? == "1" {
+        return Ok(());
+    }
+    sysctl::write(netns, MIGRATE, "1")
 }
 
 /// Steers new connections, or datagrams, to the newer of two sockets that share a port: to the second of the group. Where

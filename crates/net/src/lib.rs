@@ -8,6 +8,7 @@
 //! * [`copy()`]: two connections joined; [`Scratch`]: buffers that idle connections don't hold;
 //! * [`sock_diag`]: the connections of a namespace, and an end to them; [`netlink`] is what it asks with;
 //! * [`seqpacket`]: packets with descriptors between processes of one node;
+//! * [`sysctl`]: settings of a namespace, also from inside a container; [`mounts`]: file systems that are mounted nowhere;
 //! * [`limits`]: the limits of descriptors and memory.
 
 mod accept;
@@ -16,6 +17,7 @@ pub mod copy;
 mod handover;
 mod io;
 pub mod limits;
+pub mod mounts;
 pub mod netlink;
 pub mod netns;
 mod original_dst;
@@ -25,6 +27,7 @@ mod scratch;
 pub mod seqpacket;
 pub mod sock_diag;
 mod socket;
+pub mod sysctl;
 mod udp;
 
 pub use accept::{AcceptLoop, AcceptStats};

@@ -7,14 +7,18 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, setsockopt, socket,
-    sockopt,
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, sendto, setsockopt,
+    socket, sockopt,
 };
 use nix::sys::time::TimeVal;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use crate::netns::Netns;
 use crate::scratch::Scratch;
+use crate::seqpacket::register;
 
 /// `NLM_F_REQUEST`.
 pub const REQUEST: u16 = 0x1;
@@ -187,6 +191,50 @@ impl Netlink {
     }
 }
 
+/// `RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR` (kernel include/uapi/linux/rtnetlink.h).
+const DEVICES: u32 = 0x1 | 0x10 | 0x100;
+
+/// What changes of a namespace's devices and their addresses, from when it was made on. It keeps the namespace alive.
+#[derive(Debug)]
+pub struct Devices {
+    socket: AsyncFd<OwnedFd>,
+}
+
+impl Devices {
+    /// In `netns`. Within a runtime.
+    ///
+    /// # Errors
+    /// The namespace can't be entered, or descriptors have run out.
+    pub fn open(netns: &Netns) -> io::Result<Self> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let socket = netns
+            .run(|| socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkRoute))??;
+        bind(socket.as_raw_fd(), &NetlinkAddr::new(0, DEVICES))?;
+        Ok(Self { socket: register(socket, Interest::READABLE)? })
+    }
+
+    /// Waits for a change. Those of one moment are one.
+    ///
+    /// # Errors
+    /// The socket is of no use any more.
+    pub async fn changed(&self) -> io::Result<()> {
+        // What they are does not matter; that some were too many for the socket (`ENOBUFS`) is a change, too.
+        let mut few = [0; 64];
+        let mut any = false;
+        loop {
+            let mut ready = self.socket.readable().await?;
+            match recv(self.socket.as_raw_fd(), &mut few, MsgFlags::empty()) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(_) | Err(Errno::ENOBUFS) => any = true,
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) if any => return Ok(()),
+                Err(Errno::EAGAIN) => ready.clear_ready(),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
 /// The first message of `bytes`: type, sequence number, payload, and what follows.
 fn next_message(bytes: &[u8]) -> Option<(u16, u32, &[u8], &[u8])> {
     let len = usize::try_from(u32_at(bytes, 0)?).ok()?;
@@ -252,6 +300,29 @@ mod tests {
         assert_eq!(u16_at(&bytes, 6), Some(DUMP | REQUEST | ACK));
         assert_eq!(u32_at(&bytes, 8), Some(5));
         assert_eq!(bytes[16..], [1, 2, 3, 0, 5, 0, 7, 0, 9, 0, 0, 0]);
+    }
+
+    #[tokio::test]
+    async fn a_device_that_changes_is_told_of() {
+        let Ok(netns) = Netns::new_empty() else { return };
+        let devices = Devices::open(&netns).unwrap();
+        let changes = std::sync::Arc::new(std::sync::atomic::AtomicU32::new(0));
+        let seen = changes.clone();
+        let watch = tokio::spawn(async move {
+            while devices.changed().await.is_ok() {
+                seen.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+            }
+        });
+        // RTM_NEWLINK with an `ifinfomsg`: the first device, loopback, goes up.
+        let up = Message::new(16, 0).body(&[0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0]);
+        Netlink::open(&netns, SockProtocol::NetlinkRoute).unwrap().acknowledged(up).unwrap();
+        let told = async {
+            while changes.load(std::sync::atomic::Ordering::SeqCst) == 0 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), told).await.unwrap();
+        watch.abort();
     }
 
     #[test]

@@ -206,7 +206,7 @@ fn new_socket() -> io::Result<OwnedFd> {
 }
 
 #[expect(unsafe_code, reason = "the only way to have tokio wait for a socket that it has no type for")]
-fn register(socket: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+pub(crate) fn register(socket: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an owned descriptor is open, and stays the same one until it is dropped with what it is moved into.
     unsafe { AsyncFd::register_with_interest(socket, interest) }.map_err(io::Error::from)
 }

@@ -67,7 +67,7 @@ impl Drop for Undo<'_> {
 impl Node {
     /// Puts a pod into the mesh. The caller holds the slot's work.
     pub(super) async fn enrol(
-        &self,
+        self: &Arc<Self>,
         slot: &Arc<Slot>,
         target: Target,
         manner: Manner,
@@ -86,10 +86,14 @@ impl Node {
         if manner == Manner::Starting {
             served.clone()?;
         }
+        self.watch_devices(slot, &netns);
         // What stands of the rules when this fails refuses; a pod that runs is tried again until all of them stand.
         let ipv6 = self.install(&netns, &wanted).await?;
         std::mem::forget(undo);
-        let verify_at = Instant::now() + self.parts.times.verify;
+        let times = &self.parts.times;
+        // A device may have come while the rules were written.
+        let soon = if self.parts.capture.is_by_device() { times.tick } else { times.verify };
+        let verify_at = Instant::now() + soon;
         let state = match &served {
             Ok(()) => State::Enrolled { verify_at, trouble: None },
             Err(error) => State::Closed { reason: error.to_string(), verify_at },
@@ -152,7 +156,12 @@ impl Node {
     }
 
     /// Finds a pod that runs already, and puts it into the mesh. The caller holds the slot's work.
-    pub(super) async fn adopt(&self, slot: &Arc<Slot>, pod: Pod, processes: Arc<netns::Processes>) {
+    pub(super) async fn adopt(
+        self: &Arc<Self>,
+        slot: &Arc<Slot>,
+        pod: Pod,
+        processes: Arc<netns::Processes>,
+    ) {
         let known = slot.inner().netns.clone();
         let (uid, addresses) = (pod.node_uid().to_owned(), pod.addresses.clone());
         let found = tokio::task::spawn_blocking(move || match known {

@@ -17,6 +17,8 @@ use crate::rules;
 
 /// The same is not said again before this.
 const REPEAT: Duration = Duration::from_secs(300);
+/// Between looks for what pods left that are gone. A namespace outlives its pod by a moment.
+const SWEEP: Duration = Duration::from_secs(5);
 /// For what was written to come back through the watch, and for a failed attempt to be repeated.
 const REWRITE: Duration = Duration::from_secs(5);
 
@@ -32,14 +34,28 @@ impl Node {
     pub async fn run(self: Arc<Self>, done: impl Fn(&Self)) {
         let mut tick = tokio::time::interval(self.parts.times.tick);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut sweep_at = Instant::now();
         loop {
             self.reconcile().await;
             done(&self);
+            if sweep_at <= Instant::now() {
+                self.sweep().await;
+                sweep_at = Instant::now() + SWEEP;
+            }
             tokio::select! {
                 _ = tick.tick() => {}
                 () = self.parts.cluster.changed() => {}
                 () = self.wake.notified() => {}
             }
+        }
+    }
+
+    /// Takes away what pods left outside of their namespaces, which are gone.
+    async fn sweep(&self) {
+        let capture = self.parts.capture.clone();
+        match tokio::task::spawn_blocking(move || capture.sweep()).await {
+            Ok(0) | Err(_) => {}
+            Ok(pods) => tracing::debug!(pods, "removed what pods that are gone left"),
         }
     }
 
@@ -128,18 +144,19 @@ impl Node {
         self.said_excluded.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Runs `task` for a pod, unless another task works on it.
-    fn work<F>(self: &Arc<Self>, slot: &Arc<Slot>, task: impl FnOnce(Arc<Self>, Arc<Slot>) -> F)
+    /// Runs `task` for a pod, unless another task works on it: whether it does. Whoever works has all pods looked at afterwards.
+    fn work<F>(self: &Arc<Self>, slot: &Arc<Slot>, task: impl FnOnce(Arc<Self>, Arc<Slot>) -> F) -> bool
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let Ok(guard) = slot.work.clone().try_lock_owned() else { return };
+        let Ok(guard) = slot.work.clone().try_lock_owned() else { return false };
         let (node, task) = (self.clone(), task(self.clone(), slot.clone()));
         tokio::spawn(async move {
             task.await;
             drop(guard);
             node.wake.notify_one();
         });
+        true
     }
 
     /// Whether the pod should be in the mesh, by what is known now.
@@ -239,7 +256,9 @@ impl Node {
                 if *verify_at <= now {
                     *verify_at = now + self.parts.times.verify;
                     drop(inner);
-                    self.work(slot, |node, slot| async move { node.verify(&slot).await });
+                    if !self.work(slot, |node, slot| async move { node.verify(&slot).await }) {
+                        slot.verify_at(now);
+                    }
                 }
             }
             State::Leaving { look_at, .. } if *look_at <= now => {

@@ -55,7 +55,7 @@ impl Node {
         self.sync_probes().await;
     }
 
-    fn take_up(&self, entry: Entry, found: Found) {
+    fn take_up(self: &Arc<Self>, entry: Entry, found: Found) {
         let name = format!("{}/{}", entry.namespace, entry.name);
         let now = Instant::now();
         let identity = entry.identity();
@@ -96,12 +96,15 @@ impl Node {
             probe_ports: entry.probe_ports.clone(),
             resource_version: String::new(),
         };
-        let slot = Slot::new(pod, state);
+        let slot = Arc::new(Slot::new(pod, state));
+        if let Some(netns) = &netns {
+            self.watch_devices(&slot, netns);
+        }
         {
             let mut inner = slot.inner();
             (inner.netns, inner.rules, inner.container) = (netns, rules, entry.container);
         }
-        self.slots().insert(entry.uid, Arc::new(slot));
+        self.slots().insert(entry.uid, slot);
     }
 }
 

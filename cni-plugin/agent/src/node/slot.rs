@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use capture::Rules;
 use net::Netns;
 use serde_json::{Value, json};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::pod::Pod;
@@ -38,6 +39,8 @@ pub(super) struct Inner {
     pub(super) absent: Option<Instant>,
     /// What users were told last, and when.
     pub(super) told: Option<(String, Instant)>,
+    /// The task that waits for changes of its devices, where that is of interest. It ends with this.
+    pub(super) watch: JoinSet<()>,
 }
 
 /// How far a pod is, see the diagram of [`super`].
@@ -90,6 +93,7 @@ impl Slot {
                 state,
                 absent: None,
                 told: None,
+                watch: JoinSet::new(),
             }),
         }
     }
@@ -100,6 +104,13 @@ impl Slot {
 
     pub(super) fn state(&self) -> State {
         self.inner().state.clone()
+    }
+
+    /// Has the rules looked at then, where they stand.
+    pub(super) fn verify_at(&self, time: Instant) {
+        if let State::Closed { verify_at, .. } | State::Enrolled { verify_at, .. } = &mut self.inner().state {
+            *verify_at = time;
+        }
     }
 
     pub(super) fn name(&self) -> String {

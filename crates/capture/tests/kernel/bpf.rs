@@ -232,10 +232,29 @@ fn settings_are_put_back_whatever_was_broken_meanwhile() {
     });
 }
 
+/// Runs `work` in a thread whose `/proc/sys` is another one: with `tmpfs` an empty one, else read-only as in a container.
+fn with_other_proc_sys(tmpfs: bool, work: impl FnOnce() + Send) {
+    use nix::mount::{MsFlags, mount};
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+            let (none, sys) = (None::<&str>, Some("/proc/sys"));
+            mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+            if tmpfs {
+                mount(Some("tmpfs"), "/proc/sys", Some("tmpfs"), MsFlags::empty(), none).unwrap();
+            } else {
+                mount(sys, "/proc/sys", none, MsFlags::MS_BIND, none).unwrap();
+                let again = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+                mount(none, "/proc/sys", none, again, none).unwrap();
+            }
+            work();
+        });
+    });
+}
+
 /// Where the settings can't be written at first, who comes later still knows them.
 #[test]
 fn settings_are_known_until_they_are_put_back() {
-    use nix::mount::{MsFlags, mount};
     each_family("settings_are_known_until_they_are_put_back", async |case| {
         let lab = Lab::builder().node("a", &["server"]).build().unwrap();
         let netns = &lab.pod("server").netns;
@@ -244,19 +263,30 @@ fn settings_are_known_until_they_are_put_back() {
         let capture = case.capture();
         capture.install(netns, &Rules::default()).unwrap();
         assert_ne!(accept(), before);
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
-                let (none, sys) = (None::<&str>, Some("/proc/sys"));
-                mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
-                mount(sys, "/proc/sys", none, MsFlags::MS_BIND, none).unwrap();
-                let again = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-                mount(none, "/proc/sys", none, again, none).unwrap();
-                capture.remove(netns).unwrap_err();
-            });
+        with_other_proc_sys(true, || {
+            capture.remove(netns).unwrap_err();
         });
         assert_ne!(accept(), before);
         capture.remove(netns).unwrap();
+        assert_eq!(accept(), before);
+    });
+}
+
+/// As in a container without all privileges.
+#[test]
+fn settings_are_changed_where_their_mount_is_read_only() {
+    each_family("settings_are_changed_where_their_mount_is_read_only", async |case| {
+        let lab = Lab::builder().node("a", &["server"]).build().unwrap();
+        let netns = &lab.pod("server").netns;
+        let accept = || lab.pod("server").shell("cat /proc/sys/net/ipv4/tcp_fwmark_accept").unwrap();
+        let before = accept();
+        let capture = case.capture();
+        with_other_proc_sys(false, || {
+            capture.install(netns, &Rules::default()).unwrap();
+            assert_eq!(accept(), "1\n");
+            assert!(capture.verify(netns, &Rules::default()).unwrap().is_none());
+            assert!(capture.remove(netns).unwrap());
+        });
         assert_eq!(accept(), before);
     });
 }
