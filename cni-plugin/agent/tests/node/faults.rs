@@ -153,3 +153,56 @@ async fn a_full_disk_keeps_no_pod_from_being_captured() {
     disk.empty();
     agent.until("recorded", recorded).await;
 }
+
+/// As runtimes do after their own restart, and with less each time: without a namespace, and of a sandbox that nobody knows.
+#[tokio::test]
+async fn del_twice_is_as_good_as_once() {
+    if !root_or_skip("DEL twice is as good as once") {
+        return;
+    }
+    let (world, agent, ztunnel) = world().await;
+    let (uid, other) = (world.uid("web"), world.uid("other"));
+    for name in ["web", "other"] {
+        assert_eq!(agent.add(world.request(name)).await, Ok(Answer::Enrolled));
+    }
+    agent.node.del(&world.request("web"));
+    agent.node.del(&world.request("web"));
+    agent.until("ztunnel lets go", || ztunnel.was_told(&format!("del {uid}"))).await;
+    let mut bare = world.request("web");
+    bare.netns = String::new();
+    agent.node.del(&bare);
+    bare.container_id = "nobodys".to_owned();
+    agent.node.del(&bare);
+    bare.netns = "/run/netns/there-is-none".to_owned();
+    agent.node.del(&bare);
+    assert!(agent.state(&uid).is_none() && agent.state(&other).is_some(), "another pod's is none of it");
+    let record = Record::open(&world.directory.path().join("state")).unwrap();
+    assert_eq!(record.entries().into_iter().map(|entry| entry.uid).collect::<Vec<_>>(), [other]);
+    // And the pod may have another sandbox, which ends the same way.
+    assert_eq!(agent.add(world.request("web")).await, Ok(Answer::Enrolled));
+    agent.node.del(&world.request("web"));
+    agent.until("it is let go of", || agent.state(&uid).is_none()).await;
+    let told = |what: &str| ztunnel.told.lock().unwrap().iter().filter(|told| **told == what).count();
+    let del = format!("del {uid}");
+    agent.until("ztunnel lets go again", || told(&del) == 2).await;
+}
+
+/// The path is there when the runtime calls, and is gone when the agent looks; or leads to what is no namespace.
+#[tokio::test]
+async fn a_namespace_that_vanishes_before_add_looks_keeps_the_pod_waiting() {
+    if !root_or_skip("a namespace that vanishes before ADD looks keeps the pod waiting") {
+        return;
+    }
+    let (world, agent, ztunnel) = world().await;
+    let left = world.directory.path().join("left");
+    for (path, said) in [("/run/netns/there-is-none", "does not exist"), (left.to_str().unwrap(), "namespace")] {
+        // What an unmounted namespace leaves behind.
+        std::fs::write(&left, "").unwrap();
+        let mut request = world.request("web");
+        request.netns = path.to_owned();
+        let refusal = agent.add(request).await.unwrap_err();
+        assert!(refusal.message.contains("waits") && refusal.message.contains(said), "{refusal:?}");
+    }
+    nothing_is_left(&world, &agent, &ztunnel, &world.uid("web")).await;
+    assert_eq!(agent.add(world.request("web")).await, Ok(Answer::Enrolled));
+}
