@@ -19,6 +19,6 @@ mod hashing;
 pub mod metrics;
 mod original;
 pub mod pool;
-mod tls;
+pub(crate) mod tls;
 
 pub use clusters::{Backend, ClusterInfo, ClusterLimits, Clusters, Dialers, EndpointInfo, NoCluster};

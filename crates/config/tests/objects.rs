@@ -412,6 +412,23 @@ fn the_name_of_the_mesh_is_that_of_its_trust_domain_unless_it_has_its_own() {
 }
 
 #[test]
+fn the_least_version_of_tls_with_others_is_a_setting_of_the_mesh() {
+    let mut server = Server::new();
+    let mut set = |version: &str, least: &str| {
+        let config =
+            json!({ "tlsDefaults": { "minProtocolVersion": least, "cipherSuites": ["AES128-SHA"] } });
+        let outcome = server.set(Kind::MeshConfig, &mesh_config(version, &config));
+        (server.0.settings().tls_minimum, outcome.diagnostics.iter().map(|d| d.code).collect::<Vec<_>>())
+    };
+    assert_eq!(set("1", "TLS_AUTO"), (model::TlsVersion::V1_2, vec![Code::FieldNotApplicable]));
+    assert_eq!(set("2", "TLSV1_3"), (model::TlsVersion::V1_3, vec![]));
+    // What can't be done leaves what was in force.
+    let (least, codes) = set("3", "TLSV1_1");
+    assert_eq!(least, model::TlsVersion::V1_3);
+    assert!(codes.contains(&Code::InvalidValue), "{codes:?}");
+}
+
+#[test]
 fn an_object_that_nests_without_end_is_one_bad_object_and_not_a_list_that_cannot_be_read() {
     let deep = format!("{}{}", "[".repeat(1000), "]".repeat(1000));
     let text = format!(

@@ -5,6 +5,7 @@ use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -12,6 +13,7 @@ use http::{Request, StatusCode, Uri, header};
 use http_body_util::{BodyExt, Collected, Empty, LengthLimitError, Limited};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
+use model::TlsVersion;
 use model::telemetry::Collector;
 use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::ServerName;
@@ -20,6 +22,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
 use crate::telemetry::Connect;
+use crate::upstream::tls::versions;
 
 /// The largest document that is read.
 const MAX_DOCUMENT: usize = 1 << 20;
@@ -57,11 +60,16 @@ pub type Fetching = Pin<Box<dyn Future<Output = Result<Bytes, FetchError>> + Sen
 pub trait Fetch: Send + Sync + 'static {
     /// Fetches the document of `url`, within `limit`.
     fn fetch(&self, url: &str, limit: Duration) -> Fetching;
+
+    /// The least version of TLS that servers have to speak from now on.
+    fn require(&self, _minimum: TlsVersion) {}
 }
 
 /// Fetches over the network: through the mesh from hosts that it knows, past it from others, as most issuers are.
 pub struct Network {
-    tls: Arc<ClientConfig>,
+    /// For TLS 1.2 and above, and for 1.3 alone.
+    tls: [Arc<ClientConfig>; 2],
+    only_tls13: AtomicBool,
     inside: Option<Arc<dyn Connect>>,
 }
 
@@ -91,20 +99,31 @@ impl Network {
     /// When the cryptography can't be set up.
     pub fn trusting(roots: RootCertStore, inside: Option<Arc<dyn Connect>>) -> Result<Self, rustls::Error> {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
-        let mut tls = builder.with_root_certificates(roots).with_no_client_auth();
-        tls.alpn_protocols = vec![b"http/1.1".to_vec()];
-        Ok(Self { tls: Arc::new(tls), inside })
+        let roots = Arc::new(roots);
+        let of = |only_tls13| {
+            let builder = ClientConfig::builder_with_provider(Arc::clone(&provider));
+            let builder = builder.with_protocol_versions(versions(only_tls13))?;
+            let mut tls = builder.with_root_certificates(Arc::clone(&roots)).with_no_client_auth();
+            tls.alpn_protocols = vec![b"http/1.1".to_vec()];
+            Ok::<_, rustls::Error>(Arc::new(tls))
+        };
+        Ok(Self { tls: [of(false)?, of(true)?], only_tls13: AtomicBool::new(false), inside })
     }
 }
 
 impl Fetch for Network {
     fn fetch(&self, url: &str, limit: Duration) -> Fetching {
-        let (url, tls, inside) = (url.to_owned(), Arc::clone(&self.tls), self.inside.clone());
+        let [any, only_tls13] = &self.tls;
+        let tls = if self.only_tls13.load(Ordering::Relaxed) { only_tls13 } else { any };
+        let (url, tls, inside) = (url.to_owned(), Arc::clone(tls), self.inside.clone());
         Box::pin(async move {
             let got = tokio::time::timeout(limit, get(&url, tls, inside)).await;
             got.unwrap_or(Err(FetchError::Timeout(limit)))
         })
+    }
+
+    fn require(&self, minimum: TlsVersion) {
+        self.only_tls13.store(minimum >= TlsVersion::V1_3, Ordering::Relaxed);
     }
 }
 

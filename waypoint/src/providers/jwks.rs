@@ -134,6 +134,7 @@ impl Jwks {
 
     /// Follows the rules of a snapshot: fetches the keys of issuers that are new, and forgets those that are gone.
     pub fn follow(&self, mesh: &Mesh) {
+        self.fetch.require(mesh.settings().tls_minimum);
         self.follow_rules(mesh.authentications().flat_map(|authentication| authentication.rules.iter()));
     }
 

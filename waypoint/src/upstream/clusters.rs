@@ -7,13 +7,13 @@
 
 use std::hash::{BuildHasher, RandomState};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use balance::requests::Origin;
-use model::{CowMap, HboneAddr, Mesh, ServiceKey, SpiffeId, Str};
+use model::{CowMap, HboneAddr, Mesh, ServiceKey, SpiffeId, Str, TlsVersion};
 use process::metrics::Counter;
 use tokio::time::Instant;
 
@@ -114,6 +114,8 @@ pub(crate) struct Shared {
     pub(crate) origin: ArcSwap<Origin>,
     pub(crate) names: Names,
     pub(crate) credentials: PathBuf,
+    /// Whether servers that TLS is begun to have to speak 1.3; TLS 1.2 will do otherwise.
+    pub(crate) only_tls13: AtomicBool,
     started: Instant,
     random: AtomicU64,
 }
@@ -162,6 +164,7 @@ impl Clusters {
             origin: ArcSwap::from_pointee(origin),
             names: Names::default(),
             credentials: PathBuf::from(CREDENTIALS),
+            only_tls13: AtomicBool::new(false),
             started: Instant::now(),
             random: AtomicU64::new(RandomState::new().hash_one(0)),
         });
@@ -221,6 +224,8 @@ impl Clusters {
     /// Brings all clusters up to a mesh, before requests see it, and forgets those whose service has gone. May take
     /// milliseconds where there are many endpoints: to be called on a thread that carries no requests.
     pub fn prepare(&self, mesh: &Arc<Mesh>) {
+        let only_tls13 = mesh.settings().tls_minimum >= TlsVersion::V1_3;
+        self.shared.only_tls13.store(only_tls13, Ordering::Relaxed);
         // Without the lock, which requests to new destinations wait for; what these add meanwhile is of this mesh already, or
         // follows with its next request.
         let mut gone = Vec::new();

@@ -3,14 +3,17 @@
 //! Invariants:
 //! * what it needs and isn't there fails the connection: it never goes without TLS, without our certificate, or without a
 //!   look at the server's, unless exactly that is written;
-//! * files are read again when they change; ones that can't be used leave the last good ones in force.
+//! * files are read again when they change; ones that can't be used leave the last good ones in force;
+//! * TLS is 1.3, or 1.2 with a server that speaks no 1.3, unless the mesh's settings ask for 1.3.
 
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, SystemTime};
 
+use arc_swap::ArcSwapOption;
 use model::Str;
 use model::http::TlsOrigination;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -18,7 +21,11 @@ use rustls::client::{verify_server_cert_signed_by_trust_anchor, verify_server_na
 use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
-use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::version::{TLS12, TLS13};
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
+    SupportedProtocolVersion,
+};
 use rustls_pki_types::pem::PemObject;
 use tokio::time::Instant;
 use tokio_rustls::TlsConnector;
@@ -39,14 +46,29 @@ pub(crate) struct Origination {
     settings: TlsOrigination,
     /// What is sent and verified where the settings don't say it.
     host: Str,
-    loaded: Mutex<Option<Loaded>>,
+    loaded: ArcSwapOption<Loaded>,
+    /// Held by whoever reads files.
+    looking: Mutex<()>,
 }
 
+#[derive(Clone)]
 struct Loaded {
+    only_tls13: bool,
     /// By what is spoken inside: nothing that is told, HTTP/1.1, HTTP/2.
     configs: [Arc<ClientConfig>; 3],
     versions: Vec<Option<SystemTime>>,
     looked: Instant,
+}
+
+impl Loaded {
+    fn config(&self, inside: Option<Protocol>) -> Arc<ClientConfig> {
+        let [bytes, http1, http2] = &self.configs;
+        Arc::clone(match inside {
+            None => bytes,
+            Some(Protocol::Http1) => http1,
+            Some(Protocol::Http2) => http2,
+        })
+    }
 }
 
 /// What is not there, or can't be used.
@@ -67,7 +89,8 @@ impl Origination {
         if settings.insecure_skip_verify {
             tracing::warn!(%host, "the certificates of this host are not verified: insecureSkipVerify is set");
         }
-        Arc::new(Self { shared, settings: settings.clone(), host: host.clone(), loaded: Mutex::default() })
+        let (settings, host) = (settings.clone(), host.clone());
+        Arc::new(Self { shared, settings, host, loaded: ArcSwapOption::empty(), looking: Mutex::default() })
     }
 
     fn name(&self) -> io::Result<ServerName<'static>> {
@@ -77,36 +100,41 @@ impl Origination {
         })
     }
 
-    /// The configuration in force. Reads files, which may block.
+    /// The configuration in force. Reads files, which may block: one connection waits for them, the others go on with what was
+    /// read before.
     fn config(&self, inside: Option<Protocol>) -> io::Result<Arc<ClientConfig>> {
-        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        let stale = loaded.as_ref().is_none_or(|loaded| loaded.looked.elapsed() >= LOOK);
-        if stale {
-            let versions = self.versions();
-            let same = loaded.as_ref().is_some_and(|loaded| loaded.versions == versions);
-            match (same, self.load_if(!same), &mut *loaded) {
-                (true, _, Some(loaded)) => loaded.looked = Instant::now(),
-                (_, Ok(configs), loaded) => {
-                    *loaded = configs.map(|configs| Loaded { configs, versions, looked: Instant::now() });
-                }
-                (_, Err(error), Some(loaded)) => {
-                    tracing::warn!(host = %self.host, %error, "TLS keeps what it was set to before");
-                    loaded.looked = Instant::now();
-                }
-                (_, Err(error), None) => return Err(io::Error::other(error)),
-            }
+        let only_tls13 = self.shared.only_tls13.load(Ordering::Relaxed);
+        // What was loaded for other versions is not in force, whatever becomes of the files.
+        let usable = || self.loaded.load_full().filter(|loaded| loaded.only_tls13 == only_tls13);
+        let is_fresh = |loaded: &Arc<Loaded>| loaded.looked.elapsed() < LOOK;
+        if let Some(loaded) = usable().filter(is_fresh) {
+            return Ok(loaded.config(inside));
         }
-        let configs = loaded.as_ref().map(|loaded| &loaded.configs);
-        let [bytes, http1, http2] = configs.ok_or(io::ErrorKind::NotFound)?;
-        Ok(Arc::clone(match inside {
-            None => bytes,
-            Some(Protocol::Http1) => http1,
-            Some(Protocol::Http2) => http2,
-        }))
-    }
-
-    fn load_if(&self, wanted: bool) -> Result<Option<[Arc<ClientConfig>; 3]>, Unusable> {
-        if wanted { self.load().map(Some) } else { Ok(None) }
+        let _looking = match (usable(), self.looking.try_lock()) {
+            (_, Ok(looking)) => looking,
+            (Some(loaded), Err(TryLockError::WouldBlock)) => return Ok(loaded.config(inside)),
+            (_, Err(_)) => self.looking.lock().unwrap_or_else(PoisonError::into_inner),
+        };
+        let before = usable();
+        if let Some(loaded) = before.clone().filter(is_fresh) {
+            return Ok(loaded.config(inside));
+        }
+        let (versions, looked) = (self.versions(), Instant::now());
+        let kept = before.as_ref().filter(|before| before.versions == versions);
+        let loaded = match (kept, before.as_ref()) {
+            (Some(kept), _) => Loaded { looked, ..Loaded::clone(kept) },
+            (None, before) => match (self.load(only_tls13), before) {
+                (Ok(configs), _) => Loaded { only_tls13, configs, versions, looked },
+                (Err(error), Some(before)) => {
+                    tracing::warn!(host = %self.host, %error, "TLS keeps what it was set to before");
+                    Loaded { looked, ..Loaded::clone(before) }
+                }
+                (Err(error), None) => return Err(io::Error::other(error)),
+            },
+        };
+        let config = loaded.config(inside);
+        self.loaded.store(Some(Arc::new(loaded)));
+        Ok(config)
     }
 
     fn paths(&self) -> Result<[Option<PathBuf>; 3], Unusable> {
@@ -138,7 +166,7 @@ impl Origination {
         paths.iter().map(|path| path.as_deref().and_then(version)).collect()
     }
 
-    fn load(&self) -> Result<[Arc<ClientConfig>; 3], Unusable> {
+    fn load(&self, only_tls13: bool) -> Result<[Arc<ClientConfig>; 3], Unusable> {
         let [certificate, key, roots] = self.paths()?;
         let provider = Arc::new(aws_lc_rs::default_provider());
         let verifier: Arc<dyn ServerCertVerifier> = if self.settings.insecure_skip_verify {
@@ -152,7 +180,7 @@ impl Origination {
             Arc::new(Verifier { roots: Some(roots), names, provider: Arc::clone(&provider) })
         };
         let builder = ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()?
+            .with_protocol_versions(versions(only_tls13))?
             .dangerous()
             .with_custom_certificate_verifier(verifier);
         let config = match (certificate, key) {
@@ -168,6 +196,13 @@ impl Origination {
         };
         Ok([with(&[]), with(&[b"http/1.1"]), with(&[b"h2"])])
     }
+}
+
+/// The versions that are spoken with servers outside of the mesh, the best first.
+pub(crate) fn versions(only_tls13: bool) -> &'static [&'static SupportedProtocolVersion] {
+    static NEWEST: [&SupportedProtocolVersion; 1] = [&TLS13];
+    static BOTH: [&SupportedProtocolVersion; 2] = [&TLS13, &TLS12];
+    if only_tls13 { &NEWEST } else { &BOTH }
 }
 
 fn file<T>(path: &Path, result: Result<T, impl std::fmt::Display>) -> Result<T, Unusable> {

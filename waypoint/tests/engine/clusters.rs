@@ -9,19 +9,13 @@ use balance::Client as Place;
 use balance::requests::Origin;
 use model::http::{
     ConnectionPool, HashKey, HashTable, LoadBalancer, Outliers, Percent, RetryBudget, ServiceTraffic, Subset,
-    TlsOrigination, TrafficPolicy,
+    TrafficPolicy,
 };
 use model::{
     Change, HboneAddr, Health, IpFamilies, LoadBalancing, Locality, Mesh, NetworkMode, PortMapping, Service,
     ServiceKey, ServiceMembership, ServicePort, ServiceSource, SpiffeId, Str, TargetPort, TrustDomain,
     TunnelProtocol, Workload, WorkloadKind,
 };
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, SanType};
-use rustls::ServerConfig;
-use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
-use tempfile::TempDir;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpListener;
 use waypoint::http::Settings;
 use waypoint::http::decide::{
     Call, Connection, Dial, Dialing, Endpoints, Forwarding, Outcome, Protocol, Retries,
@@ -124,7 +118,7 @@ fn traffic(default: TrafficPolicy) -> Change {
 }
 
 /// The clusters, and the mesh that they are of.
-struct World {
+pub struct World {
     asked: Arc<Asked>,
     clusters: Clusters,
     mesh: Arc<Mesh>,
@@ -132,7 +126,7 @@ struct World {
 
 impl World {
     /// A service with these endpoints, `a` being the first.
-    fn new(endpoints: &[SocketAddr], policy: TrafficPolicy) -> Self {
+    pub fn new(endpoints: &[SocketAddr], policy: TrafficPolicy) -> Self {
         let named = ["a", "b", "c"].iter().zip(endpoints);
         let changes = named.map(|(uid, address)| set(workload(uid, *address)));
         Self::of(changes.chain([service("http", ServiceSource::Kubernetes), traffic(policy)]))
@@ -157,12 +151,12 @@ impl World {
         self.clusters.endpoints(&self.mesh, &backend)
     }
 
-    fn apply(&mut self, change: Change) {
+    pub fn apply(&mut self, change: Change) {
         self.mesh = Arc::new(self.mesh.apply([change]));
         self.clusters.prepare(&self.mesh);
     }
 
-    async fn proxy(&self) -> Proxy {
+    pub async fn proxy(&self) -> Proxy {
         self.proxy_with(Forwarding::default()).await
     }
 
@@ -191,7 +185,7 @@ fn good() -> Arc<AtomicUsize> {
     Arc::new(AtomicUsize::new(200))
 }
 
-fn round_robin() -> TrafficPolicy {
+pub fn round_robin() -> TrafficPolicy {
     TrafficPolicy { load_balancer: LoadBalancer::RoundRobin, ..TrafficPolicy::default() }
 }
 
@@ -490,143 +484,6 @@ async fn a_cookie_brings_a_client_back_to_its_endpoint() {
         seen.insert(first);
     }
     assert_eq!(seen.len(), 3);
-}
-
-/// Whose certificates clients trust, and certificates of it, as files.
-struct Authority {
-    directory: TempDir,
-    issuer: CertifiedIssuer<'static, KeyPair>,
-}
-
-impl Authority {
-    fn new() -> Self {
-        let mut params = CertificateParams::new(vec![]).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
-        let directory = tempfile::tempdir().unwrap();
-        std::fs::write(directory.path().join("ca.crt"), issuer.pem()).unwrap();
-        Self { directory, issuer }
-    }
-
-    fn path(&self, name: &str) -> Option<Str> {
-        Some(self.directory.path().join(name).to_str().unwrap().into())
-    }
-
-    fn issue(&self, names: Vec<SanType>) -> (rcgen::Certificate, KeyPair) {
-        let mut params = CertificateParams::new(vec![]).unwrap();
-        params.subject_alt_names = names;
-        let key = KeyPair::generate().unwrap();
-        (params.signed_by(&key, &self.issuer).unwrap(), key)
-    }
-
-    /// A server with a certificate of these names, which says what it was asked for, by whom.
-    async fn server(&self, names: Vec<SanType>, mutual: bool) -> SocketAddr {
-        let (certificate, key) = self.issue(names);
-        let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let mut roots = rustls::RootCertStore::empty();
-        roots.add(self.issuer.der().clone()).unwrap();
-        let builder =
-            ServerConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions();
-        let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
-        let builder = match mutual {
-            true => builder.unwrap().with_client_cert_verifier(verifier.build().unwrap()),
-            false => builder.unwrap().with_no_client_auth(),
-        };
-        let mut config = builder.with_single_cert(vec![certificate.der().clone()], key).unwrap();
-        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        tokio::spawn(async move {
-            while let Ok((tcp, _)) = listener.accept().await {
-                let Ok(mut stream) = acceptor.accept(tcp).await else { continue };
-                let facts = stream.get_ref().1;
-                let sni = facts.server_name().unwrap_or("-").to_owned();
-                let alpn = String::from_utf8_lossy(facts.alpn_protocol().unwrap_or(b"-")).into_owned();
-                let body = format!("{sni} {alpn} {}", facts.peer_certificates().is_some());
-                let mut request = [0; 1024];
-                if stream.read(&mut request).await.is_ok() {
-                    let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len());
-                    let _ = stream.write_all((head + &body).as_bytes()).await;
-                    let _ = stream.shutdown().await;
-                }
-            }
-        });
-        address
-    }
-}
-
-#[tokio::test]
-async fn tls_is_begun_and_the_servers_name_is_what_it_should_be() {
-    let authority = Authority::new();
-    let dns = |name: &str| SanType::DnsName(name.try_into().unwrap());
-    let uri = SanType::URI("spiffe://outside/server".try_into().unwrap());
-    let address = authority.server(vec![dns("cart.test"), dns("other.test"), uri], false).await;
-    let files = Some((None, None, authority.path("ca.crt")));
-    let plain = TlsOrigination { files, ..TlsOrigination::default() };
-    let names = |list: &[&str]| list.iter().map(|name| Str::from(*name)).collect::<Box<[Str]>>();
-    let cases = [
-        (plain.clone(), Some("cart.test http/1.1 false")),
-        (
-            TlsOrigination { sni: Some("other.test".into()), ..plain.clone() },
-            Some("other.test http/1.1 false"),
-        ),
-        (TlsOrigination { sni: Some("wrong.test".into()), ..plain.clone() }, None),
-        (
-            TlsOrigination { subject_alt_names: names(&["x.test", "other.test"]), ..plain.clone() },
-            Some("cart.test http/1.1 false"),
-        ),
-        (
-            TlsOrigination { subject_alt_names: names(&["spiffe://outside/server"]), ..plain.clone() },
-            Some("cart.test http/1.1 false"),
-        ),
-        (
-            TlsOrigination {
-                subject_alt_names: names(&["spiffe://outside/serve", "x.test"]),
-                ..plain.clone()
-            },
-            None,
-        ),
-        // Nobody of the system's roots has signed it.
-        (TlsOrigination::default(), None),
-        (
-            TlsOrigination { insecure_skip_verify: true, ..TlsOrigination::default() },
-            Some("cart.test http/1.1 false"),
-        ),
-        (TlsOrigination { credential: Some("../ca".into()), ..TlsOrigination::default() }, None),
-        (
-            TlsOrigination { credential: Some("kubernetes://nothing".into()), ..TlsOrigination::default() },
-            None,
-        ),
-    ];
-    for (tls, expected) in cases {
-        let policy = TrafficPolicy { tls: Some(Box::new(tls.clone())), ..round_robin() };
-        let world = World::new(&[address], policy);
-        let message = world.proxy().await.connect().await.ask(get("/")).await;
-        let status = if expected.is_some() { 200 } else { 503 };
-        assert_eq!(message.status(), status, "{tls:?}");
-        if let Some(expected) = expected {
-            assert_eq!(String::from_utf8(message.body).unwrap(), expected, "{tls:?}");
-        }
-    }
-}
-
-#[tokio::test]
-async fn a_certificate_of_our_own_is_shown_and_read_again_when_it_changes() {
-    let authority = Authority::new();
-    let address = authority.server(vec![SanType::DnsName("cart.test".try_into().unwrap())], true).await;
-    let files = (authority.path("tls.crt"), authority.path("tls.key"), authority.path("ca.crt"));
-    let tls = TlsOrigination { files: Some(files), ..TlsOrigination::default() };
-    let world = World::new(&[address], TrafficPolicy { tls: Some(Box::new(tls)), ..round_robin() });
-    let proxy = world.proxy().await;
-    // Not there yet: refused, not without.
-    assert_eq!(proxy.connect().await.ask(get("/")).await.status(), 503);
-    let (certificate, key) = authority.issue(vec![]);
-    std::fs::write(authority.directory.path().join("tls.crt"), certificate.pem()).unwrap();
-    std::fs::write(authority.directory.path().join("tls.key"), key.serialize_pem()).unwrap();
-    let message = proxy.connect().await.ask(get("/")).await;
-    assert_eq!(String::from_utf8(message.body).unwrap(), "cart.test http/1.1 true");
 }
 
 #[tokio::test]

@@ -15,6 +15,7 @@ mod forwarding;
 mod h2;
 mod lab;
 mod limits;
+mod origination;
 mod peers;
 mod raw_h2;
 mod retries;

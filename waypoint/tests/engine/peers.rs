@@ -26,6 +26,15 @@ pub struct Nginx {
 
 impl Nginx {
     pub async fn start(server: &str) -> Self {
+        Self::listening("", server).await
+    }
+
+    /// The same with TLS; `server` has its certificate.
+    pub async fn start_tls(server: &str) -> Self {
+        Self::listening(" ssl", server).await
+    }
+
+    async fn listening(how: &str, server: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().display();
         let address = free_port();
@@ -34,7 +43,7 @@ impl Nginx {
              events {{ worker_connections 512; }}
              http {{ access_log off; client_body_temp_path {path}/b; proxy_temp_path {path}/p; fastcgi_temp_path {path}/f;
              uwsgi_temp_path {path}/u; scgi_temp_path {path}/s; keepalive_requests 1000000; client_max_body_size 0;
-             server {{ listen {address}; root {path}; {server} }} }}"
+             server {{ listen {address}{how}; root {path}; {server} }} }}"
         );
         std::fs::write(directory.path().join("nginx.conf"), text).unwrap();
         std::fs::write(directory.path().join("large"), vec![b'x'; 8 << 20]).unwrap();

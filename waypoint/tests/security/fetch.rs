@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use model::TlsVersion;
 use rustls::RootCertStore;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -30,16 +31,20 @@ async fn keys_are_fetched_over_tls_from_whom_the_system_trusts() {
     std::fs::write(at("cert.pem"), made.cert.pem()).unwrap();
     std::fs::write(at("key.pem"), made.signing_key.serialize_pem()).unwrap();
     std::fs::write(at("keys.json"), r#"{"keys":[]}"#).unwrap();
-    let (secure, plain) = (free(), free());
+    let (secure, old, plain) = (free(), free(), free());
     let config = format!(
         "daemon off; master_process off; pid {}; error_log {} crit; events {{}}
          http {{ access_log off; client_body_temp_path {t}; proxy_temp_path {t}; fastcgi_temp_path {t};
            uwsgi_temp_path {t}; scgi_temp_path {t};
-           server {{ listen {secure} ssl; ssl_certificate {}; ssl_certificate_key {};
+           server {{ listen {secure} ssl; ssl_protocols TLSv1.2 TLSv1.3; ssl_certificate {}; ssl_certificate_key {};
              root {}; location /moved {{ return 302 https://localhost/elsewhere; }} }}
+           server {{ listen {old} ssl; ssl_protocols TLSv1.2; ssl_certificate {}; ssl_certificate_key {}; root {}; }}
            server {{ listen {plain}; root {}; }} }}",
         at("pid"),
         at("log"),
+        at("cert.pem"),
+        at("key.pem"),
+        folder.path().display(),
         at("cert.pem"),
         at("key.pem"),
         folder.path().display(),
@@ -59,7 +64,7 @@ async fn keys_are_fetched_over_tls_from_whom_the_system_trusts() {
         return;
     };
     let _nginx = Nginx(nginx);
-    for address in [secure, plain] {
+    for address in [secure, old, plain] {
         let begin = tokio::time::Instant::now();
         while TcpStream::connect(address).await.is_err() {
             assert!(begin.elapsed() < SOON, "nginx does not listen");
@@ -78,6 +83,12 @@ async fn keys_are_fetched_over_tls_from_whom_the_system_trusts() {
     };
     assert_eq!(status(network.fetch(&url("/none"), SOON).await), 404);
     assert_eq!(status(network.fetch(&url("/moved"), SOON).await), 302, "it is not followed");
+    // An issuer that speaks no TLS 1.3: by 1.2, unless the mesh asks for more.
+    let of_old = format!("https://localhost:{}/keys.json", old.port());
+    assert_eq!(&*network.fetch(&of_old, SOON).await.unwrap(), br#"{"keys":[]}"#);
+    network.require(TlsVersion::V1_3);
+    assert!(matches!(network.fetch(&of_old, SOON).await, Err(FetchError::Connect(..))));
+    assert_eq!(&*network.fetch(&url("/keys.json"), SOON).await.unwrap(), br#"{"keys":[]}"#);
     // Another name, and another authority.
     let other = format!("https://127.0.0.1:{}/keys.json", secure.port());
     assert!(matches!(network.fetch(&other, SOON).await, Err(FetchError::Connect(..))));
