@@ -12,7 +12,8 @@ use tokio::sync::watch;
 
 use crate::deciding::admission::{Admission, Asked, Beyond, with_edits};
 use crate::filters::cors::Crossing;
-use crate::filters::jwt::Patience;
+use crate::filters::jwt::{Outcome, Patience};
+use crate::filters::rate_limit::Checked;
 use crate::filters::route::RouteRules;
 use crate::filters::{Refusal, answer, authorize, cors, fault, path, redirect, rewrite, view};
 use crate::guards::Guards;
@@ -237,9 +238,12 @@ impl Deciding {
         decided.backend = Some(chosen);
         let endpoints = self.endpoints(rules, &backend.to, connection)?;
         let asked = Asked::before_route(request, connection, decided);
+        let of = route.route.as_ref();
+        let changes = of.is_some_and(|of| of.path.is_some() || of.host.is_some())
+            || !(route.request_edits.0.is_empty() && backend.request_edits.0.is_empty());
         route.request_edits.apply_to_request(request, connection, decided);
         backend.request_edits.apply_to_request(request, connection, decided);
-        if let Some(of) = &route.route {
+        if let Some(of) = of {
             if let Some(to) = &of.path {
                 rewrite::path(to, matched, request, decided)?;
             }
@@ -250,14 +254,15 @@ impl Deciding {
                 };
                 rewrite::host(to, name, request, decided);
             }
-            for mirror in &of.mirrors {
-                let by = (&**service, asked.as_ref());
-                if !self.may_be_copied(rules, by, &mirror.to, request, connection, decided) {
+            for mirror in of.mirrors.iter().filter(|mirror| mirror.share.takes(random())) {
+                let way = Way { called: service, to: &mirror.to, changes };
+                let Some(own) = self.copied(rules, way, asked.as_ref(), request, connection, decided) else {
+                    self.0.guards.copies_refused.inc();
                     continue;
-                }
+                };
                 // What becomes of copies touches nobody, also where there is nobody to copy to.
                 if let Ok(endpoints) = self.endpoints(rules, &mirror.to, connection) {
-                    more.mirrors.push(Mirror { endpoints, share: mirror.share.millionths() });
+                    more.mirrors.push(Mirror { endpoints, request: own });
                 }
             }
         }
@@ -267,26 +272,25 @@ impl Deciding {
             endpoints,
             more: has_more.then(|| Box::new(more)),
         };
-        self.guarded((rules, service), &backend.to, (decision, asked), request, connection, decided)
+        let way = Way { called: service, to: &backend.to, changes };
+        Ok(self.guarded(rules, way, (decision, asked), request, connection, decided))
     }
 
     /// Asks what guards the back end, where that is another service than the one that was called: a route gets nobody past
     /// it. The request is as the other gets it.
     fn guarded(
         &self,
-        (rules, service): (&Arc<Rules>, &Arc<ServiceRules>),
-        to: &BackendRef,
+        rules: &Arc<Rules>,
+        way: Way<'_>,
         (decision, asked): (Decision, Option<Asked>),
         request: &mut RequestHead,
         connection: &Connection,
         decided: &mut Decided,
-    ) -> Result<Decision, Refusal> {
-        let Some(other) = Other::of(rules, service, to, connection) else { return Ok(decision) };
-        other.permit_unbelieved(service, request, connection, decided)?;
-        let Some(beyond) = &other.beyond else { return Ok(decision) };
+    ) -> Decision {
+        let Some(other) = Other::of(rules, way, connection) else { return decision };
         let to = Beyond { decision, to: other.address, believes: other.believes, asked };
-        let admission = Admission::new(self, rules, beyond).beyond(to);
-        Ok(admission.run(request, connection, decided, Patience::Left))
+        let admission = Admission::new(self, rules, &other.rules).beyond(to);
+        admission.run(request, connection, decided, Patience::Left)
     }
 
     /// What a connection that shows no request has to be asked, where a route of `called` leads it to another service; and
@@ -297,32 +301,49 @@ impl Deciding {
         to: &BackendRef,
         connection: &Connection,
     ) -> Option<(Arc<ServiceRules>, Connection)> {
-        let other = Other::of(rules, called, to, connection)?;
-        Some((other.beyond?, Connection { destination: other.address, ..connection.clone() }))
+        let other = Other::of(rules, Way { called, to, changes: true }, connection)?;
+        Some((other.rules, Connection { destination: other.address, ..connection.clone() }))
     }
 
-    /// Whether a copy may go to another service: it is not sent where somebody would have to be asked first, and counts for no
-    /// limit.
-    fn may_be_copied(
+    /// What a copy is of, for a service that its own guards let it in at: its token, policies and limits, as of any request
+    /// that is led there. `None` where it may not go, or where somebody would have to be waited for first: an authorizer, a
+    /// rate-limit service, or an issuer. What it is of is the request itself, unless the service's tokens have changed it.
+    fn copied(
         &self,
-        rules: &Rules,
-        (service, asked): (&ServiceRules, Option<&Asked>),
-        to: &BackendRef,
+        rules: &Arc<Rules>,
+        way: Way<'_>,
+        asked: Option<&Asked>,
         request: &RequestHead,
         connection: &Connection,
         decided: &Decided,
-    ) -> bool {
-        let Some(other) = Other::of(rules, service, to, connection) else { return true };
-        let mut seen = Decided { claims: decided.claims.clone(), ..Decided::default() };
-        if other.permit_unbelieved(service, request, connection, &mut seen).is_err() {
-            return false;
+    ) -> Option<Option<Box<RequestHead>>> {
+        let Some(other) = Other::of(rules, way, connection) else { return Some(None) };
+        let (guards, http) = (&self.0.guards, &other.rules.http);
+        let mut claims = decided.claims.clone().filter(|_| other.believes);
+        let mut own = None;
+        if !http.authentication.is_empty() {
+            let mut copy = Box::new(request.clone());
+            match guards.authenticator.authenticate(&rules.mesh, http, &mut copy, Patience::Spent) {
+                Outcome::Passed(None) => {}
+                Outcome::Passed(found) => claims = found,
+                Outcome::Refused(..) | Outcome::Wait(_) => return None,
+            }
+            own = Some(copy);
         }
-        let Some(beyond) = &other.beyond else { return true };
-        seen.claims = seen.claims.filter(|_| other.believes);
-        let connection = Connection { destination: other.address, ..connection.clone() };
-        let agreed = |provider: &Str| asked.is_some_and(|a| a.agreed(rules, provider, request, &connection));
-        authorize::apply(&beyond.policies, request, &connection, &mut seen).is_ok()
-            && seen.verdict.is_none_or(|verdict| verdict.ask.iter().all(|(_, provider)| agreed(provider)))
+        let shown = own.as_deref().unwrap_or(request);
+        let there = Connection { destination: other.address, ..connection.clone() };
+        let mut seen = Decided { claims, ..Decided::default() };
+        authorize::apply(&other.rules.policies, shown, &there, &mut seen).ok()?;
+        let ask = seen.verdict.iter().flat_map(|verdict| &verdict.ask);
+        let agreed = |provider: &Str| asked.is_some_and(|a| a.agreed(rules, provider, shown, &there));
+        if !ask.map(|(_, provider)| provider).all(agreed) {
+            return None;
+        }
+        let claims = seen.claims.as_deref();
+        match guards.limits.check(&rules.mesh, &self.0.clusters, http, shown, connection, claims) {
+            Checked::Passed(_) => Some(own),
+            Checked::Refused(..) | Checked::Ask(_) => None,
+        }
     }
 
     /// The endpoints of a back end.
@@ -351,52 +372,43 @@ impl Deciding {
     }
 }
 
-/// A service that a route of another leads to.
-struct Other<'a> {
-    namespace: &'a str,
+/// A back end of a route, and how the request came to it.
+#[derive(Clone, Copy)]
+struct Way<'a> {
+    /// The service that was called, whose route it is.
+    called: &'a ServiceRules,
+    to: &'a BackendRef,
+    /// Whether the route may have changed the request since the called service's policies were asked.
+    changes: bool,
+}
+
+/// A service that a route of another leads to, and that is guarded.
+struct Other {
     address: SocketAddr,
-    /// Whether it is bound here: the policies of its workloads are asked with its own then.
-    is_bound: bool,
     /// What is to be asked.
-    beyond: Option<Arc<ServiceRules>>,
-    /// Whether it believes what tokens say that were taken for that.
+    rules: Arc<ServiceRules>,
+    /// Whether it believes what tokens say that were taken for the one that was called.
     believes: bool,
 }
 
-impl<'a> Other<'a> {
-    /// `None` where the back end is the service itself, or no service.
-    fn of(rules: &Rules, called: &ServiceRules, to: &'a BackendRef, connection: &Connection) -> Option<Self> {
-        let BackendRef::Service { service, port, .. } = to else { return None };
+impl Other {
+    /// `None` where there is nothing to be asked: the back end is the service itself, or no service, or nothing guards it; or no
+    /// waypoint stands before it, and the policies of its workloads have been asked about just this already.
+    fn of(rules: &Rules, way: Way<'_>, connection: &Connection) -> Option<Self> {
+        let (called, BackendRef::Service { service, port, .. }) = (way.called, way.to) else { return None };
         if *service == called.http.service {
             return None;
         }
+        let believes = rules.believes(service, &called.http);
+        let beyond = if rules.service(service).is_some() {
+            rules.beyond(&called.http, service)?
+        } else {
+            let is_new = way.changes || !believes || *port != connection.destination.port();
+            Arc::clone(called.led_to(service).filter(|_| is_new)?)
+        };
         let vip = rules.mesh.service(service).and_then(|s| s.vips.first()).map(|vip| vip.range.addr());
         let address = SocketAddr::new(vip.unwrap_or(connection.destination.ip()), *port);
-        let beyond = rules.beyond(&called.http, service);
-        let believes = rules.believes(service, &called.http);
-        let is_bound = rules.service(service).is_some();
-        Some(Self { namespace: &service.namespace, address, is_bound, beyond, believes })
-    }
-
-    /// Asks the policies of the workloads of one that is not bound here again, without what they don't believe.
-    fn permit_unbelieved(
-        &self,
-        called: &ServiceRules,
-        request: &RequestHead,
-        connection: &Connection,
-        decided: &mut Decided,
-    ) -> Result<(), Refusal> {
-        if self.is_bound || self.believes || decided.claims.is_none() {
-            return Ok(());
-        }
-        let mut seen = Decided::default();
-        let policies = called.policies.of_workloads_in(self.namespace);
-        let permitted = authorize::apply(&policies, request, connection, &mut seen);
-        if permitted.is_err() {
-            decided.verdict = seen.verdict;
-            decided.detail = "rbac_access_denied";
-        }
-        permitted
+        Some(Self { address, rules: beyond, believes })
     }
 }
 

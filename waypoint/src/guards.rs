@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use model::Mesh;
-use process::metrics::{Description, Kind, Registry};
+use process::metrics::{Counter, Description, Kind, Registry};
 use tokio::runtime::Handle;
 
 use crate::filters::ext_authz::AuthorizerStats;
@@ -27,6 +27,8 @@ pub struct Guards {
     pub limits: RateLimits,
     /// What became of questions to external authorizers.
     pub authorizers: Arc<AuthorizerStats>,
+    /// Copies of requests that what guards their destination kept back.
+    pub copies_refused: Counter,
 }
 
 impl Guards {
@@ -44,7 +46,13 @@ impl Guards {
     pub fn fetching(fetch: Arc<dyn Fetch>, runtime: Handle) -> Self {
         let keys = Arc::new(Jwks::new(fetch, runtime));
         let authenticator = Authenticator::new(Arc::clone(&keys), REMEMBERED_TOKENS);
-        Self { keys, authenticator, limits: RateLimits::default(), authorizers: Arc::default() }
+        Self {
+            keys,
+            authenticator,
+            limits: RateLimits::default(),
+            authorizers: Arc::default(),
+            copies_refused: Counter::default(),
+        }
     }
 
     /// Follows a snapshot, before requests are decided by it.
@@ -116,6 +124,9 @@ impl Guards {
         });
         counter("culvert_rate_limit_failed", "Questions to rate-limit services without an answer", |g| {
             g.limits.stats().failed.get()
+        });
+        counter("culvert_copies_refused", "Copies that what guards their destination kept back", |g| {
+            g.copies_refused.get()
         });
         counter("culvert_rate_limit_failed_open", "Of these, those whose request went on", |g| {
             g.limits.stats().failed_open.get()

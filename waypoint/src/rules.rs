@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use hashbrown::HashSet;
-use model::http::{HttpPort, HttpService, Protocol, WaypointKey};
+use model::http::{HttpPort, HttpService, LedTo, Protocol, WaypointKey};
 use model::{
     CowMap, Destination, GatewayTarget, Mesh, OriginalDst, Policy, PolicyKey, ServiceKey, SpiffeId, Str,
     Workload,
@@ -36,6 +36,8 @@ pub struct ServiceRules {
     /// The policies for what reaches it.
     pub policies: Policies,
     ports: Box<[PortRules]>,
+    /// What the workloads behind other services ask that its routes lead to, and that no waypoint may stand before.
+    led_to: Box<[Arc<ServiceRules>]>,
 }
 
 /// What an address is that a client wants to reach through this waypoint.
@@ -79,7 +81,7 @@ impl Rules {
             };
             let (old, policies) = (services.get(&key), policies(&mesh, http));
             if !old.is_some_and(|old| Arc::ptr_eq(&old.http, http) && old.policies == policies) {
-                let rules = Arc::new(ServiceRules::new(http, policies, old));
+                let rules = Arc::new(ServiceRules::new(&mesh, http, policies, old));
                 services.insert(key, rules);
             }
         }
@@ -137,7 +139,12 @@ impl Rules {
             ..HttpService::clone(http)
         };
         let policies = other.policies.clone();
-        Some(Arc::new(ServiceRules { http: Arc::new(http), policies, ports: Box::default() }))
+        Some(Arc::new(ServiceRules {
+            http: Arc::new(http),
+            policies,
+            ports: Box::default(),
+            led_to: Box::default(),
+        }))
     }
 
     /// Whether what a token says that was taken for `called` counts for the policies of the service `to`, too: all who could
@@ -191,20 +198,47 @@ impl Rules {
 
 /// The policies of the service, and the sets of its workloads.
 fn policies(mesh: &Mesh, http: &HttpService) -> Policies {
-    let held = |keys: &[PolicyKey]| -> Vec<Result<Arc<Policy>, PolicyKey>> {
-        keys.iter().map(|key| mesh.http_policy(key).cloned().ok_or_else(|| key.clone())).collect()
-    };
-    let sets = http.selected.iter().map(|set| held(set));
-    Policies(std::iter::once(held(&http.policies)).chain(sets).collect())
+    let sets = http.selected.iter().map(|set| held(mesh, set));
+    Policies(std::iter::once(held(mesh, &http.policies)).chain(sets).collect())
+}
+
+fn held(mesh: &Mesh, keys: &[PolicyKey]) -> Vec<Result<Arc<Policy>, PolicyKey>> {
+    keys.iter().map(|key| mesh.http_policy(key).cloned().ok_or_else(|| key.clone())).collect()
 }
 
 impl ServiceRules {
-    fn new(http: &Arc<HttpService>, policies: Policies, before: Option<&Arc<Self>>) -> Self {
+    fn new(mesh: &Mesh, http: &Arc<HttpService>, policies: Policies, before: Option<&Arc<Self>>) -> Self {
+        let led_to = http.led_to.iter().map(|led| Arc::new(Self::of_workloads(mesh, http, led)));
+        let led_to = led_to.collect();
         let port = |port: &HttpPort| {
             let before = before.and_then(|before| before.port(port.number));
             PortRules::new(&http.service, port, before)
         };
-        Self { http: http.clone(), policies, ports: http.ports.iter().map(port).collect() }
+        Self { http: http.clone(), policies, ports: http.ports.iter().map(port).collect(), led_to }
+    }
+
+    /// What is asked where a route of `called` leads to a service that no waypoint stands before: the policies of the
+    /// workloads behind that.
+    fn of_workloads(mesh: &Mesh, called: &HttpService, led: &LedTo) -> Self {
+        let http = HttpService {
+            service: led.service.clone(),
+            waypoint: called.waypoint.clone(),
+            ports: Box::default(),
+            policies: Box::default(),
+            selected: led.selected.clone(),
+            led_to: Box::default(),
+            authentication: Box::default(),
+            rate_limits: Box::default(),
+            telemetry: Arc::clone(&called.telemetry),
+        };
+        let policies = Policies(led.selected.iter().map(|set| held(mesh, set)).collect());
+        Self { http: Arc::new(http), policies, ports: Box::default(), led_to: Box::default() }
+    }
+
+    /// The same, of the service `to`; `None` where its workloads have no policies.
+    #[must_use]
+    pub fn led_to(&self, to: &ServiceKey) -> Option<&Arc<Self>> {
+        self.led_to.iter().find(|led| led.http.service == *to)
     }
 
     fn asks_one_of(&self, policies: &HashSet<PolicyKey>) -> bool {
@@ -250,6 +284,7 @@ mod tests {
             ports: Box::default(),
             policies: policies.into(),
             selected: Box::default(),
+            led_to: Box::default(),
             authentication: authentication.into(),
             rate_limits: Box::default(),
             telemetry: Arc::default(),
@@ -314,18 +349,6 @@ mod tests {
         for nothing in ["a", "plain", "unbound"] {
             assert!(rules.beyond(&called, &named(nothing)).is_none(), "{nothing}");
         }
-    }
-
-    #[test]
-    fn sets_of_workloads_are_told_apart_by_namespace() {
-        let set = |keys: &[PolicyKey]| keys.iter().cloned().map(Err).collect::<Vec<_>>();
-        let (b, c, root) = (key("b", "x"), key("c", "x"), key("istio-system", "x"));
-        let sets =
-            [set(&[b.clone(), root.clone()]), set(&[c, root.clone()]), set(std::slice::from_ref(&root))];
-        let policies = Policies(std::iter::once(set(&[b])).chain(sets.clone()).collect());
-        // Those of the service itself are not among them.
-        assert_eq!(policies.of_workloads_in("b"), Policies(vec![sets[0].clone(), sets[2].clone()]));
-        assert_eq!(policies.of_workloads_in("d"), Policies(vec![sets[2].clone()]));
     }
 
     #[test]

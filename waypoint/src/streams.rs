@@ -276,8 +276,9 @@ fn permit_beyond(
 ) -> Result<Option<(Arc<ServiceRules>, Connection)>, Refused> {
     let Some((other, there)) = Deciding::beyond(rules, called, to, connection) else { return Ok(None) };
     // Of tokens and limits that both have, bytes were not asked at the one that was called either.
-    let whole = rules.service(&other.http.service).ok_or(Refused::NotServed)?;
-    if !matches!(whole.protocol(there.destination.port()), Some(Protocol::Tcp | Protocol::Tls)) {
+    if let Some(whole) = rules.service(&other.http.service)
+        && !matches!(whole.protocol(there.destination.port()), Some(Protocol::Tcp | Protocol::Tls))
+    {
         without_requests(&whole.http)?;
     }
     permit(&other.policies, &there).1?;
@@ -406,6 +407,7 @@ mod tests {
             ports: [port].into(),
             policies: Box::default(),
             selected: Box::default(),
+            led_to: Box::default(),
             authentication: Box::default(),
             rate_limits: Box::default(),
             telemetry: Arc::default(),

@@ -64,6 +64,7 @@ fn service(name: &str, waypoint: &str, policies: &[&str], to: &str) -> Change {
         .into(),
         policies: policies.iter().map(|name| policy_key(name)).collect(),
         selected: Box::default(),
+        led_to: Box::default(),
         authentication: Box::default(),
         rate_limits: Box::default(),
         telemetry: Arc::default(),

@@ -37,7 +37,7 @@ pub use route::{
     PathRewrite, Percent, Redirect, Respond, Retry, RetryOn, Route, RouteAction, RouteId, RouteKind,
     Substitution, Timeouts,
 };
-pub use service::{HttpPort, HttpService, Protocol, WaypointKey};
+pub use service::{HttpPort, HttpService, LedTo, Protocol, WaypointKey};
 pub use stream::{SelectedStream, ServerName, Stream, StreamMatch, StreamRoute, StreamTable};
 pub use table::{RouteTable, Selected};
 pub use traffic::{

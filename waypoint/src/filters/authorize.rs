@@ -21,23 +21,6 @@ impl Policies {
         self.0.iter().all(Vec::is_empty)
     }
 
-    /// Those of the workloads behind a service that may be of `namespace`.
-    #[must_use]
-    pub fn of_workloads_in(&self, namespace: &str) -> Self {
-        let key = |held: &Result<Arc<Policy>, PolicyKey>| match held {
-            Ok(policy) => policy.key.clone(),
-            Err(key) => key.clone(),
-        };
-        // Beside those of its own namespace, a set has such that are for the whole mesh.
-        let may_be = |set: &&Vec<_>| {
-            let mut namespaces: Vec<_> = set.iter().map(|held| key(held).namespace).collect();
-            namespaces.sort_unstable();
-            namespaces.dedup();
-            namespaces.len() < 2 || namespaces.iter().any(|one| **one == *namespace)
-        };
-        Self(self.0.iter().skip(1).filter(may_be).cloned().collect())
-    }
-
     /// Decides over a request, or, without one, over a connection that shows none. Each set must let it in; what is
     /// returned is the decision of the first that does not, with what all of them ask for.
     #[must_use]

@@ -285,13 +285,13 @@ pub struct Retries {
 pub struct Mirror {
     /// Whereto.
     pub endpoints: Arc<dyn Endpoints>,
-    /// Of how many requests in a million.
-    pub share: u32,
+    /// What is copied, where that is not the request as it is sent on.
+    pub request: Option<Box<RequestHead>>,
 }
 
 impl fmt::Debug for Mirror {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Mirror").field("share", &self.share).finish_non_exhaustive()
+        f.debug_struct("Mirror").finish_non_exhaustive()
     }
 }
 

@@ -28,9 +28,6 @@ pub(crate) fn send(
     mirrors: &[Mirror],
 ) {
     for mirror in mirrors {
-        if worker.random() % 1_000_000 >= u64::from(mirror.share) {
-            continue;
-        }
         let body = if upload.bytes == 0 && upload.is_read() { Some(Vec::new()) } else { upload.whole() };
         let stats = &worker.stats;
         let (Some(body), true) = (body, stats.mirrors_now.get() < worker.settings.max_mirrors) else {
@@ -39,7 +36,8 @@ pub(crate) fn send(
         };
         stats.mirrored.inc();
         stats.mirrors_now.inc();
-        let (request, connection) = (request.clone(), connection.clone());
+        let request = mirror.request.as_deref().unwrap_or(request).clone();
+        let connection = connection.clone();
         let copy = copy(Arc::clone(worker), request, connection, body, Arc::clone(&mirror.endpoints));
         let worker = Arc::clone(worker);
         tokio::spawn(async move {

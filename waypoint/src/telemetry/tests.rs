@@ -105,6 +105,7 @@ fn service() -> HttpService {
         ports: Box::default(),
         policies: Box::default(),
         selected: Box::default(),
+        led_to: Box::default(),
         authentication: Box::default(),
         rate_limits: Box::default(),
         telemetry: Arc::default(),

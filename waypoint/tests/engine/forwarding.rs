@@ -335,8 +335,7 @@ async fn a_copy_goes_to_another_whose_failures_nobody_sees() {
         }
     })
     .await;
-    let mirrors =
-        vec![Mirror { endpoints: in_turn(vec![target(mirror, Protocol::Http1)]), share: 1_000_000 }];
+    let mirrors = vec![Mirror { endpoints: in_turn(vec![target(mirror, Protocol::Http1)]), request: None }];
     let endpoints = in_turn(vec![target(lab::echo().await, Protocol::Http1)]);
     let proxy = Proxy::start_mirrored(mirrors, endpoints).await;
     let response =

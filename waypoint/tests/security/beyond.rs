@@ -1,12 +1,15 @@
 //! Routes that lead from one service to another: what guards the other is asked, too.
 
 use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
 
 use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
 
 use crate::chain::{Lab, echo, external, free, mesh_config};
 
@@ -139,19 +142,29 @@ async fn policies_of_both_are_asked_again_about_what_the_other_gets() {
     }
 }
 
-#[tokio::test]
-async fn a_token_that_the_called_service_alone_believes_satisfies_no_policy_of_both() {
+/// A key, and the set that an issuer would publish.
+fn signing_key() -> (EcdsaKeyPair, String) {
     let key = EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).unwrap();
-    let b64 = |bytes: &[u8]| URL_SAFE_NO_PAD.encode(bytes);
     let point = key.public_key().as_ref();
-    let jwks = json!({"keys": [
-        {"kty": "EC", "crv": "P-256", "x": b64(&point[1..33]), "y": b64(&point[33..])}
-    ]});
+    let (x, y) = (URL_SAFE_NO_PAD.encode(&point[1..33]), URL_SAFE_NO_PAD.encode(&point[33..]));
+    let jwks = json!({"keys": [{"kty": "EC", "crv": "P-256", "x": x, "y": y}]}).to_string();
+    (key, jwks)
+}
+
+/// What `Authorization` has for `admin`, of the issuer `mine`.
+fn token(key: &EcdsaKeyPair) -> String {
+    let b64 = |bytes: &[u8]| URL_SAFE_NO_PAD.encode(bytes);
     let message = [json!({"alg": "ES256"}), json!({"iss": "mine", "sub": "admin", "exp": 4_102_444_800_u64})]
         .map(|part| b64(part.to_string().as_bytes()))
         .join(".");
     let signature = key.sign(&SystemRandom::new(), message.as_bytes()).unwrap();
-    let bearer = format!("Bearer {message}.{}", b64(signature.as_ref()));
+    format!("Bearer {message}.{}", b64(signature.as_ref()))
+}
+
+#[tokio::test]
+async fn a_token_that_the_called_service_alone_believes_satisfies_no_policy_of_both() {
+    let (key, jwks) = signing_key();
+    let bearer = token(&key);
     let tokens = |target: &str| {
         format!(
             "
@@ -274,6 +287,114 @@ async fn no_copy_reaches_a_service_that_would_refuse_it() {
     let lab = self::lab(routes, &policies).await;
     assert_eq!(lab.ask("GET", "/", &[], "").await.0, 200);
     assert_eq!(lab.worker.stats.mirrored.get(), 0, "one of the called one's own lets nobody in there");
+}
+
+/// A server that answers 200, and writes down what it was sent.
+async fn recorder(at: &str) -> (SocketAddr, Arc<Mutex<Vec<String>>>) {
+    let listener = TcpListener::bind(at).await.unwrap();
+    let (address, seen) = (listener.local_addr().unwrap(), Arc::<Mutex<Vec<String>>>::default());
+    let written = Arc::clone(&seen);
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let seen = Arc::clone(&written);
+            tokio::spawn(async move {
+                let mut text = Vec::new();
+                while stream.read_buf(&mut text).await.unwrap_or(0) > 0 {
+                    if text.ends_with(b"\r\n\r\n") {
+                        let text = String::from_utf8(std::mem::take(&mut text)).unwrap();
+                        seen.lock().unwrap().push(text.to_ascii_lowercase());
+                        stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+                    }
+                }
+            });
+        }
+    });
+    (address, seen)
+}
+
+#[tokio::test]
+async fn tokens_and_limits_of_a_service_hold_for_copies_that_it_gets() {
+    let routes = "
+  - route: [{destination: {host: shop.example}}]
+    mirrors: [{destination: {host: other.example}}]
+";
+    let (key, jwks) = signing_key();
+    let bearer = token(&key);
+    let guards = format!(
+        "
+---
+apiVersion: security.istio.io/v1
+kind: RequestAuthentication
+metadata: {{name: other, namespace: shop}}
+spec:
+  targetRefs: [{{group: networking.istio.io, kind: ServiceEntry, name: other}}]
+  jwtRules: [{{issuer: mine, jwks: '{jwks}', outputClaimToHeaders: [{{header: x-sub, claim: sub}}]}}]
+---
+apiVersion: culvert.dev/v1alpha1
+kind: RateLimit
+metadata: {{name: other, namespace: shop}}
+spec:
+  targetRefs: [{{group: networking.istio.io, kind: ServiceEntry, name: other}}]
+  limits: [{{name: few, local: {{requests: 2, per: 1h}}}}]
+"
+    );
+    let (to, seen) = recorder("127.0.0.1:0").await;
+    let lab = lab_to(&external("other", "240.240.0.9", "http", to), free(), routes, &guards).await;
+    let asks: [(&[(&str, &str)], u64); 4] = [
+        // It would be answered 401.
+        (&[("Authorization", "Bearer x.y.z")], 0),
+        (&[("x-sub", "forged"), ("X_Sub", "forged")], 1),
+        (&[("Authorization", &bearer), ("x-sub", "forged")], 2),
+        // There is room for two.
+        (&[], 2),
+    ];
+    for (fields, copies) in asks {
+        let (status, _, body) = lab.ask("GET", "/", fields, "").await;
+        let untouched = fields.iter().all(|(_, value)| body.contains(value));
+        assert_eq!((status, untouched), (200, true), "the called service gets it as it came: {body}");
+        assert_eq!(lab.worker.stats.mirrored.get(), copies, "{fields:?}");
+    }
+    assert_eq!(lab.guards.copies_refused.get(), 2);
+    let begun = tokio::time::Instant::now();
+    while seen.lock().unwrap().len() < 2 {
+        assert!(begun.elapsed() < std::time::Duration::from_secs(60), "the copies don't come");
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    let seen = seen.lock().unwrap().clone();
+    assert!(seen.iter().all(|copy| !copy.contains("forged") && !copy.contains("bearer")), "{seen:?}");
+    assert_eq!(seen.iter().filter(|copy| copy.contains("x-sub: admin")).count(), 1, "{seen:?}");
+}
+
+#[tokio::test]
+async fn workloads_that_no_waypoint_stands_before_are_asked_about_what_they_get() {
+    // What is at one address is one workload.
+    let (to, _) = recorder("127.0.0.2:0").await;
+    let other = external("other", "240.240.0.9", "http", to).replace("use-waypoint", "none");
+    let other = other.replace("number: 80,", "number: 8080,");
+    let other = other.replace("address: 127.0.0.2", "address: 127.0.0.2, labels: {app: other}");
+    let selecting = |rest: &str| {
+        format!(
+            "
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {{name: other, namespace: shop}}
+spec:
+  selector: {{matchLabels: {{app: other}}}}
+{rest}
+"
+        )
+    };
+    for (rest, path, status, what) in [
+        (deny("paths: [/secret*]"), "/rewritten", 403, "a path that it is given"),
+        (deny("paths: [/secret*]"), "/open", 200, "another path"),
+        (deny("paths: [/rewritten]"), "/rewritten", 403, "the path that it had"),
+        (deny("ports: [\"8080\"]"), "/open", 403, "the port that it is led to"),
+        (deny("ports: [\"8080\"]"), "/own", 200, "where it is not led"),
+    ] {
+        let lab = lab_to(&other, free(), TO_OTHER, &selecting(&rest)).await;
+        assert_eq!(lab.ask("GET", path, &[], "").await.0, status, "{what}");
+    }
 }
 
 #[tokio::test]

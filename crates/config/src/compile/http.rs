@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use model::http::{BackendRef, Forward, HttpPort, HttpService, Protocol, RouteAction, WaypointKey};
+use model::http::{BackendRef, Forward, HttpPort, HttpService, LedTo, Protocol, RouteAction, WaypointKey};
 use model::{Change, ServiceKey};
 
 use super::instance::{Definition, Told};
@@ -141,8 +141,13 @@ impl Compiler {
         let ports: Box<[HttpPort]> = ports.collect();
         let led: BTreeSet<ServiceKey> = ports.iter().flat_map(led_to).collect();
         let selected = self.selected(std::iter::once(&service).chain(&led));
+        let others = led.into_iter().filter(|other| *other != service);
+        let led_to =
+            others.map(|other| LedTo { selected: self.selected(std::iter::once(&other)), service: other });
+        let led_to = led_to.filter(|led| !led.selected.is_empty()).collect();
         Some(HttpService {
             selected,
+            led_to,
             ports,
             service,
             waypoint: WaypointKey { namespace: waypoint.namespace.clone(), name: waypoint.name.clone() },

@@ -37,6 +37,9 @@ pub struct HttpService {
     /// for each combination that there is among the workloads. Which of them takes a request is not known when it is
     /// decided, so each set must let it in. Nearly always there is one, or none.
     pub selected: Box<[Box<[PolicyKey]>]>,
+    /// Of these sets those of the workloads behind other services that its routes lead to, which are asked about the request as
+    /// that service gets it where no waypoint stands before that. Services without any are left out.
+    pub led_to: Box<[LedTo]>,
     /// Whose tokens are looked for in what reaches it, by name; one that is listed and not known refuses.
     pub authentication: Box<[PolicyKey]>,
     /// The rate limits that hold for what reaches it, by name; one that is listed and not known refuses.
@@ -51,6 +54,15 @@ impl HttpService {
     pub fn port(&self, number: u16) -> Option<&HttpPort> {
         self.ports.iter().find(|p| p.number == number)
     }
+}
+
+/// A service that routes of another lead to.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct LedTo {
+    /// The service.
+    pub service: ServiceKey,
+    /// The policies of the workloads behind it, as [`HttpService::selected`] has them.
+    pub selected: Box<[Box<[PolicyKey]>]>,
 }
 
 /// A port of a service.

@@ -8,10 +8,10 @@ use std::time::Duration;
 use ::http::{HeaderName, HeaderValue};
 use model::http::{
     Abort, Backend, BackendRef, Cors, Fault as Faults, Forward, HeaderEdit, HeaderEdits, HeaderMatch,
-    HostRewrite, HttpPort, HttpService, Mirror, Origin, PathMatch, PathRewrite, Pattern, Percent, Protocol,
-    QueryMatch, Redirect, Regex, Respond, Retry, RetryOn, Route, RouteAction, RouteId, RouteKind, RouteMatch,
-    RouteTable, ServerName, SourceMatch, StreamMatch, StreamRoute, StreamTable, Substitution, Timeouts,
-    WaypointKey,
+    HostRewrite, HttpPort, HttpService, LedTo, Mirror, Origin, PathMatch, PathRewrite, Pattern, Percent,
+    Protocol, QueryMatch, Redirect, Regex, Respond, Retry, RetryOn, Route, RouteAction, RouteId, RouteKind,
+    RouteMatch, RouteTable, ServerName, SourceMatch, StreamMatch, StreamRoute, StreamTable, Substitution,
+    Timeouts, WaypointKey,
 };
 use model::{PolicyKey, ServiceKey, Str};
 
@@ -45,7 +45,11 @@ impl Decoder {
             waypoint: WaypointKey { namespace, name },
             ports: each(&s.ports, "ports", |p| self.http_port(p))?,
             policies: self.policy_keys(&s.policies, "policies")?,
-            selected: each(&s.selected, "selected", |set| self.policy_keys(&set.policies, "policies"))?,
+            selected: self.sets(&s.selected)?,
+            led_to: each(&s.led_to, "led_to", |led| {
+                let service = self.service_key(led.service.as_ref(), "service")?;
+                Ok(LedTo { service, selected: self.sets(&led.selected)? })
+            })?,
             authentication: self.policy_keys(&s.authentication, "authentication")?,
             rate_limits: self.policy_keys(&s.rate_limits, "rate_limits")?,
             telemetry: {
@@ -73,6 +77,10 @@ impl Decoder {
             return Err(Fault::new("name", Problem::Missing).within(field));
         }
         Ok((self.text(&name.namespace), self.text(&name.name)))
+    }
+
+    fn sets(&mut self, all: &[wire::Policies]) -> Result<Box<[Box<[PolicyKey]>]>, Fault> {
+        each(all, "selected", |set| self.policy_keys(&set.policies, "policies"))
     }
 
     fn policy_keys(&mut self, keys: &[wire::Name], field: &str) -> Result<Box<[PolicyKey]>, Fault> {

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use model::http::{
     Abort, Backend, BackendRef, Cors, Fault, HeaderEdit, HeaderEdits, HeaderMatch, HostRewrite, HttpPort,
-    HttpService, Mirror, Origin, PathMatch, PathRewrite, Pattern, Protocol, QueryMatch, Redirect, Respond,
-    Retry, Route, RouteAction, RouteId, RouteKind, RouteMatch, RouteTable, ServerName, SourceMatch,
+    HttpService, LedTo, Mirror, Origin, PathMatch, PathRewrite, Pattern, Protocol, QueryMatch, Redirect,
+    Respond, Retry, Route, RouteAction, RouteId, RouteKind, RouteMatch, RouteTable, ServerName, SourceMatch,
     StreamMatch, StreamRoute, StreamTable, Timeouts,
 };
 use model::{PolicyKey, ServiceKey, Str};
@@ -21,8 +21,17 @@ use crate::wire::waypoint as wire;
 /// Writes what a waypoint does for a service.
 #[must_use]
 pub fn encode_http_service(service: &HttpService) -> wire::HttpService {
-    let HttpService { service, waypoint, ports, policies, selected, authentication, rate_limits, telemetry } =
-        service;
+    let HttpService {
+        service,
+        waypoint,
+        ports,
+        policies,
+        selected,
+        led_to,
+        authentication,
+        rate_limits,
+        telemetry,
+    } = service;
     wire::HttpService {
         service: Some(service_key(service)),
         waypoint: Some(wire::Name {
@@ -31,14 +40,22 @@ pub fn encode_http_service(service: &HttpService) -> wire::HttpService {
         }),
         ports: ports.iter().map(port).collect(),
         policies: policies.iter().map(policy_key).collect(),
-        selected: selected
+        selected: sets(selected),
+        led_to: led_to
             .iter()
-            .map(|set| wire::Policies { policies: set.iter().map(policy_key).collect() })
+            .map(|LedTo { service, selected }| wire::LedTo {
+                service: Some(service_key(service)),
+                selected: sets(selected),
+            })
             .collect(),
         authentication: authentication.iter().map(policy_key).collect(),
         rate_limits: rate_limits.iter().map(policy_key).collect(),
         telemetry: Some(super::telemetry::telemetry(telemetry)),
     }
+}
+
+fn sets(all: &[Box<[PolicyKey]>]) -> Vec<wire::Policies> {
+    all.iter().map(|set| wire::Policies { policies: set.iter().map(policy_key).collect() }).collect()
 }
 
 pub(super) fn service_key(key: &ServiceKey) -> wire::ServiceKey {

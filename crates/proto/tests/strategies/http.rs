@@ -7,7 +7,7 @@ use ::http::{HeaderName, HeaderValue};
 use model::http::{
     Abort, Attribute, AttributeMatch, Backend, BackendRef, ConnectionPool, Cors, Distribution, Fault,
     Forward, HashKey, HashTable, HeaderEdit, HeaderEdits, HeaderMatch, HostRewrite, HttpMatch, HttpPort,
-    HttpService, LoadBalancer, LocalitySetting, Mirror, Origin, Outliers, PathMatch, PathPattern,
+    HttpService, LedTo, LoadBalancer, LocalitySetting, Mirror, Origin, Outliers, PathMatch, PathPattern,
     PathRewrite, Pattern, Percent, Protocol, QueryMatch, Redirect, Regex, Respond, Retry, RetryBudget,
     RetryOn, Route, RouteAction, RouteId, RouteKind, RouteMatch, RouteTable, ServerName, ServiceTraffic,
     SourceMatch, StreamMatch, StreamRoute, StreamTable, Subset, Substitution, Template, Timeouts,
@@ -283,7 +283,8 @@ pub fn http_service() -> BoxedStrategy<HttpService> {
             HttpPort { number, protocol, routes: Arc::new(routes), streams: Arc::new(streams) }
         });
     let keys = || list(policy_key());
-    let policies = (keys(), list(keys()), keys(), keys());
+    let led_to = (service_key(), list(keys())).prop_map(|(service, selected)| LedTo { service, selected });
+    let policies = (keys(), list(keys()), keys(), keys(), list(led_to.boxed()));
     (service_key(), text(), filled(), list(port), policies, super::checks::telemetry())
         .prop_map(|(service, namespace, name, ports, policies, telemetry)| HttpService {
             service,
@@ -293,6 +294,7 @@ pub fn http_service() -> BoxedStrategy<HttpService> {
             selected: policies.1,
             authentication: policies.2,
             rate_limits: policies.3,
+            led_to: policies.4,
             telemetry: Arc::new(telemetry),
         })
         .boxed()
