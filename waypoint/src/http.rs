@@ -23,6 +23,7 @@ pub mod exchange;
 mod failure;
 pub mod h1;
 pub(crate) mod h2_heads;
+mod h2_input;
 pub mod head;
 pub mod held;
 pub(crate) mod hygiene;

@@ -277,7 +277,7 @@ impl Session {
         let worker = self.worker.clone();
         match protocol {
             Protocol::Http | Protocol::Http2 => {
-                serve(worker, Io::Layered(Box::new(tunnel)), connection).await;
+                serve(worker, Io::Tunnel(Box::new(tunnel)), connection).await;
             }
             Protocol::Detect => {
                 let limit = front.detect_timeout;
@@ -286,7 +286,7 @@ impl Session {
                 };
                 match spoken {
                     Spoken::Http => {
-                        serve_begun(worker, Io::Layered(Box::new(tunnel)), input, connection).await;
+                        serve_begun(worker, Io::Tunnel(Box::new(tunnel)), input, connection).await;
                     }
                     Spoken::Tls | Spoken::Other => {
                         streams::carry(front, tunnel, input, connection).await;

@@ -193,6 +193,14 @@ impl Channel {
         }
     }
 
+    /// The same of a peer of whose body there is more to be read.
+    pub(crate) fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        match self {
+            Self::H1(wire) => wire.poll_left(cx),
+            Self::H2(stream) => stream.poll_reset(cx),
+        }
+    }
+
     /// Sends a request's head to a server of HTTP/1.1; on a stream it was sent when that was opened.
     pub(crate) fn send_request(&mut self, head: &RequestHead, framing: Framing) {
         let Self::H1(wire) = self else { return };

@@ -51,6 +51,8 @@ type Answered = ((Lease, Framing), Picked, Retrying);
 
 /// Informational responses of an endpoint that are passed over.
 const MAX_INFORMATIONAL: u32 = 16;
+/// How often it is looked at whether a client has left whose body nobody takes.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// A request under way.
 pub(crate) struct Exchange<'a> {
@@ -70,6 +72,8 @@ pub(crate) struct Exchange<'a> {
     this_try: Limit,
     idle: Duration,
     idle_deadline: Instant,
+    /// When it is looked at next whether a client has left whose body nobody takes.
+    next_look: Instant,
 }
 
 /// A time limit.
@@ -145,6 +149,7 @@ pub(crate) async fn exchange(
         this_try: Limit::default(),
         idle,
         idle_deadline: started + idle,
+        next_look: started + LOOK,
     };
     let after = match Share::new(held) {
         Ok(share) => {
@@ -210,7 +215,7 @@ impl Exchange<'_> {
             if let Poll::Ready(then) = waiting.as_mut().poll(cx) {
                 return Poll::Ready(Ok(then));
             }
-            if self.upload.is_read() && self.client.poll_gone(cx).is_ready() {
+            if self.poll_gone(cx).is_ready() {
                 return Poll::Ready(Err(Failure::CLIENT_GONE));
             }
             self.hold(None, 0)?;
@@ -355,7 +360,7 @@ impl Exchange<'_> {
         let nanos = u64::try_from(most.as_nanos()).unwrap_or(u64::MAX).max(1);
         let until = Instant::now() + Duration::from_nanos(self.worker.random() % nanos);
         poll_fn(|cx| {
-            if self.upload.is_read() && self.client.poll_gone(cx).is_ready() {
+            if self.poll_gone(cx).is_ready() {
                 return Poll::Ready(Err(Failure::CLIENT_GONE));
             }
             let deadline = self.whole.deadline;
@@ -405,7 +410,7 @@ impl Exchange<'_> {
                 if let Poll::Ready(result) = getting.as_mut().poll(cx) {
                     return Poll::Ready(result.map_err(|error| Failure::of_pool(&error)));
                 }
-                if self.upload.is_read() && self.client.poll_gone(cx).is_ready() {
+                if self.poll_gone(cx).is_ready() {
                     return Poll::Ready(Err(Failure::CLIENT_GONE));
                 }
                 self.hold(None, 0)?;
@@ -449,7 +454,7 @@ impl Exchange<'_> {
                     return Poll::Ready(Err(Failure::of_response(&error, stale)));
                 }
                 Poll::Pending => {
-                    if self.upload.is_read() && self.client.poll_gone(cx).is_ready() {
+                    if self.poll_gone(cx).is_ready() {
                         return Poll::Ready(Err(Failure::CLIENT_GONE));
                     }
                     self.hold(Some(&mut lease.channel), 0)?;
@@ -480,6 +485,15 @@ impl Exchange<'_> {
         share.set(bytes).map_err(|TooMuch| Failure::HELD)
     }
 
+    /// Ready when the client has given up.
+    fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.upload.is_read() {
+            return self.client.poll_gone(cx);
+        }
+        // Reading tells it otherwise.
+        if !self.upload.is_blocked() { Poll::Pending } else { self.client.poll_left(cx) }
+    }
+
     /// Ready when it has taken too long.
     fn poll_late(&mut self, cx: &mut Context<'_>) -> Poll<Failure> {
         if self.upload.is_read() {
@@ -488,10 +502,22 @@ impl Exchange<'_> {
         }
         loop {
             let mut first = self.idle_deadline;
+            // A client of TCP that leaves while nobody reads from it wakes nobody.
+            let looks = self.upload.is_blocked() && !self.upload.is_read();
+            if looks {
+                first = first.min(self.next_look);
+            }
             for deadline in [self.whole.deadline, self.this_try.deadline].into_iter().flatten() {
                 first = first.min(deadline);
             }
             ready!(self.alarm.poll(cx, first));
+            if looks && first == self.next_look {
+                self.next_look = Instant::now() + LOOK;
+                if self.client.poll_left(cx).is_ready() {
+                    return Poll::Ready(Failure::CLIENT_GONE);
+                }
+                continue;
+            }
             if self.whole.is_over_at(first) {
                 return Poll::Ready(Failure::TIMEOUT);
             }
@@ -601,7 +627,7 @@ impl Exchange<'_> {
                 return Poll::Ready(Err(failure));
             }
         }
-        if self.upload.is_read() && !both && self.client.poll_gone(cx).is_ready() {
+        if !both && self.poll_gone(cx).is_ready() {
             return Poll::Ready(Err(Failure::CLIENT_GONE));
         }
         self.hold(Some(&mut lease.channel), download.held())?;

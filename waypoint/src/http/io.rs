@@ -1,12 +1,14 @@
 //! What carries bytes, and the buffers that they are read into.
 
+use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, BytesMut};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use hbone::Tunnel;
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_util::io::{poll_read_buf, poll_write_buf};
 
@@ -16,7 +18,9 @@ use crate::http::body::Output;
 pub enum Io {
     /// TCP.
     Tcp(TcpStream),
-    /// Anything above it: TLS, a tunnel, TLS in a tunnel.
+    /// A client's tunnel.
+    Tunnel(Box<Tunnel>),
+    /// Anything else above TCP: TLS, a tunnel of ours, TLS in a tunnel.
     Layered(Box<dyn net::Io>),
 }
 
@@ -24,6 +28,7 @@ impl std::fmt::Debug for Io {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Tcp(_) => "Tcp",
+            Self::Tunnel(_) => "Tunnel",
             Self::Layered(_) => "Layered",
         })
     }
@@ -38,6 +43,7 @@ impl Io {
     ) -> Poll<io::Result<usize>> {
         match self {
             Self::Tcp(stream) => poll_read_buf(Pin::new(stream), cx, buffer),
+            Self::Tunnel(stream) => poll_read_buf(Pin::new(&mut **stream), cx, buffer),
             Self::Layered(stream) => poll_read_buf(Pin::new(stream), cx, buffer),
         }
     }
@@ -54,6 +60,7 @@ impl Io {
                     Poll::Ready(Ok(written))
                 }
                 Self::Tcp(stream) => poll_write_buf(Pin::new(stream), cx, output),
+                Self::Tunnel(stream) => poll_write_buf(Pin::new(&mut **stream), cx, output),
                 Self::Layered(stream) => poll_write_buf(Pin::new(stream), cx, output),
             })?;
             if written == 0 {
@@ -63,9 +70,26 @@ impl Io {
         }
         match self {
             // What was written to it is on its way.
-            Self::Tcp(_) => Poll::Ready(Ok(())),
+            Self::Tcp(_) | Self::Tunnel(_) => Poll::Ready(Ok(())),
             Self::Layered(_) if !wrote => Poll::Ready(Ok(())),
             Self::Layered(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+}
+
+impl Io {
+    /// Ready when the peer has ended the connection, whatever of it was not read yet. Of TCP nobody is woken for that: it is to
+    /// be asked again; of TLS it is not seen.
+    pub(crate) fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        match self {
+            Self::Tcp(stream) => {
+                // What the kernel has told of the connection, for those who ask nothing but that.
+                let told = std::pin::pin!(stream.ready(Interest::PRIORITY)).poll(cx);
+                let left = matches!(told, Poll::Ready(Ok(ready)) if ready.is_read_closed());
+                if left { Poll::Ready(()) } else { Poll::Pending }
+            }
+            Self::Tunnel(stream) => stream.poll_reset(cx).map(|_| ()),
+            Self::Layered(_) => Poll::Pending,
         }
     }
 }
@@ -74,6 +98,7 @@ impl AsyncRead for Io {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
+            Self::Tunnel(stream) => Pin::new(&mut **stream).poll_read(cx, buf),
             Self::Layered(stream) => Pin::new(stream).poll_read(cx, buf),
         }
     }
@@ -83,6 +108,7 @@ impl AsyncWrite for Io {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
+            Self::Tunnel(stream) => Pin::new(&mut **stream).poll_write(cx, buf),
             Self::Layered(stream) => Pin::new(stream).poll_write(cx, buf),
         }
     }
@@ -94,6 +120,7 @@ impl AsyncWrite for Io {
     ) -> Poll<io::Result<usize>> {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Self::Tunnel(stream) => Pin::new(&mut **stream).poll_write_vectored(cx, bufs),
             Self::Layered(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
         }
     }
@@ -101,13 +128,14 @@ impl AsyncWrite for Io {
     fn is_write_vectored(&self) -> bool {
         match self {
             Self::Tcp(stream) => stream.is_write_vectored(),
+            Self::Tunnel(stream) => stream.is_write_vectored(),
             Self::Layered(stream) => stream.is_write_vectored(),
         }
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Self::Tcp(_) => Poll::Ready(Ok(())),
+            Self::Tcp(_) | Self::Tunnel(_) => Poll::Ready(Ok(())),
             Self::Layered(stream) => Pin::new(stream).poll_flush(cx),
         }
     }
@@ -115,6 +143,7 @@ impl AsyncWrite for Io {
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Tunnel(stream) => Pin::new(&mut **stream).poll_shutdown(cx),
             Self::Layered(stream) => Pin::new(stream).poll_shutdown(cx),
         }
     }

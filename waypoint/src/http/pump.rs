@@ -162,6 +162,11 @@ impl Pump {
         Some(kept.parts.iter().cloned().chain(small).collect())
     }
 
+    /// Whether what was read waits for the other side to take it.
+    pub(crate) fn is_blocked(&self) -> bool {
+        !self.pending.is_empty()
+    }
+
     /// Whether the end was read.
     pub(crate) fn is_read(&self) -> bool {
         self.read

@@ -3,10 +3,10 @@
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Poll, ready};
 
 use bytes::{Bytes, BytesMut};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::Instant;
 use tokio_util::sync::WaitForCancellationFutureOwned;
 
@@ -16,14 +16,13 @@ use crate::http::decide::Connection;
 use crate::http::exchange::{After, exchange};
 use crate::http::h1::{Framing, Refusal};
 use crate::http::h2_heads;
+use crate::http::h2_input::{HeadTooLate, Input, PREFACE};
 use crate::http::head::{MAX_HEAD, RequestHead, ResponseHead};
 use crate::http::held::OfClient;
 use crate::http::io::Io;
 use crate::http::wire::{ReadError, Wire};
 use crate::http::worker::Worker;
 
-/// How HTTP/2 begins (RFC 9113 section 3.4).
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// What is read and dropped of a request whose response was given without it.
 const LINGER_BYTES: usize = 256 * 1024;
 
@@ -72,7 +71,8 @@ pub async fn serve_begun(worker: Arc<Worker>, io: Io, input: BytesMut, connectio
     match idle.ok().flatten() {
         Some(true) => {
             let (io, input) = wire.into_parts();
-            Box::pin(serve_h2(&worker, Rewound { io, input }, connection)).await;
+            let input = Input::new(io, input, worker.settings.head_timeout);
+            Box::pin(serve_h2(&worker, input, connection)).await;
         }
         Some(false) => {
             let mut session = Session {
@@ -219,62 +219,8 @@ fn first_of(a: Poll<()>, b: Poll<()>) -> Poll<()> {
     if a.is_ready() { a } else { b }
 }
 
-/// A connection with what was read of it.
-struct Rewound {
-    io: Io,
-    input: BytesMut,
-}
-
-impl AsyncRead for Rewound {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<std::io::Result<()>> {
-        if self.input.is_empty() {
-            return Pin::new(&mut self.io).poll_read(cx, buf);
-        }
-        let part = self.input.len().min(buf.remaining());
-        buf.put_slice(&self.input.split_to(part));
-        if self.input.is_empty() {
-            self.input = BytesMut::new();
-        }
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl AsyncWrite for Rewound {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<std::io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[std::io::IoSlice<'_>],
-    ) -> Poll<std::io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.io.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
-    }
-}
-
 /// Serves a connection of HTTP/2: each stream is a task of its own.
-async fn serve_h2(worker: &Arc<Worker>, io: Rewound, connection: Connection) {
+async fn serve_h2(worker: &Arc<Worker>, io: Input, connection: Connection) {
     let settings = &worker.settings;
     let mut builder = h2::server::Builder::new();
     builder
@@ -316,6 +262,10 @@ async fn serve_h2(worker: &Arc<Worker>, io: Rewound, connection: Connection) {
                 tokio::spawn(serve_stream(Arc::clone(worker), Arc::clone(&connection), request, respond));
             }
             Some(Err(error)) => {
+                if error.get_io().is_some_and(HeadTooLate::is) {
+                    worker.stats.heads_timed_out.inc();
+                    worker.decide.refused(&connection.1, 408, &HeadTooLate);
+                }
                 tracing::debug!(%error, client = %connection.1.client, "a connection of HTTP/2 failed");
                 return;
             }

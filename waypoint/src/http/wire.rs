@@ -294,6 +294,11 @@ impl Wire {
         Poll::Pending
     }
 
+    /// The same without reading, for a peer that sends more than is taken; see [`Io::poll_left`].
+    pub(crate) fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.ended { Poll::Ready(()) } else { self.io.poll_left(cx) }
+    }
+
     /// Whether an idle connection can be used: its peer has neither ended it nor sent anything.
     pub(crate) fn is_quiet(&mut self) -> bool {
         let mut cx = Context::from_waker(std::task::Waker::noop());

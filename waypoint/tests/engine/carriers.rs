@@ -111,7 +111,7 @@ impl To {
         let identity = Some(Arc::new(self.peer.clone()));
         let connection = Connection { identity, ..facts(self.client, self.service) };
         let tunnel = incoming.accept(&TunnelHeaders::default()).unwrap();
-        tokio::spawn(serve(Arc::clone(worker), Io::Layered(Box::new(tunnel)), connection));
+        tokio::spawn(serve(Arc::clone(worker), Io::Tunnel(Box::new(tunnel)), connection));
     }
 }
 

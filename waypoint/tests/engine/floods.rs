@@ -73,6 +73,22 @@ async fn a_head_that_goes_on_and_on_is_ended() {
 }
 
 #[tokio::test]
+async fn a_head_that_does_not_end_is_not_waited_for() {
+    let settings = Settings { head_timeout: Duration::from_millis(200), ..Settings::default() };
+    let endpoints = in_turn(vec![target(lab::echo().await, Protocol::Http1)]);
+    let proxy = Proxy::start(Forwarding::default(), endpoints, settings).await;
+    let open = frame(HEADERS, END_STREAM, 1, &request("GET", "/", &[]));
+    for (part, given_up) in [(&open[..], 1), (&open[..12], 2)] {
+        let mut client = Raw::connect(&proxy, &[]).await;
+        client.send(part).await;
+        // Nothing is said in between: that would be no HTTP/2.
+        while client.next().await.is_some() {}
+        assert_eq!(proxy.worker.stats.heads_timed_out.get(), given_up);
+    }
+    others_are_served(&proxy).await;
+}
+
+#[tokio::test]
 async fn few_bytes_that_stand_for_many_are_refused() {
     let proxy = Proxy::to(lab::echo().await).await;
     // A field of 4,000 bytes, put in the table once and named 10,000 times: 40 MB of a head of 14 kB.

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
 use waypoint::http::Settings;
 use waypoint::http::decide::{Forwarding, Measured, Outcome, Protocol, Retries, Timeouts};
 use waypoint::http::held::HeldLimits;
@@ -296,4 +298,54 @@ async fn connections_of_bytes_are_limited_by_their_destination() {
     assert_eq!(circuit.counts().connections_refused, 1);
     drop(first);
     assert!(open().await.is_ok());
+}
+
+/// A server that takes no body.
+async fn takes_nothing() -> SocketAddr {
+    server(|_, mut client: Client| async move {
+        let _ = client.head().await;
+        std::future::pending::<()>().await;
+    })
+    .await
+}
+
+/// As much as is taken; none is for a second then.
+async fn fill(client: &mut TcpStream) {
+    let data = [b'x'; 64 * 1024];
+    while let Ok(sent) = tokio::time::timeout(Duration::from_secs(1), client.write_all(&data)).await {
+        sent.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_while_nobody_takes_its_body_is_noticed() {
+    let proxy = through(vec![takes_nothing().await], Protocol::Http1, Forwarding::default()).await;
+    let head = "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000\r\n\r\n";
+    let mut client = TcpStream::connect(proxy.address).await.unwrap();
+    client.write_all(head.as_bytes()).await.unwrap();
+    fill(&mut client).await;
+    assert!(proxy.records().is_empty());
+    // As when the program is killed: behind what nobody takes, an end in good order does not arrive.
+    client.set_zero_linger().unwrap();
+    drop(client);
+    let record = &proxy.wait_records(1).await[0];
+    assert_eq!((record.status, &*record.flag.to_string()), (0, "DC"));
+
+    // A stream of HTTP/2 on a connection that stays.
+    let client = TcpStream::connect(proxy.address).await.unwrap();
+    let (sender, connection) = h2::client::handshake(client).await.unwrap();
+    let driver = tokio::spawn(connection);
+    let request = http::Request::post("http://a/").body(()).unwrap();
+    let (_response, mut body) = sender.ready().await.unwrap().send_request(request, false).unwrap();
+    loop {
+        body.reserve_capacity(16 * 1024);
+        let room = std::future::poll_fn(|cx| body.poll_capacity(cx));
+        let Ok(room) = tokio::time::timeout(Duration::from_secs(1), room).await else { break };
+        body.send_data(vec![b'x'; room.unwrap().unwrap()].into(), false).unwrap();
+    }
+    assert_eq!(proxy.records().len(), 1);
+    body.send_reset(h2::Reason::CANCEL);
+    let record = &proxy.wait_records(2).await[1];
+    assert_eq!((record.status, &*record.flag.to_string()), (0, "DC"));
+    driver.abort();
 }
