@@ -30,10 +30,11 @@ use tokio::time::{Instant, Sleep, sleep};
 use tokio_util::io::poll_read_buf;
 
 use crate::backlog::{Backlog, PIECES};
+use crate::settings::FRAME_SIZE;
 use crate::tunnel::{ErrorCode, Tunnel, TunnelError};
 
-/// The most that is read from the application at once.
-const READ: usize = 128 * 1024;
+/// The most that is read from the application at once: whole frames.
+const READ: usize = 2 * FRAME_SIZE as usize;
 /// What pumps of one thread read into. Read data stays in it until it is sent.
 const SLAB: usize = 256 * 1024;
 /// Less than this is copied out of the slab, so that little data on a slow tunnel can't keep a slab alive.

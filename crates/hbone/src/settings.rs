@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use crate::memory::Memory;
 
-/// The largest payload of a DATA frame that we accept. Two frames' worth of records fit one write; more would only
-/// let one stream hold up the others.
-const FRAME_SIZE: u32 = 64 * 1024;
+/// The largest payload of a DATA frame that we accept. With its header it fills four TLS records, so that a stream of them
+/// leaves no rest that takes a record, a write and a packet of its own; longer ones would only let one stream hold up the
+/// others.
+pub(crate) const FRAME_SIZE: u32 = 64 * 1024 - 9;
 
 /// The largest window of a connection (RFC 9113 section 6.9.1), of a stream, and how many of these it has room for. A
 /// stream's is what one bulk transfer needs at 10 Gbit/s and 3 ms, and so there are not more streams.
@@ -54,7 +55,7 @@ impl Default for Transport {
             stream_window: STREAM_WINDOW,
             connection_window: CONNECTION_WINDOW,
             memory: Memory::of_process(),
-            send_buffer: 256 * 1024,
+            send_buffer: 4 * FRAME_SIZE as usize,
             header_list: 16 * 1024,
             ping_interval: Duration::from_secs(15),
             ping_timeout: Duration::from_secs(15),

@@ -21,6 +21,9 @@ use crate::flood::{Flood, FrameWatch};
 const COLLECT: usize = 16 * 1024;
 /// Pieces of one vectored write.
 const PIECES: usize = 16;
+/// What is read in one poll of the connection before its tunnels get their turn to deliver it. Of much more the first
+/// would have left the processor's cache by then, and none of the buffers that it lies in could be used again for the rest.
+const TURN: usize = 256 * 1024;
 
 /// The connection's byte stream; a clone for `h2` and one for the task that drives it. Only that task uses them, so
 /// the lock is never waited for.
@@ -30,6 +33,8 @@ struct State<T> {
     io: T,
     out: BytesMut,
     unflushed: bool,
+    /// Read in this turn.
+    turn: usize,
     watch: FrameWatch,
     flood: Option<Flood>,
 }
@@ -42,7 +47,7 @@ impl<T> Clone for Wire<T> {
 
 impl<T: Io> Wire<T> {
     pub(crate) fn new(io: T, watch: FrameWatch) -> Self {
-        let state = State { io, out: BytesMut::new(), unflushed: false, watch, flood: None };
+        let state = State { io, out: BytesMut::new(), unflushed: false, turn: 0, watch, flood: None };
         Self(Arc::new(Mutex::new(state)))
     }
 
@@ -74,6 +79,7 @@ pub(crate) struct Seen {
 
 impl<T: Io> State<T> {
     fn poll_flush_now(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.turn = 0;
         ready!(self.poll_send_out(cx))?;
         if self.unflushed {
             ready!(Pin::new(&mut self.io).poll_flush(cx))?;
@@ -155,8 +161,13 @@ impl<T: Io> AsyncRead for Wire<T> {
             // Nothing more is read; the driving task looks at `flood` after each poll.
             return Poll::Pending;
         }
+        if state.turn >= TURN {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         let before = buf.filled().len();
         ready!(Pin::new(&mut state.io).poll_read(cx, buf))?;
+        state.turn += buf.filled().len() - before;
         if let Err(flood) = state.watch.read(buf.filled().get(before..).unwrap_or_default()) {
             state.flood = Some(flood);
         }
@@ -198,9 +209,10 @@ impl<T: Io> AsyncWrite for Wire<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use futures_util::task::noop_waker_ref;
+    use futures_util::task::{ArcWake, noop_waker_ref, waker};
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
-    /// Takes at most `step` bytes a call and records each call's length.
+    /// Takes at most `step` bytes a call and records each call's length. Always has more to read.
     struct Sink {
         step: usize,
         got: Vec<u8>,
@@ -208,8 +220,15 @@ mod tests {
     }
 
     impl AsyncRead for Sink {
-        fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-            Poll::Pending
+        fn poll_read(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            buf: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            let [_, high, middle, low] = u32::try_from(buf.remaining() - 9).unwrap().to_be_bytes();
+            buf.put_slice(&[high, middle, low, 0, 0, 0, 0, 0, 1]);
+            buf.put_slice(&vec![0; buf.remaining()]);
+            Poll::Ready(Ok(()))
         }
     }
 
@@ -274,6 +293,36 @@ mod tests {
             if step == usize::MAX {
                 assert_eq!(state.io.calls, [60_109, 16_387, 16_386, 40]);
             }
+        }
+    }
+
+    #[derive(Default)]
+    struct Woken(AtomicUsize);
+
+    impl ArcWake for Woken {
+        fn wake_by_ref(this: &Arc<Self>) {
+            this.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn reading_stops_for_others_and_goes_on() {
+        let woken = Arc::new(Woken::default());
+        let waker = waker(Arc::clone(&woken));
+        let (mut wire, mut cx) = (wire(1), Context::from_waker(&waker));
+        for turn in 1..4 {
+            let (mut room, mut read) = (vec![0; 40_000], 0);
+            loop {
+                let mut buf = ReadBuf::new(&mut room);
+                match Pin::new(&mut wire).poll_read(&mut cx, &mut buf) {
+                    Poll::Ready(result) => result.unwrap(),
+                    Poll::Pending => break,
+                }
+                read += buf.filled().len();
+            }
+            assert!((TURN..TURN + 40_000).contains(&read), "{read} bytes in turn {turn}");
+            assert_eq!(woken.0.load(Ordering::Relaxed), turn, "nobody would come back");
+            assert!(wire.poll_flush_now(&mut cx).is_ready());
         }
     }
 }
