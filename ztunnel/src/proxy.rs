@@ -26,6 +26,7 @@ use std::borrow::Borrow;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ::telemetry::Meter;
@@ -118,6 +119,8 @@ pub enum Carried {
         client: TcpStream,
         /// What was dialled.
         server: TcpStream,
+        /// Bytes of the client that the server has got already.
+        ahead: u64,
     },
     /// The same, where this process is the proxy of both ends.
     Within {
@@ -125,6 +128,8 @@ pub enum Carried {
         client: TcpStream,
         /// What was dialled.
         server: TcpStream,
+        /// Bytes of the client that the server has got already.
+        ahead: u64,
         /// The destination's view, and whether it still allows it.
         seen: Box<(Story, Recheck)>,
     },
@@ -134,8 +139,13 @@ pub enum Carried {
         tunnel: hbone::Tunnel,
         /// The application's end.
         tcp: TcpStream,
+        /// Bytes of the application that were sent already.
+        ahead: u64,
     },
 }
+
+/// A connection that is carried, to its end.
+pub type Carrying = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// What accepts connections of a pod and hands each to `handle` in a task of its own, until the process drains
 /// or the task is dropped. The listener goes first then: a successor, or a reset, takes over.
@@ -242,13 +252,15 @@ impl Proxy {
     }
 
     /// Tells the balancer that the route's endpoint did not answer. Returns it when another one is worth a try.
-    pub fn not_reached(&self, route: &Route, failure: &Failure) -> Option<Str> {
-        if !failure.worth_another_endpoint() {
+    ///
+    /// `ahead`: see [`Failure::worth_another_endpoint`].
+    pub fn not_reached(&self, route: &Route, failure: &Failure, ahead: bool) -> Option<Str> {
+        if !failure.worth_another_endpoint(false) {
             return None;
         }
         let picked = route.target().picked.as_ref()?;
         picked.report_failure(self.started.elapsed());
-        Some(picked.workload().uid.clone())
+        failure.worth_another_endpoint(ahead).then(|| picked.workload().uid.clone())
     }
 
     /// Whether an inbound connection may still go on: its policy, and the root that its peer's certificate hangs on.
@@ -307,9 +319,20 @@ impl Proxy {
     /// Carries a connection to its end: until both sides closed it, one broke, or it is cut. `held` is dropped
     /// when it is over.
     ///
+    /// Boxed: whoever awaits it would have room for it twice, once where it comes from and once where it is awaited.
+    pub fn carry<T: Send + 'static>(
+        self: &Arc<Self>,
+        story: Story,
+        recheck: Recheck,
+        carried: Carried,
+        held: T,
+    ) -> Carrying {
+        Box::pin(self.carrying(story, recheck, carried, held))
+    }
+
     /// No async function: its future lives as long as the connection, and would hold all arguments beside what is made
     /// of them.
-    pub fn carry<T: Send + 'static>(
+    fn carrying<T: Send + 'static>(
         self: &Arc<Self>,
         story: Story,
         recheck: Recheck,
@@ -319,10 +342,10 @@ impl Proxy {
         let started = Instant::now();
         let mut entered = self.enter(story, recheck, None);
         let (carried, mut other) = match carried {
-            Carried::Within { client, server, seen } => {
+            Carried::Within { client, server, ahead, seen } => {
                 let (story, allowed) = *seen;
                 let other = self.enter(story, allowed, Some(entered.open.clone()));
-                (Carried::Plain { client, server }, Some(other))
+                (Carried::Plain { client, server, ahead }, Some(other))
             }
             carried => (carried, None),
         };
@@ -408,14 +431,18 @@ impl Proxy {
 /// Copies until both sides have ended, or one fails.
 fn transfer(carried: Carried, open: Arc<Open>) -> Pin<Box<dyn Future<Output = Result<(), String>> + Send>> {
     match carried {
-        Carried::Plain { client, server } | Carried::Within { client, server, .. } => Box::pin(async move {
-            match net::copy(client, server, &open.bytes).await {
-                net::End::Finished(_) => Ok(()),
-                net::End::Reset(side) => Err(format!("reset by the {side}")),
-                net::End::Failed(side, error) => Err(format!("connection of the {side}: {error}")),
-            }
-        }),
-        Carried::Tunnelled { tunnel, tcp } => {
+        Carried::Plain { client, server, ahead } | Carried::Within { client, server, ahead, .. } => {
+            Box::pin(async move {
+                open.bytes.to_server.fetch_add(ahead, Ordering::Relaxed);
+                match net::copy(client, server, &open.bytes).await {
+                    net::End::Finished(_) => Ok(()),
+                    net::End::Reset(side) => Err(format!("reset by the {side}")),
+                    net::End::Failed(side, error) => Err(format!("connection of the {side}: {error}")),
+                }
+            })
+        }
+        Carried::Tunnelled { tunnel, tcp, ahead } => {
+            open.traffic.count_early(ahead);
             let pump = hbone::pump(tunnel, tcp, Counted(open), PumpLimits::default());
             Box::pin(pump.map(|end| if end.is_finished() { Ok(()) } else { Err(end.to_string()) }))
         }
@@ -447,7 +474,7 @@ fn record<'a>(
         src_identity: story.source_identity.as_ref().filter(|_| proved).map(|i| i as _),
         src_cluster: source.map_or("", |w| &w.cluster),
         dst_addr: story.upstream.unwrap_or(story.destination),
-        dst_hbone_addr: tunnelled.then_some(&story.destination as _),
+        dst_hbone_addr: tunnelled.then_some(story.destination),
         dst_service: story.destination_service.as_ref().map_or("", |s| &s.hostname),
         dst_workload: destination.map_or("", |w| &w.name),
         dst_namespace: destination.map_or("", |w| &w.namespace),
@@ -477,12 +504,22 @@ mod tests {
         size_of::<Fut>()
     }
 
+    fn carrying_size<F: Future>(
+        _carry: impl Fn(&Arc<Proxy>, Story, Recheck, Carried, pod::Place) -> F,
+    ) -> usize {
+        size_of::<F>()
+    }
+
     /// A connection's task is as large as its future, for as long as the connection lives: what is needed only
     /// while it is opened belongs in a box that is dropped then.
     #[test]
     fn the_tasks_of_connections_are_small() {
         let sizes = [future_size(outbound::handle), future_size(plaintext::handle)];
-        assert!(sizes.iter().all(|size| *size <= 700), "{sizes:?} bytes: outbound, plaintext");
+        assert!(sizes.iter().all(|size| *size <= 160), "{sizes:?} bytes: outbound, plaintext");
+        let carrying = carrying_size(|proxy, story, recheck, carried, held| {
+            proxy.carrying(story, recheck, carried, held)
+        });
+        assert!(carrying <= 400, "{carrying} bytes: a connection that is carried");
         let inbound = future_size(inbound::handle);
         assert!(inbound <= 3500, "{inbound} bytes: an HBONE connection");
     }

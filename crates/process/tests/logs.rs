@@ -59,7 +59,7 @@ fn record<'a>() -> AccessRecord<'a> {
         src_identity: Some(&"spiffe://cluster.local/ns/shop/sa/cart"),
         src_cluster: "Kubernetes",
         dst_addr: "10.0.0.2:15008".parse().unwrap(),
-        dst_hbone_addr: Some(&"10.0.0.2:80"),
+        dst_hbone_addr: Some("10.0.0.2:80".parse().unwrap()),
         dst_service: "db.shop.svc.cluster.local",
         dst_workload: "db-1",
         dst_namespace: "shop",
@@ -199,7 +199,7 @@ fn what_a_peer_chose_can_not_forge_a_line() {
             logs.access().complete(&AccessRecord {
                 src_workload: evil,
                 error: Some(&evil),
-                dst_hbone_addr: Some(&evil),
+                dst_identity: Some(&evil),
                 ..record()
             });
             tracing::warn!(evil, "{evil}");

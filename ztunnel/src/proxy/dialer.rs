@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use hbone::{
     Authority, ConnectError, ConnectRequest, Connector, Counter, OpenError, Pool, PoolCounters, PoolSettings,
     Transport, TunnelHeaders,
@@ -113,7 +114,9 @@ impl Tunnels {
 }
 
 impl Proxy {
-    /// Opens a tunnel to `authority` over a pooled connection of `key`.
+    /// Opens a tunnel to `authority` over a pooled connection of `key`, and sends ahead what the application at `client`
+    /// has to say until the peer consents. `early` is what was sent so to another peer, in vain, and afterwards what was
+    /// sent to this one.
     ///
     /// # Errors
     /// The peer can't be reached, isn't who it should be, or refuses.
@@ -122,13 +125,16 @@ impl Proxy {
         key: &TunnelKey,
         authority: SocketAddr,
         headers: TunnelHeaders,
+        (client, early): (&mut TcpStream, &mut Vec<Bytes>),
     ) -> Result<(hbone::Tunnel, Arc<PeerInfo>), Failure> {
         let to = key.to.socket_addr();
         let authority = Authority::from_addr(authority)
             .ok_or_else(|| Failure::Connect { to: authority, reason: "port 0".into() })?;
         let request = ConnectRequest { authority, headers };
-        let opened = self.tunnels.here().open(key, &request).await.map_err(|error| failure(to, error))?;
-        Ok((opened.tunnel, opened.peer))
+        match self.tunnels.here().open_early(key, &request, client, early).await {
+            Ok(opened) => Ok((opened.tunnel, opened.peer)),
+            Err(error) => Err(failure(to, error)),
+        }
     }
 }
 

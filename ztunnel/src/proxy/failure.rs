@@ -41,6 +41,14 @@ pub enum Failure {
         /// Why it failed.
         reason: String,
     },
+    /// What the application had said first, to a tunnel that was refused, did not get to another endpoint.
+    #[error("send to {to} what the application said first: {reason}")]
+    Ahead {
+        /// Where to.
+        to: std::net::SocketAddr,
+        /// Why it failed.
+        reason: String,
+    },
     /// The host name of an endpoint can't be resolved.
     #[error("resolve {0}: {1}")]
     Resolve(String, String),
@@ -139,15 +147,13 @@ impl Failure {
     }
 
     /// Whether another endpoint of the same service may fare better. Policy and what is malformed do not change
-    /// with the endpoint.
-    pub fn worth_another_endpoint(&self) -> bool {
-        matches!(
-            self,
-            Self::Connect { .. }
-                | Self::Tls { .. }
-                | Self::Http2 { .. }
-                | Self::Resolve(..)
-                | Self::PeerStatus(503)
-        )
+    /// with the endpoint. Where something was sent `ahead` of an answer that never came, nobody knows whether the application
+    /// got it, and no other may get it too.
+    pub fn worth_another_endpoint(&self, ahead: bool) -> bool {
+        match self {
+            Self::Connect { .. } | Self::Tls { .. } | Self::Resolve(..) | Self::PeerStatus(503) => true,
+            Self::Http2 { .. } => !ahead,
+            _ => false,
+        }
     }
 }

@@ -21,7 +21,7 @@ use tokio::time::Instant;
 use super::failure::Failure;
 use super::peers::Seat;
 use super::pod::{LocalPod, Place};
-use super::{Carried, Proxy, is_listener_port};
+use super::{Carried, Carrying, Proxy, is_listener_port};
 use crate::connections::{Carrier, Direction, Story, Verdict, now_ms};
 
 /// A drain that waits for the tunnels, not for a deadline.
@@ -131,7 +131,7 @@ impl Session {
     }
 
     /// Delivers what is permitted; what carries it, if it could be delivered.
-    async fn begin(self: Arc<Self>, incoming: Incoming) -> Option<impl Future<Output = ()> + Send> {
+    async fn begin(self: Arc<Self>, incoming: Incoming) -> Option<Carrying> {
         let hold = self.proxy.shutdown.hold();
         let (story, decision) = match self.decide(&incoming) {
             Ok(decided) => decided,
@@ -146,7 +146,7 @@ impl Session {
                 let peer = Some(self.info.clone());
                 let recheck = self.proxy.recheck_inbound(&self.pod, permit.connection().clone(), peer);
                 let held = (place, hold);
-                Some(self.proxy.carry(story, recheck, Carried::Tunnelled { tunnel, tcp }, held))
+                Some(self.proxy.carry(story, recheck, Carried::Tunnelled { tunnel, tcp, ahead: 0 }, held))
             }
             Err(failure) => {
                 self.proxy.refused(story, &failure);

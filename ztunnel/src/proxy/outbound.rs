@@ -6,13 +6,16 @@
 //!                                                   +---- next endpoint -+   while nothing was sent
 //! ```
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use hbone::{Forwarded, TunnelHeaders};
+use bytes::Bytes;
+use hbone::{Forwarded, HeaderValue, TunnelHeaders};
 use identity::PeerInfo;
 use model::{OriginalDst, SpiffeId, Workload};
 use net::ConnectOptions;
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
 use super::dialer::TunnelKey;
@@ -20,7 +23,7 @@ use super::failure::Failure;
 use super::pod::{LocalPod, Place};
 use super::resolve::{Context, Route};
 use super::within::{Source, Within};
-use super::{Carried, Proxy};
+use super::{Carried, Carrying, Proxy};
 use crate::connections::{Carrier, Direction, Recheck, Story, Verdict, now_ms};
 
 /// Carries one captured connection of the application at `peer` to its end.
@@ -36,9 +39,9 @@ pub async fn handle(proxy: Arc<Proxy>, pod: Arc<LocalPod>, client: TcpStream, pe
 async fn begin(
     proxy: Arc<Proxy>,
     pod: Arc<LocalPod>,
-    client: TcpStream,
+    mut client: TcpStream,
     peer: SocketAddr,
-) -> Option<impl Future<Output = ()> + Send> {
+) -> Option<Carrying> {
     let prepared = match proxy.may_connect().await {
         Ok(()) => {
             proxy.captured(&client, peer).and_then(|dialled| Outbound::new(&proxy, &pod, peer, dialled))
@@ -52,7 +55,9 @@ async fn begin(
             return None;
         }
     };
-    match outbound.open().await {
+    // What the application says first goes with the CONNECT, or right behind it.
+    let mut ahead = Vec::new();
+    match outbound.open((&mut client, &mut ahead)).await {
         Ok((route, upstream)) => {
             let story = outbound.story(Some(&route), route_words(&route));
             let identity = outbound.identity.clone();
@@ -60,7 +65,7 @@ async fn begin(
             if matches!(upstream, Upstream::Tunnel(..)) {
                 outbound.place.keep(1);
             }
-            let (carried, recheck, place) = upstream.with(client, recheck);
+            let (carried, recheck, place) = upstream.with(client, &ahead, recheck);
             let held = (outbound.place, place, route.into_picked());
             Some(proxy.carry(story, recheck, carried, held))
         }
@@ -100,17 +105,23 @@ impl Upstream {
     }
 
     /// What is carried, on which condition, and what is held meanwhile.
-    fn with(self, client: TcpStream, recheck: Recheck) -> (Carried, Recheck, Option<Place>) {
+    /// `ahead` is what it has got of the client already.
+    fn with(self, client: TcpStream, ahead: &[Bytes], recheck: Recheck) -> (Carried, Recheck, Option<Place>) {
+        let ahead = ahead.iter().map(|data| data.len() as u64).sum();
         match self {
-            Self::Tunnel(tunnel, _) => (Carried::Tunnelled { tunnel, tcp: client }, recheck, None),
-            Self::Plain(server) => (Carried::Plain { client, server }, recheck, None),
+            Self::Tunnel(tunnel, _) => (Carried::Tunnelled { tunnel, tcp: client, ahead }, recheck, None),
+            Self::Plain(server) => (Carried::Plain { client, server, ahead }, recheck, None),
             Self::Within(within) => {
                 let Within { server, story, allowed, direct, place } = *within;
-                (Carried::Within { client, server, seen: Box::new((story, allowed)) }, direct, Some(place))
+                let seen = Box::new((story, allowed));
+                (Carried::Within { client, server, ahead, seen }, direct, Some(place))
             }
         }
     }
 }
+
+/// The application's end, and what was read from it and sent ahead of an answer.
+type Ahead<'a> = (&'a mut TcpStream, &'a mut Vec<Bytes>);
 
 struct Outbound<'a> {
     proxy: &'a Arc<Proxy>,
@@ -122,6 +133,12 @@ struct Outbound<'a> {
     source: Arc<Workload>,
     identity: SpiffeId,
     place: Place,
+}
+
+/// A value of one connection alone, which HPACK is not to keep: in its table it would displace what comes again.
+fn passing(mut value: HeaderValue) -> HeaderValue {
+    value.set_sensitive(true);
+    value
 }
 
 impl<'a> Outbound<'a> {
@@ -139,8 +156,8 @@ impl<'a> Outbound<'a> {
         Ok(Self { proxy, pod, id, opened_ms, peer, dialled, source, identity, place })
     }
 
-    /// Resolves and dials, and tries other endpoints while that may help: nothing was sent yet.
-    async fn open(&self) -> Result<(Route, Upstream), (Option<Route>, Failure)> {
+    /// Resolves and dials, and tries other endpoints while that may help: none has got anything yet.
+    async fn open(&self, (client, ahead): Ahead<'_>) -> Result<(Route, Upstream), (Option<Route>, Failure)> {
         let mut tried = Vec::new();
         let mut last: Option<(Option<Route>, Failure)> = None;
         for attempt in 1..=self.proxy.limits.attempts {
@@ -149,13 +166,13 @@ impl<'a> Outbound<'a> {
                 // No endpoint is left: the failure of the last one says more than that.
                 Err(refusal) => return Err(last.unwrap_or((None, refusal.into()))),
             };
-            match self.dial(&route).await {
+            match self.dial(&route, (client, ahead)).await {
                 Ok(upstream) => {
                     self.proxy.reached(&route);
                     return Ok((route, upstream));
                 }
                 Err(failure) => {
-                    let Some(endpoint) = self.proxy.not_reached(&route, &failure) else {
+                    let Some(endpoint) = self.proxy.not_reached(&route, &failure, !ahead.is_empty()) else {
                         return Err((Some(route), failure));
                     };
                     tracing::debug!(id = self.id, attempt, %endpoint, %failure, "trying another endpoint");
@@ -181,7 +198,7 @@ impl<'a> Outbound<'a> {
         Ok(self.proxy.shortened(&mesh, &self.source, context.resolve(self.dialled)?))
     }
 
-    async fn dial(&self, route: &Route) -> Result<Upstream, Failure> {
+    async fn dial(&self, route: &Route, (client, ahead): Ahead<'_>) -> Result<Upstream, Failure> {
         match route {
             Route::Tunnel { hbone, authority, expected, .. } => {
                 let key = TunnelKey {
@@ -191,7 +208,9 @@ impl<'a> Outbound<'a> {
                     expected: expected.clone(),
                     to: *hbone,
                 };
-                let (tunnel, peer) = self.proxy.open_tunnel(&key, *authority, self.headers(route)).await?;
+                let headers = self.headers(route);
+                let (tunnel, peer) =
+                    self.proxy.open_tunnel(&key, *authority, headers, (client, ahead)).await?;
                 Ok(Upstream::Tunnel(tunnel, peer))
             }
             Route::Within { destination, target } => {
@@ -202,13 +221,14 @@ impl<'a> Outbound<'a> {
                     peer: self.peer,
                     opened_ms: self.opened_ms,
                 };
-                let within = self.proxy.join(&source, destination, target).await?;
+                let mut within = self.proxy.join(&source, destination, target).await?;
+                self.hand_over(&mut within.server, destination.to, ahead).await?;
                 Ok(Upstream::Within(Box::new(within)))
             }
-            Route::Plain { to, .. } => self.plain(*to).await.map(Upstream::Plain),
+            Route::Plain { to, .. } => self.plain(*to, ahead).await.map(Upstream::Plain),
             Route::PlainHost { host, port, .. } => {
                 let to = self.proxy.resolve_host(host, *port, self.peer.ip()).await?;
-                self.plain(to).await.map(Upstream::Plain)
+                self.plain(to, ahead).await.map(Upstream::Plain)
             }
         }
     }
@@ -218,18 +238,34 @@ impl<'a> Outbound<'a> {
         let host = route.target().service.as_ref().map(|s| s.hostname.clone());
         TunnelHeaders {
             baggage: self.pod.baggage(&self.source),
-            forwarded: Forwarded { client: Some(self.peer), host }.encode(),
+            forwarded: Forwarded { client: Some(self.peer), host }.encode().map(passing),
             ..TunnelHeaders::default()
         }
     }
 
-    async fn plain(&self, to: SocketAddr) -> Result<TcpStream, Failure> {
+    async fn plain(&self, to: SocketAddr, ahead: &[Bytes]) -> Result<TcpStream, Failure> {
         let ip = self.peer.ip().to_canonical();
         let source = (ip.is_ipv4() == to.is_ipv4()).then(|| SocketAddr::new(ip, 0));
         let options = ConnectOptions { source, ..ConnectOptions::default() };
-        net::connect(&self.pod.netns, &options, to, self.proxy.limits.connect_timeout)
-            .await
-            .map_err(|e| Failure::Connect { to, reason: e.source.to_string() })
+        let connected = net::connect(&self.pod.netns, &options, to, self.proxy.limits.connect_timeout).await;
+        let mut server = connected.map_err(|e| Failure::Connect { to, reason: e.source.to_string() })?;
+        self.hand_over(&mut server, to, ahead).await?;
+        Ok(server)
+    }
+
+    /// Sends what was meant for a tunnel that was refused.
+    async fn hand_over(
+        &self,
+        server: &mut TcpStream,
+        to: SocketAddr,
+        ahead: &[Bytes],
+    ) -> Result<(), Failure> {
+        for data in ahead {
+            let sent = tokio::time::timeout(self.proxy.limits.connect_timeout, server.write_all(data)).await;
+            sent.unwrap_or_else(|_| Err(ErrorKind::TimedOut.into()))
+                .map_err(|e| Failure::Ahead { to, reason: e.to_string() })?;
+        }
+        Ok(())
     }
 
     fn story(&self, route: Option<&Route>, verdict: Verdict) -> Story {

@@ -9,7 +9,7 @@ use model::{Connection, OriginalDst, Permit};
 use tokio::net::TcpStream;
 
 use super::pod::LocalPod;
-use super::{Carried, Proxy};
+use super::{Carried, Carrying, Proxy};
 use crate::connections::{Carrier, Direction, Story, Verdict, now_ms};
 use crate::proxy::failure::Failure;
 
@@ -28,7 +28,7 @@ async fn begin(
     pod: Arc<LocalPod>,
     client: TcpStream,
     peer: SocketAddr,
-) -> Option<impl Future<Output = ()> + Send> {
+) -> Option<Carrying> {
     let dialled = match proxy.captured(&client, peer).and_then(reachable) {
         Ok(dialled) => proxy.may_serve(&pod, dialled.ip()).await.map(|()| dialled),
         Err(failure) => Err(failure),
@@ -47,7 +47,7 @@ async fn begin(
     match delivered {
         Ok(((server, place), permit)) => {
             let recheck = proxy.recheck_inbound(&pod, permit.connection().clone(), None);
-            Some(proxy.carry(story, recheck, Carried::Plain { client, server }, place))
+            Some(proxy.carry(story, recheck, Carried::Plain { client, server, ahead: 0 }, place))
         }
         Err(failure) => {
             proxy.refuse(client, story, &failure);

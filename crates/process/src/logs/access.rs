@@ -72,7 +72,7 @@ pub struct AccessRecord<'a> {
     /// Where the connection went: with a tunnel, the tunnel's end.
     pub dst_addr: SocketAddr,
     /// The address inside the tunnel.
-    pub dst_hbone_addr: Option<&'a dyn Display>,
+    pub dst_hbone_addr: Option<SocketAddr>,
     /// The service's host name.
     pub dst_service: &'a str,
     /// The server's pod.
@@ -231,12 +231,7 @@ fn write_record(line: &mut Line<'_>, r: &AccessRecord<'_>, complete: bool) {
     text(line, "src.cluster", r.src_cluster);
     line.plain("dst.addr", &r.dst_addr);
     if let Some(address) = r.dst_hbone_addr {
-        // A peer can have chosen it: an authority may be a host name.
-        let shown = address.to_string();
-        match shown.parse::<SocketAddr>() {
-            Ok(address) => line.plain("dst.hbone_addr", &address),
-            Err(_) => line.text("dst.hbone_addr", &shown),
-        }
+        line.plain("dst.hbone_addr", &address);
     }
     text(line, "dst.service", r.dst_service);
     text(line, "dst.workload", r.dst_workload);
@@ -251,7 +246,7 @@ fn write_record(line: &mut Line<'_>, r: &AccessRecord<'_>, complete: bool) {
         };
         line.bare("bytes_sent", &sent);
         line.bare("bytes_recv", &received);
-        line.text("duration", &format!("{}ms", r.duration.as_millis()));
+        line.display("duration", &format_args!("{}ms", r.duration.as_millis()));
         display(line, "error", r.error);
     }
     display(line, "policy", r.policy);
