@@ -14,7 +14,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use nix::sys::signal::{Signal, kill};
 
-use crate::lab::{CONTROL_PLANE_NETNS, Lab, Node};
+use crate::lab::{Lab, Node};
 use crate::process::{in_netns, pid_of};
 
 /// What every message of the applications of a namespace carries (`tools/app`).
@@ -68,7 +68,7 @@ impl Capture {
         static STARTED: AtomicU32 = AtomicU32::new(0);
         let number = STARTED.fetch_add(1, Ordering::Relaxed);
         let path = lab.run(&format!("{}-{number}.pcap", node.name));
-        let mut command: Command = in_netns(CONTROL_PLANE_NETNS, "tcpdump");
+        let mut command: Command = in_netns(&lab.control_plane_netns(), "tcpdump");
         command.args([
             "-i",
             node.link,

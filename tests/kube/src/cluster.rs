@@ -1,15 +1,16 @@
 //! The whole cluster: up, down, and what is on it.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
+use nix::sys::resource::{UsageWho, getrusage};
 use nix::unistd::Uid;
 
 use crate::kubectl::Kubectl;
-use crate::lab::{CONTROL_PLANE_NETNS, DNS_IP, Lab, NODES, Node};
+use crate::lab::{DNS_IP, Lab, NODES, Node};
 use crate::process::{Recorded, remove_tree};
 use crate::report::{Clock, say, wait_for};
 use crate::{control_plane, lab_images, node, pki, tools};
@@ -51,7 +52,6 @@ impl Cluster {
         }
         // What one that was killed left behind.
         down(lab)?;
-        remove_tree(&lab.log(""))?;
         tools::build(lab)?;
         lab_images::build(lab)?;
         Self::bring_up(lab).inspect_err(|_| {
@@ -62,8 +62,22 @@ impl Cluster {
         })
     }
 
+    /// Starts a second cluster beside the first, which has built what it is made of.
+    ///
+    /// # Errors
+    /// As for [`Cluster::up`].
+    pub fn up_beside(&self) -> Result<Self> {
+        let lab = self.lab.other();
+        Self::bring_up(&lab).inspect_err(|_| {
+            if let Err(error) = end(&lab) {
+                say(&format!("   and it can't be taken down: {error:#}"));
+            }
+        })
+    }
+
     fn bring_up(lab: &Lab) -> Result<Self> {
         let clock = Clock::start();
+        remove_tree(&lab.log(""))?;
         pki::make(lab)?;
         control_plane::start(lab)?;
         let control_plane = clock.seconds();
@@ -133,11 +147,20 @@ impl Cluster {
     }
 }
 
-/// Ends what is recorded, and removes what it left; the logs stay in `target/kube/log`.
+/// Ends what is recorded of the first cluster and of a second, and removes what they left; the logs stay in
+/// `target/kube/log`.
 ///
 /// # Errors
 /// Something does not end or can't be removed.
 pub fn down(lab: &Lab) -> Result<()> {
+    let other = lab.other();
+    // The directories that both are mounted on are the first one's.
+    let (first, second) = if lab.second { (&other, lab) } else { (lab, &other) };
+    end(second)?;
+    end(first)
+}
+
+fn end(lab: &Lab) -> Result<()> {
     for node in &NODES {
         Recorded::named(lab, node.name).end()?;
     }
@@ -149,12 +172,43 @@ pub fn down(lab: &Lab) -> Result<()> {
         process.end()?;
     }
     for node in &NODES {
-        node::disconnect(node)?;
+        node::disconnect(lab, node)?;
     }
-    node::delete_netns(CONTROL_PLANE_NETNS)?;
+    node::delete_netns(&lab.control_plane_netns())?;
     node::sweep(lab)?;
     let trees = [lab.run(""), lab.pki("")];
     trees.iter().try_for_each(|tree| remove_tree(tree))
+}
+
+/// What all of it has used of the machine's processors so far: to tell what a run needs from what it waits for.
+#[must_use]
+pub fn processor_time(clusters: &[Cluster]) -> Option<String> {
+    let number = |path: &Path| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+    let (mut nodes, mut control_planes) = (Duration::ZERO, Duration::ZERO);
+    for cluster in clusters {
+        for node in &NODES {
+            // cgroup v1 in nanoseconds, v2 in microseconds (Documentation/admin-guide/cgroup-v2.rst).
+            let name = cluster.lab.cgroup(node);
+            let v1 = number(&Path::new("/sys/fs/cgroup/cpuacct").join(&name).join("cpuacct.usage"));
+            let v2 = || {
+                let text =
+                    fs::read_to_string(Path::new("/sys/fs/cgroup").join(&name).join("cpu.stat")).ok()?;
+                text.lines().find_map(|line| line.strip_prefix("usage_usec ")?.parse::<u64>().ok())
+            };
+            nodes += v1.map(Duration::from_nanos).or_else(|| v2().map(Duration::from_micros))?;
+        }
+        let pids = Recorded::all(&cluster.lab).iter().filter_map(Recorded::pid).collect::<Vec<_>>();
+        control_planes +=
+            pids.iter().filter_map(|pid| crate::process::processor_time(*pid)).sum::<Duration>();
+    }
+    let of = |who| getrusage(who).ok().map(|usage| usage.user_time() + usage.system_time());
+    let own = of(UsageWho::RUSAGE_SELF)? + of(UsageWho::RUSAGE_CHILDREN)?;
+    Some(format!(
+        "seconds of processor time: nodes {}, control planes {}, this program with its commands {}",
+        nodes.as_secs(),
+        control_planes.as_secs(),
+        own.tv_sec()
+    ))
 }
 
 /// What runs, one line each.

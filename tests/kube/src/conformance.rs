@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::cluster::Cluster;
 use crate::image::{Archive, Platform, Rootfs, Settings};
-use crate::lab::{CONTROL_PLANE_NETNS, Lab};
+use crate::lab::Lab;
 use crate::process::{finish, in_netns};
 use crate::report::{Clock, say};
 
@@ -173,7 +173,7 @@ pub fn run(cluster: &Cluster, name: &str, labels: &str, patience: u32) -> Result
     let (report, log) = (out.join(format!("{name}.yaml")), out.join(format!("{name}.log")));
     let _ = fs::remove_file(&report);
     let features = [&["Mesh"], &EXTENDED[..], &UNCOUNTED].concat().join(",");
-    let mut suite = in_netns(CONTROL_PLANE_NETNS, out.join("suite"));
+    let mut suite = in_netns(&lab.control_plane_netns(), out.join("suite"));
     suite.env("KUBECONFIG", lab.pki("admin.kubeconfig")).args([
         "-test.run=TestConformance",
         "-test.v",

@@ -5,9 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::lab::{
-    API_PORT, CLUSTER_CIDR, CONTROL_PLANE_IP, CONTROL_PLANE_IP6, CONTROL_PLANE_NETNS, Lab, SERVICE_CIDR,
-};
+use crate::lab::{API_PORT, CLUSTER_CIDR, CONTROL_PLANE_IP, CONTROL_PLANE_IP6, Lab, SERVICE_CIDR};
 use crate::process::{Recorded, finish, in_netns, output};
 use crate::report::wait_for;
 
@@ -22,7 +20,8 @@ pub const PROCESSES: [&str; 4] = ["scheduler", "controller-manager", "apiserver"
 /// # Errors
 /// One does not come up.
 pub fn start(lab: &Lab) -> Result<()> {
-    output("ip", &["netns", "add", CONTROL_PLANE_NETNS])?;
+    let netns = lab.control_plane_netns();
+    output("ip", &["netns", "add", &netns])?;
     let address = format!("{CONTROL_PLANE_IP}/24");
     let address6 = format!("{CONTROL_PLANE_IP6}/64");
     for words in [
@@ -32,10 +31,10 @@ pub fn start(lab: &Lab) -> Result<()> {
         &["addr", "add", &address6, "dev", "br0", "nodad"],
         &["link", "set", "br0", "up"],
     ] {
-        output("ip", &[&["-n", CONTROL_PLANE_NETNS], words].concat())?;
+        output("ip", &[&["-n", &netns], words].concat())?;
     }
     let forward = ["-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"];
-    finish(in_netns(CONTROL_PLANE_NETNS, "sysctl").args(forward))?;
+    finish(in_netns(&netns, "sysctl").args(forward))?;
 
     run(lab, "etcd", "etcd", &etcd(lab))?;
     let apiserver = run(lab, "apiserver", "kube-apiserver", &apiserver(lab))?;
@@ -44,7 +43,7 @@ pub fn start(lab: &Lab) -> Result<()> {
         if apiserver.pid().is_none() {
             bail!("the API server has ended: see {}", lab.log("apiserver.log").display());
         }
-        let mut ready = in_netns(CONTROL_PLANE_NETNS, lab.bin("kubectl"));
+        let mut ready = in_netns(&netns, lab.bin("kubectl"));
         ready.arg("--kubeconfig").arg(&kubeconfig).args(["get", "--raw", "/readyz"]);
         Ok(finish(&mut ready).map_err(|e| e.to_string()))
     })?;
@@ -85,7 +84,7 @@ pub fn start_controllers(lab: &Lab) -> Result<()> {
 
 fn run(lab: &Lab, name: &str, program: &str, arguments: &[String]) -> Result<Recorded> {
     let program = lab.bin(program);
-    let mut command: Command = in_netns(CONTROL_PLANE_NETNS, &program);
+    let mut command: Command = in_netns(&lab.control_plane_netns(), &program);
     command.args(arguments);
     Recorded::start(lab, name, &command).with_context(|| format!("starting {}", program.display()))
 }

@@ -1,26 +1,42 @@
 //! What the scenarios ask of the API server, through kubectl.
 
 use std::process::Command;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
-use crate::lab::{CONTROL_PLANE_NETNS, Lab};
+use crate::api::{self, Api};
+use crate::lab::Lab;
 use crate::process::{feed, finish, in_netns};
 use crate::report::wait_for;
 
-/// kubectl as the cluster's administrator.
+/// kubectl as the cluster's administrator; and without it what is asked often.
 #[derive(Clone, Debug)]
 pub struct Kubectl {
     lab: Lab,
+    /// Once the first has asked.
+    api: Arc<Mutex<Option<Api>>>,
 }
 
 impl Kubectl {
     /// For the cluster of `lab`.
     #[must_use]
     pub fn new(lab: &Lab) -> Self {
-        Self { lab: lab.clone() }
+        Self { lab: lab.clone(), api: Arc::default() }
+    }
+
+    /// The API server.
+    ///
+    /// # Errors
+    /// It is not up.
+    pub fn api(&self) -> Result<Api> {
+        let mut api = self.api.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*api {
+            Some(api) => Ok(api.clone()),
+            None => Ok(api.insert(Api::connect(&self.lab)?).clone()),
+        }
     }
 
     /// The command, for those who want to do more with it.
@@ -54,7 +70,7 @@ impl Kubectl {
     }
 
     fn program(&self, name: &str, arguments: &[&str]) -> Command {
-        let mut command = in_netns(CONTROL_PLANE_NETNS, self.lab.bin(name));
+        let mut command = in_netns(&self.lab.control_plane_netns(), self.lab.bin(name));
         command.env("KUBECONFIG", self.lab.pki("admin.kubeconfig")).args(arguments);
         command
     }
@@ -83,11 +99,22 @@ impl Kubectl {
         self.run(&["apply", "--server-side", "--force-conflicts", "-f", path]).map(drop)
     }
 
+    /// Applies objects of kinds that are known here.
+    ///
+    /// # Errors
+    /// They are refused.
+    pub fn put(&self, objects: &Value) -> Result<()> {
+        self.api()?.apply(objects)
+    }
+
     /// An object, or a list of them.
     ///
     /// # Errors
     /// It is not there.
     pub fn get(&self, arguments: &[&str]) -> Result<Value> {
+        if let Ok(path) = api::path(arguments) {
+            return self.api()?.find(&path)?.with_context(|| format!("there is no {}", arguments.join(" ")));
+        }
         let text = self.run(&[&["get", "-o", "json"], arguments].concat())?;
         serde_json::from_str(&text).with_context(|| format!("kubectl get {}", arguments.join(" ")))
     }
@@ -112,8 +139,7 @@ impl Kubectl {
     /// # Errors
     /// It fails.
     pub fn exec(&self, namespace: &str, pod: &str, command: &[&str]) -> Result<String> {
-        let arguments = [&["exec", "-n", namespace, pod, "--"], command].concat();
-        Ok(self.run(&arguments)?.trim().to_owned())
+        Ok(self.api()?.exec(namespace, pod, command)?.trim().to_owned())
     }
 
     /// Waits for a Deployment, a DaemonSet or a StatefulSet.
@@ -125,12 +151,18 @@ impl Kubectl {
         self.run(&["rollout", "status", "-n", namespace, what, &limit]).map(drop)
     }
 
-    /// Waits for a condition of what is named or selected.
+    /// Waits for a condition of an object.
     ///
     /// # Errors
     /// It does not come in time.
-    pub fn wait(&self, namespace: &str, condition: &str, what: &[&str], limit: Duration) -> Result<()> {
-        let (condition, limit) = (format!("--for={condition}"), format!("--timeout={}s", limit.as_secs()));
-        self.run(&[&["wait", "-n", namespace, &condition, &limit], what].concat()).map(drop)
+    pub fn wait(&self, namespace: &str, condition: &str, what: &str, limit: Duration) -> Result<()> {
+        self.until(&[what, "-n", namespace], limit, |object| {
+            let conditions = object["status"]["conditions"].as_array().cloned().unwrap_or_default();
+            match conditions.iter().find(|c| c["type"] == condition) {
+                Some(found) if found["status"] == "True" => Ok(()),
+                Some(found) => Err(found.to_string()),
+                None => Err(format!("it has no condition {condition}: {}", object["status"])),
+            }
+        })
     }
 }

@@ -9,8 +9,6 @@ use anyhow::{Context as _, Result, bail};
 pub const CONTROL_PLANE_IP: &str = "172.30.0.1";
 /// The same in IPv6.
 pub const CONTROL_PLANE_IP6: &str = "fd00:30::1";
-/// Its network namespace.
-pub const CONTROL_PLANE_NETNS: &str = "culvert-kube-cp";
 /// The API server's port.
 pub const API_PORT: u16 = 6443;
 /// All pods' addresses: each has one of both.
@@ -21,8 +19,6 @@ pub const SERVICE_CIDR: &str = "10.96.0.0/16,fd00:10:96::/112";
 pub const API_SERVICE_IP: &str = "10.96.0.1";
 /// The cluster's DNS.
 pub const DNS_IP: &str = "10.96.0.10";
-/// Names the node's part of every cgroup tree.
-pub const CGROUP_PREFIX: &str = "culvert-kube-";
 
 /// A machine of the cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,18 +58,6 @@ pub const NODES: [Node; 2] = [
 ];
 
 impl Node {
-    /// Its network namespace.
-    #[must_use]
-    pub fn netns(&self) -> String {
-        format!("culvert-kube-{}", self.name)
-    }
-
-    /// Its part of every cgroup tree, from the root.
-    #[must_use]
-    pub fn cgroup(&self) -> String {
-        format!("{CGROUP_PREFIX}{}", self.name)
-    }
-
     /// The node of this name.
     ///
     /// # Errors
@@ -86,13 +70,16 @@ impl Node {
     }
 }
 
-/// The directories of a cluster, below `target/kube`.
+/// What a cluster's things are called, and its directories, below `target/kube`. There may be a second cluster beside the
+/// first: its addresses are the same, in namespaces of its own.
 #[derive(Clone, Debug)]
 pub struct Lab {
     /// The workspace.
     pub workspace: PathBuf,
     /// `target/kube`.
     pub root: PathBuf,
+    /// Whether it is the second.
+    pub second: bool,
 }
 
 impl Lab {
@@ -111,7 +98,41 @@ impl Lab {
         };
         let workspace =
             workspace.canonicalize().with_context(|| format!("finding {}", workspace.display()))?;
-        Ok(Self { root: workspace.join("target/kube"), workspace })
+        Ok(Self { root: workspace.join("target/kube"), workspace, second: false })
+    }
+
+    /// That of the other cluster.
+    #[must_use]
+    pub fn other(&self) -> Self {
+        Self { second: !self.second, ..self.clone() }
+    }
+
+    /// What all of the cluster's things on the machine begin with.
+    fn prefix(&self) -> &'static str {
+        if self.second { "culvert-kube2-" } else { "culvert-kube-" }
+    }
+
+    /// The directory of what is this cluster's alone.
+    fn own(&self) -> PathBuf {
+        if self.second { self.root.join("second") } else { self.root.clone() }
+    }
+
+    /// A node's network namespace.
+    #[must_use]
+    pub fn netns(&self, node: &Node) -> String {
+        format!("{}{}", self.prefix(), node.name)
+    }
+
+    /// A node's part of every cgroup tree, from the root.
+    #[must_use]
+    pub fn cgroup(&self, node: &Node) -> String {
+        format!("{}{}", self.prefix(), node.name)
+    }
+
+    /// The control plane's network namespace.
+    #[must_use]
+    pub fn control_plane_netns(&self) -> String {
+        format!("{}cp", self.prefix())
     }
 
     /// Programs: Kubernetes, etcd, CoreDNS, Helm, the applications.
@@ -123,7 +144,7 @@ impl Lab {
     /// Keys, certificates and kubeconfigs.
     #[must_use]
     pub fn pki(&self, file: &str) -> PathBuf {
-        self.root.join("pki").join(file)
+        self.own().join("pki").join(file)
     }
 
     /// The cluster's own images.
@@ -141,19 +162,19 @@ impl Lab {
     /// What lives as long as the cluster.
     #[must_use]
     pub fn run(&self, path: &str) -> PathBuf {
-        self.root.join("run").join(path)
+        self.own().join("run").join(path)
     }
 
     /// What a node keeps on its disk.
     #[must_use]
     pub fn disk(&self, node: &Node) -> PathBuf {
-        self.root.join("run").join(node.name).join("disk")
+        self.run(node.name).join("disk")
     }
 
     /// What programs wrote, kept after the cluster.
     #[must_use]
     pub fn log(&self, file: &str) -> PathBuf {
-        self.root.join("log").join(file)
+        self.own().join("log").join(file)
     }
 
     /// Writes a file below the lab, with its directories.

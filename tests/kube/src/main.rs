@@ -5,16 +5,18 @@ use std::collections::BTreeMap;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::OnceLock;
 use std::thread;
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use clap::{Parser, Subcommand};
 
 use kube_tests::cluster::{self, Cluster};
 use kube_tests::image::{Build, Definition, Platform};
 use kube_tests::lab::{Lab, Node};
-use kube_tests::report::{Clock, say};
-use kube_tests::scenario::{self, ALL};
+use kube_tests::report::{Clock, say, wait_for};
+use kube_tests::scenario::{self, ALL, Schedule, Way};
 use kube_tests::{mesh, node, node_init, tools};
 
 /// A real Kubernetes on this machine: two nodes in namespaces of their own.
@@ -32,13 +34,16 @@ enum Command {
     Cluster(ClusterCommand),
     /// Writes the product's images
     Images(Images),
-    /// Runs the scenarios on a cluster of their own
+    /// Runs the scenarios on clusters of their own
     E2e(E2e),
     /// Becomes process 1 of a node: not for people
     #[command(hide = true)]
     NodeInit {
         /// The node
         node: String,
+        /// Of the second cluster
+        #[arg(long)]
+        second: bool,
     },
 }
 
@@ -128,17 +133,20 @@ struct Images {
 
 #[derive(clap::Args)]
 struct E2e {
-    /// Which scenarios; all, if none is named
+    /// Which scenarios; if none is named, all but by-chance
     names: Vec<String>,
     /// Only says which there are
     #[arg(long)]
     list: bool,
-    /// Leaves out the Gateway API's conformance suite (by-chance, conformance), which alone takes minutes
+    /// Leaves out the Gateway API's conformance suite, which alone takes minutes
     #[arg(long)]
     short: bool,
     /// Leaves the cluster up, and uses the one that is up
     #[arg(long)]
     keep: bool,
+    /// Only one cluster: by default those scenarios that must be alone have a second
+    #[arg(long)]
+    one: bool,
     /// With --keep: the mesh as it is installed
     #[arg(long)]
     as_is: bool,
@@ -169,7 +177,10 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Cluster(command) => on_cluster(&lab, command)?,
         Command::Images(arguments) => images(&lab, &arguments)?,
         Command::E2e(arguments) => return e2e(&lab, &arguments),
-        Command::NodeInit { node } => node_init::run(&lab, Node::named(&node)?)?,
+        Command::NodeInit { node, second } => {
+            let lab = if second { lab.other() } else { lab };
+            node_init::run(&lab, Node::named(&node)?)?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -231,6 +242,7 @@ fn images(lab: &Lab, arguments: &Images) -> Result<()> {
         prebuilt: arguments.prebuilt,
         sysroot: arguments.sysroot.clone(),
         out: arguments.out.clone().unwrap_or_else(|| lab.product_images()),
+        reuse: false,
     };
     for archive in build.run(&definitions)? {
         say(&format!("{}", archive.display()));
@@ -239,7 +251,7 @@ fn images(lab: &Lab, arguments: &Images) -> Result<()> {
 }
 
 fn install(cluster: &Cluster, profile: &str, prebuilt: bool, settings: &[String]) -> Result<()> {
-    let archives = mesh::build(cluster, profile, prebuilt)?;
+    let archives = mesh::build(&cluster.lab, profile, prebuilt)?;
     cluster.import(&archives)?;
     mesh::install(cluster, &borrowed(settings))
 }
@@ -254,52 +266,97 @@ fn e2e(lab: &Lab, arguments: &E2e) -> Result<ExitCode> {
     let clock = Clock::start();
     let mut scenarios = scenario::select(&arguments.names)?;
     scenarios.retain(|s| !(arguments.short && s.long));
+    scenario::clear_evidence(lab)?;
     let there = Cluster::running(lab).ok().filter(|_| arguments.keep);
-    let cluster = match there {
-        Some(cluster) => cluster,
-        None => Cluster::up(lab)?,
-    };
-    let outcome = play(&cluster, &scenarios, arguments);
+    let outcome = play(lab, there, &Schedule::new(&scenarios), arguments, clock);
     if !arguments.keep {
         cluster::down(lab)?;
     }
-    let failed = outcome?;
-    if failed.is_empty() {
-        say(&format!("== all {} scenarios: ok, {}", scenarios.len(), clock.seconds()));
-        return Ok(ExitCode::SUCCESS);
-    }
-    say(&format!(
-        "== {} of {} scenarios FAILED: {}, {}",
-        failed.len(),
-        scenarios.len(),
-        failed.join(", "),
-        clock.seconds()
-    ));
-    Ok(ExitCode::FAILURE)
+    Ok(if outcome? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn play(cluster: &Cluster, scenarios: &[scenario::Scenario], arguments: &E2e) -> Result<Vec<&'static str>> {
-    scenario::clear_evidence(cluster)?;
-    let (mesh, plain): (Vec<_>, Vec<_>) = scenarios.iter().partition(|s| s.mesh);
-    let wanted = !mesh.is_empty() && !arguments.as_is;
-    let build = || {
-        let built = mesh::build(cluster, &arguments.profile, arguments.prebuilt);
-        // Said at once: the scenarios that run meanwhile take minutes.
-        built
-            .and_then(|archives| cluster.import(&archives))
-            .inspect_err(|error| say(&format!("error: {error:#}")))
-    };
-    // What is built needs the processor, and the cluster's own scenarios mostly wait.
-    let (failed, built) = thread::scope(|scope| {
-        let building = wanted.then(|| scope.spawn(build));
-        let failed = scenario::run(cluster, &plain);
-        (failed, building.map(|b| b.join().unwrap_or_else(|_| bail!("building the images panicked"))))
-    });
-    let mut failed = failed?;
-    if let Some(built) = built {
-        built?;
-        mesh::install(cluster, &borrowed(&arguments.set))?;
+/// Whether all went well.
+fn play(
+    lab: &Lab,
+    there: Option<Cluster>,
+    schedule: &Schedule,
+    arguments: &E2e,
+    clock: Clock,
+) -> Result<bool> {
+    let images = Built::default();
+    let wanted = schedule.needs_a_mesh() && !arguments.as_is;
+    thread::scope(|scope| {
+        if wanted {
+            // A cluster that starts mostly waits.
+            scope.spawn(|| images.build(lab, arguments));
+        }
+        let first = match there {
+            Some(cluster) => cluster,
+            None => Cluster::up(lab)?,
+        };
+        let equip = |cluster: &Cluster| -> Result<()> {
+            if wanted {
+                cluster.import(&images.built()?)?;
+                mesh::install(cluster, &borrowed(&arguments.set))?;
+            }
+            Ok(())
+        };
+        let clusters = on_clusters(&first, schedule, arguments, equip)?;
+        Ok(schedule.summary(clock, &clusters))
+    })
+}
+
+/// Runs all: those that must be alone on a second cluster, too, where there are some. `equip` installs the product.
+fn on_clusters(
+    first: &Cluster,
+    schedule: &Schedule,
+    arguments: &E2e,
+    equip: impl Fn(&Cluster) -> Result<()> + Sync,
+) -> Result<Vec<Cluster>> {
+    thread::scope(|scope| {
+        let is_worth_it = schedule.left(Way::Alone) + schedule.left(Way::Last) > 2;
+        let beside = (is_worth_it && !arguments.keep && !arguments.one).then(|| {
+            scope.spawn(|| {
+                let second = first.up_beside()?;
+                equip(&second)?;
+                schedule.run_alone(&second)?;
+                anyhow::Ok(second)
+            })
+        });
+        schedule.run_beside(first, Way::Before)?;
+        if schedule.needs_a_mesh() {
+            equip(first)?;
+        }
+        schedule.run_beside(first, Way::Beside)?;
+        schedule.run_alone(first)?;
+        let mut clusters = vec![first.clone()];
+        if let Some(beside) = beside {
+            clusters.push(beside.join().unwrap_or_else(|_| bail!("the second cluster's thread panicked"))?);
+        }
+        Ok(clusters)
+    })
+}
+
+/// The product's images, made while clusters start.
+#[derive(Default)]
+struct Built(OnceLock<Result<Vec<PathBuf>, String>>);
+
+impl Built {
+    fn build(&self, lab: &Lab, arguments: &E2e) {
+        let built = mesh::build(lab, &arguments.profile, arguments.prebuilt);
+        let _ = self.0.set(built.map_err(|error| {
+            // Said at once: what runs meanwhile takes a while.
+            say(&format!("error: {error:#}"));
+            format!("{error:#}")
+        }));
     }
-    failed.extend(scenario::run(cluster, &mesh)?);
-    Ok(failed)
+
+    /// Waits for them.
+    fn built(&self) -> Result<Vec<PathBuf>> {
+        wait_for("the images", Duration::from_secs(3600), || {
+            Ok(self.0.get().ok_or_else(|| "they are being made".to_owned()))
+        })?
+        .clone()
+        .map_err(|error| anyhow!("making the images: {error}"))
+    }
 }

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::cluster::Cluster;
 use crate::image::{Build, Definition, Platform};
-use crate::lab::NODES;
+use crate::lab::{Lab, NODES};
 use crate::process::{finish, output};
 use crate::report::{Clock, say};
 
@@ -33,31 +33,25 @@ pub const SETTINGS: [&str; 6] = [
 ///
 /// # Errors
 /// A program does not compile.
-pub fn build(cluster: &Cluster, profile: &str, prebuilt: bool) -> Result<Vec<PathBuf>> {
+pub fn build(lab: &Lab, profile: &str, prebuilt: bool) -> Result<Vec<PathBuf>> {
     if !prebuilt {
         let mut cargo = Command::new("cargo");
-        cargo.current_dir(&cluster.lab.workspace).args([
-            "build",
-            "--locked",
-            "--profile",
-            profile,
-            "-p",
-            "cli",
-        ]);
+        cargo.current_dir(&lab.workspace).args(["build", "--locked", "--profile", profile, "-p", "cli"]);
         finish(&mut cargo)?;
     }
     let built = Path::new("target").join(if profile == "dev" { "debug" } else { profile }).join("culvert");
-    let (from, to) = (cluster.lab.workspace.join(built), cluster.lab.bin("culvert"));
+    let (from, to) = (lab.workspace.join(built), lab.bin("culvert"));
     output("cp", &["--remove-destination", &from.display().to_string(), &to.display().to_string()])?;
     let build = Build {
-        workspace: cluster.lab.workspace.clone(),
+        workspace: lab.workspace.clone(),
         platform: Platform::here()?,
         profile: profile.to_owned(),
         prebuilt,
         sysroot: PathBuf::from("/"),
-        out: cluster.lab.root.join("product-images"),
+        out: lab.root.join("product-images"),
+        reuse: true,
     };
-    let definitions: BTreeMap<String, Definition> = Definition::all(&cluster.lab.workspace)?;
+    let definitions: BTreeMap<String, Definition> = Definition::all(&lab.workspace)?;
     build.run(&definitions)
 }
 
@@ -112,13 +106,13 @@ pub fn ready(cluster: &Cluster, limit: Duration) -> Result<()> {
 
 /// What the mesh's processes have used so far, a line for each: for the chart's requests.
 #[must_use]
-pub fn usage() -> Vec<String> {
+pub fn usage(lab: &Lab) -> Vec<String> {
     let mut lines = Vec::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let read = |file: &str| fs::read_to_string(entry.path().join(file)).unwrap_or_default();
         let name = read("comm").trim().to_owned();
         // Those of others on this machine are not of a node.
-        let of_node = NODES.iter().find(|node| read("cgroup").contains(&node.cgroup()));
+        let of_node = NODES.iter().find(|node| read("cgroup").contains(&lab.cgroup(node)));
         let (Some(node), true) =
             (of_node, ["culvertd", "culvert-node", "ztunnel", "waypoint"].contains(&name.as_str()))
         else {

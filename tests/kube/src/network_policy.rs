@@ -4,6 +4,7 @@
 //! As with the engines that clusters have, what the node itself sends to its pods (the kubelet's probes) passes.
 
 use std::fmt::Write as _;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Map, Value};
@@ -14,6 +15,13 @@ use crate::node;
 use crate::process::feed;
 
 const TABLE: &str = "inet kube-tests-policy";
+
+/// While this is held, nobody else has policies enforced: whoever clears them clears all.
+#[must_use]
+pub fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Loads the rules of all policies on both nodes.
 ///

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use nix::sys::signal::{Signal, kill};
 
-use crate::lab::{CONTROL_PLANE_IP, CONTROL_PLANE_IP6, CONTROL_PLANE_NETNS, Lab, NODES, Node};
+use crate::lab::{CONTROL_PLANE_IP, CONTROL_PLANE_IP6, Lab, NODES, Node};
 use crate::node_init::{DISK, cgroup_trees};
 use crate::process::{Recorded, children, finish, output, pid_of, program};
 use crate::report::wait_for;
@@ -22,14 +22,17 @@ const MADE: &str = "made-directories";
 /// A namespace, a link or the process can't be made.
 pub fn start(lab: &Lab, node: &Node) -> Result<()> {
     mount_points(lab)?;
-    connect(node)?;
+    connect(lab, node)?;
     let this = std::env::current_exe().context("finding this program")?;
     let mut command = Command::new("nsenter");
     command
-        .arg(format!("--net=/run/netns/{}", node.netns()))
+        .arg(format!("--net=/run/netns/{}", lab.netns(node)))
         .args(["unshare", "--mount", "--uts", "--pid", "--ipc", "--fork", "--kill-child"])
         .arg(this)
         .args(["node-init", node.name]);
+    if lab.second {
+        command.arg("--second");
+    }
     Recorded::start(lab, node.name, &command).map(drop)
 }
 
@@ -40,8 +43,8 @@ pub fn start(lab: &Lab, node: &Node) -> Result<()> {
 pub fn power_off(lab: &Lab, node: &Node) -> Result<()> {
     // The death of `unshare` kills process 1, and with it all of the process namespace.
     Recorded::named(lab, node.name).end()?;
-    disconnect(node)?;
-    remove_cgroups(node)
+    disconnect(lab, node)?;
+    remove_cgroups(lab, node)
 }
 
 /// Off and on again.
@@ -53,10 +56,10 @@ pub fn reboot(lab: &Lab, node: &Node) -> Result<()> {
     start(lab, node)
 }
 
-fn connect(node: &Node) -> Result<()> {
-    let netns = node.netns();
+fn connect(lab: &Lab, node: &Node) -> Result<()> {
+    let (netns, outer) = (lab.netns(node), lab.control_plane_netns());
     output("ip", &["netns", "add", &netns])?;
-    let outside = |words: &[&str]| output("ip", &[&["-n", CONTROL_PLANE_NETNS], words].concat());
+    let outside = |words: &[&str]| output("ip", &[&["-n", outer.as_str()], words].concat());
     let inside = |words: &[&str]| output("ip", &[&["-n", netns.as_str()], words].concat());
     outside(&["link", "add", node.link, "type", "veth", "peer", "name", "eth0", "netns", &netns])?;
     outside(&["link", "set", node.link, "master", "br0", "up"])?;
@@ -80,10 +83,10 @@ fn connect(node: &Node) -> Result<()> {
 ///
 /// # Errors
 /// It can't be deleted.
-pub fn disconnect(node: &Node) -> Result<()> {
+pub fn disconnect(lab: &Lab, node: &Node) -> Result<()> {
     // The pair goes with either end, and at once; the namespace's end would come later.
-    let _ = output("ip", &["-n", CONTROL_PLANE_NETNS, "link", "delete", node.link]);
-    delete_netns(&node.netns())
+    let _ = output("ip", &["-n", &lab.control_plane_netns(), "link", "delete", node.link]);
+    delete_netns(&lab.netns(node))
 }
 
 /// Deletes a network namespace, if it is there.
@@ -172,7 +175,7 @@ fn mount_points(lab: &Lab) -> Result<()> {
 /// # Errors
 /// A cgroup still has processes.
 pub fn sweep(lab: &Lab) -> Result<()> {
-    NODES.iter().try_for_each(remove_cgroups)?;
+    NODES.iter().try_for_each(|node| remove_cgroups(lab, node))?;
     let made = fs::read_to_string(lab.run(MADE)).unwrap_or_default();
     for path in made.lines().rev() {
         // Somebody else may have put something into it: then it is theirs.
@@ -181,9 +184,9 @@ pub fn sweep(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-fn remove_cgroups(node: &Node) -> Result<()> {
+fn remove_cgroups(lab: &Lab, node: &Node) -> Result<()> {
     for tree in cgroup_trees() {
-        let group = tree.join(node.cgroup());
+        let group = tree.join(lab.cgroup(node));
         // The kernel takes a moment to see that the last process is gone.
         wait_for(&format!("the end of {}", group.display()), Duration::from_secs(10), || {
             Ok(remove_groups(&group).map_err(|e| e.to_string()))

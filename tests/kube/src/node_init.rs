@@ -48,7 +48,7 @@ pub fn run(lab: &Lab, node: &Node) -> Result<()> {
     }
     fs::write("/proc/sys/kernel/hostname", node.name).context("setting the host name")?;
     mounts(lab, node)?;
-    let cgroups = Cgroups::make(node)?;
+    let cgroups = Cgroups::make(lab, node)?;
     cgroups.join("init", 0)?;
     settings()?;
     network(node)?;
@@ -81,6 +81,11 @@ fn mounts(lab: &Lab, node: &Node) -> Result<()> {
     attach(Some("sysfs"), "/sys", Some("sysfs"), MsFlags::empty())?;
     attach(aside.to_str(), CGROUPS, None, MsFlags::MS_BIND | tree)?;
     umount2(&aside, MntFlags::MNT_DETACH).context("unmounting the cgroups")?;
+    // As systemd does on every node. The node's own: what is pinned there ends with the node's power.
+    let bpf = Path::new("/sys/fs/bpf");
+    if bpf.exists() {
+        attach(Some("bpf"), bpf, Some("bpf"), MsFlags::empty())?;
+    }
     attach(Some("proc"), "/proc", Some("proc"), MsFlags::empty())?;
     // From here on, mounts reach the containers that ask for it.
     attach(None, "/", None, tree | MsFlags::MS_SHARED)?;
@@ -108,11 +113,11 @@ struct Cgroups {
 }
 
 impl Cgroups {
-    fn make(node: &Node) -> Result<Self> {
+    fn make(lab: &Lab, node: &Node) -> Result<Self> {
         let root = Path::new(CGROUPS);
         let mut own = Vec::new();
         for tree in cgroup_trees() {
-            let group = tree.join(node.cgroup());
+            let group = tree.join(lab.cgroup(node));
             fs::create_dir_all(&group).with_context(|| format!("making {}", group.display()))?;
             if tree == root || tree.ends_with("unified") {
                 delegate(&tree);
@@ -240,7 +245,7 @@ fn configure(lab: &Lab, node: &Node) -> Result<()> {
         "failCgroupV1": false,
         "failSwapOn": false,
         "cgroupDriver": "cgroupfs",
-        "cgroupRoot": format!("/{}", node.cgroup()),
+        "cgroupRoot": format!("/{}", lab.cgroup(node)),
         "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
         "authentication": {
             "anonymous": {"enabled": false},

@@ -205,6 +205,16 @@ fn state_and_start(stat: &str) -> Option<(&str, &str)> {
     Some((state, fields.nth(18)?))
 }
 
+/// The processor time of a process so far.
+#[must_use]
+pub fn processor_time(pid: u32) -> Option<Duration> {
+    // proc_pid_stat(5): fields 14 and 15, in hundredths of a second.
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let fields = stat.rsplit_once(") ")?.1.split(' ').skip(11).take(2);
+    let ticks: u64 = fields.filter_map(|field| field.parse::<u64>().ok()).sum();
+    Some(Duration::from_millis(10 * ticks))
+}
+
 /// The children of a process.
 #[must_use]
 pub fn children(pid: u32) -> Vec<u32> {
@@ -251,7 +261,7 @@ mod tests {
     #[test]
     fn only_the_recorded_process_is_ended() {
         let directory = tempfile::tempdir().unwrap();
-        let lab = Lab { workspace: directory.path().into(), root: directory.path().into() };
+        let lab = Lab { workspace: directory.path().into(), root: directory.path().into(), second: false };
         let sleeper = Recorded::start(&lab, "sleeper", Command::new("sleep").arg("1000")).unwrap();
         let pid = sleeper.pid().unwrap();
         assert!(Recorded::start(&lab, "sleeper", &Command::new("true")).is_err(), "it runs already");

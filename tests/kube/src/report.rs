@@ -57,7 +57,7 @@ pub fn wait_for<T>(
             bail!("waited {} for {what}: {why}", clock.seconds());
         }
         thread::sleep(pause);
-        pause = (pause * 2).min(Duration::from_millis(500));
+        pause = (pause * 2).min(Duration::from_millis(200));
     }
 }
 

@@ -1,9 +1,11 @@
 //! The product's images, as `deploy/images/*.toml` define them, from programs that cargo builds.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
 
 use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
@@ -79,6 +81,8 @@ pub struct Build {
     pub sysroot: PathBuf,
     /// Where the images go.
     pub out: PathBuf,
+    /// Takes an archive that is there, where what it was made of has not changed since.
+    pub reuse: bool,
 }
 
 impl Definition {
@@ -117,36 +121,76 @@ impl Build {
         let built: Vec<&str> =
             definitions.values().flat_map(|d| &d.program).map(|p| p.package.as_str()).collect();
         let sources = sbom::Sources::read(&self.workspace, self.platform, &built)?;
-        let mut archives = Vec::new();
-        for (stem, definition) in definitions {
-            let clock = Clock::start();
-            let tag = env!("CARGO_PKG_VERSION");
-            let files = self.files(definition)?;
-            let packages: Vec<&str> = definition.program.iter().map(|p| p.package.as_str()).collect();
-            let mut parts = sources.crates(&packages)?;
-            if definition.program.iter().any(|program| program.r#static) {
-                parts.extend(sbom::static_libc(&self.sysroot, self.platform)?);
-            }
-            parts.extend(sbom::debian(&self.sysroot, &files.copied)?);
-            let bill = sbom::document(&definition.name, tag, seconds, &files, &parts);
-            let mut files = files;
-            let bill = format!("{bill:#}\n").into_bytes();
-            files.file(&format!("/usr/share/spdx/{stem}.spdx.json"), bill.clone(), 0o644)?;
-            let archive = Archive::pack(&files, &self.settings(definition, tag, seconds))?;
-            let path = self.out.join(format!("{stem}-{}.tar", self.platform.architecture));
-            archive.write(&path)?;
-            fs::write(path.with_extension("spdx.json"), bill)?;
-            let size = archive.bytes.len() >> 20;
-            let name = &definition.name;
-            say(&format!(
-                "   {name}:{tag} {size} MiB, {} parts, {}, sha256:{}",
-                parts.len(),
-                clock.seconds(),
-                archive.digest
-            ));
-            archives.push(path);
+        thread::scope(|scope| {
+            let images: Vec<_> = definitions
+                .iter()
+                .map(|(stem, definition)| scope.spawn(|| self.image(stem, definition, &sources, seconds)))
+                .collect();
+            let done = |image: thread::ScopedJoinHandle<'_, Result<PathBuf>>| {
+                image.join().unwrap_or_else(|_| bail!("making an image panicked"))
+            };
+            images.into_iter().map(done).collect()
+        })
+    }
+
+    fn image(
+        &self,
+        stem: &str,
+        definition: &Definition,
+        sources: &sbom::Sources,
+        seconds: u64,
+    ) -> Result<PathBuf> {
+        let clock = Clock::start();
+        let path = self.out.join(format!("{stem}-{}.tar", self.platform.architecture));
+        let (made_of, stamp) = (self.made_of(stem, definition)?, path.with_extension("inputs"));
+        if self.reuse && path.exists() && fs::read_to_string(&stamp).is_ok_and(|there| there == made_of) {
+            return Ok(path);
         }
-        Ok(archives)
+        let tag = env!("CARGO_PKG_VERSION");
+        let mut files = self.files(stem, definition)?;
+        let packages: Vec<&str> = definition.program.iter().map(|p| p.package.as_str()).collect();
+        let mut parts = sources.crates(&packages)?;
+        if definition.program.iter().any(|program| program.r#static) {
+            parts.extend(sbom::static_libc(&self.sysroot, self.platform)?);
+        }
+        parts.extend(sbom::debian(&self.sysroot, &files.copied)?);
+        let bill = sbom::document(&definition.name, tag, seconds, &files, &parts);
+        let bill = format!("{bill:#}\n").into_bytes();
+        files.file(&format!("/usr/share/spdx/{stem}.spdx.json"), bill.clone(), 0o644)?;
+        let archive = Archive::pack(&files, &self.settings(definition, tag, seconds))?;
+        archive.write(&path)?;
+        fs::write(path.with_extension("spdx.json"), bill)?;
+        fs::write(&stamp, made_of)?;
+        say(&format!(
+            "   {}:{tag} {} MiB, {} parts, {}, sha256:{}",
+            definition.name,
+            archive.bytes.len() >> 20,
+            parts.len(),
+            clock.seconds(),
+            archive.digest
+        ));
+        Ok(path)
+    }
+
+    /// The files that an image is made of, with their sizes and times.
+    fn made_of(&self, stem: &str, definition: &Definition) -> Result<String> {
+        let mut paths = vec![
+            std::env::current_exe().context("finding this program")?,
+            self.workspace.join("Cargo.lock"),
+            self.workspace.join("deploy/images").join(format!("{stem}.toml")),
+        ];
+        let built = |p: &Program| self.target_directory(p.r#static).join(&p.name);
+        paths.extend(definition.program.iter().map(built));
+        let of_system =
+            definition.tool.iter().map(|t| &t.path).chain(definition.file.iter().map(|f| &f.path));
+        paths.extend(of_system.map(|path| self.sysroot.join(path.trim_start_matches('/'))));
+        let mut text = String::new();
+        for path in paths {
+            // What is missing is said by whoever needs it.
+            let Ok(there) = fs::metadata(&path) else { continue };
+            let _ = writeln!(text, "{} {} {:?}", path.display(), there.len(), there.modified()?);
+        }
+        Ok(text)
     }
 
     fn settings(&self, definition: &Definition, tag: &str, seconds: u64) -> Settings {
@@ -166,10 +210,10 @@ impl Build {
         }
     }
 
-    fn files(&self, definition: &Definition) -> Result<Rootfs> {
+    fn files(&self, stem: &str, definition: &Definition) -> Result<Rootfs> {
         let mut files = Rootfs::default();
         files.basics()?;
-        let work = tempdir(&self.out)?;
+        let work = tempdir(&self.out, stem)?;
         for program in &definition.program {
             let built = self.target_directory(program.r#static).join(&program.name);
             let stripped = work.join(&program.name);
@@ -262,8 +306,8 @@ impl Build {
     }
 }
 
-fn tempdir(out: &Path) -> Result<PathBuf> {
-    let path = out.join(".stripped");
+fn tempdir(out: &Path, stem: &str) -> Result<PathBuf> {
+    let path = out.join(format!(".stripped-{stem}"));
     fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
     Ok(path)
 }

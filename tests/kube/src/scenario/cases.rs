@@ -1,47 +1,50 @@
 //! The list.
 
 use super::{
-    Scenario, commands, conformance, dual_stack, enrolment, faults, plugin, policy, release, smoke, upgrade,
-    waypoint, workloads,
+    Scenario, Way, commands, conformance, dual_stack, ebpf, enrolment, faults, plugin, policy, release,
+    smoke, upgrade, waypoint, workloads,
 };
 
 type Run = fn(&super::Stage) -> anyhow::Result<()>;
 
 /// Keeps to its namespace.
 const fn beside(name: &'static str, shows: &'static str, run: Run) -> Scenario {
-    Scenario { name, shows, mesh: true, alone: false, long: false, run }
+    Scenario { name, shows, way: Way::Beside, long: false, asked: false, run }
 }
 
 /// Changes or breaks what others need.
 const fn alone(name: &'static str, shows: &'static str, run: Run) -> Scenario {
-    Scenario { name, shows, mesh: true, alone: true, long: false, run }
+    Scenario { way: Way::Alone, ..beside(name, shows, run) }
 }
 
-/// In the order in which they run: the longest first of those that run side by side.
+/// In the order in which they begin: the longest first.
 pub const ALL: &[Scenario] = &[
     Scenario {
-        name: "smoke",
-        shows: "the cluster itself: pods, services, DNS, probes, and that plaintext is seen where there is some",
-        mesh: false,
-        alone: false,
-        long: false,
-        run: smoke::run,
+        way: Way::Before,
+        ..beside(
+            "smoke",
+            "the cluster itself: pods, services, DNS, probes, and that plaintext is seen where there is some",
+            smoke::run,
+        )
+    },
+    // Says something of the suite, not of the mesh; it is for who changes the suite.
+    Scenario {
+        way: Way::Before,
+        long: true,
+        asked: true,
+        ..beside(
+            "by-chance",
+            "the Gateway API's conformance suite without a mesh: what passes then says nothing of one",
+            conformance::without_a_mesh,
+        )
     },
     Scenario {
-        name: "by-chance",
-        shows: "the Gateway API's conformance suite without a mesh: what passes then says nothing of one",
-        mesh: false,
-        alone: false,
         long: true,
-        run: conformance::without_a_mesh,
-    },
-    Scenario {
-        name: "conformance",
-        shows: "the Gateway API's conformance suite, on its namespaces behind waypoints",
-        mesh: true,
-        alone: false,
-        long: true,
-        run: conformance::with_a_mesh,
+        ..beside(
+            "conformance",
+            "the Gateway API's conformance suite, on its namespaces behind waypoints",
+            conformance::with_a_mesh,
+        )
     },
     beside(
         "enrol",
@@ -81,16 +84,17 @@ pub const ALL: &[Scenario] = &[
     beside("real", "nginx, Redis and curl, which know nothing of a mesh", workloads::real),
     beside("rollout", "a rolling update under load loses no request", upgrade::rollout),
     alone(
-        "plugin",
-        "the CNI plugin is killed inside ADD, and no pod starts outside the mesh",
-        plugin::killed,
-    ),
-    alone(
         "away",
         "two minutes without a control plane: pods come and go, a ztunnel is killed, admission is closed",
         faults::control_plane_away,
     ),
-    alone("chain", "the primary CNI's configuration is rewritten without the plugin", faults::chain),
+    alone("root", "the root is exchanged under load, until the old one is gone", upgrade::root),
+    alone("ebpf", "captured by eBPF: in and out, under load, with agent and ztunnel killed", ebpf::run),
+    alone(
+        "revision",
+        "a second revision's control plane gets the proxies under load, and gives them back",
+        upgrade::revision,
+    ),
     alone(
         "kills",
         "agent, ztunnel, containerd and kubelet killed at random, and never plaintext",
@@ -99,14 +103,17 @@ pub const ALL: &[Scenario] = &[
     alone("reboot", "a node loses power and comes back, and nothing of it is plaintext", faults::reboot),
     alone("ztunnel-upgrade", "ztunnel is replaced under load, and no request fails", upgrade::ztunnel),
     alone(
-        "revision",
-        "a second revision's control plane gets the proxies under load, and gives them back",
-        upgrade::revision,
+        "plugin",
+        "the CNI plugin is killed inside ADD, and no pod starts outside the mesh",
+        plugin::killed,
     ),
-    alone("root", "the root is exchanged under load, until the old one is gone", upgrade::root),
-    alone(
-        "release",
-        "uninstalled under pods of the mesh, installed, upgraded and uninstalled by the command line",
-        release::comes_and_goes,
-    ),
+    alone("chain", "the primary CNI's configuration is rewritten without the plugin", faults::chain),
+    Scenario {
+        way: Way::Last,
+        ..alone(
+            "release",
+            "uninstalled under pods of the mesh, installed, upgraded and uninstalled by the command line",
+            release::comes_and_goes,
+        )
+    },
 ];

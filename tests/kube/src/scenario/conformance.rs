@@ -45,7 +45,7 @@ pub fn with_a_mesh(stage: &Stage) -> Result<()> {
         })])?;
     }
     for namespace in NAMESPACES {
-        stage.kubectl().wait(namespace, "condition=Programmed", &["gateway/waypoint"], PATIENCE * 2)?;
+        stage.kubectl().wait(namespace, "Programmed", "gateway/waypoint", PATIENCE * 2)?;
     }
     let run = run(stage, "report", &labels.join(","), 60)?;
     let failed = run.with(Outcome::Failed);

@@ -129,7 +129,7 @@ fn scale(stage: &Stage, replicas: &str) -> Result<String> {
 
 /// Something that can be killed.
 #[derive(Clone, Copy, Debug)]
-enum Victim {
+pub enum Victim {
     /// A daemon of the node.
     Daemon(&'static str),
     /// The first process of a container of the mesh.
@@ -146,7 +146,10 @@ const VICTIMS: [Victim; 5] = [
 
 impl Victim {
     /// Returns whether there was something to kill: it may still be down from the last time.
-    fn kill(self, stage: &Stage, node: &Node) -> Result<bool> {
+    ///
+    /// # Errors
+    /// The node is off.
+    pub fn kill(self, stage: &Stage, node: &Node) -> Result<bool> {
         let lab = &stage.cluster.lab;
         match self {
             Self::Daemon(name) => node::kill_daemon(lab, node, name),

@@ -8,11 +8,13 @@ mod cases;
 mod commands;
 mod conformance;
 mod dual_stack;
+mod ebpf;
 mod enrolment;
 mod faults;
 mod plugin;
 mod policy;
 mod release;
+mod schedule;
 mod smoke;
 mod stage;
 mod upgrade;
@@ -20,17 +22,14 @@ mod waypoint;
 mod workloads;
 
 use std::fs;
-use std::sync::Mutex;
-use std::thread;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 
 pub use apps::{App, Job};
+pub use schedule::Schedule;
 pub use stage::Stage;
 
-use crate::cluster::Cluster;
-use crate::mesh;
-use crate::report::{Clock, say};
+use crate::lab::Lab;
 
 /// One of them.
 #[derive(Clone, Copy)]
@@ -39,20 +38,39 @@ pub struct Scenario {
     pub name: &'static str,
     /// What is shown, in one line.
     pub shows: &'static str,
-    /// Whether the product must be there.
-    pub mesh: bool,
-    /// Whether others must not run at the same time.
-    pub alone: bool,
+    /// What it needs of the cluster, and leaves of it.
+    pub way: Way,
     /// Whether a short run leaves it out.
     pub long: bool,
+    /// Whether it runs only where it is named.
+    pub asked: bool,
     /// It.
     pub run: fn(&Stage) -> Result<()>,
+}
+
+/// How a scenario gets on with others.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Way {
+    /// On the cluster before the product is there.
+    Before,
+    /// With the product, beside others: it keeps to its namespaces.
+    Beside,
+    /// With the product, alone: it changes or breaks what others need.
+    Alone,
+    /// As that, and no mesh is left after it.
+    Last,
+}
+
+impl std::fmt::Debug for Scenario {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name)
+    }
 }
 
 /// All of them, in the order in which they run.
 pub use cases::ALL;
 
-/// The scenarios of these names; all, if none is given.
+/// The scenarios of these names; if none is given, all but those that have to be asked for.
 ///
 /// # Errors
 /// There is none of a name.
@@ -61,67 +79,18 @@ pub fn select(names: &[String]) -> Result<Vec<Scenario>> {
         let all: Vec<&str> = ALL.iter().map(|s| s.name).collect();
         bail!("there is no scenario {unknown:?}; there are {}", all.join(", "));
     }
-    Ok(ALL.iter().filter(|s| names.is_empty() || names.iter().any(|n| n == s.name)).copied().collect())
-}
-
-/// How many scenarios run side by side: most of their time they wait.
-const SIDE_BY_SIDE: usize = 4;
-
-/// Runs scenarios: first those that can be run side by side, then the others, one after the other; returns the names of
-/// those that failed. What is known of a failure is left in `target/kube/failed`.
-///
-/// # Errors
-/// A scenario can't even be set up.
-pub fn run(cluster: &Cluster, scenarios: &[Scenario]) -> Result<Vec<&'static str>> {
-    let (alone, beside): (Vec<_>, Vec<_>) = scenarios.iter().partition(|s| s.alone);
-    let mut failed = Vec::new();
-    let waiting = Mutex::new(beside.into_iter());
-    thread::scope(|scope| {
-        let work = || {
-            let mut failed = Vec::new();
-            loop {
-                let next = waiting.lock().map_err(|_| anyhow::anyhow!("a scenario panicked"))?.next();
-                let Some(scenario) = next else { return anyhow::Ok(failed) };
-                failed.extend(play(cluster, scenario)?);
-            }
-        };
-        let workers: Vec<_> = (0..SIDE_BY_SIDE).map(|_| scope.spawn(work)).collect();
-        for worker in workers {
-            failed.extend(worker.join().ok().context("a scenario panicked")??);
-        }
-        anyhow::Ok(())
-    })?;
-    if scenarios.iter().any(|s| !s.alone) {
-        mesh::usage().iter().for_each(|line| say(line));
-    }
-    for scenario in alone {
-        failed.extend(play(cluster, scenario)?);
-    }
-    Ok(failed)
-}
-
-/// Runs one; returns its name if it failed.
-fn play(cluster: &Cluster, scenario: &Scenario) -> Result<Option<&'static str>> {
-    say(&format!("== {}: {}", scenario.name, scenario.shows));
-    let clock = Clock::start();
-    let stage = Stage::new(cluster, scenario.name)?;
-    let Err(error) = (scenario.run)(&stage) else {
-        say(&format!("== {}: ok, {}", scenario.name, clock.seconds()));
-        return Ok(None);
-    };
-    let left = stage.keep_evidence(&error);
-    say(&format!("== {}: FAILED after {}: {error:#}", scenario.name, clock.seconds()));
-    say(&format!("   see {}", left.display()));
-    Ok(Some(scenario.name))
+    let is_wanted =
+        |s: &&Scenario| if names.is_empty() { !s.asked } else { names.iter().any(|n| n == s.name) };
+    Ok(ALL.iter().filter(is_wanted).copied().collect())
 }
 
 /// Forgets the evidence of earlier runs.
 ///
 /// # Errors
 /// It can't be deleted.
-pub fn clear_evidence(cluster: &Cluster) -> Result<()> {
-    crate::process::remove_tree(&cluster.lab.root.join("failed"))?;
-    fs::create_dir_all(cluster.lab.root.join("failed"))?;
+pub fn clear_evidence(lab: &Lab) -> Result<()> {
+    crate::process::remove_tree(&lab.root.join("failed"))?;
+    fs::create_dir_all(lab.root.join("failed"))?;
     Ok(())
 }
 
@@ -137,7 +106,8 @@ mod tests {
             // A capture tells scenarios apart by it.
             assert!(others.into_iter().all(|(_, o)| !o.name.starts_with(scenario.name)), "{}", scenario.name);
         }
-        assert_eq!(select(&[]).unwrap().len(), ALL.len());
+        assert_eq!(select(&[]).unwrap().len(), ALL.iter().filter(|s| !s.asked).count());
+        assert_eq!(select(&["by-chance".into()]).unwrap().len(), 1);
         assert!(select(&["none".into()]).is_err());
     }
 }

@@ -146,6 +146,7 @@ pub fn network(stage: &Stage) -> Result<()> {
         })])?;
         network_policy::enforce(&stage.cluster)
     };
+    let _alone = network_policy::alone();
     let outcome = allow(&[8080, 15008]).and_then(|()| {
         stage.nothing_in_plaintext(&far, || stage.reaches("client", url))?;
         stage.cannot_reach("other", url)?;

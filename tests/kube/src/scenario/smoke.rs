@@ -57,6 +57,7 @@ pub fn run(stage: &Stage) -> Result<()> {
     ensure!(seen.tunnels.is_empty(), "there is no mesh, and the capture saw tunnels: {seen:?}");
     stage.undisturbed("client", &before)?;
     stage.ok("a capture between the nodes shows plaintext where there is some");
+    let _alone = network_policy::alone();
     let outcome = network_policies(stage);
     network_policy::clear(&stage.cluster)?;
     outcome

@@ -74,11 +74,16 @@ impl Stage {
         let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
         wait_for(&format!("the namespace {name}"), PATIENCE, || {
             // One of the same name may still be going.
-            Ok(self.kubectl().apply(&namespace.to_string()).map_err(|e| e.to_string()))
+            let going =
+                self.kubectl().get(&["namespace", name]).is_ok_and(|n| n["status"]["phase"] == "Terminating");
+            if going {
+                return Ok(Err("that of before is still going".to_owned()));
+            }
+            Ok(self.kubectl().put(&namespace).map_err(|e| e.to_string()))
         })?;
         self.others.borrow_mut().push(name.to_owned());
         wait_for("its ServiceAccount", PATIENCE, || {
-            let account = self.kubectl().run(&["get", "serviceaccount", "default", "-n", name]);
+            let account = self.kubectl().get(&["serviceaccount", "default", "-n", name]);
             Ok(account.map_err(|e| e.to_string()))
         })
         .map(drop)
@@ -113,7 +118,7 @@ impl Stage {
             }
             list.push(object);
         }
-        self.kubectl().apply(&json!({"apiVersion": "v1", "kind": "List", "items": list}).to_string())
+        self.kubectl().put(&json!({"apiVersion": "v1", "kind": "List", "items": list}))
     }
 
     /// Starts pods, with their ServiceAccounts, and waits until they are Ready.
@@ -157,7 +162,7 @@ impl Stage {
     /// It is not in time: with what its events say.
     pub fn pod_ready(&self, pod: &str) -> Result<()> {
         let name = format!("pod/{pod}");
-        self.kubectl().wait(&self.namespace, "condition=Ready", &[&name], PATIENCE).map_err(|error| {
+        self.kubectl().wait(&self.namespace, "Ready", &name, PATIENCE).map_err(|error| {
             let selector = format!("involvedObject.name={pod}");
             let events = ["get", "events", "-n", &self.namespace, "--field-selector", &selector];
             error.context(format!("{pod}: {}", self.kubectl().run(&events).unwrap_or_default().trim()))
@@ -179,17 +184,18 @@ impl Stage {
     /// # Errors
     /// It is not there.
     pub fn address(&self, pod: &str) -> Result<String> {
-        self.kubectl().run(&["get", "pod", "-n", &self.namespace, pod, "-o", "jsonpath={.status.podIP}"])
+        let pod = self.kubectl().get(&["pod", "-n", &self.namespace, pod])?;
+        let address = pod["status"]["podIP"].as_str();
+        address.map(str::to_owned).with_context(|| format!("no address in {}", pod["status"]))
     }
 
     /// All addresses of the scenario's pods.
     ///
     /// # Errors
-    /// kubectl fails.
+    /// The API server can't be asked.
     pub fn addresses(&self) -> Result<Vec<String>> {
-        let all = "jsonpath={.items[*].status.podIPs[*].ip}";
-        let text = self.kubectl().run(&["get", "pods", "-n", &self.namespace, "-o", all])?;
-        Ok(text.split_whitespace().map(str::to_owned).collect())
+        let pods = self.kubectl().get(&["pods", "-n", &self.namespace])?;
+        Ok(pods["items"].as_array().into_iter().flatten().flat_map(ips).collect())
     }
 
     /// A pod's IPv6 address.
@@ -197,10 +203,9 @@ impl Stage {
     /// # Errors
     /// It has none.
     pub fn address6(&self, pod: &str) -> Result<String> {
-        let all = "jsonpath={.status.podIPs[*].ip}";
-        let text = self.kubectl().run(&["get", "pod", "-n", &self.namespace, pod, "-o", all])?;
-        let found = text.split_whitespace().find(|ip| ip.contains(':'));
-        found.map(str::to_owned).with_context(|| format!("{pod} has no IPv6 address: {text:?}"))
+        let found = ips(&self.kubectl().get(&["pod", "-n", &self.namespace, pod])?);
+        let six = found.iter().find(|ip| ip.contains(':'));
+        six.cloned().with_context(|| format!("{pod} has no IPv6 address: {found:?}"))
     }
 
     /// Runs a command in a pod.
@@ -409,10 +414,17 @@ impl Stage {
     }
 }
 
+/// A pod's addresses, of both families.
+fn ips(pod: &Value) -> Vec<String> {
+    let all = pod["status"]["podIPs"].as_array().into_iter().flatten();
+    all.filter_map(|ip| ip["ip"].as_str().map(str::to_owned)).collect()
+}
+
 impl Drop for Stage {
     fn drop(&mut self) {
         for namespace in self.others.borrow().iter() {
-            let deleted = self.kubectl().run(&["delete", "namespace", namespace, "--wait=false"]);
+            let path = format!("/api/v1/namespaces/{namespace}");
+            let deleted = self.kubectl().api().and_then(|api| api.delete(&path));
             if let Err(error) = deleted {
                 say(&format!("   the namespace {namespace} stays: {error:#}"));
             }
