@@ -375,6 +375,46 @@ fn routes_services_and_policies_say_how_they_stand(shop: &Shop) {
     the_waypoint_is_bound_and_let_go(shop);
 }
 
+const ATTACHED: [(&str, &str, &str); 3] = [
+    (
+        "RequestAuthentication",
+        "security.istio.io/v1",
+        r#"{"jwtRules": [{"issuer": "a", "jwks": "{\"keys\": []}"}]}"#,
+    ),
+    (
+        "RateLimit",
+        "culvert.dev/v1alpha1",
+        r#"{"limits": [{"name": "a", "local": {"requests": 1, "per": "1s"}}]}"#,
+    ),
+    ("Telemetry", "telemetry.istio.io/v1", r#"{"accessLogging": [{"providers": [{"name": "envoy"}]}]}"#),
+];
+
+/// What is attached to the Service by `targetRefs` beside policies, one of each kind.
+fn attach_to_web(shop: &Shop) {
+    for (kind, version, spec) in ATTACHED {
+        let mut spec: Value = serde_json::from_str(spec).unwrap();
+        spec["targetRefs"] = json!([{ "group": "", "kind": "Service", "name": "web" }]);
+        shop.cluster.apply(&json!({
+            "apiVersion": version, "kind": kind, "metadata": { "name": "a", "namespace": "shop" }, "spec": spec,
+        }));
+    }
+}
+
+fn attached_say(shop: &Shop, expected: (&str, &str)) {
+    for (kind, ..) in ATTACHED {
+        shop.until(kind, &kind.to_lowercase(), "a", "WaypointAccepted", expected);
+    }
+}
+
+fn virtual_service(shop: &Shop, entries: &str) {
+    shop.cluster.apply(&json!({
+        "apiVersion": "networking.istio.io/v1", "kind": "VirtualService",
+        "metadata": { "name": "v", "namespace": "shop" },
+        "spec": { "hosts": ["web"],
+            entries: [{ "route": [{ "destination": { "host": "web", "port": { "number": 80 } } }] }] },
+    }));
+}
+
 fn the_waypoint_is_bound_and_let_go(shop: &Shop) {
     let cluster = &shop.cluster;
     let is = |kind: &str, status: &str, reason: &str| shop.route_is(kind, status, reason);
@@ -387,6 +427,10 @@ fn the_waypoint_is_bound_and_let_go(shop: &Shop) {
         },
     }));
     shop.until("the policy", "authorizationpolicy", "p", "WaypointAccepted", ("False", "AncestorNotBound"));
+    attach_to_web(shop);
+    attached_say(shop, ("False", "AncestorNotBound"));
+    virtual_service(shop, "http");
+    shop.until("no waypoint", "virtualservice", "v", "WaypointAccepted", ("False", "NoWaypoint"));
     service(cluster, "web", &json!({ "istio.io/use-waypoint": "gate" }));
     let bound = |status: &str, reason: &str| {
         cluster.until(&format!("the service: {reason}"), || {
@@ -405,6 +449,11 @@ fn the_waypoint_is_bound_and_let_go(shop: &Shop) {
     bound("True", "WaypointAccepted");
     is("istio.io/WaypointBound", "True", "WaypointAccepted");
     shop.until("the policy again", "authorizationpolicy", "p", "WaypointAccepted", ("True", "Accepted"));
+    attached_say(shop, ("True", "Accepted"));
+    // An HTTPRoute hangs on the port, which takes no connections from it.
+    shop.until("a route", "virtualservice", "v", "WaypointAccepted", ("False", "Overruled"));
+    virtual_service(shop, "tcp");
+    shop.until("of connections", "virtualservice", "v", "WaypointAccepted", ("True", "Accepted"));
     let narrow = json!({ "listeners": [{
         "name": "mesh", "port": 15008, "protocol": "HBONE", "allowedRoutes": { "namespaces": { "from": "Selector",
             "selector": { "matchLabels": { "a": "b" } } } },

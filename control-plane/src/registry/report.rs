@@ -62,7 +62,7 @@ pub struct Standing {
     pub parents: Vec<(Arc<Value>, RouteStanding)>,
     /// What is bound to a waypoint: whether it is reached through it.
     pub binding: Option<Judgement>,
-    /// A policy with `targetRefs`: whether waypoints enforce it for all of them.
+    /// What has `targetRefs`: whether waypoints enforce it for all of them. A VirtualService: whether they do for its hosts.
     pub targets: Option<Judgement>,
 }
 
@@ -158,7 +158,7 @@ pub(super) fn standing(name: &ObjectName, parents: &[Arc<Value>], repository: &R
     Standing {
         parents: judged.collect(),
         binding: is_bound.then(|| compiler.binding_standing(&key)).flatten(),
-        targets: compiler.target_standing(&key),
+        targets: compiler.target_standing(&key).or_else(|| compiler.host_standing(&key)),
     }
 }
 

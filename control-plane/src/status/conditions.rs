@@ -53,7 +53,7 @@ impl Condition {
 pub const POLICY_ACCEPTED: &str = "ZtunnelAccepted";
 /// The same of an object that is no policy.
 pub const ACCEPTED: &str = "Accepted";
-/// Whether waypoints enforce a policy for all that it names by `targetRefs`.
+/// Whether waypoints enforce what is attached by `targetRefs` for all that it names, or a VirtualService for its hosts.
 pub const WAYPOINT_ACCEPTED: &str = "WaypointAccepted";
 /// Whether what is bound to a waypoint is reached through it.
 pub const WAYPOINT_BOUND: &str = "istio.io/WaypointBound";
@@ -170,6 +170,9 @@ pub fn of_other(kind: Kind, state: &ObjectState) -> Vec<Condition> {
     match kind {
         Kind::Service => vec![bound()],
         Kind::ServiceEntry => vec![accepted(), bound()],
+        Kind::VirtualService | Kind::RequestAuthentication | Kind::RateLimit | Kind::Telemetry => {
+            vec![accepted(), judged(WAYPOINT_ACCEPTED, state.standing.targets.as_ref())]
+        }
         _ => vec![accepted()],
     }
 }

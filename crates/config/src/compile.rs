@@ -607,6 +607,7 @@ impl Compiler {
         let kept: HashSet<ServiceKey> = new.into_iter().collect();
         for key in old.unwrap_or_default() {
             if !kept.contains(&key) {
+                self.found.extend(self.virtual_services.naming(&key));
                 self.change_service(&key, by, None, pool);
             }
         }

@@ -1,14 +1,17 @@
 //! What is said of routes on request: that they are not in force, or lead to what is not there.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use model::ServiceKey;
 
-use super::{Compiler, Finding};
+use super::{Compiler, Finding, Judgement};
 use crate::diagnostic::Code;
 use crate::labels::Selector;
 use crate::resource::{Kind, ObjectKey};
 use crate::routes::{BackendDraft, Parent, RouteDraft};
+
+/// Of so many services of a VirtualService's hosts it is said how it stands with them: `*` may be all that there are.
+const MOST_HOSTS: usize = 64;
 
 fn finding(code: Code, message: String, remedy: &str) -> Finding {
     Finding { code, message, remedy: remedy.to_owned() }
@@ -90,17 +93,10 @@ impl Compiler {
     }
 
     fn review_virtual_service(&self, key: &ObjectKey) -> Vec<Finding> {
-        let domain = &self.options.cluster_domain;
         let mut found = Vec::new();
-        let services: BTreeSet<ServiceKey> = self
-            .virtual_services
-            .hosts(key, domain)
-            .iter()
-            .flat_map(|by| self.hosts.concerned(by))
-            .filter(|service| self.virtual_services.is_visible(key, service))
-            .collect();
+        let services: BTreeSet<ServiceKey> = self.hosted(key).collect();
         for service in &services {
-            found.extend(self.overruled(key, service));
+            found.extend(self.overruled(key, service).map(|(_, finding)| finding));
         }
         let services: Vec<ServiceKey> = services.into_iter().collect();
         found.extend(self.shadowed(key, &services));
@@ -124,28 +120,70 @@ impl Compiler {
         found
     }
 
-    /// What is in force for a service in the place of a VirtualService for it, if something is.
-    fn overruled(&self, key: &ObjectKey, service: &ServiceKey) -> Option<Finding> {
+    /// The services of a VirtualService's hosts that it is exported to.
+    fn hosted(&self, key: &ObjectKey) -> impl Iterator<Item = ServiceKey> {
+        let hosts = self.virtual_services.hosts(key, &self.options.cluster_domain);
+        let services = hosts.into_iter().flat_map(|by| self.hosts.concerned(&by));
+        services.filter(|service| self.virtual_services.is_visible(key, service))
+    }
+
+    /// Whether waypoints enforce a VirtualService for its hosts; `None` where these are no services.
+    #[must_use]
+    pub fn host_standing(&self, key: &ObjectKey) -> Option<Judgement> {
+        if key.kind != Kind::VirtualService {
+            return None;
+        }
+        let services: BTreeSet<ServiceKey> = self.hosted(key).take(MOST_HOSTS).collect();
+        let wrong = services.iter().filter_map(|service| self.overruled(key, service));
+        let wrong: Vec<(&'static str, Finding)> = wrong.collect();
+        let Some((first, _)) = wrong.first() else {
+            let fine = || Judgement::yes("Accepted", "waypoints enforce it for all of its hosts");
+            return (!services.is_empty()).then(fine);
+        };
+        let reason = if wrong.len() < services.len() { "PartiallyInvalid" } else { first };
+        let all = wrong.iter().map(|(_, finding)| finding.message.as_str()).collect::<Vec<_>>().join("; ");
+        Some(Judgement::no(reason, all))
+    }
+
+    /// What is in force for a service in the place of a VirtualService for it, if something is: in one word, and in several.
+    fn overruled(&self, key: &ObjectKey, service: &ServiceKey) -> Option<(&'static str, Finding)> {
+        use model::http::RouteKind::{Default, VirtualService};
         let host = &service.hostname;
         let (owner, definition) = self.in_force(service)?;
         if !self.is_served(owner, definition) {
             let message =
                 format!("no waypoint enforces it for {host}: the service is bound to none that takes it");
-            return Some(finding(Code::WithoutEffect, message, "label the service istio.io/use-waypoint"));
+            let finding = finding(Code::WithoutEffect, message, "label the service istio.io/use-waypoint");
+            return Some(("NoWaypoint", finding));
         }
         let (first, _) = self.virtual_services.of(service)?;
         if first != *key {
             let message = format!("has no effect for {host}: the one in force is {}", first.resource_name());
-            return Some(finding(Code::WithoutEffect, message, "make one VirtualService of both"));
+            let finding = finding(Code::WithoutEffect, message, "make one VirtualService of both");
+            return Some(("Overruled", finding));
         }
-        let routes: Vec<String> =
-            self.routes.on(&Parent::owner(owner)?).map(|route| route.resource_name().to_string()).collect();
-        (!routes.is_empty()).then(|| {
+        let (has_http, has_streams) = self.virtual_services.entries(key);
+        let mut before: BTreeMap<String, BTreeSet<u16>> = BTreeMap::new();
+        for port in self.http_services.get(service).into_iter().flat_map(|served| &served.ports) {
+            let requests = port.routes.entries().iter().map(|(_, route)| &route.id).filter(|_| has_http);
+            let streams = port.streams.entries().iter().map(|(_, route)| &route.id).filter(|_| has_streams);
+            for id in requests.chain(streams).filter(|id| !matches!(id.kind, Default | VirtualService)) {
+                let name = format!("{} {}/{}", id.kind.name(), id.namespace, id.name);
+                before.entry(name).or_default().insert(port.number);
+            }
+        }
+        (!before.is_empty()).then(|| {
+            let on = |(name, ports): (&String, &BTreeSet<u16>)| {
+                let ports: Vec<String> = ports.iter().map(u16::to_string).collect();
+                format!("{name} on {}", ports.join(" and "))
+            };
+            let all: Vec<String> = before.iter().map(on).collect();
             let message = format!(
-                "has no effect for the ports of {host} that routes of the Gateway API hang on, which go before it: {}",
-                routes.join(", ")
+                "has no effect for ports of {host} that routes of the Gateway API hang on, which go before it: {}",
+                all.join(", ")
             );
-            finding(Code::WithoutEffect, message, "keep one of both kinds for a service")
+            let remedy = "keep one of both kinds for a port of a service";
+            ("Overruled", finding(Code::WithoutEffect, message, remedy))
         })
     }
 

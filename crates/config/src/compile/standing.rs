@@ -27,11 +27,11 @@ pub struct Judgement {
 }
 
 impl Judgement {
-    fn yes(reason: &'static str, message: impl Into<String>) -> Self {
+    pub(super) fn yes(reason: &'static str, message: impl Into<String>) -> Self {
         Self { holds: true, reason, message: message.into() }
     }
 
-    fn no(reason: &'static str, message: impl Into<String>) -> Self {
+    pub(super) fn no(reason: &'static str, message: impl Into<String>) -> Self {
         Self { holds: false, reason, message: message.into() }
     }
 }
@@ -137,7 +137,8 @@ impl Compiler {
         all.min_by_key(|judgement| judgement.holds)
     }
 
-    /// Whether waypoints enforce a policy for all that it names by `targetRefs`; `None` if it names nothing so.
+    /// Whether waypoints enforce a policy, or what else is attached so, for all that it names by `targetRefs`; `None` if it
+    /// names nothing so.
     #[must_use]
     pub fn target_standing(&self, policy: &ObjectKey) -> Option<Judgement> {
         let targets = self.policies.targets_of(policy)?;
@@ -262,6 +263,10 @@ impl Compiler {
             self.found.extend(self.routes.on(&parent).cloned());
         }
         self.found.extend(self.policies.naming(owner));
+        let services = self.definitions_by(owner).map(|(service, _)| service);
+        let hosts: Vec<ObjectKey> =
+            services.flat_map(|service| self.virtual_services.naming(service)).collect();
+        self.found.extend(hosts);
         let waypoint = self
             .definitions_by(owner)
             .find_map(|(_, definition)| self.named_waypoint(owner, &definition.waypoint).cloned());

@@ -75,13 +75,23 @@ impl Attachments {
     /// What is for `object` and passes `waypoint`, without what is for workloads behind it.
     pub(super) fn through(&self, object: &ObjectKey, waypoint: &Waypoint, root: &str) -> BTreeSet<PolicyKey> {
         let holds = |key: &&PolicyKey| key.namespace == object.namespace || *key.namespace == *root;
-        let target = Target::of(object).map(|target| (object.namespace.clone(), target));
-        let named = target.and_then(|target| self.by_target.get(&target)).into_iter().flatten();
-        let meant = |key: &&PolicyKey, targets: &[Target]| {
+        let named = self.naming(object);
+        let all = self.for_waypoint(waypoint);
+        self.whole.iter().filter(holds).chain(named).chain(all).cloned().collect()
+    }
+
+    /// What names a Service or ServiceEntry.
+    pub(super) fn naming(&self, object: &ObjectKey) -> impl Iterator<Item = &PolicyKey> {
+        let target = Target::of(object).and_then(|t| self.by_target.get(&(object.namespace.clone(), t)));
+        target.into_iter().flatten()
+    }
+
+    /// What names a waypoint, or its class.
+    pub(super) fn for_waypoint(&self, waypoint: &Waypoint) -> impl Iterator<Item = &PolicyKey> {
+        let meant = move |key: &PolicyKey, targets: &[Target]| {
             targets.iter().any(|target| waypoint.is_target(&key.namespace, target))
         };
-        let all = self.for_waypoints.iter().filter(|(key, targets)| meant(key, targets)).map(|(key, _)| key);
-        self.whole.iter().filter(holds).chain(named).chain(all).cloned().collect()
+        self.for_waypoints.iter().filter(move |(key, targets)| meant(key, targets)).map(|(key, _)| key)
     }
 
     /// What selects a workload of these labels, sorted.

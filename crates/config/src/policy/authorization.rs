@@ -121,6 +121,16 @@ pub enum PolicyScope {
     Targets(Box<[Target]>),
 }
 
+impl PolicyScope {
+    /// What is named by `targetRefs`.
+    pub(super) fn targets(&self) -> Option<&[Target]> {
+        match self {
+            Self::Targets(targets) => Some(targets),
+            Self::Namespace | Self::Selector(_) => None,
+        }
+    }
+}
+
 /// `spec.action`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub enum RequestedAction {

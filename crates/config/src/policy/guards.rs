@@ -11,10 +11,11 @@ use super::attachments::{Attachments, affected};
 use super::authorization::PolicyScope;
 use super::rate_limit::RateLimit;
 use super::request_authentication::RequestAuthentication;
+use super::selector::Target;
 use super::waypoint::Waypoint;
 use crate::compile::{Affected, Effects};
 use crate::labels::Labels;
-use crate::resource::ObjectKey;
+use crate::resource::{Kind, ObjectKey};
 
 /// A kind of resource that services list and waypoints are sent.
 trait Guard: PartialEq {
@@ -104,6 +105,10 @@ impl<G: Guard> Guarding<G> {
     }
 }
 
+fn of_kind(kind: Kind) -> impl Fn(&PolicyKey) -> ObjectKey {
+    move |key| ObjectKey { kind, namespace: key.namespace.clone(), name: key.name.clone() }
+}
+
 /// All of both kinds.
 #[derive(Debug, Default)]
 pub(super) struct Guards {
@@ -151,6 +156,30 @@ impl Guards {
         root: &str,
     ) -> Vec<PolicyKey> {
         self.authentications.attached.through(object, waypoint, root).into_iter().collect()
+    }
+
+    /// What a resource of one of the kinds names by `targetRefs`.
+    pub(super) fn targets_of(&self, kind: Kind, key: &PolicyKey) -> Option<&[Target]> {
+        let scope = match kind {
+            Kind::RequestAuthentication => &self.authentications.all.get(key)?.scope,
+            Kind::RateLimit => &self.limits.all.get(key)?.scope,
+            _ => return None,
+        };
+        scope.targets()
+    }
+
+    /// What names a Service or ServiceEntry.
+    pub(super) fn naming(&self, object: &ObjectKey) -> impl Iterator<Item = ObjectKey> {
+        let tokens = self.authentications.attached.naming(object);
+        let limits = self.limits.attached.naming(object);
+        tokens.map(of_kind(Kind::RequestAuthentication)).chain(limits.map(of_kind(Kind::RateLimit)))
+    }
+
+    /// What names a waypoint, or its class.
+    pub(super) fn for_waypoint(&self, waypoint: &Waypoint) -> impl Iterator<Item = ObjectKey> {
+        let tokens = self.authentications.attached.for_waypoint(waypoint);
+        let limits = self.limits.attached.for_waypoint(waypoint);
+        tokens.map(of_kind(Kind::RequestAuthentication)).chain(limits.map(of_kind(Kind::RateLimit)))
     }
 
     /// The RequestAuthentications that select a workload by its labels, sorted.

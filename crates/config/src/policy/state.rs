@@ -324,30 +324,34 @@ impl Policies {
         target.into_iter().flatten().chain(through.map(|(key, _)| key)).any(enforced)
     }
 
-    /// What an AuthorizationPolicy names by `targetRefs`; `None` if it names nothing so.
+    /// What a resource of the policies' kinds names by `targetRefs`; `None` if it names nothing so.
     pub(crate) fn targets_of(&self, key: &ObjectKey) -> Option<&[Target]> {
-        if key.kind != Kind::AuthorizationPolicy {
-            return None;
-        }
-        match &self.authorization.get(&policy_key(key))?.source.scope {
-            PolicyScope::Targets(targets) => Some(targets),
-            PolicyScope::Namespace | PolicyScope::Selector(_) => None,
+        match key.kind {
+            Kind::AuthorizationPolicy => self.authorization.get(&policy_key(key))?.source.scope.targets(),
+            Kind::Telemetry => self.telemetries.targets_of(key),
+            kind => self.guards.targets_of(kind, &policy_key(key)),
         }
     }
 
-    /// The AuthorizationPolicies that name a Service or ServiceEntry.
+    /// The policies, and what else is attached so, that name a Service or ServiceEntry.
     pub(crate) fn naming(&self, object: &ObjectKey) -> impl Iterator<Item = ObjectKey> {
-        let target = Target::of(object).and_then(|t| self.by_target.get(&(object.namespace.clone(), t)));
-        target.into_iter().flatten().map(object_key)
+        let own = Target::of(object);
+        let target = own.clone().and_then(|t| self.by_target.get(&(object.namespace.clone(), t)));
+        let namespace = object.namespace.clone();
+        let told = move |by: &Str, target: &Target| *by == namespace && Some(target) == own.as_ref();
+        let policies = target.into_iter().flatten().map(object_key);
+        policies.chain(self.guards.naming(object)).chain(self.telemetries.naming(told))
     }
 
-    /// The AuthorizationPolicies that name a waypoint.
+    /// The same that name a waypoint.
     pub(crate) fn for_waypoint(&self, waypoint: &Waypoint) -> impl Iterator<Item = ObjectKey> {
         let meant = move |key: &PolicyKey, targets: &[Target]| {
             targets.iter().any(|target| waypoint.is_target(&key.namespace, target))
         };
         let all = self.for_waypoints.iter().filter(move |(key, targets)| meant(key, targets));
-        all.map(|(key, _)| object_key(key))
+        let told = |by: &Str, target: &Target| waypoint.is_target(by, target);
+        let policies = all.map(|(key, _)| object_key(key));
+        policies.chain(self.guards.for_waypoint(waypoint)).chain(self.telemetries.naming(told))
     }
 
     /// What to say of a policy in the light of all that there is.

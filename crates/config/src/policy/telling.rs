@@ -92,6 +92,20 @@ impl Telemetries {
         told
     }
 
+    /// What a resource names by `targetRefs`.
+    pub fn targets_of(&self, key: &ObjectKey) -> Option<&[Target]> {
+        self.all.get(key)?.scope.targets()
+    }
+
+    /// The resources that name something of which this holds, with their namespace.
+    pub fn naming(&self, is_meant: impl Fn(&Str, &Target) -> bool) -> impl Iterator<Item = ObjectKey> {
+        let all = self.all.iter().filter(move |(key, telemetry)| {
+            let targets = telemetry.scope.targets().unwrap_or_default();
+            targets.iter().any(|target| is_meant(&key.namespace, target))
+        });
+        all.map(|(key, _)| key.clone())
+    }
+
     /// The resources that hold, the most general first.
     fn levels(&self, object: &ObjectKey, waypoint: &Waypoint, root: &str) -> Vec<&Telemetry> {
         let oldest = |holds: &dyn Fn(&ObjectKey, &Telemetry) -> bool| {
@@ -195,7 +209,8 @@ impl Use {
         match self {
             Self::Metrics => "prometheus is there without being defined",
             Self::Logs => {
-                "envoy is there without being defined; or define one with envoyFileAccessLog, envoyHttpAls or envoyTcpAls"
+                "envoy is there without being defined; or define one with envoyFileAccessLog, envoyHttpAls or envoyTcpAls, \
+                 which OpenTelemetry's collector takes too (receiver envoyals) in the place of envoyOtelAls"
             }
             Self::Traces => "define one with opentelemetry or zipkin (extensionProviders)",
         }

@@ -79,6 +79,12 @@ impl VirtualServices {
         self.services.get(key).map(|service| hosts_of(key, service, domain)).unwrap_or_default()
     }
 
+    /// Whether a resource says anything of requests, and of connections.
+    #[must_use]
+    pub fn entries(&self, key: &ObjectKey) -> (bool, bool) {
+        self.services.get(key).map_or((false, false), |s| (!s.http.is_empty(), !s.streams.is_empty()))
+    }
+
     /// What is wrong with what a resource delegates to.
     #[must_use]
     pub fn broken_delegates(&self, key: &ObjectKey) -> Vec<String> {
@@ -113,13 +119,20 @@ impl VirtualServices {
         list.is_none_or(|list| own || list.contains(&to.namespace))
     }
 
+    /// The resources that name the host of a service, exported to it or not.
+    pub fn naming<'a>(&'a self, key: &'a ServiceKey) -> impl Iterator<Item = ObjectKey> + 'a {
+        self.hosts.of(&key.hostname).map(|named| ObjectKey {
+            kind: Kind::VirtualService,
+            namespace: named.namespace.clone(),
+            name: named.name.clone(),
+        })
+    }
+
     /// The resource that is in force for a service.
     #[must_use]
     pub fn of(&self, key: &ServiceKey) -> Option<(ObjectKey, &Arc<VirtualService>)> {
         let all = || {
-            self.hosts.of(&key.hostname).filter_map(|named| {
-                let (namespace, name) = (named.namespace.clone(), named.name.clone());
-                let by = ObjectKey { kind: Kind::VirtualService, namespace, name };
+            self.naming(key).filter_map(|by| {
                 let service = self.services.get(&by)?;
                 let own = by.namespace == key.namespace;
                 let list = service.export_to.as_deref();
