@@ -2,15 +2,18 @@
 //!
 //! `expect` is compared with a dump of the model, of the enrolments and of the diagnostics. Mappings are compared
 //! for the keys that are expected, where `null` means that the key must not be there; everything else must be
-//! equal. A step may also say what the changes of the batch are (`changes`), and which diagnostics are new (`news`).
+//! equal. A step may also say what the changes of the batch are (`changes`), which diagnostics are new (`news`), and how routes
+//! stand with what they hang on (`standing`).
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use config::compile::{EnrolmentChange, Options};
+use config::compile::{EnrolmentChange, Judgement, Options};
 use config::diagnostic::Diagnostic;
 use config::repository::{Content, Repository};
+use config::resource::{Kind, ObjectKey};
+use config::routes::{ParentKind, ParentRef};
 use config::tree::{self, Limits};
 use model::http::{BackendRef, HttpService, Route, RouteAction, RouteMatch, StreamMatch, StreamRoute};
 use model::{Change, GatewayAddress, GatewayTarget, Mesh, Service, TargetPort, Workload};
@@ -209,6 +212,29 @@ fn all_traffic(mesh: &Mesh) -> Map<String, Json> {
     mesh.services().filter_map(of).collect()
 }
 
+/// How a route stands with a Service that it names, asked as `KIND NAMESPACE/NAME on NAMESPACE/SERVICE[:PORT]`: the conditions,
+/// with the reasons of those that do not hold.
+fn standing(asked: &str, repository: &Repository) -> String {
+    let (route, service) = asked.split_once(" on ").unwrap();
+    let (kind, route) = route.split_once(' ').unwrap();
+    let kinds = [Kind::HttpRoute, Kind::GrpcRoute, Kind::TcpRoute, Kind::TlsRoute];
+    let kind = kinds.into_iter().find(|known| known.name() == kind).unwrap();
+    let (namespace, name) = route.split_once('/').unwrap();
+    let key = ObjectKey { kind, namespace: namespace.into(), name: name.into() };
+    let (namespace, name) = service.split_once('/').unwrap();
+    let (name, port) = name.split_once(':').map_or((name, None), |(name, port)| (name, port.parse().ok()));
+    let (namespace, name) = (namespace.into(), name.into());
+    let parent = ParentRef { kind: ParentKind::Service, namespace, name, section: None, port };
+    let Some(standing) = repository.standing().route_standing(&key, &parent) else { return String::new() };
+    let of = |condition: &str, judgement: &Judgement| match judgement.holds {
+        true => condition.to_owned(),
+        false => format!("{condition} {}", judgement.reason),
+    };
+    let bound = standing.bound.iter().map(|bound| of("WaypointBound", bound));
+    let all = [of("Accepted", &standing.accepted), of("ResolvedRefs", &standing.resolved)];
+    all.into_iter().chain(bound).collect::<Vec<_>>().join(", ")
+}
+
 /// Where `actual` is not as `expected`.
 fn differences(path: &str, expected: &Json, actual: Option<&Json>, found: &mut Vec<String>) {
     match (expected, actual) {
@@ -277,6 +303,10 @@ fn run(path: &Path) -> Vec<String> {
         let at = format!("step {index}");
         if !step["expect"].is_null() {
             differences(&at, &step["expect"], Some(&actual), &mut found);
+        }
+        for (asked, expected) in step["standing"].as_object().into_iter().flatten() {
+            let actual = standing(asked, &repository);
+            differences(&format!("{at} {asked}"), expected, Some(&json!(actual)), &mut found);
         }
         if !step["changes"].is_null() {
             differences(&format!("{at} changes"), &step["changes"], Some(&json!(changes)), &mut found);
