@@ -100,6 +100,13 @@ impl Connection {
     }
 }
 
+impl Contents {
+    /// The same, by which nothing is captured.
+    fn at_rest(&self) -> Self {
+        Self { settings: Settings { flags: 0, ..self.settings }, ..self.clone() }
+    }
+}
+
 impl PortSets {
     /// No port in any set.
     #[must_use]
@@ -230,10 +237,21 @@ impl Pod {
         if attached {
             pod.write(contents, build())?;
         } else {
-            // The maps first: programs with empty ones let everything through.
             let mut loaded = pod.load()?;
-            pod.write(contents, NOT_ATTACHED)?;
-            pod.attach(&mut loaded, netns, contents.interfaces.keys().copied())?;
+            let is_new = matches!(pod.read(), Ok(None));
+            // The maps first: programs with empty ones drop. In a pod that was not captured so far, nothing is until all programs
+            // are there, which takes a while, and then everything at once: half of them refuse what the others would have taken.
+            if is_new {
+                pod.write(&contents.at_rest(), NOT_ATTACHED)?;
+            } else {
+                pod.write(contents, NOT_ATTACHED)?;
+            }
+            let attached = pod.attach(&mut loaded, netns, contents.interfaces.keys().copied());
+            if is_new {
+                // Also where some are missing: what can't be captured is refused.
+                pod.write(contents, NOT_ATTACHED)?;
+            }
+            attached?;
             for path in older {
                 let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
                 removed.map_err(Error::io("remove", path.display()))?;

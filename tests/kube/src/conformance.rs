@@ -178,7 +178,8 @@ pub fn run(cluster: &Cluster, name: &str, labels: &str, patience: u32) -> Result
         "-test.run=TestConformance",
         "-test.v",
         "-test.timeout=30m",
-        "-test.parallel=16",
+        // As many as the processors can do at a time: more take turns, and none is done in its time.
+        "-test.parallel=6",
         "-gateway-class=",
         "-cleanup-base-resources=false",
         &format!("-conformance-profiles={PROFILES}"),

@@ -17,7 +17,6 @@ use crate::process::feed;
 const TABLE: &str = "inet kube-tests-policy";
 
 /// While this is held, nobody else has policies enforced: whoever clears them clears all.
-#[must_use]
 pub fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)

@@ -195,7 +195,9 @@ async fn a_namespace_that_vanishes_before_add_looks_keeps_the_pod_waiting() {
     }
     let (world, agent, ztunnel) = world().await;
     let left = world.directory.path().join("left");
-    for (path, said) in [("/run/netns/there-is-none", "does not exist"), (left.to_str().unwrap(), "namespace")] {
+    for (path, said) in
+        [("/run/netns/there-is-none", "does not exist"), (left.to_str().unwrap(), "namespace")]
+    {
         // What an unmounted namespace leaves behind.
         std::fs::write(&left, "").unwrap();
         let mut request = world.request("web");

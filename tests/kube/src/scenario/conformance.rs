@@ -47,7 +47,7 @@ pub fn with_a_mesh(stage: &Stage) -> Result<()> {
     for namespace in NAMESPACES {
         stage.kubectl().wait(namespace, "Programmed", "gateway/waypoint", PATIENCE * 2)?;
     }
-    let run = run(stage, "report", &labels.join(","), 60)?;
+    let run = run(stage, "report", &labels.join(","), 120)?;
     let failed = run.with(Outcome::Failed);
     ensure!(failed.is_empty(), "failed: {}; see {}", failed.join(", "), run.log.display());
     conformance::successful(&std::fs::read_to_string(&run.report)?)?;
