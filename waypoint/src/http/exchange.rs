@@ -491,7 +491,7 @@ impl Exchange<'_> {
             return self.client.poll_gone(cx);
         }
         // Reading tells it otherwise.
-        if !self.upload.is_blocked() { Poll::Pending } else { self.client.poll_left(cx) }
+        if self.upload.is_blocked() { self.client.poll_left(cx) } else { Poll::Pending }
     }
 
     /// Ready when it has taken too long.
