@@ -75,7 +75,9 @@ fn strict(stage: &Stage) -> Result<()> {
     let status = &pod["status"]["containerStatuses"][0];
     ensure!(status["ready"] == true && status["restartCount"] == 0, "the probed pod: {status}");
     stage.ok("STRICT refuses plaintext, and the kubelet's probes pass");
-    Ok(())
+    // Pods leave the mesh one by one later: those that have must reach the others.
+    stage.kubectl().run(&["delete", "peerauthentication", "-n", &stage.namespace, "default"])?;
+    outside.reaches("plain", &url).map(drop)
 }
 
 /// What is counted, and what commands say.
