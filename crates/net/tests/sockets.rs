@@ -117,6 +117,22 @@ async fn a_connection_comes_from_the_address_it_is_told() {
     }
 }
 
+#[test]
+fn an_address_is_a_namespaces_own_or_it_is_not() {
+    if !root_or_skip("addresses of a namespace") {
+        return;
+    }
+    let lab = pair();
+    let [one, two] = ["one", "two"].map(|name| lab.pod(name));
+    for v6 in [false, true] {
+        assert!(net::has_address(&one.netns, one.ip(v6)));
+        assert!(!net::has_address(&one.netns, two.ip(v6)));
+    }
+    for nobodys in ["127.0.0.1", "::1", "0.0.0.0", "::", "224.0.0.1", "ff02::1"] {
+        assert!(!net::has_address(&one.netns, nobodys.parse().unwrap()), "{nobodys}");
+    }
+}
+
 #[tokio::test]
 async fn failures_say_what_was_attempted() {
     if !root_or_skip("failures_say_what_was_attempted") {
