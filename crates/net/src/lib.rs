@@ -12,6 +12,7 @@
 //! * [`limits`]: the limits of descriptors and memory.
 
 mod accept;
+mod code;
 mod conntrack;
 pub mod copy;
 mod handover;
@@ -31,6 +32,7 @@ pub mod sysctl;
 mod udp;
 
 pub use accept::{AcceptLoop, AcceptStats};
+pub use code::release_code;
 pub use conntrack::Conntrack;
 pub use copy::{ByteCounts, End, Side, copy};
 pub use handover::move_queues;

@@ -2,12 +2,18 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::http::{Response, Routes, StatusCode};
 use crate::shutdown::{Phase, Shutdown};
 
 /// The port of `/healthz/ready`.
 pub const PORT: u16 = 15021;
+
+/// How often [`Readiness::settled`] looks.
+const LOOK: Duration = Duration::from_secs(1);
+/// How long it waits when all conditions hold.
+const SETTLE: Duration = Duration::from_secs(5);
 
 /// Why a condition does not hold; `None` when it does.
 type Conditions = BTreeMap<&'static str, Option<String>>;
@@ -47,6 +53,14 @@ impl Readiness {
     #[must_use]
     pub fn is_ready(&self) -> bool {
         self.lock().values().all(Option::is_none)
+    }
+
+    /// Waits until the process is ready, and a little for what comes behind.
+    pub async fn settled(&self) {
+        while !self.is_ready() {
+            tokio::time::sleep(LOOK).await;
+        }
+        tokio::time::sleep(SETTLE).await;
     }
 
     /// `GET /healthz/ready`: 200 when all conditions hold and the process is not ending, else 503 and what is
