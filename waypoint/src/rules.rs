@@ -4,6 +4,7 @@
 //! * a request is decided by one snapshot, whole;
 //! * what did not change from one snapshot to the next is shared, and not made anew.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -24,8 +25,56 @@ pub struct Rules {
     pub mesh: Arc<Mesh>,
     own: Option<WaypointKey>,
     services: CowMap<ServiceKey, Arc<ServiceRules>>,
+    asking: Asking,
     /// How many services are bound to each waypoint.
     waypoints: CowMap<WaypointKey, u32>,
+}
+
+/// The services that ask a policy. Kept in parts, so that one more of ten thousand costs a few of them.
+#[derive(Clone, Debug, Default)]
+struct Asking(CowMap<(PolicyKey, u8), Arc<[ServiceKey]>>);
+
+impl Asking {
+    const PARTS: u8 = 64;
+
+    fn part(service: &ServiceKey) -> u8 {
+        let mut hasher = DefaultHasher::new();
+        service.hash(&mut hasher);
+        u8::try_from(hasher.finish() % u64::from(Self::PARTS)).unwrap_or(0)
+    }
+
+    /// Who asks `policy`.
+    fn of(&self, policy: &PolicyKey) -> impl Iterator<Item = &ServiceKey> {
+        (0..Self::PARTS).filter_map(|part| self.0.get(&(policy.clone(), part))).flat_map(|list| list.iter())
+    }
+
+    /// Follows what a service asks: what it asked, and what it asks now.
+    fn follow(&mut self, service: &ServiceKey, then: Option<&HttpService>, now: Option<&HttpService>) {
+        let asked = |http: Option<&HttpService>| -> HashSet<PolicyKey> {
+            let keys = http.into_iter().flat_map(|h| h.policies.iter().chain(h.selected.iter().flatten()));
+            keys.cloned().collect()
+        };
+        let (then, now) = (asked(then), asked(now));
+        then.difference(&now).for_each(|policy| self.set(policy, service, false));
+        now.difference(&then).for_each(|policy| self.set(policy, service, true));
+    }
+
+    fn set(&mut self, policy: &PolicyKey, service: &ServiceKey, asks: bool) {
+        let slot = (policy.clone(), Self::part(service));
+        let mut list: Vec<ServiceKey> = self.0.get(&slot).map(|list| list.to_vec()).unwrap_or_default();
+        match list.binary_search(service) {
+            Ok(at) if !asks => {
+                list.remove(at);
+            }
+            Err(at) if asks => list.insert(at, service.clone()),
+            Ok(_) | Err(_) => return,
+        }
+        if list.is_empty() {
+            self.0.remove(&slot);
+        } else {
+            self.0.insert(slot, list.into());
+        }
+    }
 }
 
 /// What is done for a service that is bound to this waypoint.
@@ -68,11 +117,15 @@ impl Rules {
                 *count -= 1;
             }
         }
-        let edited: HashSet<PolicyKey> = mesh.http_policies_since(&before.mesh).into_iter().collect();
-        if !edited.is_empty() {
-            let asking = before.services.values().filter(|rules| rules.asks_one_of(&edited));
-            changed.extend(asking.map(|rules| rules.http.service.clone()));
+        let is_ours = |http: &&Arc<HttpService>| http.waypoint == *own;
+        let mut asking = before.asking.clone();
+        for key in &changed {
+            let [then, now] = [&before.mesh, &mesh].map(|mesh| mesh.http_service(key).filter(is_ours));
+            asking.follow(key, then.map(|http| &**http), now.map(|http| &**http));
         }
+        let edited = mesh.http_policies_since(&before.mesh);
+        let concerned: HashSet<&ServiceKey> = edited.iter().flat_map(|key| asking.of(key)).collect();
+        changed.extend(concerned.into_iter().cloned());
         let mut services = before.services.clone();
         for key in changed {
             let Some(http) = mesh.http_service(&key).filter(|http| http.waypoint == *own) else {
@@ -85,7 +138,7 @@ impl Rules {
                 services.insert(key, rules);
             }
         }
-        Self { mesh, own: Some(own.clone()), services, waypoints }
+        Self { mesh, own: Some(own.clone()), services, asking, waypoints }
     }
 
     /// Whether an identity is that of a waypoint that something is bound to.
@@ -241,11 +294,6 @@ impl ServiceRules {
         self.led_to.iter().find(|led| led.http.service == *to)
     }
 
-    fn asks_one_of(&self, policies: &HashSet<PolicyKey>) -> bool {
-        let selected = self.http.selected.iter().flat_map(|set| set.iter());
-        self.http.policies.iter().chain(selected).any(|key| policies.contains(key))
-    }
-
     /// The rules of the port `number`.
     #[must_use]
     pub fn port(&self, number: u16) -> Option<&PortRules> {
@@ -384,6 +432,16 @@ mod tests {
         assert_eq!((touched, made), (0, vec![named("n7")]));
         let asked = next.service(&named("n7")).map(|rules| rules.policies.clone());
         assert!(asked.is_some_and(|asked| asked.0[0][0].is_ok()), "the policy is known now");
+        // As many are looked at for a policy as ask it, whatever else there is.
+        let policy = key("shop", "asked");
+        let asking = |rules: &Rules| rules.asking.of(&policy).cloned().collect::<Vec<_>>();
+        assert_eq!(asking(&before), [named("n7")]);
+        let (.., next) = after(Change::SetHttpService(service("n5", &[], std::slice::from_ref(&policy))));
+        assert_eq!(asking(&next).len(), 2);
+        let (.., next) = after(Change::SetHttpService(service("n7", &[], &[])));
+        assert_eq!((asking(&next), next.asking.0.len()), (vec![], 0));
+        let (.., next) = after(Change::RemoveHttpService(named("n7")));
+        assert!(asking(&next).is_empty());
     }
 
     #[test]
