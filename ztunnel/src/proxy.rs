@@ -260,7 +260,11 @@ impl Proxy {
         }
         let picked = route.target().picked.as_ref()?;
         picked.report_failure(self.started.elapsed());
-        failure.worth_another_endpoint(ahead).then(|| picked.workload().uid.clone())
+        // A waypoint of another make may have passed on what was sent ahead before it fails the request.
+        let passed_on = ahead
+            && matches!(failure, Failure::PeerStatus(_))
+            && matches!(route, Route::Tunnel { waypoint: true, .. });
+        (failure.worth_another_endpoint(ahead) && !passed_on).then(|| picked.workload().uid.clone())
     }
 
     /// Whether an inbound connection may still go on: its policy, and the root that its peer's certificate hangs on.

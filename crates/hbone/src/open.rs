@@ -1,11 +1,12 @@
 //! Opening one tunnel over a pool: the request, its response, and what is sent ahead of it.
 
 use std::future::{Future, poll_fn};
+use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use h2::client::ResponseFuture;
 use h2::{Reason, RecvStream, SendStream};
 use http::{Method, Request, Response, StatusCode, Uri};
@@ -14,12 +15,16 @@ use tokio::time::{Instant, timeout_at};
 use crate::authority::Authority;
 use crate::headers::TunnelHeaders;
 use crate::link::Link;
+use crate::memory::{Holding, Memory};
 use crate::pool::{ConnectError, Connector, Pool, Reserved};
 use crate::pump::{AppIo, read_at_most};
 use crate::tunnel::{Ticket, Tunnel, TunnelError};
 
 /// How often a request is sent before it counts as failed.
 pub(crate) const TRIES: u32 = 3;
+
+/// Early data up to this size is not noted in [`Memory`]: it is what a request takes, and noting it costs more than it does.
+const UNNOTED: usize = 4 * 1024;
 
 /// What is asked of the peer.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -62,6 +67,9 @@ pub enum OpenError<E: std::error::Error + 'static> {
     /// The peer, or the connection, ended before there was an answer.
     #[error("no answer to the request: {0}")]
     Lost(#[source] TunnelError),
+    /// The application failed before there was an answer.
+    #[error("the application's connection: {0}")]
+    App(#[source] io::Error),
     /// The request can't be written as HTTP.
     #[error("{0} can't be sent as :authority")]
     Unsendable(Authority),
@@ -79,7 +87,7 @@ impl<E: std::error::Error + 'static> OpenError<E> {
             | Self::ResponseTimeout
             | Self::Lost(_) => true,
             Self::Refused(status) => *status == StatusCode::SERVICE_UNAVAILABLE,
-            Self::Unsendable(_) => false,
+            Self::App(_) | Self::Unsendable(_) => false,
         }
     }
 }
@@ -106,7 +114,7 @@ impl<C: Connector> Pool<C> {
         key: &C::Key,
         request: &ConnectRequest,
     ) -> Result<Opened<C::Peer>, OpenError<C::Error>> {
-        self.exchange(key, request, &mut Vec::new(), None).await
+        self.exchange(key, request, &mut BytesMut::new(), None).await
     }
 
     /// Opens a tunnel, and sends ahead of the peer's consent what the application sends meanwhile: one round trip
@@ -122,7 +130,7 @@ impl<C: Connector> Pool<C> {
         key: &C::Key,
         request: &ConnectRequest,
         app: &mut A,
-        early: &mut Vec<Bytes>,
+        early: &mut BytesMut,
     ) -> Result<Opened<C::Peer>, OpenError<C::Error>> {
         self.exchange(key, request, early, Some(app)).await
     }
@@ -131,15 +139,20 @@ impl<C: Connector> Pool<C> {
         &self,
         key: &C::Key,
         request: &ConnectRequest,
-        early: &mut Vec<Bytes>,
+        early: &mut BytesMut,
         mut app: Option<&mut dyn AppIo>,
     ) -> Result<Opened<C::Peer>, OpenError<C::Error>> {
         let mut deadline = None;
+        let mut ahead = Ahead {
+            most: self.settings().early_data,
+            memory: self.settings().transport.memory,
+            holding: Holding::default(),
+        };
         for tried in 1..=TRIES {
             let mut pending = self.request(key, request, tried).await?;
-            for data in early.iter() {
+            if !early.is_empty() {
                 // A failure shows as the response's.
-                let _ = pending.send.send_data(data.clone(), false);
+                let _ = pending.send.send_data(Bytes::copy_from_slice(early), false);
             }
             // The time for the response does not include the time for the connection.
             let deadline = *deadline.get_or_insert_with(|| Instant::now() + self.settings().response_timeout);
@@ -147,14 +160,17 @@ impl<C: Connector> Pool<C> {
                 let response = Pin::new(&mut pending.response).poll(cx);
                 if response.is_pending()
                     && let Some(app) = &mut app
+                    && let Err(error) = ahead.send(*app, &mut pending.send, early, cx)
                 {
-                    send_early(*app, &mut pending.send, early, self.settings().early_data, cx);
+                    return Poll::Ready(Err(error));
                 }
-                response
+                response.map(Ok)
             });
             match timeout_at(deadline, response).await {
-                Ok(Ok(response)) => return self.answered(pending, response),
-                Ok(Err(error)) => {
+                // Dropping the request resets it: what was sent must not pass for all that there was to say.
+                Ok(Err(error)) => return Err(OpenError::App(error)),
+                Ok(Ok(Ok(response))) => return self.answered(pending, response),
+                Ok(Ok(Err(error))) => {
                     let again =
                         is_unprocessed(&error) || (pending.reused && error.is_io() && early.is_empty());
                     if error.is_go_away() {
@@ -232,24 +248,40 @@ fn is_unprocessed(error: &h2::Error) -> bool {
     error.is_remote() && (error.is_go_away() || error.reason() == Some(Reason::REFUSED_STREAM))
 }
 
-/// Sends and keeps what the application has to say, up to `most` bytes. Its end or error shows again when it is
-/// pumped.
-fn send_early(
-    app: &mut dyn AppIo,
-    send: &mut SendStream<Bytes>,
-    early: &mut Vec<Bytes>,
+/// What is sent ahead of an answer: how much at the most, and what is held for it.
+struct Ahead {
     most: usize,
-    cx: &mut Context<'_>,
-) {
-    let mut room = most.saturating_sub(early.iter().map(Bytes::len).sum());
-    while room > 0
-        && let Poll::Ready(Ok(data)) = read_at_most(app, cx, room)
-        && !data.is_empty()
-    {
-        room -= data.len();
-        early.push(data.clone());
-        if send.send_data(data, false).is_err() {
-            break;
+    memory: Memory,
+    holding: Holding,
+}
+
+impl Ahead {
+    /// Sends and keeps what the application has to say. Its end shows again when it is pumped.
+    ///
+    /// # Errors
+    /// The application's connection has failed, which it says once only; or what is held has to be given back.
+    fn send(
+        &mut self,
+        app: &mut dyn AppIo,
+        send: &mut SendStream<Bytes>,
+        early: &mut BytesMut,
+        cx: &mut Context<'_>,
+    ) -> io::Result<()> {
+        while early.len() < self.most && self.memory.held() <= self.memory.limit() / 8 {
+            let Poll::Ready(data) = read_at_most(app, cx, self.most - early.len()) else { break };
+            let data = data?;
+            if data.is_empty() {
+                break;
+            }
+            early.extend_from_slice(&data);
+            // A copy: a piece of a thread's buffer would keep all of it.
+            if send.send_data(Bytes::copy_from_slice(&data), false).is_err() {
+                break;
+            }
         }
+        if early.len() > UNNOTED && self.holding.note(self.memory, early.len(), 0, cx).is_err() {
+            return Err(io::Error::other("there is no memory for what it says before the peer answers"));
+        }
+        Ok(())
     }
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use bytes::BytesMut;
 use hbone::{
     Closed, ConnectError, OpenError, Opened, Pool, PoolSettings, ServerSettings, StatusCode, TunnelError,
     TunnelHeaders,
@@ -459,11 +460,11 @@ async fn early_data_arrives_with_the_request_and_comes_back_when_it_is_refused()
     let pool = Pool::new(Net::new(echo()), one_link());
     let (mut app, mut proxy) = tokio::io::duplex(1024);
     app.write_all(b"early").await.unwrap();
-    let mut early = Vec::new();
+    let mut early = BytesMut::new();
     let mut opened = pool.open_early(&1, &request(), &mut proxy, &mut early).await.unwrap();
     let mut back = [0; 5];
     opened.tunnel.read_exact(&mut back).await.unwrap();
-    assert_eq!((&back, &*early.concat()), (b"early", &b"early"[..]));
+    assert_eq!((&back, &*early), (b"early", &b"early"[..]));
 
     let handler: Handler = Arc::new(|incoming| {
         tokio::spawn(async move {
@@ -473,15 +474,40 @@ async fn early_data_arrives_with_the_request_and_comes_back_when_it_is_refused()
     });
     let refusing = Pool::new(Net::new(handler), one_link());
     app.write_all(b" and more").await.unwrap();
-    let mut early = vec!["again".into()];
+    let mut early = BytesMut::from("again");
     let error = refusing.open_early(&1, &request(), &mut proxy, &mut early).await.unwrap_err();
     assert!(matches!(error, OpenError::Refused(_)));
-    assert_eq!(early.concat(), b"again and more");
+    assert_eq!(&*early, b"again and more");
     // The next endpoint gets it all.
     let mut opened = pool.open_early(&1, &request(), &mut proxy, &mut early).await.unwrap();
     let mut back = [0; 14];
     opened.tunnel.read_exact(&mut back).await.unwrap();
     assert_eq!(&back, b"again and more");
+}
+
+#[tokio::test]
+async fn an_application_that_fails_before_the_answer_is_not_one_that_has_finished() {
+    let (come, mut asked) = tokio::sync::mpsc::unbounded_channel();
+    // Answers once its application has failed, and takes what there is.
+    let handler: Handler = Arc::new(move |incoming| come.send(incoming).unwrap());
+    let pool = Pool::new(Net::new(handler), one_link());
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut app = tokio::net::TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    let (mut proxy, _) = listener.accept().await.unwrap();
+    app.write_all(b"half of it").await.unwrap();
+    let mut early = BytesMut::new();
+    let request = request();
+    let opening = pool.open_early(&1, &request, &mut proxy, &mut early);
+    let failing = async {
+        let incoming = asked.recv().await.unwrap();
+        net::reset(app);
+        incoming
+    };
+    let (opened, incoming) = tokio::join!(opening, failing);
+    assert!(matches!(opened, Err(OpenError::App(_))), "{opened:?}");
+    assert_eq!(&*early, b"half of it");
+    let mut tunnel = incoming.accept(&TunnelHeaders::default()).unwrap();
+    tunnel.read_to_end(&mut Vec::new()).await.unwrap_err();
 }
 
 #[tokio::test(start_paused = true)]
@@ -501,10 +527,10 @@ async fn early_data_is_bounded() {
             count.fetch_add(1000, Ordering::SeqCst);
         }
     });
-    let mut early = Vec::new();
+    let mut early = BytesMut::new();
     let error = pool.open_early(&1, &request(), &mut proxy, &mut early).await.unwrap_err();
     assert!(matches!(error, OpenError::Lost(_)), "{error}");
-    assert_eq!(early.concat().len(), 64 * 1024);
+    assert_eq!(early.len(), 64 * 1024);
     assert!(sent.load(Ordering::SeqCst) < 70_000);
 }
 

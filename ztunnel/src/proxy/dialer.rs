@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::BytesMut;
 use hbone::{
     Authority, ConnectError, ConnectRequest, Connector, Counter, OpenError, Pool, PoolCounters, PoolSettings,
     Transport, TunnelHeaders,
@@ -125,7 +125,7 @@ impl Proxy {
         key: &TunnelKey,
         authority: SocketAddr,
         headers: TunnelHeaders,
-        (client, early): (&mut TcpStream, &mut Vec<Bytes>),
+        (client, early): (&mut TcpStream, &mut BytesMut),
     ) -> Result<(hbone::Tunnel, Arc<PeerInfo>), Failure> {
         let to = key.to.socket_addr();
         let authority = Authority::from_addr(authority)
@@ -148,6 +148,7 @@ fn failure(to: SocketAddr, error: OpenError<Failure>) -> Failure {
         },
         OpenError::Refused(status) if status.as_u16() == 401 => Failure::PeerDenied(401),
         OpenError::Refused(status) => Failure::PeerStatus(status.as_u16()),
+        OpenError::App(error) => Failure::Application(error.to_string()),
         other => Failure::Http2 { to, reason: other.to_string() },
     }
 }

@@ -41,6 +41,9 @@ pub enum Failure {
         /// Why it failed.
         reason: String,
     },
+    /// The client's connection failed before there was anybody to talk to.
+    #[error("the client's connection: {0}")]
+    Application(String),
     /// What the application had said first, to a tunnel that was refused, did not get to another endpoint.
     #[error("send to {to} what the application said first: {reason}")]
     Ahead {
@@ -133,6 +136,18 @@ impl Failure {
             Self::Denied(_) => 401,
             Self::WrongAddress { .. } | Self::ListenerPort(_) | Self::Loop(_) => 400,
             _ => 503,
+        }
+    }
+
+    /// What a client's end is told of a failure at the other end, which has the identity `other`, where this process is
+    /// both: the same as of another node's.
+    pub fn of_other_end(self, other: &SpiffeId) -> Self {
+        match self {
+            Self::TooMany(_) | Self::NoDescriptors(_) | Self::NotKnownYet(_) | Self::UnknownPod(_) => {
+                Self::PeerStatus(503)
+            }
+            Self::Identity(id, _) if id == *other => Self::PeerStatus(503),
+            same => same,
         }
     }
 

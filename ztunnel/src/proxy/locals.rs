@@ -38,7 +38,8 @@ impl Locals {
             let known = pod.subject.destination(mesh, ip);
             known.is_ok_and(|known| known.uid == workload.uid) && pod.has_address(ip)
         };
-        pods.get(&workload.uid)?.iter().find(same).cloned()
+        // The one that came last: another of its name is about to be let go.
+        pods.get(&workload.uid)?.iter().rev().find(same).cloned()
     }
 }
 

@@ -10,7 +10,7 @@ use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use bytes::Bytes;
+use bytes::BytesMut;
 use hbone::{Forwarded, HeaderValue, TunnelHeaders};
 use identity::PeerInfo;
 use model::{OriginalDst, SpiffeId, Workload};
@@ -56,7 +56,7 @@ async fn begin(
         }
     };
     // What the application says first goes with the CONNECT, or right behind it.
-    let mut ahead = Vec::new();
+    let mut ahead = BytesMut::new();
     match outbound.open((&mut client, &mut ahead)).await {
         Ok((route, upstream)) => {
             let story = outbound.story(Some(&route), route_words(&route));
@@ -106,8 +106,8 @@ impl Upstream {
 
     /// What is carried, on which condition, and what is held meanwhile.
     /// `ahead` is what it has got of the client already.
-    fn with(self, client: TcpStream, ahead: &[Bytes], recheck: Recheck) -> (Carried, Recheck, Option<Place>) {
-        let ahead = ahead.iter().map(|data| data.len() as u64).sum();
+    fn with(self, client: TcpStream, ahead: &[u8], recheck: Recheck) -> (Carried, Recheck, Option<Place>) {
+        let ahead = ahead.len() as u64;
         match self {
             Self::Tunnel(tunnel, _) => (Carried::Tunnelled { tunnel, tcp: client, ahead }, recheck, None),
             Self::Plain(server) => (Carried::Plain { client, server, ahead }, recheck, None),
@@ -121,7 +121,7 @@ impl Upstream {
 }
 
 /// The application's end, and what was read from it and sent ahead of an answer.
-type Ahead<'a> = (&'a mut TcpStream, &'a mut Vec<Bytes>);
+type Ahead<'a> = (&'a mut TcpStream, &'a mut BytesMut);
 
 struct Outbound<'a> {
     proxy: &'a Arc<Proxy>,
@@ -195,7 +195,8 @@ impl<'a> Outbound<'a> {
             now: self.proxy.started.elapsed(),
             random: self.proxy.random(),
         };
-        Ok(self.proxy.shortened(&mesh, &self.source, context.resolve(self.dialled)?))
+        let route = context.resolve(self.dialled)?;
+        Ok(self.proxy.shortened(&mesh, (&self.source, context.source_ip), route))
     }
 
     async fn dial(&self, route: &Route, (client, ahead): Ahead<'_>) -> Result<Upstream, Failure> {
@@ -222,7 +223,11 @@ impl<'a> Outbound<'a> {
                     opened_ms: self.opened_ms,
                 };
                 let mut within = self.proxy.join(&source, destination, target).await?;
-                self.hand_over(&mut within.server, destination.to, ahead).await?;
+                if let Err(failure) = self.hand_over(&mut within.server, destination.to, ahead).await {
+                    within.story.verdict = Verdict::proxy(failure.to_string());
+                    self.proxy.refused(within.story, &failure);
+                    return Err(failure);
+                }
                 Ok(Upstream::Within(Box::new(within)))
             }
             Route::Plain { to, .. } => self.plain(*to, ahead).await.map(Upstream::Plain),
@@ -243,7 +248,7 @@ impl<'a> Outbound<'a> {
         }
     }
 
-    async fn plain(&self, to: SocketAddr, ahead: &[Bytes]) -> Result<TcpStream, Failure> {
+    async fn plain(&self, to: SocketAddr, ahead: &[u8]) -> Result<TcpStream, Failure> {
         let ip = self.peer.ip().to_canonical();
         let source = (ip.is_ipv4() == to.is_ipv4()).then(|| SocketAddr::new(ip, 0));
         let options = ConnectOptions { source, ..ConnectOptions::default() };
@@ -254,18 +259,13 @@ impl<'a> Outbound<'a> {
     }
 
     /// Sends what was meant for a tunnel that was refused.
-    async fn hand_over(
-        &self,
-        server: &mut TcpStream,
-        to: SocketAddr,
-        ahead: &[Bytes],
-    ) -> Result<(), Failure> {
-        for data in ahead {
-            let sent = tokio::time::timeout(self.proxy.limits.connect_timeout, server.write_all(data)).await;
-            sent.unwrap_or_else(|_| Err(ErrorKind::TimedOut.into()))
-                .map_err(|e| Failure::Ahead { to, reason: e.to_string() })?;
+    async fn hand_over(&self, server: &mut TcpStream, to: SocketAddr, ahead: &[u8]) -> Result<(), Failure> {
+        if ahead.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        let sent = tokio::time::timeout(self.proxy.limits.connect_timeout, server.write_all(ahead)).await;
+        sent.unwrap_or_else(|_| Err(ErrorKind::TimedOut.into()))
+            .map_err(|e| Failure::Ahead { to, reason: e.to_string() })
     }
 
     fn story(&self, route: Option<&Route>, verdict: Verdict) -> Story {

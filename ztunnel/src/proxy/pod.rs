@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use hbone::{Baggage, HeaderValue};
 use model::{Health, Mesh, NetworkMode, Str, TunnelProtocol, Workload, WorkloadKind};
@@ -12,6 +13,8 @@ use super::failure::Failure;
 
 /// Addresses that are remembered of a pod; one has two as a rule.
 const MOST_ADDRESSES: usize = 8;
+/// How long it is believed that the pod has one.
+const ADDRESS_HOLDS: Duration = Duration::from_secs(1);
 
 /// Who a pod of this node is, whatever the snapshot of the moment knows of it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -125,8 +128,8 @@ pub struct LocalPod {
     /// Where its sockets live.
     pub netns: Netns,
     open: AtomicUsize,
-    /// Addresses that are known to be its own.
-    own: Mutex<Vec<IpAddr>>,
+    /// Addresses that were its own a moment ago.
+    own: Mutex<Vec<(IpAddr, Instant)>>,
     baggage: Mutex<Option<(Arc<Workload>, Option<HeaderValue>)>>,
 }
 
@@ -136,17 +139,17 @@ impl LocalPod {
         Self { subject, netns, open: AtomicUsize::new(0), own: Mutex::default(), baggage: Mutex::default() }
     }
 
-    /// Whether `ip` is an address of the pod's namespace. Asked of the kernel until it is.
+    /// Whether `ip` is an address of the pod's namespace. That it is holds for a moment; then the kernel is asked again.
     pub fn has_address(&self, ip: IpAddr) -> bool {
-        let known =
-            |own: &Mutex<Vec<IpAddr>>| own.lock().unwrap_or_else(PoisonError::into_inner).contains(&ip);
-        if known(&self.own) {
+        let own = || self.own.lock().unwrap_or_else(PoisonError::into_inner);
+        if own().iter().any(|(known, asked)| *known == ip && asked.elapsed() < ADDRESS_HOLDS) {
             return true;
         }
         let has = net::has_address(&self.netns, ip);
-        let mut own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
-        if has && own.len() < MOST_ADDRESSES && !own.contains(&ip) {
-            own.push(ip);
+        let mut own = own();
+        own.retain(|(known, _)| *known != ip);
+        if has && own.len() < MOST_ADDRESSES {
+            own.push((ip, Instant::now()));
         }
         has
     }

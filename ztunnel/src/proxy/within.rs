@@ -11,9 +11,11 @@
 //!
 //! Invariants:
 //! * what goes to a waypoint, or is not known to be a pod that is served here, goes in a tunnel;
+//! * so does what comes from an address that is not the source's own. In a tunnel the way there and back proves that address;
+//!   here the destination's policies and its application would believe whatever a process in the pod has bound to;
 //! * nothing goes this way that either namespace's setting, read from the snapshot of the moment, does not allow.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use identity::RootId;
@@ -73,20 +75,24 @@ pub struct Within {
 
 impl Proxy {
     /// The same route, but for a tunnel to a pod of this node where both namespaces want none.
-    pub fn shortened(&self, mesh: &Mesh, source: &Workload, route: Route) -> Route {
-        match (self.destined(mesh, source, &route), route) {
+    /// `from` is the source, with the address that the connection comes from.
+    pub fn shortened(&self, mesh: &Mesh, from: (&Workload, IpAddr), route: Route) -> Route {
+        match (self.destined(mesh, from, &route), route) {
             (Some(destination), Route::Tunnel { target, .. }) => Route::Within { destination, target },
             (_, route) => route,
         }
     }
 
-    fn destined(&self, mesh: &Mesh, source: &Workload, route: &Route) -> Option<Destined> {
+    fn destined(&self, mesh: &Mesh, (source, from): (&Workload, IpAddr), route: &Route) -> Option<Destined> {
         let Route::Tunnel { authority, target, waypoint: false, .. } = route else { return None };
         let workload = target.workload.as_ref()?;
         if mesh.settings().node_local.between(&source.namespace, &workload.namespace) != NodeLocal::Direct {
             return None;
         }
         let to = net::canonical(*authority);
+        if !source.addresses.contains(&from) || from.is_ipv4() != to.is_ipv4() {
+            return None;
+        }
         let pod = self.locals.find(mesh, workload, to.ip())?;
         Some(Destined { pod, identity: workload.identity().ok()?, to })
     }
@@ -101,15 +107,17 @@ impl Proxy {
         destination: &Destined,
         target: &Target,
     ) -> Result<Within, Failure> {
+        // First, since it may wait: what was decided before would be old.
+        let ends = self.ends(source, destination).await;
         let (mut story, decision) = self.decide_within(source, destination, target)?;
-        match self.deliver_within(source, destination, decision).await {
+        match self.deliver_within(ends, destination.to, decision).await {
             Ok((server, allowed, direct, place)) => Ok(Within { server, story, allowed, direct, place }),
             Err(failure) => {
                 if !matches!(failure, Failure::Denied(_)) {
                     story.verdict = Verdict::proxy(failure.to_string());
                 }
                 self.refused(story, &failure);
-                Err(failure)
+                Err(failure.of_other_end(&destination.identity))
             }
         }
     }
@@ -143,18 +151,26 @@ impl Proxy {
         Ok((story, decision.outcome.map_err(Failure::Denied)))
     }
 
-    async fn deliver_within(
+    async fn ends(
         &self,
         source: &Source<'_>,
-        Destined { pod, identity, to }: &Destined,
+        Destined { pod, identity, .. }: &Destined,
+    ) -> Result<(End, End), Failure> {
+        let source = self.vouched(source.pod.clone(), source.identity.clone()).await?;
+        Ok((source, self.vouched(pod.clone(), identity.clone()).await?))
+    }
+
+    async fn deliver_within(
+        &self,
+        ends: Result<(End, End), Failure>,
+        to: SocketAddr,
         decision: Result<Permit, Failure>,
     ) -> Result<(TcpStream, Recheck, Recheck, Place), Failure> {
         if is_listener_port(to.port()) {
             return Err(Failure::ListenerPort(to.port()));
         }
-        let source = self.vouched(source.pod.clone(), source.identity.clone()).await?;
-        let destination = self.vouched(pod.clone(), identity.clone()).await?;
         let permit = decision?;
+        let (source, destination) = ends?;
         // Both descriptors are counted where the source has its place.
         let place = destination.pod.place(&self.room, 0)?;
         let server = super::deliver::deliver(self, &destination.pod, &permit).await?;

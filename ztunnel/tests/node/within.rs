@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::lab::manifests::{ServiceManifest, join, mtls, namespace, node_local, policy, vips};
 use crate::lab::traffic::{PORT, ask, dial, serve, serve_with, talk};
-use crate::lab::{Mesh, Options, eventually};
+use crate::lab::{Mesh, Options, PATIENCE, eventually};
 
 const VIP: u8 = 1;
 const BULK: u16 = 9003;
@@ -43,6 +43,37 @@ async fn captured_by_ebpf_they_do_too() {
         return;
     }
     as_with_a_tunnel(&Options::default().argument("--capture").argument("ebpf")).await;
+}
+
+#[tokio::test]
+async fn an_address_that_is_not_the_pods_is_no_source() {
+    if !root_or_skip("nodeLocal: direct from odd addresses") {
+        return;
+    }
+    if let Err(missing) = capture::probe(capture::Backend::Ebpf, &capture::Tools::default()) {
+        println!("skipped: {missing}");
+        return;
+    }
+    let mesh = mesh(&Options::default().argument("--capture").argument("ebpf")).await;
+    let _server = serve(mesh.pod("web"), PORT);
+    let client = mesh.pod("client");
+    // Capture's route leads to this device, so the kernel lets a pod come from there, where it would refuse otherwise.
+    for (from, v6) in [("127.0.0.1:0", false), ("[::1]:0", true)] {
+        let source = Some(from.parse().unwrap());
+        let options = net::ConnectOptions { source, mark: None, keepalive: None, ..Default::default() };
+        let to = SocketAddr::new(mesh.pod("web").ip(v6), PORT);
+        if let Ok(mut open) = net::connect(&client.netns, &options, to, PATIENCE).await {
+            let mut hello = [0; 1];
+            let said = open.read(&mut hello).await;
+            assert!(matches!(said, Ok(0) | Err(_)), "from {from} it was let in");
+        }
+    }
+    let list = mesh.ztunnel("a").connections().await;
+    let all = ["open", "ended"].iter().flat_map(|of| list[of].as_array().unwrap());
+    assert!(all.clone().all(|c| c["carrier"] != "node-local"), "{list}");
+    // From its own address it is.
+    ask(client, SocketAddr::new(mesh.pod("web").ipv4.into(), PORT)).await.unwrap();
+    mesh.ztunnel("a").last(|c| c["carrier"] == "node-local").await;
 }
 
 async fn as_with_a_tunnel(options: &Options) {
