@@ -62,8 +62,6 @@ pub(super) struct Inbound {
     state: State,
     empty_records: u8,
     key_updates: u8,
-    /// The peer asked for new keys of ours before the next data.
-    pub(super) key_update_due: bool,
 }
 
 impl Inbound {
@@ -79,7 +77,6 @@ impl Inbound {
             state: State::Open,
             empty_records: 0,
             key_updates: 0,
-            key_update_due: false,
         }
     }
 
@@ -244,7 +241,9 @@ impl Inbound {
                         return Err(TlsError::Protocol("too many key updates"));
                     }
                     keys.update_receiving().map_err(|e| TlsError::Record(e.to_string()))?;
-                    self.key_update_due |= *asks == 1;
+                    if *asks == 1 {
+                        keys.ask_for_update();
+                    }
                 }
                 _ => return Err(TlsError::Protocol("an unexpected handshake message")),
             }

@@ -156,8 +156,8 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for TlsStream<IO> {
         input: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let Self { io, tls } = self.get_mut();
-        let Tls { keys, inbound, outbound, .. } = &mut **tls;
-        outbound.poll_accept(io, keys, &mut inbound.key_update_due, cx, input)
+        let Tls { keys, outbound, .. } = &mut **tls;
+        outbound.poll_accept(io, keys, cx, input)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -173,9 +173,7 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for TlsStream<IO> {
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let Self { io, tls } = self.get_mut();
         let Tls { keys, outbound, .. } = &mut **tls;
-        outbound.begin_close(keys)?;
-        ready!(outbound.poll_drain(io, cx))?;
-        Pin::new(io).poll_shutdown(cx)
+        outbound.poll_shutdown(io, keys, cx)
     }
 }
 

@@ -3,7 +3,12 @@
 //! ```text
 //!          begin_close                  all written
 //!  Open ───────────────▶ close_notify ──────────────▶ transport shut down
+//!    │  fatal alert, or a record that can't be sealed    ▲
+//!    └───────────────────────────────────────────────────┘
 //! ```
+//!
+//! Nothing is ever sealed behind an alert, or behind a record that failed: the peer then sees an end without
+//! close_notify. If accepted bytes were lost that way, every flush and shutdown says so.
 //!
 //! What is written is only sealed, into one of the thread's buffers ([`buffers`]); [`Outbound::poll_drain`] hands that
 //! to the transport. Small writes wait in `staged` for more, up to a flush, so that they share a record. Both are
@@ -43,12 +48,15 @@ pub(super) struct Outbound {
     store: Store,
     /// Where in the store those bytes are that are not written yet.
     sealed: Range<usize>,
+    /// The last record is sealed, or none can be any more.
     closing: bool,
+    /// Bytes that were accepted will never be sent.
+    lost: bool,
 }
 
 impl Outbound {
     pub(super) fn new() -> Self {
-        Self { staged: Vec::new(), store: Store::None, sealed: 0..0, closing: false }
+        Self { staged: Vec::new(), store: Store::None, sealed: 0..0, closing: false, lost: false }
     }
 
     /// Takes what fits of `input`; waits while there is a whole batch that the transport has not taken.
@@ -56,7 +64,6 @@ impl Outbound {
         &mut self,
         io: &mut IO,
         keys: &mut Keys,
-        key_update_due: &mut bool,
         cx: &mut Context<'_>,
         input: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
@@ -66,10 +73,6 @@ impl Outbound {
         while self.sealed.len() >= BATCH {
             ready!(self.poll_drain(io, cx))?;
         }
-        if std::mem::take(key_update_due) {
-            self.seal_staged(keys)?;
-            self.update_keys(keys)?;
-        }
         let accepted = self.accept(keys, input)?;
         if self.sealed.len() >= BATCH {
             // The bytes are accepted whether the transport takes them now or not.
@@ -78,7 +81,7 @@ impl Outbound {
         Poll::Ready(Ok(accepted))
     }
 
-    /// Writes all that was accepted.
+    /// Writes all that was accepted; an error if some of it never will be.
     pub(super) fn poll_flush<IO: AsyncWrite + Unpin>(
         &mut self,
         io: &mut IO,
@@ -87,16 +90,38 @@ impl Outbound {
     ) -> Poll<io::Result<()>> {
         self.seal_staged(keys)?;
         ready!(self.poll_drain(io, cx))?;
-        Pin::new(io).poll_flush(cx)
+        ready!(Pin::new(io).poll_flush(cx))?;
+        Poll::Ready(self.nothing_lost())
     }
 
-    /// Whether the last record of this side is sealed.
+    /// Writes what is sealed and shuts the transport's sending side; an error if accepted bytes are not among it.
+    pub(super) fn poll_shutdown<IO: AsyncWrite + Unpin>(
+        &mut self,
+        io: &mut IO,
+        keys: &mut Keys,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.begin_close(keys)?;
+        ready!(self.poll_drain(io, cx))?;
+        ready!(Pin::new(io).poll_shutdown(cx))?;
+        Poll::Ready(self.nothing_lost())
+    }
+
+    fn nothing_lost(&self) -> io::Result<()> {
+        if self.lost {
+            const WHY: &str = "the encrypted connection failed before all that was written could be sent";
+            return Err(io::Error::new(io::ErrorKind::BrokenPipe, WHY));
+        }
+        Ok(())
+    }
+
+    /// Whether no more records of this side follow.
     pub(super) fn is_closing(&self) -> bool {
         self.closing
     }
 
     /// Says that nothing follows, once.
-    pub(super) fn begin_close(&mut self, keys: &mut Keys) -> io::Result<()> {
+    fn begin_close(&mut self, keys: &mut Keys) -> io::Result<()> {
         if self.closing {
             return Ok(());
         }
@@ -104,11 +129,15 @@ impl Outbound {
         self.seal_alert(keys, AlertDescription::CloseNotify)
     }
 
-    /// Says why the connection ends. Nothing follows.
+    /// Says why the connection ends. Nothing follows, not even what waits for a flush.
     pub(super) fn seal_alert(&mut self, keys: &mut Keys, alert: AlertDescription) -> io::Result<()> {
         const WARNING: u8 = 1;
         const FATAL: u8 = 2;
+        if self.closing {
+            return Ok(());
+        }
         self.closing = true;
+        self.lost |= !std::mem::take(&mut self.staged).is_empty();
         let level = if alert == AlertDescription::CloseNotify { WARNING } else { FATAL };
         self.seal(keys, ContentType::Alert, Plain::new(&[&[level, u8::from(alert)]]))
     }
@@ -166,10 +195,7 @@ impl Outbound {
         let mut start = 0;
         while total - start >= STAGED {
             let end = total.min(start + FRAGMENT);
-            if let Err(error) = self.seal(keys, ContentType::ApplicationData, all.part(start..end)) {
-                self.closing = true;
-                return Err(error);
-            }
+            self.seal(keys, ContentType::ApplicationData, all.part(start..end))?;
             start = end;
         }
         if start > 0 {
@@ -195,18 +221,26 @@ impl Outbound {
         self.seal(keys, ContentType::ApplicationData, Plain::new(&[&staged]))
     }
 
+    /// Seals a record, behind one that announces new keys if that is due. If it fails, it was the last.
     fn seal(&mut self, keys: &mut Keys, content: ContentType, payload: Plain<'_>) -> io::Result<()> {
-        if keys.sending_key_used_up() {
-            self.update_keys(keys)?;
+        let sealed = self.try_seal(keys, content, payload);
+        if sealed.is_err() {
+            self.closing = true;
+            self.lost |= content == ContentType::ApplicationData;
         }
-        let record = keys.seal(content, payload, self.room(payload.len() + OVERHEAD));
-        self.sealed.end += record.map_err(|e| TlsError::Record(e.to_string()))?;
-        Ok(())
+        sealed.map_err(|e| TlsError::Record(e.to_string()).into())
     }
 
-    fn update_keys(&mut self, keys: &mut Keys) -> io::Result<()> {
-        let record = keys.update_sending(self.room(KEY_UPDATE_RECORD));
-        self.sealed.end += record.map_err(|e| TlsError::Record(e.to_string()))?;
+    fn try_seal(
+        &mut self,
+        keys: &mut Keys,
+        content: ContentType,
+        payload: Plain<'_>,
+    ) -> Result<(), rustls::Error> {
+        if keys.update_due(content) {
+            self.sealed.end += keys.update_sending(self.room(KEY_UPDATE_RECORD))?;
+        }
+        self.sealed.end += keys.seal(content, payload, self.room(payload.len() + OVERHEAD))?;
         Ok(())
     }
 

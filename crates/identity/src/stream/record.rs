@@ -89,6 +89,8 @@ pub(crate) struct Keys {
     sent: u64,
     /// Records that may be sent under one key.
     sent_limit: u64,
+    /// The peer wants new keys before the next data.
+    update_asked: bool,
     decrypter: Box<dyn MessageDecrypter>,
     /// The sequence number of the next record received.
     received: u64,
@@ -117,6 +119,7 @@ impl Keys {
             suite,
             sent,
             sent_limit: suite.common.confidentiality_limit,
+            update_asked: false,
             received,
         })
     }
@@ -126,10 +129,17 @@ impl Keys {
         matches!(self.schedule, Schedule::Server(_))
     }
 
-    /// Whether the sending key has protected as much as it may, so that [`Keys::update_sending`] is due.
-    pub(super) fn sending_key_used_up(&self) -> bool {
+    /// Whether [`Keys::update_sending`] must come before a record of this kind: the key has protected as much as it may,
+    /// or the peer asked for another before the next data (RFC 8446, section 4.6.3).
+    pub(super) fn update_due(&self, content: ContentType) -> bool {
         // One is left for the KeyUpdate itself.
-        self.sent.saturating_add(1) >= self.sent_limit
+        let used_up = self.sent.saturating_add(1) >= self.sent_limit;
+        used_up || (self.update_asked && content == ContentType::ApplicationData)
+    }
+
+    /// Notes that the peer asked for new sending keys.
+    pub(super) fn ask_for_update(&mut self) {
+        self.update_asked = true;
     }
 
     /// Protects `payload`, at most [`FRAGMENT`] bytes, as a record at the front of `out`; returns the record's length,
@@ -141,7 +151,7 @@ impl Keys {
         out: &mut [u8],
     ) -> Result<usize, Error> {
         let sequence = self.sent;
-        // Counted whatever comes of it: no number is ever used twice. Cannot wrap: `sending_key_used_up` comes first.
+        // Counted whatever comes of it: no number is ever used twice. Cannot wrap: `update_due` comes first.
         self.sent = self.sent.checked_add(1).ok_or(Error::EncryptError)?;
         self.sealer.seal(content, payload, sequence, out)
     }
@@ -156,6 +166,7 @@ impl Keys {
         };
         self.sealer = Sealer::new(secrets)?;
         self.sent = sequence;
+        self.update_asked = false;
         Ok(record)
     }
 
@@ -181,6 +192,11 @@ impl Keys {
     #[cfg(test)]
     pub(super) fn sent(&self) -> u64 {
         self.sent
+    }
+
+    #[cfg(test)]
+    pub(super) fn set_sent(&mut self, sequence: u64) {
+        self.sent = sequence;
     }
 
     #[cfg(test)]
@@ -237,6 +253,10 @@ impl Sealer {
                 let (now, later) = rest.split_at_mut_checked(slice.len()).ok_or(Error::EncryptError)?;
                 now.copy_from_slice(slice);
                 rest = later;
+            }
+            // What lies there is left over from another record, maybe of another connection: never to be sent.
+            if !rest.is_empty() {
+                return Err(Error::EncryptError);
             }
             self.key.seal_in_place_scatter(nonce, aad, body, &content, tail)
         };

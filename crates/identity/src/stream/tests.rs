@@ -197,3 +197,97 @@ fn any_sequence_of_authentic_records_is_survived() {
     });
     outcome.unwrap();
 }
+
+/// All records that are there, or come before the end of the transport's, opened one by one.
+async fn records(stream: &mut TlsStream<DuplexStream>) -> Vec<(u8, Vec<u8>)> {
+    let mut bytes = Vec::new();
+    stream.io.read_to_end(&mut bytes).await.unwrap();
+    let (mut rest, mut found) = (bytes.as_mut_slice(), Vec::new());
+    while let [_, _, _, high, low, after @ ..] = rest {
+        let length = usize::from(u16::from_be_bytes([*high, *low]));
+        let (body, next) = after.split_at_mut(length);
+        let (content, place) = stream.tls.keys.open(body).unwrap();
+        found.push((u8::from(content), body[place].to_vec()));
+        if content == ContentType::Handshake {
+            stream.tls.keys.update_receiving().unwrap();
+        }
+        rest = next;
+    }
+    found
+}
+
+#[tokio::test]
+async fn nothing_follows_a_fatal_alert() {
+    let mesh = Mesh::new();
+    let (mut a, mut b) = mesh.pair().await;
+    a.write_all(b"waits for a flush").await.unwrap();
+    send(&mut b, 99, b"of no known type").await;
+    let error = a.read(&mut [0]).await.unwrap_err();
+    assert!(reason(&error).contains("unknown content type"), "{error}");
+    for _ in 0..2 {
+        assert_eq!(a.flush().await.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    }
+    assert_eq!(a.write(b"more").await.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    assert_eq!(a.shutdown().await.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    assert_eq!(records(&mut b).await, [(ALERT, vec![2, 10])], "an alert, and nothing else");
+}
+
+#[tokio::test]
+async fn a_record_that_cannot_be_sealed_is_not_followed_by_a_clean_end() {
+    let mesh = Mesh::new();
+    for large in [false, true] {
+        let (mut a, mut b) = mesh.pair().await;
+        a.write_all(b"arrives").await.unwrap();
+        a.flush().await.unwrap();
+        let sent = a.tls.keys.sent();
+        // Sealed at once, or with the flush.
+        let data = vec![7; if large { 10_000 } else { 10 }];
+        if !large {
+            a.write_all(&data).await.unwrap();
+        }
+        // The sequence number is at its end, which no new key can follow.
+        a.tls.keys.set_sent(u64::MAX);
+        let failed = if large { a.write_all(&data).await } else { a.flush().await };
+        assert!(reason(&failed.unwrap_err()).contains("a record failed"));
+        // Even if it would work again.
+        a.tls.keys.set_sent(sent);
+        assert_eq!(a.write(b"more").await.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        assert_eq!(a.flush().await.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        assert_eq!(a.shutdown().await.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        let mut got = Vec::new();
+        let error = b.read_to_end(&mut got).await.unwrap_err();
+        assert_eq!(got, b"arrives");
+        assert!(reason(&error).contains("without a close_notify"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn keys_that_the_peer_asks_for_come_before_the_next_data() {
+    let mesh = Mesh::new();
+    let key_update = (HANDSHAKE, vec![24, 0, 0, 1, 0]);
+    // Data that waits for a flush when the peer asks, and data that is written then.
+    for (before, after) in [("waits", ""), ("", "new"), ("waits, ", "and new")] {
+        let (mut a, mut b) = mesh.pair().await;
+        a.write_all(before.as_bytes()).await.unwrap();
+        send(&mut b, HANDSHAKE, &[24, 0, 0, 1, 1]).await;
+        Pin::new(&mut b.io).shutdown().await.unwrap();
+        let error = a.read(&mut [0]).await.unwrap_err();
+        assert!(reason(&error).contains("without a close_notify"), "{error}");
+        a.write_all(after.as_bytes()).await.unwrap();
+        a.flush().await.unwrap();
+        a.shutdown().await.unwrap();
+        let data = (DATA, [before, after].concat().into_bytes());
+        assert_eq!(records(&mut b).await, [key_update.clone(), data, (ALERT, vec![1, 0])]);
+    }
+}
+
+#[tokio::test]
+async fn a_record_is_not_filled_up_with_what_lay_in_the_buffer() {
+    let mesh = Mesh::new();
+    let (mut a, _b) = mesh.pair().await;
+    let mut out = [0x55; 100];
+    for pieces in [&[&b"short"[..]][..], &[b"sh", b"ort"], &[]] {
+        let sealed = a.tls.keys.seal(ContentType::ApplicationData, Plain::new(pieces).part(0..20), &mut out);
+        assert!(sealed.is_err(), "{pieces:?}");
+    }
+}
