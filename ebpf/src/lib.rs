@@ -13,7 +13,7 @@
 //! * the programs decide alone, by what is in the maps; nothing here has to run for that;
 //! * a change of settings is seen whole: lists are written to the half that is not in force, then the settings name it;
 //! * newer programs replace older ones link by link, each at once, with the same maps; or with a new generation of them, if
-//!   they declare them otherwise, and the old one goes last.
+//!   they declare them otherwise: that one says what is captured before any program uses it, and the old one goes last.
 
 pub mod layout;
 mod marks;

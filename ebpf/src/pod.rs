@@ -238,9 +238,12 @@ impl Pod {
             pod.write(contents, build())?;
         } else {
             let mut loaded = pod.load()?;
-            let is_new = matches!(pod.read(), Ok(None));
+            // Maps may be new and empty where programs of older ones capture: links say whether any do.
+            let is_new =
+                matches!(pod.read(), Ok(None)) && !entries(&pod.directory)?.iter().any(|path| is_link(path));
             // The maps first: programs with empty ones drop. In a pod that was not captured so far, nothing is until all programs
             // are there, which takes a while, and then everything at once: half of them refuse what the others would have taken.
+            // What is captured already is never at rest.
             if is_new {
                 pod.write(&contents.at_rest(), NOT_ATTACHED)?;
             } else {

@@ -12,6 +12,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use aya::maps::{HashMap, Map, MapData};
 use aya::programs::links::{FdLink, PinnedLink};
@@ -132,6 +134,74 @@ fn maps_of_another_size_are_replaced() {
     assert!(ebpf::remove(&pins, netns).unwrap());
     assert_eq!(ebpf::remembered(&pins, netns), 3);
     ebpf::forget(&pins, netns).unwrap();
+}
+
+/// Tells others to end, also when a test fails.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Who connects all the while is refused or not heard, and never gets to the application.
+#[test]
+fn capture_stays_in_force_while_maps_are_replaced() {
+    let Some(pins) = pins("capture stays in force while maps are replaced") else { return };
+    let lab = Lab::builder().node("a", &["web", "client"]).build().unwrap();
+    let netns = &lab.pod("web").netns;
+    let to = SocketAddr::from((lab.pod("web").ipv4, 8080));
+    let application = netns.run(|| TcpListener::bind(to)).unwrap().unwrap();
+    application.set_nonblocking(true).unwrap();
+    let limit = Duration::from_millis(100);
+    let client = &lab.pod("client").netns;
+    client.run(|| TcpStream::connect_timeout(&to, 50 * limit)).unwrap().unwrap();
+    application.accept().unwrap();
+
+    let contents = Contents {
+        settings: Settings { flags: layout::CAPTURING, plaintext: 15006, ..Settings::default() },
+        ports: PortSets::empty(),
+        // Many, so that writing them takes a while.
+        excluded: (0..1000_u16).map(|n| format!("10.9.{}.{}/32", n >> 8, n & 255).parse().unwrap()).collect(),
+        included: Vec::new(),
+        interfaces: BTreeMap::from([(interface(&lab), 0)]),
+        own: BTreeSet::from([lab.pod("web").ipv4.into()]),
+        refused: BTreeSet::new(),
+    };
+    // As capture has it: resets leave.
+    net::sysctl::write(netns, "ipv4/fwmark_reflect", "1").unwrap();
+    assert!(Pod::install(&pins, netns, &contents).unwrap());
+    let (is_over, attempts) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let connect = || {
+        while !is_over.load(Ordering::Relaxed) {
+            let outcome = TcpStream::connect_timeout(&to, limit);
+            attempts.fetch_add(1, Ordering::Relaxed);
+            assert!(outcome.is_err(), "connected to the application past capture");
+        }
+    };
+    std::thread::scope(|scope| {
+        let _end = End(&is_over);
+        let clients: Vec<_> = (0..2).map(|_| scope.spawn(|| client.run(connect).unwrap())).collect();
+        for generation in 0..4 {
+            let directory = pins.of(netns);
+            of_another_size(&match generation {
+                0 => directory,
+                newest => directory.join(format!("maps-{newest}")),
+            });
+            let before = attempts.load(Ordering::Relaxed);
+            assert!(Pod::install(&pins, netns, &contents).unwrap());
+            let is_idle = || {
+                attempts.load(Ordering::Relaxed) == before
+                    && !clients.iter().any(std::thread::ScopedJoinHandle::is_finished)
+            };
+            while is_idle() {
+                std::thread::yield_now();
+            }
+        }
+    });
+    assert_eq!(application.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    assert!(ebpf::remove(&pins, netns).unwrap());
 }
 
 fn interface(lab: &Lab) -> u32 {
