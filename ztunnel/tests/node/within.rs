@@ -209,7 +209,9 @@ async fn the_setting_holds_from_when_it_is_made_and_for_whom_it_is() {
     assert_eq!(carrier().await.1, "node-local");
     mesh.apply("mesh", &node_local("encrypted")).await;
     assert_eq!(carrier().await.1, "node-local");
-    // A value that can't be read changes nothing, and is said.
+    // A value that can't be read is said, and opens nothing: not even where the mesh's word is to go directly.
+    let (mut open, _) = carrier().await;
+    mesh.apply("mesh", &node_local("direct")).await;
     mesh.put("namespaces", &shop("maybe"));
     eventually("it is said", async || {
         let dump = a.config_dump().await;
@@ -220,10 +222,11 @@ async fn the_setting_holds_from_when_it_is_made_and_for_whom_it_is() {
             .any(|d| d["message"].as_str().unwrap().contains("node-local"))
     })
     .await;
-    assert_eq!(carrier().await.1, "node-local");
+    open.end().await.unwrap_err();
+    assert_eq!(carrier().await.1, "hbone");
     let dump = a.config_dump().await;
-    assert_eq!(dump["settings"]["nodeLocal"], "encrypted");
-    assert_eq!(dump["settings"]["nodeLocalOfNamespaces"]["shop"], "direct");
+    assert_eq!(dump["settings"]["nodeLocal"], "direct");
+    assert_eq!(dump["settings"]["nodeLocalOfNamespaces"]["shop"], "encrypted");
 }
 
 #[tokio::test]

@@ -6,6 +6,7 @@
 
 use model::NodeLocal;
 
+use crate::diagnostic::Code;
 use crate::fields::{Cursor, Fields};
 use crate::metadata::Metadata;
 
@@ -23,12 +24,14 @@ pub(super) fn field(mut cursor: Cursor<'_, '_>) -> Option<NodeLocal> {
     cursor.string()?.parse().ok()
 }
 
-/// What a namespace says of its workloads.
+/// What a namespace says of its workloads. What can't be read is `encrypted`, and no error: the namespace would stay as it
+/// was before, and of one that was never read the mesh's word would hold, which may be `direct`.
 pub fn annotation(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<NodeLocal> {
     let annotation = metadata.annotation(NAMESPACE)?;
-    let mode = annotation.value.parse().ok();
-    if mode.is_none() {
-        annotation.invalid(fields, "neither \"encrypted\" nor \"direct\"", "");
-    }
-    mode
+    let mode = annotation.value.parse().unwrap_or_else(|_| {
+        let message = "neither \"encrypted\" nor \"direct\", and taken as \"encrypted\"";
+        annotation.report(fields, Code::ActsOtherwise, message, REMEDY);
+        NodeLocal::Encrypted
+    });
+    Some(mode)
 }
