@@ -16,6 +16,9 @@ use super::slot::Slot;
 
 /// A device comes with addresses and routes, each a change: the first is looked at at once, the others together.
 const TOGETHER: Duration = Duration::from_millis(50);
+/// Who may change devices may do so all the time, and each look is at the node's cost: the time between looks doubles up to this
+/// while changes keep coming, and begins anew after none came for as long.
+const LONGEST: Duration = Duration::from_secs(2);
 
 impl Node {
     /// From now on, changes of the devices in the pod's namespace have its rules looked at.
@@ -39,11 +42,42 @@ impl Node {
 }
 
 async fn look(node: Weak<Node>, slot: Weak<Slot>, devices: Devices) {
-    while devices.changed().await.is_ok() {
+    let mut pause = Duration::ZERO;
+    loop {
+        let quiet_since = Instant::now();
+        if devices.changed().await.is_err() {
+            return;
+        }
+        pause = next_pause(pause, quiet_since.elapsed());
         let (Some(node), Some(slot)) = (node.upgrade(), slot.upgrade()) else { return };
         slot.verify_at(Instant::now());
         node.wake.notify_one();
         drop((node, slot));
-        tokio::time::sleep(TOGETHER).await;
+        tokio::time::sleep(pause).await;
+    }
+}
+
+/// For how long nothing is looked at from now on, by the last such time and how long it has been quiet since.
+fn next_pause(last: Duration, quiet: Duration) -> Duration {
+    if quiet >= LONGEST { TOGETHER } else { (last * 2).clamp(TOGETHER, LONGEST) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn looks_are_rarer_while_changes_keep_coming() {
+        let moment = Duration::from_millis(1);
+        let mut pause = next_pause(Duration::ZERO, moment);
+        let mut pauses = vec![pause.as_millis()];
+        for _ in 0..7 {
+            pause = next_pause(pause, moment);
+            pauses.push(pause.as_millis());
+        }
+        assert_eq!(pauses, [50, 100, 200, 400, 800, 1600, 2000, 2000]);
+        // Whoever waits for as long as that gains nothing by it.
+        assert_eq!(next_pause(pause, LONGEST - moment), LONGEST);
+        assert_eq!(next_pause(pause, LONGEST), TOGETHER);
     }
 }
