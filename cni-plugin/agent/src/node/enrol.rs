@@ -8,6 +8,7 @@ use net::Netns;
 use tokio::time::Instant;
 
 use super::Node;
+use super::restore::remove_other;
 use super::slot::{Slot, State};
 use crate::netns::{self, NetnsError};
 use crate::pod::Pod;
@@ -26,6 +27,8 @@ pub(super) enum EnrolError {
     NotServed(#[from] NotServed),
     #[error("redirection: {0}")]
     Capture(#[from] capture::Error),
+    #[error("redirection by another back-end: {0}")]
+    Other(String),
     #[error("its network namespace is that of pod {0}")]
     Claimed(String),
     #[error("the task of the enrolment failed: {0}")]
@@ -89,6 +92,7 @@ impl Node {
         self.watch_devices(slot, &netns);
         // What stands of the rules when this fails refuses; a pod that runs is tried again until all of them stand.
         let ipv6 = self.install(&netns, &wanted).await?;
+        self.replace_other(&slot.uid, &netns, &wanted).await?;
         std::mem::forget(undo);
         let times = &self.parts.times;
         // A device may have come while the rules were written.
@@ -119,6 +123,29 @@ impl Node {
         Ok(tokio::task::spawn_blocking(move || capture.install(&netns, &rules)).await??.ipv6)
     }
 
+    /// Removes what another back-end has written for the pod by its record, which says so until then.
+    async fn replace_other(&self, uid: &str, netns: &Netns, rules: &Rules) -> Result<(), EnrolError> {
+        let Some(entry) = self.parts.record.get(uid).filter(|entry| entry.backend != self.backend()) else {
+            return Ok(());
+        };
+        let permit = self.at_once.acquire().await;
+        let (capture, inside, name) = (self.parts.capture.clone(), netns.clone(), entry.backend.clone());
+        let removal = tokio::task::spawn_blocking(move || remove_other(&*capture, &name, &inside));
+        let was_there = removal.await?.map_err(EnrolError::Other)?;
+        drop(permit);
+        if was_there {
+            // They share routes.
+            self.install(netns, rules).await?;
+        }
+        self.parts.record.put(Entry { backend: self.backend(), ..entry });
+        Ok(())
+    }
+
+    /// As the record calls it.
+    pub(super) fn backend(&self) -> String {
+        self.parts.capture.backend().as_str().to_owned()
+    }
+
     pub(super) fn entry(
         &self,
         pod: &Pod,
@@ -127,6 +154,7 @@ impl Node {
         container: Option<String>,
     ) -> Entry {
         let identity = pod.identity.clone();
+        let known = self.parts.record.get(&identity.uid).filter(|known| known.inode == netns.id().inode());
         Entry {
             uid: identity.uid,
             static_uid: pod.static_uid.clone(),
@@ -139,7 +167,8 @@ impl Node {
             addresses: addresses.iter().copied().collect(),
             annotations: pod.annotations.clone(),
             probe_ports: pod.probe_ports.clone(),
-            backend: self.parts.capture.backend().as_str().to_owned(),
+            // Another one until what it wrote is removed.
+            backend: known.map_or_else(|| self.backend(), |known| known.backend),
             leaving: false,
         }
     }

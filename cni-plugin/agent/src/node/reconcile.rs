@@ -100,7 +100,12 @@ impl Node {
                 },
                 (false, Some(slot)) if pod.finished => self.forget(&slot, "it has ended"),
                 (false, Some(slot)) => match slot.state() {
-                    State::Waiting { .. } => self.forget(&slot, "it is not to be in the mesh any more"),
+                    State::Waiting { retry_at, .. }
+                        if retry_at <= now || self.parts.record.get(&slot.uid).is_none() =>
+                    {
+                        self.work(&slot, |node, slot| async move { node.let_out(&slot).await });
+                    }
+                    State::Waiting { .. } => {}
                     State::Closed { .. } | State::Enrolled { .. } => {
                         let pod = pod.clone();
                         self.work(&slot, |node, slot| async move { node.leave(&slot, pod).await });

@@ -5,13 +5,13 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use capture::{Backend, Capture};
+use capture::Capture;
 use net::Netns;
 use tokio::time::Instant;
 
 use super::Node;
 use super::add::AddRequest;
-use super::slot::Slot;
+use super::slot::{Slot, State};
 use crate::cluster::Api;
 use crate::netns::Processes;
 use crate::record::{Entry, Record};
@@ -56,6 +56,32 @@ impl Node {
             self.forget(slot, "the container runtime has no such sandbox");
         }
         gone.len()
+    }
+
+    /// Takes out of the mesh a pod that could not be looked at, or not be captured: what stands of rules, which the record
+    /// says, goes before it does. The caller holds the slot's work.
+    pub(super) async fn let_out(&self, slot: &Arc<Slot>) {
+        // It may have been captured since that was seen.
+        if !matches!(slot.state(), State::Waiting { .. }) {
+            return;
+        }
+        if let Some(entry) = self.parts.record.get(&slot.uid) {
+            let permit = self.at_once.acquire().await;
+            let capture = self.parts.capture.clone();
+            let removal = tokio::task::spawn_blocking(move || remove_rules(&*capture, &entry));
+            let removed = removal.await.map_err(|error| error.to_string()).flatten();
+            drop(permit);
+            if let Err(error) = removed {
+                let note = format!("the pod's traffic should no longer be captured and still is: {error}");
+                self.tell(slot, "EnrolmentStuck", note.clone(), true).await;
+                let mut inner = slot.inner();
+                if let State::Waiting { failures, .. } = inner.state {
+                    inner.state = State::failed(failures + 1, note, self.parts.times.tick);
+                }
+                return;
+            }
+        }
+        self.forget(slot, "it is not to be in the mesh any more");
     }
 
     /// Has no ztunnel serve the pod any more, and forgets it. What stands of its rules refuses.
@@ -105,10 +131,6 @@ fn remove_rules(capture: &dyn Capture, entry: &Entry) -> Result<(), String> {
         Err(super::restore::Found::Unknown(error)) => return Err(error),
         Err(_) => return Ok(()),
     };
-    let other = entry.backend.parse::<Backend>().ok().filter(|backend| *backend != capture.backend());
-    if let Some(backend) = other {
-        let other = capture::probe(backend, &capture::Tools::default()).map_err(|error| error.to_string())?;
-        other.remove(&netns).map_err(|error| error.to_string())?;
-    }
+    super::restore::remove_other(capture, &entry.backend, &netns)?;
     capture.remove(&netns).map(drop).map_err(|error| error.to_string())
 }

@@ -77,6 +77,9 @@ impl Node {
                 (None, Rules::default(), State::Waiting { failures: 0, reason, retry_at: now })
             }
         };
+        if netns.is_some() {
+            self.parts.record.put(Entry { backend: self.backend(), ..entry.clone() });
+        }
         if !entry.leaving {
             // Without a namespace: who serves the pod goes on.
             self.parts.ztunnels.serve_as(identity.clone(), netns.clone(), entry.annotations.clone());
@@ -129,16 +132,24 @@ pub(super) fn find(entry: &Entry, processes: &Processes) -> Result<Netns, Found>
     }
 }
 
-/// Sees to it that the rules stand.
+/// Removes what the back-end of this name wrote, if it is another one than `capture`; whether it is.
+pub(super) fn remove_other(capture: &dyn Capture, name: &str, netns: &Netns) -> Result<bool, String> {
+    let Some(other) = name.parse::<Backend>().ok().filter(|backend| *backend != capture.backend()) else {
+        return Ok(false);
+    };
+    let failed = |error: &dyn std::fmt::Display| format!("what {other} wrote can't be removed: {error}");
+    let backend = capture::probe(other, &capture::Tools::default()).map_err(|error| failed(&error))?;
+    backend.remove(netns).map_err(|error| failed(&error))?;
+    Ok(true)
+}
+
+/// Sees to it that the rules stand, and no others.
 fn stand(capture: &dyn Capture, entry: &Entry, netns: &Netns, probes: bool) -> Result<Rules, String> {
     let rules = rules::of(&entry.annotations, probes).map_err(|error| error.to_string())?;
     let rules = Rules { leaving: entry.leaving, ..rules };
     let install = || capture.install(netns, &rules).map_err(|error| error.to_string());
     let installed = install()?;
-    let other = entry.backend.parse::<Backend>().ok().filter(|backend| *backend != capture.backend());
-    if let Some(backend) = other {
-        let other = capture::probe(backend, &capture::Tools::default()).map_err(|error| error.to_string())?;
-        other.remove(netns).map_err(|error| error.to_string())?;
+    if remove_other(capture, &entry.backend, netns)? {
         // They share routes.
         install()?;
     }

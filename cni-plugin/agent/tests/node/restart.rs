@@ -1,12 +1,16 @@
 //! The agent's restart, ztunnel's, and what the record is for.
 
 use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
 
-use capture::{Backend, Rules, Tools};
+use capture::{Backend, Capture, Drift, Error, Installed, Rules, Tools};
 use harness::netns::root_or_skip;
+use net::Netns;
 use node_agent::record::Record;
 
-use super::lab::{FakeZtunnel, World, application, ip, who};
+use super::lab::{Agent, Container, FakeZtunnel, World, application, ip, who};
 
 #[tokio::test]
 async fn rules_that_are_gone_come_back_before_anything_is_asked() {
@@ -103,6 +107,91 @@ async fn another_backend_takes_over_what_the_earlier_one_left() {
     let _ztunnel = FakeZtunnel::start(&world.socket()).await;
     agent.until("served", || agent.ztunnels.served(&world.uid("web")).is_ok()).await;
     assert_eq!(who(world.host("client"), world.address("web", false)).await, "ztunnel");
+}
+
+/// Fails as often as it is to, and works then.
+#[derive(Debug)]
+struct Fails {
+    inner: Arc<dyn Capture>,
+    times: AtomicUsize,
+}
+
+impl Capture for Fails {
+    fn backend(&self) -> Backend {
+        self.inner.backend()
+    }
+
+    fn version(&self) -> &str {
+        self.inner.version()
+    }
+
+    fn guards_ports(&self) -> bool {
+        self.inner.guards_ports()
+    }
+
+    fn install(&self, netns: &Netns, rules: &Rules) -> Result<Installed, Error> {
+        let left = self.times.try_update(Relaxed, Relaxed, |times| times.checked_sub(1));
+        if left.is_ok() {
+            let source = std::io::Error::other("a test");
+            return Err(Error::Enter { netns: netns.to_string(), source });
+        }
+        self.inner.install(netns, rules)
+    }
+
+    fn verify(&self, netns: &Netns, rules: &Rules) -> Result<Drift, Error> {
+        self.inner.verify(netns, rules)
+    }
+
+    fn remove(&self, netns: &Netns) -> Result<bool, Error> {
+        self.inner.remove(netns)
+    }
+}
+
+/// A pod that nftables captured, and an agent with another back-end, which could not do anything with it yet.
+async fn left_by_another_backend() -> Option<(World, Agent, Container, String)> {
+    let iptables = capture::probe(Backend::IptablesNft, &Tools::default()).ok()?;
+    let mut world = World::new();
+    world.server.namespaces.lock().unwrap().insert("shop".to_owned(), Some("ambient".to_owned()));
+    let uid = world.uid("web");
+    let container = Container::start(world.host("web"), &uid);
+    {
+        let agent = world.agent().await;
+        let _ztunnel = FakeZtunnel::start(&world.socket()).await;
+        agent.add(world.request("web")).await.unwrap();
+    }
+    world.capture = Arc::new(Fails { inner: iptables, times: AtomicUsize::new(2) });
+    world.server.publish();
+    let agent = world.agent().await;
+    assert_eq!(agent.state(&uid).as_deref(), Some("waiting"));
+    assert!(world.rules_in("web").contains("table inet culvert"));
+    Some((world, agent, container, uid))
+}
+
+#[tokio::test]
+async fn what_another_backend_left_is_removed_though_not_at_the_first_attempt() {
+    if !root_or_skip("what another backend left is removed, though not at the first attempt") {
+        return;
+    }
+    let Some((world, mut agent, _container, uid)) = left_by_another_backend().await else { return };
+    let _ztunnel = FakeZtunnel::start(&world.socket()).await;
+    agent.run();
+    agent.until("enrolled", || agent.state(&uid).as_deref() == Some("enrolled")).await;
+    assert!(!world.rules_in("web").contains("table inet culvert"), "{}", world.rules_in("web"));
+    assert!(!world.drift("web", &Rules::default()));
+    let record = Record::open(&world.directory.path().join("state")).unwrap();
+    assert_eq!(record.get(&uid).unwrap().backend, "iptables-nft");
+}
+
+#[tokio::test]
+async fn a_pod_that_is_not_wanted_any_more_is_let_out_by_what_is_recorded() {
+    if !root_or_skip("a pod that is not wanted any more is let out by what is recorded") {
+        return;
+    }
+    let Some((world, mut agent, _container, uid)) = left_by_another_backend().await else { return };
+    world.server.label("shop", None);
+    agent.run();
+    agent.until("forgotten", || agent.state(&uid).is_none()).await;
+    assert_eq!(world.rules_in("web"), "");
 }
 
 #[tokio::test]
