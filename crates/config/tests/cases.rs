@@ -15,8 +15,8 @@ use config::repository::{Content, Repository};
 use config::resource::{Kind, ObjectKey};
 use config::routes::{ParentKind, ParentRef};
 use config::tree::{self, Limits};
-use model::http::{BackendRef, HttpService, Route, RouteAction, RouteMatch, StreamMatch, StreamRoute};
-use model::{Change, GatewayAddress, GatewayTarget, Mesh, Service, TargetPort, Workload};
+use model::http::{BackendRef, HttpService, LedTo, Route, RouteAction, RouteMatch, StreamMatch, StreamRoute};
+use model::{Change, GatewayAddress, GatewayTarget, Mesh, PolicyKey, Service, TargetPort, Workload};
 use serde_json::{Map, Value as Json, json};
 
 mod yaml;
@@ -118,17 +118,18 @@ fn http_service(s: &HttpService) -> Json {
     let streams: Map<String, Json> = streams
         .map(|p| (p.number.to_string(), json!(p.streams.entries().iter().map(stream).collect::<Vec<_>>())))
         .collect();
-    let selected: Vec<String> = s
-        .selected
-        .iter()
-        .map(|set| set.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "))
-        .collect();
+    let sets = |selected: &[Box<[PolicyKey]>]| -> Vec<String> {
+        selected.iter().map(|set| set.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")).collect()
+    };
+    let selected = sets(&s.selected);
+    let led_to = |led: &LedTo| (led.service.to_string(), json!(sets(&led.selected)));
     json!({
         "waypoint": s.waypoint.to_string(),
         "ports": ports,
         "streams": streams,
         "policies": policies,
         "selected": selected,
+        "led_to": s.led_to.iter().map(led_to).collect::<Map<_, _>>(),
     })
 }
 
@@ -213,8 +214,19 @@ fn all_traffic(mesh: &Mesh) -> Map<String, Json> {
 }
 
 /// How a route stands with a Service that it names, asked as `KIND NAMESPACE/NAME on NAMESPACE/SERVICE[:PORT]`: the conditions,
-/// with the reasons of those that do not hold.
+/// with the reasons of those that do not hold. How a VirtualService stands with its hosts is asked as `VirtualService NAMESPACE/NAME`.
 fn standing(asked: &str, repository: &Repository) -> String {
+    let of = |condition: &str, judgement: &Judgement| match judgement.holds {
+        true => condition.to_owned(),
+        false => format!("{condition} {}", judgement.reason),
+    };
+    if let Some((namespace, name)) =
+        asked.strip_prefix("VirtualService ").map(|key| key.split_once('/').unwrap())
+    {
+        let key = ObjectKey { kind: Kind::VirtualService, namespace: namespace.into(), name: name.into() };
+        let judgement = repository.standing().host_standing(&key);
+        return judgement.map_or_else(String::new, |judgement| of("WaypointAccepted", &judgement));
+    }
     let (route, service) = asked.split_once(" on ").unwrap();
     let (kind, route) = route.split_once(' ').unwrap();
     let kinds = [Kind::HttpRoute, Kind::GrpcRoute, Kind::TcpRoute, Kind::TlsRoute];
@@ -226,10 +238,6 @@ fn standing(asked: &str, repository: &Repository) -> String {
     let (namespace, name) = (namespace.into(), name.into());
     let parent = ParentRef { kind: ParentKind::Service, namespace, name, section: None, port };
     let Some(standing) = repository.standing().route_standing(&key, &parent) else { return String::new() };
-    let of = |condition: &str, judgement: &Judgement| match judgement.holds {
-        true => condition.to_owned(),
-        false => format!("{condition} {}", judgement.reason),
-    };
     let bound = standing.bound.iter().map(|bound| of("WaypointBound", bound));
     let all = [of("Accepted", &standing.accepted), of("ResolvedRefs", &standing.resolved)];
     all.into_iter().chain(bound).collect::<Vec<_>>().join(", ")

@@ -71,6 +71,10 @@ fn mutation() -> impl Strategy<Value = Mutation> {
 }
 
 fn mutate(text: &str, mutation: &Mutation) -> String {
+    // One before it may have left nothing.
+    if !text.contains(char::is_alphanumeric) {
+        return text.to_owned();
+    }
     let mut lines: Vec<&str> = text.lines().collect();
     match mutation {
         Mutation::Word(index, value) => {

@@ -263,8 +263,8 @@ impl Compiler {
         }
     }
 
-    /// Has what asks the policies for a service's workloads compiled: the service, where it is behind a waypoint, else those
-    /// whose routes lead to it. What the former's routes are for follows when what it asks has changed.
+    /// Has what asks the policies for a service's workloads compiled: the service, where it is behind a waypoint, and those
+    /// whose routes lead to it. What the service itself asks need not change with them: its own routes may have led it there.
     fn touch_asking(&mut self, service: &ServiceKey) {
         if self.waypoints.is_empty() && self.http_services.is_empty() {
             return;
@@ -272,9 +272,7 @@ impl Compiler {
         if self.in_force(service).is_some_and(|(by, d)| self.is_served(by, d)) {
             self.dirty_services.insert(service.clone());
         }
-        if !self.http_services.contains_key(service) {
-            self.touch_leading_to(service);
-        }
+        self.touch_leading_to(service);
     }
 
     /// The sets of policies of workloads that the waypoint of a service enforces: of the workloads behind it, and behind

@@ -78,7 +78,8 @@ impl Compiler {
         }
     }
 
-    /// Has the services compiled whose routes lead to the service `key`, which came, went, or changed its ports.
+    /// Has the services compiled whose routes lead to the service `key`, which came, went, or changed its ports or the policies
+    /// for its workloads.
     pub(super) fn touch_leading_to(&mut self, key: &ServiceKey) {
         let domain = format!(".{}.svc.{}", key.namespace, self.options.cluster_domain);
         let mut references = vec![Reference::Host(key.hostname.clone())];
@@ -237,10 +238,6 @@ impl Compiler {
             Some(new) if self.http_services.get(key).is_some_and(|old| **old == new) => {}
             Some(new) => {
                 let new = Arc::new(new);
-                // Routes that lead to it are under the policies of its workloads, too.
-                if self.http_services.get(key).is_none_or(|old| old.selected != new.selected) {
-                    self.touch_leading_to(key);
-                }
                 self.http_services.insert(key.clone(), new.clone());
                 self.changes.push(Change::SetHttpService(new));
             }
