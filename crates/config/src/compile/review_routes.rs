@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use model::ServiceKey;
+use model::http::Protocol;
 
 use super::{Compiler, Finding, Judgement};
 use crate::diagnostic::Code;
@@ -12,6 +13,8 @@ use crate::routes::{BackendDraft, Parent, RouteDraft};
 
 /// Of so many services of a VirtualService's hosts it is said how it stands with them: `*` may be all that there are.
 const MOST_HOSTS: usize = 64;
+/// The reason where something is in force for a part of what it is for.
+const IN_PART: &str = "PartiallyInvalid";
 
 fn finding(code: Code, message: String, remedy: &str) -> Finding {
     Finding { code, message, remedy: remedy.to_owned() }
@@ -133,15 +136,30 @@ impl Compiler {
         if key.kind != Kind::VirtualService {
             return None;
         }
-        let services: BTreeSet<ServiceKey> = self.hosted(key).take(MOST_HOSTS).collect();
+        let mut services = BTreeSet::new();
+        let is_new = self.hosted(key).filter(|service| services.insert(service.clone()));
+        let are_more = is_new.take(MOST_HOSTS + 1).count() > MOST_HOSTS;
+        if are_more {
+            services.pop_last();
+        }
         let wrong = services.iter().filter_map(|service| self.overruled(key, service));
         let wrong: Vec<(&'static str, Finding)> = wrong.collect();
         let Some((first, _)) = wrong.first() else {
-            let fine = || Judgement::yes("Accepted", "waypoints enforce it for all of its hosts");
+            let which = if are_more {
+                format!("the {MOST_HOSTS} services of its hosts that were looked at")
+            } else {
+                "all of its hosts".to_owned()
+            };
+            let fine = || Judgement::yes("Accepted", format!("{}{which}", Judgement::ENFORCED));
             return (!services.is_empty()).then(fine);
         };
-        let reason = if wrong.len() < services.len() { "PartiallyInvalid" } else { first };
-        let all = wrong.iter().map(|(_, finding)| finding.message.as_str()).collect::<Vec<_>>().join("; ");
+        let in_part = wrong.len() < services.len() || wrong.iter().any(|(reason, _)| *reason == IN_PART);
+        let reason = if in_part { IN_PART } else { first };
+        let mut all =
+            wrong.iter().map(|(_, finding)| finding.message.as_str()).collect::<Vec<_>>().join("; ");
+        if are_more {
+            all += &format!("; of the services of its hosts {MOST_HOSTS} were looked at");
+        }
         Some(Judgement::no(reason, all))
     }
 
@@ -164,10 +182,20 @@ impl Compiler {
         }
         let (has_http, has_streams) = self.virtual_services.entries(key);
         let mut before: BTreeMap<String, BTreeSet<u16>> = BTreeMap::new();
+        let mut is_in_force = false;
         for port in self.http_services.get(service).into_iter().flat_map(|served| &served.ports) {
-            let requests = port.routes.entries().iter().map(|(_, route)| &route.id).filter(|_| has_http);
-            let streams = port.streams.entries().iter().map(|(_, route)| &route.id).filter(|_| has_streams);
-            for id in requests.chain(streams).filter(|id| !matches!(id.kind, Default | VirtualService)) {
+            let has_requests = !matches!(port.protocol, Protocol::Tcp | Protocol::Tls);
+            let declared = definition.service.ports.iter().find(|declared| declared.port == port.number);
+            let is_open =
+                declared.is_some_and(|d| super::http::protocol(&d.app_protocol) == Protocol::Detect);
+            // Routes of connections take the requests, too, of a port that is not declared to be for either.
+            let takes_requests = has_http && is_open && !has_requests;
+            let requests = port.routes.entries().iter().map(|(_, route)| &route.id).filter(|_| has_requests);
+            let streams = port.streams.entries().iter().map(|(_, route)| &route.id);
+            is_in_force |= requests.clone().chain(streams.clone()).any(|id| id.kind == VirtualService);
+            let streams = streams.filter(|_| has_streams || takes_requests);
+            let all = requests.filter(|_| has_http).chain(streams);
+            for id in all.filter(|id| !matches!(id.kind, Default | VirtualService)) {
                 let name = format!("{} {}/{}", id.kind.name(), id.namespace, id.name);
                 before.entry(name).or_default().insert(port.number);
             }
@@ -183,7 +211,8 @@ impl Compiler {
                 all.join(", ")
             );
             let remedy = "keep one of both kinds for a port of a service";
-            ("Overruled", finding(Code::WithoutEffect, message, remedy))
+            let reason = if is_in_force { IN_PART } else { "Overruled" };
+            (reason, finding(Code::WithoutEffect, message, remedy))
         })
     }
 

@@ -27,6 +27,9 @@ pub struct Judgement {
 }
 
 impl Judgement {
+    /// How the message begins of one that says that waypoints enforce something.
+    pub const ENFORCED: &str = "waypoints enforce it for ";
+
     pub(super) fn yes(reason: &'static str, message: impl Into<String>) -> Self {
         Self { holds: true, reason, message: message.into() }
     }
@@ -145,7 +148,7 @@ impl Compiler {
         let judged = targets.iter().map(|target| self.judge_target(target, policy));
         let missing: Vec<Judgement> = judged.filter(|judgement| !judgement.holds).collect();
         let Some(first) = missing.first() else {
-            return Some(Judgement::yes("Accepted", "waypoints enforce it for all of its targets"));
+            return Some(Judgement::yes("Accepted", format!("{}all of its targets", Judgement::ENFORCED)));
         };
         let all = missing.iter().map(|judgement| judgement.message.as_str()).collect::<Vec<_>>().join("; ");
         let reason = if missing.len() < targets.len() { "PartiallyInvalid" } else { first.reason };
