@@ -357,8 +357,8 @@ impl Registry {
         let known = self.kinds.get(&name.kind)?;
         let known = known.known.get(&(name.namespace.clone(), name.name.clone()))?;
         let (version, findings) = (known.version.clone()?, self.repository.about(origin));
-        let standing = report::standing(name, &known.parents, &self.repository);
-        let told = self.bound.is_told(name, &standing);
+        let mut standing = report::standing(name, &known.parents, &self.repository);
+        let told = self.bound.is_told(name, &mut standing);
         let state = Some(ObjectState { version, findings, standing });
         told.then(|| Report { name: name.clone(), state })
     }

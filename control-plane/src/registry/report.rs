@@ -64,6 +64,8 @@ pub struct Standing {
     pub binding: Option<Judgement>,
     /// What has `targetRefs`: whether waypoints enforce it for all of them. A VirtualService: whether they do for its hosts.
     pub targets: Option<Judgement>,
+    /// Whether `targets` was ever something since this process began.
+    pub was_judged: bool,
 }
 
 /// A version of an object, and what decides who reports on it.
@@ -159,17 +161,23 @@ pub(super) fn standing(name: &ObjectName, parents: &[Arc<Value>], repository: &R
         parents: judged.collect(),
         binding: is_bound.then(|| compiler.binding_standing(&key)).flatten(),
         targets: compiler.target_standing(&key).or_else(|| compiler.host_standing(&key)),
+        was_judged: false,
     }
 }
 
-/// The Services whose status said something of a waypoint: all others are not reported.
+/// The objects whose status said something of waypoints: no other Services are reported, and of no others a condition is
+/// taken for one of ours.
 #[derive(Debug, Default)]
 pub(super) struct Bound(HashSet<ObjectName>);
 
 impl Bound {
-    /// Whether there is something to report of an object.
-    pub(super) fn is_told(&mut self, name: &ObjectName, standing: &Standing) -> bool {
+    /// Whether there is something to report of an object; notes in `standing` whether it was judged.
+    pub(super) fn is_told(&mut self, name: &ObjectName, standing: &mut Standing) -> bool {
         if name.kind != Kind::Service {
+            if standing.targets.is_some() {
+                self.0.insert(name.clone());
+            }
+            standing.was_judged = self.0.contains(name);
             return true;
         }
         match &standing.binding {
@@ -183,6 +191,6 @@ impl Bound {
 
     /// Whether the end of an object is to be reported.
     pub(super) fn ends(&mut self, name: &ObjectName) -> bool {
-        name.kind != Kind::Service || self.0.remove(name)
+        self.0.remove(name) || name.kind != Kind::Service
     }
 }

@@ -42,6 +42,12 @@ impl Condition {
         Self { kind, holds: None, reason: "", message: String::new(), parent: None }
     }
 
+    /// The same where it may be another controller's: only one whose message begins so is removed.
+    #[must_use]
+    pub fn none_of(kind: &'static str, message: &str) -> Self {
+        Self { message: message.to_owned(), ..Self::none(kind) }
+    }
+
     /// Whether the condition is to be removed.
     #[must_use]
     pub fn is_none(&self) -> bool {
@@ -155,8 +161,7 @@ pub fn of_policy(
     setting: &Setting,
 ) -> Vec<Condition> {
     let accepted = accepted(POLICY_ACCEPTED, &state.findings, exception, "attached to ztunnel");
-    let targets = judged(WAYPOINT_ACCEPTED, state.standing.targets.as_ref());
-    vec![accepted, targets, enforced(&state.findings, tally, setting)]
+    vec![accepted, of_targets(state), enforced(&state.findings, tally, setting)]
 }
 
 /// The conditions of an object that is no policy.
@@ -171,9 +176,19 @@ pub fn of_other(kind: Kind, state: &ObjectState) -> Vec<Condition> {
         Kind::Service => vec![bound()],
         Kind::ServiceEntry => vec![accepted(), bound()],
         Kind::VirtualService | Kind::RequestAuthentication | Kind::RateLimit | Kind::Telemetry => {
-            vec![accepted(), judged(WAYPOINT_ACCEPTED, state.standing.targets.as_ref())]
+            vec![accepted(), of_targets(state)]
         }
         _ => vec![accepted()],
+    }
+}
+
+/// Another control plane's of the same type stays where nothing was ever said here. What was said before this process began
+/// is known by its words, so that none goes on to say that something is enforced.
+fn of_targets(state: &ObjectState) -> Condition {
+    match &state.standing.targets {
+        Some(judgement) => Condition::of(WAYPOINT_ACCEPTED, judgement),
+        None if state.standing.was_judged => Condition::none(WAYPOINT_ACCEPTED),
+        None => Condition::none_of(WAYPOINT_ACCEPTED, Judgement::ENFORCED),
     }
 }
 

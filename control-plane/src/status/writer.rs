@@ -114,7 +114,13 @@ fn merged(kind: Kind, data: &Value, wanted: &[Condition], generation: i64, now: 
 /// The conditions of a list with `wanted` in it. A condition's time is when it last turned.
 pub(crate) fn put_in(old: &[Value], wanted: &[&Condition], generation: i64, now: &str) -> Vec<Value> {
     let is = |value: &Value, kind: &str| value.get("type").and_then(Value::as_str) == Some(kind);
-    let ours = |c: &&Value| wanted.iter().any(|condition| is(c, condition.kind));
+    let says = |c: &Value, start: &str| {
+        start.is_empty() || c.get("message").and_then(Value::as_str).is_some_and(|m| m.starts_with(start))
+    };
+    let ours = |c: &&Value| {
+        let goes = |w: &Condition| !w.is_none() || says(c, &w.message);
+        wanted.iter().any(|condition| is(c, condition.kind) && goes(condition))
+    };
     let mut all: Vec<Value> = old.iter().filter(|c| !ours(c)).cloned().collect();
     for condition in wanted.iter().filter(|condition| !condition.is_none()) {
         let status = match condition.holds {
@@ -223,6 +229,13 @@ mod tests {
         let left = service(&data).unwrap();
         assert_eq!(left, json!({ "conditions": [{ "type": "b" }] }));
         assert_eq!(service(&json!({ "status": left })), None);
+        // Only what we said, where it may be another's.
+        let policy = |message: &str| {
+            let data = json!({ "status": { "conditions": [{ "type": "a", "message": message }] } });
+            merged(&data, &[Condition::none_of("a", "waypoints ")], 1, "now")
+        };
+        assert_eq!(policy("bound to shop/gate"), None);
+        assert_eq!(policy("waypoints enforce it").unwrap()["conditions"], json!([]));
     }
 
     #[test]
