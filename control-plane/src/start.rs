@@ -536,7 +536,8 @@ fn reach(flags: &Flags, client: &Client, ca: &Ca) -> Reach {
             let in_force = ca.current().get()?;
             let mut roots = RootCertStore::empty();
             roots.add_parsable_certificates(in_force.record.roots.iter().cloned());
-            let config = rustls::ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+            let builder = rustls::ClientConfig::builder_with_protocol_versions(&[&rustls::version::TLS13]);
+            let config = builder.with_root_certificates(roots).with_no_client_auth();
             Some(Arc::new(config))
         }),
     }
