@@ -12,7 +12,7 @@ use tokio::sync::watch;
 
 use crate::deciding::admission::{Admission, Asked, Beyond, with_edits};
 use crate::filters::cors::Crossing;
-use crate::filters::jwt::{Outcome, Patience};
+use crate::filters::jwt::{Outcome, Patience, put_back};
 use crate::filters::rate_limit::Checked;
 use crate::filters::route::RouteRules;
 use crate::filters::{Refusal, answer, authorize, cors, fault, path, redirect, rewrite, view};
@@ -239,13 +239,21 @@ impl Deciding {
         let endpoints = self.endpoints(rules, &backend.to, connection)?;
         let asked = Asked::before_route(request, connection, decided);
         let of = route.route.as_ref();
-        let changes = of.is_some_and(|of| of.path.is_some() || of.host.is_some())
-            || !(route.request_edits.0.is_empty() && backend.request_edits.0.is_empty());
+        let edits = !(route.request_edits.0.is_empty() && backend.request_edits.0.is_empty());
+        // Whoever is asked besides the policies may have changed it, too.
+        let changes = edits
+            || of.is_some_and(|of| of.path.is_some() || of.host.is_some())
+            || asked.is_some()
+            || decided.limited;
+        let before = (edits && !service.http.authentication.is_empty()).then(|| request.fields.clone());
+        let way = Way { called: service, to: &backend.to, changes, before: before.as_ref() };
         route.request_edits.apply_to_request(request, connection, decided);
         backend.request_edits.apply_to_request(request, connection, decided);
         if let Some(of) = of {
             if let Some(to) = &of.path {
                 rewrite::path(to, matched, request, decided)?;
+                // What comes after compares it, and the back end reads it, as any other.
+                path::apply(request, rules.mesh.settings().path_normalization)?;
             }
             if let Some(to) = &of.host {
                 let name = match &backend.to {
@@ -254,14 +262,17 @@ impl Deciding {
                 };
                 rewrite::host(to, name, request, decided);
             }
+            // What guards the back end may change what it gets, which is not for those who get copies.
+            let apart = !of.mirrors.is_empty() && Other::of(rules, way, connection).is_some();
             for mirror in of.mirrors.iter().filter(|mirror| mirror.share.takes(random())) {
-                let way = Way { called: service, to: &mirror.to, changes };
+                let way = Way { to: &mirror.to, ..way };
                 let Some(own) = self.copied(rules, way, asked.as_ref(), request, connection, decided) else {
                     self.0.guards.copies_refused.inc();
                     continue;
                 };
                 // What becomes of copies touches nobody, also where there is nobody to copy to.
                 if let Ok(endpoints) = self.endpoints(rules, &mirror.to, connection) {
+                    let own = own.or_else(|| apart.then(|| Box::new(request.clone())));
                     more.mirrors.push(Mirror { endpoints, request: own });
                 }
             }
@@ -272,7 +283,6 @@ impl Deciding {
             endpoints,
             more: has_more.then(|| Box::new(more)),
         };
-        let way = Way { called: service, to: &backend.to, changes };
         Ok(self.guarded(rules, way, (decision, asked), request, connection, decided))
     }
 
@@ -288,6 +298,7 @@ impl Deciding {
         decided: &mut Decided,
     ) -> Decision {
         let Some(other) = Other::of(rules, way, connection) else { return decision };
+        way.put_back(rules, request);
         let to = Beyond { decision, to: other.address, believes: other.believes, asked };
         let admission = Admission::new(self, rules, &other.rules).beyond(to);
         admission.run(request, connection, decided, Patience::Left)
@@ -301,13 +312,14 @@ impl Deciding {
         to: &BackendRef,
         connection: &Connection,
     ) -> Option<(Arc<ServiceRules>, Connection)> {
-        let other = Other::of(rules, Way { called, to, changes: true }, connection)?;
+        let other = Other::of(rules, Way { called, to, changes: true, before: None }, connection)?;
         Some((other.rules, Connection { destination: other.address, ..connection.clone() }))
     }
 
     /// What a copy is of, for a service that its own guards let it in at: its token, policies and limits, as of any request
     /// that is led there. `None` where it may not go, or where somebody would have to be waited for first: an authorizer, a
-    /// rate-limit service, or an issuer. What it is of is the request itself, unless the service's tokens have changed it.
+    /// rate-limit service, or an issuer. What it is of is the request itself, unless tokens of the
+    /// service make it another.
     fn copied(
         &self,
         rules: &Arc<Rules>,
@@ -320,9 +332,10 @@ impl Deciding {
         let Some(other) = Other::of(rules, way, connection) else { return Some(None) };
         let (guards, http) = (&self.0.guards, &other.rules.http);
         let mut claims = decided.claims.clone().filter(|_| other.believes);
-        let mut own = None;
+        let mut own = way.before.map(|_| Box::new(request.clone()));
+        own.iter_mut().for_each(|copy| way.put_back(rules, copy));
         if !http.authentication.is_empty() {
-            let mut copy = Box::new(request.clone());
+            let mut copy = own.unwrap_or_else(|| Box::new(request.clone()));
             match guards.authenticator.authenticate(&rules.mesh, http, &mut copy, Patience::Spent) {
                 Outcome::Passed(None) => {}
                 Outcome::Passed(found) => claims = found,
@@ -380,6 +393,20 @@ struct Way<'a> {
     to: &'a BackendRef,
     /// Whether the route may have changed the request since the called service's policies were asked.
     changes: bool,
+    /// The fields as they were before the route changed them, where tokens may have a say in them.
+    before: Option<&'a Fields>,
+}
+
+impl Way<'_> {
+    /// Puts back what tokens said that the service and the called one both look at: they are not looked at again there, and
+    /// the route has no say in it.
+    fn put_back(self, rules: &Rules, request: &mut RequestHead) {
+        let (Some(before), BackendRef::Service { service, .. }) = (self.before, self.to) else { return };
+        let Some(other) = rules.service(service) else { return };
+        let shared = self.called.http.authentication.iter();
+        let shared = shared.filter(|key| other.http.authentication.contains(key));
+        put_back(&rules.mesh, shared, before, &mut request.fields);
+    }
 }
 
 /// A service that a route of another leads to, and that is guarded.

@@ -51,7 +51,10 @@ impl Asking {
     /// Follows what a service asks: what it asked, and what it asks now.
     fn follow(&mut self, service: &ServiceKey, then: Option<&HttpService>, now: Option<&HttpService>) {
         let asked = |http: Option<&HttpService>| -> HashSet<PolicyKey> {
-            let keys = http.into_iter().flat_map(|h| h.policies.iter().chain(h.selected.iter().flatten()));
+            let keys = http.into_iter().flat_map(|h| {
+                let led_to = h.led_to.iter().flat_map(|led| led.selected.iter().flatten());
+                h.policies.iter().chain(h.selected.iter().flatten()).chain(led_to)
+            });
             keys.cloned().collect()
         };
         let (then, now) = (asked(then), asked(now));
@@ -103,7 +106,7 @@ impl Rules {
     /// services, and those that ask a policy that has.
     #[must_use]
     pub fn new(mesh: Arc<Mesh>, own: &WaypointKey, before: &Self) -> Self {
-        let mut changed = mesh.http_services_since(&before.mesh);
+        let changed = mesh.http_services_since(&before.mesh);
         let mut waypoints = before.waypoints.clone();
         for key in &changed {
             if let Some(now) = mesh.http_service(key)
@@ -124,18 +127,19 @@ impl Rules {
             asking.follow(key, then.map(|http| &**http), now.map(|http| &**http));
         }
         let edited = mesh.http_policies_since(&before.mesh);
-        let concerned: HashSet<&ServiceKey> = edited.iter().flat_map(|key| asking.of(key)).collect();
-        changed.extend(concerned.into_iter().cloned());
+        // Each once: all of them are new in the first snapshot, and so are all policies.
+        let concerned: HashSet<&ServiceKey> =
+            changed.iter().chain(edited.iter().flat_map(|key| asking.of(key))).collect();
         let mut services = before.services.clone();
-        for key in changed {
-            let Some(http) = mesh.http_service(&key).filter(|http| http.waypoint == *own) else {
-                services.remove(&key);
+        for key in concerned {
+            let Some(http) = mesh.http_service(key).filter(|http| http.waypoint == *own) else {
+                services.remove(key);
                 continue;
             };
-            let (old, policies) = (services.get(&key), policies(&mesh, http));
+            let (old, policies) = (services.get(key), policies(&mesh, http));
             if !old.is_some_and(|old| Arc::ptr_eq(&old.http, http) && old.policies == policies) {
                 let rules = Arc::new(ServiceRules::new(&mesh, http, policies, old));
-                services.insert(key, rules);
+                services.insert(key.clone(), rules);
             }
         }
         Self { mesh, own: Some(own.clone()), services, asking, waypoints }
@@ -442,6 +446,11 @@ mod tests {
         assert_eq!((asking(&next), next.asking.0.len()), (vec![], 0));
         let (.., next) = after(Change::RemoveHttpService(named("n7")));
         assert!(asking(&next).is_empty());
+        // Also what the workloads ask that its routes lead to.
+        let led = LedTo { service: named("n6"), selected: [[policy.clone()].into()].into() };
+        let leading = HttpService { led_to: [led].into(), ..HttpService::clone(&service("n5", &[], &[])) };
+        let (.., next) = after(Change::SetHttpService(Arc::new(leading)));
+        assert_eq!(asking(&next).len(), 2);
     }
 
     #[test]

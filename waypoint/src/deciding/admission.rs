@@ -222,6 +222,7 @@ impl Admission {
                     Checked::Refused(refusal, detail) => refused(refusal, detail, decided),
                     Checked::Passed(more) => {
                         edits.extend(more);
+                        decided.limited |= !changes.is_empty();
                         for change in changes {
                             if let Edit::Add(name, Value::Plain(value)) = change {
                                 request.fields.push(name.as_bytes(), &value);

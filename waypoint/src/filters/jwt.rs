@@ -18,7 +18,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use model::http::{Claims, HttpService, TokenPlace, TokenRule};
-use model::{Mesh, Str};
+use model::{Mesh, PolicyKey, Str};
 use process::metrics::Counter;
 use serde_json::Value;
 
@@ -348,6 +348,21 @@ fn own_fields(rule: &TokenRule) -> impl Iterator<Item = &Str> {
 pub fn fields_of(mesh: &Mesh, service: &HttpService) -> Vec<Str> {
     let known = service.authentication.iter().filter_map(|key| mesh.authentication(key));
     known.flat_map(|known| known.rules.iter()).flat_map(|rule| own_fields(rule)).cloned().collect()
+}
+
+/// Makes the fields in which services are told what tokens say by `authentications` what they were `before`.
+pub fn put_back<'a>(
+    mesh: &Mesh,
+    authentications: impl Iterator<Item = &'a PolicyKey>,
+    before: &Fields,
+    fields: &mut Fields,
+) {
+    let rules =
+        authentications.filter_map(|key| mesh.authentication(key)).flat_map(|known| known.rules.iter());
+    for name in rules.flat_map(|rule| own_fields(rule)) {
+        fields.remove_all_like(name.as_bytes());
+        before.values(name.as_bytes()).for_each(|value| fields.push(name.as_bytes(), value));
+    }
 }
 
 /// Whether it asks, for a page of another origin, what it may do: browsers send no token with it (Fetch, "CORS-preflight

@@ -136,6 +136,8 @@ pub struct Decided {
     pub trace: Option<Box<crate::telemetry::Span>>,
     /// Authority, path and query as they came, where they are sent in another form.
     pub original: Option<Box<Original>>,
+    /// Whether a rate-limit service has changed it after the policies were asked.
+    pub limited: bool,
     /// Fields that are ours to say, so that the request's trailers may not have them.
     pub own_fields: Vec<model::Str>,
     /// Why it is answered here, for the log.

@@ -241,19 +241,27 @@ async fn serve_h2(worker: &Arc<Worker>, io: Input, connection: Connection) {
         let accepted = poll_fn(|cx| {
             if !leaving && drained.as_mut().poll(cx).is_ready() {
                 leaving = true;
+                idle = Instant::now() + settings.head_timeout;
                 server.graceful_shutdown();
             }
             let accepted = server.poll_accept(cx);
-            if accepted.is_pending() && !leaving && alarm.poll(cx, idle).is_ready() {
-                // The streams hold the connection's facts.
-                if Arc::strong_count(&connection) == 1 {
-                    worker.stats.idle_closed.inc();
-                    leaving = true;
-                    server.graceful_shutdown();
-                    return server.poll_accept(cx);
-                }
-                idle = Instant::now() + settings.idle_timeout;
-                let _ = alarm.poll(cx, idle);
+            if accepted.is_ready() || alarm.poll(cx, idle).is_pending() {
+                return accepted;
+            }
+            // The streams hold the connection's facts.
+            let is_quiet = Arc::strong_count(&connection) == 1;
+            if is_quiet && leaving {
+                // It does not answer the ping that goes before the end.
+                return Poll::Ready(None);
+            }
+            let next = if is_quiet || leaving { settings.head_timeout } else { settings.idle_timeout };
+            idle = Instant::now() + next;
+            let _ = alarm.poll(cx, idle);
+            if is_quiet {
+                worker.stats.idle_closed.inc();
+                leaving = true;
+                server.graceful_shutdown();
+                return server.poll_accept(cx);
             }
             accepted
         });

@@ -6,11 +6,13 @@
 //! * files are read again when they change; ones that can't be used leave the last good ones in force;
 //! * TLS is 1.3, or 1.2 with a server that speaks no 1.3, unless the mesh's settings ask for 1.3.
 
-use std::io;
+use std::fs::OpenOptions;
+use std::io::{self, Read};
 use std::net::SocketAddr;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwapOption;
@@ -27,6 +29,7 @@ use rustls::{
     SupportedProtocolVersion,
 };
 use rustls_pki_types::pem::PemObject;
+use tokio::sync::Mutex;
 use tokio::time::Instant;
 use tokio_rustls::TlsConnector;
 use x509_parser::extensions::GeneralName;
@@ -37,6 +40,8 @@ use crate::upstream::clusters::Shared;
 
 /// How often files are looked at.
 const LOOK: Duration = Duration::from_secs(10);
+/// The most that a file may hold. Paths are what a DestinationRule says, whoever wrote it.
+const MOST: u64 = 1 << 20;
 /// What `caCertificates` says for the roots of the system.
 const SYSTEM: &str = "system";
 
@@ -48,7 +53,7 @@ pub(crate) struct Origination {
     host: Str,
     loaded: ArcSwapOption<Loaded>,
     /// Held by whoever reads files.
-    looking: Mutex<()>,
+    looking: Arc<Mutex<()>>,
 }
 
 #[derive(Clone)]
@@ -90,7 +95,7 @@ impl Origination {
             tracing::warn!(%host, "the certificates of this host are not verified: insecureSkipVerify is set");
         }
         let (settings, host) = (settings.clone(), host.clone());
-        Arc::new(Self { shared, settings, host, loaded: ArcSwapOption::empty(), looking: Mutex::default() })
+        Arc::new(Self { shared, settings, host, loaded: ArcSwapOption::empty(), looking: Arc::default() })
     }
 
     fn name(&self) -> io::Result<ServerName<'static>> {
@@ -100,25 +105,39 @@ impl Origination {
         })
     }
 
-    /// The configuration in force. Reads files, which may block: one connection waits for them, the others go on with what was
-    /// read before.
-    fn config(&self, inside: Option<Protocol>) -> io::Result<Arc<ClientConfig>> {
+    /// What was loaded. For other versions of TLS it is not in force, whatever becomes of the files.
+    fn usable(&self, only_tls13: bool) -> Option<Arc<Loaded>> {
+        self.loaded.load_full().filter(|loaded| loaded.only_tls13 == only_tls13)
+    }
+
+    /// The configuration in force. Reading files may block: one thread does at a time, and connections wait for it only where
+    /// nothing was read before.
+    async fn config(self: &Arc<Self>, inside: Option<Protocol>) -> io::Result<Arc<ClientConfig>> {
         let only_tls13 = self.shared.only_tls13.load(Ordering::Relaxed);
-        // What was loaded for other versions is not in force, whatever becomes of the files.
-        let usable = || self.loaded.load_full().filter(|loaded| loaded.only_tls13 == only_tls13);
         let is_fresh = |loaded: &Arc<Loaded>| loaded.looked.elapsed() < LOOK;
-        if let Some(loaded) = usable().filter(is_fresh) {
+        let usable = self.usable(only_tls13);
+        if let Some(loaded) = usable.as_ref().filter(|loaded| is_fresh(loaded)) {
             return Ok(loaded.config(inside));
         }
-        let _looking = match (usable(), self.looking.try_lock()) {
+        let looking = match (usable, Arc::clone(&self.looking).try_lock_owned()) {
             (_, Ok(looking)) => looking,
-            (Some(loaded), Err(TryLockError::WouldBlock)) => return Ok(loaded.config(inside)),
-            (_, Err(_)) => self.looking.lock().unwrap_or_else(PoisonError::into_inner),
+            (Some(loaded), Err(_)) => return Ok(loaded.config(inside)),
+            (None, Err(_)) => Arc::clone(&self.looking).lock_owned().await,
         };
-        let before = usable();
-        if let Some(loaded) = before.clone().filter(is_fresh) {
+        if let Some(loaded) = self.usable(only_tls13).filter(is_fresh) {
             return Ok(loaded.config(inside));
         }
+        let origination = Arc::clone(self);
+        let look = move || {
+            let _looking = looking;
+            origination.look(inside, only_tls13)
+        };
+        tokio::task::spawn_blocking(look).await.map_err(io::Error::other)?
+    }
+
+    /// Looks at the files, and reads them if they have changed.
+    fn look(&self, inside: Option<Protocol>, only_tls13: bool) -> io::Result<Arc<ClientConfig>> {
+        let before = self.usable(only_tls13);
         let (versions, looked) = (self.versions(), Instant::now());
         let kept = before.as_ref().filter(|before| before.versions == versions);
         let loaded = match (kept, before.as_ref()) {
@@ -209,15 +228,30 @@ fn file<T>(path: &Path, result: Result<T, impl std::fmt::Display>) -> Result<T, 
     result.map_err(|error| Unusable::File(path.to_owned(), error.to_string()))
 }
 
+/// What a regular file holds. Of a device or a pipe there might be no end, or no beginning.
+fn read(path: &Path) -> io::Result<Vec<u8>> {
+    // Without O_NONBLOCK, opening a pipe would wait for a writer.
+    let opened = OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(path)?;
+    if !opened.metadata()?.is_file() {
+        return Err(io::Error::other("it is no regular file"));
+    }
+    let mut text = Vec::new();
+    opened.take(MOST + 1).read_to_end(&mut text)?;
+    if text.len() as u64 > MOST {
+        return Err(io::Error::other(format!("it is longer than {MOST} bytes")));
+    }
+    Ok(text)
+}
+
 fn chain(path: &Path) -> Result<Vec<CertificateDer<'static>>, Unusable> {
-    let text = file(path, std::fs::read(path))?;
+    let text = file(path, read(path))?;
     let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).collect();
     let all = file(path, all)?;
     if all.is_empty() { file(path, Err("it holds no certificate")) } else { Ok(all) }
 }
 
 fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, Unusable> {
-    let text = file(path, std::fs::read(path))?;
+    let text = file(path, read(path))?;
     file(path, PrivateKeyDer::from_pem_slice(&text))
 }
 
@@ -325,8 +359,7 @@ impl Dial for Secured {
             let shared = Arc::clone(&origination.shared);
             let secured = async move {
                 let name = origination.name()?;
-                let loading = tokio::task::spawn_blocking(move || origination.config(inside));
-                let config = loading.await.map_err(io::Error::other)??;
+                let config = origination.config(inside).await?;
                 let stream = connecting.await?;
                 let stream = TlsConnector::from(config).connect(name, stream).await;
                 stream.inspect_err(|_| shared.stats.handshakes_failed.inc())

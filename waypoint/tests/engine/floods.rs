@@ -9,7 +9,7 @@ use waypoint::http::decide::{Forwarding, Protocol};
 
 use crate::lab::{self, Client, Proxy, get, in_turn, target, until};
 use crate::raw_h2::{
-    CONTINUATION, DATA, END_HEADERS, END_STREAM, End, HEADERS, PING, RST_STREAM, Raw, SETTINGS,
+    CONTINUATION, DATA, END_HEADERS, END_STREAM, End, GOAWAY, HEADERS, PING, RST_STREAM, Raw, SETTINGS,
     WINDOW_UPDATE, block, frame, request,
 };
 
@@ -181,6 +181,21 @@ async fn a_client_that_stops_reading_holds_up_its_servers_and_is_given_up() {
     // Each way has its buffers, of the kernel and of ours.
     assert!(sent.load(Ordering::SeqCst) < 64 << 20, "{} bytes wait for nobody", sent.load(Ordering::SeqCst));
     others_are_served(&proxy).await;
+}
+
+#[tokio::test]
+async fn an_idle_client_that_answers_no_ping_keeps_no_place() {
+    let short = Duration::from_millis(300);
+    let settings = Settings { idle_timeout: short, head_timeout: short, ..Settings::default() };
+    let endpoints = in_turn(vec![target(lab::echo().await, Protocol::Http1)]);
+    let proxy = Proxy::start(Forwarding::default(), endpoints, settings).await;
+    let mut client = Raw::connect(&proxy, &[]).await;
+    // It is asked whether anything is under way, and says nothing.
+    let mut asked = false;
+    while let Some(frame) = client.next().await {
+        asked |= frame.kind == GOAWAY;
+    }
+    assert!(asked && proxy.worker.stats.idle_closed.get() == 1);
 }
 
 #[tokio::test]

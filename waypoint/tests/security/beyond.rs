@@ -289,8 +289,8 @@ async fn no_copy_reaches_a_service_that_would_refuse_it() {
     assert_eq!(lab.worker.stats.mirrored.get(), 0, "one of the called one's own lets nobody in there");
 }
 
-/// A server that answers 200, and writes down what it was sent.
-async fn recorder(at: &str) -> (SocketAddr, Arc<Mutex<Vec<String>>>) {
+/// A server that answers 200, with `fields`, and writes down what it was sent.
+async fn recorder(at: &str, fields: &'static str) -> (SocketAddr, Arc<Mutex<Vec<String>>>) {
     let listener = TcpListener::bind(at).await.unwrap();
     let (address, seen) = (listener.local_addr().unwrap(), Arc::<Mutex<Vec<String>>>::default());
     let written = Arc::clone(&seen);
@@ -303,7 +303,8 @@ async fn recorder(at: &str) -> (SocketAddr, Arc<Mutex<Vec<String>>>) {
                     if text.ends_with(b"\r\n\r\n") {
                         let text = String::from_utf8(std::mem::take(&mut text)).unwrap();
                         seen.lock().unwrap().push(text.to_ascii_lowercase());
-                        stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+                        let head = format!("HTTP/1.1 200 OK\r\n{fields}content-length: 0\r\n\r\n");
+                        stream.write_all(head.as_bytes()).await.unwrap();
                     }
                 }
             });
@@ -338,7 +339,7 @@ spec:
   limits: [{{name: few, local: {{requests: 2, per: 1h}}}}]
 "
     );
-    let (to, seen) = recorder("127.0.0.1:0").await;
+    let (to, seen) = recorder("127.0.0.1:0", "").await;
     let lab = lab_to(&external("other", "240.240.0.9", "http", to), free(), routes, &guards).await;
     let asks: [(&[(&str, &str)], u64); 4] = [
         // It would be answered 401.
@@ -355,12 +356,7 @@ spec:
         assert_eq!(lab.worker.stats.mirrored.get(), copies, "{fields:?}");
     }
     assert_eq!(lab.guards.copies_refused.get(), 2);
-    let begun = tokio::time::Instant::now();
-    while seen.lock().unwrap().len() < 2 {
-        assert!(begun.elapsed() < std::time::Duration::from_secs(60), "the copies don't come");
-        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-    }
-    let seen = seen.lock().unwrap().clone();
+    let seen = written(&seen, 2).await;
     assert!(seen.iter().all(|copy| !copy.contains("forged") && !copy.contains("bearer")), "{seen:?}");
     assert_eq!(seen.iter().filter(|copy| copy.contains("x-sub: admin")).count(), 1, "{seen:?}");
 }
@@ -368,7 +364,7 @@ spec:
 #[tokio::test]
 async fn workloads_that_no_waypoint_stands_before_are_asked_about_what_they_get() {
     // What is at one address is one workload.
-    let (to, _) = recorder("127.0.0.2:0").await;
+    let (to, _) = recorder("127.0.0.2:0", "").await;
     let other = external("other", "240.240.0.9", "http", to).replace("use-waypoint", "none");
     let other = other.replace("number: 80,", "number: 8080,");
     let other = other.replace("address: 127.0.0.2", "address: 127.0.0.2, labels: {app: other}");
@@ -395,6 +391,138 @@ spec:
         let lab = lab_to(&other, free(), TO_OTHER, &selecting(&rest)).await;
         assert_eq!(lab.ask("GET", path, &[], "").await.0, status, "{what}");
     }
+}
+
+/// What is written at `seen`, as soon as that are `count`.
+async fn written(seen: &Mutex<Vec<String>>, count: usize) -> Vec<String> {
+    let begun = tokio::time::Instant::now();
+    while seen.lock().unwrap().len() < count {
+        assert!(begun.elapsed() < std::time::Duration::from_secs(60), "it does not come");
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    seen.lock().unwrap().clone()
+}
+
+#[tokio::test]
+async fn a_path_that_a_route_makes_is_in_the_form_that_policies_compare() {
+    let routes = "
+  - match: [{uri: {prefix: /open}}]
+    rewrite: {uri: /}
+    route: [{destination: {host: other.example}}]
+";
+    let deny = policy("  action: DENY\n  rules: [{to: [{operation: {paths: [\"/secret*\"]}}]}]");
+    let merging = "
+---
+apiVersion: mesh.istio.io/v1alpha1
+kind: MeshConfig
+metadata: {name: mesh}
+spec: {pathNormalization: {normalization: MERGE_SLASHES}}
+";
+    let plain = lab(routes, &deny).await;
+    let merging = lab(routes, &[merging, &deny].concat()).await;
+    for (lab, path, status) in [
+        (&plain, "/open../secret", 403),
+        (&plain, "/open%2e%2e/secret", 403),
+        (&plain, "/open../fine", 200),
+        (&merging, "/open/secret", 403),
+        (&merging, "/open/fine", 200),
+    ] {
+        assert_eq!(lab.ask("GET", path, &[], "").await.0, status, "{path}");
+    }
+}
+
+/// An authorizer over HTTP that gives what it lets pass an `x-credential`.
+const INJECTING: &str = "
+  - name: web
+    envoyExtAuthzHttp: {service: authz-http.example, port: 80, headersToUpstreamOnAllow: [x-credential]}
+";
+
+#[tokio::test]
+async fn what_guards_the_back_end_says_to_it_is_in_no_copy() {
+    let routes = "
+  - route: [{destination: {host: other.example}}]
+    mirrors: [{destination: {host: third.example}}]
+";
+    let (authorizer, _) = recorder("127.0.0.1:0", "x-credential: secret\r\n").await;
+    let (to, seen) = recorder("127.0.0.1:0", "").await;
+    let (copied_to, copies) = recorder("127.0.0.1:0", "").await;
+    let other = external("other", "240.240.0.9", "http", to);
+    let third = external("third", "240.240.0.10", "http", copied_to);
+    let custom = of("other", "web", "  action: CUSTOM\n  provider: {name: web}\n  rules: [{}]");
+    let guards = [mesh_config(INJECTING), custom].concat();
+    let lab = lab_to(&[other, third].concat(), authorizer, routes, &guards).await;
+    assert_eq!(lab.ask("GET", "/", &[], "").await.0, 200);
+    let (seen, copies) = (written(&seen, 1).await, written(&copies, 1).await);
+    assert!(seen[0].contains("x-credential: secret"), "{seen:?}");
+    assert!(!copies[0].contains("x-credential"), "{copies:?}");
+}
+
+#[tokio::test]
+async fn a_route_has_no_say_in_what_tokens_say_to_another_service() {
+    let (key, jwks) = signing_key();
+    let bearer = token(&key);
+    let shared = format!(
+        "
+---
+apiVersion: security.istio.io/v1
+kind: RequestAuthentication
+metadata: {{name: shared, namespace: shop}}
+spec:
+  targetRefs: [{{group: gateway.networking.k8s.io, kind: Gateway, name: waypoint}}]
+  jwtRules: [{{issuer: mine, jwks: '{jwks}', outputClaimToHeaders: [{{header: x-sub, claim: sub}}]}}]
+"
+    );
+    let set = "headers: {request: {set: {x-sub: forged, x_sub: forged, x-more: set}}}";
+    let routes = format!(
+        "
+  - match: [{{uri: {{prefix: /copied}}}}]
+    route: [{{destination: {{host: shop.example}}}}]
+    mirrors: [{{destination: {{host: other.example}}}}]
+    {set}
+  - route: [{{destination: {{host: other.example}}}}]
+    {set}
+"
+    );
+    for path in ["/", "/copied"] {
+        let (to, seen) = recorder("127.0.0.1:0", "").await;
+        let lab = lab_to(&external("other", "240.240.0.9", "http", to), free(), &routes, &shared).await;
+        for (count, fields) in [(1, &[][..]), (2, &[("Authorization", &*bearer)][..])] {
+            assert_eq!(lab.ask("GET", path, fields, "").await.0, 200, "{path}");
+            let seen = written(&seen, count).await;
+            let last = &seen[count - 1];
+            assert!(!last.contains("forged") && last.contains("x-more: set"), "{path}: {last}");
+            assert_eq!(last.contains("x-sub: admin"), count == 2, "{path}: {last}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn workloads_are_asked_about_what_an_authorizer_has_added() {
+    let (authorizer, _) = recorder("127.0.0.1:0", "x-credential: secret\r\n").await;
+    // What is at one address is one workload.
+    let (to, _) = recorder("127.0.0.2:0", "").await;
+    let other = external("other", "240.240.0.9", "http", to).replace("use-waypoint", "none");
+    let other = other.replace("address: 127.0.0.2", "address: 127.0.0.2, labels: {app: other}");
+    let custom = of("shop", "web", "  action: CUSTOM\n  provider: {name: web}\n  rules: [{}]");
+    let deny = "
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: other, namespace: shop}
+spec:
+  selector: {matchLabels: {app: other}}
+  action: DENY
+  rules: [{when: [{key: \"request.headers[x-credential]\", values: [secret]}]}]
+";
+    let routes = "
+  - match: [{uri: {prefix: /own}}]
+    route: [{destination: {host: shop.example}}]
+  - route: [{destination: {host: other.example}}]
+";
+    let guards = [&mesh_config(INJECTING), &*custom, deny].concat();
+    let lab = lab_to(&other, authorizer, routes, &guards).await;
+    assert_eq!(lab.ask("GET", "/own", &[], "").await.0, 200);
+    assert_eq!(lab.ask("GET", "/", &[], "").await.0, 403);
 }
 
 #[tokio::test]
