@@ -3,11 +3,12 @@
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use hbone::{Baggage, HeaderValue};
 use model::{Health, Mesh, NetworkMode, Str, TunnelProtocol, Workload, WorkloadKind};
 use net::Netns;
+use tokio::time::Instant;
 
 use super::failure::Failure;
 
