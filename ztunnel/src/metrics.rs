@@ -19,6 +19,7 @@ pub fn register(registry: &Registry, proxy: &Arc<Proxy>, node: &Arc<Node>) {
     let gauge = |name, help, read| number(name, help, Kind::Gauge, read);
     let counter = |name, help, read| number(name, help, Kind::Counter, read);
     connections(&gauge, &counter);
+    descriptors(&gauge, &counter);
     memory(&gauge, &counter);
     pool(&gauge, &counter);
     inbound(&gauge, &counter);
@@ -106,6 +107,26 @@ fn connections(gauge: Register<'_>, counter: Register<'_>) {
         Box::new(|p, _| p.registry.cut_count()),
     );
     gauge(
+        "culvert_connections_waiting",
+        "Connections that wait for what the control plane has not told yet",
+        Box::new(|p, _| p.state.waiting() as u64),
+    );
+    counter(
+        "culvert_connections_not_known",
+        "Connections refused because the control plane did not tell in time what they needed",
+        Box::new(|p, _| p.state.given_up()),
+    );
+    gauge(
+        "culvert_mesh_generation",
+        "Snapshots of the configuration put in force since the start",
+        Box::new(|p, _| p.state.mesh().generation()),
+    );
+    gauge("culvert_workloads", "Workloads known", Box::new(|p, _| p.state.mesh().workload_count() as u64));
+}
+
+/// What connections have of the kernel.
+fn descriptors(gauge: Register<'_>, counter: Register<'_>) {
+    gauge(
         "culvert_connection_descriptors",
         "Descriptors of the connections that are carried",
         Box::new(|p, _| p.room.taken() as u64),
@@ -135,22 +156,6 @@ fn connections(gauge: Register<'_>, counter: Register<'_>) {
         "Times that data was copied because there was no pipe for it",
         Box::new(|_, _| net::pipes().without),
     );
-    gauge(
-        "culvert_connections_waiting",
-        "Connections that wait for what the control plane has not told yet",
-        Box::new(|p, _| p.state.waiting() as u64),
-    );
-    counter(
-        "culvert_connections_not_known",
-        "Connections refused because the control plane did not tell in time what they needed",
-        Box::new(|p, _| p.state.given_up()),
-    );
-    gauge(
-        "culvert_mesh_generation",
-        "Snapshots of the configuration put in force since the start",
-        Box::new(|p, _| p.state.mesh().generation()),
-    );
-    gauge("culvert_workloads", "Workloads known", Box::new(|p, _| p.state.mesh().workload_count() as u64));
 }
 
 /// What waits in tunnels, of both directions.

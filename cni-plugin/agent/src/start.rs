@@ -98,9 +98,7 @@ async fn serve(flags: &Flags, settings: &Settings, logs: &Logs) -> anyhow::Resul
     ports.serve(shown, pages::metrics_routes(&registry), readiness.routes(&shutdown));
     let admin = with_pods(pages::routes("culvert-node", logs, &shutdown), &node, &means);
     tokio::task::spawn_blocking(move || means.set(survey(&chosen)));
-    make_room(&flags.plugin_socket)?;
-    let socket = plugin::bind(&flags.admin_socket()).context("admin socket, beside --plugin-socket")?;
-    tokio::spawn(http::serve_unix(socket, admin, http::Limits::default()));
+    serve_admin(flags, admin)?;
 
     make_room(&flags.zds_socket)?;
     tokio::spawn(ztunnels.listen(&flags.zds_socket).context("--zds-socket")?);
@@ -130,6 +128,14 @@ async fn serve(flags: &Flags, settings: &Settings, logs: &Logs) -> anyhow::Resul
         clean_up(flags).await?;
     }
     tracing::info!("stopped; the pods stay as they are");
+    Ok(())
+}
+
+/// Serves what changes the node, behind a socket of root's.
+fn serve_admin(flags: &Flags, admin: http::Routes) -> anyhow::Result<()> {
+    make_room(&flags.plugin_socket)?;
+    let socket = plugin::bind(&flags.admin_socket()).context("admin socket, beside --plugin-socket")?;
+    tokio::spawn(http::serve_unix(socket, admin, http::Limits::default()));
     Ok(())
 }
 

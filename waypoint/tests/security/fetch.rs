@@ -65,11 +65,7 @@ async fn keys_are_fetched_over_tls_from_whom_the_system_trusts() {
     };
     let _nginx = Nginx(nginx);
     for address in [secure, old, plain] {
-        let begin = tokio::time::Instant::now();
-        while TcpStream::connect(address).await.is_err() {
-            assert!(begin.elapsed() < SOON, "nginx does not listen");
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+        until_it_listens(address).await;
     }
     let mut roots = RootCertStore::empty();
     roots.add(made.cert.der().clone()).unwrap();
@@ -94,6 +90,14 @@ async fn keys_are_fetched_over_tls_from_whom_the_system_trusts() {
     assert!(matches!(network.fetch(&other, SOON).await, Err(FetchError::Connect(..))));
     let nobody = Network::trusting(RootCertStore::empty(), None).unwrap();
     assert!(matches!(nobody.fetch(&url("/keys.json"), SOON).await, Err(FetchError::Connect(..))));
+}
+
+async fn until_it_listens(address: SocketAddr) {
+    let begin = tokio::time::Instant::now();
+    while TcpStream::connect(address).await.is_err() {
+        assert!(begin.elapsed() < SOON, "nginx does not listen");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
 }
 
 /// A server that sends this, and then keeps the connection open.
