@@ -75,23 +75,6 @@ pub enum OpenError<E: std::error::Error + 'static> {
     Unsendable(Authority),
 }
 
-impl<E: std::error::Error + 'static> OpenError<E> {
-    /// Whether another endpoint may do better: this one is out of reach, out of room, or says so itself (503).
-    /// Nothing of the application's data was delivered.
-    #[must_use]
-    pub fn is_worth_another_endpoint(&self) -> bool {
-        match self {
-            Self::Connect(_)
-            | Self::Overloaded(_)
-            | Self::QueueTimeout
-            | Self::ResponseTimeout
-            | Self::Lost(_) => true,
-            Self::Refused(status) => *status == StatusCode::SERVICE_UNAVAILABLE,
-            Self::App(_) | Self::Unsendable(_) => false,
-        }
-    }
-}
-
 /// A request under way.
 struct Pending<P> {
     response: ResponseFuture,
