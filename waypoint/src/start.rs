@@ -111,7 +111,7 @@ async fn serve(
     tokio::spawn(follow(source, state, front.clone(), shown, configured, flags.clone()));
     tokio::spawn(prove(front.clone(), tunnels.clone(), certified));
     tokio::spawn(follow_trust(front.clone(), tunnels));
-    tokio::spawn(release_start(readiness));
+    tokio::spawn(net::release_code_after(async move { readiness.settled().await }));
     close_in_time(&front, flags.drain_delay).await;
     let left = shutdown.finished().await;
     if left > 0 {
@@ -119,15 +119,6 @@ async fn serve(
     }
     tracing::info!("stopped");
     Ok(())
-}
-
-/// Lets go of the code that ran at the start only, once that is over.
-async fn release_start(readiness: Readiness) {
-    readiness.settled().await;
-    match net::release_code() {
-        Ok(bytes) => tracing::debug!(bytes, "unmapped the code; what runs is mapped again"),
-        Err(error) => tracing::debug!(%error, "the start's code stays mapped"),
-    }
 }
 
 /// What differs between file mode and a cluster.

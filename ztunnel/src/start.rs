@@ -105,7 +105,7 @@ async fn serve(
     work.recheck();
     let pods = follow_pods(flags, mode, zds, (&node, &proxy.state), &work, enrolled, &shutdown);
     tokio::spawn(look_after(proxy.clone()));
-    tokio::spawn(release_start(readiness));
+    tokio::spawn(net::release_code_after(async move { readiness.settled().await }));
     tokio::spawn(follow_trust(proxy.clone(), workers.clone()));
     tokio::spawn(follow(source, proxy.clone(), node.clone(), work.clone(), configured));
 
@@ -124,15 +124,6 @@ async fn serve(
     }
     tracing::info!("stopped");
     Ok(())
-}
-
-/// Lets go of the code that ran at the start only, once that is over.
-async fn release_start(readiness: Readiness) {
-    readiness.settled().await;
-    match net::release_code() {
-        Ok(bytes) => tracing::debug!(bytes, "unmapped the code; what runs is mapped again"),
-        Err(error) => tracing::debug!(%error, "the start's code stays mapped"),
-    }
 }
 
 /// What differs between file mode and a cluster.

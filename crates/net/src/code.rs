@@ -2,6 +2,15 @@
 
 use std::io;
 
+/// Lets go of the code that ran at the start only, once that has `settled`.
+pub async fn release_code_after(settled: impl Future<Output = ()>) {
+    settled.await;
+    match release_code() {
+        Ok(bytes) => tracing::debug!(bytes, "unmapped the code; what runs is mapped again"),
+        Err(error) => tracing::debug!(%error, "the start's code stays mapped"),
+    }
+}
+
 /// Unmaps the program's code and that of its libraries; what runs next is mapped again from the page cache, with a fault for
 /// each 64 KiB. Two thirds of what is resident of it has run at the start only, or beside something that has: the kernel maps
 /// what lies around each page that is used (mm/memory.c, do_fault_around). Returns how many bytes of address space it was told
@@ -9,7 +18,7 @@ use std::io;
 ///
 /// # Errors
 /// `/proc/self/maps` can't be read, or the kernel refuses; nothing is changed then, or a part.
-pub fn release_code() -> io::Result<usize> {
+fn release_code() -> io::Result<usize> {
     let maps = std::fs::read_to_string("/proc/self/maps")?;
     let mut released = 0;
     for (start, end) in maps.lines().filter_map(code) {

@@ -32,7 +32,7 @@ pub mod sysctl;
 mod udp;
 
 pub use accept::{AcceptLoop, AcceptStats};
-pub use code::release_code;
+pub use code::release_code_after;
 pub use conntrack::Conntrack;
 pub use copy::{ByteCounts, End, Side, copy};
 pub use handover::move_queues;
