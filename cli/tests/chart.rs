@@ -233,6 +233,28 @@ fn ztunnel_reads_the_root_of_who_it_asks() {
 }
 
 #[test]
+fn the_bpf_file_system_is_mounted_unless_nodes_have_none() {
+    let Some(helm) = helm() else { return };
+    for (set, agent, ztunnel) in [
+        ("node.capture=auto", true, true),
+        ("node.capture=nftables", true, false),
+        ("node.bpfDir=", false, false),
+        ("node.capture=nftables,node.bpfDir=", false, false),
+    ] {
+        let objects = rendered(&helm, &[&format!("--set={set}")]);
+        let is_mounted = |name: &str| {
+            let spec = &objects.iter().find(|o| id(o) == name).unwrap()["spec"]["template"]["spec"];
+            let has = |list: &Value| list.as_array().unwrap().iter().any(|entry| entry["name"] == "bpf");
+            let (volume, mount) = (has(&spec["volumes"]), has(&spec["containers"][0]["volumeMounts"]));
+            assert_eq!(volume, mount, "{set}: {name}");
+            volume
+        };
+        assert_eq!(is_mounted("DaemonSet/culvert-node"), agent, "{set}");
+        assert_eq!(is_mounted("DaemonSet/ztunnel"), ztunnel, "{set}");
+    }
+}
+
+#[test]
 fn a_second_revision_has_names_of_its_own() {
     let Some(helm) = helm() else { return };
     let names = |more: &[&str]| rendered(&helm, more).iter().map(id).collect::<Vec<_>>();
@@ -256,6 +278,7 @@ fn a_value_that_is_not_known_is_refused() {
         "meshConfig.trustDomain=a b",
         "clusterDomain=Cluster_local",
         "controlPlane=null",
+        "node.capture=ebpf,node.bpfDir=",
     ] {
         let output = template(&helm, &["--set", wrong]);
         assert!(!output.status.success(), "{wrong} was taken");
