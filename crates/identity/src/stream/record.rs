@@ -4,7 +4,10 @@
 
 use std::ops::Range;
 
-use aws_lc_rs::aead::{self, AES_128_GCM, AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, UnboundKey};
+use aws_lc_rs::aead::{
+    self, AES_128_GCM, AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, TlsProtocolId, TlsRecordSealingKey,
+    UnboundKey,
+};
 use rustls::client::ClientConnectionData;
 use rustls::crypto::cipher::{AeadKey, InboundOpaqueMessage, Iv, MessageDecrypter, Nonce};
 use rustls::kernel::KernelConnection;
@@ -207,8 +210,16 @@ impl Keys {
 
 /// A sending key and its IV.
 struct Sealer {
-    key: LessSafeKey,
+    key: SealingKey,
     iv: Iv,
+}
+
+enum SealingKey {
+    /// AES-GCM, where a nonce that comes twice gives the key away. This one refuses each that is not above all before it:
+    /// [`Keys::seal`] counts, and it need not be believed.
+    Gcm(TlsRecordSealingKey),
+    /// ChaCha20-Poly1305, for which there is no such key.
+    Other(LessSafeKey),
 }
 
 impl Sealer {
@@ -220,14 +231,19 @@ impl Sealer {
             _ => return Err(Error::General("unknown kind of traffic secrets".to_owned())),
         };
         let key = key.as_ref().get(..algorithm.key_len()).unwrap_or_default();
-        let key = UnboundKey::new(algorithm, key)
-            .map_err(|_| Error::General("a sending key of another length than its cipher's".to_owned()))?;
-        Ok(Self { key: LessSafeKey::new(key), iv })
+        let made = if *algorithm == CHACHA20_POLY1305 {
+            UnboundKey::new(algorithm, key).map(|key| SealingKey::Other(LessSafeKey::new(key)))
+        } else {
+            TlsRecordSealingKey::new(algorithm, TlsProtocolId::TLS13, key).map(SealingKey::Gcm)
+        };
+        let key =
+            made.map_err(|_| Error::General("a sending key of another length than its cipher's".to_owned()))?;
+        Ok(Self { key, iv })
     }
 
     /// Seals straight from where the plaintext lies, if it lies in one piece.
     fn seal(
-        &self,
+        &mut self,
         content: ContentType,
         payload: Plain<'_>,
         sequence: u64,
@@ -240,25 +256,37 @@ impl Sealer {
         let header = [u8::from(ContentType::ApplicationData), 3, 3, high, low];
         let (head, body) = record.split_at_mut(HEADER);
         head.copy_from_slice(&header);
-        let (body, tail) = body.split_at_mut(payload.len());
         let nonce = aead::Nonce::assume_unique_for_key(Nonce::new(&self.iv, sequence).0);
         let (aad, content) = (Aad::from(header), [u8::from(content)]);
         let mut slices = payload.slices();
         let first = slices.next().unwrap_or_default();
-        let sealed = if first.len() == body.len() {
-            self.key.seal_out_of_place_scatter(nonce, aad, first, body, &content, tail)
+        let sealed = if first.len() == payload.len() {
+            let (body, tail) = body.split_at_mut(payload.len());
+            match &mut self.key {
+                SealingKey::Gcm(key) => {
+                    key.seal_out_of_place_scatter(nonce, aad, first, body, &content, tail)
+                }
+                SealingKey::Other(key) => {
+                    key.seal_out_of_place_scatter(nonce, aad, first, body, &content, tail)
+                }
+            }
         } else {
             let mut rest = &mut *body;
-            for slice in std::iter::once(first).chain(slices) {
+            for slice in std::iter::once(first).chain(slices).chain([&content[..]]) {
                 let (now, later) = rest.split_at_mut_checked(slice.len()).ok_or(Error::EncryptError)?;
                 now.copy_from_slice(slice);
                 rest = later;
             }
-            // What lies there is left over from another record, maybe of another connection: never to be sent.
-            if !rest.is_empty() {
+            // Whatever else lies there is left over from another record, maybe of another connection: never to be sent.
+            if rest.len() != TAG {
                 return Err(Error::EncryptError);
             }
-            self.key.seal_in_place_scatter(nonce, aad, body, &content, tail)
+            let (body, tag) = body.split_at_mut(length - HEADER - TAG);
+            let made = match &mut self.key {
+                SealingKey::Gcm(key) => key.seal_in_place_separate_tag(nonce, aad, body),
+                SealingKey::Other(key) => key.seal_in_place_separate_tag(nonce, aad, body),
+            };
+            made.map(|made| tag.copy_from_slice(made.as_ref()))
         };
         sealed.map(|()| length).map_err(|_| Error::EncryptError)
     }

@@ -291,3 +291,19 @@ async fn a_record_is_not_filled_up_with_what_lay_in_the_buffer() {
         assert!(sealed.is_err(), "{pieces:?}");
     }
 }
+
+#[tokio::test]
+async fn no_sequence_number_protects_two_records() {
+    let mesh = Mesh::new();
+    let (mut a, _b) = mesh.pair().await;
+    let mut out = [0; 100];
+    for pieces in [&[&b"in one piece"[..]][..], &[b"in ", b"two"]] {
+        let mut seal = || a.tls.keys.seal(ContentType::ApplicationData, Plain::new(pieces), &mut out);
+        seal().unwrap();
+        let next = a.tls.keys.sent();
+        a.tls.keys.set_sent(next - 1);
+        let again = a.tls.keys.seal(ContentType::ApplicationData, Plain::new(pieces), &mut out);
+        assert!(again.is_err(), "the cipher believed a counter that went back");
+        a.tls.keys.set_sent(next);
+    }
+}
