@@ -18,7 +18,7 @@ mod tests;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 
 use rustls::AlertDescription;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -91,12 +91,27 @@ struct Tls {
     keys: Keys,
     inbound: Inbound,
     outbound: Outbound,
+    /// Who waits until the transport takes more. It remembers one waker for all that is written, and where the halves
+    /// are apart, the reader's task is another.
+    writer: Option<Waker>,
     peer: PeerInfo,
+}
+
+impl Tls {
+    /// Notes whether the writer waits.
+    fn noted<T>(writer: &mut Option<Waker>, cx: &Context<'_>, polled: Poll<T>) -> Poll<T> {
+        match (&polled, &mut *writer) {
+            (Poll::Ready(_), _) => *writer = None,
+            (Poll::Pending, Some(waker)) => waker.clone_from(cx.waker()),
+            (Poll::Pending, None) => *writer = Some(cx.waker().clone()),
+        }
+        polled
+    }
 }
 
 impl<IO> TlsStream<IO> {
     pub(crate) fn new(io: IO, keys: Keys, ahead: Vec<u8>, peer: PeerInfo) -> Self {
-        let tls = Tls { keys, inbound: Inbound::new(ahead), outbound: Outbound::new(), peer };
+        let tls = Tls { keys, inbound: Inbound::new(ahead), outbound: Outbound::new(), writer: None, peer };
         Self { io, tls: Box::new(tls) }
     }
 
@@ -129,15 +144,17 @@ impl<IO: AsyncWrite + Unpin> TlsStream<IO> {
 impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncRead for TlsStream<IO> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let Self { io, tls } = self.get_mut();
-        let Tls { keys, inbound, outbound, .. } = &mut **tls;
+        let Tls { keys, inbound, outbound, writer, .. } = &mut **tls;
         match ready!(inbound.poll_read(io, keys, cx, out)) {
             Ok(()) => Poll::Ready(Ok(())),
             Err(error) => {
                 if let Some(alert) = error.alert()
                     && !outbound.is_closing()
                 {
-                    // Best effort: the connection is lost, whether the peer learns why or not.
-                    let _ = outbound.seal_alert(keys, alert).map(|()| outbound.poll_drain(io, cx));
+                    // Best effort: the connection is lost, whether the peer learns why or not. A writer that waits
+                    // must be woken as before, or it would wait for ever.
+                    let mut cx = Context::from_waker(writer.as_ref().unwrap_or(cx.waker()));
+                    let _ = outbound.seal_alert(keys, alert).map(|()| outbound.poll_drain(io, &mut cx));
                 }
                 Poll::Ready(Err(error.into()))
             }
@@ -156,8 +173,9 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for TlsStream<IO> {
         input: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let Self { io, tls } = self.get_mut();
-        let Tls { keys, outbound, .. } = &mut **tls;
-        outbound.poll_accept(io, keys, cx, input)
+        let Tls { keys, outbound, writer, .. } = &mut **tls;
+        let polled = outbound.poll_accept(io, keys, cx, input);
+        Tls::noted(writer, cx, polled)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -166,14 +184,16 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for TlsStream<IO> {
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let Self { io, tls } = self.get_mut();
-        let Tls { keys, outbound, .. } = &mut **tls;
-        outbound.poll_flush(io, keys, cx)
+        let Tls { keys, outbound, writer, .. } = &mut **tls;
+        let polled = outbound.poll_flush(io, keys, cx);
+        Tls::noted(writer, cx, polled)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let Self { io, tls } = self.get_mut();
-        let Tls { keys, outbound, .. } = &mut **tls;
-        outbound.poll_shutdown(io, keys, cx)
+        let Tls { keys, outbound, writer, .. } = &mut **tls;
+        let polled = outbound.poll_shutdown(io, keys, cx);
+        Tls::noted(writer, cx, polled)
     }
 }
 

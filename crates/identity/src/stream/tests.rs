@@ -3,6 +3,7 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use model::{SpiffeId, TrustDomain, TrustDomains};
 use proptest::prelude::*;
@@ -306,4 +307,26 @@ async fn no_sequence_number_protects_two_records() {
         assert!(again.is_err(), "the cipher believed a counter that went back");
         a.tls.keys.set_sent(next);
     }
+}
+
+#[tokio::test]
+async fn a_writer_that_waits_is_woken_also_when_reading_failed_meanwhile() {
+    let mesh = Mesh::new();
+    let (a, mut b) = mesh.pair().await;
+    // The clock stands from here on, and goes only when nobody has anything to do.
+    tokio::time::pause();
+    let (mut reader, mut writer) = tokio::io::split(a);
+    let writing = tokio::spawn(async move { writer.write_all(&vec![7; 4 * PIPE]).await });
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+    assert!(!writing.is_finished(), "the pipe holds all of it");
+    send(&mut b, 99, b"of no known type").await;
+    let error = reader.read(&mut [0]).await.unwrap_err();
+    assert!(reason(&error).contains("unknown content type"), "{error}");
+    let taking = tokio::spawn(async move { b.io.read_to_end(&mut Vec::new()).await });
+    let ended = tokio::time::timeout(Duration::from_secs(60), writing).await;
+    let error = ended.expect("nobody woke the writer").unwrap().unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+    taking.abort();
 }
