@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs, io};
 
-const PROGRAMS: [&str; 2] = ["capture", "marks"];
+const PROGRAMS: [&str; 3] = ["capture", "marks", "verdicts"];
 
 fn main() -> Result<(), String> {
     println!("cargo:rerun-if-changed=programs");
@@ -79,8 +79,9 @@ fn field(name: &str, kind: &str) -> Option<String> {
     match kind.strip_prefix('[') {
         None => Some(format!("{} {name}", plain(kind)?)),
         Some(array) => {
-            let (kind, length) = array.strip_suffix(']')?.split_once("; ")?;
-            Some(format!("{} {name}[{length}]", plain(kind)?))
+            // The last length is of the outermost array.
+            let (kind, length) = array.strip_suffix(']')?.rsplit_once("; ")?;
+            field(&format!("{name}[{length}]"), kind)
         }
     }
 }

@@ -10,7 +10,7 @@
  *
  * Every program decides alone; none relies on another having run. What can't be decided is dropped.
  */
-#include "packet.h"
+#include "verdicts.h"
 
 #define LOOPBACK 1
 #define NETNS BPF_F_CURRENT_NETNS
@@ -250,6 +250,14 @@ INLINE int is_delivered(struct bpf_sk_lookup *ctx, const __u8 *local, const __u8
 	return bpf_map_delete_elem(&delivered, &key) == 0;
 }
 
+/* Whether a verdict gives the connection to the application: the device has let no packet of it by that was not let through. */
+INLINE int is_granted(__u32 interface, const __u8 *local, __u16 port, const __u8 *remote)
+{
+	const struct Control *c = in_use();
+	const struct VerdictEntry *v = c ? verdict(remote, local, port) : 0;
+	return v && v->inside == interface && is_live(c, v);
+}
+
 SEC("sk_lookup")
 int sockets(struct bpf_sk_lookup *ctx)
 {
@@ -294,6 +302,8 @@ int sockets(struct bpf_sk_lookup *ctx)
 	 * (net/ipv4/route.c, rt_iif; net/ipv6/ip6_input.c): who sends tells the two apart. */
 	if (interface == LOOPBACK || is_own(remote) || same(local, remote) || is_delivered(ctx, local, remote))
 		return to_own_port ? choose(ctx, listener) : SK_PASS;
+	if (!to_own_port && is_granted(interface, local, (__u16)port, remote))
+		return SK_PASS;
 	if (!for_arriving(s, interface, remote, port, &listener)) {
 		if (is_own(local))
 			return SK_PASS;
@@ -405,18 +415,40 @@ INLINE void mark(struct __sk_buff *skb, __u32 value)
 	skb->mark = (skb->mark & ~MARK_MASK) | value;
 }
 
+/* What a packet is to the verdicts. */
+enum proof { NOT_THEIRS, PROVEN, UNPROVEN };
+
+/* By the mark with which it came. The node's programs have read the same headers. */
+INLINE enum proof proof_of(enum reading reading, const struct packet *p, __u32 came_with)
+{
+	if (is_odd(reading, p))
+		return in_use() && are_neighbours(p) ? UNPROVEN : NOT_THEIRS;
+	if (reading != READ || p->protocol != IPPROTO_TCP)
+		return NOT_THEIRS;
+	if (came_with == MARK_GRANTED || came_with == MARK_ANSWERED)
+		return PROVEN;
+	return in_use() && (asking(p) || answering(p)) ? UNPROVEN : NOT_THEIRS;
+}
+
 SEC("classifier")
 int arriving(struct __sk_buff *skb)
 {
 	const struct Settings *s = current();
 	if (!s)
 		return TC_ACT_SHOT;
+	__u32 came_with = skb->mark & MARK_MASK;
 	mark(skb, MARK_DIRECT);
 	if (!(s->flags & (CAPTURING | WITH_REFUSED)))
 		return TC_ACT_UNSPEC;
 	struct packet p;
 	__u32 listener;
-	switch (read_packet(skb, &p)) {
+	enum reading reading = read_packet(skb, &p);
+	enum proof proof = s->flags & CAPTURING ? proof_of(reading, &p, came_with) : NOT_THEIRS;
+	if (proof == UNPROVEN) {
+		count(COUNT_UNPROVEN);
+		return TC_ACT_SHOT;
+	}
+	switch (reading) {
 	case OTHER:
 		return TC_ACT_UNSPEC;
 	case UNREADABLE:
@@ -438,12 +470,18 @@ int arriving(struct __sk_buff *skb)
 		count(COUNT_REFUSED);
 		return into_reset(skb, &p) ? TC_ACT_SHOT : bpf_redirect(skb->ifindex, 0);
 	}
+	if (proof == PROVEN && came_with == MARK_GRANTED)
+		mark(skb, MARK_GRANTED);
 	if (!(s->flags & CAPTURING) || !opens(&p))
 		return TC_ACT_UNSPEC;
 	find_all(skb, s);
 	struct Connection key;
 	connection(&key, &p, 0);
 	bpf_map_delete_elem(&delivered, &key);
+	if (proof == PROVEN && is_granted(skb->ifindex, p.destination, p.destination_port, p.source)) {
+		count(COUNT_GRANTED);
+		return TC_ACT_UNSPEC;
+	}
 	if (!for_arriving(s, skb->ifindex, p.source, p.destination_port, &listener))
 		return TC_ACT_UNSPEC;
 	if (astray(skb, &p, 0)) {
@@ -457,6 +495,23 @@ int arriving(struct __sk_buff *skb)
 	return TC_ACT_UNSPEC;
 }
 
+/* Whether a verdict lets a connection that leaves by. */
+INLINE int is_promised(const struct packet *p)
+{
+	const struct Control *c = in_use();
+	const struct VerdictEntry *v = c ? asking(p) : 0;
+	return v && is_live(c, v);
+}
+
+/* Answers the pod with a reset, which comes in by the device that the packet would have left by: it is ours, not another pod's. */
+INLINE int refuse(struct __sk_buff *skb, struct packet *p)
+{
+	if (into_reset(skb, p))
+		return TC_ACT_SHOT;
+	mark(skb, MARK_ANSWERED);
+	return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
+}
+
 SEC("classifier")
 int leaving(struct __sk_buff *skb)
 {
@@ -465,8 +520,8 @@ int leaving(struct __sk_buff *skb)
 		return TC_ACT_SHOT;
 	int direct = (skb->mark & MARK_DIRECT_MASK) == MARK_DIRECT;
 	/* Nothing of ours opens a connection with the mark of what came from outside or was alive at enrolment: a socket that
-	 * has it was taken apart, connect(AF_UNSPEC), and used again. */
-	int used_again = (skb->mark & MARK_MASK) == MARK_DIRECT && s->flags & CAPTURING;
+	 * has it was taken apart, connect(AF_UNSPEC), and used again. With that of a verdict there has to be one. */
+	int used_again = direct && (skb->mark & MARK_MASK) != MARK_ZTUNNEL && s->flags & CAPTURING;
 	if (direct && !used_again && !(s->flags & WITH_REFUSED))
 		return TC_ACT_UNSPEC;
 	struct packet p;
@@ -483,9 +538,11 @@ int leaving(struct __sk_buff *skb)
 	}
 	if (p.protocol == IPPROTO_TCP && is_refused(s, &p, 1)) {
 		count(COUNT_REFUSED);
-		return into_reset(skb, &p) ? TC_ACT_SHOT : bpf_redirect(skb->ifindex, BPF_F_INGRESS);
+		return refuse(skb, &p);
 	}
 	if (direct && !(used_again && p.protocol == IPPROTO_TCP && opens(&p)))
+		return TC_ACT_UNSPEC;
+	if (direct && (skb->mark & MARK_MASK) == MARK_GRANTED && is_promised(&p))
 		return TC_ACT_UNSPEC;
 	if (p.protocol == IPPROTO_TCP && (skb->mark & MARK_MASK) == MARK_REPLY) {
 		count(COUNT_ASTRAY);
@@ -506,7 +563,7 @@ int leaving(struct __sk_buff *skb)
 		return TC_ACT_SHOT;
 	}
 	count(COUNT_ESCAPED_OUTBOUND);
-	return into_reset(skb, &p) ? TC_ACT_SHOT : bpf_redirect(skb->ifindex, BPF_F_INGRESS);
+	return refuse(skb, &p);
 }
 
 /* Whether a packet without data meets no socket but a listener. */

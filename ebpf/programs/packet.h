@@ -4,6 +4,7 @@
 #include "kernel.h"
 
 #define EXTENSIONS_LIMIT 8
+#define IPV4_MORE 0x2000
 
 enum reading { READ, OTHER, UNREADABLE };
 
@@ -18,6 +19,7 @@ struct packet {
 	__u8 protocol;
 	__u8 flags; /* of TCP: FIN 1, SYN 2, RST 4, ACK 16 */
 	__u8 v6;
+	__u8 plain; /* no options of IP, no extension headers, and not in pieces */
 };
 
 #define TCP_FIN 1
@@ -46,13 +48,14 @@ INLINE enum reading read_ipv4(struct __sk_buff *skb, struct packet *p)
 		return UNREADABLE;
 	if (ip.protocol != IPPROTO_TCP && ip.protocol != IPPROTO_UDP)
 		return OTHER;
+	mapped(p->source, ip.saddr);
+	mapped(p->destination, ip.daddr);
 	if (ip.frag_off & be16(0x1fff))
 		/* Without its first piece it is nothing, and that one is looked at. */
 		return ip.protocol == IPPROTO_TCP ? UNREADABLE : OTHER;
 	p->protocol = ip.protocol;
 	p->transport = ip.ihl * 4;
-	mapped(p->source, ip.saddr);
-	mapped(p->destination, ip.daddr);
+	p->plain = ip.ihl == 5 && !(ip.frag_off & be16(IPV4_MORE));
 	return READ;
 }
 
@@ -72,6 +75,7 @@ INLINE enum reading read_ipv6(struct __sk_buff *skb, struct packet *p)
 		if (next == IPPROTO_TCP || next == IPPROTO_UDP) {
 			p->protocol = next;
 			p->transport = offset;
+			p->plain = offset == sizeof(ip);
 			return READ;
 		}
 		if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING && next != IPPROTO_DSTOPTS &&
@@ -87,12 +91,11 @@ INLINE enum reading read_ipv6(struct __sk_buff *skb, struct packet *p)
 	return UNREADABLE;
 }
 
-/* Reads as far as the ports. UNREADABLE: it may be TCP, and can't be told. */
+/* Reads as far as the ports. UNREADABLE: it may be TCP, and can't be told. The addresses are there all the same, or zero. */
 INLINE enum reading read_packet(struct __sk_buff *skb, struct packet *p)
 {
 	enum reading reading;
-	p->v6 = 0;
-	p->flags = 0;
+	__builtin_memset(p, 0, sizeof(*p));
 	if (skb->protocol == be16(ETH_P_IP))
 		reading = read_ipv4(skb, p);
 	else if (skb->protocol == be16(ETH_P_IPV6))

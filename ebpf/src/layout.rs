@@ -6,10 +6,16 @@
 /// ztunnel's own packets and sockets.
 pub const MARK_ZTUNNEL: u32 = 0x539;
 /// Packets from outside the pod, the sockets that they make, and connections that were alive at enrolment: they use the pod's
-/// own routes. It differs from ztunnel's mark in the last bit, so that one rule matches both.
+/// own routes. It differs from ztunnel's mark in the last bits, so that one rule matches both, and the next two.
 pub const MARK_DIRECT: u32 = 0x538;
-/// What matches both of them.
-pub const MARK_DIRECT_MASK: u32 = 0xffe;
+/// Connections that a verdict lets by without a proxy: the client's socket, and the packets that the node lets through to the
+/// server. Such a packet has it when it reaches the server's device, and only the node's programs can see to that: marks
+/// don't cross a pair of devices otherwise.
+pub const MARK_GRANTED: u32 = 0x53a;
+/// The same of packets that go back to the client.
+pub const MARK_ANSWERED: u32 = 0x53b;
+/// What matches the four of them.
+pub const MARK_DIRECT_MASK: u32 = 0xffc;
 /// The application's side of a connection that ztunnel delivers: back to ztunnel by the loopback device.
 pub const MARK_REPLY: u32 = 0x111;
 /// The bits of the mark that are ours.
@@ -82,8 +88,12 @@ pub const COUNT_DNS_OUTSIDE: u32 = 10;
 pub const COUNT_UNDELIVERED: u32 = 11;
 /// Connections from outside to an address that is not the pod's, on ports or devices that are left alone. Dropped.
 pub const COUNT_NOT_THE_PODS: u32 = 12;
+/// Incoming connections that a verdict let by without a proxy.
+pub const COUNT_GRANTED: u32 = 13;
+/// Packets between two pods that have a verdict, which the node's programs did not let through. Dropped.
+pub const COUNT_UNPROVEN: u32 = 14;
 /// How many counters there are.
-pub const COUNTERS: u32 = 13;
+pub const COUNTERS: u32 = 15;
 
 /// Destinations at most, of both lists and families.
 pub const RANGES_LIMIT: u32 = 4096;
@@ -181,3 +191,187 @@ pub struct Connection {
     pub peer_port: u16,
 }
 const _: () = assert!(size_of::<Connection>() == 36);
+
+/// Verdicts at most, and pairs of addresses that have some.
+pub const VERDICTS_LIMIT: u32 = 32768;
+/// Addresses that pods may connect to without a proxy at most.
+pub const OFFERS_LIMIT: u32 = 16384;
+/// Endpoints of one of them.
+pub const OFFER_ENDPOINTS: usize = 8;
+/// Ends of connections without a proxy that are known at most.
+pub const CONNECTIONS_LIMIT: u32 = 131_072;
+/// With so many ends, further connections go to ztunnel: less than the limit, as many may be about to begin.
+pub const CONNECTIONS_ENOUGH: u32 = 120_000;
+/// Connections that have ended and wait for being read at most; more stay among the others.
+pub const ENDED_LIMIT: u32 = 8192;
+
+/// Of an offer: the socket is bound to the source, since the pod has several addresses.
+pub const OFFER_BINDS: u32 = 0x1;
+
+/// The end of a connection that asked for it.
+pub const SIDE_SOURCE: u32 = 0;
+/// The one that was asked.
+pub const SIDE_DESTINATION: u32 = 1;
+
+/// Connections let by without a proxy.
+pub const TALLY_GRANTED: u32 = 0;
+/// Connections that ztunnel got though there was an offer: no verdict in force, no lease, too many, or another source.
+pub const TALLY_DECLINED: u32 = 1;
+/// Packets from another device than the pair's. Dropped.
+pub const TALLY_SPOOFED: u32 = 2;
+/// Packets of a pair whose verdict is revoked, or of an old generation. Dropped.
+pub const TALLY_STALE: u32 = 3;
+/// Packets after the end of the lease. Dropped.
+pub const TALLY_LAPSED: u32 = 4;
+/// Packets between two pods that have a verdict, whose headers are not plain. Dropped.
+pub const TALLY_UNREADABLE: u32 = 5;
+/// Connections that there was no room to note.
+pub const TALLY_UNRECORDED: u32 = 6;
+/// How many of these counters there are.
+pub const TALLIES: u32 = 7;
+
+/// What holds for all verdicts.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Control {
+    /// The end of the lease: `CLOCK_MONOTONIC`, ns.
+    pub until: u64,
+    /// The oldest generation whose verdicts are in force.
+    pub oldest: u64,
+    /// Who writes the verdicts; 0 if nobody ever did.
+    pub owner: u64,
+}
+const _: () = assert!(size_of::<Control>() == 24);
+
+/// Who may connect to what without a proxy.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct PairKey {
+    /// The address of the client's pod.
+    pub source: [u8; 16],
+    /// The address of the server's.
+    pub destination: [u8; 16],
+    /// The server's port.
+    pub port: u16,
+    /// Zero.
+    pub unused: u16,
+}
+const _: () = assert!(size_of::<PairKey>() == 36);
+
+/// A verdict: it is in force from its generation on, within the lease.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct VerdictEntry {
+    /// 0: revoked, and every packet is dropped.
+    pub generation: u64,
+    /// What its writer knows it by.
+    pub id: u64,
+    /// The node's end of the client's device.
+    pub source_device: u32,
+    /// The node's end of the server's.
+    pub destination_device: u32,
+    /// The server's own end.
+    pub inside: u32,
+    /// Zero.
+    pub unused: u32,
+    /// The cookie of the server's network namespace.
+    pub destination_netns: u64,
+}
+const _: () = assert!(size_of::<VerdictEntry>() == 40);
+
+/// Two addresses between which there is a verdict for some port.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Neighbours {
+    /// The client's.
+    pub source: [u8; 16],
+    /// The server's.
+    pub destination: [u8; 16],
+}
+const _: () = assert!(size_of::<Neighbours>() == 32);
+
+/// What a pod may ask for.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Dialled {
+    /// The cookie of the pod's network namespace.
+    pub netns: u64,
+    /// A service's address, or a pod's.
+    pub address: [u8; 16],
+    /// Its port.
+    pub port: u16,
+    /// Zero.
+    pub unused: [u16; 3],
+}
+const _: () = assert!(size_of::<Dialled>() == 32);
+
+/// Where it leads.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct OfferEntry {
+    /// The pod's address.
+    pub source: [u8; 16],
+    /// How many endpoints there are.
+    pub count: u32,
+    /// See above.
+    pub flags: u32,
+    /// Their addresses.
+    pub addresses: [[u8; 16]; OFFER_ENDPOINTS],
+    /// Their ports.
+    pub ports: [u16; OFFER_ENDPOINTS],
+}
+const _: () = assert!(size_of::<OfferEntry>() == 168);
+
+/// What a socket was asked to connect to.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Asked {
+    /// The address.
+    pub address: [u8; 16],
+    /// The port.
+    pub port: u16,
+    /// Zero.
+    pub unused: u16,
+}
+const _: () = assert!(size_of::<Asked>() == 20);
+
+/// One end of a connection without a proxy. Times are of `CLOCK_MONOTONIC`, ns.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Record {
+    /// The verdict's.
+    pub id: u64,
+    /// The socket's cookie.
+    pub socket: u64,
+    /// The cookie of its network namespace.
+    pub netns: u64,
+    /// When it began.
+    pub opened: u64,
+    /// When it ended; 0 if it lives.
+    pub closed: u64,
+    /// Bytes sent and acknowledged, once it has ended.
+    pub sent: u64,
+    /// Bytes received, once it has ended.
+    pub received: u64,
+    /// What the kernel took for bytes sent when it was made.
+    pub before: u64,
+    /// The bytes received when our end was finished.
+    pub half: u64,
+    /// The client's address.
+    pub source: [u8; 16],
+    /// The server's.
+    pub destination: [u8; 16],
+    /// What the client asked for, if it was something else.
+    pub asked: [u8; 16],
+    /// The client's port.
+    pub source_port: u16,
+    /// The server's.
+    pub destination_port: u16,
+    /// With the address.
+    pub asked_port: u16,
+    /// Which end it is.
+    pub side: u8,
+    /// Whether it came about.
+    pub established: u8,
+}
+const _: () = assert!(size_of::<Record>() == 128);

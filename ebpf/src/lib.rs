@@ -1,5 +1,5 @@
 //! Capture of a pod's traffic by eBPF: the programs (`programs/`), the structs that they share with user space ([`layout`]),
-//! and the loader.
+//! and the loader; and connections between two pods of a node that no proxy carries ([`verdicts`]).
 //!
 //! All that belongs to a pod is pinned below one directory of a bpf file system, so that it outlives every process of ours:
 //!
@@ -20,6 +20,7 @@ mod marks;
 mod pins;
 mod pod;
 mod sys;
+pub mod verdicts;
 
 pub use marks::mark;
 pub use pins::{Pins, bpf_file_system, forget, remember, remembered};
@@ -84,6 +85,14 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether a map has no room for more.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        let Self::Map { source, .. } = self else { return false };
+        // E2BIG, see kernel/bpf/hashtab.c.
+        matches!(&**source, aya::maps::MapError::SyscallError(error) if error.io_error.raw_os_error() == Some(libc::E2BIG))
+    }
+
     fn io(action: &'static str, what: impl std::fmt::Display) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { action, what: what.to_string(), source }
     }
@@ -125,5 +134,6 @@ mod objects {
     use aya::include_bytes_aligned;
 
     pub(crate) static CAPTURE: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/capture.bpf.o"));
+    pub(crate) static VERDICTS: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/verdicts.bpf.o"));
     pub(crate) static MARKS: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/marks.bpf.o"));
 }

@@ -17,6 +17,9 @@ use crate::{Error, sys};
 /// `BPF_FS_MAGIC` (kernel include/uapi/linux/magic.h).
 const MAGIC: i64 = 0xcafe_4a11;
 
+/// Before the number of a node's namespace.
+const VERDICTS: &str = "verdicts-";
+
 /// Before the numbers of a note: the namespace's cookie, and what is noted.
 const NOTE: &str = "before-";
 
@@ -41,6 +44,8 @@ const SWEEP_PAUSE: Duration = Duration::from_millis(50);
 #[derive(Clone, Debug)]
 pub struct Pins {
     root: PathBuf,
+    /// The number of the node's network namespace.
+    node: u64,
     /// Of one that is mounted nowhere.
     _own: Option<Arc<OwnedFd>>,
 }
@@ -63,7 +68,7 @@ impl Pins {
         }
         let root = path.join("culvert");
         fs::create_dir_all(&root).map_err(failed)?;
-        let pins = Self { root, _own: None };
+        let pins = Self { root, node: here(), _own: None };
         // Whoever installs is done in a moment.
         for _ in 0..SWEEP_ATTEMPTS {
             if pins.sweep().is_some() {
@@ -82,19 +87,31 @@ impl Pins {
         let own = net::mounts::detached(c"bpf").map_err(Error::io("make", "a bpf file system"))?;
         let root = PathBuf::from(format!("/proc/self/fd/{}/culvert", own.as_raw_fd()));
         fs::create_dir(&root).map_err(Error::io("make", root.display()))?;
-        Ok(Self { root, _own: Some(Arc::new(own)) })
+        Ok(Self { root, node: here(), _own: Some(Arc::new(own)) })
     }
 
     /// The same without a look: for whoever reads what others pinned.
     #[must_use]
     pub fn of_others(path: &Path) -> Self {
-        Self { root: path.join("culvert"), _own: None }
+        Self { root: path.join("culvert"), node: here(), _own: None }
     }
 
     /// The pods' directories.
     #[must_use]
     pub fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// The same for the node of which this is the network namespace; without, it is the one in which the value was made.
+    #[must_use]
+    pub fn of_node(self, node: &Netns) -> Self {
+        Self { node: node.id().inode(), ..self }
+    }
+
+    /// Where the node's verdicts are.
+    #[must_use]
+    pub fn verdicts(&self) -> PathBuf {
+        self.root.join(format!("{VERDICTS}{}", self.node))
     }
 
     /// Where what belongs to a namespace is.
@@ -111,7 +128,12 @@ impl Pins {
         let entries = fs::read_dir(&self.root).ok()?;
         let mut removed = 0;
         for directory in entries.flatten().map(|entry| entry.path()) {
-            if is_over(&directory) != Some(true) {
+            let over = if is_verdicts(&directory) {
+                !is_shared(&self.root, &directory) && crate::verdicts::is_over(&directory)
+            } else {
+                is_over(&directory) == Some(true)
+            };
+            if !over {
                 continue;
             }
             match fs::remove_dir_all(&directory) {
@@ -190,8 +212,23 @@ pub(crate) fn is_note(path: &Path) -> bool {
     path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(NOTE))
 }
 
+/// The number of the thread's network namespace; 0 if it can't be told.
+fn here() -> u64 {
+    Netns::current().map_or(0, |netns| netns.id().inode())
+}
+
+fn is_verdicts(directory: &Path) -> bool {
+    directory.file_name().is_some_and(|name| name.to_string_lossy().starts_with(VERDICTS))
+}
+
+/// Whether programs of a pod use the verdicts of `directory`.
+fn is_shared(root: &Path, directory: &Path) -> bool {
+    let pods = fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path());
+    pods.filter(|pod| !is_verdicts(pod)).any(|pod| crate::pod::shares(&pod, directory))
+}
+
 /// What no other namespace has until the machine starts anew; and then the file system is empty.
-fn cookie(netns: &Netns) -> Result<u64, Error> {
+pub(crate) fn cookie(netns: &Netns) -> Result<u64, Error> {
     netns.run(sys::netns_cookie).and_then(|cookie| cookie).map_err(Error::io("tell the cookie of", netns))
 }
 
@@ -212,8 +249,13 @@ pub(crate) fn is_over(directory: &Path) -> Option<bool> {
     if paths.any(|path| alive(&path)) {
         return None;
     }
+    is_at_rest(directory)?.then_some(true)
+}
+
+/// Whether nobody has put anything into a directory for a while.
+pub(crate) fn is_at_rest(directory: &Path) -> Option<bool> {
     let changed = fs::metadata(directory).and_then(|metadata| metadata.modified()).ok()?;
-    (changed.elapsed().ok()? > HALF_MADE).then_some(true)
+    Some(changed.elapsed().ok()? > HALF_MADE)
 }
 
 /// Whether a mount of ours stays when we end: our mounts are those of the machine's first process. If that can't be told, no.

@@ -16,8 +16,9 @@ use ipnet::IpNet;
 use net::Netns;
 
 use crate::layout::{
-    Address, COUNTERS, Connection, DELIVERED_LIMIT, ENTRIES_LIMIT, Interface, LISTENERS, PORT_WORDS,
-    PortSets, RANGE_EXCLUDED, RANGE_INCLUDED, RANGE_V6, RANGES_LIMIT, Range, Settings,
+    Address, CAPTURING, COUNTERS, Connection, Control, DELIVERED_LIMIT, ENTRIES_LIMIT, Interface, LISTENERS,
+    Neighbours, PORT_WORDS, PairKey, PortSets, RANGE_EXCLUDED, RANGE_INCLUDED, RANGE_V6, RANGES_LIMIT, Range,
+    Settings, VerdictEntry,
 };
 use crate::pins::{is_note, is_over};
 use crate::sys::{self, AttachType};
@@ -32,18 +33,51 @@ const LOOPBACK: u32 = 1;
 const NOT_ATTACHED: [u8; 8] = [0; 8];
 /// Before the number of a generation of maps. The first has no directory of its own.
 const GENERATION: &str = "maps-";
-/// The maps as the programs declare them: names, kinds, sizes of keys and values, and entries at most.
-const MAPS: [(&str, MapType, usize, usize, u32); 9] = [
-    ("settings", MapType::Hash, 4, size_of::<Settings>(), 1),
-    ("ports", MapType::Hash, 4, size_of::<PortSets>(), 2),
-    ("ranges", MapType::LpmTrie, 4 + size_of::<Range>(), 4, RANGES_LIMIT),
-    ("interfaces", MapType::Hash, size_of::<Interface>(), 4, ENTRIES_LIMIT),
-    ("own", MapType::Hash, size_of::<Address>(), 4, ENTRIES_LIMIT),
-    ("refused", MapType::Hash, size_of::<Connection>(), 4, ENTRIES_LIMIT),
-    ("delivered", MapType::LruHash, size_of::<Connection>(), 4, DELIVERED_LIMIT),
-    ("listeners", MapType::SockMap, 4, 4, LISTENERS),
-    ("counters", MapType::PerCpuArray, 4, 8, COUNTERS),
+/// The maps as the programs declare them.
+const MAPS: [Shape; 9] = [
+    Shape("settings", MapType::Hash, 4, size_of::<Settings>(), 1),
+    Shape("ports", MapType::Hash, 4, size_of::<PortSets>(), 2),
+    Shape("ranges", MapType::LpmTrie, 4 + size_of::<Range>(), 4, RANGES_LIMIT),
+    Shape("interfaces", MapType::Hash, size_of::<Interface>(), 4, ENTRIES_LIMIT),
+    Shape("own", MapType::Hash, size_of::<Address>(), 4, ENTRIES_LIMIT),
+    Shape("refused", MapType::Hash, size_of::<Connection>(), 4, ENTRIES_LIMIT),
+    Shape("delivered", MapType::LruHash, size_of::<Connection>(), 4, DELIVERED_LIMIT),
+    Shape("listeners", MapType::SockMap, 4, 4, LISTENERS),
+    Shape("counters", MapType::PerCpuArray, 4, 8, COUNTERS),
 ];
+/// Those that are the node's, where it has verdicts; a pod's own have no entry, and room for one.
+const SHARED: [Shape; 3] = [
+    Shape("control", MapType::Array, 4, size_of::<Control>(), 1),
+    Shape("verdicts", MapType::Hash, size_of::<PairKey>(), size_of::<VerdictEntry>(), 1),
+    Shape("neighbours", MapType::Hash, size_of::<Neighbours>(), 4, 1),
+];
+
+/// A map: its name, kind, sizes of keys and values, and entries at most.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shape(
+    pub(crate) &'static str,
+    pub(crate) MapType,
+    pub(crate) usize,
+    pub(crate) usize,
+    pub(crate) u32,
+);
+
+impl Shape {
+    /// Whether a map of that name is pinned below `directory`, and is like this.
+    fn is_in(&self, directory: &Path) -> bool {
+        let Self(name, kind, key, value, entries) = self;
+        MapInfo::from_pin(directory.join(name)).is_ok_and(|info| {
+            info.map_type().is_ok_and(|found| found == *kind)
+                && (info.key_size() as usize, info.value_size() as usize) == (*key, *value)
+                && info.max_entries() == *entries
+        })
+    }
+
+    /// Whether one is there that is not like this.
+    pub(crate) fn is_other(&self, directory: &Path) -> bool {
+        directory.join(self.0).exists() && !self.is_in(directory)
+    }
+}
 
 /// What the maps of a pod say.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -73,6 +107,8 @@ pub struct Pod {
     directory: PathBuf,
     /// Where its maps are: the newest generation.
     maps: PathBuf,
+    /// Where the node's verdicts are, if it has any.
+    verdicts: PathBuf,
 }
 
 impl Address {
@@ -169,33 +205,43 @@ impl Pod {
     #[must_use]
     pub fn find(pins: &Pins, netns: &Netns) -> Option<Self> {
         let directory = pins.of(netns);
-        (is_over(&directory) == Some(false)).then(|| Self::at(directory))
+        (is_over(&directory) == Some(false)).then(|| Self::at(directory, pins.verdicts()))
     }
 
-    fn at(directory: PathBuf) -> Self {
+    fn at(directory: PathBuf, verdicts: PathBuf) -> Self {
         let generation = newest(&directory);
         let maps = if generation == 0 {
             directory.clone()
         } else {
             directory.join(format!("{GENERATION}{generation}"))
         };
-        Self { directory, maps }
+        Self { directory, maps, verdicts }
     }
 
-    /// Whether its maps are as the programs declare them: whoever opens a map by its name is given it as it is.
+    /// Whether its maps are as the programs declare them: whoever opens a map by its name is given it as it is. Those of the node
+    /// have to be the node's.
     fn fits(&self) -> bool {
-        MAPS.iter().all(|(name, kind, key, value, entries)| {
-            MapInfo::from_pin(self.maps.join(name)).is_ok_and(|info| {
-                info.map_type().is_ok_and(|found| found == *kind)
-                    && (info.key_size() as usize, info.value_size() as usize) == (*key, *value)
-                    && info.max_entries() == *entries
+        MAPS.iter().all(|shape| shape.is_in(&self.maps))
+            && SHARED.iter().all(|shape| {
+                if self.verdicts.join(shape.0).exists() {
+                    is_same_map(shape.0, &self.maps, &self.verdicts)
+                } else {
+                    // What is left of verdicts that were removed lets nothing by.
+                    self.maps.join(shape.0).exists()
+                }
             })
-        })
+    }
+
+    /// Whether it is captured by these programs, with the verdicts of `directory`.
+    pub(crate) fn shares(&self, directory: &Path) -> bool {
+        SHARED.iter().all(|shape| is_same_map(shape.0, &self.maps, directory))
+            && matches!(self.read(), Ok(Some((settings, _)))
+                if settings.build == build() && settings.flags & CAPTURING != 0)
     }
 
     /// With new maps if those that are there don't fit. Programs that use the old ones go on until they are replaced.
     fn with_maps_that_fit(self) -> Result<Self, Error> {
-        if self.fits() || MAPS.iter().all(|(name, ..)| !self.maps.join(name).exists()) {
+        if self.fits() || MAPS.iter().chain(&SHARED).all(|shape| !self.maps.join(shape.0).exists()) {
             return Ok(self);
         }
         let maps = self.directory.join(format!("{GENERATION}{}", newest(&self.directory) + 1));
@@ -228,7 +274,7 @@ impl Pod {
             remove(pins, netns)?;
         }
         fs::create_dir_all(&directory).map_err(Error::io("make", directory.display()))?;
-        let pod = Self::at(directory).with_maps_that_fit()?;
+        let pod = Self::at(directory, pins.verdicts()).with_maps_that_fit()?;
         let older = pod.older()?;
         let attached = older.is_empty()
             && pod.fits()
@@ -324,6 +370,16 @@ impl Pod {
     fn load(&self) -> Result<Ebpf, Error> {
         let mut loader = EbpfLoader::new();
         loader.default_map_pin_directory(&self.maps);
+        for Shape(name, _, _, _, entries) in SHARED {
+            let (nodes, ours) = (self.verdicts.join(name), self.maps.join(name));
+            if nodes.exists() && !ours.exists() {
+                let map = MapData::from_pin(&nodes).map_err(Error::map("open", name))?;
+                sys::pin(map.fd().as_fd(), &ours).map_err(Error::io("pin", ours.display()))?;
+            }
+            if !nodes.exists() {
+                loader.map_max_entries(name, entries);
+            }
+        }
         loader.load(objects::CAPTURE).map_err(|error| Error::Load(Box::new(error)))
     }
 
@@ -520,6 +576,17 @@ fn program<'a>(loaded: &'a mut Ebpf, link: &str) -> Result<BorrowedFd<'a>, Error
         program.fd()
     };
     Ok(fd.map_err(Error::program(name))?.as_fd())
+}
+
+/// Whether the programs of the pod whose directory this is have the verdicts of another directory.
+pub(crate) fn shares(pod: &Path, verdicts: &Path) -> bool {
+    let pod = Pod::at(pod.to_owned(), verdicts.to_owned());
+    SHARED.iter().any(|shape| is_same_map(shape.0, &pod.maps, verdicts))
+}
+
+fn is_same_map(name: &str, one: &Path, other: &Path) -> bool {
+    let id = |directory: &Path| MapInfo::from_pin(directory.join(name)).ok().map(|info| info.id());
+    id(one).is_some_and(|one| id(other) == Some(one))
 }
 
 /// The number of the newest generation of maps.

@@ -11,6 +11,7 @@ use std::path::Path;
 
 const OBJ_PIN: libc::c_long = 6;
 const OBJ_GET: libc::c_long = 7;
+const PROG_QUERY: libc::c_long = 16;
 const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const LINK_CREATE: libc::c_long = 28;
 const LINK_UPDATE: libc::c_long = 29;
@@ -19,6 +20,11 @@ const LINK_DETACH: libc::c_long = 34;
 /// Where a program is attached (`enum bpf_attach_type`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum AttachType {
+    SockOps = 3,
+    Connect4 = 10,
+    Connect6 = 11,
+    GetPeerName4 = 29,
+    GetPeerName6 = 30,
     SkLookup = 36,
     TcxIngress = 46,
     TcxEgress = 47,
@@ -36,7 +42,8 @@ pub(crate) struct LinkInfo {
     pub(crate) attach_type: u32,
 }
 
-/// Attaches the program `program` to an interface of the thread's namespace, or to a namespace by its descriptor.
+/// Attaches the program `program` to an interface of the thread's namespace, or to a namespace or a cgroup by its descriptor.
+/// Those that others have there stay.
 pub(crate) fn link_create(program: BorrowedFd<'_>, target: u32, kind: AttachType) -> io::Result<OwnedFd> {
     let fd = call(LINK_CREATE, &mut [word(program.as_raw_fd()), target, kind as u32, 0, 0, 0, 0, 0])?;
     Ok(own(fd))
@@ -54,12 +61,34 @@ pub(crate) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
 
 /// What a link is attached to.
 pub(crate) fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
-    // `struct bpf_link_info`: type, id, program, padding, then the kind's own words.
+    let info = link_words(link)?;
+    Ok(LinkInfo { target: info[4], attach_type: info[5] })
+}
+
+/// The number of the cgroup that a link is attached to.
+pub(crate) fn link_cgroup(link: BorrowedFd<'_>) -> io::Result<u64> {
+    let info = link_words(link)?;
+    Ok(u64::from(info[4]) | u64::from(info[5]) << 32)
+}
+
+/// `struct bpf_link_info`: type, id, program, padding, then the kind's own words.
+fn link_words(link: BorrowedFd<'_>) -> io::Result<[u32; 16]> {
     let mut info = [0_u32; 16];
     let [low, high] = address(info.as_mut_ptr().expose_provenance());
     let size = u32::try_from(size_of_val(&info)).unwrap_or(0);
     call(OBJ_GET_INFO_BY_FD, &mut [word(link.as_raw_fd()), size, low, high, 0, 0, 0, 0])?;
-    Ok(LinkInfo { target: info[4], attach_type: info[5] })
+    Ok(info)
+}
+
+/// How many programs an interface of the thread's namespace has.
+pub(crate) fn programs_on(interface: u32, kind: AttachType) -> io::Result<u32> {
+    // Without room for their numbers the kernel says how many there are.
+    let mut attributes = [interface, kind as u32, 0, 0, 0, 0, 0, 0];
+    match call(PROG_QUERY, &mut attributes) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(0),
+        Err(error) => Err(error),
+        Ok(_) => Ok(attributes[6]),
+    }
 }
 
 /// Keeps an object in a bpf file system under a name.

@@ -12,14 +12,17 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
 
-use aya::maps::{HashMap, LpmTrie, MapData, PerCpuArray};
+use aya::maps::{Array, HashMap, LpmTrie, MapData, PerCpuArray};
 use aya::programs::{SchedClassifier, SkLookup, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
-use ebpf::layout::{self, Address, Connection, PortSets, Range, Settings};
+use ebpf::layout::{
+    self, Address, Connection, Control, Neighbours, PairKey, PortSets, Range, Settings, VerdictEntry,
+};
 use harness::netns::{root_or_skip, skip_without_ebpf};
 use net::Netns;
 
 static CAPTURE: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/capture.bpf.o"));
+static VERDICTS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/verdicts.bpf.o"));
 
 /// `TC_ACT_UNSPEC`: the next program decides.
 const PASS: u32 = u32::MAX;
@@ -34,6 +37,8 @@ const MARK: usize = 8;
 /// Programs that are attached to nothing, with maps of their own.
 struct Bench {
     loaded: Ebpf,
+    /// With the same verdicts.
+    on_node: Ebpf,
     directory: PathBuf,
     netns: Netns,
 }
@@ -54,7 +59,11 @@ impl Bench {
         let directory = pins.root().join(format!("test-{}-{}", std::process::id(), test.replace(' ', "-")));
         std::fs::create_dir_all(&directory).unwrap();
         let loaded = EbpfLoader::new().default_map_pin_directory(&directory).load(CAPTURE).unwrap();
-        let mut bench = Self { loaded, directory, netns: Netns::new_empty().unwrap() };
+        let on_node = EbpfLoader::new().default_map_pin_directory(&directory).load(VERDICTS).unwrap();
+        let mut bench = Self { loaded, on_node, directory, netns: Netns::new_empty().unwrap() };
+        let program: &mut SchedClassifier =
+            bench.on_node.program_mut("from_pod").unwrap().try_into().unwrap();
+        program.load().unwrap();
         bench.set(layout::CAPTURING | layout::WITH_DNS, |_| {});
         let mut own: HashMap<_, Address, u32> =
             HashMap::try_from(bench.loaded.map_mut("own").unwrap()).unwrap();
@@ -91,7 +100,8 @@ impl Bench {
 
     /// The verdict, the mark afterwards, and the packet afterwards.
     fn run(&self, name: &str, mark: u32, packet: &[u8]) -> (u32, u32, Vec<u8>) {
-        let program: &SchedClassifier = self.loaded.program(name).unwrap().try_into().unwrap();
+        let loaded = if name == "from_pod" { &self.on_node } else { &self.loaded };
+        let program: &SchedClassifier = loaded.program(name).unwrap().try_into().unwrap();
         let (mut context, mut after) = ([0; SKB], [0; SKB]);
         context[MARK..MARK + 4].copy_from_slice(&mark.to_ne_bytes());
         let mut out = vec![0; 4096];
@@ -132,6 +142,31 @@ impl Bench {
     fn counted(&self, counter: u32) -> u64 {
         let map: PerCpuArray<_, u64> = PerCpuArray::try_from(self.loaded.map("counters").unwrap()).unwrap();
         map.get(&counter, 0).unwrap().iter().sum()
+    }
+
+    /// What holds for all verdicts: the oldest generation in force, and whether there is a lease.
+    fn lease(&mut self, oldest: u64, leased: bool) {
+        let mut map: Array<_, Control> = Array::try_from(self.on_node.map_mut("control").unwrap()).unwrap();
+        map.set(0, Control { until: if leased { u64::MAX } else { 1 }, oldest, owner: 1 }, 0).unwrap();
+    }
+
+    /// A verdict for a client and a server; the device that packets come from here is 1, and the choice of sockets knows none.
+    fn allow(&mut self, client: &str, server: &str, verdict: VerdictEntry) {
+        let (client, server): (SocketAddr, SocketAddr) = (client.parse().unwrap(), server.parse().unwrap());
+        let source = Address::new(client.ip()).octets;
+        let destination = Address::new(server.ip()).octets;
+        let key = PairKey { source, destination, port: server.port(), unused: 0 };
+        let mut map: HashMap<_, PairKey, VerdictEntry> =
+            HashMap::try_from(self.on_node.map_mut("verdicts").unwrap()).unwrap();
+        map.insert(key, verdict, 0).unwrap();
+        let mut map: HashMap<_, Neighbours, u32> =
+            HashMap::try_from(self.on_node.map_mut("neighbours").unwrap()).unwrap();
+        map.insert(Neighbours { source, destination }, 1, 0).unwrap();
+    }
+
+    fn tallied(&self, tally: u32) -> u64 {
+        let map: PerCpuArray<_, u64> = PerCpuArray::try_from(self.on_node.map("tallies").unwrap()).unwrap();
+        map.get(&tally, 0).unwrap().iter().sum()
     }
 
     fn delivered(&self) -> Vec<Connection> {
@@ -472,4 +507,180 @@ fn without_a_ztunnel_the_pod_is_refused() {
     assert_eq!(bench.choose("198.51.100.1:9", "10.0.0.9:80"), SK_DROP, "for somebody else");
     bench.set(0, |_| {});
     assert_eq!(bench.choose("198.51.100.1:9", "10.0.0.1:15006"), SK_PASS);
+}
+
+/// Of the device that packets come from here.
+const HERE: VerdictEntry = VerdictEntry {
+    generation: 5,
+    id: 0,
+    source_device: 1,
+    destination_device: 1,
+    inside: 0,
+    unused: 0,
+    destination_netns: 0,
+};
+
+/// A packet in pieces: the first and a later one, or with the extension header for it.
+fn pieces(from: &str, to: &str) -> Vec<Vec<u8>> {
+    let mut pieces = Vec::new();
+    if from.starts_with('[') {
+        for bytes in [[0, 0, 1, 0, 0, 0, 1], [0, 0, 9, 0, 0, 0, 1]] {
+            pieces.push(tcp(from, to, SYN, Extra { extensions: &[(44, &bytes)], ..Extra::default() }));
+        }
+    } else {
+        for offset in [[0x20, 0], [0x20, 1], [0, 1]] {
+            let mut piece = tcp(from, to, SYN, Extra::default());
+            piece[20..22].copy_from_slice(&offset);
+            pieces.push(piece);
+        }
+        // A first piece that ends before the ports are all there.
+        let mut piece = tcp(from, to, SYN, Extra::default());
+        piece.truncate(14 + 20 + 8);
+        pieces.push(piece);
+    }
+    pieces
+}
+
+#[test]
+fn a_verdict_lets_packets_through_both_ways() {
+    let Some(mut bench) = Bench::new("a verdict lets packets through both ways") else { return };
+    for (client, server) in PAIRS {
+        let there = tcp(client, server, SYN, Extra::default());
+        let back = tcp(server, client, SYN | ACK, Extra::default());
+        for packet in [&there, &back] {
+            assert_eq!(bench.run("from_pod", 0x539, packet).0, PASS, "none of ours");
+        }
+        bench.lease(5, true);
+        bench.allow(client, server, HERE);
+        let (verdict, mark, after) = bench.run("from_pod", 0xabcd, &there);
+        assert_eq!((verdict, mark, after), (REDIRECT, layout::MARK_GRANTED, there.clone()));
+        let (verdict, mark, _) = bench.run("from_pod", 0, &back);
+        assert_eq!((verdict, mark), (REDIRECT, layout::MARK_ANSWERED));
+        // The other way round it is another pair, and so is another port.
+        let asked =
+            tcp(&server.replace(":80", ":4000"), &client.replace(":4000", ":80"), SYN, Extra::default());
+        assert_eq!(bench.run("from_pod", 0, &asked).0, PASS);
+        let another = tcp(client, &server.replace(":80", ":81"), SYN, Extra::default());
+        assert_eq!(bench.run("from_pod", 0, &another).0, PASS);
+        // The server's port has no say where the client's is the same number.
+        let query = packet(17, client, server, Extra::default(), &[0, 12, 0, 0, 1, 2, 3, 4]);
+        assert_eq!(bench.run("from_pod", 0, &query).0, PASS);
+        for (changed, tally) in [
+            (VerdictEntry { generation: 0, ..HERE }, layout::TALLY_STALE),
+            (VerdictEntry { generation: 4, ..HERE }, layout::TALLY_STALE),
+            (VerdictEntry { source_device: 2, destination_device: 2, ..HERE }, layout::TALLY_SPOOFED),
+        ] {
+            bench.allow(client, server, changed);
+            let before = bench.tallied(tally);
+            for packet in [&there, &back] {
+                assert_eq!(bench.run("from_pod", layout::MARK_GRANTED, packet).0, DROP, "{changed:?}");
+            }
+            assert_eq!(bench.tallied(tally), before + 2);
+        }
+        // Each end from its own device alone.
+        bench.allow(client, server, VerdictEntry { destination_device: 2, ..HERE });
+        assert_eq!((bench.run("from_pod", 0, &there).0, bench.run("from_pod", 0, &back).0), (REDIRECT, DROP));
+        bench.allow(client, server, HERE);
+        bench.lease(5, false);
+        assert_eq!((bench.run("from_pod", 0, &there).0, bench.run("from_pod", 0, &back).0), (DROP, DROP));
+        assert_eq!(bench.run("from_pod", 0, &another).0, PASS);
+    }
+    assert_eq!(bench.tallied(layout::TALLY_LAPSED), 4);
+}
+
+#[test]
+fn what_is_not_plain_does_not_pass_between_the_two() {
+    let Some(mut bench) = Bench::new("what is not plain does not pass between the two") else { return };
+    bench.lease(5, true);
+    for (client, server) in PAIRS {
+        let padded = Extra { options: NOPS, extensions: &[(60, PADDING)] };
+        // Whichever port: a later piece has none.
+        let mut odd = pieces(client, &server.replace(":80", ":81"));
+        odd.push(tcp(client, server, ACK, padded));
+        odd.extend(pieces(server, client));
+        for packet in &odd {
+            assert_eq!(bench.run("from_pod", 0, packet).0, PASS, "{packet:x?}");
+            assert_eq!(bench.run("arriving", 0, packet).0, PASS, "{packet:x?}");
+        }
+        bench.allow(client, server, HERE);
+        for packet in &odd {
+            let before = (bench.tallied(layout::TALLY_UNREADABLE), bench.counted(layout::COUNT_UNPROVEN));
+            assert_eq!(bench.run("from_pod", 0, packet).0, DROP, "{packet:x?}");
+            for mark in [0, layout::MARK_GRANTED, layout::MARK_ANSWERED] {
+                assert_eq!(bench.run("arriving", mark, packet).0, DROP, "{packet:x?}");
+            }
+            let after = (bench.tallied(layout::TALLY_UNREADABLE), bench.counted(layout::COUNT_UNPROVEN));
+            assert_eq!(after, (before.0 + 1, before.1 + 3));
+        }
+    }
+}
+
+#[test]
+fn what_the_node_did_not_let_through_does_not_arrive() {
+    let Some(mut bench) = Bench::new("what the node did not let through does not arrive") else { return };
+    for (server, client) in
+        PAIRS.map(|(own, other)| (own.replace(":4000", ":80"), other.replace(":80", ":4000")))
+    {
+        let (server, client) = (server.as_str(), client.as_str());
+        let packets = [SYN, ACK].map(|flags| tcp(client, server, flags, Extra::default()));
+        let mut reply = tcp(server, client, ACK, Extra::default());
+        assert_eq!(bench.run("arriving", 0, &reply).0, PASS);
+        assert_eq!(bench.choose(client, server), SK_DROP, "ztunnel's");
+        bench.lease(5, true);
+        for generation in [5, 4, 0] {
+            bench.allow(client, server, VerdictEntry { generation, ..HERE });
+            for packet in packets.iter().chain([&reply]) {
+                let before = bench.counted(layout::COUNT_UNPROVEN);
+                for mark in [0, layout::MARK_ZTUNNEL, layout::MARK_DIRECT, layout::MARK_REPLY] {
+                    assert_eq!(bench.run("arriving", mark, packet).0, DROP, "{generation}");
+                }
+                assert_eq!(bench.counted(layout::COUNT_UNPROVEN), before + 4);
+            }
+            assert_eq!(bench.choose(client, server), if generation == 5 { SK_PASS } else { SK_DROP });
+        }
+        bench.allow(client, server, HERE);
+        for packet in &packets {
+            let (verdict, mark, _) = bench.run("arriving", layout::MARK_GRANTED, packet);
+            assert_eq!((verdict, mark), (PASS, layout::MARK_GRANTED));
+        }
+        let (verdict, mark, _) = bench.run("arriving", layout::MARK_ANSWERED, &reply);
+        assert_eq!((verdict, mark), (PASS, layout::MARK_DIRECT));
+        // Another device, no lease, and ztunnel's own ports.
+        bench.allow(client, server, VerdictEntry { inside: 2, ..HERE });
+        assert_eq!(bench.choose(client, server), SK_DROP);
+        bench.allow(client, server, HERE);
+        bench.lease(5, false);
+        assert_eq!(bench.choose(client, server), SK_DROP);
+        bench.lease(5, true);
+        let own = server.replace(":80", ":15008");
+        bench.allow(client, &own, HERE);
+        assert_eq!(bench.choose(client, &own), SK_DROP);
+        // From whom there is no verdict, as ever.
+        reply = tcp(&client.replace(":4000", ":4001"), &server.replace(":80", ":81"), ACK, Extra::default());
+        assert_eq!(bench.run("arriving", 0, &reply).0, PASS);
+        bench.lease(0, true);
+    }
+    assert_eq!(bench.counted(layout::COUNT_GRANTED), 0, "no device of that number");
+}
+
+#[test]
+fn what_leaves_by_a_verdict_has_one() {
+    let Some(mut bench) = Bench::new("what leaves by a verdict has one") else { return };
+    for (client, server) in PAIRS {
+        let [syn, data] = [SYN, ACK].map(|flags| tcp(client, server, flags, Extra::default()));
+        let leaving = |bench: &Bench| bench.run("leaving", layout::MARK_GRANTED, &syn).0;
+        assert_eq!(leaving(&bench), REDIRECT);
+        assert_eq!(bench.run("leaving", layout::MARK_GRANTED, &data).0, PASS);
+        bench.allow(client, server, HERE);
+        assert_eq!(leaving(&bench), REDIRECT, "without a lease");
+        bench.lease(5, true);
+        assert_eq!(leaving(&bench), PASS);
+        assert_eq!(bench.run("leaving", layout::MARK_DIRECT, &syn).0, REDIRECT);
+        assert_eq!(bench.run("leaving", layout::MARK_ANSWERED, &syn).0, REDIRECT);
+        assert_eq!(bench.run("leaving", 0, &syn).0, REDIRECT);
+        bench.lease(6, true);
+        assert_eq!(leaving(&bench), REDIRECT, "of an old generation");
+        bench.lease(5, false);
+        assert_eq!(leaving(&bench), REDIRECT, "without a lease");
+    }
 }

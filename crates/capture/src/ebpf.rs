@@ -127,6 +127,10 @@ pub enum Counter {
     Undelivered,
     /// Dropped: connections from outside to an address that is not the pod's, past what is captured.
     NotThePods,
+    /// Incoming connections that a verdict let by without a proxy.
+    Granted,
+    /// Dropped: packets between two pods that have a verdict, which the node did not let through.
+    Unproven,
 }
 
 impl Counter {
@@ -145,6 +149,8 @@ impl Counter {
         Self::DnsOutside,
         Self::Undelivered,
         Self::NotThePods,
+        Self::Granted,
+        Self::Unproven,
     ];
 
     /// As a label's value.
@@ -164,6 +170,8 @@ impl Counter {
             Self::DnsOutside => "dns_outside",
             Self::Undelivered => "undelivered",
             Self::NotThePods => "not_the_pods",
+            Self::Granted => "granted_inbound",
+            Self::Unproven => "unproven",
         }
     }
 }
