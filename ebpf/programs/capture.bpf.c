@@ -430,6 +430,19 @@ INLINE enum proof proof_of(enum reading reading, const struct packet *p, __u32 c
 	return in_use() && (asking(p) || answering(p)) ? UNPROVEN : NOT_THEIRS;
 }
 
+/* Whether a packet belongs to a connection that no verdict was asked for: one that was alive at enrolment, by a service's address
+ * that the node turns into the pod's, or one of ztunnel's. */
+INLINE int is_anothers(struct __sk_buff *skb, struct packet *p)
+{
+	struct bpf_sock *sk = opens(p) ? 0 : find_socket(skb, p);
+	if (!sk)
+		return 0;
+	struct bpf_sock *full = bpf_sk_fullsock(sk);
+	int anothers = full && full->state != LISTENING && (full->mark & MARK_MASK) != MARK_GRANTED;
+	bpf_sk_release(sk);
+	return anothers;
+}
+
 SEC("classifier")
 int arriving(struct __sk_buff *skb)
 {
@@ -444,7 +457,7 @@ int arriving(struct __sk_buff *skb)
 	__u32 listener;
 	enum reading reading = read_packet(skb, &p);
 	enum proof proof = s->flags & CAPTURING ? proof_of(reading, &p, came_with) : NOT_THEIRS;
-	if (proof == UNPROVEN) {
+	if (proof == UNPROVEN && (is_odd(reading, &p) || !is_anothers(skb, &p))) {
 		count(COUNT_UNPROVEN);
 		return TC_ACT_SHOT;
 	}

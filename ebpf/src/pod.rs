@@ -16,9 +16,9 @@ use ipnet::IpNet;
 use net::Netns;
 
 use crate::layout::{
-    Address, CAPTURING, COUNTERS, Connection, Control, DELIVERED_LIMIT, ENTRIES_LIMIT, Interface, LISTENERS,
-    Neighbours, PORT_WORDS, PairKey, PortSets, RANGE_EXCLUDED, RANGE_INCLUDED, RANGE_V6, RANGES_LIMIT, Range,
-    Settings, VerdictEntry,
+    Address, CAPTURING, COUNTERS, Connection, Control, DELIVERED_LIMIT, ENTRIES_LIMIT, INTERFACE_EXCLUDED,
+    Interface, LISTENERS, Neighbours, ONLY_OUTBOUND_RANGES, PORT_WORDS, PairKey, PortSets, RANGE_EXCLUDED,
+    RANGE_INCLUDED, RANGE_V6, RANGES_LIMIT, Range, Settings, VerdictEntry,
 };
 use crate::pins::{is_note, is_over};
 use crate::sys::{self, AttachType};
@@ -237,6 +237,15 @@ impl Pod {
         SHARED.iter().all(|shape| is_same_map(shape.0, &self.maps, directory))
             && matches!(self.read(), Ok(Some((settings, _)))
                 if settings.build == build() && settings.flags & CAPTURING != 0)
+    }
+
+    /// Whether some of what the pod sends is not captured, or if that can't be told.
+    pub(crate) fn exempts(&self) -> bool {
+        let Ok(Some((settings, contents))) = self.read() else { return true };
+        settings.flags & ONLY_OUTBOUND_RANGES != 0
+            || !contents.excluded.is_empty()
+            || contents.ports.outbound_excluded.iter().any(|word| *word != 0)
+            || contents.interfaces.values().any(|kind| kind & INTERFACE_EXCLUDED != 0)
     }
 
     /// With new maps if those that are there don't fit. Programs that use the old ones go on until they are replaced.

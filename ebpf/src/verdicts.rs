@@ -40,8 +40,8 @@ use net::{MARK_MASK, Netns};
 pub use device::{Qualified, Why};
 
 use crate::layout::{
-    Address, Asked, Control, Dialled, MARK_GRANTED, MARK_REPLY, MARK_ZTUNNEL, Neighbours, OFFER_BINDS,
-    OFFER_ENDPOINTS, OfferEntry, PairKey, Record, SIDE_SOURCE, TALLIES, VerdictEntry,
+    Address, Asked, Control, Dialled, MARK_DIRECT, MARK_GRANTED, MARK_REPLY, MARK_ZTUNNEL, Neighbours,
+    OFFER_BINDS, OFFER_ENDPOINTS, OfferEntry, PairKey, Record, SIDE_SOURCE, TALLIES, VerdictEntry,
 };
 use crate::pins::is_at_rest;
 use crate::{Error, Pins};
@@ -602,7 +602,8 @@ fn destroy(netns: &Netns, wanted: impl Fn(&sock_diag::Connection) -> bool) -> Re
     Ok(found)
 }
 
-/// Whether a socket belongs to a pair. ztunnel's connections have the same addresses, and marks of their own.
+/// Whether a socket belongs to a pair. ztunnel's connections, and those alive at enrolment, have the same addresses, and marks of
+/// their own.
 fn of_pair(socket: &sock_diag::Connection, side: Side, pair: Pair) -> bool {
     let mark = socket.mark.unwrap_or(0) & MARK_MASK;
     match side {
@@ -611,8 +612,7 @@ fn of_pair(socket: &sock_diag::Connection, side: Side, pair: Pair) -> bool {
         }
         // A listener that has a mark gives it to what it accepts.
         Side::Destination => {
-            mark != MARK_ZTUNNEL
-                && mark != MARK_REPLY
+            ![MARK_ZTUNNEL, MARK_REPLY, MARK_DIRECT].contains(&mark)
                 && socket.peer.ip() == pair.source
                 && socket.local == pair.destination
         }

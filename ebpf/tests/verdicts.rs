@@ -66,22 +66,23 @@ fn capture(pins: &Pins, host: &Host) {
     for name in ["ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect", "ipv6/fwmark_reflect"] {
         net::sysctl::write(&host.netns, name, "1").unwrap();
     }
-    let contents = Contents {
-        settings: Settings {
-            flags: layout::CAPTURING,
-            outbound: 15001,
-            plaintext: 15006,
-            ..Settings::default()
-        },
+    let contents = contents(host);
+    Pod::install(pins, &host.netns, &contents).unwrap();
+    assert!(!Pod::install(pins, &host.netns, &contents).unwrap(), "it is as it should be");
+}
+
+fn contents(host: &Host) -> Contents {
+    let settings =
+        Settings { flags: layout::CAPTURING, outbound: 15001, plaintext: 15006, ..Settings::default() };
+    Contents {
+        settings,
         ports: PortSets::empty(),
         excluded: Vec::new(),
         included: Vec::new(),
         interfaces: BTreeMap::from([(interface(host), 0)]),
         own: BTreeSet::from([host.ipv4.into(), host.ipv6.into()]),
         refused: BTreeSet::new(),
-    };
-    Pod::install(pins, &host.netns, &contents).unwrap();
-    assert!(!Pod::install(pins, &host.netns, &contents).unwrap(), "it is as it should be");
+    }
 }
 
 fn interface(host: &Host) -> u32 {
@@ -397,6 +398,46 @@ fn a_revoked_verdict_ends_its_connections() {
     }
 }
 
+/// A connection that is older than capture, by whichever way its packets come; and its server has other ones.
+#[test]
+fn what_was_alive_goes_on() {
+    let Some(mesh) = Mesh::new("what was alive goes on") else { return };
+    for v6 in [false, true] {
+        for pod in ["client", "server"] {
+            ebpf::remove(&mesh.pins, &mesh.lab.pod(pod).netns).unwrap();
+        }
+        let pair = mesh.pair(v6);
+        let listener = mesh.listen(v6);
+        let mut old = mesh.connect(pair.destination).unwrap();
+        let (mut accepted, peer) = accept(&listener).unwrap();
+        for (pod, ends) in [("client", (peer, pair.destination)), ("server", (pair.destination, peer))] {
+            let host = mesh.lab.pod(pod);
+            ebpf::mark(&host.netns, &[(ends.0, ends.1, layout::MARK_DIRECT)]).unwrap();
+            capture(&mesh.pins, host);
+        }
+        mesh.open(v6);
+        let mut client = mesh.connect(service(v6)).unwrap();
+        let (mut server, _) = accept(&listener).unwrap();
+        let alive =
+            |old: &mut TcpStream, accepted: &mut TcpStream| passes(old, accepted) && passes(accepted, old);
+        assert!(alive(&mut old, &mut accepted) && alive(&mut client, &mut server));
+        // As if the node had turned a service's address into the server's: no proof.
+        mesh.verdicts.release(&mesh.client).unwrap();
+        assert!(alive(&mut old, &mut accepted));
+        assert!(!passes(&mut client, &mut server));
+        let [source, destination] = ["client", "server"].map(|name| mesh.lab.pod(name).netns.clone());
+        let ended = mesh.verdicts.end(Some(&source), Some(&destination), pair).unwrap();
+        assert_eq!((ended.destroyed, ended.left), (2, 0));
+        assert!(alive(&mut old, &mut accepted));
+        for pod in ["client", "server"] {
+            let node = &mesh.lab.node("a").host.netns;
+            let qualified = mesh.verdicts.qualify(node, &mesh.lab.pod(pod).netns).unwrap();
+            assert!(!qualified.exempts);
+        }
+        assert!(alive(&mut old, &mut accepted));
+    }
+}
+
 /// As fast as they can, generations follow each other while data goes back and forth.
 #[test]
 fn what_stays_allowed_is_not_held_up() {
@@ -566,7 +607,13 @@ fn what_cannot_be_looked_at_does_not_qualify() {
     host.shell("tc qdisc add dev p2 clsact").unwrap();
     assert!(matches!(ask(node), Err(Why::OthersPrograms)));
     host.shell("tc qdisc del dev p2 clsact").unwrap();
+    let mut exempt = contents(evil);
+    exempt.excluded.push("10.96.0.0/12".parse().unwrap());
+    Pod::install(&mesh.pins, &evil.netns, &exempt).unwrap();
+    assert!(ask(node).unwrap().exempts);
+    capture(&mesh.pins, evil);
     let qualified = ask(node).unwrap();
+    assert!(!qualified.exempts);
     assert_eq!(ask(node).unwrap().device, qualified.device, "again");
     evil.shell("ip link add more type bridge; ip link set more up").unwrap();
     assert!(matches!(ask(node), Err(Why::Devices(2))));

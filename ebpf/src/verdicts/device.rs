@@ -48,6 +48,9 @@ pub struct Qualified {
     pub inside: u32,
     /// Its network namespace.
     pub netns: Netns,
+    /// Some of what it sends is not captured, and may reach a pair's server by another way, with the same addresses: it would be
+    /// dropped there. Such a pod is not to be the source of a pair.
+    pub exempts: bool,
 }
 
 /// Why connections of a pod need a proxy.
@@ -123,9 +126,7 @@ pub(super) fn qualify(
     node: &Netns,
     pod: &Netns,
 ) -> Result<Qualified, Why> {
-    if !Pod::find(pins, pod).is_some_and(|pod| pod.shares(directory)) {
-        return Err(Why::NotCaptured);
-    }
+    let captured = Pod::find(pins, pod).filter(|pod| pod.shares(directory)).ok_or(Why::NotCaptured)?;
     let mut devices = devices(pod).map_err(Error::io("list the devices of", pod))?;
     devices.retain(|device| device.is_up && device.index != LOOPBACK);
     let [inside] = devices.as_slice() else { return Err(Why::Devices(devices.len())) };
@@ -136,7 +137,13 @@ pub(super) fn qualify(
         on_node(node, pod, inside).map_err(Error::io("look for the node's end of a device of", pod))?;
     let device = device.ok_or(Why::NotOnNode)?;
     attach(directory, program, node, device)?;
-    Ok(Qualified { cookie: cookie(pod)?, device, inside: inside.index, netns: pod.clone() })
+    Ok(Qualified {
+        cookie: cookie(pod)?,
+        device,
+        inside: inside.index,
+        netns: pod.clone(),
+        exempts: captured.exempts(),
+    })
 }
 
 /// The index of the node's end of a device, if there is one: each end has to say that the other one is it.

@@ -106,7 +106,7 @@ pub(super) fn attach(directory: &Path, root: &File) -> Result<OwnedFd, Error> {
 /// Puts the program in the place of those that devices have.
 fn replace_on_devices(directory: &Path, program: BorrowedFd<'_>) -> Result<(), Error> {
     let entries = fs::read_dir(directory).map_err(Error::io("list", directory.display()))?;
-    for path in entries.flatten().map(|entry| entry.path()).filter(is_of_device) {
+    for path in entries.flatten().map(|entry| entry.path()).filter(|path| is_of_device(path)) {
         let link = sys::open(&path).map_err(Error::io("open", path.display()))?;
         if is_attached(link.as_fd()).is_some() {
             sys::link_update(link.as_fd(), program)
@@ -122,10 +122,10 @@ fn replace_on_devices(directory: &Path, program: BorrowedFd<'_>) -> Result<(), E
 pub(super) fn has_devices(directory: &Path) -> bool {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path());
     let attached = |path: PathBuf| sys::open(&path).is_ok_and(|link| is_attached(link.as_fd()).is_some());
-    entries.filter(is_of_device).any(attached)
+    entries.filter(|path| is_of_device(path)).any(attached)
 }
 
-fn is_of_device(path: &PathBuf) -> bool {
+fn is_of_device(path: &Path) -> bool {
     path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(DEVICE))
 }
 
