@@ -384,6 +384,16 @@ impl Mesh {
         self.http_policies.changed_since(&before.http_policies, Arc::ptr_eq)
     }
 
+    /// The services that are others than in `before`, or have other endpoints, or are spoken to otherwise. One may be named
+    /// more than once.
+    #[must_use]
+    pub fn destinations_since(&self, before: &Self) -> Vec<ServiceKey> {
+        let mut keys = self.services.changed_since(&before.services, Arc::ptr_eq);
+        keys.extend(self.endpoints.changed_since(&before.endpoints, Arc::ptr_eq));
+        keys.extend(self.traffic.changed_since(&before.traffic, Arc::ptr_eq));
+        keys
+    }
+
     /// How a service is spoken to, where something is said of it.
     #[must_use]
     pub fn traffic(&self, key: &ServiceKey) -> Option<&Arc<ServiceTraffic>> {

@@ -2,7 +2,8 @@
 //!
 //! Invariants:
 //! * a cluster is there once a request asked for it, and goes when its service does;
-//! * it is brought up to a new mesh once, by [`Clusters::prepare`] or by the first request that sees the new one;
+//! * it is brought up to a new mesh once, by [`Clusters::prepare`] where the change is about it, else by the first request
+//!   that sees the new one, for which that costs three look-ups;
 //! * what was counted of endpoints and destinations outlives the meshes.
 
 use std::hash::{BuildHasher, RandomState};
@@ -13,6 +14,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use balance::requests::Origin;
+use hashbrown::{HashMap, HashSet};
 use model::{CowMap, HboneAddr, Mesh, ServiceKey, SpiffeId, Str, TlsVersion};
 use process::metrics::Counter;
 use tokio::time::Instant;
@@ -138,12 +140,36 @@ impl Shared {
 
 type Map = CowMap<Backend, Arc<Cluster>>;
 
+/// What the clusters were last brought up to.
+#[derive(Default)]
+struct Prepared {
+    mesh: Arc<Mesh>,
+    origin: Option<Arc<Origin>>,
+    /// Those that there are, by their services.
+    by_service: HashMap<ServiceKey, Vec<Backend>>,
+}
+
+impl Prepared {
+    fn add(&mut self, backend: &Backend) {
+        self.by_service.entry(backend.service.clone()).or_default().push(backend.clone());
+    }
+
+    fn remove(&mut self, backend: &Backend) {
+        if let Some(of_service) = self.by_service.get_mut(&backend.service) {
+            of_service.retain(|other| other != backend);
+            if of_service.is_empty() {
+                self.by_service.remove(&backend.service);
+            }
+        }
+    }
+}
+
 /// See the module. Shared by all threads.
 pub struct Clusters {
     shared: Arc<Shared>,
     map: ArcSwap<Map>,
     /// Held by whoever changes the map.
-    changing: Mutex<()>,
+    changing: Mutex<Prepared>,
     originals: Arc<Targets>,
 }
 
@@ -207,10 +233,14 @@ impl Clusters {
 
     fn add(&self, mesh: &Arc<Mesh>, backend: &Backend) -> Result<Arc<Cluster>, NoCluster> {
         let cluster = Cluster::new(Arc::clone(&self.shared), backend.clone(), mesh)?;
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut prepared = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let map = self.map.load();
         if let Some(other) = map.get(backend) {
             return Ok(Arc::clone(other));
+        }
+        // Of a request that was decided before its destination went: no change would come by to forget it.
+        if cluster.follow(&prepared.mesh).is_err() {
+            return Ok(cluster);
         }
         if map.len() >= self.shared.limits.clusters {
             return Err(NoCluster::TooMany(map.len()));
@@ -218,18 +248,21 @@ impl Clusters {
         let mut next = Map::clone(&map);
         next.insert(backend.clone(), Arc::clone(&cluster));
         self.map.store(Arc::new(next));
+        prepared.add(backend);
         Ok(cluster)
     }
 
-    /// Brings all clusters up to a mesh, before requests see it, and forgets those whose service has gone. May take
-    /// milliseconds where there are many endpoints: to be called on a thread that carries no requests.
-    pub fn prepare(&self, mesh: &Arc<Mesh>) {
+    /// Brings the clusters that a change is about up to a mesh, before requests see it, and forgets those whose service has
+    /// gone; says how many it looked at. May take milliseconds where there are many endpoints: to be called on a thread that
+    /// carries no requests.
+    pub fn prepare(&self, mesh: &Arc<Mesh>) -> usize {
         let only_tls13 = mesh.settings().tls_minimum >= TlsVersion::V1_3;
         self.shared.only_tls13.store(only_tls13, Ordering::Relaxed);
+        let concerned = self.concerned(mesh);
         // Without the lock, which requests to new destinations wait for; what these add meanwhile is of this mesh already, or
         // follows with its next request.
         let mut gone = Vec::new();
-        for cluster in self.map.load_full().values() {
+        for cluster in &concerned {
             // One that can't follow says so to the request that asks for it.
             if let Err(error) = cluster.follow(mesh) {
                 tracing::debug!(cluster = %cluster.backend(), %error, "a destination can't be reached any more");
@@ -237,14 +270,34 @@ impl Clusters {
             }
         }
         if !gone.is_empty() {
-            let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut prepared = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
             let map = self.map.load();
             let mut next = Map::clone(&map);
             for backend in &gone {
                 next.remove(backend);
+                prepared.remove(backend);
             }
             self.map.store(Arc::new(next));
         }
+        concerned.len()
+    }
+
+    /// The clusters that differ between the mesh of the last time and this one: all, once this waypoint is elsewhere.
+    fn concerned(&self, mesh: &Arc<Mesh>) -> Vec<Arc<Cluster>> {
+        let mut prepared = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let map = self.map.load();
+        let origin = self.shared.origin.load_full();
+        let stays = prepared.origin.as_ref().is_some_and(|before| Arc::ptr_eq(before, &origin));
+        let concerned = if stays {
+            let changed: HashSet<ServiceKey> = mesh.destinations_since(&prepared.mesh).into_iter().collect();
+            let backends = changed.iter().filter_map(|key| prepared.by_service.get(key)).flatten();
+            backends.filter_map(|backend| map.get(backend).cloned()).collect()
+        } else {
+            map.values().cloned().collect()
+        };
+        prepared.mesh = Arc::clone(mesh);
+        prepared.origin = Some(origin);
+        concerned
     }
 
     /// How many clusters there are.

@@ -49,13 +49,17 @@ fn key() -> ServiceKey {
 }
 
 fn service(app_protocol: &str, source: ServiceSource) -> Change {
+    Change::SetService(Arc::new(cart(app_protocol, source)))
+}
+
+fn cart(app_protocol: &str, source: ServiceSource) -> Service {
     let port = ServicePort {
         name: "".into(),
         port: 80,
         target: TargetPort::PerEndpoint,
         app_protocol: app_protocol.into(),
     };
-    Change::SetService(Arc::new(Service {
+    Service {
         name: "cart".into(),
         namespace: "shop".into(),
         hostname: "cart.test".into(),
@@ -68,7 +72,7 @@ fn service(app_protocol: &str, source: ServiceSource) -> Change {
         session_affinity: None,
         source,
         canonical: true,
-    }))
+    }
 }
 
 fn workload(uid: &str, address: SocketAddr) -> Workload {
@@ -151,9 +155,9 @@ impl World {
         self.clusters.endpoints(&self.mesh, &backend)
     }
 
-    pub fn apply(&mut self, change: Change) {
+    pub fn apply(&mut self, change: Change) -> usize {
         self.mesh = Arc::new(self.mesh.apply([change]));
-        self.clusters.prepare(&self.mesh);
+        self.clusters.prepare(&self.mesh)
     }
 
     pub async fn proxy(&self) -> Proxy {
@@ -224,6 +228,49 @@ async fn endpoints_come_and_go_with_the_mesh_and_subsets_are_by_labels() {
     world.apply(Change::RemoveService(key()));
     assert!(matches!(world.backend(None), Err(NoCluster::Service(_))));
     assert_eq!(world.clusters.snapshot().len(), 0);
+}
+
+#[test]
+fn a_change_looks_at_its_own_destinations_and_none_is_kept_that_has_gone() {
+    let of = |n: usize| ServiceKey { hostname: format!("s{n}.test").as_str().into(), ..key() };
+    let make = |n: usize, to: u16| {
+        let port = |port| ServicePort {
+            port,
+            target: TargetPort::Number(to),
+            name: "".into(),
+            app_protocol: "http".into(),
+        };
+        let (namespace, hostname) = (of(n).namespace, of(n).hostname);
+        let ports = Box::new([port(80), port(81)]);
+        Change::SetService(Arc::new(Service {
+            namespace,
+            hostname,
+            ports,
+            ..cart("http", ServiceSource::Kubernetes)
+        }))
+    };
+    let mut world = World::of((0..500).map(|n| make(n, 8080)));
+    let ask = |world: &World, n: usize, port| {
+        world.clusters.endpoints(&world.mesh, &Backend { service: of(n), port, subset: None }).map(drop)
+    };
+    for n in 0..500 {
+        ask(&world, n, 80).unwrap();
+    }
+    ask(&world, 7, 81).unwrap();
+    assert_eq!(world.apply(make(3, 9090)), 501, "the first time it is all of them");
+    assert_eq!(world.apply(make(3, 8080)), 1);
+    assert_eq!(world.apply(make(7, 9090)), 2, "both of its ports");
+    assert_eq!(world.apply(make(700, 8080)), 0, "nobody asked for it");
+    let before = Arc::clone(&world.mesh);
+    assert_eq!((world.apply(Change::RemoveService(of(7))), world.clusters.len()), (2, 499));
+    assert!(matches!(ask(&world, 7, 80), Err(NoCluster::Service(_))));
+    // A request of before finds its way, and leaves nothing behind.
+    let late = Backend { service: of(7), port: 80, subset: None };
+    assert!(world.clusters.endpoints(&before, &late).is_ok());
+    assert_eq!(world.clusters.len(), 499);
+    assert_eq!(world.apply(make(7, 8080)), 0);
+    ask(&world, 7, 80).unwrap();
+    assert_eq!(world.clusters.len(), 500);
 }
 
 #[tokio::test]
