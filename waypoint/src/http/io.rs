@@ -78,14 +78,14 @@ impl Io {
 }
 
 impl Io {
-    /// Ready when the peer has ended the connection, whatever of it was not read yet. Of TCP nobody is woken for that: it is to
-    /// be asked again; of TLS it is not seen.
+    /// Ready when the peer has reset the connection, whatever of it was not read yet; one that only has no more to say waits for
+    /// its answer. Of TCP nobody is woken for that: it is to be asked again; of TLS it is not seen.
     pub(crate) fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         match self {
             Self::Tcp(stream) => {
                 // What the kernel has told of the connection, for those who ask nothing but that.
-                let told = std::pin::pin!(stream.ready(Interest::PRIORITY)).poll(cx);
-                let left = matches!(told, Poll::Ready(Ok(ready)) if ready.is_read_closed());
+                let told = std::pin::pin!(stream.ready(Interest::ERROR)).poll(cx);
+                let left = matches!(told, Poll::Ready(Ok(ready)) if ready.is_error());
                 if left { Poll::Ready(()) } else { Poll::Pending }
             }
             Self::Tunnel(stream) => stream.poll_reset(cx).map(|_| ()),
@@ -181,6 +181,42 @@ impl Buffers {
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if kept.len() < KEPT {
             kept.push(buffer);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use std::future::poll_fn;
+    use std::time::Duration;
+
+    use tokio::io::AsyncWriteExt;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn who_has_no_more_to_say_has_not_left_and_who_resets_the_connection_has() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut peer = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (stream, _) = listener.accept().await.unwrap();
+        let mut io = Io::Tcp(stream);
+        let left = async |io: &mut Io| {
+            // Nobody is woken.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            poll_fn(|cx| Poll::Ready(io.poll_left(cx).is_ready())).await
+        };
+        peer.write_all(b"what nobody reads").await.unwrap();
+        assert!(!left(&mut io).await);
+        peer.shutdown().await.unwrap();
+        assert!(!left(&mut io).await, "it waits for its answer");
+        peer.set_zero_linger().unwrap();
+        drop(peer);
+        let begin = tokio::time::Instant::now();
+        while !left(&mut io).await {
+            assert!(begin.elapsed() < Duration::from_secs(10), "it has gone");
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use hbone::{
     Authority, ConnectRequest, Connector, Control, Incoming, PoolSettings, ServerSettings, StatusCode,
@@ -16,6 +17,7 @@ use model::{SpiffeId, TrustDomain, TrustDomains};
 use rustls::ServerConfig;
 use rustls_pki_types::{PrivatePkcs8KeyDer, UnixTime};
 use tempfile::TempDir;
+use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use waypoint::http::carriers::{TunnelOut, serve_tls};
 use waypoint::http::decide::{Carrier, Connection, Dial, Forwarding, Protocol, Target};
@@ -139,6 +141,36 @@ async fn hbone_in(
         }
     });
     address
+}
+
+#[tokio::test]
+async fn a_tunnel_that_is_reset_while_nobody_takes_its_body_is_noticed() {
+    let (_dir, certificates) = mesh();
+    let service: SocketAddr = "192.0.2.1:80".parse().unwrap();
+    let proxy = Proxy::to(crate::limits::takes_nothing().await).await;
+    let address = hbone_in(&proxy, &certificates, id("waypoint"), service).await;
+    let connector = Mesh { certificates: Arc::clone(&certificates), own: id("client") };
+    let pool = hbone::Pool::new(connector, PoolSettings::default());
+    let request = || ConnectRequest {
+        authority: Authority::from_addr(service).unwrap(),
+        headers: TunnelHeaders::default(),
+    };
+    let open = async || pool.open(&(address, id("waypoint")), &request()).await.unwrap().tunnel;
+    let head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000\r\n\r\n";
+    let (mut first, mut second) = (open().await, open().await);
+    for tunnel in [&mut first, &mut second] {
+        tunnel.write_all(head).await.unwrap();
+        crate::limits::fill(tunnel).await;
+    }
+    assert!(proxy.records().is_empty());
+    first.reset(hbone::ErrorCode::CANCEL);
+    let record = &proxy.wait_records(1).await[0];
+    assert_eq!((record.status, &*record.flag.to_string()), (0, "DC"));
+    // One that has no more to say, behind what nobody takes, waits for its answer.
+    let ended = tokio::spawn(async move { second.shutdown().await.map(|()| second) });
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(proxy.records().len(), 1);
+    ended.abort();
 }
 
 #[tokio::test]

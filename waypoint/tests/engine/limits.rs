@@ -301,7 +301,7 @@ async fn connections_of_bytes_are_limited_by_their_destination() {
 }
 
 /// A server that takes no body.
-async fn takes_nothing() -> SocketAddr {
+pub async fn takes_nothing() -> SocketAddr {
     server(|_, mut client: Client| async move {
         let _ = client.head().await;
         std::future::pending::<()>().await;
@@ -310,7 +310,7 @@ async fn takes_nothing() -> SocketAddr {
 }
 
 /// As much as is taken; none is for a second then.
-async fn fill(client: &mut TcpStream) {
+pub async fn fill(client: &mut (impl tokio::io::AsyncWrite + Unpin)) {
     let data = [b'x'; 64 * 1024];
     while let Ok(sent) = tokio::time::timeout(Duration::from_secs(1), client.write_all(&data)).await {
         sent.unwrap();
