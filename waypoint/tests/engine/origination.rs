@@ -223,3 +223,32 @@ async fn only_regular_files_of_a_sane_size_are_read() {
     tokio::time::resume();
     assert_eq!(ask(world.proxy().await).await, 200);
 }
+
+#[test]
+fn others_go_on_while_one_waits_for_files() {
+    // What reads files has one thread.
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    runtime.enable_all().max_blocking_threads(1).build().unwrap().block_on(async {
+        let authority = Authority::new();
+        let address = authority.server(vec![SanType::DnsName("cart.test".try_into().unwrap())], false).await;
+        let files = Some((None, None, authority.path("ca.crt")));
+        let tls = TlsOrigination { files, ..TlsOrigination::default() };
+        let world = World::new(&[address], TrafficPolicy { tls: Some(Box::new(tls)), ..round_robin() });
+        assert_eq!(ask(world.proxy().await).await, 200);
+        // A disk that does not answer.
+        let (answers, waits) = std::sync::mpsc::channel::<()>();
+        let disk = tokio::task::spawn_blocking(move || waits.recv());
+        tokio::time::pause();
+        tokio::time::advance(Duration::from_secs(11)).await;
+        tokio::time::resume();
+        let first = tokio::spawn(ask(world.proxy().await));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        for _ in 0..3 {
+            assert_eq!(ask(world.proxy().await).await, 200);
+        }
+        assert!(!first.is_finished(), "it looks at the files");
+        drop(answers);
+        assert_eq!(first.await.unwrap(), 200);
+        assert!(disk.await.unwrap().is_err());
+    });
+}
