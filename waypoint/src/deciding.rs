@@ -62,6 +62,7 @@ impl Deciding {
         let next = Rules::new(mesh, &self.0.own, &self.0.rules.load());
         self.0.clusters.prepare(&next.mesh);
         self.0.guards.follow(&next.mesh);
+        self.0.telemetry.in_force(next.log_files());
         self.0.rules.store(Arc::new(next));
         self.0.changed.send_replace(());
     }

@@ -17,6 +17,7 @@ use model::{
 
 use crate::filters::authorize::Policies;
 use crate::filters::route::PortRules;
+use crate::telemetry::LogFiles;
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -28,6 +29,7 @@ pub struct Rules {
     asking: Asking,
     /// How many services are bound to each waypoint.
     waypoints: CowMap<WaypointKey, u32>,
+    log_files: LogFiles,
 }
 
 /// The services that ask a policy. Kept in parts, so that one more of ten thousand costs a few of them.
@@ -121,10 +123,11 @@ impl Rules {
             }
         }
         let is_ours = |http: &&Arc<HttpService>| http.waypoint == *own;
-        let mut asking = before.asking.clone();
+        let (mut asking, mut log_files) = (before.asking.clone(), before.log_files.clone());
         for key in &changed {
             let [then, now] = [&before.mesh, &mesh].map(|mesh| mesh.http_service(key).filter(is_ours));
             asking.follow(key, then.map(|http| &**http), now.map(|http| &**http));
+            log_files.follow(then.map(|http| &*http.telemetry), now.map(|http| &*http.telemetry));
         }
         let edited = mesh.http_policies_since(&before.mesh);
         // Each once: all of them are new in the first snapshot, and so are all policies.
@@ -142,7 +145,13 @@ impl Rules {
                 services.insert(key.clone(), rules);
             }
         }
-        Self { mesh, own: Some(own.clone()), services, asking, waypoints }
+        Self { mesh, own: Some(own.clone()), services, asking, waypoints, log_files }
+    }
+
+    /// The files that access logs are written to.
+    #[must_use]
+    pub fn log_files(&self) -> &LogFiles {
+        &self.log_files
     }
 
     /// Whether an identity is that of a waypoint that something is bound to.

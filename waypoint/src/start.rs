@@ -19,6 +19,7 @@ use process::runtimes::{self, Workers};
 use process::shutdown::{Phase, Shutdown};
 use source::{ClusterMode, FileMode, Files, Mode, Source, State, Tls};
 use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::admin::{self, Shown};
@@ -108,6 +109,7 @@ async fn serve(
     drop(listener);
     telemetry::register_engine(&registry, &engines, &held);
 
+    reopen_on_hangup(&front).context("signal handlers")?;
     tokio::spawn(follow(source, state, front.clone(), shown, configured, flags.clone()));
     tokio::spawn(prove(front.clone(), tunnels.clone(), certified));
     tokio::spawn(follow_trust(front.clone(), tunnels));
@@ -234,6 +236,18 @@ async fn start_workers(
         thread.spawn(front.clone().accept(listener, worker));
     }
     Ok(engines)
+}
+
+/// Opens the files of access logs again at SIGHUP, as [`Logs::on_hangup`] does the program's own.
+fn reopen_on_hangup(front: &Arc<Front>) -> std::io::Result<()> {
+    let mut hangup = signal(SignalKind::hangup())?;
+    let front = front.clone();
+    tokio::spawn(async move {
+        while hangup.recv().await.is_some() {
+            front.deciding.telemetry().reopen_logs();
+        }
+    });
+    Ok(())
 }
 
 /// Puts each change of the configuration in force.

@@ -49,6 +49,7 @@ use crate::http::head::{Fields, RequestHead};
 pub use self::collectors::ThroughMesh;
 pub use self::engine::register_engine;
 pub use self::export::{Connect, Connecting, Exporters};
+pub use self::log::LogFiles;
 pub use self::recent::Recent;
 pub use self::streams::{Carried, Counted};
 pub use self::trace::Span;
@@ -166,7 +167,7 @@ impl Telemetry {
                 out.integer(&|_| {}, read(&telemetry));
             });
         };
-        let help = "Access logs that are not written, for want of their file or because there are too many";
+        let help = "Access logs that are not written because there are too many of them";
         counter("culvert_access_logs_refused", help, |t| t.sinks.refused());
         let help = "Lines of access logs in files of their own that could not be written";
         counter("culvert_access_log_lines_dropped", help, |t| t.sinks.dropped());
@@ -205,6 +206,18 @@ impl Telemetry {
         gauge("culvert_access_log_entries_waiting", help, |t| t.exporters.entries().waiting.load(Relaxed));
         let help = "Requests and connections of which a record is kept for culvert why";
         gauge("culvert_decisions_kept", help, |t| t.recent.kept());
+        let help = "Files that access logs are written to, those included that no settings name any more";
+        gauge("culvert_access_log_files", help, |t| t.sinks.count() as u64);
+    }
+
+    /// Says which files settings in force name: the others are closed.
+    pub fn in_force(&self, files: &LogFiles) {
+        self.sinks.in_force(files);
+    }
+
+    /// Has the files of access logs opened again: log rotation has renamed them.
+    pub fn reopen_logs(&self) {
+        self.sinks.reopen();
     }
 
     /// Why the last requests and connections went as they did.

@@ -2,18 +2,21 @@
 //! are in the program's own form or in a format of Envoy's.
 //!
 //! Nobody waits for a line or an entry: see [`process::logs::LogWriter`] and [`super::log_service`].
+//!
+//! Files are open while settings in force name them. Requests that began under other settings still have their lines: the
+//! file is opened for as long as that takes.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use model::http::{Command, FormatPart};
-use model::telemetry::{AccessLog, Expression, LogFormat, LogSink, LogText};
+use model::telemetry::{AccessLog, Expression, LogFormat, LogSink, LogText, Telemetry};
 use model::{Mesh, RequestDecision, Str};
-use process::logs::{Format, Line, LogWriter, Target, push_escaped};
+use process::logs::{Format, Line, LogWriter, push_escaped};
 use tracing::Level;
 
 use super::ended::{Ended, protocol};
@@ -28,12 +31,67 @@ const OUTPUT: &str = "/dev/stdout";
 /// As many log files are written at most.
 const FILES: usize = 16;
 
+/// The files that the logs of services go to, each with the number of logs.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct LogFiles(Arc<HashMap<Str, usize>>);
+
+impl LogFiles {
+    /// Follows what is told of a service: what was, and what is now.
+    pub fn follow(&mut self, then: Option<&Telemetry>, now: Option<&Telemetry>) {
+        for path in paths(now) {
+            *Arc::make_mut(&mut self.0).entry(path.clone()).or_default() += 1;
+        }
+        for path in paths(then) {
+            let files = Arc::make_mut(&mut self.0);
+            if let Some(logs) = files.get_mut(path) {
+                *logs -= 1;
+            }
+            files.retain(|other, logs| other != path || *logs > 0);
+        }
+    }
+}
+
+fn paths(telemetry: Option<&Telemetry>) -> impl Iterator<Item = &Str> {
+    let logs = telemetry.and_then(|telemetry| telemetry.logs.as_deref()).unwrap_or_default();
+    logs.iter().filter_map(|log| match &log.sink {
+        LogSink::File { path, .. } => Some(path).filter(|path| &***path != OUTPUT),
+        LogSink::Service(_) => None,
+    })
+}
+
 /// Where lines go.
 #[derive(Debug)]
 pub(super) struct Sinks {
     output: LogWriter,
-    files: Mutex<HashMap<Str, Option<LogWriter>>>,
+    files: Mutex<Files>,
     refused: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Files {
+    writers: HashMap<Str, LogWriter>,
+    /// What is in force; `None` where nobody says.
+    named: Option<LogFiles>,
+    /// Lines that were dropped by writers that there are no more.
+    dropped: u64,
+}
+
+impl Files {
+    fn rests(&self, path: &Str) -> bool {
+        self.named.as_ref().is_some_and(|named| !named.0.contains_key(path))
+    }
+
+    /// Lets go of writers of files that nobody names any more.
+    fn make_room(&mut self) {
+        self.writers.retain(|_, writer| {
+            let rests = writer.is_resting();
+            if rests {
+                self.dropped += writer.dropped();
+                writer.close();
+            }
+            !rests
+        });
+    }
 }
 
 /// A log, with its sink opened.
@@ -82,24 +140,52 @@ impl Sinks {
         if &**path == OUTPUT {
             return Some(self.output.clone());
         }
-        let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = files.get(path) {
-            return known.clone();
+        let mut files = self.files();
+        if let Some(known) = files.writers.get(path) {
+            return Some(known.clone());
         }
-        if files.len() >= FILES {
+        if files.writers.len() >= FILES {
+            files.make_room();
+        }
+        if files.writers.len() >= FILES {
             self.refused.fetch_add(1, Relaxed);
             tracing::error!(path = &**path, FILES, "an access log is not written: there are too many files");
             return None;
         }
-        let opened = LogWriter::start(&Target::File(PathBuf::from(&**path)), |lines| {
-            format!("{lines} lines were dropped\n")
-        });
-        let writer = opened.inspect_err(|error| {
+        let path_of_it = PathBuf::from(&**path);
+        let started = LogWriter::start_later(path_of_it, |lines| format!("{lines} lines were dropped\n"));
+        let writer = started.inspect_err(|error| {
             self.refused.fetch_add(1, Relaxed);
-            tracing::error!(path = &**path, %error, "an access log is not written: its file can't be opened");
+            tracing::error!(path = &**path, %error, "an access log is not written: it has no thread");
         });
-        // A failure is remembered too: it would be one for each request.
-        files.entry(path.clone()).or_insert(writer.ok()).clone()
+        let writer = writer.ok()?;
+        writer.rest(files.rests(path));
+        files.writers.insert(path.clone(), writer.clone());
+        Some(writer)
+    }
+
+    fn files(&self) -> MutexGuard<'_, Files> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says which files settings in force name: the others are closed.
+    pub fn in_force(&self, named: &LogFiles) {
+        let mut files = self.files();
+        if files.named.as_ref() == Some(named) {
+            return;
+        }
+        files.named = Some(named.clone());
+        files.writers.iter().for_each(|(path, writer)| writer.rest(files.rests(path)));
+    }
+
+    /// Has all files opened again: they were renamed.
+    pub fn reopen(&self) {
+        self.files().writers.values().for_each(LogWriter::reopen);
+    }
+
+    /// How many files have a writer.
+    pub fn count(&self) -> usize {
+        self.files().writers.len()
     }
 
     /// Logs that are not written.
@@ -109,8 +195,8 @@ impl Sinks {
 
     /// Lines of files that were dropped; those of the program's own output are counted there.
     pub fn dropped(&self) -> u64 {
-        let files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
-        files.values().flatten().map(LogWriter::dropped).sum()
+        let files = self.files();
+        files.dropped + files.writers.values().map(LogWriter::dropped).sum::<u64>()
     }
 }
 

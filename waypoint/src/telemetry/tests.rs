@@ -484,6 +484,99 @@ async fn services_of_logs_make_room_for_others_when_no_settings_name_them() {
     assert_eq!(refused.as_deref(), Some("1"));
 }
 
+fn until(what: &str, holds: impl Fn() -> bool) {
+    let end = tokio::time::Instant::now() + Duration::from_secs(10);
+    while !holds() {
+        assert!(tokio::time::Instant::now() < end, "{what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn is_open(path: &std::path::Path) -> bool {
+    let all = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+    all.filter_map(|fd| std::fs::read_link(fd.path()).ok()).any(|to| to == path)
+}
+
+fn to_file(path: &std::path::Path) -> (Told, LogFiles) {
+    let text = LogText::new("%REQ(:METHOD)%").unwrap();
+    let sink = LogSink::File { path: path.to_str().unwrap().into(), format: LogFormat::TextOf(text) };
+    let told = Told { logs: Some(Box::new([AccessLog { sink, filter: None }])), ..Told::default() };
+    let mut files = LogFiles::default();
+    files.follow(None, Some(&told));
+    (told, files)
+}
+
+#[test]
+fn a_file_of_logs_is_open_while_settings_name_it_and_no_line_is_lost_after_that() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path().canonicalize().unwrap();
+    let (path, moved) = (directory.join("log"), directory.join("log.1"));
+    let lines = |path: &std::path::Path| std::fs::read_to_string(path).unwrap_or_default().lines().count();
+    let lab = Lab::new(None);
+    let (told, mut files) = to_file(&path);
+    let told = Arc::new(told);
+    lab.telemetry.in_force(&files);
+    lab.end_of(&told, nothing);
+    until("a line", || lines(&path) == 1);
+    assert!(is_open(&path));
+    // Rotation.
+    std::fs::rename(&path, &moved).unwrap();
+    lab.telemetry.reopen_logs();
+    lab.end_of(&told, nothing);
+    until("the line is in the new file", || lines(&path) == 1);
+    assert_eq!((lines(&moved), is_open(&moved)), (1, false));
+    // Two services name it, then one, then none.
+    files.follow(None, Some(&told));
+    files.follow(Some(&told), None);
+    lab.telemetry.in_force(&files);
+    lab.end_of(&told, nothing);
+    until("a second line", || lines(&path) == 2);
+    assert!(is_open(&path));
+    files.follow(Some(&told), None);
+    assert_eq!(files, LogFiles::default());
+    lab.telemetry.in_force(&files);
+    until("it is closed", || !is_open(&path));
+    // A request that began before.
+    lab.end_of(&told, nothing);
+    until("its line", || lines(&path) == 3);
+    until("it is closed again", || !is_open(&path));
+    assert_eq!(lab.sample(&["culvert_access_log_lines_dropped_total "]).as_deref(), Some("0"));
+}
+
+#[test]
+fn files_of_logs_make_room_for_others_and_one_that_can_not_be_opened_is_tried_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let lab = Lab::new(None);
+    for n in 0..40 {
+        let path = directory.path().join(format!("log-{n}"));
+        let (told, files) = to_file(&path);
+        lab.telemetry.in_force(&files);
+        lab.end(&told, nothing);
+        until("a line", || std::fs::read(&path).is_ok_and(|text| text == b"GET\n"));
+    }
+    let count = |name: &str| lab.sample(&[name]).unwrap();
+    assert_eq!(count("culvert_access_logs_refused_total "), "0");
+    assert!(count("culvert_access_log_files ").parse::<usize>().is_ok_and(|files| files <= 16));
+    let away = directory.path().join("away");
+    let path = away.join("log");
+    let (told, files) = to_file(&path);
+    lab.telemetry.in_force(&files);
+    lab.end(&told, nothing);
+    until("it is counted", || count("culvert_access_log_lines_dropped_total ") == "1");
+    std::fs::create_dir(&away).unwrap();
+    until("it is opened", || {
+        lab.end(&told, nothing);
+        path.exists()
+    });
+    // Nobody reads: whoever writes there is not waited for.
+    let pipe = directory.path().join("pipe");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let (told, files) = to_file(&pipe);
+    lab.telemetry.in_force(&files);
+    lab.end(&told, nothing);
+    assert_eq!(count("culvert_access_logs_refused_total "), "0");
+}
+
 /// A connection of bytes, from its beginning to its end.
 fn carry(lab: &Lab, told: &Told, change: impl FnOnce(&mut Record)) {
     let decided = Decided {

@@ -4,7 +4,8 @@
 //! of a pipe stands still, lines are dropped and counted, and a line that says how many follows once writing
 //! works again. Nothing else happens to the process.
 //!
-//! A file that was renamed, as log rotation does, is left when the writer is told to open its target again.
+//! A file that was renamed, as log rotation does, is left when the writer is told to open its target again. One that is
+//! opened by the thread holds up nobody who starts a writer, and may be let go of while there is nothing to write.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
@@ -28,6 +29,9 @@ const GATHER: Duration = Duration::from_millis(5);
 
 /// How long a reader that has no room (`EAGAIN` on a pipe that someone made non-blocking) is left alone.
 const RETRY_PAUSE: Duration = Duration::from_millis(10);
+
+/// How long a file that can't be opened is left alone.
+const OPEN_PAUSE: Duration = Duration::from_secs(1);
 
 /// Where lines go.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -55,6 +59,8 @@ struct Pending {
     /// Whether the thread is carrying bytes out right now.
     writing: bool,
     closed: bool,
+    /// The target is let go of whenever nothing is pending.
+    rests: bool,
 }
 
 struct Shared {
@@ -108,6 +114,16 @@ impl LogWriter {
         Self::start_with(sink, || Ok(None), limit, notice)
     }
 
+    /// As [`LogWriter::start`], but the thread opens the file, once there is something to write: a slow disk, or a pipe that
+    /// nobody reads, holds up nobody else. Lines are dropped while it can't be opened, which is tried once a second.
+    ///
+    /// # Errors
+    /// The thread can't be started.
+    pub fn start_later(path: PathBuf, notice: fn(u64) -> String) -> io::Result<Self> {
+        let later = move || Later { target: Target::File(path.clone()), file: None, again: None };
+        Self::start_with(later(), move || Ok(Some(later())), BUFFER_LIMIT_BYTES, notice)
+    }
+
     /// `open` opens the target again; `None` where that makes no sense.
     fn start_with<W: Write + Send + 'static>(
         sink: W,
@@ -125,7 +141,7 @@ impl LogWriter {
             failures: AtomicU64::new(0),
         });
         let of_thread = shared.clone();
-        let mut carrier = Carrier { sink, open, mid_line: false, reported: 0, notice };
+        let mut carrier = Carrier { sink, open, used: false, mid_line: false, reported: 0, notice };
         std::thread::Builder::new().name("log-writer".into()).spawn(move || carrier.run(&of_thread))?;
         Ok(Self(shared))
     }
@@ -152,6 +168,18 @@ impl LogWriter {
     /// counted.
     pub fn reopen(&self) {
         self.0.reopen.store(true, Relaxed);
+    }
+
+    /// While it rests, a writer that was started by [`LogWriter::start_later`] has its file open no longer than it writes.
+    pub fn rest(&self, rests: bool) {
+        self.0.lock().rests = rests;
+        self.0.filled.notify_one();
+    }
+
+    /// Whether it rests.
+    #[must_use]
+    pub fn is_resting(&self) -> bool {
+        self.0.lock().rests
     }
 
     /// How many lines were dropped.
@@ -189,10 +217,49 @@ impl LogWriter {
     }
 }
 
+/// A file that is opened by whoever writes to it.
+struct Later {
+    target: Target,
+    file: Option<File>,
+    /// When to try again to open it.
+    again: Option<Instant>,
+}
+
+impl Later {
+    fn open(&mut self) -> io::Result<&mut File> {
+        if self.again.is_some_and(|again| Instant::now() < again) {
+            return Err(ErrorKind::NotConnected.into());
+        }
+        let opened = match self.file.take() {
+            Some(file) => file,
+            None => self.target.open().inspect_err(|error| {
+                if self.again.is_none() {
+                    tracing::error!(file = ?self.target, %error, "a log is not written: it can't be opened");
+                }
+                self.again = Some(Instant::now() + OPEN_PAUSE);
+            })?,
+        };
+        self.again = None;
+        Ok(self.file.insert(opened))
+    }
+}
+
+impl Write for Later {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.open()?.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// The thread's side.
 struct Carrier<W, O> {
     sink: W,
     open: O,
+    /// Whether something was written since the target was opened.
+    used: bool,
     /// Whether the last write broke off inside a line.
     mid_line: bool,
     /// How many dropped lines a notice has told of.
@@ -208,6 +275,12 @@ impl<W: Write, O: Fn() -> io::Result<Option<W>>> Carrier<W, O> {
             pending.writing = false;
             shared.emptied.notify_all();
             while pending.bytes.is_empty() && !pending.closed {
+                if pending.rests && std::mem::take(&mut self.used) {
+                    drop(pending);
+                    self.reopen(shared);
+                    pending = shared.lock();
+                    continue;
+                }
                 pending = shared.filled.wait(pending).unwrap_or_else(PoisonError::into_inner);
             }
             if pending.bytes.is_empty() {
@@ -224,6 +297,7 @@ impl<W: Write, O: Fn() -> io::Result<Option<W>>> Carrier<W, O> {
             if shared.reopen.swap(false, Relaxed) {
                 self.reopen(shared);
             }
+            self.used = true;
             self.carry_out(&batch, shared);
             batch.clear();
             batch.shrink_to(BUFFER_KEPT_BYTES);
