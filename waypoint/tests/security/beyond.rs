@@ -11,7 +11,7 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
-use crate::chain::{Lab, echo, external, free, mesh_config};
+use crate::lab::{Lab, checks, echo, external, free, limits, mesh_config};
 
 /// A waypoint before `shop`, whose routes lead to `other`.
 async fn lab(routes: &str, guards: &str) -> Lab {
@@ -431,6 +431,33 @@ spec: {pathNormalization: {normalization: MERGE_SLASHES}}
     }
 }
 
+#[tokio::test]
+async fn a_path_that_a_route_makes_and_that_has_no_safe_reading_goes_nowhere() {
+    let routes = "
+  - match: [{uri: {prefix: /open}}]
+    rewrite: {uri: '/a%0'}
+    route: [{destination: {host: shop.example}}]
+  - match: [{uri: {prefix: /regex}}]
+    rewrite: {uriRegexRewrite: {match: '^/regex(.*)$', rewrite: '/a%\\1'}}
+    route: [{destination: {host: shop.example}}]
+  - match: [{uri: {prefix: /none}}]
+    rewrite: {uriRegexRewrite: {match: '^/none/(.*)$', rewrite: '\\1'}}
+    route: [{destination: {host: shop.example}}]
+";
+    let lab = lab(routes, "").await;
+    for (path, status, what) in [
+        ("/open0", 400, "a NUL that nobody wrote"),
+        ("/open1", 200, "another character"),
+        ("/regex00", 400, "the same by an expression"),
+        ("/regex2fb", 200, "a slash"),
+        ("/none/a", 500, "no path"),
+        ("/none//a", 200, "a path"),
+    ] {
+        let (got, _, body) = lab.ask("GET", path, &[], "").await;
+        assert_eq!(got, status, "{what}: {body}");
+    }
+}
+
 /// An authorizer over HTTP that gives what it lets pass an `x-credential`.
 const INJECTING: &str = "
   - name: web
@@ -523,6 +550,50 @@ spec:
     let lab = lab_to(&other, authorizer, routes, &guards).await;
     assert_eq!(lab.ask("GET", "/own", &[], "").await.0, 200);
     assert_eq!(lab.ask("GET", "/", &[], "").await.0, 403);
+}
+
+#[tokio::test]
+async fn workloads_are_asked_about_what_a_rate_limit_service_has_added() {
+    let Some(checks) = checks().await else { return };
+    // What is at one address is one workload.
+    let (to, _) = recorder("127.0.0.2:0", "").await;
+    let other = external("other", "240.240.0.9", "http", to).replace("use-waypoint", "none");
+    let other = other.replace("address: 127.0.0.2", "address: 127.0.0.2, labels: {app: other}");
+    let rest = "
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: other, namespace: shop}
+spec:
+  selector: {matchLabels: {app: other}}
+  action: DENY
+  rules: [{when: [{key: \"request.headers[x-credential]\", values: [secret]}]}]
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: shop, namespace: shop}
+spec:
+  hosts: [shop.example]
+  http:
+  - match: [{uri: {prefix: /own}}]
+    route: [{destination: {host: shop.example}}]
+  - route: [{destination: {host: other.example}}]
+";
+    for (added, status) in [("secret", 403), ("nothing", 200)] {
+        let limit = limits(&format!(
+            "
+  global: {{service: authz.example, port: 80, domain: shop, timeout: 5s, onFailure: Deny}}
+  limits:
+  - name: all
+    by: [{{type: Constant, name: add, value: {added}}}, {{type: Constant, name: limit, value: \"9\"}}]
+    global: {{}}
+"
+        ));
+        let lab = Lab::with(checks.grpc, free(), &[&*other, rest, &limit].concat()).await;
+        let (own, _, body) = lab.ask("GET", "/own", &[], "").await;
+        assert_eq!((own, body.contains(&format!("x-credential: {added}"))), (200, true), "{body}");
+        assert_eq!(lab.ask("GET", "/", &[], "").await.0, status, "{added}");
+    }
 }
 
 #[tokio::test]

@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use waypoint::providers::fetch::{Fetch, FetchError, Network};
 
-use crate::chain::free;
+use crate::lab::free;
 
 const SOON: Duration = Duration::from_secs(30);
 

@@ -11,6 +11,7 @@
 mod beyond;
 mod chain;
 mod fetch;
+mod lab;
 mod peers;
 mod redis;
 mod told;

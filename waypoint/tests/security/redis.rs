@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::net::TcpStream;
 
-use crate::chain::{Lab, free, limits};
+use crate::lab::{Lab, free, limits};
 
 /// A program, until this is dropped.
 struct Running(Child);

@@ -1,122 +1,18 @@
 //! What is told of requests and connections, over real connections: response flags as Envoy has them, each provoked; entries
 //! for a service that takes access logs (`checks/`, of Envoy's own messages); why each of them went as it did.
 
-use std::io::Write;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use balance::Client;
-use balance::requests::Origin;
-use config::compile::Options;
-use config::repository::{Content, Repository};
-use model::{Mesh, SpiffeId};
-use process::logs::{Format, LogWriter};
-use process::metrics::{Format as TextFormat, Registry};
+use process::metrics::Format as TextFormat;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio_util::sync::CancellationToken;
-use waypoint::deciding::Deciding;
-use waypoint::guards::Guards;
-use waypoint::http::decide::Connection;
-use waypoint::http::io::Io;
-use waypoint::http::{Settings, Worker, serve};
-use waypoint::telemetry::{Exporters, Settings as Told, Telemetry, ThroughMesh};
-use waypoint::upstream::{ClusterLimits, Clusters};
+use waypoint::http::Settings;
 
-use crate::chain::{NoKeys, NoTunnels, VIP, checks, custom, echo, external, free, limits, mesh_config};
-
-const LONG: Duration = Duration::from_secs(60);
-
-/// Keeps what is written.
-#[derive(Clone, Default)]
-struct Kept(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Kept {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
-/// A waypoint before services, in the test's own process, with all that it tells.
-struct Lab {
-    address: SocketAddr,
-    deciding: Deciding,
-    registry: Registry,
-    writer: LogWriter,
-    kept: Kept,
-    _worker: Arc<Worker>,
-}
+use crate::lab::{LONG, Lab, VIP, checks, custom, echo, external, free, limits, mesh_config};
 
 impl Lab {
-    async fn new(resources: &str, settings: Settings) -> Self {
-        let gateway = "
----
-apiVersion: gateway.networking.k8s.io/v1
-kind: Gateway
-metadata: {name: waypoint, namespace: shop}
-spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}
-";
-        let text = [gateway, resources].concat();
-        let mut repository = Repository::new(Options::default());
-        repository.stage(&"lab.yaml".into(), Content::Bytes(text.as_bytes()));
-        let outcome = repository.commit();
-        let errors = repository.diagnostics().into_iter();
-        let errors: Vec<_> = errors
-            .filter(|d| d.severity == config::diagnostic::Severity::Error)
-            .map(|d| d.to_string())
-            .collect();
-        assert!(errors.is_empty(), "{errors:#?}");
-        let here = tokio::runtime::Handle::current();
-        let (registry, kept) = (Registry::new(), Kept::default());
-        let writer =
-            LogWriter::start_on(kept.clone(), 1 << 20, |lines| format!("{lines} dropped\n")).unwrap();
-        let collectors = Arc::new(ThroughMesh::new(here.clone()));
-        let exporters = Exporters::new(here.clone(), collectors.clone(), "waypoint", "shop");
-        let told = Told { access_log: Some(Format::Json), ..Told::default() };
-        let told = Telemetry::new(&registry, told, writer.clone(), exporters);
-        let client = Client {
-            locality: Arc::default(),
-            node: "".into(),
-            cluster: "".into(),
-            network: "".into(),
-            address: "127.0.0.1".parse().unwrap(),
-        };
-        let origin = Origin { client, labels: Arc::default() };
-        let clusters = Clusters::new(origin, ClusterLimits::default(), Arc::new(NoTunnels));
-        let own = model::http::WaypointKey { namespace: "shop".into(), name: "waypoint".into() };
-        let guards = Arc::new(Guards::fetching(Arc::new(NoKeys), here));
-        let deciding = Deciding::new(own, "".into(), clusters, told, guards);
-        collectors.follow(&deciding);
-        deciding.update(Arc::new(Mesh::default().apply(outcome.changes)));
-        let worker = Worker::new(Arc::new(deciding.clone()), settings, CancellationToken::new());
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let serving = Arc::clone(&worker);
-        let identity: SpiffeId = "spiffe://cluster.local/ns/web/sa/front".parse().unwrap();
-        let identity = Arc::new(identity);
-        tokio::spawn(async move {
-            while let Ok((stream, client)) = listener.accept().await {
-                let facts = Connection {
-                    client,
-                    destination: SocketAddr::new(VIP.parse().unwrap(), 80),
-                    identity: Some(identity.clone()),
-                    server_name: None,
-                    secure: false,
-                    said: None,
-                };
-                tokio::spawn(serve(Arc::clone(&serving), Io::Tcp(stream), facts));
-            }
-        });
-        Self { address, deciding, registry, writer, kept, _worker: worker }
-    }
-
     /// Sends these bytes on a connection of its own, and reads until it ends or has all of a response without a body; the
     /// status.
     async fn send(&self, text: &str) -> u16 {

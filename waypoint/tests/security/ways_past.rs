@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::chain::{Lab, free, limits};
+use crate::lab::{Lab, free, limits};
 
 const DENY: &str = "
 ---

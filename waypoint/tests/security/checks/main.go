@@ -92,6 +92,9 @@ func (c *counter) ShouldRateLimit(_ context.Context, in *ratelimit.RateLimitRequ
 				number, _ := strconv.Atoi(entry.GetValue())
 				limit = uint32(number)
 			}
+			if entry.GetKey() == "add" {
+				out.RequestHeadersToAdd = []*core.HeaderValue{{Key: "x-credential", Value: entry.GetValue()}}
+			}
 		}
 		c.seen[key] += max(in.GetHitsAddend(), 1)
 		one := &ratelimit.RateLimitResponse_DescriptorStatus{
