@@ -1,6 +1,7 @@
 //! A network of in-memory streams: a connector whose connections are served by this crate's own server.
 #![allow(dead_code)]
 
+pub mod handed;
 pub mod raw;
 
 use std::convert::Infallible;
