@@ -83,7 +83,7 @@ codes! {
     UnsupportedVersion = "unsupported-version", Error, "The kind is not read in this version of its group.";
     DuplicateObject = "duplicate-object", Error, "Two objects have the same kind, namespace and name; the first stays in force.";
     LastGoodVersion = "last-good-version", Warning, "An object or file has errors, and what it was before stays in force.";
-    FailsClosed = "fails-closed", Error, "A policy has errors, and nothing is known of it from before: what it is for is closed until it is corrected.";
+    FailsClosed = "fails-closed", Error, "A policy or namespace has errors, and nothing is known of it from before: what it is for is closed until it is corrected.";
     SidecarNamespace = "sidecar-namespace", Info, "The namespace is set up for sidecars; its pods are left alone.";
     UnknownLabelValue = "unknown-label-value", Warning, "A label that the mesh reads has a value that means nothing to it.";
     MisspeltKey = "misspelt-key", Warning, "The key of a label or annotation looks like one that is read, and is none.";

@@ -14,6 +14,7 @@ use crate::kinds::{
     EndpointSlice, Namespace, Node, Pod, Service, ServiceAccount, endpoint_slice, foreign, namespace, node,
     pod, service, service_account,
 };
+use crate::labels::Labels;
 use crate::metadata::{self, Metadata};
 use crate::policy::authorization::{self, PolicyScope};
 use crate::policy::{
@@ -158,6 +159,13 @@ impl Resource {
                     _ => PolicyScope::Targets(Box::default()),
                 };
                 Some(Self::RateLimit(Box::new(RateLimit::closed(scope))))
+            }
+            (Kind::Namespace, read) => {
+                let labels = match read {
+                    Some(Self::Namespace(read)) => read.labels,
+                    _ => Labels::default(),
+                };
+                Some(Self::Namespace(Box::new(Namespace::closed(labels))))
             }
             _ => None,
         }

@@ -4,7 +4,8 @@
 //!   force. So a half-written file changes nothing.
 //! * An object with errors keeps its last good version in force; a new one with errors is not in force.
 //! * In the first batch nobody can tell what was in force before. There, a policy with errors is represented by one
-//!   that fails closed for its scope, for those who go on at all: a proxy does not start on such files.
+//!   that fails closed for its scope, for those who go on at all: a proxy does not start on such files. So is a namespace:
+//!   its connections are encrypted, whatever the mesh says of those within a node.
 //! * An object that is gone from its file is removed, unless something might be it: in the file a document whose name
 //!   cannot be read; in any file an object of its name with errors; in the files that changed with it, one that cannot
 //!   be taken, or that holds a document whose name cannot be read. So what moves to another file, and breaks on the

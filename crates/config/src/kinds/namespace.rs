@@ -27,6 +27,15 @@ pub struct Namespace {
     pub node_local: Option<NodeLocal>,
 }
 
+impl Namespace {
+    /// What stands in for one with errors: its labels hold, as far as they could be read, and its connections are encrypted,
+    /// where the mesh's word may be that those of a node are not.
+    #[must_use]
+    pub fn closed(labels: Labels) -> Self {
+        Self { labels, distribution: None, node_local: Some(NodeLocal::Encrypted) }
+    }
+}
+
 static SCHEMA: Schema = Schema {
     name: "Namespace",
     fields: &[

@@ -242,14 +242,8 @@ impl File {
                         all.push(about(Code::LastGoodVersion, message, String::new()));
                     }
                     State::StandIn => {
-                        let effect = match held.key.kind {
-                            Kind::PeerAuthentication => "only connections with an identity are let in",
-                            _ => "every connection is refused",
-                        };
-                        let message =
-                            format!("the policy has errors; until it is corrected, {effect} where it is for");
-                        let remedy = "correct the policy, or remove it".to_owned();
-                        all.push(about(Code::FailsClosed, message, remedy));
+                        let (message, remedy) = closed(held.key.kind);
+                        all.push(about(Code::FailsClosed, message, remedy.to_owned()));
                     }
                     State::Shadowed => {
                         let place = match elsewhere(&held.key) {
@@ -278,6 +272,21 @@ impl File {
         }
         all
     }
+}
+
+/// What holds in the place of an object of this kind that has errors, and what to do.
+fn closed(kind: Kind) -> (String, &'static str) {
+    let effect = match kind {
+        Kind::Namespace => {
+            let message = "the namespace has errors; until it is corrected, its labels hold, and its connections are encrypted \
+                           within a node too";
+            return (message.to_owned(), "correct the namespace");
+        }
+        Kind::PeerAuthentication => "only connections with an identity are let in",
+        _ => "every connection is refused",
+    };
+    let message = format!("the policy has errors; until it is corrected, {effect} where it is for");
+    (message, "correct the policy, or remove it")
 }
 
 impl Document {
