@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::fixture::{
-    Case, FakeZtunnel, block_on, dial, each_case, echo, greeting, in_time, start_app, two_nodes,
+    Case, FakeZtunnel, block_on, dial, each_case, echo, greeting, in_time, start_app, two_nodes, works,
 };
 
 const NAMESPACE: &str = "CULVERT_TEST_ZTUNNEL_NAMESPACE";
@@ -293,4 +293,55 @@ fn a_process_that_takes_the_ports_of_ztunnel_gets_nothing() {
             assert_eq!(dialled, Err(io::ErrorKind::ConnectionRefused), "{to}");
         }
     });
+}
+
+/// What ztunnel carries must not go on past it when another back-end takes the place of the one that brought it there.
+#[test]
+fn a_change_of_the_back_end_lets_nothing_pass() {
+    const NAME: &str = "a_change_of_the_back_end_lets_nothing_pass";
+    each_case(NAME, async |case: Case| {
+        for after in Backend::ALL.into_iter().filter(|after| *after != case.backend && works(NAME, *after)) {
+            replaced(case, Case { backend: after, ..case }).await;
+        }
+    });
+}
+
+async fn replaced(before: Case, after: Case) {
+    let lab = two_nodes();
+    let (server, client) = (lab.pod("server"), lab.pod("client"));
+    start_app(&server.netns, 8080);
+    start_app(&client.netns, 9090);
+    let ztunnel = FakeZtunnel::start(&server.netns);
+    let (rules, capture) = (Rules::default(), after.capture());
+    before.capture().install(&server.netns, &rules).unwrap();
+    let mut inbound = dial(&client.netns, before.addr(server, 8080)).await.unwrap();
+    greeting(&mut inbound).await;
+    assert!(ztunnel.took().await.inbound);
+    let mut outbound = dial(&server.netns, before.addr(client, 9090)).await.unwrap();
+    greeting(&mut outbound).await;
+    assert!(!ztunnel.took().await.inbound);
+
+    // The application's own connection has this port; ztunnel's beyond it has another.
+    let own = format!("tcp port {}", outbound.local_addr().unwrap().port());
+    let goes_on = before.backend == Backend::Ebpf || after.backend != Backend::Ebpf;
+    let seen = on_the_link(&lab, &own, async {
+        capture::replace(&*capture, before.backend, &server.netns, &rules).unwrap();
+        for stream in [&mut inbound, &mut outbound] {
+            if goes_on {
+                echo(stream, "this goes on").await;
+            } else {
+                let _ = stream.write_all(b"this must not go on").await;
+                in_time(stream.read_u8()).await.unwrap_err();
+            }
+        }
+    });
+    assert_eq!(seen.await, 0, "{before:?} {after:?}");
+
+    assert!(capture.verify(&server.netns, &rules).unwrap().is_none());
+    let mut inbound = dial(&client.netns, before.addr(server, 8080)).await.unwrap();
+    greeting(&mut inbound).await;
+    assert!(ztunnel.took().await.inbound);
+    let mut outbound = dial(&server.netns, before.addr(client, 9090)).await.unwrap();
+    greeting(&mut outbound).await;
+    assert!(!ztunnel.took().await.inbound);
 }
