@@ -156,6 +156,11 @@ fn descriptors(gauge: Register<'_>, counter: Register<'_>) {
         "Times that data was copied because there was no pipe for it",
         Box::new(|_, _| net::pipes().without),
     );
+    gauge(
+        "culvert_sockets_in_stock",
+        "Sockets made in advance in the namespaces of pods that connect, or are connected to, often",
+        Box::new(|_, _| net::sockets_in_stock() as u64),
+    );
 }
 
 /// What waits in tunnels, of both directions.

@@ -374,7 +374,10 @@ async fn look_after(proxy: Arc<Proxy>) {
     let mut certificates = Renewals::default();
     loop {
         tokio::select! {
-            _ = settle.tick() => proxy.registry.settle(),
+            _ = settle.tick() => {
+                proxy.registry.settle();
+                proxy.locals.tidy();
+            }
             _ = renewals.tick() => certificates.follow(&proxy),
             _ = sweep.tick() => {
                 let mesh = proxy.state.mesh_owned();

@@ -28,6 +28,7 @@ mod scratch;
 pub mod seqpacket;
 pub mod sock_diag;
 mod socket;
+mod stock;
 pub mod sysctl;
 mod udp;
 
@@ -46,4 +47,5 @@ pub use socket::{
     ConnectOptions, Keepalive, ListenOptions, MARK_MASK, Purpose, SocketError, Step, ZTUNNEL_MARK, connect,
     listen, reset, unacknowledged,
 };
+pub use stock::sockets_in_stock;
 pub use udp::{Datagram, DatagramOptions, ProxyUdpSocket};

@@ -23,6 +23,9 @@ use std::sync::Arc;
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::stat::fstat;
 use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
+use socket2::{Domain, Socket};
+
+use crate::stock::{self, Stock};
 
 /// Why a network namespace could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -88,10 +91,16 @@ impl fmt::Debug for NetnsId {
 /// An open network namespace. Cheap to clone: clones share the descriptor.
 #[derive(Clone)]
 pub struct Netns {
-    file: Arc<OwnedFd>,
+    held: Arc<Held>,
     id: NetnsId,
     /// What it was opened by, for messages.
     name: Arc<Path>,
+}
+
+/// What the clones share.
+struct Held {
+    file: OwnedFd,
+    stock: Stock,
 }
 
 impl Netns {
@@ -158,7 +167,8 @@ impl Netns {
             return Err(OpenError::NotANetworkNamespace { path: path.into() });
         }
         let stat = fstat(&fd).map_err(failed)?;
-        Ok(Self { file: Arc::new(fd), id: NetnsId { dev: stat.st_dev, ino: stat.st_ino }, name: path.into() })
+        let held = Arc::new(Held { file: fd, stock: Stock::default() });
+        Ok(Self { held, id: NetnsId { dev: stat.st_dev, ino: stat.st_ino }, name: path.into() })
     }
 
     /// Its identity.
@@ -203,10 +213,29 @@ impl Netns {
         if !home.may_return {
             return self.run_on_new_thread(work);
         }
-        enter(self.file.as_fd())?;
+        enter(self.held.file.as_fd())?;
         PLACE.set(Some(Place { netns: self.clone(), may_return: true }));
         let _return = Return { home };
         Ok(work())
+    }
+
+    /// A TCP socket of the namespace, neither bound nor connected, that does not block: from stock, or new.
+    ///
+    /// # Errors
+    /// As [`Netns::run`]; and, inside, those of `socket(2)`.
+    pub(crate) fn tcp_socket(&self, domain: Domain) -> io::Result<io::Result<Socket>> {
+        let count = match self.held.stock.take(domain) {
+            Ok(socket) => return Ok(Ok(socket)),
+            Err(count) => count,
+        };
+        let made = self.run(|| stock::make(domain, count))?;
+        let one = made.map(|made| self.held.stock.put(domain, made));
+        Ok(one.and_then(|one| one.ok_or_else(|| io::ErrorKind::Other.into())))
+    }
+
+    /// Lets go of sockets that were made in advance, if nobody needs them now: to be called now and then.
+    pub fn tidy(&self) {
+        self.held.stock.tidy();
     }
 
     fn run_on_new_thread<T, F>(&self, work: F) -> io::Result<T>
@@ -217,7 +246,7 @@ impl Netns {
         std::thread::scope(|scope| {
             let thread = std::thread::Builder::new().name("netns".into());
             let handle = thread.spawn_scoped(scope, || {
-                enter(self.file.as_fd())?;
+                enter(self.held.file.as_fd())?;
                 PLACE.set(Some(Place { netns: self.clone(), may_return: false }));
                 Ok(work())
             })?;
@@ -228,7 +257,7 @@ impl Netns {
 
 impl AsFd for Netns {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+        self.held.file.as_fd()
     }
 }
 

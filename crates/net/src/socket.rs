@@ -305,7 +305,7 @@ fn begin(socket: &Socket, target: SocketAddr) -> io::Result<bool> {
 
 /// A socket with all its options and its source, ready to connect to `target`.
 fn outgoing(netns: &Netns, options: &ConnectOptions, target: SocketAddr) -> Result<Socket, Failure> {
-    let socket = new_socket(netns, target, Type::STREAM)?;
+    let socket = netns.tcp_socket(Domain::for_address(target)).at(Step::Enter)?.at(Step::Socket)?;
     set_common(&socket, options.mark, options.nodelay, options.keepalive, options.user_timeout)?;
     if options.unpaced {
         send_unpaced(&socket);

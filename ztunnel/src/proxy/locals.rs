@@ -30,6 +30,12 @@ impl Locals {
         Served { locals: self.clone(), pod }
     }
 
+    /// Lets go of what was made in advance for pods that don't need it now.
+    pub fn tidy(&self) {
+        let pods = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        pods.values().flatten().for_each(|pod| pod.netns.tidy());
+    }
+
     /// The pod that is `workload`, is served under its address `ip`, and really has it: a connection that is made there
     /// from inside the pod's namespace ends in the pod.
     pub fn find(&self, mesh: &Mesh, workload: &Workload, ip: IpAddr) -> Option<Arc<LocalPod>> {
