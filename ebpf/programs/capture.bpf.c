@@ -487,14 +487,15 @@ int arriving(struct __sk_buff *skb)
 		mark(skb, MARK_GRANTED);
 	if (!(s->flags & CAPTURING) || !opens(&p))
 		return TC_ACT_UNSPEC;
-	find_all(skb, s);
-	struct Connection key;
-	connection(&key, &p, 0);
-	bpf_map_delete_elem(&delivered, &key);
+	/* The choice of a socket comes to the same, at once. If it doesn't, the listeners are looked for when it is sent again. */
 	if (proof == PROVEN && is_granted(skb->ifindex, p.destination, p.destination_port, p.source)) {
 		count(COUNT_GRANTED);
 		return TC_ACT_UNSPEC;
 	}
+	find_all(skb, s);
+	struct Connection key;
+	connection(&key, &p, 0);
+	bpf_map_delete_elem(&delivered, &key);
 	if (!for_arriving(s, skb->ifindex, p.source, p.destination_port, &listener))
 		return TC_ACT_UNSPEC;
 	if (astray(skb, &p, 0)) {
