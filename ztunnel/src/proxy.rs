@@ -251,20 +251,17 @@ impl Proxy {
         }
     }
 
-    /// Tells the balancer that the route's endpoint did not answer. Returns it when another one is worth a try.
+    /// Tells the balancer that the route's endpoint did not answer. Returns it when another one is to be tried.
     ///
-    /// `ahead`: see [`Failure::worth_another_endpoint`].
+    /// `ahead`: whether something was sent to it.
     pub fn not_reached(&self, route: &Route, failure: &Failure, ahead: bool) -> Option<Str> {
-        if !failure.worth_another_endpoint(false) {
+        if !failure.worth_another_endpoint() {
             return None;
         }
         let picked = route.target().picked.as_ref()?;
         picked.report_failure(self.started.elapsed());
-        // A waypoint of another make may have passed on what was sent ahead before it fails the request.
-        let passed_on = ahead
-            && matches!(failure, Failure::PeerStatus(_))
-            && matches!(route, Route::Tunnel { waypoint: true, .. });
-        (failure.worth_another_endpoint(ahead) && !passed_on).then(|| picked.workload().uid.clone())
+        let waypoint = matches!(route, Route::Tunnel { waypoint: true, .. });
+        failure.elsewhere(ahead, waypoint).then(|| picked.workload().uid.clone())
     }
 
     /// Whether an inbound connection may still go on: its policy, and the root that its peer's certificate hangs on.

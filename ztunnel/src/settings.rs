@@ -53,9 +53,36 @@ pub struct Flags {
     /// there: inside a data centre a timer for each segment costs a third of the throughput. For links that lose packets
     #[arg(long, env = "CULVERT_PACE_TUNNELS")]
     pub pace_tunnels: bool,
+    /// To whom what an application says first is sent right behind the CONNECT, without a wait for the answer: a round trip
+    /// less where clients speak first. Some Envoys refuse such a CONNECT (`reject_early_connect_data`)
+    #[arg(long, env = "CULVERT_EARLY_DATA", value_enum, default_value = "always", value_name = "PEERS")]
+    pub early_data: EarlyData,
     /// What all of the project's binaries understand.
     #[command(flatten)]
     pub shared: process::settings::RawSettings,
+}
+
+/// Peers that are sent data ahead of their answer to a CONNECT.
+#[derive(clap::ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum EarlyData {
+    /// All
+    #[default]
+    Always,
+    /// Those that are the destination itself, and no waypoints
+    Workloads,
+    /// None
+    Never,
+}
+
+impl EarlyData {
+    /// Whether a peer, which may be a `waypoint`, is sent some.
+    pub fn to(self, waypoint: bool) -> bool {
+        match self {
+            Self::Always => true,
+            Self::Workloads => !waypoint,
+            Self::Never => false,
+        }
+    }
 }
 
 impl Flags {
@@ -96,6 +123,8 @@ pub struct Limits {
     pub memory: hbone::Memory,
     /// Whether what is sent between nodes is paced, see [`Flags::pace_tunnels`].
     pub pace_tunnels: bool,
+    /// Who is sent data ahead of an answer, see [`Flags::early_data`].
+    pub early_data: EarlyData,
 }
 
 impl Limits {
@@ -121,6 +150,7 @@ impl Limits {
             room: RoomLimits { per_pod: part(8, 256, 100_000), descriptors: part(2, 512, 1 << 23) },
             memory: hbone::Memory::of_process(),
             pace_tunnels: false,
+            early_data: EarlyData::default(),
         }
     }
 
@@ -129,7 +159,7 @@ impl Limits {
         let limits = Self::for_descriptors(net::limits::descriptors().unwrap_or(1024));
         let bytes = flags.tunnel_memory.and_then(|mib| usize::try_from(u64::from(mib) << 20).ok());
         let memory = bytes.map_or(limits.memory, hbone::Memory::with_limit);
-        Self { memory, pace_tunnels: flags.pace_tunnels, ..limits }
+        Self { memory, pace_tunnels: flags.pace_tunnels, early_data: flags.early_data, ..limits }
     }
 }
 

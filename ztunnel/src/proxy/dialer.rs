@@ -115,8 +115,8 @@ impl Tunnels {
 
 impl Proxy {
     /// Opens a tunnel to `authority` over a pooled connection of `key`, and sends ahead what the application at `client`
-    /// has to say until the peer consents. `early` is what was sent so to another peer, in vain, and afterwards what was
-    /// sent to this one.
+    /// has to say until the peer consents; nothing without it. `early` is what was sent so to another peer, in vain, and
+    /// afterwards what was sent to this one.
     ///
     /// # Errors
     /// The peer can't be reached, isn't who it should be, or refuses.
@@ -125,16 +125,17 @@ impl Proxy {
         key: &TunnelKey,
         authority: SocketAddr,
         headers: TunnelHeaders,
-        (client, early): (&mut TcpStream, &mut BytesMut),
+        (client, early): (Option<&mut TcpStream>, &mut BytesMut),
     ) -> Result<(hbone::Tunnel, Arc<PeerInfo>), Failure> {
         let to = key.to.socket_addr();
         let authority = Authority::from_addr(authority)
             .ok_or_else(|| Failure::Connect { to: authority, reason: "port 0".into() })?;
-        let request = ConnectRequest { authority, headers };
-        match self.tunnels.here().open_early(key, &request, client, early).await {
-            Ok(opened) => Ok((opened.tunnel, opened.peer)),
-            Err(error) => Err(failure(to, error)),
-        }
+        let (request, pool) = (ConnectRequest { authority, headers }, self.tunnels.here());
+        let opened = match client {
+            Some(client) => pool.open_early(key, &request, client, early).await,
+            None => pool.open(key, &request).await,
+        };
+        opened.map(|opened| (opened.tunnel, opened.peer)).map_err(|error| failure(to, error))
     }
 }
 

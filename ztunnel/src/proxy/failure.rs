@@ -162,13 +162,62 @@ impl Failure {
     }
 
     /// Whether another endpoint of the same service may fare better. Policy and what is malformed do not change
-    /// with the endpoint. Where something was sent `ahead` of an answer that never came, nobody knows whether the application
-    /// got it, and no other may get it too.
-    pub fn worth_another_endpoint(&self, ahead: bool) -> bool {
+    /// with the endpoint.
+    pub fn worth_another_endpoint(&self) -> bool {
+        matches!(
+            self,
+            Self::Connect { .. }
+                | Self::Tls { .. }
+                | Self::Resolve(..)
+                | Self::PeerStatus(503)
+                | Self::Http2 { .. }
+        )
+    }
+
+    /// Whether another endpoint may be tried, with what was sent `ahead` to this one, which may be a `waypoint`.
+    pub fn elsewhere(&self, ahead: bool, waypoint: bool) -> bool {
+        self.worth_another_endpoint() && !(ahead && self.may_have_passed_on(waypoint))
+    }
+
+    /// Whether something that was sent ahead of the peer's answer may have got to an application: then no other may get
+    /// it too. It may where the answer never came. A ztunnel refuses before it passes anything on; a `waypoint`, of another
+    /// make, may have passed it on before it fails the request.
+    fn may_have_passed_on(&self, waypoint: bool) -> bool {
         match self {
-            Self::Connect { .. } | Self::Tls { .. } | Self::Resolve(..) | Self::PeerStatus(503) => true,
-            Self::Http2 { .. } => !ahead,
+            Self::Http2 { .. } => true,
+            Self::PeerStatus(_) | Self::PeerDenied(_) => waypoint,
+            // There was no tunnel yet.
             _ => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_have_arrived_goes_nowhere_else() {
+        let to: SocketAddr = "10.0.0.1:15008".parse().unwrap();
+        let reason = String::new;
+        // The failure; whether another endpoint is tried with nothing sent, with something sent, and if to a waypoint.
+        for (failure, nothing, something, to_waypoint) in [
+            (Failure::Connect { to, reason: reason() }, true, true, true),
+            (Failure::Tls { to, reason: reason() }, true, true, true),
+            (Failure::Resolve(reason(), reason()), true, true, true),
+            (Failure::PeerStatus(503), true, true, false),
+            (Failure::Http2 { to, reason: reason() }, true, false, false),
+            (Failure::PeerStatus(400), false, false, false),
+            (Failure::PeerStatus(502), false, false, false),
+            (Failure::PeerDenied(401), false, false, false),
+            (Failure::Application(reason()), false, false, false),
+            (Failure::Ahead { to, reason: reason() }, false, false, false),
+            (Failure::Draining, false, false, false),
+        ] {
+            let goes_on = |ahead: bool, waypoint| failure.elsewhere(ahead, waypoint);
+            let all = [goes_on(false, false), goes_on(true, false), goes_on(true, true)];
+            assert_eq!(all, [nothing, something, to_waypoint], "{failure:?}");
+            assert_eq!(goes_on(false, true), nothing, "{failure:?}");
         }
     }
 }

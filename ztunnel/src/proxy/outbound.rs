@@ -15,7 +15,7 @@ use hbone::{Forwarded, HeaderValue, TunnelHeaders};
 use identity::PeerInfo;
 use model::{OriginalDst, SpiffeId, Workload};
 use net::ConnectOptions;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::dialer::TunnelKey;
@@ -201,7 +201,7 @@ impl<'a> Outbound<'a> {
 
     async fn dial(&self, route: &Route, (client, ahead): Ahead<'_>) -> Result<Upstream, Failure> {
         match route {
-            Route::Tunnel { hbone, authority, expected, .. } => {
+            Route::Tunnel { hbone, authority, expected, waypoint, .. } => {
                 let key = TunnelKey {
                     netns: self.pod.netns.clone(),
                     source: self.identity.clone(),
@@ -210,8 +210,14 @@ impl<'a> Outbound<'a> {
                     to: *hbone,
                 };
                 let headers = self.headers(route);
-                let (tunnel, peer) =
-                    self.proxy.open_tunnel(&key, *authority, headers, (client, ahead)).await?;
+                if self.proxy.limits.early_data.to(*waypoint) {
+                    let ahead = (Some(client), ahead);
+                    let (tunnel, peer) = self.proxy.open_tunnel(&key, *authority, headers, ahead).await?;
+                    return Ok(Upstream::Tunnel(tunnel, peer));
+                }
+                let nothing = (None, &mut BytesMut::new());
+                let (mut tunnel, peer) = self.proxy.open_tunnel(&key, *authority, headers, nothing).await?;
+                self.hand_over(&mut tunnel, hbone.socket_addr(), ahead).await?;
                 Ok(Upstream::Tunnel(tunnel, peer))
             }
             Route::Within { destination, target } => {
@@ -259,7 +265,12 @@ impl<'a> Outbound<'a> {
     }
 
     /// Sends what was meant for a tunnel that was refused.
-    async fn hand_over(&self, server: &mut TcpStream, to: SocketAddr, ahead: &[u8]) -> Result<(), Failure> {
+    async fn hand_over(
+        &self,
+        server: &mut (impl AsyncWrite + Unpin),
+        to: SocketAddr,
+        ahead: &[u8],
+    ) -> Result<(), Failure> {
         if ahead.is_empty() {
             return Ok(());
         }

@@ -13,6 +13,7 @@
     reason = "tests"
 )]
 
+mod ahead;
 mod ending;
 mod endpoints;
 mod enrolment;

@@ -71,6 +71,32 @@ pub fn member(mesh: &Mesh, id: &str) -> Certificate {
     sign(&proper(id), &authority(mesh))
 }
 
+/// What a server proves itself with.
+pub struct Identity(Arc<rustls::ServerConfig>);
+
+impl Identity {
+    /// A proper one of the mesh, that asks clients for nothing. The CA's files have to be there.
+    pub fn of(mesh: &Mesh, id: &str) -> Self {
+        let Certificate { chain, key } = member(mesh, id);
+        let mut config = rustls::ServerConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(chain, key)
+            .unwrap();
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        Self(Arc::new(config))
+    }
+}
+
+/// Secures what was accepted.
+pub async fn secured(
+    stream: TcpStream,
+    identity: &Identity,
+) -> io::Result<tokio_rustls::server::TlsStream<TcpStream>> {
+    timeout(PATIENCE, tokio_rustls::TlsAcceptor::from(identity.0.clone()).accept(stream)).await?
+}
+
 /// Connects and offers `alpn`, with a certificate or without, accepting whoever answers. A server's refusal may
 /// show only at the first read: in TLS 1.3 the client has finished by then.
 pub async fn secure(
