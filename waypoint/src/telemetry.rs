@@ -197,7 +197,7 @@ impl Telemetry {
         counter("culvert_access_log_entries_sent", help, |t| t.exporters.entries().sent.load(Relaxed));
         let help = "Entries that their service did not take";
         counter("culvert_access_log_entries_failed", help, |t| t.exporters.entries().failed.load(Relaxed));
-        let help = "Streams that were opened to services that take access logs";
+        let help = "Streams and connections that were opened to services that take access logs";
         counter("culvert_access_log_streams", help, |t| t.exporters.entries().streams.load(Relaxed));
         let help = "Requests and connections of which no record was kept for culvert why, because there were too many";
         counter("culvert_decisions_passed_over", help, |t| t.recent.passed_over());

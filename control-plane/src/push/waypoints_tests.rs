@@ -5,7 +5,7 @@ use model::http::{
     Backend, Forward, HttpPort, Protocol, Route, RouteMatch, RouteTable, StreamTable, Subset, TokenRule,
     TrafficPolicy, WaypointKey,
 };
-use model::telemetry::{AccessLog, Collector, LogService};
+use model::telemetry::{AccessLog, Collector, LogEntries, LogService};
 use model::{Action, Policy, Scope};
 
 use super::*;
@@ -255,13 +255,8 @@ fn hosts_of_keys_spans_and_logs_are_known_to_waypoints() {
     }));
     let collector =
         |host: &str| Collector { provider: "p".into(), namespace: None, host: host.into(), port: 4317 };
-    let log = LogService {
-        collector: collector("logs"),
-        connections: false,
-        name: "log".into(),
-        request_headers: Box::default(),
-        response_headers: Box::default(),
-    };
+    let log =
+        LogService { collector: collector("logs"), name: "log".into(), entries: LogEntries::Connections };
     let telemetry = Telemetry {
         logs: Some([AccessLog { sink: LogSink::Service(Box::new(log)), filter: None }].into()),
         ..Telemetry::default()

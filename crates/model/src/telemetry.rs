@@ -117,7 +117,7 @@ pub enum LogSink {
         /// What a line looks like.
         format: LogFormat,
     },
-    /// To a service that takes Envoy's access logs over gRPC (ALS, version 3).
+    /// To a service that takes entries over gRPC.
     Service(Box<LogService>),
 }
 
@@ -126,14 +126,31 @@ pub enum LogSink {
 pub struct LogService {
     /// Where it is.
     pub collector: Collector,
-    /// Whether it takes entries of connections of bytes; of requests otherwise.
-    pub connections: bool,
     /// What the log is called.
     pub name: Str,
-    /// Fields of requests that entries show beside those that they have anyway; in lower case.
-    pub request_headers: Box<[Str]>,
-    /// Fields of responses that entries show; in lower case.
-    pub response_headers: Box<[Str]>,
+    /// What it takes.
+    pub entries: LogEntries,
+}
+
+/// Of what a service takes entries, and in which form.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum LogEntries {
+    /// Of requests, as Envoy has them (ALS, version 3).
+    Requests {
+        /// Fields of requests that entries show beside those that they have anyway; in lower case.
+        request_headers: Box<[Str]>,
+        /// Fields of responses that entries show; in lower case.
+        response_headers: Box<[Str]>,
+    },
+    /// Of connections of bytes, as Envoy has them.
+    Connections,
+    /// Of both, as OTLP has them.
+    Otlp {
+        /// A record's text.
+        body: LogText,
+        /// Its attributes.
+        attributes: Box<[(Str, LogText)]>,
+    },
 }
 
 /// How spans are made, and who takes them.
@@ -238,6 +255,12 @@ pub enum LogFormat {
 pub struct LogText {
     source: Str,
     format: Format,
+}
+
+impl std::hash::Hash for LogText {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.source.hash(state);
+    }
 }
 
 impl LogText {

@@ -22,7 +22,8 @@ use std::time::Duration;
 
 use interop::{Envoy, Mesh, PemFiles};
 use tempfile::TempDir;
-use tokio::net::TcpStream;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, sleep, timeout};
 
 const LONG: Duration = Duration::from_secs(60);
@@ -101,10 +102,14 @@ async fn curl(arguments: &[&str]) -> String {
     said
 }
 
+/// A port of which nothing says what is spoken there.
+const UNSAID: &str = "unsaid";
+
 /// A service at one address of loopback.
 fn service(name: &str, vip: &str, port: &str, to: u16, bound: bool) -> String {
     let label = if bound { "istio.io/use-waypoint" } else { "none" };
-    let protocol = port.to_uppercase();
+    let protocol =
+        if port == UNSAID { String::new() } else { format!("protocol: {}, ", port.to_uppercase()) };
     format!(
         "---
 apiVersion: networking.istio.io/v1
@@ -115,7 +120,7 @@ spec:
   addresses: [{vip}]
   location: MESH_EXTERNAL
   resolution: STATIC
-  ports: [{{number: 80, name: {port}, protocol: {protocol}, targetPort: {to}}}]
+  ports: [{{number: 80, name: {port}, {protocol}targetPort: {to}}}]
   endpoints: [{{address: 127.0.0.1}}]
 "
     )
@@ -174,7 +179,7 @@ fn tunneling(files: &PemFiles, front: u16, waypoint: u16) -> String {
 struct Lab {
     front: SocketAddr,
     stats: u16,
-    _waypoint: Running,
+    waypoint: Running,
     _envoy: Envoy,
     _directory: TempDir,
 }
@@ -221,7 +226,7 @@ impl Lab {
             }
         };
         let front = SocketAddr::from(([127, 0, 0, 1], front));
-        Some(Self { front, stats, _waypoint: waypoint, _envoy: envoy, _directory: directory })
+        Some(Self { front, stats, waypoint, _envoy: envoy, _directory: directory })
     }
 
     fn url(&self, path: &str) -> String {
@@ -425,12 +430,18 @@ metadata: {name: mesh}
 spec:
   extensionProviders:
   - {name: otel, opentelemetry: {service: collector.example, port: 80}}
+  - name: otel-logs
+    envoyOtelAls:
+      service: collector.example
+      port: 80
+      logFormat: {text: 'logged %RESPONSE_CODE% %REQ(:PATH)%', labels: {who: '%DOWNSTREAM_PEER_URI_SAN%'}}
 ---
 apiVersion: telemetry.istio.io/v1
 kind: Telemetry
 metadata: {name: all, namespace: istio-system}
 spec:
   tracing: [{providers: [{name: otel}], randomSamplingPercentage: 100}]
+  accessLogging: [{providers: [{name: otel-logs}]}]
 "
         .to_owned(),
     ]
@@ -438,7 +449,7 @@ spec:
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_opentelemetry_collector_takes_the_spans() {
+async fn an_opentelemetry_collector_takes_spans_and_access_logs() {
     let Some(collector) = peer("collector") else { return };
     let (directory, port) = (tempfile::tempdir().unwrap(), harness::port::free());
     let config = format!(
@@ -446,7 +457,9 @@ async fn an_opentelemetry_collector_takes_the_spans() {
 exporters: {{debug: {{verbosity: detailed}}}}
 service:
   telemetry: {{metrics: {{level: none}}}}
-  pipelines: {{traces: {{receivers: [otlp], exporters: [debug]}}}}
+  pipelines:
+    traces: {{receivers: [otlp], exporters: [debug]}}
+    logs: {{receivers: [otlp], exporters: [debug]}}
 "
     );
     std::fs::write(directory.path().join("collector.yaml"), config).unwrap();
@@ -461,10 +474,76 @@ service:
     let begin = Instant::now();
     loop {
         let said = collector.said();
-        if said.contains(trace) && said.contains(parent) && said.contains("/traced?x=y") {
+        let span = said.contains(trace) && said.contains(parent) && said.contains("/traced?x=y");
+        let records =
+            ["Body: Str(logged 200 /traced?x=y)", "-> who: Str(", "-> log_name: Str(otel_envoy_accesslog)"];
+        if span && records.iter().all(|part| said.contains(part)) {
             return;
         }
         assert!(begin.elapsed() < LONG, "the collector has no such span:\n{said}\n{}", lab.metrics().await);
         sleep(Duration::from_millis(100)).await;
     }
+}
+
+const SHORT: &str = "---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: shop, namespace: interop}
+spec: {host: shop.example, trafficPolicy: {connectionPool: {tcp: {maxConnectionDuration: 2s}}}}
+---
+apiVersion: mesh.istio.io/v1alpha1
+kind: MeshConfig
+metadata: {name: mesh}
+spec: {accessLogFile: /dev/stdout, accessLogFormat: 'flags=%RESPONSE_FLAGS% %BYTES_SENT%'}
+";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_of_bytes_is_as_long_as_it_may_be_and_its_line_says_so() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let to = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let (mut reader, mut writer) = stream.split();
+                let _ = tokio::io::copy(&mut reader, &mut writer).await;
+            });
+        }
+    });
+    let Some(lab) = Lab::start("tcp", to, SHORT).await else { return };
+    let mut client = TcpStream::connect(lab.front).await.unwrap();
+    client.write_all(b"abc").await.unwrap();
+    let mut got = Vec::new();
+    // An end or a reset.
+    let _ = timeout(LONG, client.read_to_end(&mut got)).await.expect("it ends");
+    assert_eq!(got, b"abc");
+    let begin = Instant::now();
+    while !lab.waypoint.said().contains("flags=DT 3") {
+        assert!(begin.elapsed() < LONG, "{}", lab.waypoint.said());
+        sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_speaks_first_is_heard_where_nothing_says_what_it_speaks() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let to = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                stream.write_all(b"220 speak\r\n").await.unwrap();
+                let mut said = [0; 6];
+                stream.read_exact(&mut said).await.unwrap();
+                stream.write_all(&said).await.unwrap();
+            });
+        }
+    });
+    let Some(lab) = Lab::start(UNSAID, to, "").await else { return };
+    let mut client = TcpStream::connect(lab.front).await.unwrap();
+    let mut heard = [0; 11];
+    timeout(LONG, client.read_exact(&mut heard)).await.expect("it speaks").unwrap();
+    assert_eq!(&heard, b"220 speak\r\n");
+    client.write_all(b"HELO\r\n").await.unwrap();
+    let mut rest = Vec::new();
+    timeout(LONG, client.read_to_end(&mut rest)).await.expect("it ends").unwrap();
+    assert_eq!(rest, b"HELO\r\n");
 }

@@ -3,8 +3,8 @@
 //! A request never waits for a collector. What finds a queue full is dropped and counted; a batch that is not taken is
 //! not sent again, since whoever takes spans would rather miss some than get them late and all at once.
 
-mod otlp;
-mod send;
+pub(super) mod otlp;
+pub(super) mod send;
 mod zipkin;
 
 use std::collections::HashMap;
@@ -335,7 +335,7 @@ fn tag_value(tag: &SpanTag, ended: &Ended<'_>) -> Option<String> {
 }
 
 /// Nanoseconds since 1970.
-fn nanos(time: SystemTime) -> u64 {
+pub(super) fn nanos(time: SystemTime) -> u64 {
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -1,11 +1,12 @@
-//! Services that take access logs over gRPC (Envoy's ALS, version 3): a queue for each, and one stream at a time that goes
-//! on for as long as the service takes it.
+//! Services that take access logs over gRPC: a queue for each, and one stream (Envoy's ALS, version 3) or one connection
+//! with a call for each batch (OTLP) at a time, that go on for as long as the service takes them.
 //!
 //! A request never waits for a service. The queue has a limit of entries and of bytes; what finds it full is dropped and
-//! counted. A batch that a stream does not take is sent once more by a new one, which is all that can be done: the protocol
-//! has no acknowledgements. After that a service is left alone for a while.
+//! counted. A batch that is not taken is sent once more on a new connection: streams have no acknowledgements. After that a
+//! service is left alone for a while.
 
 mod entry;
+mod otlp;
 mod stream;
 
 use std::collections::{HashMap, HashSet};
@@ -14,10 +15,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use model::Mesh;
-use model::telemetry::{LogService, LogSink};
+use model::telemetry::{LogEntries, LogService, LogSink};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
+use self::otlp::Calls;
 use self::stream::{Stream, StreamError};
 use super::ended::Ended;
 use super::export::{Connect, Origin};
@@ -66,7 +68,11 @@ pub(super) struct Queue {
 impl Queue {
     /// Hands over the entry of what has ended.
     pub fn put(&self, ended: &Ended<'_>) {
-        let Some(entry) = entry::encode(&self.service, ended) else { return };
+        let entry = match &self.service.entries {
+            LogEntries::Otlp { body, attributes } => Some(otlp::record(body, attributes, ended)),
+            _ => entry::encode(&self.service, ended),
+        };
+        let Some(entry) = entry else { return };
         let length = entry.len();
         let fits = self.bytes.fetch_add(length, Relaxed) + length <= QUEUE_BYTES;
         // Counted before it is there, so that it is not counted away before.
@@ -154,14 +160,16 @@ struct Work {
 impl Work {
     /// Ends when nobody has the queue any more.
     async fn run(self, mut entries: mpsc::Receiver<Vec<u8>>) {
-        let mut stream = None;
+        let mut way = None;
         let mut pause = None;
         while let Some(batch) = self.gather(&mut entries).await {
             let count = batch.len() as u64;
-            match self.send(&mut stream, &batch).await {
-                Ok(()) => {
+            match self.send(&mut way, &batch).await {
+                Ok(refused) => {
                     pause = None;
-                    self.counters.sent.fetch_add(count, Relaxed);
+                    let refused = refused.min(count);
+                    self.counters.failed.fetch_add(refused, Relaxed);
+                    self.counters.sent.fetch_add(count - refused, Relaxed);
                 }
                 Err(error) => {
                     self.counters.failed.fetch_add(count, Relaxed);
@@ -199,23 +207,41 @@ impl Work {
         Some(batch)
     }
 
-    /// Sends a batch by the stream that there is, else, or if that does not take it, by a new one.
-    async fn send(&self, stream: &mut Option<Stream>, batch: &[Vec<u8>]) -> Result<(), StreamError> {
-        if let Some(open) = stream {
-            let sent = tokio::time::timeout(TIMEOUT, open.send(&self.service, batch)).await;
-            if matches!(sent, Ok(Ok(()))) {
-                return Ok(());
+    /// Sends a batch by the way that there is, else, or if that does not take it, by a new one. Says how many of it the service
+    /// did not want.
+    async fn send(&self, way: &mut Option<Way>, batch: &[Vec<u8>]) -> Result<u64, StreamError> {
+        if let Some(open) = way {
+            let sent = tokio::time::timeout(TIMEOUT, self.send_by(open, batch)).await;
+            if let Ok(Ok(refused)) = sent {
+                return Ok(refused);
             }
-            *stream = None;
+            *way = None;
         }
         let opened = tokio::time::timeout(TIMEOUT, async {
             let io = self.connect.connect(&self.service.collector).await.map_err(StreamError::Connect)?;
-            let mut opened = Stream::open(io, &self.service, &self.origin).await?;
+            let mut opened = match &self.service.entries {
+                LogEntries::Otlp { .. } => Way::Calls(Calls::open(io).await?),
+                _ => Way::Stream(Box::new(Stream::open(io, &self.service, &self.origin).await?)),
+            };
             self.counters.streams.fetch_add(1, Relaxed);
-            opened.send(&self.service, batch).await?;
-            Ok::<_, StreamError>(opened)
+            let refused = self.send_by(&mut opened, batch).await?;
+            Ok::<_, StreamError>((opened, refused))
         });
-        *stream = Some(opened.await.unwrap_or(Err(StreamError::Timeout))?);
-        Ok(())
+        let (opened, refused) = opened.await.unwrap_or(Err(StreamError::Timeout))?;
+        *way = Some(opened);
+        Ok(refused)
     }
+
+    async fn send_by(&self, way: &mut Way, batch: &[Vec<u8>]) -> Result<u64, StreamError> {
+        match way {
+            Way::Stream(stream) => stream.send(&self.service, batch).await.map(|()| 0),
+            Way::Calls(calls) => Ok(calls.send(&self.service, &self.origin, batch).await?),
+        }
+    }
+}
+
+/// How entries go to a service.
+enum Way {
+    Stream(Box<Stream>),
+    Calls(Calls),
 }

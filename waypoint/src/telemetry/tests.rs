@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use model::http::{HttpService, Percent, WaypointKey};
 use model::telemetry::{
-    AccessLog, Collector, Exporter, Expression, LogFormat, LogService, LogSink, LogText, MetricName,
-    MetricRule, SpanProtocol, SpanTag, Tag, Telemetry as Told, Tracing,
+    AccessLog, Collector, Exporter, Expression, LogEntries, LogFormat, LogService, LogSink, LogText,
+    MetricName, MetricRule, SpanProtocol, SpanTag, Tag, Telemetry as Told, Tracing,
 };
 use model::{Mesh, ServiceKey};
 use process::logs::{Format, LogWriter};
@@ -430,13 +430,87 @@ async fn spans_reach_a_collector_of_otlp_over_grpc() {
     driver.abort();
 }
 
+/// A message of a call of gRPC.
+async fn message_of(call: http::Request<h2::RecvStream>) -> String {
+    let mut body = call.into_body();
+    let mut message = Vec::new();
+    while let Some(data) = body.data().await {
+        message.extend_from_slice(&data.unwrap());
+    }
+    String::from_utf8_lossy(&message).into_owned()
+}
+
+fn answer(mut respond: h2::server::SendResponse<bytes::Bytes>, message: &'static [u8], status: &str) {
+    let mut send = respond.send_response(http::Response::new(()), false).unwrap();
+    send.send_data(bytes::Bytes::from_static(message), false).unwrap();
+    let mut trailers = http::HeaderMap::new();
+    trailers.insert("grpc-status", status.parse().unwrap());
+    send.send_trailers(trailers).unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn records_reach_a_collector_of_otlp_and_what_it_does_not_want_is_counted() {
+    let (ours, theirs) = tokio::io::duplex(1 << 16);
+    let piped = Arc::new(Piped(Mutex::new(vec![ours])));
+    let exporters = Exporters::new(tokio::runtime::Handle::current(), piped, "waypoint", "shop");
+    let lab = Lab::with(None, exporters);
+    let text = |source: &str| LogText::new(source).unwrap();
+    let told = entries_in(
+        "otel.obs",
+        LogEntries::Otlp {
+            body: text("said %RESPONSE_CODE% to %REQ(USER-AGENT)%\n"),
+            attributes: Box::new([("where".into(), text("%REQ(:PATH)%"))]),
+        },
+    );
+    let counts = |sent: &str, failed: &str| {
+        let count = |name: &str| lab.sample(&[name]).unwrap();
+        count("culvert_access_log_entries_sent_total ") == sent
+            && count("culvert_access_log_entries_failed_total ") == failed
+    };
+    let until = async |sent: &str, failed: &str| {
+        while !counts(sent, failed) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    lab.end(&told, nothing);
+    carry(&lab, &told, |_| {});
+    let mut server = h2::server::handshake(theirs).await.unwrap();
+    let (calls, mut called) = tokio::sync::mpsc::channel(1);
+    tokio::spawn(async move {
+        while let Some(Ok(call)) = server.accept().await {
+            let _ = calls.send(call).await;
+        }
+    });
+    let (call, respond) = called.recv().await.unwrap();
+    assert_eq!(call.uri().path(), "/opentelemetry.proto.collector.logs.v1.LogsService/Export");
+    let message = message_of(call).await;
+    for part in
+        ["waypoint.shop", "log_name", "said 200 to curl \\\"8\\\"", "where", "/items?id=7", "said 0 to -"]
+    {
+        assert!(message.contains(part), "{part}: {message}");
+    }
+    // It has taken one of the two.
+    answer(respond, &[0, 0, 0, 0, 4, 0x0a, 2, 8, 1], "0");
+    until("1", "1").await;
+    lab.end(&told, nothing);
+    let (call, respond) = called.recv().await.unwrap();
+    drop(message_of(call).await);
+    assert_eq!(lab.sample(&["culvert_access_log_streams_total "]).as_deref(), Some("1"));
+    // Whoever refuses a call is tried once more, on a connection of its own.
+    answer(respond, &[], "8");
+    until("1", "2").await;
+}
+
 fn entries_to(host: &str) -> Told {
+    let entries = LogEntries::Requests { request_headers: Box::default(), response_headers: Box::default() };
+    entries_in(host, entries)
+}
+
+fn entries_in(host: &str, entries: LogEntries) -> Told {
     let service = LogService {
         collector: Collector { provider: "als".into(), namespace: None, host: host.into(), port: 80 },
-        connections: false,
         name: "log".into(),
-        request_headers: Box::default(),
-        response_headers: Box::default(),
+        entries,
     };
     let log = AccessLog { sink: LogSink::Service(Box::new(service)), filter: None };
     Told { logs: Some(Box::new([log])), ..Told::default() }

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use http::{HeaderName, HeaderValue};
 use model::http::{Authorizer, BodyCheck, HttpCheck, ProviderAddress};
-use model::telemetry::{Exporter, LogFormat};
+use model::telemetry::{Exporter, LogEntries, LogFormat};
 use model::{Change, Str, StringMatch};
 
 pub(super) use takers::{log_format, log_path};
@@ -48,16 +48,12 @@ pub enum ProviderKind {
         /// What a line looks like.
         format: LogFormat,
     },
-    /// Takes log entries over gRPC (`envoyHttpAls`, `envoyTcpAls`).
+    /// Takes log entries over gRPC (`envoyHttpAls`, `envoyTcpAls`, `envoyOtelAls`).
     LogService {
-        /// Whether they are of connections of bytes.
-        connections: bool,
         /// What the log is called.
         name: Str,
-        /// Fields of requests that entries show, in lower case.
-        request_headers: Box<[Str]>,
-        /// Fields of responses that entries show, in lower case.
-        response_headers: Box<[Str]>,
+        /// What it takes.
+        entries: LogEntries,
     },
     /// Takes spans (`opentelemetry`, `zipkin`).
     Spans {

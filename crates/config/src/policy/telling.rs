@@ -209,8 +209,8 @@ impl Use {
         match self {
             Self::Metrics => "prometheus is there without being defined",
             Self::Logs => {
-                "envoy is there without being defined; or define one with envoyFileAccessLog, envoyHttpAls or envoyTcpAls, \
-                 which OpenTelemetry's collector takes too (receiver envoyals) in the place of envoyOtelAls"
+                "envoy is there without being defined; or define one with envoyFileAccessLog, envoyHttpAls, envoyTcpAls or \
+                 envoyOtelAls"
             }
             Self::Traces => "define one with opentelemetry or zipkin (extensionProviders)",
         }
@@ -271,15 +271,11 @@ fn log_sink(name: &str, config: &MeshConfig) -> Option<LogSink> {
         Some(ProviderKind::FileLog { path, format }) => {
             Some(LogSink::File { path: path.clone(), format: format.clone() })
         }
-        Some(ProviderKind::LogService { connections, name, request_headers, response_headers }) => {
-            Some(LogSink::Service(Box::new(LogService {
-                collector: collector(provider?)?,
-                connections: *connections,
-                name: name.clone(),
-                request_headers: request_headers.clone(),
-                response_headers: response_headers.clone(),
-            })))
-        }
+        Some(ProviderKind::LogService { name, entries }) => Some(LogSink::Service(Box::new(LogService {
+            collector: collector(provider?)?,
+            name: name.clone(),
+            entries: entries.clone(),
+        }))),
         None if name == FILE_LOG => {
             Some(LogSink::File { path: "/dev/stdout".into(), format: config.log_format() })
         }

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use model::Str;
 use model::telemetry::{
-    AccessLog, Collector, Exporter, Expression, LogFormat, LogService, LogSink, LogText, MetricName,
-    MetricRule, Metrics, SpanProtocol, SpanTag, Tag, Telemetry, Tracing,
+    AccessLog, Collector, Exporter, Expression, LogEntries, LogFormat, LogService, LogSink, LogText,
+    MetricName, MetricRule, Metrics, SpanProtocol, SpanTag, Tag, Telemetry, Tracing,
 };
 
 use super::http::{needed_duration, share};
@@ -61,18 +62,31 @@ impl Decoder {
             }
             Sink::Service(service) => LogSink::Service(Box::new(LogService {
                 collector: self.collector(service.collector.as_ref()).map_err(|f| f.within("service"))?,
-                connections: service.connections,
                 name: self.text(&service.name),
-                request_headers: each(&service.request_headers, "request_headers", |name| {
-                    self.header_key(name)
-                })?,
-                response_headers: each(&service.response_headers, "response_headers", |name| {
-                    self.header_key(name)
-                })?,
+                entries: self.log_entries(service).map_err(|f| f.within("service"))?,
             })),
         };
         let filter = log.filter.as_deref().map(|source| expression(source, "filter"));
         Ok(AccessLog { sink, filter: filter.transpose()? })
+    }
+
+    fn log_entries(&mut self, service: &wire::access_log::Service) -> Result<LogEntries, Fault> {
+        let wire::access_log::Service { connections, request_headers, response_headers, otlp, .. } = service;
+        Ok(match otlp {
+            Some(otlp) => LogEntries::Otlp {
+                body: log_text(&otlp.body)?,
+                attributes: self.log_fields(&otlp.attributes, "otlp.attributes")?,
+            },
+            None if *connections => LogEntries::Connections,
+            None => LogEntries::Requests {
+                request_headers: each(request_headers, "request_headers", |name| self.header_key(name))?,
+                response_headers: each(response_headers, "response_headers", |name| self.header_key(name))?,
+            },
+        })
+    }
+
+    fn log_fields(&mut self, fields: &[wire::Label], name: &str) -> Result<Box<[(Str, LogText)]>, Fault> {
+        each(fields, name, |field| Ok((self.text(&field.key), log_text(&field.value)?)))
     }
 
     fn log_format(&mut self, format: &wire::LogFormat) -> Result<LogFormat, Fault> {
@@ -81,9 +95,7 @@ impl Decoder {
             Kind::Text(()) => LogFormat::Text,
             Kind::Json(()) => LogFormat::Json,
             Kind::TextOf(source) => LogFormat::TextOf(log_text(source)?),
-            Kind::JsonOf(fields) => LogFormat::JsonOf(each(&fields.fields, "fields", |field| {
-                Ok((self.text(&field.key), log_text(&field.value)?))
-            })?),
+            Kind::JsonOf(fields) => LogFormat::JsonOf(self.log_fields(&fields.fields, "fields")?),
         })
     }
 

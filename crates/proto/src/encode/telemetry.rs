@@ -2,8 +2,8 @@
 
 use model::Str;
 use model::telemetry::{
-    AccessLog, Collector, Exporter, LogFormat, LogService, LogSink, LogText, MetricName, MetricRule, Metrics,
-    SpanProtocol, SpanTag, Tag, Telemetry, Tracing,
+    AccessLog, Collector, Exporter, LogEntries, LogFormat, LogService, LogSink, LogText, MetricName,
+    MetricRule, Metrics, SpanProtocol, SpanTag, Tag, Telemetry, Tracing,
 };
 
 use super::http::{duration, labels, text};
@@ -38,36 +38,47 @@ fn metric(rule: &MetricRule) -> wire::MetricRule {
 }
 
 fn access_log(log: &AccessLog) -> wire::AccessLog {
-    use wire::access_log::{File, Service, Sink};
-    let texts = |list: &[Str]| list.iter().map(ToString::to_string).collect();
+    use wire::access_log::{File, Sink};
     let AccessLog { sink, filter } = log;
     wire::AccessLog {
         sink: Some(match sink {
             LogSink::File { path, format } => {
                 Sink::File(File { path: path.to_string(), format: Some(log_format(format)) })
             }
-            LogSink::Service(service) => {
-                let LogService { collector: to, connections, name, request_headers, response_headers } =
-                    &**service;
-                Sink::Service(Service {
-                    collector: Some(collector(to)),
-                    connections: *connections,
-                    name: name.to_string(),
-                    request_headers: texts(request_headers),
-                    response_headers: texts(response_headers),
-                })
-            }
+            LogSink::Service(service) => Sink::Service(log_service(service)),
         }),
         filter: filter.as_ref().map(|filter| filter.source().to_string()),
     }
 }
 
+fn log_service(service: &LogService) -> wire::access_log::Service {
+    let texts = |list: &[Str]| list.iter().map(ToString::to_string).collect();
+    let LogService { collector: to, name, entries } = service;
+    let mut written = wire::access_log::Service {
+        collector: Some(collector(to)),
+        name: name.to_string(),
+        ..Default::default()
+    };
+    match entries {
+        LogEntries::Requests { request_headers, response_headers } => {
+            written.request_headers = texts(request_headers);
+            written.response_headers = texts(response_headers);
+        }
+        LogEntries::Connections => written.connections = true,
+        LogEntries::Otlp { body, attributes } => {
+            let attributes = attributes.iter().map(field).collect();
+            written.otlp = Some(wire::access_log::Otlp { body: body.source().to_string(), attributes });
+        }
+    }
+    written
+}
+
+fn field((name, text): &(Str, LogText)) -> wire::Label {
+    wire::Label { key: name.to_string(), value: text.source().to_string() }
+}
+
 fn log_format(format: &LogFormat) -> wire::LogFormat {
     use wire::log_format::{Fields, Kind};
-    let field = |(name, text): &(Str, LogText)| wire::Label {
-        key: name.to_string(),
-        value: text.source().to_string(),
-    };
     let kind = match format {
         LogFormat::Text => Kind::Text(()),
         LogFormat::Json => Kind::Json(()),

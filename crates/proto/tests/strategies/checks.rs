@@ -9,8 +9,8 @@ use model::http::{
     TokenRule,
 };
 use model::telemetry::{
-    AccessLog, Collector, Exporter, Expression, LogFormat, LogService, LogSink, LogText, MetricName,
-    MetricRule, Metrics, SpanProtocol, SpanTag, Tag, Telemetry, Tracing,
+    AccessLog, Collector, Exporter, Expression, LogEntries, LogFormat, LogService, LogSink, LogText,
+    MetricName, MetricRule, Metrics, SpanProtocol, SpanTag, Tag, Telemetry, Tracing,
 };
 use proptest::collection::vec;
 use proptest::option;
@@ -191,17 +191,18 @@ pub fn telemetry() -> BoxedStrategy<Telemetry> {
     let file = (strs(&["/dev/stdout", "/tmp/log"]), format)
         .prop_map(|(path, format)| LogSink::File { path, format });
     let names = || list(header_key());
-    let service = (collector(), any::<bool>(), text(), names(), names()).prop_map(
-        |(collector, connections, name, request_headers, response_headers)| {
-            LogSink::Service(Box::new(LogService {
-                collector,
-                connections,
-                name,
-                request_headers,
-                response_headers,
-            }))
-        },
-    );
+    let entries = prop_oneof![
+        Just(LogEntries::Connections),
+        (names(), names()).prop_map(|(request_headers, response_headers)| LogEntries::Requests {
+            request_headers,
+            response_headers,
+        }),
+        (log_text(), list((text(), log_text())))
+            .prop_map(|(body, attributes)| LogEntries::Otlp { body, attributes }),
+    ];
+    let service = (collector(), text(), entries).prop_map(|(collector, name, entries)| {
+        LogSink::Service(Box::new(LogService { collector, name, entries }))
+    });
     let log = (prop_oneof![file, service], option::of(expression()))
         .prop_map(|(sink, filter)| AccessLog { sink, filter });
     (any::<bool>(), list(rule), option::of(list(log)), option::of(tracing()))

@@ -23,9 +23,9 @@ struct ResourceSpans {
 }
 
 #[derive(Clone, PartialEq, Message)]
-struct Resource {
+pub(in crate::telemetry) struct Resource {
     #[prost(message, repeated, tag = "1")]
-    attributes: Vec<KeyValue>,
+    pub attributes: Vec<KeyValue>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -37,7 +37,7 @@ struct ScopeSpans {
 }
 
 #[derive(Clone, PartialEq, Message)]
-struct Scope {
+pub(in crate::telemetry) struct Scope {
     #[prost(string, tag = "1")]
     name: String,
     #[prost(string, tag = "2")]
@@ -78,7 +78,7 @@ struct Status {
 }
 
 #[derive(Clone, PartialEq, Message)]
-struct KeyValue {
+pub(in crate::telemetry) struct KeyValue {
     #[prost(string, tag = "1")]
     key: String,
     #[prost(message, optional, tag = "2")]
@@ -86,14 +86,14 @@ struct KeyValue {
 }
 
 #[derive(Clone, PartialEq, Message)]
-struct AnyValue {
+pub(in crate::telemetry) struct AnyValue {
     #[prost(oneof = "any_value::Value", tags = "1, 3")]
     value: Option<any_value::Value>,
 }
 
 mod any_value {
     #[derive(Clone, PartialEq, prost::Oneof)]
-    pub(super) enum Value {
+    pub(in crate::telemetry) enum Value {
         #[prost(string, tag = "1")]
         Text(String),
         #[prost(int64, tag = "3")]
@@ -107,10 +107,37 @@ const SAMPLED: u32 = 1;
 
 fn key_value(key: &str, value: &Attribute) -> KeyValue {
     let value = match value {
-        Attribute::Text(text) => any_value::Value::Text(text.clone()),
+        Attribute::Text(text) => return text_value(key, text.clone()),
         Attribute::Int(number) => any_value::Value::Int(*number),
     };
     KeyValue { key: key.to_owned(), value: Some(AnyValue { value: Some(value) }) }
+}
+
+/// A text by its name.
+pub(in crate::telemetry) fn text_value(key: &str, text: String) -> KeyValue {
+    KeyValue { key: key.to_owned(), value: Some(AnyValue::text(text)) }
+}
+
+impl AnyValue {
+    /// A text.
+    pub(in crate::telemetry) fn text(text: String) -> Self {
+        Self { value: Some(any_value::Value::Text(text)) }
+    }
+}
+
+/// Who tells. As Istio names them: `NAME.NAMESPACE`.
+pub(in crate::telemetry) fn resource(origin: &Origin) -> Resource {
+    Resource {
+        attributes: vec![
+            text_value("service.name", format!("{}.{}", origin.name, origin.namespace)),
+            text_value("service.namespace", origin.namespace.clone()),
+        ],
+    }
+}
+
+/// What tells.
+pub(in crate::telemetry) fn scope() -> Scope {
+    Scope { name: "culvert".to_owned(), version: env!("CARGO_PKG_VERSION").to_owned() }
 }
 
 fn span(finished: &Finished) -> Span {
@@ -131,15 +158,7 @@ fn span(finished: &Finished) -> Span {
 
 /// A batch as one request.
 pub(super) fn encode(batch: &[Finished], origin: &Origin) -> Vec<u8> {
-    let text = |key, value: &str| key_value(key, &Attribute::Text(value.to_owned()));
-    let resource = Resource {
-        attributes: vec![
-            // As Istio names them: `NAME.NAMESPACE`.
-            text("service.name", &format!("{}.{}", origin.name, origin.namespace)),
-            text("service.namespace", &origin.namespace),
-        ],
-    };
-    let scope = Scope { name: "culvert".to_owned(), version: env!("CARGO_PKG_VERSION").to_owned() };
-    let scope_spans = vec![ScopeSpans { scope: Some(scope), spans: batch.iter().map(span).collect() }];
-    Request { resource_spans: vec![ResourceSpans { resource: Some(resource), scope_spans }] }.encode_to_vec()
+    let scope_spans = vec![ScopeSpans { scope: Some(scope()), spans: batch.iter().map(span).collect() }];
+    Request { resource_spans: vec![ResourceSpans { resource: Some(resource(origin)), scope_spans }] }
+        .encode_to_vec()
 }

@@ -1,4 +1,4 @@
-//! One batch over one connection: a POST of HTTP/1.1, or a unary call of gRPC.
+//! One batch: a POST of HTTP/1.1, or a unary call of gRPC.
 
 use std::io;
 
@@ -14,7 +14,7 @@ const MAX_ANSWER: usize = 64 * 1024;
 
 /// Why a batch was not taken.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum SendError {
+pub(in crate::telemetry) enum SendError {
     /// The collector did not answer in time.
     #[error("no answer in time")]
     Timeout,
@@ -39,7 +39,7 @@ pub(super) enum SendError {
 }
 
 /// Whom a batch goes to.
-pub(super) struct Target<'a> {
+pub(in crate::telemetry) struct Target<'a> {
     pub authority: String,
     pub headers: &'a [(Str, Str)],
 }
@@ -88,13 +88,26 @@ pub(super) async fn post(
     if status.is_success() { Ok(()) } else { Err(SendError::Status(status.as_u16())) }
 }
 
-/// Calls a unary method with one message.
+/// Calls a unary method with one message, on a connection of its own.
 pub(super) async fn grpc(
     io: Box<dyn net::Io>,
     target: &Target<'_>,
     method: &str,
     message: Vec<u8>,
 ) -> Result<(), SendError> {
+    let (client, connection) = h2::client::handshake(io).await?;
+    let driver = tokio::spawn(connection);
+    let answered = call(client, (target, method), message).await;
+    driver.abort();
+    answered.map(drop)
+}
+
+/// Calls a unary method with one message, and returns its answer.
+pub(in crate::telemetry) async fn call(
+    client: h2::client::SendRequest<Bytes>,
+    (target, method): (&Target<'_>, &str),
+    message: Vec<u8>,
+) -> Result<Vec<u8>, SendError> {
     let mut request = Request::builder()
         .method(Method::POST)
         .uri(format!("http://{}{method}", target.authority))
@@ -103,18 +116,6 @@ pub(super) async fn grpc(
         .header(header::USER_AGENT, "culvert")
         .body(())?;
     add_headers(&mut request, target)?;
-    let (client, connection) = h2::client::handshake(io).await?;
-    let driver = tokio::spawn(connection);
-    let answered = call(client, request, message).await;
-    driver.abort();
-    answered
-}
-
-async fn call(
-    client: h2::client::SendRequest<Bytes>,
-    request: Request<()>,
-    message: Vec<u8>,
-) -> Result<(), SendError> {
     let (response, mut body) = client.ready().await?.send_request(request, false)?;
     let mut left = BytesMut::with_capacity(message.len() + 5);
     left.put_u8(0);
@@ -133,19 +134,20 @@ async fn call(
     }
     let headers = response.headers().clone();
     let mut answer = response.into_body();
-    let mut read = 0;
+    let mut read = Vec::new();
     while let Some(data) = answer.data().await {
-        let length = data?.len();
-        read += length;
-        answer.flow_control().release_capacity(length)?;
-        if read > MAX_ANSWER {
+        let data = data?;
+        answer.flow_control().release_capacity(data.len())?;
+        read.extend_from_slice(&data);
+        if read.len() > MAX_ANSWER {
             break;
         }
     }
     let trailers = answer.trailers().await?.unwrap_or(headers);
     let text = |name: &str| trailers.get(name).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
     match text("grpc-status").as_str() {
-        "0" => Ok(()),
+        // The message is behind five bytes of frame.
+        "0" => Ok(read.split_off(read.len().min(5))),
         status => Err(SendError::Grpc(status.to_owned(), text("grpc-message"))),
     }
 }

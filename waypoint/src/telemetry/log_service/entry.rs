@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
 
-use model::telemetry::{Facts, Headers, LogService};
+use model::telemetry::{Facts, Headers, LogEntries, LogService};
 use prost::Message;
 
 use crate::http::head::Version;
@@ -154,7 +154,8 @@ const METHODS: [&str; 9] = ["GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "
 
 /// The entry of what has ended, for `service`; `None` where that takes none of its kind.
 pub(super) fn encode(service: &LogService, ended: &Ended<'_>) -> Option<Vec<u8>> {
-    if service.connections != ended.is_connection {
+    let of_connections = service.entries == LogEntries::Connections;
+    if of_connections != ended.is_connection {
         return None;
     }
     let mut common = common(ended);
@@ -235,7 +236,8 @@ fn flags(flags: &str) -> Option<Vec<u8>> {
 const UNAUTHORIZED: u64 = 13;
 const EXTERNAL_SERVICE: u8 = 1;
 
-fn cut(text: &str) -> String {
+/// The text, of the length that entries may have.
+pub(super) fn cut(text: &str) -> String {
     text.get(..text.floor_char_boundary(LONGEST)).unwrap_or_default().to_owned()
 }
 
@@ -256,7 +258,7 @@ fn request(service: &LogService, ended: &Ended<'_>) -> Request {
         original_path: original.unwrap_or_default(),
         headers_bytes: head.fields.size() as u64,
         body_bytes: ended.record.received,
-        headers: shown(&service.request_headers, Headers::Request, ended),
+        headers: shown(service, Headers::Request, ended),
     }
 }
 
@@ -266,12 +268,17 @@ fn response(service: &LogService, ended: &Ended<'_>) -> Response {
         code: (status > 0).then_some(status.into()),
         headers_bytes: ended.response.size() as u64,
         body_bytes: ended.record.sent,
-        headers: shown(&service.response_headers, Headers::Response, ended),
+        headers: shown(service, Headers::Response, ended),
         code_details: ended.details().to_owned(),
     }
 }
 
-fn shown(names: &[model::Str], of: Headers, ended: &Ended<'_>) -> BTreeMap<String, String> {
+fn shown(service: &LogService, of: Headers, ended: &Ended<'_>) -> BTreeMap<String, String> {
+    let names = match (&service.entries, of) {
+        (LogEntries::Requests { request_headers, .. }, Headers::Request) => &**request_headers,
+        (LogEntries::Requests { response_headers, .. }, Headers::Response) => response_headers,
+        _ => &[],
+    };
     let one = |name: &model::Str| Some((name.to_string(), cut(&ended.header(of, name).ok()?)));
     names.iter().filter_map(one).collect()
 }

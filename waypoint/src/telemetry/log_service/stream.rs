@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use http::{Method, Request, header};
-use model::telemetry::LogService;
+use model::telemetry::{LogEntries, LogService};
 use prost::Message;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::Origin;
+use crate::telemetry::export::send::SendError;
 
 const METHOD: &str = "/envoy.service.accesslog.v3.AccessLogService/StreamAccessLogs";
 /// So long a new stream waits for a refusal before it takes itself for accepted: services answer with a head at the end
@@ -33,6 +34,9 @@ pub(super) enum StreamError {
     /// The host's name is no authority.
     #[error("the request can't be made: {0}")]
     Request(#[from] http::Error),
+    /// The call has failed.
+    #[error("{0}")]
+    Call(#[from] SendError),
     /// The service has ended the stream.
     #[error("the service has ended the stream: {0}")]
     Ended(String),
@@ -127,7 +131,8 @@ impl Stream {
         }
         let is_first = self.identifier.is_some();
         let entries = Some(Entries { entries: batch.to_vec() });
-        let (http, tcp) = if service.connections { (None, entries) } else { (entries, None) };
+        let of_connections = service.entries == LogEntries::Connections;
+        let (http, tcp) = if of_connections { (None, entries) } else { (entries, None) };
         let message = Entry { identifier: self.identifier.take(), http, tcp }.encode_to_vec();
         let mut left = BytesMut::with_capacity(message.len() + 5);
         left.put_u8(0);

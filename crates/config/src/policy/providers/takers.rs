@@ -2,7 +2,7 @@
 
 use http::{HeaderName, HeaderValue};
 use model::Str;
-use model::telemetry::{Exporter, LogFormat, LogText, SpanProtocol};
+use model::telemetry::{Exporter, LogEntries, LogFormat, LogText, SpanProtocol};
 
 use super::super::telemetry::log_text;
 use super::super::telling::{EXPORT_TIMEOUT, istio_format};
@@ -11,8 +11,15 @@ use crate::diagnostic::Code;
 use crate::fields::{Cursor, Fields};
 
 /// The kinds, by their fields' names.
-pub(super) const KINDS: [&str; 6] =
-    ["prometheus", "envoyFileAccessLog", "envoyHttpAls", "envoyTcpAls", "opentelemetry", "zipkin"];
+pub(super) const KINDS: [&str; 7] = [
+    "prometheus",
+    "envoyFileAccessLog",
+    "envoyHttpAls",
+    "envoyTcpAls",
+    "envoyOtelAls",
+    "opentelemetry",
+    "zipkin",
+];
 
 /// Reads a provider of the kind `name`; its service was read.
 pub(super) fn read(name: &str, fields: &mut Fields<'_, '_>) -> ProviderKind {
@@ -20,6 +27,7 @@ pub(super) fn read(name: &str, fields: &mut Fields<'_, '_>) -> ProviderKind {
         "envoyFileAccessLog" => file_log(fields),
         "envoyHttpAls" => log_service(fields, false),
         "envoyTcpAls" => log_service(fields, true),
+        "envoyOtelAls" => otlp_log(fields),
         "opentelemetry" => opentelemetry(fields),
         "zipkin" => zipkin(fields),
         _ => ProviderKind::Prometheus,
@@ -70,16 +78,22 @@ fn file_log(fields: &mut Fields<'_, '_>) -> ProviderKind {
         if let Some(text) = of.take("text").and_then(log_text) {
             format = LogFormat::TextOf(text);
         }
-        if let Some(labels) = of.take("labels") {
-            let mut texts: Vec<(Str, LogText)> = Vec::new();
-            labels.entries(|name, value| texts.extend(log_text(value).map(|text| (name.into(), text))));
-            format = if texts.is_empty() { istio_format(true) } else { LogFormat::JsonOf(texts.into()) };
+        if let Some(texts) = of.take("labels").map(labels) {
+            format = if texts.is_empty() { istio_format(true) } else { LogFormat::JsonOf(texts) };
         }
     }
     ProviderKind::FileLog { path, format }
 }
 
+/// Formats by name.
+fn labels(cursor: Cursor<'_, '_>) -> Box<[(Str, LogText)]> {
+    let mut texts: Vec<(Str, LogText)> = Vec::new();
+    cursor.entries(|name, value| texts.extend(log_text(value).map(|text| (name.into(), text))));
+    texts.into()
+}
+
 /// What Istio calls logs to which no name is given.
+const OTLP_LOG: &str = "otel_envoy_accesslog";
 const HTTP_LOG: &str = "http_envoy_accesslog";
 const TCP_LOG: &str = "tcp_envoy_accesslog";
 
@@ -102,11 +116,29 @@ fn log_service(fields: &mut Fields<'_, '_>, connections: bool) -> ProviderKind {
         }
         names.into()
     };
-    ProviderKind::LogService {
-        connections,
-        request_headers: names("additionalRequestHeadersToLog"),
-        response_headers: names("additionalResponseHeadersToLog"),
-        name: name.unwrap_or(if connections { TCP_LOG } else { HTTP_LOG }).into(),
+    let request_headers = names("additionalRequestHeadersToLog");
+    let response_headers = names("additionalResponseHeadersToLog");
+    let entries = if connections {
+        LogEntries::Connections
+    } else {
+        LogEntries::Requests { request_headers, response_headers }
+    };
+    let name = name.unwrap_or(if connections { TCP_LOG } else { HTTP_LOG }).into();
+    ProviderKind::LogService { name, entries }
+}
+
+/// As Istio: the text is a record's body, the labels are its attributes.
+fn otlp_log(fields: &mut Fields<'_, '_>) -> ProviderKind {
+    let name = fields.string("logName").filter(|name| !name.is_empty()).unwrap_or(OTLP_LOG).into();
+    let mut of = fields.object("logFormat");
+    let text = of.as_mut().and_then(|of| of.take("text")).filter(|text| text.node().as_str() != Some(""));
+    let text = text.and_then(log_text);
+    let attributes = of.as_mut().and_then(|of| of.take("labels")).map(labels).unwrap_or_default();
+    match text.map_or_else(|| istio_format(false), LogFormat::TextOf) {
+        LogFormat::TextOf(body) => {
+            ProviderKind::LogService { name, entries: LogEntries::Otlp { body, attributes } }
+        }
+        _ => ProviderKind::Other("envoyOtelAls"),
     }
 }
 

@@ -3,8 +3,10 @@
 
 use std::sync::Arc;
 
-use model::telemetry::{LogFormat, LogSink, MetricName, SpanProtocol, Telemetry};
-use model::{Change, Mesh};
+use model::telemetry::{
+    LogEntries, LogFormat, LogService, LogSink, LogText, MetricName, SpanProtocol, Telemetry,
+};
+use model::{Change, Mesh, Str};
 
 use crate::compile::Options;
 use crate::diagnostic::Severity;
@@ -283,15 +285,37 @@ spec:
         port: 9000
         additionalRequestHeadersToLog: [X-User]
     - {name: tcp, envoyTcpAls: {service: als.obs.svc.cluster.local, port: 9000, logName: bytes}}
+    - {name: otlp, envoyOtelAls: {service: otel.obs.svc.cluster.local, port: 4317}}
+    - name: texts
+      envoyOtelAls:
+        service: otel.obs.svc.cluster.local
+        port: 4317
+        logName: mine
+        logFormat: {text: '%RESPONSE_CODE%', labels: {path: '%REQ(:PATH)%'}}
 ";
     world.set("mesh", providers);
     world.telemetry("t", "shop", "{accessLogging: [{providers: [{name: als}, {name: tcp}]}]}");
     let told = world.told("cart");
     let services: Vec<_> = told.logs.as_deref().unwrap().iter().map(|log| &log.sink).collect();
     let [LogSink::Service(http), LogSink::Service(tcp)] = services[..] else { panic!("{services:?}") };
-    assert!(!http.connections && tcp.connections);
+    let LogEntries::Requests { request_headers, .. } = &http.entries else { panic!("{http:?}") };
+    assert_eq!(tcp.entries, LogEntries::Connections);
     assert_eq!((&*http.name, &*tcp.name), ("http_envoy_accesslog", "bytes"));
     assert_eq!((&*http.collector.host, http.collector.port), ("als.obs.svc.cluster.local", 9000));
     assert_eq!(http.collector.namespace.as_deref(), Some("obs"));
-    assert_eq!(http.request_headers.iter().map(|name| &**name).collect::<Vec<_>>(), ["x-user"]);
+    assert_eq!(request_headers.iter().map(|name| &**name).collect::<Vec<_>>(), ["x-user"]);
+    world.telemetry("t", "shop", "{accessLogging: [{providers: [{name: otlp}, {name: texts}]}]}");
+    let told = world.told("cart");
+    let services: Vec<_> = told.logs.as_deref().unwrap().iter().map(|log| &log.sink).collect();
+    let [LogSink::Service(plain), LogSink::Service(texts)] = services[..] else { panic!("{services:?}") };
+    let parts = |service: &LogService| {
+        let LogEntries::Otlp { body, attributes } = &service.entries else { panic!("{service:?}") };
+        let one = |(name, text): &(Str, LogText)| format!("{name}={}", text.source());
+        (service.name.to_string(), body.source().to_string(), attributes.iter().map(one).collect::<Vec<_>>())
+    };
+    let (name, body, attributes) = parts(plain);
+    assert!(name == "otel_envoy_accesslog" && attributes.is_empty());
+    assert!(body.starts_with("[%START_TIME%] \"%REQ(:METHOD)%"), "{body}");
+    let mine = ("mine".to_owned(), "%RESPONSE_CODE%".to_owned(), vec!["path=%REQ(:PATH)%".to_owned()]);
+    assert_eq!(parts(texts), mine);
 }
