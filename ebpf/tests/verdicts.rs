@@ -594,6 +594,35 @@ fn two_nodes_of_one_machine_leave_each_other_alone() {
     assert!(passes(&mut server, &mut client));
 }
 
+/// A node that is gone leaves no programs at the root of the cgroups.
+#[test]
+fn verdicts_that_nobody_uses_are_removed() {
+    let Some(lab) = lab("verdicts that nobody uses are removed") else { return };
+    let Some(pins) = pins("verdicts that nobody uses are removed", &lab) else { return };
+    let verdicts = Verdicts::attach(&pins, Path::new(CGROUPS)).unwrap();
+    let directory = pins.verdicts();
+    let sweep = || {
+        let then = std::time::SystemTime::now() - Duration::from_secs(3600);
+        fs::File::open(&directory).unwrap().set_modified(then).unwrap();
+        Pins::open(ebpf::bpf_file_system()).unwrap();
+        directory.exists()
+    };
+    assert!(verdicts.renew(LEASE).unwrap());
+    assert!(sweep(), "somebody renews the lease");
+    assert!(verdicts.stop().unwrap());
+    let pod = lab.pod("client");
+    capture(&pins, pod);
+    assert!(sweep(), "a pod's programs use them");
+    let qualified = verdicts.qualify(&lab.node("a").host.netns, &pod.netns).unwrap();
+    ebpf::remove(&pins, &pod.netns).unwrap();
+    assert!(sweep(), "a device has the program");
+    verdicts.release(&qualified).unwrap();
+    assert!(!sweep());
+    // A pod that comes later has maps of its own, which let nothing by.
+    capture(&pins, pod);
+    ebpf::remove(&pins, &pod.netns).unwrap();
+}
+
 #[test]
 fn what_cannot_be_looked_at_does_not_qualify() {
     let Some(mesh) = Mesh::new("what cannot be looked at does not qualify") else { return };
