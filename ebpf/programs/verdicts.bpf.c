@@ -50,7 +50,7 @@ struct {
 	__uint(pinning, PIN_BY_NAME);
 } connections SEC(".maps");
 
-/* How many there are. */
+/* How many there are, about: less than none, when user space has put it right while some ended. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
@@ -175,7 +175,7 @@ INLINE int choose(const struct OfferEntry *offer, const __u8 *bound, struct way 
 {
 	__u32 zero = 0, count = offer->count, which = 0;
 	const struct Control *c = in_use();
-	const __u64 *known = bpf_map_lookup_elem(&open, &zero);
+	const __s64 *known = bpf_map_lookup_elem(&open, &zero);
 	if (!c || !known || *known >= CONNECTIONS_ENOUGH || !count || count > OFFER_ENDPOINTS)
 		return 0;
 	if (!is_unset(bound) && !is_same(bound, offer->source))

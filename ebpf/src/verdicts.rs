@@ -40,8 +40,9 @@ use net::{MARK_MASK, Netns};
 pub use device::{Qualified, Why};
 
 use crate::layout::{
-    Address, Asked, Control, Dialled, MARK_DIRECT, MARK_GRANTED, MARK_REPLY, MARK_ZTUNNEL, Neighbours,
-    OFFER_BINDS, OFFER_ENDPOINTS, OfferEntry, PairKey, Record, SIDE_SOURCE, TALLIES, VerdictEntry,
+    Address, Asked, CONNECTIONS_LIMIT, Control, Dialled, MARK_DIRECT, MARK_GRANTED, MARK_REPLY, MARK_ZTUNNEL,
+    Neighbours, OFFER_BINDS, OFFER_ENDPOINTS, OfferEntry, PairKey, Record, SIDE_SOURCE, TALLIES,
+    VerdictEntry,
 };
 use crate::pins::is_at_rest;
 use crate::{Error, Pins};
@@ -421,23 +422,26 @@ impl Verdicts {
     pub fn connections(&self) -> Result<Listing, Error> {
         let mut connections = held(&self.connections);
         let mut listing = Listing::default();
-        // One that ends while they are read may be missed, or an error: it is among those that ended.
-        let all: Vec<Record> = connections.iter().flatten().map(|(_, record)| record).collect();
-        for record in all {
+        // When one ends that was read last, the kernel begins again: none is twice in the list, and it has an end.
+        let all = connections.iter().take(2 * CONNECTIONS_LIMIT as usize).flatten();
+        let all: BTreeMap<u64, Record> = all.collect();
+        for (socket, record) in all {
             if record.closed == 0 {
                 listing.open.push(Carried::from(record));
-            } else if removed(connections.remove(&record.socket), "connections")? {
+            } else if removed(connections.remove(&socket), "connections")? {
                 listing.closed.push(Carried::from(record));
             }
         }
-        self.count_open(&connections)?;
+        if !listing.closed.is_empty() {
+            self.count_open(listing.open.len())?;
+        }
         Ok(listing)
     }
 
-    /// Puts the number right by which further connections are declined: what was listed as closed was still counted.
-    fn count_open(&self, connections: &HashMap<MapData, u64, Record>) -> Result<(), Error> {
+    /// Puts the number right by which further connections are declined: what was listed as closed was still counted. Connections
+    /// that begin or end meanwhile make it wrong by as many, until it is put right again.
+    fn count_open(&self, count: usize) -> Result<(), Error> {
         let mut open: Array<MapData, u64> = map(&self.directory, "open")?;
-        let count = connections.keys().flatten().count();
         open.set(0, count as u64, 0).map_err(Error::map("write", "open"))
     }
 

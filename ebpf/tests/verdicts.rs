@@ -398,6 +398,40 @@ fn a_revoked_verdict_ends_its_connections() {
     }
 }
 
+/// Nobody asks for a while what has ended.
+#[test]
+fn no_end_is_lost() {
+    let Some(mesh) = Mesh::new("no end is lost") else { return };
+    mesh.open(false);
+    let listener = mesh.listen(false);
+    let many = layout::ENDED_LIMIT as usize / 2 + 100;
+    for _ in 0..many {
+        let client = mesh.connect(service(false)).unwrap();
+        let (mut server, _) = accept(&listener).unwrap();
+        drop(client);
+        assert_eq!(server.read(&mut [0]).unwrap(), 0);
+    }
+    let client = mesh.connect(service(false)).unwrap();
+    let _server = accept(&listener).unwrap();
+    let mut sockets = BTreeSet::new();
+    let ended = |sockets: &mut BTreeSet<u64>, ends: &[Carried]| {
+        assert!(ends.iter().all(|end| end.closed.is_some() && sockets.insert(end.socket)), "each once");
+    };
+    for _ in 0..100 {
+        let listing = mesh.verdicts.connections().unwrap();
+        assert_eq!(listing.open.iter().filter(|end| end.source == client.local_addr().unwrap()).count(), 2);
+        ended(&mut sockets, &listing.closed);
+        ended(&mut sockets, &mesh.verdicts.closed(3000).unwrap());
+        if sockets.len() == 2 * many {
+            break;
+        }
+        std::thread::sleep(WAIT / 100);
+    }
+    assert_eq!(sockets.len(), 2 * many);
+    assert!(mesh.connect(service(false)).is_ok());
+    assert_eq!((mesh.tally(Tally::Unrecorded), mesh.tally(Tally::Declined)), (0, 0));
+}
+
 /// A connection that is older than capture, by whichever way its packets come; and its server has other ones.
 #[test]
 fn what_was_alive_goes_on() {
