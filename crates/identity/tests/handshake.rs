@@ -430,3 +430,31 @@ async fn futures_join<F: Future>(all: impl Iterator<Item = F>) -> Vec<F::Output>
     .await;
     results
 }
+
+/// What OpenSSL's client says of a connection of this version, and what comes of it here.
+async fn of_openssl(mesh: &Mesh, version: &str) -> (String, Result<(), HandshakeError>) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let mut client = tokio::process::Command::new("openssl");
+    client.args(["s_client", "-connect", &address, version, "-alpn", "h2", "-brief"]);
+    let client = client.stdin(std::process::Stdio::null()).output();
+    let server = id("shop/sa/db");
+    let accepted = async {
+        let (tcp, _) = listener.accept().await.unwrap();
+        accept(tcp, &mesh.certificates, &server, limits()).await.map(drop)
+    };
+    let (out, accepted) = tokio::join!(client, accepted);
+    (String::from_utf8_lossy(&out.unwrap().stderr).into_owned(), accepted)
+}
+
+#[tokio::test]
+async fn tls_1_2_is_refused() {
+    let mesh = Mesh::start();
+    let (said, accepted) = of_openssl(&mesh, "-tls1_2").await;
+    assert!(said.contains("alert protocol version"), "{said}");
+    assert!(matches!(accepted, Err(HandshakeError::Tls(_))), "{accepted:?}");
+    // By 1.3 it comes as far as to be asked who it is.
+    let (said, accepted) = of_openssl(&mesh, "-tls1_3").await;
+    assert!(!said.contains("alert protocol version"), "{said}");
+    assert!(accepted.is_err(), "it has no certificate");
+}
