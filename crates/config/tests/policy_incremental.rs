@@ -57,7 +57,7 @@ fn inventory() -> Vec<Vec<String>> {
             ]
             .iter()
             .map(|labels| labelled("Namespace", "", namespace, labels, ""))
-            .chain(["direct", "encrypted"].map(|mode| {
+            .chain(["direct", "encrypted", "kernel"].map(|mode| {
                 format!(
                     "apiVersion: v1\nkind: Namespace\nmetadata: {{name: {namespace}, annotations: {{culvert.dev/node-local: {mode}}}}}\n"
                 )

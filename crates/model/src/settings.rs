@@ -52,13 +52,17 @@ impl Default for Settings {
 }
 
 /// `nodeLocal`: how connections are carried whose two ends are on one node. Identities and policies hold in any case.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+/// In order of strictness: between two that want different ones, the first of them holds.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub enum NodeLocal {
     /// In a tunnel, as between nodes.
     #[default]
     Encrypted,
     /// As they are: the node's proxy knows both ends.
     Direct,
+    /// As they are and, once the node's proxy has decided on a pair, past it: the kernel keeps to its verdict. Where that
+    /// can't be, as with `Direct`.
+    Kernel,
 }
 
 impl NodeLocal {
@@ -68,6 +72,7 @@ impl NodeLocal {
         match self {
             Self::Encrypted => "encrypted",
             Self::Direct => "direct",
+            Self::Kernel => "kernel",
         }
     }
 }
@@ -76,7 +81,7 @@ impl FromStr for NodeLocal {
     type Err = ();
 
     fn from_str(text: &str) -> Result<Self, ()> {
-        [Self::Encrypted, Self::Direct].into_iter().find(|mode| mode.as_str() == text).ok_or(())
+        [Self::Encrypted, Self::Direct, Self::Kernel].into_iter().find(|mode| mode.as_str() == text).ok_or(())
     }
 }
 
@@ -100,10 +105,7 @@ impl NodeLocalModes {
     /// to be encrypted.
     #[must_use]
     pub fn between(&self, source: &str, destination: &str) -> NodeLocal {
-        match (self.of(source), self.of(destination)) {
-            (NodeLocal::Direct, NodeLocal::Direct) => NodeLocal::Direct,
-            _ => NodeLocal::Encrypted,
-        }
+        self.of(source).min(self.of(destination))
     }
 }
 
@@ -129,7 +131,7 @@ pub enum TlsVersion {
 
 #[cfg(test)]
 mod tests {
-    use super::NodeLocal::{Direct, Encrypted};
+    use super::NodeLocal::{Direct, Encrypted, Kernel};
     use super::*;
 
     #[test]
@@ -147,5 +149,10 @@ mod tests {
         let some = with(Encrypted, &[("shop", Direct), ("tools", Direct)]);
         assert_eq!((some.between("shop", "tools"), some.between("shop", "shop")), (Direct, Direct));
         assert_eq!((some.between("shop", "a"), some.between("a", "shop")), (Encrypted, Encrypted));
+        // Past the proxy only what both want so.
+        let mixed = with(Kernel, &[("shop", Direct), ("bank", Encrypted)]);
+        assert_eq!(mixed.between("a", "b"), Kernel);
+        assert_eq!((mixed.between("a", "shop"), mixed.between("shop", "a")), (Direct, Direct));
+        assert_eq!((mixed.between("a", "bank"), mixed.between("bank", "shop")), (Encrypted, Encrypted));
     }
 }

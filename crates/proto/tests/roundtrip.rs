@@ -132,7 +132,10 @@ fn settings_read_back_as_they_were_and_what_is_left_out_is_the_default() {
         path_normalization: model::http::Normalization::MergeSlashes,
         node_local: model::NodeLocalModes {
             mesh: model::NodeLocal::Direct,
-            namespaces: std::sync::Arc::new([("bank".into(), model::NodeLocal::Encrypted)].into()),
+            namespaces: std::sync::Arc::new(
+                [("bank".into(), model::NodeLocal::Encrypted), ("shop".into(), model::NodeLocal::Kernel)]
+                    .into(),
+            ),
         },
         tls_minimum: model::TlsVersion::V1_3,
     };

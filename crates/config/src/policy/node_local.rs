@@ -2,7 +2,8 @@
 //!
 //! It is a field of the mesh's settings, `nodeLocal: direct`, and for the workloads of a namespace its annotation
 //! `culvert.dev/node-local: direct`, which goes before the mesh's. A connection goes as it is only where both of its
-//! namespaces say so; nothing else, and STRICT least of all, implies it.
+//! namespaces say so; nothing else, and STRICT least of all, implies it. `kernel` says `direct`, and that the proxy need
+//! not be on the path.
 
 use model::NodeLocal;
 
@@ -11,7 +12,7 @@ use crate::fields::{Cursor, Fields};
 use crate::metadata::Metadata;
 
 const NAMESPACE: &str = "culvert.dev/node-local";
-const REMEDY: &str = "write encrypted or direct";
+const REMEDY: &str = "write encrypted, direct or kernel";
 
 /// What the mesh's settings say.
 pub(super) fn field(mut cursor: Cursor<'_, '_>) -> Option<NodeLocal> {
@@ -29,7 +30,7 @@ pub(super) fn field(mut cursor: Cursor<'_, '_>) -> Option<NodeLocal> {
 pub fn annotation(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<NodeLocal> {
     let annotation = metadata.annotation(NAMESPACE)?;
     let mode = annotation.value.parse().unwrap_or_else(|_| {
-        let message = "neither \"encrypted\" nor \"direct\", and taken as \"encrypted\"";
+        let message = "none of \"encrypted\", \"direct\" and \"kernel\", and taken as \"encrypted\"";
         annotation.report(fields, Code::ActsOtherwise, message, REMEDY);
         NodeLocal::Encrypted
     });

@@ -69,6 +69,7 @@ fn node_local(mode: i32) -> NodeLocal {
     use wire::mesh_settings::NodeLocal as Wire;
     match Wire::try_from(mode) {
         Ok(Wire::Direct) => NodeLocal::Direct,
+        Ok(Wire::Kernel) => NodeLocal::Kernel,
         Ok(Wire::Encrypted) | Err(_) => NodeLocal::Encrypted,
     }
 }

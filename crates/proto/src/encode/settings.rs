@@ -28,6 +28,7 @@ pub fn encode_settings(settings: &Settings) -> wire::MeshSettings {
     let local = |mode: NodeLocal| match mode {
         NodeLocal::Encrypted => Local::Encrypted.into(),
         NodeLocal::Direct => Local::Direct.into(),
+        NodeLocal::Kernel => Local::Kernel.into(),
     };
     let namespaces = settings.node_local.namespaces.iter();
     wire::MeshSettings {
