@@ -45,7 +45,7 @@ images: ## The container images with their bills of materials, in target/images;
 
 e2e: ## The mesh on a real Kubernetes of two nodes, made on this machine (root, Go); ARGS="--short", ARGS="enrol --keep"
 	@$(SUDO) .ci/packages e2e
-	$(CARGO) build --locked -q -p kube-tests
+	$(CARGO) build --locked -q -p kube-tests -p cli -p control-plane -p node-agent -p waypoint -p ztunnel
 	@$(SUDO) target/debug/kube-tests e2e $(ARGS)
 
 conformance: ## Of that, the Gateway API's conformance suite alone, without a mesh and with it (root, Go)

@@ -26,6 +26,7 @@ pub mod cluster;
 pub mod conformance;
 pub mod control_plane;
 pub mod image;
+pub mod interrupt;
 pub mod kubectl;
 pub mod lab;
 pub mod lab_images;

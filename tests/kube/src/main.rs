@@ -17,7 +17,7 @@ use kube_tests::image::{Build, Definition, Platform};
 use kube_tests::lab::{Lab, Node};
 use kube_tests::report::{Clock, say, wait_for};
 use kube_tests::scenario::{self, ALL, Schedule, Way};
-use kube_tests::{mesh, node, node_init, tools};
+use kube_tests::{interrupt, mesh, node, node_init, tools};
 
 /// A real Kubernetes on this machine: two nodes in namespaces of their own.
 #[derive(Parser)]
@@ -151,7 +151,7 @@ struct E2e {
     #[arg(long)]
     as_is: bool,
     /// cargo's profile
-    #[arg(long, default_value = "release")]
+    #[arg(long, default_value = "dev")]
     profile: String,
     /// Takes what cargo has built already
     #[arg(long)]
@@ -240,6 +240,7 @@ fn images(lab: &Lab, arguments: &Images) -> Result<()> {
         platform,
         profile: arguments.profile.clone(),
         prebuilt: arguments.prebuilt,
+        beside: &[],
         sysroot: arguments.sysroot.clone(),
         out: arguments.out.clone().unwrap_or_else(|| lab.product_images()),
         reuse: false,
@@ -267,6 +268,9 @@ fn e2e(lab: &Lab, arguments: &E2e) -> Result<ExitCode> {
     let mut scenarios = scenario::select(&arguments.names)?;
     scenarios.retain(|s| !(arguments.short && s.long));
     scenario::clear_evidence(lab)?;
+    if !arguments.keep {
+        interrupt::take_down_after(lab)?;
+    }
     let there = Cluster::running(lab).ok().filter(|_| arguments.keep);
     let outcome = play(lab, there, &Schedule::new(&scenarios), arguments, clock);
     if !arguments.keep {

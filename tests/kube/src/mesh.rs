@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
@@ -34,25 +33,23 @@ pub const SETTINGS: [&str; 6] = [
 /// # Errors
 /// A program does not compile.
 pub fn build(lab: &Lab, profile: &str, prebuilt: bool) -> Result<Vec<PathBuf>> {
-    if !prebuilt {
-        let mut cargo = Command::new("cargo");
-        cargo.current_dir(&lab.workspace).args(["build", "--locked", "--profile", profile, "-p", "cli"]);
-        finish(&mut cargo)?;
-    }
-    let built = Path::new("target").join(if profile == "dev" { "debug" } else { profile }).join("culvert");
-    let (from, to) = (lab.workspace.join(built), lab.bin("culvert"));
-    output("cp", &["--remove-destination", &from.display().to_string(), &to.display().to_string()])?;
     let build = Build {
         workspace: lab.workspace.clone(),
         platform: Platform::here()?,
         profile: profile.to_owned(),
         prebuilt,
+        // As the Makefile's call, which so is most of the work.
+        beside: &["cli", "kube-tests"],
         sysroot: PathBuf::from("/"),
         out: lab.root.join("product-images"),
         reuse: true,
     };
     let definitions: BTreeMap<String, Definition> = Definition::all(&lab.workspace)?;
-    build.run(&definitions)
+    let archives = build.run(&definitions)?;
+    let built = Path::new("target").join(if profile == "dev" { "debug" } else { profile }).join("culvert");
+    let (from, to) = (lab.workspace.join(built), lab.bin("culvert"));
+    output("cp", &["--remove-destination", &from.display().to_string(), &to.display().to_string()])?;
+    Ok(archives)
 }
 
 /// Installs or upgrades the release `culvert` by Helm and waits until all of it is ready. `settings` are `key=value`.

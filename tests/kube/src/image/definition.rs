@@ -77,6 +77,9 @@ pub struct Build {
     pub profile: String,
     /// Takes the programs as they are, without asking cargo to build them.
     pub prebuilt: bool,
+    /// More packages for the same call of cargo: built in calls of their own, what they share would be compiled again, since
+    /// cargo joins the features of what one call names.
+    pub beside: &'static [&'static str],
     /// The tree that Debian's programs and libraries are taken from.
     pub sysroot: PathBuf,
     /// Where the images go.
@@ -275,7 +278,10 @@ impl Build {
             let mut cargo = Command::new("cargo");
             cargo.current_dir(&self.workspace).args(["build", "--locked", "--profile", &self.profile]);
             for program in &programs {
-                cargo.args(["-p", &program.package, "--bin", &program.name]);
+                cargo.args(["-p", &program.package]);
+            }
+            if !fixed {
+                cargo.args(self.beside.iter().flat_map(|package| ["-p", package]));
             }
             // With a target named, flags are for the program only, not for what runs while it is built.
             if fixed || self.crosses() {
