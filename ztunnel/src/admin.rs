@@ -41,6 +41,7 @@ pub fn routes(
                     ("pods", node.dump()),
                     ("leaving", node.dump_leaving()),
                     ("diagnostics", node.diagnostics()),
+                    ("verdicts", proxy.verdicts.dump()),
                 ];
                 more.extend(cluster.map(|cluster| ("cluster", cluster.dump())));
                 let dump = Dump { mesh: proxy.state.mesh_owned(), more };
@@ -54,8 +55,12 @@ pub fn routes(
         "/connections",
         "open connections and the last that ended; ?id=, ?address= (of either end)",
         move |request| {
-            let proxy = listed.clone();
-            aside(few.clone(), move || connections(&proxy, &request))
+            let (proxy, few) = (listed.clone(), few.clone());
+            async move {
+                // Of those that pass by a verdict only the kernel knows.
+                proxy.verdicts.look().await;
+                aside(few, move || connections(&proxy, &request)).await
+            }
         },
     )
 }

@@ -53,6 +53,8 @@ pub enum Carrier {
     /// From a pod of this node to another, not encrypted: this process knows both ends.
     #[serde(rename = "node-local")]
     NodeLocal,
+    /// The same past this process, by the kernel's verdict.
+    Kernel,
 }
 
 /// What is known of a connection once it is decided. Its serialised form is the JSON of `/connections`; the
@@ -346,7 +348,8 @@ impl Registry {
         });
     }
 
-    fn remember(&self, ended: Ended) {
+    /// Remembers a connection that has ended.
+    pub fn remember(&self, ended: Ended) {
         let mut list = lock(&self.ended);
         if list.len() >= REMEMBERED {
             list.pop_front();
@@ -412,6 +415,11 @@ pub struct Entered {
 }
 
 impl Entered {
+    /// Why it did not end in order, if it did not.
+    pub fn error(&self) -> Option<&str> {
+        self.error.as_deref()
+    }
+
     /// Says why the connection ended, when it did not end in order.
     pub fn failed(&mut self, error: String) {
         self.error.get_or_insert(error);

@@ -15,6 +15,7 @@ mod proxy;
 mod settings;
 mod start;
 mod telemetry;
+mod verdicts;
 mod zds;
 
 use std::process::ExitCode;

@@ -39,6 +39,7 @@ pub fn register(registry: &Registry, proxy: &Arc<Proxy>, node: &Arc<Node>) {
         );
     });
     captured(registry, node);
+    verdicts(registry, proxy, (&gauge, &counter));
     let node = node.clone();
     registry.collect(
         Description { name: "culvert_pods", help: "Pods of this node by capture state", kind: Kind::Gauge },
@@ -65,6 +66,35 @@ fn captured(registry: &Registry, node: &Arc<Node>) {
             };
             out.integer(&labels, number);
         });
+    });
+}
+
+/// What passes by verdicts in the kernel.
+fn verdicts(registry: &Registry, proxy: &Arc<Proxy>, (gauge, counter): (Register<'_>, Register<'_>)) {
+    macro_rules! number {
+        ($register:ident, $name:literal, $help:literal, $of:expr) => {
+            $register($name, $help, Box::new(|p, _| $of(p.verdicts.counts())));
+        };
+    }
+    type C = crate::verdicts::Counts;
+    number!(gauge, "culvert_verdict_ways", "Addresses that lead pods past ztunnel", |c: C| c.written.0);
+    number!(gauge, "culvert_verdict_pairs", "Pairs that the kernel may let pass", |c: C| c.written.1);
+    number!(gauge, "culvert_verdict_limit", "Ways, and pairs, that there may be", |c: C| c.limit);
+    number!(gauge, "culvert_verdict_pods", "Pods that may be ends of them", |c: C| c.pods.0);
+    number!(gauge, "culvert_verdict_pods_unfit", "Pods that may not, for now", |c: C| c.pods.1);
+    number!(gauge, "culvert_verdict_sockets_open", "Sockets known of what passes", |c: C| c.open);
+    number!(counter, "culvert_verdict_sockets_ended", "Sockets that passed, and ended", |c: C| c.passed);
+    number!(counter, "culvert_verdict_sockets_untold", "Ended, and of an unknown way", |c: C| c.untold);
+    number!(counter, "culvert_verdict_displaced", "Ways that gave their place to others", |c: C| c.displaced);
+    number!(counter, "culvert_verdict_no_room", "Pairs for which there was no place", |c: C| c.no_room);
+    number!(gauge, "culvert_verdict_stuck", "1 while some can't be taken back", |c: C| c.stuck.into());
+    let proxy = proxy.clone();
+    let help = "What the programs of verdicts did, in connections and packets";
+    let description = Description { name: "culvert_verdict_events_total", help, kind: Kind::Counter };
+    registry.collect(description, move |out| {
+        for (what, number) in proxy.verdicts.tallies() {
+            out.integer(&|labels| labels.pair("what", what), number);
+        }
     });
 }
 
@@ -104,7 +134,7 @@ fn connections(gauge: Register<'_>, counter: Register<'_>) {
     counter(
         "culvert_connections_cut",
         "Connections ended because policy, identity or trust no longer allowed them",
-        Box::new(|p, _| p.registry.cut_count()),
+        Box::new(|p, _| p.registry.cut_count() + p.verdicts.cut()),
     );
     gauge(
         "culvert_connections_waiting",

@@ -242,6 +242,16 @@ impl Node {
         found
     }
 
+    /// Has what redirects the enrolled pods looked at in the next round.
+    pub fn verify_soon(&self) {
+        let now = Instant::now();
+        for slot in self.pods().values_mut() {
+            if let PodState::Enrolled(enrolled) = &mut slot.state {
+                enrolled.verify_at = now;
+            }
+        }
+    }
+
     /// Whether all pods are enrolled; else the first that isn't, and why.
     ///
     /// # Errors

@@ -50,6 +50,7 @@ use self::resolve::Route;
 use crate::connections::{Carrier, Direction, Entered, Open, Recheck, Registry, Story};
 use crate::settings::Limits;
 use crate::telemetry;
+use crate::verdicts::Verdicts;
 
 /// The port that outbound connections are redirected to.
 pub const OUTBOUND_PORT: u16 = 15001;
@@ -105,6 +106,8 @@ pub struct Proxy {
     pub handshakes: handshakes::Handshakes,
     /// Counters of the accept loops.
     pub accepts: Arc<AcceptStats>,
+    /// Verdicts in the kernel.
+    pub verdicts: Verdicts,
     /// When to end.
     pub shutdown: Shutdown,
     /// The process's own clock starts here.
@@ -385,9 +388,21 @@ impl Proxy {
         self.log(&entered.open, duration, error.as_ref());
     }
 
-    fn log(&self, open: &Open, duration: Duration, error: Option<&String>) {
-        let (sent, received) = open.carried();
-        self.access.complete(&record(&open.story, (sent, received), duration, error));
+    /// Logs a connection that has ended.
+    pub fn log(&self, open: &Open, duration: Duration, error: Option<&String>) {
+        self.log_story(&open.story, open.carried(), duration, error);
+    }
+
+    /// The same of one that is not in the registry, with its bytes from the client and from the server.
+    pub fn log_story(&self, story: &Story, bytes: (u64, u64), duration: Duration, error: Option<&String>) {
+        self.access.complete(&record(story, bytes, duration, error));
+    }
+
+    /// Asks again of all that is open, carried here or past this process, and cuts what is no longer allowed.
+    pub async fn recheck(&self) -> usize {
+        let cut = self.registry.recheck();
+        self.verdicts.recheck().await;
+        cut
     }
 
     /// Refuses a connection of which all is known: counted, remembered, logged, and reset.

@@ -29,6 +29,7 @@ use crate::proxy::handshakes::Handshakes;
 use crate::proxy::peers::Peers;
 use crate::proxy::pod::Room;
 use crate::settings::{Flags, Limits};
+use crate::verdicts::{self, Verdicts};
 use crate::zds::{Here, Zds, ZdsStatus};
 use crate::{admin, metrics};
 
@@ -81,7 +82,8 @@ async fn serve(
     };
     let telemetry = TcpMetrics::new(&registry, settings.series_limit);
     let limits = Limits::of_process(flags);
-    let proxy = Arc::new(proxy(state, tls, telemetry, limits, logs, &shutdown, workers));
+    let verdicts = Verdicts::new(redirection.verdicts());
+    let proxy = Arc::new(proxy(state, tls, telemetry, (limits, verdicts), logs, &shutdown, workers));
     let dns = dns(&proxy, &registry);
     let node = Arc::new(Node::new(proxy.clone(), redirection, dns, upstreams(flags)?, workers.clone()));
 
@@ -103,6 +105,9 @@ async fn serve(
     let work = Arc::new(Work::default());
     work.add(enrolments);
     work.recheck();
+    // Before pods are captured: what captures them has to know of verdicts.
+    let looking = node.clone();
+    verdicts::keep(&proxy, move || looking.verify_soon()).context("the thread of verdicts")?;
     let pods = follow_pods(flags, mode, zds, (&node, &proxy.state), &work, enrolled, &shutdown);
     tokio::spawn(look_after(proxy.clone()));
     tokio::spawn(net::release_code_after(async move { readiness.settled().await }));
@@ -175,6 +180,7 @@ impl Parts {
 
 /// Resets what is still open. Left to the end of the process, it would look as if it had come to its own end.
 async fn cut_all(proxy: &Proxy) {
+    proxy.verdicts.end().await;
     proxy.registry.cut_all("ztunnel stops");
     let over = async {
         while proxy.registry.open_count() > 0 {
@@ -189,7 +195,7 @@ fn proxy(
     state: Arc<State>,
     tls: Tls,
     metrics: TcpMetrics,
-    limits: Limits,
+    (limits, verdicts): (Limits, Verdicts),
     logs: &Logs,
     shutdown: &Shutdown,
     workers: &Workers,
@@ -213,6 +219,7 @@ fn proxy(
         handshakes: Handshakes::new(limits.handshakes),
         limits,
         accepts: Arc::default(),
+        verdicts,
         shutdown: shutdown.clone(),
         started: Instant::now(),
     }
@@ -313,11 +320,14 @@ async fn follow(
         proxy.tls.bundle().set_trust_domains(mesh.settings().trust_domains.clone());
         node.set_diagnostics(source.diagnostics());
         if mesh.policy_generation() != before {
-            let cut = proxy.registry.recheck();
+            let cut = proxy.recheck().await;
             if cut > 0 {
                 tracing::info!(connections = cut, "cut connections that are no longer allowed");
             }
             work.recheck();
+        } else {
+            // Where a name or an address leads is no policy.
+            proxy.verdicts.recheck().await;
         }
         if !change.enrolments.is_empty() {
             work.add(change.enrolments.into_iter().map(Into::into));
@@ -359,7 +369,7 @@ async fn follow_trust(proxy: Arc<Proxy>, workers: Arc<Workers>) {
         }
         tracing::info!(retired, proving_anew = in_use.len(), "the trust bundle changed");
         tokio::time::sleep(source::REAUTHENTICATION).await;
-        let cut = proxy.registry.recheck();
+        let cut = proxy.recheck().await;
         if cut > 0 {
             tracing::warn!(connections = cut, "cut connections whose peer is no longer trusted");
         }

@@ -14,7 +14,7 @@ pub fn labels(story: &Story) -> TcpLabels {
         service: service_labels(story.destination_service.as_ref()),
         security: match story.carrier {
             Carrier::Hbone => ConnectionSecurity::MutualTls,
-            Carrier::NodeLocal => ConnectionSecurity::NodeLocal,
+            Carrier::NodeLocal | Carrier::Kernel => ConnectionSecurity::NodeLocal,
             Carrier::Plaintext => ConnectionSecurity::Unknown,
         },
         custom: None,

@@ -18,6 +18,11 @@ const SOCK_DESTROY: u16 = 21;
 /// Size of `inet_diag_msg`, after which attributes follow.
 const DIAG_MESSAGE: usize = 72;
 const INET_DIAG_MARK: u16 = 15;
+/// The attribute with `tcp_info`, which a request asks for by its bit.
+const INET_DIAG_INFO: u16 = 2;
+/// Where `tcp_info` has what was acknowledged and what was received, as it is since Linux 4.1.
+const BYTES_ACKED: usize = 120;
+const BYTES_RECEIVED: usize = 128;
 /// No cookie: any socket with these addresses.
 const NO_COOKIE: [u8; 8] = [0xff; 8];
 
@@ -102,15 +107,52 @@ pub fn listeners(netns: &Netns) -> io::Result<Vec<SocketAddr>> {
     Ok(sockets(netns, &[TcpState::Listen])?.into_iter().map(|socket| socket.local).collect())
 }
 
+/// The same with how many bytes of each the other end has acknowledged, and how many came from it.
+///
+/// # Errors
+/// As [`connections`].
+pub fn carried(netns: &Netns) -> io::Result<Vec<(Connection, u64, u64)>> {
+    let mut found = Vec::new();
+    dump(netns, &CONNECTED, 1 << (INET_DIAG_INFO - 1), |payload| {
+        let of = |connection: Connection| {
+            let info = attributes(payload.get(DIAG_MESSAGE..)?).find(|(kind, _)| *kind == INET_DIAG_INFO)?.1;
+            let (acked, received) = (u64_at(info, BYTES_ACKED)?, u64_at(info, BYTES_RECEIVED)?);
+            let (sent, received) = connection.state.without_controls(acked, received);
+            Some((connection, sent, received))
+        };
+        found.extend(parse(payload, &CONNECTED).and_then(of));
+    })?;
+    Ok(found)
+}
+
+impl TcpState {
+    /// What of the bytes that the kernel counts is not the FIN: it counts it as one, either way.
+    fn without_controls(self, acked: u64, received: u64) -> (u64, u64) {
+        let fin_acked = self == Self::FinWait2;
+        let fin_received = matches!(self, Self::CloseWait | Self::LastAck | Self::Closing);
+        (acked.saturating_sub(u64::from(fin_acked)), received.saturating_sub(u64::from(fin_received)))
+    }
+}
+
 fn sockets(netns: &Netns, listed: &[TcpState]) -> io::Result<Vec<Connection>> {
+    let mut found = Vec::new();
+    dump(netns, listed, 0, |payload| found.extend(parse(payload, listed)))?;
+    Ok(found)
+}
+
+/// The messages of all sockets in one of the states, with the `further` attributes.
+fn dump(netns: &Netns, listed: &[TcpState], further: u8, mut each: impl FnMut(&[u8])) -> io::Result<()> {
     let mut netlink = Netlink::open(netns, SockProtocol::NetlinkSockDiag)?;
     let states = listed.iter().fold(0, |states, state| states | 1_u32 << (*state as u8));
-    let mut found = Vec::new();
     for family in [libc::AF_INET, libc::AF_INET6] {
-        let request = diag_request(SOCK_DIAG_BY_FAMILY, low_byte(family), states, &[0; 48]);
-        netlink.dump(request, |_, payload| found.extend(parse(payload, listed)))?;
+        let request = diag_request(SOCK_DIAG_BY_FAMILY, (low_byte(family), further), states, &[0; 48]);
+        netlink.dump(request, |_, payload| each(payload))?;
     }
-    Ok(found)
+    Ok(())
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_ne_bytes(bytes.get(at..at + 8)?.try_into().ok()?))
 }
 
 /// Why a connection could not be cut.
@@ -154,7 +196,7 @@ pub fn probe_destroy(netns: &Netns) -> Result<(), DestroyError> {
 
 fn destroy_request(netns: &Netns, family: u8, id: &[u8; 48]) -> Result<(), DestroyError> {
     let mut netlink = Netlink::open(netns, SockProtocol::NetlinkSockDiag).map_err(DestroyError::Io)?;
-    let request = diag_request(SOCK_DESTROY, family, u32::MAX, id);
+    let request = diag_request(SOCK_DESTROY, (family, 0), u32::MAX, id);
     netlink.acknowledged(request).map_err(|error| match error.raw_os_error() {
         Some(libc::ENOENT) => DestroyError::Gone,
         Some(libc::EOPNOTSUPP | libc::EINVAL) => DestroyError::Unsupported,
@@ -163,8 +205,8 @@ fn destroy_request(netns: &Netns, family: u8, id: &[u8; 48]) -> Result<(), Destr
 }
 
 /// An `inet_diag_req_v2`.
-fn diag_request(kind: u16, family: u8, states: u32, id: &[u8; 48]) -> Message {
-    let mut body = vec![family, low_byte(libc::IPPROTO_TCP), 0, 0];
+fn diag_request(kind: u16, (family, further): (u8, u8), states: u32, id: &[u8; 48]) -> Message {
+    let mut body = vec![family, low_byte(libc::IPPROTO_TCP), further, 0];
     body.extend(states.to_ne_bytes());
     body.extend(id);
     Message::new(kind, 0).body(&body)

@@ -41,7 +41,7 @@ impl Node {
     pub(super) async fn un_enrol(&self, slot: Slot) {
         let Slot { enrolment, state } = slot;
         let pod: Arc<str> = format!("{}/{}", enrolment.namespace, enrolment.name).into();
-        let enrolled = match state {
+        let mut enrolled = match state {
             PodState::Enrolled(enrolled) => enrolled,
             PodState::Pending { .. } => {
                 // A namespace that is gone has no rules either.
@@ -52,6 +52,9 @@ impl Node {
             }
         };
         self.stopped.fetch_add(1, Ordering::Relaxed);
+        // What goes past this process ends here, while all that refuses it still stands.
+        drop(enrolled.served.take());
+        self.proxy.verdicts.recheck().await;
         let (local, rules) = (enrolled.pod.clone(), Rules { leaving: true, ..enrolled.rules.clone() });
         self.proxy.tunnels.retire(|key| key.netns == local.netns);
         // Even if there are none: one that was accepted a moment ago is not counted yet, and would lose its way back

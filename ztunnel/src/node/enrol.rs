@@ -83,7 +83,7 @@ impl Node {
         if is_back {
             self.returned(&pod.netns);
             // Policies may have changed while it was no workload of the mesh.
-            self.proxy.registry.recheck();
+            self.proxy.recheck().await;
         }
         self.started.fetch_add(1, Ordering::Relaxed);
         tracing::info!(

@@ -9,6 +9,7 @@ use net::{Netns, sock_diag};
 
 use super::adopted::before;
 use super::record::{Entry, Record};
+use crate::verdicts::Attach;
 
 /// Who redirects. Clones share it.
 #[derive(Clone)]
@@ -62,6 +63,16 @@ impl Redirection {
         match self {
             Self::Own { capture, .. } => capture.backend().as_str(),
             Self::Agent => "node-agent",
+        }
+    }
+
+    /// What makes the kernel's side of verdicts, where this process captures by the programs that know them.
+    pub fn verdicts(&self) -> Option<Attach> {
+        match self {
+            Self::Own { capture, .. } if capture.backend() == Backend::Ebpf => {
+                Some(crate::verdicts::programs())
+            }
+            Self::Own { .. } | Self::Agent => None,
         }
     }
 

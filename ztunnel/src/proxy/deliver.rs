@@ -21,6 +21,21 @@ const ODD_PORTS_TRIED: usize = 3;
 /// # Errors
 /// The application does not take the connection.
 pub async fn deliver(proxy: &Proxy, pod: &LocalPod, permit: &Permit) -> Result<TcpStream, Failure> {
+    let is_beside = permit.connection().source().is_none();
+    deliver_beside(proxy, pod, permit, is_beside).await
+}
+
+/// The same. `is_beside` says that connections of the client's own come to the same address: with the port of another of them,
+/// what is delivered would be taken for that one, and both would break.
+///
+/// # Errors
+/// As [`deliver`].
+pub async fn deliver_beside(
+    proxy: &Proxy,
+    pod: &LocalPod,
+    permit: &Permit,
+    is_beside: bool,
+) -> Result<TcpStream, Failure> {
     let connection = permit.connection();
     let (client, to) = (connection.source_ip(), connection.destination());
     // A pod that calls itself: its own address needs no transparent socket. Families differ when a dual-stack
@@ -36,10 +51,9 @@ pub async fn deliver(proxy: &Proxy, pod: &LocalPod, permit: &Permit) -> Result<T
     if own {
         return connect(None).await.map_err(failed);
     }
-    if connection.source().is_none() {
-        // The client's own connection came to the same address: with the port of another of its connections, what is
-        // delivered would be taken for that one where connections are tracked, and both would break. Linux gives even
-        // ports to those who connect without one (kernel net/ipv4/inet_hashtables.c, `__inet_hash_connect`).
+    if is_beside {
+        // Linux gives even ports to those who connect without one (kernel net/ipv4/inet_hashtables.c,
+        // `__inet_hash_connect`).
         for _ in 0..ODD_PORTS_TRIED {
             match connect(Some(odd_port(proxy.random()))).await {
                 Err(e) if matches!(e.kind(), ErrorKind::AddrInUse | ErrorKind::AddrNotAvailable) => {}

@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use model::{Mesh, Str, Workload};
+use net::NetnsId;
 
 use super::pod::LocalPod;
 
@@ -46,6 +47,27 @@ impl Locals {
         };
         // The one that came last: another of its name is about to be let go.
         pods.get(&workload.uid)?.iter().rev().find(same).cloned()
+    }
+
+    /// Whether the pod is here.
+    pub fn serves(&self, pod: &Arc<LocalPod>) -> bool {
+        let pods = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        pods.get(&pod.subject.uid).is_some_and(|list| list.iter().any(|other| Arc::ptr_eq(other, pod)))
+    }
+
+    /// Whether a pod is here that lives in this namespace.
+    pub fn serves_in(&self, netns: NetnsId) -> bool {
+        let pods = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        pods.values().flatten().any(|pod| pod.netns.id() == netns)
+    }
+
+    /// The pod whose address is `ip`.
+    pub fn at(&self, mesh: &Mesh, ip: IpAddr) -> Option<Arc<LocalPod>> {
+        let pods = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let has = |pod: &&Arc<LocalPod>| {
+            pod.subject.known(mesh).is_some_and(|workload| workload.addresses.contains(&ip))
+        };
+        pods.values().flatten().find(has).cloned()
     }
 }
 

@@ -226,6 +226,7 @@ impl<'a> Outbound<'a> {
                     workload: &self.source,
                     identity: &self.identity,
                     peer: self.peer,
+                    dialled: self.dialled.socket_addr(),
                     opened_ms: self.opened_ms,
                 };
                 let mut within = self.proxy.join(&source, destination, target).await?;
@@ -300,7 +301,9 @@ impl<'a> Outbound<'a> {
             destination: self.dialled.socket_addr(),
             upstream,
             destination_identity: match carrier {
-                Carrier::Hbone | Carrier::NodeLocal => workload.as_ref().and_then(|w| w.identity().ok()),
+                Carrier::Hbone | Carrier::NodeLocal | Carrier::Kernel => {
+                    workload.as_ref().and_then(|w| w.identity().ok())
+                }
                 Carrier::Plaintext => None,
             },
             destination_workload: workload,

@@ -27,6 +27,8 @@ use super::pod::{LocalPod, Place};
 use super::resolve::{Route, Target};
 use super::{Proxy, is_listener_port};
 use crate::connections::{Carrier, Direction, Recheck, Story, Verdict};
+use crate::verdicts::kernel::Pair;
+use crate::verdicts::{Ends, Offer};
 
 /// A pod with the identity that it has on a connection, and the root by which that is vouched for.
 #[derive(Clone)]
@@ -46,6 +48,8 @@ pub struct Source<'a> {
     pub identity: &'a SpiffeId,
     /// Its end of the connection.
     pub peer: SocketAddr,
+    /// What it dialled.
+    pub dialled: SocketAddr,
     /// When it was accepted, milliseconds since the epoch.
     pub opened_ms: u64,
 }
@@ -57,6 +61,13 @@ pub struct Destined {
     identity: SpiffeId,
     /// Its own address.
     pub to: SocketAddr,
+}
+
+impl Destined {
+    /// The pod.
+    pub fn pod(&self) -> &Arc<LocalPod> {
+        &self.pod
+    }
 }
 
 /// A connection to the application of the other pod.
@@ -86,7 +97,8 @@ impl Proxy {
     fn destined(&self, mesh: &Mesh, (source, from): (&Workload, IpAddr), route: &Route) -> Option<Destined> {
         let Route::Tunnel { authority, target, waypoint: false, .. } = route else { return None };
         let workload = target.workload.as_ref()?;
-        if mesh.settings().node_local.between(&source.namespace, &workload.namespace) != NodeLocal::Direct {
+        if mesh.settings().node_local.between(&source.namespace, &workload.namespace) == NodeLocal::Encrypted
+        {
             return None;
         }
         let to = net::canonical(*authority);
@@ -110,8 +122,14 @@ impl Proxy {
         // First, since it may wait: what was decided before would be old.
         let ends = self.ends(source, destination).await;
         let (mut story, decision) = self.decide_within(source, destination, target)?;
+        let offered = self.offered(source, destination, &ends, decision.as_ref().ok(), &story);
         match self.deliver_within(ends, destination.to, decision).await {
-            Ok((server, allowed, direct, place)) => Ok(Within { server, story, allowed, direct, place }),
+            Ok((server, allowed, direct, place)) => {
+                if let Some(offer) = offered {
+                    self.verdicts.offer(self, *offer);
+                }
+                Ok(Within { server, story, allowed, direct, place })
+            }
             Err(failure) => {
                 if !matches!(failure, Failure::Denied(_)) {
                     story.verdict = Verdict::proxy(failure.to_string());
@@ -173,9 +191,50 @@ impl Proxy {
         let (source, destination) = ends?;
         // Both descriptors are counted where the source has its place.
         let place = destination.pod.place(&self.room, 0)?;
-        let server = super::deliver::deliver(self, &destination.pod, &permit).await?;
+        // Others of the pair may pass by a verdict, with the client's own ports.
+        let is_beside = {
+            let (one, other) = (source.identity.namespace(), destination.identity.namespace());
+            self.state.mesh().settings().node_local.between(one, other) == NodeLocal::Kernel
+        };
+        let server = super::deliver::deliver_beside(self, &destination.pod, &permit, is_beside).await?;
         let allowed = self.recheck_inbound(&destination.pod, permit.connection().clone(), None);
         Ok((server, allowed, self.recheck_within(source, destination), place))
+    }
+
+    /// What a connection that is permitted offers to later ones: that they pass by the kernel's verdict, where both
+    /// namespaces want it so.
+    fn offered(
+        &self,
+        source: &Source<'_>,
+        destination: &Destined,
+        ends: &Result<(End, End), Failure>,
+        permit: Option<&Permit>,
+        inbound: &Story,
+    ) -> Option<Box<Offer>> {
+        let identities = [source.identity, &destination.identity];
+        if !self.verdicts.wants(self, identities, &source.pod.netns, source.dialled) {
+            return None;
+        }
+        let ((one, other), permit) = (ends.as_ref().ok()?, permit?);
+        let connection = permit.connection();
+        let ends = Ends {
+            source: one.pod.clone(),
+            source_identity: one.identity.clone(),
+            destination: other.pod.clone(),
+            destination_identity: other.identity.clone(),
+            allowed: self.recheck_inbound(&other.pod, connection.clone(), None),
+            direct: self.recheck_within(one.clone(), other.clone()),
+        };
+        let inbound = Story { carrier: Carrier::Kernel, ..inbound.clone() };
+        let outbound = Story {
+            direction: Direction::Outbound,
+            destination: source.dialled,
+            upstream: Some(destination.to).filter(|to| *to != source.dialled),
+            verdict: Verdict::proxy("passed within the node by the kernel's verdict (nodeLocal: kernel)"),
+            ..inbound.clone()
+        };
+        let pair = Pair { source: connection.source_ip(), to: connection.destination() };
+        Some(Box::new(Offer { dialled: source.dialled, pair, ends, outbound, inbound }))
     }
 
     async fn vouched(&self, pod: Arc<LocalPod>, identity: SpiffeId) -> Result<End, Failure> {
@@ -193,7 +252,7 @@ impl Proxy {
             let between = |one: &SpiffeId, other: &SpiffeId| {
                 mesh.settings().node_local.between(one.namespace(), other.namespace())
             };
-            if between(&source.identity, &destination.identity) != NodeLocal::Direct {
+            if between(&source.identity, &destination.identity) == NodeLocal::Encrypted {
                 return Some("connections within the node are to be encrypted now".to_owned());
             }
             [&source, &destination].into_iter().find_map(|End { pod, identity, root }| {

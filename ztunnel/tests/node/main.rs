@@ -28,5 +28,6 @@ mod restart;
 mod services;
 mod strangers;
 mod streams;
+mod verdicts;
 mod waypoint;
 mod within;

@@ -1,0 +1,297 @@
+//! Verdicts in the kernel: connections within the node that pass without a proxy on their path (`nodeLocal: kernel`).
+//!
+//! ```text
+//! first connection  carried here, as with `nodeLocal: direct` ─▶ offered ─▶ judged ─▶ both pods prepared, maps written
+//! later ones        past this process; the kernel counts ─▶ records ─▶ registry, metrics, access log
+//! any change        all that stands is judged again ─▶ of what is not allowed any more no packet passes, and its sockets end
+//! ```
+//!
+//! There is no second evaluator: a verdict is written where a connection was permitted, and asked for again by what asks for open
+//! connections ([`judge`]).
+//!
+//! Invariants:
+//! * verdicts hold for a lease, which only the thread renews that takes them back ([`keep`]). What it can't take back ends with
+//!   the lease;
+//! * an earlier process's verdicts hold for nobody: they are revoked before the first is written;
+//! * a verdict needs one answer: one address of the source, one endpoint of what is dialled, one decision whatever the source's
+//!   port. All else stays on the path through this process.
+
+mod judge;
+mod keep;
+pub mod kernel;
+mod programs;
+mod records;
+mod table;
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use model::{NodeLocal, SpiffeId};
+use net::{Netns, NetnsId};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+pub use self::judge::Ends;
+pub use self::keep::keep;
+use self::kernel::{Kernel, Pair, Way};
+pub use self::programs::programs;
+use self::records::{Records, Stories};
+use self::table::{NotWritten, Table};
+use crate::connections::Story;
+use crate::proxy::Proxy;
+
+/// Ways, and pairs, at most.
+const MOST: usize = 4096;
+/// Questions to the thread that wait.
+const QUEUED: usize = 256;
+/// How long an answer of the thread is waited for: verdicts end by themselves by then.
+const ANSWERED: Duration = Duration::from_secs(4);
+/// How long a pod that does not qualify is not asked for again.
+const UNFIT_FOR: Duration = Duration::from_secs(10);
+
+/// Makes the kernel's side.
+pub type Attach = Box<dyn Fn() -> Result<Box<dyn Kernel>, String> + Send + Sync>;
+
+/// A pod's state.
+enum Joined {
+    /// It is being prepared.
+    Asked,
+    /// It may be an end, and the source too or not.
+    Fit(Netns, bool),
+    /// It may not.
+    Unfit(String, Instant),
+}
+
+/// What the thread is asked.
+enum Ask {
+    /// To prepare a pod.
+    Join(Netns),
+    /// To judge again what stands.
+    Recheck(oneshot::Sender<()>),
+    /// To look what is open.
+    Look(oneshot::Sender<()>),
+    /// To take back everything.
+    End(oneshot::Sender<()>),
+}
+
+/// The verdicts of this node.
+pub struct Verdicts {
+    /// Absent where pods are not captured in a way that knows verdicts.
+    attach: Option<Attach>,
+    /// Once they are wanted.
+    kernel: OnceLock<Box<dyn Kernel>>,
+    table: Mutex<Table<Ends, Stories>>,
+    records: Mutex<Records>,
+    pods: Mutex<HashMap<NetnsId, Joined>>,
+    ask: mpsc::Sender<Ask>,
+    asked: Mutex<Option<mpsc::Receiver<Ask>>>,
+    /// Something could not be taken back: the lease is left to end.
+    stuck: AtomicBool,
+    /// All is taken back, and nothing is written any more.
+    over: AtomicBool,
+    cut: AtomicU64,
+    trouble: Mutex<Option<String>>,
+}
+
+/// What a connection that was carried here offers to later ones.
+pub struct Offer {
+    /// What was dialled.
+    pub dialled: SocketAddr,
+    /// What was decided of.
+    pub pair: Pair,
+    /// Both ends.
+    pub ends: Ends,
+    /// The source's view.
+    pub outbound: Story,
+    /// The destination's.
+    pub inbound: Story,
+}
+
+/// How many there are of what.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Counts {
+    /// Addresses that lead past this process, and pairs that may pass.
+    pub written: (u64, u64),
+    /// As many of either there may be.
+    pub limit: u64,
+    /// Ways that gave their place to another.
+    pub displaced: u64,
+    /// Offers for which there was no place.
+    pub no_room: u64,
+    /// Sockets of connections that are open and known.
+    pub open: u64,
+    /// Sockets of connections that passed, and ended.
+    pub passed: u64,
+    /// Those of them of which too little was known to tell of them.
+    pub untold: u64,
+    /// Pods that may be ends, and that may not.
+    pub pods: (u64, u64),
+    /// Whether something could not be taken back.
+    pub stuck: bool,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // The guarded values are valid after any panic: see their own invariants.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Verdicts {
+    /// With what makes the kernel's side, where there is one.
+    pub fn new(attach: Option<Attach>) -> Self {
+        let (ask, asked) = mpsc::channel(QUEUED);
+        Self {
+            attach,
+            kernel: OnceLock::new(),
+            table: Mutex::new(Table::new(MOST)),
+            records: Mutex::default(),
+            pods: Mutex::default(),
+            ask,
+            asked: Mutex::new(Some(asked)),
+            stuck: AtomicBool::new(false),
+            over: AtomicBool::new(false),
+            cut: AtomicU64::new(0),
+            trouble: Mutex::default(),
+        }
+    }
+
+    fn kernel(&self) -> Option<&dyn Kernel> {
+        self.kernel.get().map(|kernel| &**kernel)
+    }
+
+    /// Whether a connection that was carried should be offered: it says nothing new otherwise.
+    pub fn wants(&self, proxy: &Proxy, ends: [&SpiffeId; 2], netns: &Netns, dialled: SocketAddr) -> bool {
+        let ([source, destination], way) = (ends, Way { netns: netns.id(), dialled });
+        self.kernel().is_some()
+            && !self.stuck.load(Relaxed)
+            && !self.over.load(Relaxed)
+            && proxy.state.mesh().settings().node_local.between(source.namespace(), destination.namespace()) == NodeLocal::Kernel
+            // Whoever has the lock writes, or judges; the next connection offers the same.
+            && self.table.try_lock().is_ok_and(|table| !table.knows(&way))
+    }
+
+    /// Writes what a connection offers, if it may be.
+    pub fn offer(&self, proxy: &Proxy, offer: Offer) {
+        let Some(kernel) = self.kernel() else { return };
+        let Offer { dialled, pair, ends, outbound, inbound } = offer;
+        let pods = [&ends.source, &ends.destination].map(|pod| self.is_fit(&pod.netns));
+        if pods.contains(&false) {
+            return;
+        }
+        let way = Way { netns: ends.source.netns.id(), dialled };
+        let stories = Arc::new(Stories::new(proxy, outbound, inbound));
+        let Ok(mut table) = self.table.try_lock() else { return };
+        // Looked at under the lock: who takes all back has it.
+        if self.over.load(Relaxed) || self.stuck.load(Relaxed) {
+            return;
+        }
+        match table.offer((kernel, proxy), (way, stories), (pair, Arc::new(ends))) {
+            Ok(()) => tracing::debug!(?way, ?pair, "later connections pass by the kernel's verdict"),
+            Err(NotWritten::Kernel(error)) => tracing::warn!(?way, ?pair, %error, "no verdict is written"),
+            Err(reason) => tracing::debug!(?way, ?pair, %reason, "no verdict is written"),
+        }
+    }
+
+    /// Whether a pod may be an end. Has it prepared where that is not known.
+    fn is_fit(&self, netns: &Netns) -> bool {
+        let mut pods = lock(&self.pods);
+        match pods.get(&netns.id()) {
+            Some(Joined::Fit(..)) => return true,
+            Some(Joined::Asked) => return false,
+            Some(Joined::Unfit(_, since)) if since.elapsed() < UNFIT_FOR => return false,
+            _ => {}
+        }
+        // A queue that is full is a later connection's matter.
+        if self.ask.try_send(Ask::Join(netns.clone())).is_ok() {
+            pods.insert(netns.id(), Joined::Asked);
+        }
+        false
+    }
+
+    /// Whether a pod may be the source of a pair.
+    fn may_begin(&self, netns: &Netns) -> bool {
+        matches!(lock(&self.pods).get(&netns.id()), Some(Joined::Fit(_, true)))
+    }
+
+    /// Judges again what stands. What is not allowed any more is over when this returns.
+    pub async fn recheck(&self) {
+        self.wait(Ask::Recheck).await;
+    }
+
+    /// Brings up to date what is known of open connections.
+    pub async fn look(&self) {
+        self.wait(Ask::Look).await;
+    }
+
+    /// Takes back all verdicts, and ends what passes by them.
+    pub async fn end(&self) {
+        self.wait(Ask::End).await;
+    }
+
+    async fn wait(&self, ask: impl FnOnce(oneshot::Sender<()>) -> Ask) {
+        if self.attach.is_none() {
+            return;
+        }
+        let (done, wait) = oneshot::channel();
+        if self.ask.send(ask(done)).await.is_ok() {
+            // A thread that is gone, or hangs, renews no lease.
+            let _ = tokio::time::timeout(ANSWERED, wait).await;
+        }
+    }
+
+    /// How many sockets were ended because their connections were no longer allowed.
+    pub fn cut(&self) -> u64 {
+        self.cut.load(Relaxed)
+    }
+
+    /// The numbers, for metrics.
+    pub fn counts(&self) -> Counts {
+        let ((ways, pairs), (displaced, no_room)) = {
+            let table = lock(&self.table);
+            (table.len(), table.displaced())
+        };
+        let (open, passed, untold) = lock(&self.records).counts();
+        let pods = lock(&self.pods);
+        let with = |is: fn(&Joined) -> bool| pods.values().filter(|joined| is(joined)).count() as u64;
+        Counts {
+            written: (ways as u64, pairs as u64),
+            limit: MOST as u64,
+            displaced,
+            no_room,
+            open,
+            passed,
+            untold,
+            pods: (
+                with(|joined| matches!(joined, Joined::Fit(..))),
+                with(|j| matches!(j, Joined::Unfit(..))),
+            ),
+            stuck: self.stuck.load(Relaxed),
+        }
+    }
+
+    /// What the programs count, by its name.
+    pub fn tallies(&self) -> Vec<(&'static str, u64)> {
+        self.kernel().map(Kernel::tallies).unwrap_or_default()
+    }
+
+    /// What there is, as JSON.
+    pub fn dump(&self) -> serde_json::Value {
+        let counts = self.counts();
+        let pods = lock(&self.pods);
+        let unfit = pods.values().filter_map(|joined| match joined {
+            Joined::Unfit(why, _) => Some(why.as_str()),
+            Joined::Fit(_, false) => Some("some of what it sends is not captured: it is no source"),
+            Joined::Asked | Joined::Fit(..) => None,
+        });
+        serde_json::json!({
+            "attached": self.kernel.get().is_some(),
+            "trouble": *lock(&self.trouble),
+            "ways": counts.written.0,
+            "pairs": counts.written.1,
+            "pods": counts.pods.0,
+            "unfitPods": unfit.collect::<Vec<_>>(),
+        })
+    }
+}

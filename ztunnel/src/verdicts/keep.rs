@@ -1,0 +1,403 @@
+//! The thread that keeps verdicts: it renews their lease, judges them again, ends what is over, and hears what the kernel counted.
+//!
+//! It is a thread of its own, so that neither traffic nor a large configuration delays the lease; and the one that renews is the
+//! one that takes back, so that no verdict outlives for long what can't be taken back.
+
+use std::collections::HashSet;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use model::NodeLocal;
+use net::{Netns, NetnsId};
+use nix::time::{ClockId, clock_gettime};
+use process::shutdown::{Hold, Phase};
+use tokio::sync::mpsc::Receiver;
+use tokio::sync::oneshot;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+
+use super::judge::Ends;
+use super::kernel::{Kernel, Pair, Passed, Side, Way};
+use super::records::Stories;
+use super::table::{Ends as _, Judge, Over};
+use super::{Ask, Joined, Verdicts, lock};
+use crate::proxy::Proxy;
+
+/// How long verdicts outlive this process, or this thread where it hangs.
+const LEASE: Duration = Duration::from_secs(3);
+const RENEWAL: Duration = Duration::from_millis(500);
+/// How often it is asked again what nobody tells of: certificates that run out, addresses that a pod lost.
+const RECHECK: Duration = Duration::from_secs(1);
+/// How often open connections are looked at: their metrics move as often.
+const LOOK: Duration = Duration::from_secs(5);
+/// How soon it is asked again what has ended: where something had, and where nothing had.
+const BUSY: Duration = Duration::from_millis(20);
+const IDLE: Duration = Duration::from_millis(200);
+/// What is taken in one go.
+const BATCH: usize = 1024;
+/// Batches before other work gets its turn.
+const BATCHES: usize = 16;
+/// How long an earlier process's pairs wait for their pods. They stay revoked afterwards.
+const INHERITED_FOR: Duration = Duration::from_secs(120);
+/// How long after it failed it is tried again to attach the programs.
+const ATTACH_AGAIN: Duration = Duration::from_secs(30);
+
+/// Starts the thread. `attached` is called when the programs that know verdicts have become part of capture.
+///
+/// # Errors
+/// There is no thread to be had.
+pub fn keep(proxy: &Arc<Proxy>, attached: impl Fn() + Send + 'static) -> io::Result<()> {
+    let Some(asked) = lock(&proxy.verdicts.asked).take() else { return Ok(()) };
+    if proxy.verdicts.attach.is_none() {
+        return Ok(());
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let hold = proxy.shutdown.hold();
+    let mut keeper = Keeper {
+        proxy: proxy.clone(),
+        attached: Box::new(attached),
+        inherited: Vec::new(),
+        inherited_at: Instant::now(),
+        attach_at: Instant::now(),
+    };
+    keeper.attach();
+    std::thread::Builder::new().name("verdicts".into()).spawn(move || {
+        runtime.block_on(keeper.run(asked, hold));
+    })?;
+    Ok(())
+}
+
+/// Nobody may pass.
+struct Nobody(&'static str);
+
+impl Judge<Ends, Stories> for Nobody {
+    fn against(&self, _: &Pair, _: &Ends) -> Option<String> {
+        Some(self.0.to_owned())
+    }
+
+    fn leads(&self, _: &Way, _: &Pair, _: &Ends, _: &Stories) -> bool {
+        false
+    }
+}
+
+struct Keeper {
+    proxy: Arc<Proxy>,
+    attached: Box<dyn Fn() + Send>,
+    /// An earlier process's pairs, which are revoked and may have sockets.
+    inherited: Vec<Pair>,
+    inherited_at: Instant,
+    attach_at: Instant,
+}
+
+/// The time, by the clock that the kernel's records are of.
+fn monotonic() -> Duration {
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map(Duration::from).unwrap_or_default()
+}
+
+fn tick(period: Duration) -> tokio::time::Interval {
+    let mut interval = interval(period);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    interval
+}
+
+impl Keeper {
+    async fn run(mut self, mut asked: Receiver<Ask>, hold: Hold) {
+        let mut hold = Some(hold);
+        let shutdown = self.proxy.shutdown.clone();
+        let (mut renewal, mut recheck, mut look) = (tick(RENEWAL), tick(RECHECK), tick(LOOK));
+        let mut pause = IDLE;
+        loop {
+            tokio::select! {
+                biased;
+                _ = renewal.tick() => self.renew(),
+                ask = asked.recv() => match ask {
+                    Some(ask) => self.answer(ask),
+                    None => return,
+                },
+                () = shutdown.draining(), if hold.is_some() => {
+                    // New connections are for this process to refuse, or a successor's. What is open has the grace period.
+                    self.recheck();
+                    self.look();
+                    hold = None;
+                }
+                _ = recheck.tick() => {
+                    self.attach();
+                    self.recheck();
+                    self.end_inherited();
+                }
+                _ = look.tick() => {
+                    self.join_again();
+                    self.look();
+                }
+                () = sleep(pause) => pause = if self.hear() { BUSY } else { IDLE },
+            }
+        }
+    }
+
+    fn verdicts(&self) -> &Verdicts {
+        &self.proxy.verdicts
+    }
+
+    fn kernel(&self) -> Option<&dyn Kernel> {
+        self.verdicts().kernel()
+    }
+
+    fn answer(&mut self, ask: Ask) {
+        let done = |done: oneshot::Sender<()>| {
+            // Whoever asked may no longer wait.
+            let _ = done.send(());
+        };
+        match ask {
+            Ask::Join(netns) => self.join(&netns),
+            Ask::Recheck(reply) => {
+                self.attach();
+                self.recheck();
+                done(reply);
+            }
+            Ask::Look(reply) => {
+                self.look();
+                done(reply);
+            }
+            Ask::End(reply) => {
+                self.end();
+                done(reply);
+            }
+        }
+    }
+
+    /// Attaches the programs, once some namespace wants them.
+    fn attach(&mut self) {
+        let verdicts = &self.proxy.verdicts;
+        let settings = self.proxy.state.mesh_owned().settings().node_local.clone();
+        let is_wanted = settings.mesh == NodeLocal::Kernel
+            || settings.namespaces.values().any(|mode| *mode == NodeLocal::Kernel);
+        if !is_wanted || verdicts.kernel().is_some() || Instant::now() < self.attach_at {
+            return;
+        }
+        let Some(attach) = &verdicts.attach else { return };
+        let made = attach().and_then(|kernel| {
+            // Nothing passes by what an earlier process knew.
+            let inherited = kernel.stop().and_then(|()| kernel.inherit()).map_err(|e| e.to_string())?;
+            Ok((kernel, inherited))
+        });
+        match made {
+            Ok((kernel, inherited)) => {
+                tracing::info!(
+                    inherited = inherited.len(),
+                    "connections within the node may pass by verdicts"
+                );
+                (self.inherited, self.inherited_at) = (inherited, Instant::now());
+                // Nobody else sets it.
+                let _ = verdicts.kernel.set(kernel);
+                *lock(&verdicts.trouble) = None;
+                self.renew();
+                (self.attached)();
+            }
+            Err(error) => {
+                let mut trouble = lock(&verdicts.trouble);
+                if trouble.as_ref() != Some(&error) {
+                    tracing::warn!(error, "no connection passes by a verdict (nodeLocal: kernel)");
+                }
+                *trouble = Some(error);
+                self.attach_at = Instant::now() + ATTACH_AGAIN;
+            }
+        }
+    }
+
+    /// Lets what stands go on for a while, unless something could not be taken back.
+    fn renew(&self) {
+        let verdicts = self.verdicts();
+        if verdicts.stuck.load(Relaxed) || verdicts.over.load(Relaxed) {
+            return;
+        }
+        if let Some(kernel) = self.kernel()
+            && let Err(error) = kernel.renew(LEASE)
+        {
+            tracing::error!(%error, "the lease of verdicts is not renewed: connections that pass by them stall");
+        }
+    }
+
+    fn join(&self, netns: &Netns) {
+        let Some(kernel) = self.kernel() else { return };
+        let joined = match kernel.join(netns) {
+            Ok(may_begin) => Joined::Fit(netns.clone(), may_begin),
+            Err(why) => {
+                tracing::info!(%netns, why, "connections of the pod take the way through ztunnel");
+                Joined::Unfit(why, Instant::now())
+            }
+        };
+        lock(&self.verdicts().pods).insert(netns.id(), joined);
+    }
+
+    /// Looks again at pods that joined: what of their traffic is captured may have changed.
+    fn join_again(&self) {
+        let pods: Vec<Netns> = lock(&self.verdicts().pods)
+            .values()
+            .filter_map(|joined| match joined {
+                Joined::Fit(netns, _) => Some(netns.clone()),
+                Joined::Asked | Joined::Unfit(..) => None,
+            })
+            .collect();
+        pods.iter().for_each(|netns| self.join(netns));
+    }
+
+    /// Judges again what stands, and ends what is not allowed any more.
+    fn recheck(&self) {
+        let Some(kernel) = self.kernel() else { return };
+        let (over, outcome) = lock(&self.verdicts().table).recheck(kernel, &*self.proxy);
+        self.note(outcome);
+        self.finish(kernel, &over);
+        self.release(kernel);
+    }
+
+    /// Whether something could not be taken back.
+    fn note(&self, outcome: io::Result<()>) {
+        let was = self.verdicts().stuck.swap(outcome.is_err(), Relaxed);
+        match outcome {
+            Err(error) if !was => {
+                tracing::error!(%error, "verdicts can't be taken back; their lease is left to end");
+            }
+            Ok(()) if was => tracing::info!("verdicts could be taken back; their lease is renewed again"),
+            _ => {}
+        }
+    }
+
+    /// Ends pairs that are revoked. What can't be ended now is when it is asked again; no packet of it passes.
+    fn finish(&self, kernel: &dyn Kernel, over: &[Over<Ends>]) {
+        if over.is_empty() {
+            return;
+        }
+        self.enter();
+        let mut cut = 0;
+        for Over { pair, reason, .. } in over {
+            let Some(reason) = reason else { continue };
+            cut += lock(&self.verdicts().records).cut(pair, reason);
+        }
+        let mut ended = Vec::new();
+        for Over { pair, ends, .. } in over {
+            match kernel.end(ends.netns(), pair) {
+                Ok((_, 0)) => ended.push(pair),
+                Ok((_, left)) => tracing::debug!(?pair, left, "sockets of a revoked pair are still there"),
+                Err(error) => tracing::warn!(?pair, %error, "sockets of a revoked pair can't be ended"),
+            }
+        }
+        self.verdicts().cut.fetch_add(cut, Relaxed);
+        if cut > 0 {
+            tracing::info!(sockets = cut, "cut connections past ztunnel that are no longer allowed");
+        }
+        self.hear();
+        let mut table = lock(&self.verdicts().table);
+        ended.into_iter().for_each(|pair| table.ended(pair));
+    }
+
+    /// Lets go of pods that have left the mesh.
+    fn release(&self, kernel: &dyn Kernel) {
+        let verdicts = self.verdicts();
+        let used = lock(&verdicts.table).namespaces();
+        let mut pods = lock(&verdicts.pods);
+        let is_left = |(id, joined): &(&NetnsId, &Joined)| {
+            !matches!(joined, Joined::Asked) && !self.proxy.locals.serves_in(**id) && !used.contains(id)
+        };
+        let left: Vec<_> = pods.iter().filter(is_left).map(|(id, _)| *id).collect();
+        for id in left {
+            if let Some(Joined::Fit(netns, _)) = pods.remove(&id) {
+                kernel.leave(&netns);
+            }
+        }
+    }
+
+    /// Enters what is open, and forgets pairs that nothing leads to.
+    fn look(&self) {
+        let (Some(kernel), Some(open)) = (self.kernel(), self.enter()) else { return };
+        let idle = lock(&self.verdicts().table).idle(&open);
+        self.finish(kernel, &idle);
+    }
+
+    /// Enters what is open. The pairs that it is of.
+    fn enter(&self) -> Option<HashSet<Pair>> {
+        let listing = match self.kernel()?.listing() {
+            Ok(listing) => listing,
+            Err(error) => {
+                tracing::warn!(%error, "connections past ztunnel can't be listed");
+                return None;
+            }
+        };
+        let now = monotonic();
+        let mut records = lock(&self.verdicts().records);
+        records.ended(&self.proxy, now, &listing.ended, &mut |passed| self.told(passed));
+        records.found(&self.proxy, now, &listing.open, &mut |passed| self.told(passed));
+        let mut open = records.pairs();
+        open.extend(listing.open.iter().map(|passed| passed.pair));
+        Some(open)
+    }
+
+    fn told(&self, passed: &Passed) -> Option<Arc<Stories>> {
+        let dialled = match passed.side {
+            Side::Source(service) => Some(service.unwrap_or(passed.pair.to)),
+            Side::Destination => None,
+        };
+        lock(&self.verdicts().table).told(dialled, &passed.pair)
+    }
+
+    /// Takes what has ended. Whether anything had.
+    fn hear(&self) -> bool {
+        let Some(kernel) = self.kernel() else { return false };
+        let mut any = false;
+        for _ in 0..BATCHES {
+            let ended = match kernel.ended(BATCH) {
+                Ok(ended) => ended,
+                Err(error) => {
+                    tracing::warn!(%error, "ends of connections past ztunnel can't be read");
+                    return false;
+                }
+            };
+            any |= !ended.is_empty();
+            let mut records = lock(&self.verdicts().records);
+            records.ended(&self.proxy, monotonic(), &ended, &mut |passed| self.told(passed));
+            if ended.len() < BATCH {
+                break;
+            }
+        }
+        any
+    }
+
+    /// Ends what an earlier process has left, as the pods come that it is of.
+    fn end_inherited(&mut self) {
+        let Some(kernel) = self.proxy.verdicts.kernel() else { return };
+        if self.inherited.is_empty() {
+            return;
+        }
+        let mesh = self.proxy.state.mesh_owned();
+        let (proxy, verdicts) = (&self.proxy, &self.proxy.verdicts);
+        self.inherited.retain(|pair| {
+            // It is allowed again, with the sockets that it has.
+            if lock(&verdicts.table).holds(pair) {
+                return false;
+            }
+            let [source, destination] = [pair.source, pair.to.ip()].map(|ip| proxy.locals.at(&mesh, ip));
+            let (Some(source), Some(destination)) = (source, destination) else { return true };
+            !matches!(kernel.end((&source.netns, &destination.netns), pair), Ok((_, 0)))
+        });
+        if self.inherited_at.elapsed() > INHERITED_FOR && !self.inherited.is_empty() {
+            let pairs = self.inherited.len();
+            tracing::info!(pairs, "verdicts of an earlier process stay revoked: their pods are not here");
+            self.inherited.clear();
+        }
+    }
+
+    /// Takes back all, and ends what passes.
+    fn end(&self) {
+        let verdicts = self.verdicts();
+        verdicts.over.store(true, Relaxed);
+        let Some(kernel) = self.kernel() else { return };
+        let judge =
+            Nobody(if self.proxy.shutdown.phase() == Phase::Running { "over" } else { "ztunnel stops" });
+        let (over, outcome) = lock(&verdicts.table).recheck(kernel, &judge);
+        self.note(outcome);
+        self.finish(kernel, &over);
+        if let Err(error) = kernel.stop() {
+            tracing::warn!(%error, "the lease of verdicts ends by itself");
+        }
+    }
+}
