@@ -19,6 +19,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use aya::maps::MapData;
 use aya::programs::links::{FdLink, PinnedLink};
 use ebpf::layout::{self, PortSets, Settings};
 use ebpf::verdicts::{self, Carried, Offer, Pair, Qualified, Side, Tally, Verdicts, Why};
@@ -605,6 +606,32 @@ fn another_process_takes_over() {
     assert_eq!(next.pairs().unwrap().len(), 1);
     assert_eq!(next.offers().unwrap().len(), 2);
     assert!(next.renew(LEASE).unwrap());
+    assert!(mesh.connect(service(false)).is_ok());
+}
+
+/// As a newer build does that declares a map otherwise: nothing of the old maps is in force, and nobody renews them.
+#[test]
+fn verdicts_of_another_build_end() {
+    let Some(mut mesh) = Mesh::new("verdicts of another build end") else { return };
+    mesh.open(false);
+    let listener = mesh.listen(false);
+    let mut client = mesh.connect(service(false)).unwrap();
+    let (mut server, _) = accept(&listener).unwrap();
+    let directory = mesh.pins.verdicts();
+    fs::remove_file(directory.join("offers")).unwrap();
+    MapData::from_pin(directory.join("connections")).unwrap().pin(directory.join("offers")).unwrap();
+    mesh.verdicts = Verdicts::attach(&mesh.pins, Path::new(CGROUPS)).unwrap();
+    assert!(mesh.verdicts.pairs().unwrap().is_empty());
+    assert!(!passes(&mut client, &mut server) && !passes(&mut server, &mut client));
+    let node = &mesh.lab.node("a").host.netns;
+    for pod in ["client", "server"].map(|name| mesh.lab.pod(name)) {
+        let ask = || mesh.verdicts.qualify(node, &pod.netns);
+        assert!(matches!(ask(), Err(Why::NotCaptured)));
+        capture(&mesh.pins, pod);
+        ask().unwrap();
+    }
+    assert!(client.read(&mut [0]).is_err() && server.read(&mut [0]).is_err());
+    mesh.open(false);
     assert!(mesh.connect(service(false)).is_ok());
 }
 
