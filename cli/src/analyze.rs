@@ -12,7 +12,7 @@ use config::diagnostic::{Diagnostic, Severity};
 use serde_json::json;
 
 use crate::files::{Files, Sources};
-use crate::table::{print, printable};
+use crate::table::{Output, print, printable};
 
 /// Checks manifests, a cluster, or both: every field is enforced, refused or has no effect, and this says which
 #[derive(Args, Debug)]
@@ -51,9 +51,12 @@ impl Threshold {
 enum Form {
     /// For people
     #[default]
+    #[value(alias = "wide")]
     Text,
     /// One document with everything
     Json,
+    /// The same as YAML
+    Yaml,
     /// For code hosts and editors (SARIF 2.1.0)
     Sarif,
 }
@@ -75,7 +78,7 @@ pub fn run(args: &AnalyzeArgs) -> Result<ExitCode> {
     let failed = found.iter().any(|d| d.severity >= threshold);
     let text = match args.output {
         Form::Text => text(found, &files, compiled.objects)?,
-        Form::Json => {
+        Form::Json | Form::Yaml => {
             let mut document = json!({
                 "files": files.count(),
                 "objects": compiled.objects,
@@ -85,7 +88,8 @@ pub fn run(args: &AnalyzeArgs) -> Result<ExitCode> {
             if let (true, Some(map)) = (files.is_cluster(), document.as_object_mut()) {
                 map.insert("clusterObjects".to_owned(), files.cluster_count().into());
             }
-            format!("{}\n", serde_json::to_string_pretty(&document)?)
+            let form = if args.output == Form::Yaml { Output::Yaml } else { Output::Json };
+            form.document(&document)?.unwrap_or_default()
         }
         Form::Sarif => format!("{}\n", serde_json::to_string_pretty(&sarif::document(found))?),
     };

@@ -9,7 +9,7 @@ use clap::Args;
 use http::Method;
 use serde_json::Value;
 
-use crate::cluster::{Cluster, ClusterArgs, PodName};
+use crate::cluster::{Cluster, ClusterArgs, Objects, PodName};
 use crate::files::Files;
 use crate::table::{Output, print};
 use crate::{admin, health, proxy_status};
@@ -34,12 +34,8 @@ const LISTS: &[(&str, &str)] = &[
     ("services", "/api/v1/services"),
     ("networkpolicies", "/apis/networking.k8s.io/v1/networkpolicies"),
     ("webhooks", "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations"),
+    ("gatewayclasses", "/apis/gateway.networking.k8s.io/v1/gatewayclasses"),
     ("clustertrustbundles", "/apis/certificates.k8s.io/v1beta1/clustertrustbundles"),
-    ("authorizationpolicies", "/apis/security.istio.io/v1/authorizationpolicies"),
-    ("peerauthentications", "/apis/security.istio.io/v1/peerauthentications"),
-    ("requestauthentications", "/apis/security.istio.io/v1/requestauthentications"),
-    ("serviceentries", "/apis/networking.istio.io/v1/serviceentries"),
-    ("workloadentries", "/apis/networking.istio.io/v1/workloadentries"),
 ];
 
 /// The same of the mesh's own namespace.
@@ -70,6 +66,14 @@ pub fn run(args: &BugReportArgs) -> Result<ExitCode> {
     for (name, path) in LISTS {
         report.json(name, cluster.list(path).map(Value::from))?;
     }
+    match Objects::custom(&cluster) {
+        Ok(kinds) => {
+            for (name, path) in kinds {
+                report.json(&name, cluster.list(&path).map(Value::from))?;
+            }
+        }
+        Err(error) => report.missing.push(format!("the mesh's own kinds: {error:#}")),
+    }
     for (name, path) in OWN_LISTS {
         let path = path.replace("{}", &cluster.system);
         report.json(&format!("{}/{name}", cluster.system), cluster.list(&path).map(Value::from))?;
@@ -79,6 +83,9 @@ pub fn run(args: &BugReportArgs) -> Result<ExitCode> {
         for pod in cluster.pods(app)? {
             report.pod(app, &pod)?;
         }
+    }
+    for pod in cluster.waypoint_pods(None, None)? {
+        report.pod("waypoint", &pod)?;
     }
     let Report { files, missing, .. } = report;
     if !missing.is_empty() {
@@ -126,7 +133,7 @@ impl Report<'_> {
 
     /// A pod's logs, and what it says of itself.
     fn pod(&mut self, app: &str, pod: &PodName) -> Result<()> {
-        let base = format!("{}/{}", self.cluster.system, pod.name);
+        let base = format!("{}/{}", pod.namespace, pod.name);
         for (name, previous) in [("log", false), ("previous.log", true)] {
             let log = self.cluster.log(pod, LINES, previous);
             if !previous || log.as_ref().is_ok_and(|log| !log.is_empty()) {
@@ -142,6 +149,11 @@ impl Report<'_> {
             "ztunnel" => &[
                 (admin::ADMIN.port(), "/config_dump"),
                 (admin::ADMIN.port(), "/connections"),
+                (node, "/metrics"),
+            ],
+            "waypoint" => &[
+                (admin::ADMIN.port(), "/config_dump"),
+                (admin::ADMIN.port(), "/clusters"),
                 (node, "/metrics"),
             ],
             _ => &[(admin::ADMIN.port(), "/pods"), (admin::ADMIN.port(), "/capture"), (node, "/metrics")],

@@ -71,8 +71,10 @@ impl ClusterArgs {
             }
             (None, Some(_)) => Config::from_kubeconfig(&options).await,
             (None, None) => {
-                let found = Config::infer().await;
-                return found.context("which cluster? Name a kubeconfig with --kubeconfig or $KUBECONFIG");
+                // Its text has its causes in it.
+                return Config::infer().await.map_err(|error| {
+                    anyhow!("which cluster? Name a kubeconfig with --kubeconfig or $KUBECONFIG: {error}")
+                });
             }
         };
         chosen.context("the kubeconfig can't be used (kubectl config get-contexts lists its contexts)")
@@ -232,7 +234,16 @@ impl Cluster {
             Ok(Ok(text)) => Ok(Some(text)),
             Ok(Err(kube::Error::Api(status))) if status.code == 404 => Ok(None),
             Ok(Err(kube::Error::Api(status))) => {
-                bail!("the API server refused {method} {path}: {} ({})", status.message, status.code)
+                let next = match status.code {
+                    401 => {
+                        "; the context's credentials are not valid (any more): log in again, or name another --context"
+                    }
+                    403 => {
+                        "; whoever may give rights in the cluster can give this one: kubectl auth can-i --list shows those you have"
+                    }
+                    _ => "",
+                };
+                bail!("the API server refused {method} {path}: {} ({}){next}", status.message, status.code)
             }
             Ok(Err(error)) => Err(anyhow!(error)).with_context(|| self.unreachable()),
             Err(_) => bail!("{}: no answer within {LIMIT:?}", self.unreachable()),

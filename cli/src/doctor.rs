@@ -196,7 +196,9 @@ fn nodes(nodes: &[Value]) -> Vec<Finding> {
             ));
         }
     }
-    if found.is_empty() {
+    if nodes.is_empty() {
+        found.push(Finding::new("node", Grade::Note, "there are no nodes", "pods run once there are"));
+    } else if found.is_empty() {
         let kernels: BTreeSet<_> = nodes.iter().map(|n| text(n, "/status/nodeInfo/kernelVersion")).collect();
         let kernels = kernels.into_iter().collect::<Vec<_>>().join(", ");
         found.push(Finding::new("node", Grade::Ok, format!("{} nodes, kernels {kernels}", nodes.len()), ""));

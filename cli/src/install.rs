@@ -90,7 +90,7 @@ struct WaitArgs {
     cluster: ClusterArgs,
 }
 
-/// Removes the mesh from the cluster. Refuses while pods are in it, since their traffic would be refused
+/// Removes the mesh from the cluster. Refuses while pods are in it, since they would go on in plaintext
 #[derive(Args, Debug)]
 pub struct UninstallArgs {
     /// First take all namespaces out of the mesh: removes their labels, and waits until no pod is captured
@@ -343,7 +343,8 @@ fn carries_traffic(cluster: &Cluster, release: &str) -> Result<bool> {
     Ok(!cluster.list(&path)?.is_empty())
 }
 
-/// Makes sure that no pod is in the mesh: its rules would refuse its traffic for good.
+/// Makes sure that no pod is in the mesh: what it says would be in plaintext without anybody's word, or, where no agent runs to
+/// clean its node up, refused for good.
 fn leave(cluster: &Cluster, args: &UninstallArgs) -> Result<()> {
     let labelled =
         || cluster.list(&format!("/api/v1/namespaces?labelSelector={}%3Dambient", MODE.replace('/', "%2F")));
@@ -369,8 +370,8 @@ fn leave(cluster: &Cluster, args: &UninstallArgs) -> Result<()> {
             progress.finish_and_clear();
             let shown: Vec<_> = captured.iter().take(10).map(String::as_str).collect();
             bail!(
-                "namespaces in the mesh: {}; pods whose traffic is captured: {} ({}). Without the mesh their traffic \
-                 would be refused. Take them out first: remove the label {MODE} from namespaces and pods, or let \
+                "namespaces in the mesh: {}; pods whose traffic is captured: {} ({}). Without the mesh they go \
+                 on in plaintext, and are refused on a node whose agent does not run. Take them out first: remove the label {MODE} from namespaces and pods, or let \
                  --remove-labels do it for the namespaces",
                 if names.is_empty() || args.remove_labels { "none".to_owned() } else { names.join(", ") },
                 captured.len(),

@@ -79,6 +79,14 @@ pub fn run(args: &ProxyStatusArgs) -> Result<ExitCode> {
         let ready = ready_nodes(&nodes);
         proxies.iter_mut().filter(|p| !p.connected).for_each(|p| p.node_away = !ready.contains(&p.node));
     }
+    if let Some(node) = &args.node
+        && !proxies.iter().any(|p| wanted(&p.node))
+        && !proxies.is_empty()
+    {
+        let nodes: BTreeSet<&str> = proxies.iter().map(|p| p.node.as_str()).collect();
+        let nodes: Vec<&str> = nodes.into_iter().take(20).collect();
+        bail!("no proxy is on a node {node:?}; there are proxies on {}", nodes.join(", "));
+    }
     proxies.retain(|p| wanted(&p.node));
     if proxies.is_empty() {
         bail!("no proxy is connected, and no ztunnel is there: `culvert status` says what is installed");

@@ -125,6 +125,9 @@ fn set(cluster: &Cluster, tag: &str, revision: &str, overwrite: bool) -> Result<
     if let (Some(other), false) = (others.first(), overwrite) {
         bail!("tag {tag} points at revision {other}; --overwrite moves it");
     }
+    if all.is_empty() {
+        bail!("no control plane is installed in namespace {}: `culvert install` does that", cluster.system);
+    }
     let known = all.keys().cloned().collect::<Vec<_>>().join(", ");
     let Some(tags) = all.get_mut(revision) else {
         bail!("revision {revision:?} is not installed in namespace {}; there are: {known}", cluster.system);

@@ -70,11 +70,11 @@ pub fn run(args: &AuthnArgs) -> Result<ExitCode> {
         }
     }
     if asked == 0 {
-        bail!(
-            "no ztunnel in namespace {} tells its metrics {}: `culvert status` says why",
-            cluster.system,
-            silent.join(", ")
-        );
+        let system = &cluster.system;
+        if silent.is_empty() {
+            bail!("no ztunnel is in namespace {system}: `culvert status` says why");
+        }
+        bail!("no ztunnel in namespace {system} tells its metrics: {}", silent.join(", "));
     }
     let in_namespace = |pair: &Pair| {
         args.namespace.as_ref().is_none_or(|n| pair.destination.split('/').next() == Some(n.as_str()))

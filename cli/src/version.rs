@@ -23,22 +23,23 @@ pub struct VersionArgs {
     output: Output,
 }
 
+/// Of each part of the mesh, how many pods are of which version.
+type Parts = Vec<(&'static str, BTreeMap<String, usize>)>;
+
 /// Runs the command.
 pub fn run(args: &VersionArgs) -> Result<ExitCode> {
     let client = env!("CARGO_PKG_VERSION");
-    let mut parts = Vec::new();
-    if !args.client && args.cluster.is_any() {
-        let cluster = Cluster::connect(&args.cluster)?;
-        for (what, app) in
-            [("control plane", "culvertd"), ("node agents", "culvert-node"), ("ztunnels", "ztunnel")]
-        {
-            let mut versions: BTreeMap<String, usize> = BTreeMap::new();
-            for pod in cluster.pods(app)? {
-                *versions.entry(pod.version).or_default() += 1;
+    let asked = if !args.client && args.cluster.is_any() { running(&args.cluster) } else { Ok(Vec::new()) };
+    let parts = match asked {
+        Ok(parts) => parts,
+        // This program's own is known without the cluster.
+        Err(error) => {
+            if matches!(args.output, Output::Text | Output::Wide) {
+                print(&format!("culvert {client}\n"))?;
             }
-            parts.push((what, versions));
+            return Err(error.context("what runs in the cluster is not known (--client leaves it out)"));
         }
-    }
+    };
     let by_name: BTreeMap<_, _> = parts.iter().cloned().collect();
     if let Some(document) = args.output.document(&json!({"client": client, "cluster": by_name}))? {
         print(&document)?;
@@ -57,4 +58,19 @@ pub fn run(args: &VersionArgs) -> Result<ExitCode> {
     }
     print(&text)?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn running(cluster: &ClusterArgs) -> Result<Parts> {
+    let cluster = Cluster::connect(cluster)?;
+    let mut parts = Vec::new();
+    for (what, app) in
+        [("control plane", "culvertd"), ("node agents", "culvert-node"), ("ztunnels", "ztunnel")]
+    {
+        let mut versions: BTreeMap<String, usize> = BTreeMap::new();
+        for pod in cluster.pods(app)? {
+            *versions.entry(pod.version).or_default() += 1;
+        }
+        parts.push((what, versions));
+    }
+    Ok(parts)
 }

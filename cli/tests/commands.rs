@@ -281,6 +281,9 @@ fn analyze_fails_from_the_threshold_on_and_says_where() {
     let first = &json["diagnostics"][0];
     assert!(fields.iter().all(|f| first.get(f).is_some()), "{first}");
 
+    let of = |form: &str| String::from_utf8(culvert(&["analyze", "-o", form, &files.dir()]).stdout).unwrap();
+    assert!(of("yaml").contains("\nfailed: true\n"), "{}", of("yaml"));
+    assert_eq!(of("wide"), of("text"));
     let sarif: Value =
         serde_json::from_slice(&culvert(&["analyze", "-o", "sarif", &files.dir()]).stdout).unwrap();
     let results = sarif["runs"][0]["results"].as_array().unwrap();

@@ -70,7 +70,10 @@ impl Objects {
                 Kind::ConfigMap => found.read_settings(cluster, spec)?,
                 Kind::MeshConfig => {}
                 _ => {
-                    let items = cluster.list(&path(spec)?)?;
+                    let items = match path(cluster, spec)? {
+                        Some(path) => cluster.list(&path)?,
+                        None => Vec::new(),
+                    };
                     found.all.extend(items.into_iter().map(|item| Object::new(spec, item)));
                 }
             }
@@ -102,14 +105,26 @@ impl Objects {
     pub fn labelled(cluster: &Cluster, label: &str) -> Result<Vec<Labelled>> {
         let mut found = Vec::new();
         for spec in KINDS.iter().filter(|spec| spec.group.ends_with(".istio.io") && spec.namespaced) {
-            let items =
-                cluster.list(&format!("{}?labelSelector={}", path(spec)?, label.replace('/', "%2F")))?;
+            let Some(path) = path(cluster, spec)? else { continue };
+            let items = cluster.list(&format!("{path}?labelSelector={}", label.replace('/', "%2F")))?;
             for item in &items {
                 let value =
                     item.pointer("/metadata/labels").and_then(|l| l.get(label)).and_then(Value::as_str);
                 let label = value.unwrap_or_default().to_owned();
                 found.push(Labelled { origin: origin(spec.name, item), label });
             }
+        }
+        Ok(found)
+    }
+
+    /// The custom resources that the mesh reads and the cluster has: the plural of each kind, and where its objects are listed.
+    ///
+    /// # Errors
+    /// The server can't be asked.
+    pub fn custom(cluster: &Cluster) -> Result<Vec<(String, String)>> {
+        let mut found = Vec::new();
+        for spec in KINDS.iter().filter(|spec| spec.is_custom() && spec.kind != Kind::MeshConfig) {
+            found.extend(path(cluster, spec)?.map(|path| (plural(spec), path)));
         }
         Ok(found)
     }
@@ -149,18 +164,32 @@ impl Objects {
     }
 }
 
-/// Where a kind's objects are listed.
-fn path(spec: &KindSpec) -> Result<String> {
-    let version = spec.versions.first().context("a kind without a version")?;
+/// English, as far as the kinds that are read need it.
+fn plural(spec: &KindSpec) -> String {
     let name = spec.name.to_lowercase();
-    // English, as far as the kinds that are read need it.
-    let plural = match name.strip_suffix('y') {
-        Some(stem) => format!("{stem}ies"),
-        None if name.ends_with('s') => format!("{name}es"),
-        None => format!("{name}s"),
-    };
-    let group = if spec.group.is_empty() { "/api".to_owned() } else { format!("/apis/{}", spec.group) };
-    Ok(format!("{group}/{version}/{plural}"))
+    match name.strip_suffix('y') {
+        // A vowel before it stays: gateways.
+        Some(stem) if !stem.ends_with('a') => format!("{stem}ies"),
+        _ if name.ends_with('s') => format!("{name}es"),
+        _ => format!("{name}s"),
+    }
+}
+
+/// Where the server lists a kind's objects: in the first version of those that are read which it has; `None` where it has none.
+fn path(cluster: &Cluster, spec: &KindSpec) -> Result<Option<String>> {
+    let plural = plural(spec);
+    for version in spec.versions {
+        if spec.group.is_empty() {
+            return Ok(Some(format!("/api/{version}/{plural}")));
+        }
+        let group = format!("/apis/{}/{version}", spec.group);
+        let listed = cluster.find(&group)?;
+        let mut kinds = listed.iter().filter_map(|l| l.get("resources")?.as_array()).flatten();
+        if kinds.any(|kind| kind.get("name").and_then(Value::as_str) == Some(plural.as_str())) {
+            return Ok(Some(format!("{group}/{plural}")));
+        }
+    }
+    Ok(None)
 }
 
 #[cfg(test)]
@@ -168,19 +197,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kinds_are_listed_where_the_server_has_them() {
-        let paths: Vec<_> = KINDS.iter().map(|spec| path(spec).unwrap()).collect();
+    fn the_kinds_have_the_plurals_by_which_the_server_lists_them() {
+        let plurals: Vec<_> = KINDS.iter().map(|spec| plural(spec)).collect();
         for wanted in [
-            "/api/v1/pods",
-            "/api/v1/namespaces",
-            "/apis/discovery.k8s.io/v1/endpointslices",
-            "/apis/security.istio.io/v1/authorizationpolicies",
-            "/apis/security.istio.io/v1/peerauthentications",
-            "/apis/networking.istio.io/v1/serviceentries",
-            "/apis/networking.istio.io/v1/workloadentries",
-            "/apis/networking.istio.io/v1/workloadgroups",
+            "pods",
+            "namespaces",
+            "endpointslices",
+            "authorizationpolicies",
+            "peerauthentications",
+            "serviceentries",
+            "telemetries",
+            "gateways",
+            "httproutes",
+            "virtualservices",
+            "ratelimits",
         ] {
-            assert!(paths.iter().any(|p| p == wanted), "{wanted}: {paths:?}");
+            assert!(plurals.iter().any(|plural| plural == wanted), "{wanted}: {plurals:?}");
         }
     }
 }

@@ -9,6 +9,15 @@ use anyhow::{Context, Result, bail};
 
 use crate::cluster::ClusterArgs;
 
+/// The oldest that keeps values as an upgrade has to (`--reset-then-reuse-values`).
+const OLDEST: (u32, u32) = (3, 14);
+
+/// Major and minor number of a version such as `v3.14.0+gc309b6f`.
+fn number(version: &str) -> Option<(u32, u32)> {
+    let mut parts = version.trim().trim_start_matches('v').split(['.', '+', '-']);
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
 /// A Helm that works.
 #[derive(Debug)]
 pub struct Helm {
@@ -34,9 +43,7 @@ impl Helm {
         match Command::new(program).args(["version", "--short"]).output() {
             Ok(output) => {
                 let version = helm.checked("version", &output)?;
-                let major =
-                    version.trim().trim_start_matches('v').split('.').next().and_then(|m| m.parse().ok());
-                if major.is_none_or(|major: u32| major < 3) {
+                if number(&version).is_none_or(|found| found < OLDEST) {
                     bail!("{} is of version {}; 3.14 or newer is needed", program.display(), version.trim());
                 }
                 Ok(helm)
@@ -104,5 +111,18 @@ impl Helm {
         let output = self.run(&["uninstall".to_owned(), release.to_owned(), "--wait".to_owned(), timeout])?;
         self.checked("uninstall", &output)?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_told_by_their_numbers() {
+        assert_eq!(number("v3.14.0+gc309b6f\n"), Some((3, 14)));
+        assert_eq!((number("v4.0.1"), number("v4.2+unreleased")), (Some((4, 0)), Some((4, 2))));
+        assert!(number("v3.9.2").is_some_and(|found| found < OLDEST));
+        assert!(number("version.BuildInfo{}").is_none() && number("").is_none());
     }
 }
