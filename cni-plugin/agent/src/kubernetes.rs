@@ -29,6 +29,8 @@ use crate::zds::PodIdentity;
 const LIMIT: Duration = Duration::from_secs(5);
 /// What the API server takes as the text of an event, bytes.
 const NOTE_LIMIT: usize = 1000;
+/// Objects in one answer to a list: they are decoded whole, to keep a few of their fields.
+const PAGE: u32 = 50;
 /// Conflicts with others who write the node's taints.
 const TAINT_ATTEMPTS: u32 = 5;
 
@@ -77,7 +79,7 @@ impl Kubernetes {
     /// Follows the pods of `node`, for ever.
     pub async fn follow_pods(self, node: String, cluster: &Cluster) {
         let api: kube::Api<KubePod> = kube::Api::all(self.client);
-        let config = watcher::Config::default().fields(&format!("spec.nodeName={node}"));
+        let config = watcher::Config::default().fields(&format!("spec.nodeName={node}")).page_size(PAGE);
         let mut all = Vec::new();
         follow(
             "pods",
@@ -123,7 +125,8 @@ impl Kubernetes {
             let since = broken.then(Instant::now);
             cluster.update(|view| view.namespaces_broken = since);
         };
-        follow("namespaces", watcher(api, watcher::Config::default()), is_broken, |event| match event {
+        let config = watcher::Config::default().page_size(PAGE);
+        follow("namespaces", watcher(api, config), is_broken, |event| match event {
             Event::Init => all.clear(),
             Event::InitApply(namespace) => all.extend(named(&namespace)),
             Event::InitDone => {

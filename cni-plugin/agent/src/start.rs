@@ -97,7 +97,7 @@ async fn serve(flags: &Flags, settings: &Settings, logs: &Logs) -> anyhow::Resul
     let shown = with_pods(pages::shown("culvert-node", logs), &node, &means);
     ports.serve(shown, pages::metrics_routes(&registry), readiness.routes(&shutdown));
     let admin = with_pods(pages::routes("culvert-node", logs, &shutdown), &node, &means);
-    tokio::task::spawn_blocking(move || means.set(survey(&chosen)));
+    let surveyed = tokio::task::spawn_blocking(move || means.set(survey(&chosen)));
     serve_admin(flags, admin)?;
 
     make_room(&flags.zds_socket)?;
@@ -115,6 +115,13 @@ async fn serve(flags: &Flags, settings: &Settings, logs: &Logs) -> anyhow::Resul
     }));
 
     let gone = follow_own(flags, &kubernetes);
+    tokio::spawn(net::release_code_after(async move {
+        // That it is over is all that is asked of it.
+        let _ = surveyed.await;
+        readiness.settled().await;
+        // The kernel's type information was read whole, which takes some 30 MiB.
+        net::release_free();
+    }));
 
     shutdown.finished().await;
     let last = gone.load(Ordering::Relaxed);

@@ -1,4 +1,4 @@
-//! The program's code in memory, and letting go of what of it ran at the start only.
+//! What a process needs in memory for its start only, and letting go of it: code, and what the allocator keeps.
 
 use std::io;
 
@@ -8,6 +8,17 @@ pub async fn release_code_after(settled: impl Future<Output = ()>) {
     match release_code() {
         Ok(bytes) => tracing::debug!(bytes, "unmapped the code; what runs is mapped again"),
         Err(error) => tracing::debug!(%error, "the start's code stays mapped"),
+    }
+}
+
+/// Gives back to the kernel what the allocator keeps for later, of all threads: for after work that takes tens of megabytes for a
+/// moment. Takes a millisecond or so. Does nothing where the allocator is not glibc's.
+pub fn release_free() {
+    #[cfg(target_env = "gnu")]
+    #[expect(unsafe_code, reason = "no safe wrapper of malloc_trim(3) exists")]
+    // SAFETY: it takes the locks of the allocator itself, and touches nothing that is in use.
+    unsafe {
+        libc::malloc_trim(0);
     }
 }
 

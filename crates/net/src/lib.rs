@@ -33,7 +33,7 @@ pub mod sysctl;
 mod udp;
 
 pub use accept::{AcceptLoop, AcceptStats};
-pub use code::release_code_after;
+pub use code::{release_code_after, release_free};
 pub use conntrack::Conntrack;
 pub use copy::{ByteCounts, End, Side, copy};
 pub use handover::move_queues;
