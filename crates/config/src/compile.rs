@@ -36,6 +36,7 @@ mod http;
 mod index;
 mod instance;
 mod join;
+mod record;
 mod review;
 mod review_routes;
 mod review_shadows;
@@ -46,10 +47,7 @@ use std::sync::Arc;
 
 use hashbrown::{HashMap, HashSet};
 use model::http::{HttpService, ServiceTraffic};
-use model::{
-    Change, Locality, PolicyKey, Service, ServiceKey, ServiceMembership, Settings, Str, TrustDomain, Vip,
-    Workload,
-};
+use model::{Change, Locality, PolicyKey, Service, ServiceKey, Settings, Str, TrustDomain, Vip};
 
 pub use enrolment::{Enrolment, EnrolmentChange};
 pub use instance::{
@@ -61,7 +59,7 @@ pub use standing::{Judgement, RouteStanding};
 use crate::external::External;
 use crate::kinds::namespace::DATAPLANE_MODE;
 use crate::kinds::{Capture, EndpointSlice, Namespace, Pod};
-use crate::labels::{Labels, Pool};
+use crate::labels::Pool;
 use crate::policy::{Binding, MeshConfig, NamespaceSelector, Policies, Waypoint};
 use crate::resource::{Kind, ObjectKey, Resource};
 use crate::routes::gateway::WaypointSpec;
@@ -69,6 +67,7 @@ use crate::routes::{DestinationRules, Grants, Routes, VirtualServices};
 use halves::Halves;
 use hosts::Hosts;
 use index::{Addresses, Area, Id, Place, Uids};
+use record::{Natures, Record};
 
 /// Where the resources come from, which decides what some of them mean.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -135,36 +134,6 @@ pub struct Batch {
     pub found: Vec<ObjectKey>,
 }
 
-/// An instance in the compiler's table.
-struct Record {
-    /// What the resource says, until it is compiled.
-    draft: Option<Arc<Workload>>,
-    /// What it was compiled to.
-    compiled: Option<Arc<Workload>>,
-    /// Whether the model has it.
-    emitted: bool,
-    dirty: bool,
-    /// Whether another that is in force has one of its addresses.
-    displaced: bool,
-    /// Its place among those that have an address too, of its rank.
-    arrival: u64,
-    labels: Labels,
-    ports: Arc<[(Str, u16)]>,
-    names: Names,
-    rank: Rank,
-    /// The kind of the resource that made it, whose name the workload has.
-    maker: Kind,
-    membership: Membership,
-    fixed_locality: bool,
-    services: Box<[ServiceMembership]>,
-    capture: Option<Box<Capture>>,
-    enrolment: Option<Box<Enrolment>>,
-    /// Its services behind waypoints, and which policies select it, as far as that was counted.
-    selection: Option<halves::Counted>,
-    /// The RequestAuthentications that were counted for its services.
-    authenticated: Box<[(ServiceKey, PolicyKey)]>,
-}
-
 /// A service: all that define it, the one in force first.
 #[derive(Default)]
 struct Entry {
@@ -196,6 +165,7 @@ pub struct Compiler {
     areas: HashMap<Str, Area>,
     places: HashMap<Str, Place>,
     records: Vec<Option<Record>>,
+    natures: Natures,
     free: Vec<Id>,
     by_uid: Uids,
     by_address: Addresses,
@@ -281,6 +251,7 @@ impl Compiler {
             areas: HashMap::new(),
             places: HashMap::new(),
             records: Vec::new(),
+            natures: Natures::default(),
             free: Vec::new(),
             by_uid: Uids::default(),
             by_address: Addresses::default(),
@@ -354,9 +325,10 @@ impl Compiler {
         self.findings.keys()
     }
 
-    /// Takes a resource that is new or changed, or `None` for one that is gone.
-    pub fn stage(&mut self, key: &ObjectKey, resource: Option<Resource>, pool: &mut Pool) {
+    /// Takes a resource that is new or changed, or `None` for one that is gone; with it the text that is a pod's uid.
+    pub fn stage(&mut self, key: &ObjectKey, resource: Option<(Str, Resource)>, pool: &mut Pool) {
         self.steps += 1;
+        let (uid, resource) = resource.unzip();
         match (key.kind, resource) {
             (Kind::Namespace, Some(Resource::Namespace(namespace))) => {
                 self.set_namespace(&key.name, Some(&namespace), pool);
@@ -365,7 +337,7 @@ impl Compiler {
             (Kind::Gateway, resource) => self.set_gateway(key, resource),
             (Kind::Node, Some(Resource::Node(node))) => self.set_node(&key.name, Some(node.locality)),
             (Kind::Node, _) => self.set_node(&key.name, None),
-            (Kind::Pod, Some(Resource::Pod(pod))) => self.set_pod(key, *pod, pool),
+            (Kind::Pod, Some(Resource::Pod(pod))) => self.set_pod(key, uid.unwrap_or_default(), *pod, pool),
             (Kind::Pod, _) => self.remove_uid(&convert::pod_uid(&self.options, key)),
             (Kind::Service, Some(Resource::Service(service))) => {
                 let definition = convert::service(
@@ -420,9 +392,9 @@ impl Compiler {
         }
     }
 
-    fn set_pod(&mut self, key: &ObjectKey, pod: Pod, pool: &mut Pool) {
+    fn set_pod(&mut self, key: &ObjectKey, uid: Str, pod: Pod, pool: &mut Pool) {
         let context = self.shared.context(&self.options, self.policies.settings(), pool);
-        let instance = convert::pod(key, pod, &context);
+        let instance = convert::pod(key, uid, pod, &context);
         match instance {
             Some(instance) => {
                 self.put_instance(Kind::Pod, instance);
@@ -453,6 +425,7 @@ impl Compiler {
         let mut changes = std::mem::take(&mut self.removed);
         changes.append(&mut self.changes);
         changes.append(&mut workloads);
+        self.natures.sweep();
         let found = std::mem::take(&mut self.found).into_iter().collect();
         Batch { changes, enrolments: std::mem::take(&mut self.enrolments), found }
     }

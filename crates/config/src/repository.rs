@@ -40,7 +40,7 @@ impl Repository {
     /// A repository without files.
     #[must_use]
     pub fn new(options: Options) -> Self {
-        let store = Store::new(options.origin);
+        let store = Store::new(&options);
         Self { store, compiler: Compiler::new(options), pool: Pool::default() }
     }
 
@@ -65,7 +65,7 @@ impl Repository {
     pub fn stage_settings(&mut self, settings: &MeshConfig) {
         let key = ObjectKey { kind: Kind::MeshConfig, namespace: "".into(), name: "mesh".into() };
         let settings = Resource::MeshConfig(Box::new(settings.clone()));
-        self.compiler.stage(&key, Some(settings), &mut self.pool);
+        self.compiler.stage(&key, Some((Str::default(), settings)), &mut self.pool);
     }
 
     /// Compiles what the staged files changed.

@@ -20,19 +20,22 @@
 //! that only moved is not either.
 
 mod file;
+mod key;
 
 use std::collections::{BTreeSet, HashSet};
 use std::hash::BuildHasher;
 use std::sync::Arc;
 
 use hashbrown::{DefaultHashBuilder, HashMap};
+use model::Str;
 
-use crate::compile::Origin;
+use crate::compile::{Options, Origin};
 use crate::diagnostic::{Code, Diagnostic};
 use crate::labels::Pool;
 use crate::resource::{ObjectKey, Reading, Resource};
 use crate::tree::{self, Limits, Position, Problem, SyntaxError};
 use file::{Document, File, Held, Room, State};
+use key::Packed;
 
 /// What a file holds now.
 #[derive(Clone, Copy, Debug)]
@@ -67,8 +70,8 @@ pub enum ObjectContent<'c> {
     Gone,
 }
 
-/// What becomes of an object.
-pub(crate) type Sink<'s> = dyn FnMut(&ObjectKey, Option<Resource>, &mut Pool) + 's;
+/// What becomes of an object; with the text that it is known by, which has the form of a pod's uid.
+pub(crate) type Sink<'s> = dyn FnMut(&ObjectKey, Option<(Str, Resource)>, &mut Pool) + 's;
 
 /// An object that is not in force because another of its name is.
 #[derive(Debug)]
@@ -81,9 +84,11 @@ struct Shadow {
 /// See the module's documentation.
 #[derive(Debug, Default)]
 pub(crate) struct Store {
+    /// With which the texts begin that objects are known by.
+    cluster: Str,
     files: HashMap<Arc<str>, File>,
     /// Which file an object in force stands in.
-    objects: HashMap<ObjectKey, Arc<str>>,
+    objects: HashMap<Packed, Arc<str>>,
     shadows: HashMap<ObjectKey, Vec<Shadow>>,
     /// Those of them that represent an object with errors, of which there was no good version.
     stand_ins: HashSet<ObjectKey>,
@@ -115,8 +120,13 @@ enum New {
 
 impl Store {
     /// A store without objects; see the module's documentation for policies with errors.
-    pub(crate) fn new(origin: Origin) -> Self {
-        Self { always_closes: origin == Origin::Cluster, ..Self::default() }
+    pub(crate) fn new(options: &Options) -> Self {
+        let always_closes = options.origin == Origin::Cluster;
+        Self { always_closes, cluster: options.cluster.clone(), ..Self::default() }
+    }
+
+    fn pack(&self, key: &ObjectKey) -> Packed {
+        Packed::new(&self.cluster, key)
     }
 
     /// How many objects are in force.
@@ -217,10 +227,11 @@ impl Store {
         let Some(path) = self.broken.get(key).and_then(|paths| paths.first()).cloned() else { return false };
         self.mend(key, &path);
         let state = if self.stand_ins.contains(key) { State::StandIn } else { State::LastGood };
-        let Some(held) = self.files.get_mut(&path).and_then(|f| f.broken_mut(key)) else { return false };
+        let packed = self.pack(key);
+        let Some(held) = self.files.get_mut(&path).and_then(|f| f.broken_mut(&packed)) else { return false };
         held.state = state;
         self.touched.insert(path.clone());
-        self.objects.insert(key.clone(), path);
+        self.objects.insert(self.pack(key), path);
         true
     }
 
@@ -230,7 +241,7 @@ impl Store {
         let Some(file) = self.files.get_mut(&path) else { return false };
         file.orphans.push(key.clone());
         self.touched.insert(path.clone());
-        self.objects.insert(key.clone(), path);
+        self.objects.insert(self.pack(key), path);
         true
     }
 
@@ -247,7 +258,7 @@ impl Store {
 
     /// Gives up an object that stays in force only because a file might hold it. Whether it was one.
     fn adopt(&mut self, key: &ObjectKey) -> bool {
-        let Some(path) = self.objects.get(key) else { return false };
+        let Some(path) = self.objects.get(&self.pack(key)) else { return false };
         let Some(file) = self.files.get_mut(path) else { return false };
         let Some(index) = file.orphans.iter().position(|orphan| orphan == key) else { return false };
         file.orphans.swap_remove(index);
@@ -352,10 +363,10 @@ impl Store {
             for held in document.held.as_slice() {
                 match held.state {
                     State::InForce | State::LastGood | State::StandIn => {
-                        gone.insert(held.key.clone());
+                        gone.insert(held.key.key());
                     }
-                    State::Shadowed => self.drop_shadow(path, document.hash, &held.key),
-                    State::Nothing => self.mend(&held.key, path),
+                    State::Shadowed => self.drop_shadow(path, document.hash, &held.key.key()),
+                    State::Nothing => self.mend(&held.key.key(), path),
                 }
             }
         }
@@ -382,7 +393,7 @@ impl Store {
             return;
         }
         for key in gone {
-            self.objects.remove(&key);
+            self.objects.remove(&self.pack(&key));
             if self.promote(&key, path, file, pool, sink) {
                 self.stand_ins.remove(&key);
             } else {
@@ -404,19 +415,20 @@ impl Store {
         pool: &mut Pool,
         sink: &mut Sink<'_>,
     ) -> Option<Held> {
-        let (key, state) = match reading {
+        let (packed, state) = match reading {
             Reading::Ignored | Reading::Unidentified => return None,
             Reading::Invalid(key, stand_in) => {
-                let known = self.objects.contains_key(&key) || self.pending.contains(&key);
+                let packed = self.pack(&key);
+                let known = self.objects.contains_key(&packed) || self.pending.contains(&key);
                 let state = match stand_in.filter(|_| (self.always_closes || !self.settled) && !known) {
                     Some(stand_in) => {
-                        self.objects.insert(key.clone(), path.clone());
+                        self.objects.insert(packed.clone(), path.clone());
                         self.stand_ins.insert(key.clone());
-                        sink(&key, Some(stand_in), pool);
+                        sink(&key, Some((packed.text(), stand_in)), pool);
                         State::StandIn
                     }
                     None if gone.remove(&key) || self.pending.remove(&key) => {
-                        self.objects.insert(key.clone(), path.clone());
+                        self.objects.insert(packed.clone(), path.clone());
                         if self.stand_ins.contains(&key) { State::StandIn } else { State::LastGood }
                     }
                     None => {
@@ -424,23 +436,24 @@ impl Store {
                         State::Nothing
                     }
                 };
-                (key, state)
+                (packed, state)
             }
             Reading::Object(key, resource) => {
-                if gone.remove(&key) || !self.objects.contains_key(&key) || self.adopt(&key) {
+                let packed = self.pack(&key);
+                if gone.remove(&key) || !self.objects.contains_key(&packed) || self.adopt(&key) {
                     self.stand_ins.remove(&key);
-                    self.objects.insert(key.clone(), path.clone());
+                    self.objects.insert(packed.clone(), path.clone());
                     self.pending.remove(&key);
-                    sink(&key, Some(resource), pool);
-                    (key, State::InForce)
+                    sink(&key, Some((packed.text(), resource)), pool);
+                    (packed, State::InForce)
                 } else {
                     let shadow = Shadow { file: path.clone(), hash, resource };
                     self.shadows.entry(key.clone()).or_default().push(shadow);
-                    (key, State::Shadowed)
+                    (packed, State::Shadowed)
                 }
             }
         };
-        Some(Held { key, position, state })
+        Some(Held { key: packed, position, state })
     }
 
     fn drop_shadow(&mut self, path: &str, hash: u64, key: &ObjectKey) {
@@ -471,14 +484,15 @@ impl Store {
         if list.is_empty() {
             self.shadows.remove(key);
         }
+        let packed = self.pack(key);
         let file = if shadow.file == *path { Some(file) } else { self.files.get_mut(&shadow.file) };
-        let held = file.and_then(|f| f.held_mut(shadow.hash, key, State::Shadowed));
+        let held = file.and_then(|f| f.held_mut(shadow.hash, &packed, State::Shadowed));
         let Some(held) = held else { return false };
         held.state = State::InForce;
         self.touched.insert(shadow.file.clone());
-        self.objects.insert(key.clone(), shadow.file);
+        self.objects.insert(packed.clone(), shadow.file);
         self.pending.remove(key);
-        sink(key, Some(shadow.resource), pool);
+        sink(key, Some((packed.text(), shadow.resource)), pool);
         true
     }
 }
@@ -487,7 +501,7 @@ impl Store {
 impl Store {
     /// Notes that something may have changed about an object's file.
     pub(crate) fn touch(&mut self, key: &ObjectKey) {
-        if let Some(path) = self.objects.get(key) {
+        if let Some(path) = self.objects.get(&self.pack(key)) {
             self.touched.insert(path.clone());
         }
     }
@@ -541,8 +555,9 @@ impl Store {
     fn of_file(&self, path: &Arc<str>, more: &dyn More) -> Vec<Diagnostic> {
         let Some(file) = self.files.get(path) else { return Vec::new() };
         let elsewhere = |key: &ObjectKey| {
-            let path = self.objects.get(key)?;
-            let position = self.files.get(path).and_then(|f| f.position_of(key));
+            let packed = self.pack(key);
+            let path = self.objects.get(&packed)?;
+            let position = self.files.get(path).and_then(|f| f.position_of(&packed));
             Some((path.clone(), position))
         };
         file.diagnostics(path, &elsewhere, more)

@@ -50,7 +50,7 @@ impl Compiler {
         let Some(record) = self.record(id) else { return };
         let keys =
             new.map(|w| self.policies.authenticating(&w.namespace, &record.labels)).unwrap_or_default();
-        if keys.is_empty() && record.authenticated.is_empty() {
+        if keys.is_empty() && record.authenticated().is_empty() {
             return;
         }
         let mut pairs = Vec::new();
@@ -61,7 +61,7 @@ impl Compiler {
             pairs.extend(own.map(|m| (m.service.clone(), key.clone())));
         }
         let pairs: Box<[(ServiceKey, PolicyKey)]> = pairs.into();
-        if record.authenticated == pairs {
+        if *record.authenticated() == *pairs {
             return;
         }
         for (service, key) in &pairs {
@@ -72,7 +72,7 @@ impl Compiler {
                 self.dirty_services.insert(service.clone());
             }
         }
-        let old = self.record_mut(id).map(|record| std::mem::replace(&mut record.authenticated, pairs));
+        let old = self.record_mut(id).map(|record| record.set_authenticated(pairs));
         self.forget_authenticated(&old.unwrap_or_default());
     }
 

@@ -28,7 +28,7 @@ pub(super) fn service_key(options: &Options, key: &ObjectKey) -> ServiceKey {
 }
 
 /// A pod as an instance. `None` for one that is no workload: without addresses, or at its end.
-pub(super) fn pod(key: &ObjectKey, pod: Pod, context: &Context<'_>) -> Option<Instance> {
+pub(super) fn pod(key: &ObjectKey, uid: Str, pod: Pod, context: &Context<'_>) -> Option<Instance> {
     if pod.finished || pod.addresses.is_empty() {
         return None;
     }
@@ -41,7 +41,7 @@ pub(super) fn pod(key: &ObjectKey, pod: Pod, context: &Context<'_>) -> Option<In
     };
     Some(Instance {
         workload: Workload {
-            uid: pod_uid(context.options, key),
+            uid,
             name: key.name.clone(),
             namespace: key.namespace.clone(),
             service_account: pod.service_account,
@@ -49,7 +49,8 @@ pub(super) fn pod(key: &ObjectKey, pod: Pod, context: &Context<'_>) -> Option<In
             addresses: pod.addresses,
             network_mode: if pod.host_network { NetworkMode::HostNetwork } else { NetworkMode::Standard },
             health: if pod.ready { Health::Healthy } else { Health::Unhealthy },
-            workload_name: pod.workload_name,
+            // Of a pod that nothing made, one text for both.
+            workload_name: if pod.workload_name == key.name { key.name.clone() } else { pod.workload_name },
             workload_kind: pod.workload_kind,
             labels: pod.labels.shared(),
             ..context.blank()

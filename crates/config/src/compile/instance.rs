@@ -36,7 +36,7 @@ pub struct Instance {
 }
 
 /// What the names of an instance's ports are.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Names {
     /// Containers' ports: what a Service's `targetPort` names.
     Containers,
@@ -48,7 +48,7 @@ pub enum Names {
 /// [`Rank::Endpoint`] at one address are a conflict, which is reported; the first to come stays in force. An endpoint
 /// at an address that a pod has, or another instance of its namespace, is that instance: its services become those of
 /// the winner.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
 pub enum Rank {
     /// A pod.
     Pod,
@@ -59,7 +59,7 @@ pub enum Rank {
 }
 
 /// Whether an instance is in the mesh.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Membership {
     /// As its own label and its namespace's say.
     Labelled,

@@ -3,57 +3,20 @@
 use std::sync::Arc;
 
 use model::{
-    Change, Health, LoadBalancingMode, LocalityScope, NetworkAddress, NetworkMode, PortMapping, ServiceKey,
+    Change, Health, LoadBalancingMode, LocalityScope, NetworkAddress, PortMapping, ServiceKey,
     ServiceMembership, Str, TunnelProtocol, Vip, Workload,
 };
 
 use super::enrolment::{self, EnrolmentChange, Verdict};
 use super::index::Id;
 use super::instance::{Definition, Finding, Instance, Membership, Names, PortRule, Rank, RuleTarget};
-use super::{Compiler, Record, Source};
+use super::record::Record;
+use super::{Compiler, Source};
 use crate::diagnostic::Code;
 use crate::kinds::namespace::DATAPLANE_MODE;
 use crate::kinds::service::Distribution;
-use crate::labels::{Labels, Pool, Selector};
+use crate::labels::{Pool, Selector};
 use crate::resource::{Kind, ObjectKey};
-
-impl Record {
-    fn empty() -> Self {
-        Self {
-            draft: None,
-            compiled: None,
-            emitted: false,
-            dirty: false,
-            displaced: false,
-            arrival: 0,
-            labels: Labels::default(),
-            ports: Arc::new([]),
-            names: Names::Containers,
-            rank: Rank::Endpoint,
-            maker: Kind::Pod,
-            membership: Membership::Labelled,
-            fixed_locality: false,
-            services: Box::new([]),
-            capture: None,
-            enrolment: None,
-            selection: None,
-            authenticated: Box::new([]),
-        }
-    }
-
-    /// What is known of the workload: as the resource says, or as it was compiled.
-    pub(super) fn workload(&self) -> Option<&Workload> {
-        self.draft.as_deref().or(self.compiled.as_deref())
-    }
-
-    /// The addresses that it is found by: a node's are not its own.
-    pub(super) fn addresses(&self) -> Vec<NetworkAddress> {
-        match self.workload() {
-            Some(w) if w.network_mode == NetworkMode::Standard => w.network_addresses().collect(),
-            _ => Vec::new(),
-        }
-    }
-}
 
 impl Compiler {
     pub(super) fn record(&self, id: Id) -> Option<&Record> {
@@ -97,20 +60,7 @@ impl Compiler {
             self.unindex(id, old);
         }
         let uid = instance.workload.uid.clone();
-        let old = old.unwrap_or_else(Record::empty);
-        let mut record = Record {
-            draft: Some(Arc::new(instance.workload)),
-            labels: instance.labels,
-            ports: instance.ports,
-            names: instance.names,
-            rank: instance.rank,
-            maker,
-            membership: instance.membership,
-            fixed_locality: instance.fixed_locality,
-            services: instance.services,
-            capture: instance.capture,
-            ..old
-        };
+        let mut record = Record::new(maker, instance, old, &mut self.natures);
         let addresses = record.addresses();
         let comes_anew = self.comes_anew(&old_addresses, &addresses);
         if known.is_none() || comes_anew {
@@ -154,7 +104,7 @@ impl Compiler {
         self.steps += 1;
         let Some(record) = self.records.get_mut(id as usize).and_then(Option::take) else { return };
         self.unindex(id, &record);
-        self.forget_authenticated(&record.authenticated);
+        self.forget_authenticated(record.authenticated());
         self.forget_selection(record.selection.clone());
         for address in record.addresses() {
             self.leave_address(id, &address);
@@ -167,7 +117,7 @@ impl Compiler {
                 self.count_halves(record.compiled.as_deref(), None, id);
                 self.removed.push(Change::RemoveWorkload(workload.uid.clone()));
             }
-            if record.enrolment.is_some() {
+            if record.enrolment().is_some() {
                 self.enrolments.push(EnrolmentChange::Remove(workload.uid.clone()));
             }
             let key = key_of(record.maker, workload);
@@ -210,7 +160,7 @@ impl Compiler {
         let workload = self.join(id, pool)?;
         let record = self.record(id)?;
         let verdict = match record.rank {
-            Rank::Pod => enrolment::decide(&workload, record.capture.as_deref(), self.options.node.as_ref()),
+            Rank::Pod => enrolment::decide(&workload, record.capture(), self.options.node.as_ref()),
             Rank::Entry | Rank::Endpoint => Verdict::Leave,
         };
         let mut findings: Vec<Finding> =
@@ -267,15 +217,15 @@ impl Compiler {
             Verdict::Enrol(enrolment) => Some(enrolment),
             Verdict::NoNetns | Verdict::Leave => None,
         };
-        if record.enrolment == new {
+        if record.enrolment() == new.as_deref() {
             return;
         }
-        let change = match (&new, &record.enrolment) {
+        let change = match (&new, record.enrolment()) {
             (Some(enrolment), _) => EnrolmentChange::Set(enrolment.clone()),
             (None, Some(old)) => EnrolmentChange::Remove(old.uid.clone()),
             (None, None) => return,
         };
-        record.enrolment = new;
+        record.set_enrolment(new);
         self.enrolments.push(change);
     }
 

@@ -24,7 +24,7 @@ impl Compiler {
     pub fn captures(&self) -> impl Iterator<Item = (&Str, &Capture)> {
         self.by_uid.iter().filter(|id| self.is_in_mesh(*id)).filter_map(|id| {
             let record = self.record(id)?;
-            Some((&record.workload()?.uid, record.capture.as_deref()?))
+            Some((&record.workload()?.uid, record.capture()?))
         })
     }
 
@@ -81,7 +81,7 @@ impl World for Compiler {
         let ids = self.selection(namespace, selector).filter(|id| self.is_in_mesh(*id));
         let pods = ids.filter_map(|id| {
             let record = self.record(id)?;
-            let annotation = record.capture.as_ref()?.leaves_alone(None)?;
+            let annotation = record.capture()?.leaves_alone(None)?;
             Some((key_of(record.maker, record.workload()?), annotation))
         });
         // The first by name: what is said must not depend on the order of a set.

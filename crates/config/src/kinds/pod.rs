@@ -225,6 +225,7 @@ fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resourc
     let (name, workload_kind) = maker(metadata);
     let name = match metadata.labels.get("service.istio.io/workload-name") {
         Some(label) => label.clone(),
+        None if name == metadata.name => name.into(), // no other pod's
         None => fields.context().pool.string(&name),
     };
     let pool = &mut fields.context().pool;

@@ -7,6 +7,7 @@ use crate::fields::{Context, Cursor};
 use crate::labels::Pool;
 use crate::resource::{self, Kind, LIST, ObjectKey, Reading};
 use crate::store::More;
+use crate::store::key::Packed;
 use crate::tree::{Node, Position, Text};
 
 /// How many errors are kept of a file, and how many of what is less.
@@ -55,8 +56,14 @@ pub(super) struct Document {
     pub(super) length: u32,
     pub(super) lines_before: u32,
     pub(super) unidentified: bool,
+    /// What there is to say, of most documents nothing.
+    said: Option<Box<Said>>,
+}
+
+#[derive(Debug)]
+struct Said {
     /// With lines relative to the document.
-    diagnostics: Box<[Diagnostic]>,
+    diagnostics: Vec<Diagnostic>,
     suppressed: u32,
 }
 
@@ -98,7 +105,7 @@ impl Objects {
 /// An object in a document.
 #[derive(Debug)]
 pub(super) struct Held {
-    pub(super) key: ObjectKey,
+    pub(super) key: Packed,
     /// Relative to the document.
     pub(super) position: Position,
     pub(super) state: State,
@@ -162,8 +169,8 @@ impl Document {
             lines_before: text.lines_before,
             unidentified: readings.iter().any(|(r, _)| matches!(r, Reading::Unidentified)),
             held: Objects::Some(Box::new([])),
-            diagnostics: diagnostics.into(),
-            suppressed,
+            said: (suppressed > 0 || !diagnostics.is_empty())
+                .then(|| Box::new(Said { diagnostics, suppressed })),
         };
         (document, readings)
     }
@@ -171,19 +178,19 @@ impl Document {
 
 impl File {
     /// The object of a document, in a state.
-    pub(super) fn held_mut(&mut self, hash: u64, key: &ObjectKey, state: State) -> Option<&mut Held> {
+    pub(super) fn held_mut(&mut self, hash: u64, key: &Packed, state: State) -> Option<&mut Held> {
         let documents = self.documents.iter_mut().filter(|d| d.hash == hash);
         documents.flat_map(|d| d.held.as_mut_slice()).find(|h| h.key == *key && h.state == state)
     }
 
     /// An object with errors, of which nothing is in force.
-    pub(super) fn broken_mut(&mut self, key: &ObjectKey) -> Option<&mut Held> {
+    pub(super) fn broken_mut(&mut self, key: &Packed) -> Option<&mut Held> {
         let mut held = self.documents.iter_mut().flat_map(|d| d.held.as_mut_slice());
         held.find(|h| h.key == *key && h.state == State::Nothing)
     }
 
     /// Where an object in force stands.
-    pub(super) fn position_of(&self, key: &ObjectKey) -> Option<Position> {
+    pub(super) fn position_of(&self, key: &Packed) -> Option<Position> {
         self.documents.iter().find_map(|document| {
             let mut held = document.held.as_slice().iter();
             let held = held.find(|h| {
@@ -218,23 +225,25 @@ impl File {
         all.extend(self.about_orphans(path));
         let mut suppressed = 0;
         for document in &self.documents {
-            suppressed += document.suppressed;
+            suppressed += document.said.as_ref().map_or(0, |said| said.suppressed);
             let start = all.len();
             let has_waypoint = |d: &&Diagnostic| {
-                let about = |held: &&Held| d.resource.as_ref() == Some(&held.key.resource_name());
-                d.code == Code::NeedsWaypoint
-                    && document.held.as_slice().iter().find(about).is_some_and(|h| more.has_waypoint(&h.key))
+                let mut keys = document.held.as_slice().iter().map(|held| held.key.key());
+                let about = |key: &ObjectKey| d.resource.as_ref() == Some(&key.resource_name());
+                d.code == Code::NeedsWaypoint && keys.find(about).is_some_and(|key| more.has_waypoint(&key))
             };
-            let said = document.diagnostics.iter().filter(|d| !has_waypoint(d)).cloned();
+            let said = document.said.iter().flat_map(|said| &said.diagnostics);
+            let said = said.filter(|d| !has_waypoint(d)).cloned();
             all.extend(said.map(|mut diagnostic| {
                 diagnostic.line += document.lines_before;
                 diagnostic
             }));
             for held in document.held.as_slice() {
+                let key = held.key.key();
                 let about = |code, message: String, remedy: String| {
                     Diagnostic::about_file(code, path.clone(), message, remedy)
                         .at(document.absolute(held.position), "")
-                        .about(Some(held.key.resource_name()))
+                        .about(Some(key.resource_name()))
                 };
                 match held.state {
                     State::LastGood => {
@@ -242,11 +251,11 @@ impl File {
                         all.push(about(Code::LastGoodVersion, message, String::new()));
                     }
                     State::StandIn => {
-                        let (message, remedy) = closed(held.key.kind);
+                        let (message, remedy) = closed(key.kind);
                         all.push(about(Code::FailsClosed, message, remedy.to_owned()));
                     }
                     State::Shadowed => {
-                        let place = match elsewhere(&held.key) {
+                        let place = match elsewhere(&key) {
                             Some((path, Some(position))) => format!("{path}:{position}"),
                             Some((path, None)) => path.to_string(),
                             None => "another file".to_owned(),
@@ -257,9 +266,7 @@ impl File {
                     State::InForce | State::Nothing => {}
                 }
                 if held.state != State::Nothing && held.state != State::Shadowed {
-                    all.extend(
-                        more.found(&held.key).into_iter().map(|(code, m, remedy)| about(code, m, remedy)),
-                    );
+                    all.extend(more.found(&key).into_iter().map(|(code, m, remedy)| about(code, m, remedy)));
                 }
             }
             if let Some(new) = all.get_mut(start..) {
@@ -308,7 +315,7 @@ mod tests {
         let (mut pool, mut room) = (Pool::default(), Room::new());
         let (document, readings) = Document::read(&"f".into(), text, &root, 1, &mut pool, &mut room);
         assert!(document.unidentified && readings.len() == 1);
-        assert_eq!((document.diagnostics[0].line, document.lines_before), (2, 2));
+        assert_eq!((document.said.as_ref().unwrap().diagnostics[0].line, document.lines_before), (2, 2));
         assert_eq!(document.absolute(readings[0].1), Position { line: 4, column: 1 });
     }
 }
