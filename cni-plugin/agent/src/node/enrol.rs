@@ -3,12 +3,11 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use capture::{Ipv6, Rules};
+use capture::{Ipv6, Rules, replace};
 use net::Netns;
 use tokio::time::Instant;
 
 use super::Node;
-use super::restore::remove_other;
 use super::slot::{Slot, State};
 use crate::netns::{self, NetnsError};
 use crate::pod::Pod;
@@ -27,8 +26,6 @@ pub(super) enum EnrolError {
     NotServed(#[from] NotServed),
     #[error("redirection: {0}")]
     Capture(#[from] capture::Error),
-    #[error("redirection by another back-end: {0}")]
-    Other(String),
     #[error("its network namespace is that of pod {0}")]
     Claimed(String),
     #[error("the task of the enrolment failed: {0}")]
@@ -128,14 +125,10 @@ impl Node {
         let Some(entry) = self.parts.record.get(uid).filter(|entry| entry.backend != self.backend()) else {
             return Ok(());
         };
-        let permit = self.at_once.acquire().await;
-        let (capture, inside, name) = (self.parts.capture.clone(), netns.clone(), entry.backend.clone());
-        let removal = tokio::task::spawn_blocking(move || remove_other(&*capture, &name, &inside));
-        let was_there = removal.await?.map_err(EnrolError::Other)?;
-        drop(permit);
-        if was_there {
-            // They share routes.
-            self.install(netns, rules).await?;
+        if let Ok(before) = entry.backend.parse() {
+            let _permit = self.at_once.acquire().await;
+            let (capture, netns, rules) = (self.parts.capture.clone(), netns.clone(), rules.clone());
+            tokio::task::spawn_blocking(move || replace(&*capture, before, &netns, &rules)).await??;
         }
         self.parts.record.put(Entry { backend: self.backend(), ..entry });
         Ok(())

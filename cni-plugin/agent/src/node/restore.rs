@@ -132,28 +132,25 @@ pub(super) fn find(entry: &Entry, processes: &Processes) -> Result<Netns, Found>
     }
 }
 
-/// Removes what the back-end of this name wrote, if it is another one than `capture`; whether it is.
-pub(super) fn remove_other(capture: &dyn Capture, name: &str, netns: &Netns) -> Result<bool, String> {
+/// Removes what the back-end of this name wrote, if it is another one than `capture`.
+pub(super) fn remove_other(capture: &dyn Capture, name: &str, netns: &Netns) -> Result<(), String> {
     let Some(other) = name.parse::<Backend>().ok().filter(|backend| *backend != capture.backend()) else {
-        return Ok(false);
+        return Ok(());
     };
     let failed = |error: &dyn std::fmt::Display| format!("what {other} wrote can't be removed: {error}");
     let backend = capture::probe(other, &capture::Tools::default()).map_err(|error| failed(&error))?;
-    backend.remove(netns).map_err(|error| failed(&error))?;
-    Ok(true)
+    backend.remove(netns).map(drop).map_err(|error| failed(&error))
 }
 
 /// Sees to it that the rules stand, and no others.
 fn stand(capture: &dyn Capture, entry: &Entry, netns: &Netns, probes: bool) -> Result<Rules, String> {
     let rules = rules::of(&entry.annotations, probes).map_err(|error| error.to_string())?;
     let rules = Rules { leaving: entry.leaving, ..rules };
-    let install = || capture.install(netns, &rules).map_err(|error| error.to_string());
-    let installed = install()?;
-    if remove_other(capture, &entry.backend, netns)? {
-        // They share routes.
-        install()?;
-    }
-    if installed.changed {
+    let before = entry.backend.parse().unwrap_or(capture.backend());
+    let installed = capture::replace(capture, before, netns, &rules).map_err(|error| error.to_string())?;
+    if before != capture.backend() {
+        tracing::info!(pod = entry.name, %before, "the pod is captured by another back-end now");
+    } else if installed.changed {
         tracing::warn!(pod = entry.name, "the pod's rules were not as they were; they are restored");
     }
     Ok(rules)

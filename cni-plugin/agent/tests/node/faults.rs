@@ -10,8 +10,7 @@ use node_agent::record::Record;
 use super::lab::{Agent, FakeZtunnel, World, application, who};
 
 async fn world() -> (World, Agent, FakeZtunnel) {
-    let world = World::new();
-    world.server.namespaces.lock().unwrap().insert("shop".to_owned(), Some("ambient".to_owned()));
+    let world = World::labelled();
     let agent = world.agent().await;
     let ztunnel = FakeZtunnel::start(&world.socket()).await;
     (world, agent, ztunnel)
@@ -121,8 +120,7 @@ async fn a_full_disk_keeps_no_pod_from_being_captured() {
     if !root_or_skip("a full disk keeps no pod from being captured") {
         return;
     }
-    let world = World::new();
-    world.server.namespaces.lock().unwrap().insert("shop".to_owned(), Some("ambient".to_owned()));
+    let world = World::labelled();
     let state = world.directory.path().join("state");
     let disk = FullDisk::mount(state.clone());
     let (web, other) = (world.uid("web"), world.uid("other"));

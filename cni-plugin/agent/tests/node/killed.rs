@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use capture::{Backend, Capture, Drift, Error, Installed, Rules, Tools};
+use capture::{Backend, Tools};
 use harness::netns::root_or_skip;
 use net::Netns;
 use node_agent::metrics::Metrics;
@@ -18,7 +18,7 @@ use process::metrics::Registry;
 use process::readiness::Readiness;
 use serde_json::{Value, json};
 
-use super::lab::{FakeZtunnel, PATIENCE, Server, World, application, pod, start, who};
+use super::lab::{Around, FakeZtunnel, PATIENCE, Server, World, application, pod, start, who};
 
 /// A process that is killed with the value.
 struct Running(Child);
@@ -79,8 +79,7 @@ async fn a_plugin_that_is_killed_leaves_nothing() {
         return;
     }
     let binary = super::peer::plugin_binary().expect("the plugin is built");
-    let world = World::new();
-    world.server.namespaces.lock().unwrap().insert("shop".to_owned(), Some("ambient".to_owned()));
+    let world = World::labelled();
     let agent = world.agent().await;
     let ztunnel = FakeZtunnel::start(&world.socket()).await;
     let socket = world.directory.path().join("plugin.sock");
@@ -136,47 +135,6 @@ fn stop(directory: &Path) {
     }
 }
 
-/// Rules, and a stop before or behind them.
-#[derive(Debug)]
-struct Stops {
-    inner: Arc<dyn Capture>,
-    at: String,
-    directory: PathBuf,
-}
-
-impl Capture for Stops {
-    fn backend(&self) -> Backend {
-        self.inner.backend()
-    }
-
-    fn version(&self) -> &str {
-        self.inner.version()
-    }
-
-    fn guards_ports(&self) -> bool {
-        self.inner.guards_ports()
-    }
-
-    fn install(&self, netns: &Netns, rules: &Rules) -> Result<Installed, Error> {
-        if self.at == "before the rules" {
-            stop(&self.directory);
-        }
-        let installed = self.inner.install(netns, rules);
-        if self.at == "after the rules" {
-            stop(&self.directory);
-        }
-        installed
-    }
-
-    fn verify(&self, netns: &Netns, rules: &Rules) -> Result<Drift, Error> {
-        self.inner.verify(netns, rules)
-    }
-
-    fn remove(&self, netns: &Netns) -> Result<bool, Error> {
-        self.inner.remove(netns)
-    }
-}
-
 /// Not a case of its own: the process that the next one kills.
 #[tokio::test]
 async fn the_agent_that_is_killed() {
@@ -190,8 +148,18 @@ async fn the_agent_that_is_killed() {
     let web = pod("web", &text("uid"), &[]);
     server.pods.lock().unwrap().insert("web".to_owned(), web);
     let inner = capture::probe(Backend::Nftables, &Tools::default()).unwrap();
-    let stops = Stops { inner, at: at.clone(), directory: directory.clone() };
-    let agent = start(server, &directory, Arc::new(stops), None, Times::default()).await;
+    let (place, marked) = (at.clone(), directory.clone());
+    let stops = Around::new(inner, move |install| {
+        if place == "before the rules" {
+            stop(&marked);
+        }
+        let installed = install();
+        if place == "after the rules" {
+            stop(&marked);
+        }
+        installed
+    });
+    let agent = start(server, &directory, stops, None, Times::default()).await;
     agent.until("a ztunnel", || agent.ztunnels.connected() > 0).await;
     let outcome = agent.add(request).await;
     assert_eq!((at.as_str(), outcome), ("enrolled", Ok(Answer::Enrolled)));
@@ -213,8 +181,7 @@ async fn an_agent_that_is_killed_at_any_step_leaves_the_pod_closed_and_the_next_
     if !root_or_skip("an agent that is killed at any step leaves the pod closed and the next attempt works") {
         return;
     }
-    let world = World::new();
-    world.server.namespaces.lock().unwrap().insert("shop".to_owned(), Some("ambient".to_owned()));
+    let world = World::labelled();
     application(world.host("web"));
     let (uid, state) = (world.uid("web"), world.directory.path().join("state"));
     for at in STEPS {

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use capture::{Backend, Capture, Rules, Tools};
+use capture::{Backend, Capture, Drift, Error, Installed, Rules, Tools};
 use futures_util::future::BoxFuture;
 use harness::netns::{Host, Lab, Process};
 use net::seqpacket::Seqpacket;
@@ -173,6 +173,13 @@ impl World {
         Self { lab, server, directory: tempfile::tempdir().unwrap(), capture, times, probes: None }
     }
 
+    /// With pods that are to be in the mesh.
+    pub fn labelled() -> Self {
+        let world = Self::new();
+        world.server.namespaces.lock().unwrap().insert("shop".to_owned(), Some("ambient".to_owned()));
+        world
+    }
+
     pub fn host(&self, name: &str) -> &Host {
         self.lab.pod(name)
     }
@@ -213,6 +220,59 @@ impl World {
     pub async fn agent(&self) -> Agent {
         let (server, capture) = (self.server.clone(), self.capture.clone());
         start(server, self.directory.path(), capture, self.probes.clone(), self.times).await
+    }
+}
+
+type Install = dyn Fn(&dyn Fn() -> Result<Installed, Error>) -> Result<Installed, Error> + Send + Sync;
+
+/// Writes rules as another does, with something around it.
+pub struct Around {
+    inner: Arc<dyn Capture>,
+    install: Box<Install>,
+}
+
+impl Around {
+    /// `install` is given what writes the rules.
+    pub fn new(
+        inner: Arc<dyn Capture>,
+        install: impl Fn(&dyn Fn() -> Result<Installed, Error>) -> Result<Installed, Error>
+        + Send
+        + Sync
+        + 'static,
+    ) -> Arc<Self> {
+        Arc::new(Self { inner, install: Box::new(install) })
+    }
+}
+
+impl std::fmt::Debug for Around {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Around").field("inner", &self.inner).finish_non_exhaustive()
+    }
+}
+
+impl Capture for Around {
+    fn backend(&self) -> Backend {
+        self.inner.backend()
+    }
+
+    fn version(&self) -> &str {
+        self.inner.version()
+    }
+
+    fn guards_ports(&self) -> bool {
+        self.inner.guards_ports()
+    }
+
+    fn install(&self, netns: &Netns, rules: &Rules) -> Result<Installed, Error> {
+        (self.install)(&|| self.inner.install(netns, rules))
+    }
+
+    fn verify(&self, netns: &Netns, rules: &Rules) -> Result<Drift, Error> {
+        self.inner.verify(netns, rules)
+    }
+
+    fn remove(&self, netns: &Netns) -> Result<bool, Error> {
+        self.inner.remove(netns)
     }
 }
 

@@ -184,8 +184,7 @@ fn collects(libcni: &Libcni<'_>, agent: &Agent, readiness: &Readiness) {
 }
 
 async fn with_version(version: &str) {
-    let world = World::new();
-    world.server.namespaces.lock().unwrap().insert("shop".to_owned(), Some("ambient".to_owned()));
+    let world = World::labelled();
     // The sandbox is a new one, whose address the primary chooses.
     world.server.pods.lock().unwrap().get_mut("web").unwrap().addresses.clear();
     let socket = configured(&world, version);

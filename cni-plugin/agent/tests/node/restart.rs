@@ -5,20 +5,18 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 
-use capture::{Backend, Capture, Drift, Error, Installed, Rules, Tools};
+use capture::{Backend, Capture, Error, Rules, Tools};
 use harness::netns::root_or_skip;
-use net::Netns;
 use node_agent::record::Record;
 
-use super::lab::{Agent, Container, FakeZtunnel, World, application, ip, who};
+use super::lab::{Agent, Around, Container, FakeZtunnel, World, application, ip, who};
 
 #[tokio::test]
 async fn rules_that_are_gone_come_back_before_anything_is_asked() {
     if !root_or_skip("rules that are gone come back before anything is asked") {
         return;
     }
-    let world = World::new();
-    world.server.namespaces.lock().unwrap().insert("shop".to_owned(), Some("ambient".to_owned()));
+    let world = World::labelled();
     let uid = world.uid("web");
     {
         let agent = world.agent().await;
@@ -66,8 +64,7 @@ async fn pods_that_ended_meanwhile_are_forgotten() {
     if !root_or_skip("pods that ended meanwhile are forgotten") {
         return;
     }
-    let world = World::new();
-    world.server.namespaces.lock().unwrap().insert("shop".to_owned(), Some("ambient".to_owned()));
+    let world = World::labelled();
     {
         let agent = world.agent().await;
         let _ztunnel = FakeZtunnel::start(&world.socket()).await;
@@ -92,8 +89,7 @@ async fn another_backend_takes_over_what_the_earlier_one_left() {
         return;
     }
     let Ok(iptables) = capture::probe(Backend::IptablesNft, &Tools::default()) else { return };
-    let mut world = World::new();
-    world.server.namespaces.lock().unwrap().insert("shop".to_owned(), Some("ambient".to_owned()));
+    let mut world = World::labelled();
     {
         let agent = world.agent().await;
         let _ztunnel = FakeZtunnel::start(&world.socket()).await;
@@ -110,48 +106,21 @@ async fn another_backend_takes_over_what_the_earlier_one_left() {
 }
 
 /// Fails as often as it is to, and works then.
-#[derive(Debug)]
-struct Fails {
-    inner: Arc<dyn Capture>,
-    times: AtomicUsize,
-}
-
-impl Capture for Fails {
-    fn backend(&self) -> Backend {
-        self.inner.backend()
-    }
-
-    fn version(&self) -> &str {
-        self.inner.version()
-    }
-
-    fn guards_ports(&self) -> bool {
-        self.inner.guards_ports()
-    }
-
-    fn install(&self, netns: &Netns, rules: &Rules) -> Result<Installed, Error> {
-        let left = self.times.try_update(Relaxed, Relaxed, |times| times.checked_sub(1));
-        if left.is_ok() {
+fn fails(inner: Arc<dyn Capture>, times: usize) -> Arc<dyn Capture> {
+    let left = AtomicUsize::new(times);
+    Around::new(inner, move |install| {
+        if left.try_update(Relaxed, Relaxed, |left| left.checked_sub(1)).is_ok() {
             let source = std::io::Error::other("a test");
-            return Err(Error::Enter { netns: netns.to_string(), source });
+            return Err(Error::Enter { netns: "a pod".to_owned(), source });
         }
-        self.inner.install(netns, rules)
-    }
-
-    fn verify(&self, netns: &Netns, rules: &Rules) -> Result<Drift, Error> {
-        self.inner.verify(netns, rules)
-    }
-
-    fn remove(&self, netns: &Netns) -> Result<bool, Error> {
-        self.inner.remove(netns)
-    }
+        install()
+    })
 }
 
 /// A pod that nftables captured, and an agent with another back-end, which could not do anything with it yet.
 async fn left_by_another_backend() -> Option<(World, Agent, Container, String)> {
     let iptables = capture::probe(Backend::IptablesNft, &Tools::default()).ok()?;
-    let mut world = World::new();
-    world.server.namespaces.lock().unwrap().insert("shop".to_owned(), Some("ambient".to_owned()));
+    let mut world = World::labelled();
     let uid = world.uid("web");
     let container = Container::start(world.host("web"), &uid);
     {
@@ -159,7 +128,7 @@ async fn left_by_another_backend() -> Option<(World, Agent, Container, String)> 
         let _ztunnel = FakeZtunnel::start(&world.socket()).await;
         agent.add(world.request("web")).await.unwrap();
     }
-    world.capture = Arc::new(Fails { inner: iptables, times: AtomicUsize::new(2) });
+    world.capture = fails(iptables, 2);
     world.server.publish();
     let agent = world.agent().await;
     assert_eq!(agent.state(&uid).as_deref(), Some("waiting"));
@@ -199,8 +168,7 @@ async fn cleaning_up_leaves_nothing_behind() {
     if !root_or_skip("cleaning up leaves nothing behind") {
         return;
     }
-    let world = World::new();
-    world.server.namespaces.lock().unwrap().insert("shop".to_owned(), Some("ambient".to_owned()));
+    let world = World::labelled();
     {
         let agent = world.agent().await;
         let _ztunnel = FakeZtunnel::start(&world.socket()).await;
