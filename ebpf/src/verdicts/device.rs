@@ -187,6 +187,12 @@ fn attach(directory: &Path, program: &OwnedFd, node: &Netns, device: u32) -> Res
 
 pub(super) fn release(directory: &Path, device: u32) -> Result<(), Error> {
     let path = link(directory, device);
+    // A link without a name is detached too, but in the kernel's own time.
+    if let Ok(link) = sys::open(&path)
+        && let Err(error) = sys::link_detach(link.as_fd())
+    {
+        tracing::debug!(link = %path.display(), %error, "the program is detached when its name is gone");
+    }
     match fs::remove_file(&path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(Error::io("remove", path.display())(error))
