@@ -15,7 +15,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use crate::lab::manifests::{DIRECT, ENROLLED, Manifests, OUTSIDE};
+use crate::lab::manifests::{DIRECT, ENROLLED, KERNEL, Manifests, OUTSIDE};
 use crate::lab::{Interrupted, Lab, NodeId, PodPlan, ZtunnelOptions, missing_programs, stop_on_signals};
 use crate::load::SINK_PORT;
 use results::{Machine, Results};
@@ -38,6 +38,10 @@ pub struct BenchArgs {
     /// Only these scenarios; `closed` stands for all whose name goes on with a dash
     #[arg(long, value_delimiter = ',', value_name = "SCENARIO")]
     only: Vec<String>,
+    /// What captures the pods' traffic: auto, nftables, iptables-nft, iptables-legacy or ebpf. The path same-node-kernel is
+    /// measured with ebpf alone, which knows verdicts
+    #[arg(long, default_value = "auto", value_name = "BACKEND")]
+    capture: String,
     /// The ztunnel to measure [default: the one beside this program]
     #[arg(long, value_name = "FILE")]
     ztunnel: Option<PathBuf>,
@@ -64,6 +68,8 @@ const PODS: &[PodPlan] = &[
     PodPlan { name: "far", namespace: ENROLLED, node: NodeId::Two },
     PodPlan { name: "dclient", namespace: DIRECT, node: NodeId::One },
     PodPlan { name: "dnear", namespace: DIRECT, node: NodeId::One },
+    PodPlan { name: "kclient", namespace: KERNEL, node: NodeId::One },
+    PodPlan { name: "knear", namespace: KERNEL, node: NodeId::One },
     PodPlan { name: "xclient", namespace: OUTSIDE, node: NodeId::One },
     PodPlan { name: "xnear", namespace: OUTSIDE, node: NodeId::One },
     PodPlan { name: "xfar", namespace: OUTSIDE, node: NodeId::Two },
@@ -99,7 +105,7 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
     let stop = stop_on_signals()?;
     let mut lab = Lab::build("culvert-bench", PODS, &stop)?;
     let manifests = Manifests::write(&lab, &[])?;
-    const SERVERS: [&str; 5] = ["near", "far", "dnear", "xnear", "xfar"];
+    const SERVERS: [&str; 6] = ["near", "far", "dnear", "knear", "xnear", "xfar"];
     for name in SERVERS {
         let netns = lab.pod(name)?.netns.clone();
         lab.spawn(&netns, name, &[&culvert.to_string_lossy(), "lab-service", "load", "::"])?;
@@ -111,7 +117,7 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
         program: ztunnel,
         config_dir: manifests.dir().to_owned(),
         ca_dir: lab.dir().join("ca"),
-        more: Vec::new(),
+        more: vec!["--capture".to_owned(), args.capture.clone()],
     };
     let results = Results::new(machine(args.repetitions)?);
     if let Some(load) = busy().filter(|load| *load > 0.5) {

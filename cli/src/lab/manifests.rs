@@ -13,6 +13,8 @@ use super::{Lab, NodeId, Pod};
 pub const ENROLLED: &str = "shop";
 /// One whose pods are too, and whose connections are not encrypted where they stay on a node.
 pub const DIRECT: &str = "direct";
+/// One more, whose connections pass by the kernel's verdicts where they stay on a node.
+pub const KERNEL: &str = "kernel";
 /// The one whose pods are not.
 pub const OUTSIDE: &str = "outside";
 
@@ -45,8 +47,15 @@ impl Manifests {
         let dir = lab.dir().join("manifests");
         fs::create_dir(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
         let manifests = Self { dir };
-        let direct = namespace(DIRECT, true) + "  annotations:\n    culvert.dev/node-local: direct\n";
-        let namespaces = [namespace(ENROLLED, true), direct, namespace(OUTSIDE, false)];
+        let local = |name: &str, mode: &str| {
+            namespace(name, true) + &format!("  annotations:\n    culvert.dev/node-local: {mode}\n")
+        };
+        let namespaces = [
+            namespace(ENROLLED, true),
+            local(DIRECT, "direct"),
+            local(KERNEL, "kernel"),
+            namespace(OUTSIDE, false),
+        ];
         manifests.put("namespaces", &namespaces.join("---\n"))?;
         manifests.put("nodes", &NodeId::ALL.map(node).join("---\n"))?;
         for pod in lab.pods() {
