@@ -68,7 +68,7 @@ impl Deref for Record {
 }
 
 impl Record {
-    /// An instance that was set, in the place of `old`, and the uid of its workload.
+    /// An instance that was set, in the place of `old`.
     pub(super) fn new(maker: Kind, instance: Instance, old: Option<Self>, natures: &mut Natures) -> Self {
         let nature = natures.share(Nature {
             labels: instance.labels,
