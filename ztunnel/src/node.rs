@@ -192,7 +192,7 @@ impl Node {
         let is_due = |slot: &&Slot| match &slot.state {
             PodState::Pending { retry_at, .. } => *retry_at <= now,
             // A pod that began anew under its name must not wait long: it is not captured yet.
-            PodState::Enrolled(enrolled) => enrolled.verify_at <= now || slot.is_elsewhere(),
+            PodState::Enrolled(enrolled) => enrolled.is_due(now) || slot.is_elsewhere(),
         };
         let due: Vec<Enrolment> =
             self.pods().values().filter(is_due).map(|slot| slot.enrolment.clone()).collect();

@@ -233,6 +233,21 @@ impl Devices {
             }
         }
     }
+
+    /// Whether something changed since this was asked, or [`Devices::changed`] returned, last.
+    #[must_use]
+    pub fn have_changed(&self) -> bool {
+        let (mut few, mut any) = ([0; 64], false);
+        // Who may change devices may do so all the time.
+        for _ in 0..1000 {
+            match recv(self.socket.as_raw_fd(), &mut few, MsgFlags::empty()) {
+                Ok(1..) | Err(Errno::ENOBUFS) => any = true,
+                Err(Errno::EINTR) => {}
+                Ok(0) | Err(_) => break,
+            }
+        }
+        any
+    }
 }
 
 /// The first message of `bytes`: type, sequence number, payload, and what follows.

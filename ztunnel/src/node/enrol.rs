@@ -63,6 +63,7 @@ impl Node {
             rules: Rules::default(),
             ipv6: None,
             since: Instant::now(),
+            devices: self.redirection.devices(&netns),
             verify_at: Instant::now()
                 + if self.redirection.is_agents() { SETTLING_INTERVAL } else { VERIFY_INTERVAL },
             trouble: None,

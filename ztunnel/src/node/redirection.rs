@@ -4,7 +4,8 @@
 
 use std::sync::Arc;
 
-use capture::{Backend, Capture, Cut, Drift, Ipv6, LiveConnection, Rules};
+use capture::{Backend, Capture, Cut, Drift, Ipv6, LiveConnection, Rules, replace};
+use net::netlink::Devices;
 use net::{Netns, sock_diag};
 
 use super::adopted::before;
@@ -81,6 +82,19 @@ impl Redirection {
         matches!(self, Self::Agent)
     }
 
+    /// What changes of the pod's devices, where the rules that we write are for one each.
+    pub fn devices(&self, netns: &Netns) -> Option<Devices> {
+        let Self::Own { capture, .. } = self else { return None };
+        if !capture.is_by_device() {
+            return None;
+        }
+        let opened = Devices::open(netns);
+        if let Err(error) = &opened {
+            tracing::warn!(%netns, %error, "a device that is added is guarded after 30 seconds only");
+        }
+        opened.ok()
+    }
+
     /// Redirects the traffic of `pod`, by whatever rules there were before.
     ///
     /// # Errors
@@ -89,14 +103,13 @@ impl Redirection {
         let Self::Own { capture, record } = self else {
             return Ok(Begun { ipv6: None, adopted: before(netns, rules) });
         };
-        let other = record.note(netns, pod, capture.backend());
-        let mut installed = capture.install(netns, rules)?;
-        if let Some(other) = other {
-            tracing::info!(pod, %other, "removing the redirection of another back-end");
-            remove_of(other, netns)?;
-            // They share routes.
-            installed = capture.install(netns, rules)?;
-        }
+        let installed = match record.note(netns, pod, capture.backend()) {
+            Some(other) => {
+                tracing::info!(pod, %other, "removing the redirection of another back-end");
+                replace(&**capture, other, netns, rules)?
+            }
+            None => capture.install(netns, rules)?,
+        };
         Ok(Begun { ipv6: Some(installed.ipv6), adopted: before(netns, rules) })
     }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use capture::{LiveConnection, Rules};
+use net::netlink::Devices;
 use serde_json::{Value, json};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
@@ -46,6 +47,8 @@ pub(super) struct Enrolled {
     pub(super) ipv6: Option<capture::Ipv6>,
     /// Since when.
     pub(super) since: Instant,
+    /// Where rules are for a device each: what changes of the pod's.
+    pub(super) devices: Option<Devices>,
     /// When the rules are compared with what they should be.
     pub(super) verify_at: Instant,
     /// Why they can't be.
@@ -59,6 +62,12 @@ impl Enrolled {
     /// Whether what redirects the pod may not stand yet.
     pub(super) fn is_settling(&self) -> bool {
         self.since.elapsed() < SETTLING
+    }
+
+    /// Whether the rules are to be compared with what they should be.
+    pub(super) fn is_due(&self, now: Instant) -> bool {
+        // Asked in any case: it forgets what it tells of, which the look that follows sees.
+        self.devices.as_ref().is_some_and(Devices::have_changed) || self.verify_at <= now
     }
 
     /// Closes the listeners, and waits for it: the ports are free then.

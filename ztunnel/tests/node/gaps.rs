@@ -11,7 +11,7 @@ use tokio::time::sleep;
 
 use crate::lab::manifests::{join, mtls, namespace, policy};
 use crate::lab::traffic::{PORT, ask, listen, serve, talk};
-use crate::lab::{Mesh, Options, eventually};
+use crate::lab::{Mesh, Options, eventually, within};
 
 fn address(host: &Host) -> SocketAddr {
     SocketAddr::new(host.ipv4.into(), PORT)
@@ -101,6 +101,25 @@ async fn another_back_end_takes_over() {
     for pod in &pods {
         assert_eq!(rules(pod), "", "{}", pod.name);
     }
+}
+
+#[tokio::test]
+async fn a_device_that_is_added_is_guarded_before_the_regular_look() {
+    if !root_or_skip("a device that is added") {
+        return;
+    }
+    if let Err(missing) = capture::probe(capture::Backend::Ebpf, &capture::Tools::default()) {
+        println!("skipped: {missing}");
+        return;
+    }
+    let mut mesh = Mesh::build(&[("a", &["client"])]);
+    let pod = mesh.pod("client").clone();
+    mesh.run("a", &Options::default().argument("--capture").argument("ebpf")).await;
+    let listed = pod.shell("ip link add extra type veth peer name other && ip -o link show extra").unwrap();
+    let (index, _) = listed.split_once(':').unwrap();
+    let link = format!("/sys/fs/bpf/culvert/{}/link-leaving-{index}", pod.netns.id().inode());
+    // The regular look comes after 30 seconds.
+    assert!(within(Duration::from_secs(15), async || std::fs::exists(&link).unwrap()).await, "{link}");
 }
 
 #[tokio::test]
