@@ -183,12 +183,12 @@ pub fn of_other(kind: Kind, state: &ObjectState) -> Vec<Condition> {
 }
 
 /// Another control plane's of the same type stays where nothing was ever said here. What was said before this process began
-/// is known by its words, so that none goes on to say that something is enforced.
+/// is known by how it begins, so that none goes on to say what is not so any more.
 fn of_targets(state: &ObjectState) -> Condition {
     match &state.standing.targets {
         Some(judgement) => Condition::of(WAYPOINT_ACCEPTED, judgement),
         None if state.standing.was_judged => Condition::none(WAYPOINT_ACCEPTED),
-        None => Condition::none_of(WAYPOINT_ACCEPTED, Judgement::ENFORCED),
+        None => Condition::none_of(WAYPOINT_ACCEPTED, Judgement::OF_WAYPOINTS),
     }
 }
 

@@ -236,6 +236,7 @@ mod tests {
         };
         assert_eq!(policy("bound to shop/gate"), None);
         assert_eq!(policy("waypoints enforce it").unwrap()["conditions"], json!([]));
+        assert_eq!(policy("waypoints don't enforce it").unwrap()["conditions"], json!([]));
     }
 
     #[test]

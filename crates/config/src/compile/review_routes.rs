@@ -150,8 +150,7 @@ impl Compiler {
             } else {
                 "all of its hosts".to_owned()
             };
-            let fine = || Judgement::yes("Accepted", format!("{}{which}", Judgement::ENFORCED));
-            return (!services.is_empty()).then(fine);
+            return (!services.is_empty()).then(|| Judgement::enforced(&which));
         };
         let in_part = wrong.len() < services.len() || wrong.iter().any(|(reason, _)| *reason == IN_PART);
         let reason = if in_part { IN_PART } else { first };
@@ -160,7 +159,7 @@ impl Compiler {
         if are_more {
             all += &format!("; of the services of its hosts {MOST_HOSTS} were looked at");
         }
-        Some(Judgement::no(reason, all))
+        Some(Judgement::not_enforced(reason, &all))
     }
 
     /// What is in force for a service in the place of a VirtualService for it, if something is: in one word, and in several.

@@ -27,8 +27,19 @@ pub struct Judgement {
 }
 
 impl Judgement {
-    /// How the message begins of one that says that waypoints enforce something.
-    pub const ENFORCED: &str = "waypoints enforce it for ";
+    /// How each message of `WaypointAccepted` begins, by which ours are known among those of other control planes.
+    pub const OF_WAYPOINTS: &str = "waypoints ";
+
+    /// That waypoints enforce it for all of these.
+    pub(super) fn enforced(what: &str) -> Self {
+        Self::yes("Accepted", format!("{}enforce it for {what}", Self::OF_WAYPOINTS))
+    }
+
+    /// That waypoints don't enforce it, or not for all; why.
+    pub(super) fn not_enforced(reason: &'static str, why: &str) -> Self {
+        let message = format!("{}don't enforce it for all that it is for: {why}", Self::OF_WAYPOINTS);
+        Self::no(reason, message)
+    }
 
     pub(super) fn yes(reason: &'static str, message: impl Into<String>) -> Self {
         Self { holds: true, reason, message: message.into() }
@@ -148,11 +159,11 @@ impl Compiler {
         let judged = targets.iter().map(|target| self.judge_target(target, policy));
         let missing: Vec<Judgement> = judged.filter(|judgement| !judgement.holds).collect();
         let Some(first) = missing.first() else {
-            return Some(Judgement::yes("Accepted", format!("{}all of its targets", Judgement::ENFORCED)));
+            return Some(Judgement::enforced("all of its targets"));
         };
         let all = missing.iter().map(|judgement| judgement.message.as_str()).collect::<Vec<_>>().join("; ");
         let reason = if missing.len() < targets.len() { "PartiallyInvalid" } else { first.reason };
-        Some(Judgement::no(reason, all))
+        Some(Judgement::not_enforced(reason, &all))
     }
 
     fn judge_target(&self, target: &Target, policy: &ObjectKey) -> Judgement {
