@@ -176,12 +176,12 @@ fn of_workload(workload: &Workload, ip: IpAddr) -> Source {
     let in_mesh = workload.tunnel == TunnelProtocol::Hbone;
     let identity = workload.identity().ok().filter(|_| in_mesh);
     let who = identity.as_ref().map_or("not in the mesh: no identity".to_owned(), ToString::to_string);
-    Source { shown: format!("{}/{} {ip}, {who}", workload.namespace, workload.name), identity, ip, in_mesh }
+    Source { shown: format!("{}/{} {ip}, {who}", workload.namespace, workload.name()), identity, ip, in_mesh }
 }
 
 fn workload_named<'m>(mesh: &'m Mesh, who: &str) -> Option<&'m Arc<Workload>> {
     let (namespace, name) = who.split_once('/')?;
-    let named = |w: &&Arc<Workload>| *w.namespace == *namespace && *w.name == *name;
+    let named = |w: &&Arc<Workload>| *w.namespace == *namespace && *w.name() == *name;
     mesh.workloads().filter(named).min_by(|a, b| a.uid.cmp(&b.uid))
 }
 
@@ -238,7 +238,7 @@ fn of_service(mesh: &Mesh, service: &Service, port: u16) -> Result<(String, Endp
 }
 
 fn of_pod(workload: &Arc<Workload>, port: u16) -> (String, Endpoints) {
-    let shown = format!("workload {}/{}:{port}", workload.namespace, workload.name);
+    let shown = format!("workload {}/{}:{port}", workload.namespace, workload.name());
     (
         shown,
         Endpoints::Known {
@@ -277,7 +277,7 @@ fn through(mesh: &Mesh, waypoint: &GatewayAddress, destination: &str) -> Result<
 fn decide(compiled: &Compiled, source: &Source, workload: &Workload, port: u16) -> Verdict {
     let same_family = workload.addresses.iter().find(|a| a.is_ipv4() == source.ip.is_ipv4());
     let ip = same_family.or(workload.addresses.first()).copied();
-    let name = format!("{}/{}", workload.namespace, workload.name);
+    let name = format!("{}/{}", workload.namespace, workload.name());
     let address =
         ip.map_or_else(|| workload.hostname.to_string(), |ip| SocketAddr::new(ip, port).to_string());
     // A tunnel ends at ztunnel whatever the pod leaves alone.

@@ -19,7 +19,7 @@ use hbone::{
 };
 use identity::{PeerInfo, TlsStream};
 use model::http::Protocol;
-use model::{Destination, Health, Locality, NetworkMode, OriginalDst, Str, TunnelProtocol, Workload};
+use model::{Destination, Locality, OriginalDst, Profile, Str, TunnelProtocol, Workload};
 use net::{AcceptLoop, AcceptStats};
 use process::metrics::Counter;
 use process::shutdown::{Phase, Shutdown};
@@ -345,36 +345,25 @@ impl Session {
         let baggage = headers.parse_baggage()?;
         let (id, network) = (&self.info.id, self.front.deciding.network());
         let (kind, name) = baggage.workload.unwrap_or_default();
-        Some(Arc::new(Workload {
+        let profile = Profile {
             namespace: id.namespace().clone(),
             service_account: id.service_account().clone(),
             network: network.clone(),
             cluster: baggage.cluster.unwrap_or_default(),
-            locality: Arc::new(Locality {
-                region: baggage.region.unwrap_or_default(),
-                zone: baggage.zone.unwrap_or_default(),
-                ..Locality::default()
-            }),
-            canonical_name: baggage.service_name.unwrap_or_default(),
+            canonical_name: Some(baggage.service_name.unwrap_or_default()),
             canonical_revision: baggage.service_version.unwrap_or_default(),
-            workload_name: name,
+            workload_name: Some(name),
             workload_kind: kind,
             trust_domain: id.trust_domain().clone(),
-            uid: Str::default(),
-            name: Str::default(),
-            addresses: Box::default(),
-            hostname: Str::default(),
-            node: Str::default(),
             tunnel: TunnelProtocol::Hbone,
-            network_mode: NetworkMode::Standard,
-            health: Health::Healthy,
-            services: Arc::default(),
-            policies: Box::default(),
-            waypoint: None,
-            network_gateway: None,
-            application_tunnel: None,
-            capacity: 1,
-            labels: Arc::default(),
-        }))
+            ..Profile::default()
+        };
+        let locality = Locality {
+            region: baggage.region.unwrap_or_default(),
+            zone: baggage.zone.unwrap_or_default(),
+            ..Locality::default()
+        };
+        let workload = Workload::new(Str::default(), "", Arc::new(profile));
+        Some(Arc::new(Workload { locality: Arc::new(locality), ..workload }))
     }
 }

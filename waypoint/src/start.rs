@@ -143,7 +143,7 @@ impl Parts {
 
     fn of_cluster(flags: &Flags, mode: &ClusterMode, registry: &Metrics) -> anyhow::Result<Self> {
         let state = Arc::new(State::default());
-        state.apply(vec![Change::SetSettings(mode.defaults())]);
+        state.apply(vec![Change::SetSettings(mode.defaults().into())]);
         let tls = mode.tls(&flags.source)?;
         let source = mode.source(&flags.source, &flags.node, Some(&flags.gateway), &state, registry)?;
         let xds = source.status();

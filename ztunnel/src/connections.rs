@@ -3,6 +3,7 @@
 //! Every connection that the proxy carries is here from its decision to its end, so that an operator can list
 //! them, and so that [`Registry::recheck`] can cut those that a new policy, bundle or identity no longer allows.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::net::SocketAddr;
@@ -98,20 +99,20 @@ pub struct Story {
 
 /// What was decided of a connection, and by what. Serialised as `decision` and `policy`, `rule`, `dry_run`.
 #[derive(Clone, Debug)]
-pub struct Verdict {
-    outcome: Outcome,
-    dry_run: Vec<DryRun>,
+pub enum Verdict {
+    /// The evaluator let it in, since no policy says anything of it: nothing is kept of most decisions.
+    NoPolicies,
+    /// The evaluator decided it by policies.
+    Policies(Box<ByPolicies>),
+    /// The proxy itself decided, for this reason.
+    Proxy(Cow<'static, str>),
 }
 
-/// Who decided.
+/// A decision by policies.
 #[derive(Clone, Debug)]
-enum Outcome {
-    /// The evaluator let it in.
-    Allowed(Allow),
-    /// The evaluator refused it.
-    Denied(Deny),
-    /// The proxy itself, for this reason.
-    Proxy(Arc<str>),
+pub struct ByPolicies {
+    outcome: Result<Allow, Deny>,
+    dry_run: Vec<DryRun>,
 }
 
 impl Verdict {
@@ -119,43 +120,56 @@ impl Verdict {
     #[must_use]
     pub fn of(decision: &Decision) -> Self {
         let outcome = match &decision.outcome {
-            Ok(permit) => Outcome::Allowed(permit.reason().clone()),
-            Err(deny) => Outcome::Denied(deny.clone()),
+            Ok(permit) if *permit.reason() == Allow::NoAllowPolicies && decision.dry_run.is_empty() => {
+                return Self::NoPolicies;
+            }
+            Ok(permit) => Ok(permit.reason().clone()),
+            Err(deny) => Err(deny.clone()),
         };
-        Self { outcome, dry_run: decision.dry_run.clone() }
+        Self::Policies(Box::new(ByPolicies { outcome, dry_run: decision.dry_run.clone() }))
     }
 
     /// What the proxy decided without a policy.
     #[must_use]
-    pub fn proxy(reason: impl Into<Arc<str>>) -> Self {
-        Self { outcome: Outcome::Proxy(reason.into()), dry_run: Vec::new() }
+    pub fn proxy(reason: impl Into<Cow<'static, str>>) -> Self {
+        Self::Proxy(reason.into())
+    }
+
+    fn by_policies(&self) -> Option<&ByPolicies> {
+        match self {
+            Self::Policies(by) => Some(by),
+            Self::NoPolicies | Self::Proxy(_) => None,
+        }
     }
 
     /// The policy that decided.
     #[must_use]
     pub fn policy(&self) -> Option<&PolicyKey> {
-        match &self.outcome {
-            Outcome::Allowed(Allow::Matched(rule)) => Some(&rule.policy),
-            Outcome::Denied(deny) => deny.policy(),
-            Outcome::Allowed(Allow::NoAllowPolicies) | Outcome::Proxy(_) => None,
+        match &self.by_policies()?.outcome {
+            Ok(Allow::Matched(rule)) => Some(&rule.policy),
+            Ok(Allow::NoAllowPolicies) => None,
+            Err(deny) => deny.policy(),
         }
     }
 }
 
 impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.outcome {
-            Outcome::Allowed(allow) => allow.fmt(f),
-            Outcome::Denied(deny) => deny.fmt(f),
-            Outcome::Proxy(reason) => f.write_str(reason),
+        match self {
+            Self::NoPolicies => Allow::NoAllowPolicies.fmt(f),
+            Self::Policies(by) => match &by.outcome {
+                Ok(allow) => allow.fmt(f),
+                Err(deny) => deny.fmt(f),
+            },
+            Self::Proxy(reason) => f.write_str(reason),
         }
     }
 }
 
 impl Serialize for Verdict {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let rule = match &self.outcome {
-            Outcome::Allowed(Allow::Matched(rule)) | Outcome::Denied(Deny::Matched(rule)) => Some(rule),
+        let rule = match self.by_policies().map(|by| &by.outcome) {
+            Some(Ok(Allow::Matched(rule)) | Err(Deny::Matched(rule))) => Some(rule),
             _ => None,
         };
         let mut map = serializer.serialize_map(None)?;
@@ -167,12 +181,13 @@ impl Serialize for Verdict {
             map.serialize_entry("rule", &rule.rule)?;
             map.serialize_entry("clauses", &rule.matches)?;
         }
-        if !self.dry_run.is_empty() {
+        let dry_run = self.by_policies().map_or(&[][..], |by| &by.dry_run);
+        if !dry_run.is_empty() {
             let would = |d: &DryRun| match &d.would {
                 Ok(allow) => format!("{}: would be {allow}", d.policy),
                 Err(deny) => format!("{}: would be {deny}", d.policy),
             };
-            map.serialize_entry("dry_run", &self.dry_run.iter().map(would).collect::<Vec<_>>())?;
+            map.serialize_entry("dry_run", &dry_run.iter().map(would).collect::<Vec<_>>())?;
         }
         map.end()
     }
@@ -182,7 +197,7 @@ impl Serialize for Verdict {
 #[allow(clippy::ref_option)]
 fn workload_name<S: Serializer>(workload: &Option<Arc<Workload>>, s: S) -> Result<S::Ok, S::Error> {
     match workload {
-        Some(w) => s.collect_str(&format_args!("{}/{}", w.namespace, w.name)),
+        Some(w) => s.collect_str(&format_args!("{}/{}", w.namespace, w.name())),
         None => s.serialize_none(),
     }
 }
@@ -307,6 +322,11 @@ impl Registry {
     /// A number for a new connection, never used twice.
     pub fn next_id(&self) -> u64 {
         self.next_id.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// The number of the newest connection.
+    pub fn last_id(&self) -> u64 {
+        self.next_id.load(Ordering::Relaxed)
     }
 
     fn shard(&self, id: u64) -> Option<&Mutex<HashMap<u64, Arc<Open>>>> {

@@ -75,7 +75,7 @@ fn settings(mesh: &Mesh) -> Value {
 fn workload(w: &Workload) -> Value {
     json!({
         "uid": &*w.uid,
-        "name": &*w.name,
+        "name": w.name(),
         "namespace": &*w.namespace,
         "serviceAccount": &*w.service_account,
         "identity": w.identity().map(|i| i.to_string()).ok(),
@@ -98,9 +98,9 @@ fn workload(w: &Workload) -> Value {
             model::Health::Unhealthy => "Unhealthy",
         },
         "locality": { "region": &*w.locality.region, "zone": &*w.locality.zone, "subzone": &*w.locality.subzone },
-        "canonicalName": &*w.canonical_name,
+        "canonicalName": w.canonical_name(),
         "canonicalRevision": &*w.canonical_revision,
-        "workloadName": &*w.workload_name,
+        "workloadName": w.workload_name(),
         "workloadType": w.workload_kind.to_string(),
         "services": w.services.iter().map(|m| m.service.to_string()).collect::<Vec<_>>(),
         "authorizationPolicies": w.policies.iter().map(ToString::to_string).collect::<Vec<_>>(),

@@ -485,14 +485,14 @@ fn record<'a>(
     let proved = story.carrier != Carrier::Plaintext;
     AccessRecord {
         src_addr: story.source,
-        src_workload: source.map_or("", |w| &w.name),
+        src_workload: source.map_or("", |w| w.name()),
         src_namespace: source.map_or("", |w| &w.namespace),
         src_identity: story.source_identity.as_ref().filter(|_| proved).map(|i| i as _),
         src_cluster: source.map_or("", |w| &w.cluster),
         dst_addr: story.upstream.unwrap_or(story.destination),
         dst_hbone_addr: tunnelled.then_some(story.destination),
         dst_service: story.destination_service.as_ref().map_or("", |s| &s.hostname),
-        dst_workload: destination.map_or("", |w| &w.name),
+        dst_workload: destination.map_or("", |w| w.name()),
         dst_namespace: destination.map_or("", |w| &w.namespace),
         dst_identity: story.destination_identity.as_ref().filter(|_| proved).map(|i| i as _),
         dst_cluster: destination.map_or("", |w| &w.cluster),

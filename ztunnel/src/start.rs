@@ -35,6 +35,8 @@ use crate::{admin, metrics};
 
 /// How often the metrics of open connections are brought up to date.
 const SETTLE_INTERVAL: Duration = Duration::from_secs(5);
+/// How long there has to be nothing new before memory is given back.
+const QUIET: Duration = Duration::from_secs(5);
 const SWEEP_INTERVAL: Duration = Duration::from_secs(120);
 const RENEWAL_INTERVAL: Duration = Duration::from_secs(1);
 /// For connections that are cut at the end to be reset.
@@ -110,6 +112,7 @@ async fn serve(
     verdicts::keep(&proxy, move || looking.verify_soon()).context("the thread of verdicts")?;
     let pods = follow_pods(flags, mode, zds, (&node, &proxy.state), &work, enrolled, &shutdown);
     tokio::spawn(look_after(proxy.clone()));
+    tokio::spawn(give_back(proxy.clone()));
     tokio::spawn(net::release_code_after(async move { readiness.settled().await }));
     tokio::spawn(follow_trust(proxy.clone(), workers.clone()));
     tokio::spawn(follow(source, proxy.clone(), node.clone(), work.clone(), configured));
@@ -163,7 +166,7 @@ impl Parts {
 
     fn of_cluster(flags: &Flags, mode: &ClusterMode, registry: &Metrics) -> anyhow::Result<Self> {
         let state = Arc::new(State::default());
-        state.apply(vec![Change::SetSettings(mode.defaults())]);
+        state.apply(vec![Change::SetSettings(mode.defaults().into())]);
         let tls = mode.tls(&flags.source)?;
         let source = mode.source(&flags.source, &flags.node, None, &state, registry)?;
         let status = ClusterStatus { xds: source.status(), zds: Arc::new(ZdsStatus::default()) };
@@ -393,6 +396,21 @@ async fn look_after(proxy: Arc<Proxy>) {
                 let mesh = proxy.state.mesh_owned();
                 proxy.balancer.sweep(proxy.started.elapsed(), |key| mesh.service(key).is_some());
             }
+        }
+    }
+}
+
+/// Gives back the memory that a burst of connections, or a new configuration, needed for a moment, once there has been no other
+/// for [`QUIET`].
+async fn give_back(proxy: Arc<Proxy>) {
+    let (mut seen, mut is_due) = (None, false);
+    loop {
+        tokio::time::sleep(QUIET).await;
+        let now = Some((proxy.registry.last_id(), proxy.state.mesh().generation()));
+        if seen != now {
+            (seen, is_due) = (now, true);
+        } else if std::mem::take(&mut is_due) {
+            net::release_free(); // some milliseconds, on a thread that carries no connection
         }
     }
 }

@@ -1,6 +1,4 @@
-use model::{
-    GatewayAddress, Health, LoadBalancing, ServiceMembership, TrustDomain, TunnelProtocol, WorkloadKind,
-};
+use model::{GatewayAddress, LoadBalancing, Profile, ServiceMembership, TunnelProtocol};
 
 use super::*;
 
@@ -10,37 +8,21 @@ fn key(name: &str) -> ServiceKey {
 
 fn workload(name: &str, address: &str, services: &[&str]) -> Workload {
     let member = |name: &&str| ServiceMembership { service: key(name), ports: [].into() };
-    Workload {
-        uid: name.into(),
-        name: name.into(),
+    let profile = Profile {
         namespace: "shop".into(),
-        service_account: "default".into(),
-        trust_domain: TrustDomain::new("cluster.local".into()).unwrap(),
-        network: "".into(),
-        addresses: [address.parse().unwrap()].into(),
-        hostname: "".into(),
-        node: "n".into(),
-        cluster: "".into(),
         tunnel: TunnelProtocol::Hbone,
-        network_mode: NetworkMode::Standard,
-        health: Health::Healthy,
-        locality: Arc::default(),
-        canonical_name: "".into(),
-        canonical_revision: "".into(),
-        workload_name: "".into(),
-        workload_kind: WorkloadKind::Pod,
         services: services.iter().map(member).collect(),
-        policies: Box::default(),
-        waypoint: None,
-        network_gateway: None,
-        application_tunnel: None,
-        capacity: 1,
-        labels: Arc::default(),
+        ..Profile::default()
+    };
+    Workload {
+        addresses: [address.parse().unwrap()].into(),
+        node: "n".into(),
+        ..Workload::new(name.into(), name, Arc::new(profile))
     }
 }
 
 fn labelled(workload: Workload, label: &str, value: &str) -> Workload {
-    Workload { labels: [(label.into(), value.into())].into(), ..workload }
+    workload.with(|w| w.labels = [(label.into(), value.into())].into())
 }
 
 fn service(name: &str, range: &str) -> Service {
@@ -71,7 +53,7 @@ fn wishes(labels: &[(&str, &[&str])], providers: &[&str]) -> Wishes {
 /// What follows: `+` or `-`, and the name.
 fn settled(reach: &mut Reach) -> Vec<String> {
     let mut updates = Vec::new();
-    reach.settle(|workload| Some(Bytes::copy_from_slice(workload.name.as_bytes())), &mut updates);
+    reach.settle(|workload| Some(Bytes::copy_from_slice(workload.name().as_bytes())), &mut updates);
     said(&updates)
 }
 
@@ -138,7 +120,7 @@ fn what_a_decision_may_ask_for_is_sent() {
     let mut reach = Reach::default();
     let target = GatewayTarget::Service(key("w"));
     let bound = GatewayAddress { target, hbone_mtls_port: 15008 };
-    set(&mut reach, Workload { waypoint: Some(Box::new(bound)), ..workload("bound", "10.0.0.1", &[]) });
+    set(&mut reach, workload("bound", "10.0.0.1", &[]).with(|w| w.waypoint = Some(Box::new(bound))));
     set(&mut reach, labelled(workload("own", "10.0.0.2", &[]), GATEWAY, "w"));
     set(&mut reach, labelled(workload("client", "10.0.0.3", &[]), "app", "shop"));
     set(&mut reach, workload("decider", "10.0.0.4", &["authz"]));

@@ -21,7 +21,10 @@ const CHOICES: u64 = 50_000;
 fn member(at: usize, weight: u32) -> Member {
     let zone = format!("z{}", at % 3);
     let locality = Arc::new(Locality { region: "r".into(), zone: zone.as_str().into(), subzone: "".into() });
-    let workload = Workload { capacity: weight, locality, ..world::workload(&format!("w{at}"), "") };
+    let workload = world::workload(&format!("w{at}"), "").with(|w| {
+        w.capacity = weight;
+        w.locality = locality;
+    });
     Member {
         name: hash(workload.uid.as_bytes()),
         labels: workload.labels.clone(),

@@ -15,7 +15,7 @@ fn unready(uid: &str, place: &str) -> Workload {
 }
 
 fn weighing(uid: &str, capacity: u32) -> Workload {
-    Workload { capacity, ..workload(uid, "") }
+    workload(uid, "").with(|w| w.capacity = capacity)
 }
 
 /// Name, mode, scopes, endpoints, the client's place, and who may be chosen.
@@ -274,7 +274,7 @@ proptest! {
             cases.into_iter().enumerate().map(|(i, c)| (format!("w{i}").into(), c)).collect();
         let workloads = cases.iter().map(|(uid, c)| {
             let health = if c.ready { Health::Healthy } else { Health::Unhealthy };
-            let w = Workload { health, capacity: c.weight, ..workload(uid, &place(c.place)) };
+            let w = workload(uid, &place(c.place)).with(|w| { w.health = health; w.capacity = c.weight; });
             serving(w, PORT, if c.serves { 8080 } else { 0 })
         });
         let at = at.map(u8::from);

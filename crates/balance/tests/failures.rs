@@ -112,7 +112,7 @@ fn failures_are_remembered_while_others_come_and_go() {
     world.set = set(["w1", "w3", "w4"].map(|uid| workload(uid, "")));
     assert_eq!(world.uids(), uids(&["w3", "w4"]));
     // The same name at another address is another endpoint.
-    let moved = Workload { addresses: Box::new(["10.0.0.7".parse().unwrap()]), ..workload("w1", "") };
+    let moved = Workload { addresses: ["10.0.0.7".parse().unwrap()].into(), ..workload("w1", "") };
     world.set = set([moved, workload("w3", "")]);
     assert_eq!(world.uids(), uids(&["w1", "w3"]));
 }

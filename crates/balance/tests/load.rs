@@ -16,7 +16,7 @@ fn of(n: usize) -> World {
 
 fn weighing(weights: &[u32]) -> World {
     let weighed =
-        weights.iter().enumerate().map(|(i, w)| Workload { capacity: *w, ..workload(&format!("w{i}"), "") });
+        weights.iter().enumerate().map(|(i, n)| workload(&format!("w{i}"), "").with(|w| w.capacity = *n));
     World::new(service(Mode::Any, &[]), set(weighed))
 }
 

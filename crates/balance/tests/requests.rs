@@ -86,7 +86,8 @@ fn by_hash(table: HashTable, bound: Option<u32>) -> LoadBalancer {
 fn weights_are_kept_by_all_that_draw() {
     for balancer in [LoadBalancer::Random, LoadBalancer::LeastRequest, LoadBalancer::RoundRobin] {
         let mut bed = Bed::new(balancer.clone());
-        let weighing = |(at, capacity)| member(Workload { capacity, ..workload(&format!("w{at}"), "") });
+        let weighing =
+            |(at, capacity)| member(workload(&format!("w{at}"), "").with(|w| w.capacity = capacity));
         let group = bed.group([1, 0, 2, 5, 2].into_iter().enumerate().map(weighing).collect(), None);
         assert_eq!(bed.shares(&group), [10, 0, 20, 50, 20], "{balancer:?}");
     }
@@ -159,7 +160,7 @@ fn labels_order_failover() {
     bed.origin.labels = Arc::new([("version".into(), "v1".into())]);
     let labelled = |uid: &str, place: &str, version: &str| {
         let labels: Arc<[(Str, Str)]> = Arc::new([("version".into(), version.into())]);
-        member(Workload { labels, ..workload(uid, place) })
+        member(workload(uid, place).with(|w| w.labels = labels))
     };
     let mut all = vec![
         labelled("a", "r2/z1/n1", "v1"),
@@ -348,7 +349,7 @@ proptest! {
         }
         let places = ["r1/z1", "r1/z2", "r2/z1", "r3/z1"];
         let all: Vec<Member> = list.iter().enumerate().map(|(at, (capacity, place, ejected))| {
-            let workload = Workload { capacity: *capacity, ..workload(&format!("w{at}"), places[*place]) };
+            let workload = workload(&format!("w{at}"), places[*place]).with(|w| w.capacity = *capacity);
             let load = Arc::new(Load::new(seconds(at as u64)));
             Member { ejected: *ejected, load, ..member(workload) }
         }).collect();

@@ -393,8 +393,8 @@ impl Compiler {
     }
 
     fn set_pod(&mut self, key: &ObjectKey, uid: Str, pod: Pod, pool: &mut Pool) {
-        let context = self.shared.context(&self.options, self.policies.settings(), pool);
-        let instance = convert::pod(key, uid, pod, &context);
+        let mut context = self.shared.context(&self.options, self.policies.settings(), pool);
+        let instance = convert::pod(key, uid, pod, &mut context);
         match instance {
             Some(instance) => {
                 self.put_instance(Kind::Pod, instance);
@@ -406,7 +406,7 @@ impl Compiler {
     /// Compiles what the staged changes touch.
     pub fn commit(&mut self, pool: &mut Pool) -> Batch {
         self.settle_addresses();
-        let mut workloads = Vec::new();
+        let mut workloads = Vec::with_capacity(self.dirty.len());
         for id in std::mem::take(&mut self.dirty) {
             workloads.extend(self.compile_instance(id, pool));
         }
@@ -419,15 +419,15 @@ impl Compiler {
             }
         }
         if !std::mem::replace(&mut self.announced, true) {
-            self.changes.push(Change::SetSettings(self.policies.settings().clone()));
+            self.changes.push(Change::SetSettings(self.policies.settings().clone().into()));
         }
         // What goes, goes first, so that an address that changes hands is free for the next.
-        let mut changes = std::mem::take(&mut self.removed);
-        changes.append(&mut self.changes);
-        changes.append(&mut workloads);
+        // Put before the workloads where these are: of all that there are at the start, no second list is made.
+        let before = std::mem::take(&mut self.removed).into_iter().chain(std::mem::take(&mut self.changes));
+        workloads.splice(0..0, before);
         self.natures.sweep();
         let found = std::mem::take(&mut self.found).into_iter().collect();
-        Batch { changes, enrolments: std::mem::take(&mut self.enrolments), found }
+        Batch { changes: workloads, enrolments: std::mem::take(&mut self.enrolments), found }
     }
 
     fn area(&mut self, namespace: &Str) -> &mut Area {

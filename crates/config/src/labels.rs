@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use model::{Interner, PortMapping, ServiceMembership, Str};
+use model::{Interner, PortMapping, Profile, Profiles, ServiceMembership, Str};
 
 /// An object's labels, sorted by key. Equal sets of one source are one allocation: the pods of a Deployment
 /// have one set between them.
@@ -62,7 +62,7 @@ impl Selector {
     }
 }
 
-/// Makes equal strings, label sets, port mappings and memberships of a source share their allocations.
+/// Makes equal strings, label sets, port mappings, memberships and profiles of a source share their allocations.
 ///
 /// Everything it holds is held weakly in effect: [`Pool::sweep`], after each batch of changes, drops what
 /// nothing else uses.
@@ -73,6 +73,7 @@ pub struct Pool {
     mappings: HashSet<Arc<[PortMapping]>>,
     memberships: HashSet<Arc<[ServiceMembership]>>,
     names: HashSet<Arc<[(Str, u16)]>>,
+    profiles: Profiles,
     swept_at: usize,
 }
 
@@ -115,6 +116,11 @@ impl Pool {
         shared
     }
 
+    /// Puts the shared form of what a workload has in common with others in its place.
+    pub fn share(&mut self, profile: &mut Arc<Profile>) {
+        self.profiles.share(profile);
+    }
+
     /// The shared form of named ports.
     pub fn named_ports(&mut self, ports: &[(&str, u16)]) -> Arc<[(Str, u16)]> {
         let ports: Arc<[(Str, u16)]> = ports.iter().map(|(n, p)| (self.strings.intern(n), *p)).collect();
@@ -131,6 +137,7 @@ impl Pool {
         if self.len() < self.swept_at.saturating_mul(2).max(1024) {
             return;
         }
+        self.profiles.sweep(); // first, since it holds the others
         self.memberships.retain(|m| Arc::strong_count(m) > 1);
         self.labels.retain(|l| Arc::strong_count(&l.0) > 1);
         self.mappings.retain(|m| Arc::strong_count(m) > 1);
@@ -147,6 +154,7 @@ impl Pool {
             + self.mappings.len()
             + self.memberships.len()
             + self.names.len()
+            + self.profiles.len()
     }
 
     /// Whether it holds nothing.

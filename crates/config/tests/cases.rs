@@ -33,7 +33,7 @@ fn workload(w: &Workload) -> Json {
         })
         .collect();
     json!({
-        "name": &*w.name,
+        "name": w.name(),
         "namespace": &*w.namespace,
         "account": &*w.service_account,
         "addresses": w.addresses.iter().map(ToString::to_string).collect::<Vec<_>>(),
@@ -45,8 +45,8 @@ fn workload(w: &Workload) -> Json {
         "network_mode": format!("{:?}", w.network_mode),
         "health": format!("{:?}", w.health),
         "locality": format!("{}/{}/{}", w.locality.region, w.locality.zone, w.locality.subzone),
-        "canonical": format!("{}/{}", w.canonical_name, w.canonical_revision),
-        "workload": format!("{}/{}", w.workload_kind, w.workload_name),
+        "canonical": format!("{}/{}", w.canonical_name(), w.canonical_revision),
+        "workload": format!("{}/{}", w.workload_kind, w.workload_name()),
         "services": services,
         "policies": w.policies.iter().map(ToString::to_string).collect::<Vec<_>>(),
         "capacity": w.capacity,

@@ -26,7 +26,8 @@ fn write(path: impl AsRef<Path>, content: &str) {
 
 /// The names and first addresses of the workloads.
 fn pods(mesh: &Mesh) -> Vec<String> {
-    let mut list: Vec<String> = mesh.workloads().map(|w| format!("{} {}", w.name, w.addresses[0])).collect();
+    let mut list: Vec<String> =
+        mesh.workloads().map(|w| format!("{} {}", w.name(), w.addresses[0])).collect();
     list.sort();
     list
 }

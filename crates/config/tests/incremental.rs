@@ -297,7 +297,7 @@ proptest! {
                 continue;
             }
             state.take(repository.commit());
-            let in_force: Vec<&String> = pods.keys().filter(|name| state.mesh.workloads().any(|w| *w.name == ***name)).collect();
+            let in_force: Vec<&String> = pods.keys().filter(|name| state.mesh.workloads().any(|w| *w.name() == ***name)).collect();
             let shares = |a: &String, b: &String| pods[a].iter().any(|ip| pods[b].contains(ip));
             for name in pods.keys() {
                 let other = in_force.iter().find(|other| **other != name && shares(name, other));

@@ -53,7 +53,7 @@ fn identity(text: &str) -> Option<SpiffeId> {
 fn pod<'m>(mesh: &'m Mesh, name: &str) -> &'m Workload {
     let (namespace, name) = name.split_once('/').unwrap();
     mesh.workloads()
-        .find(|w| &*w.namespace == namespace && &*w.name == name)
+        .find(|w| &*w.namespace == namespace && w.name() == name)
         .unwrap_or_else(|| panic!("no workload {namespace}/{name}"))
 }
 
@@ -92,7 +92,7 @@ fn check_decision(case: &mut Case, mesh: &Mesh, expected: &Node<'_>) {
         Ok(permit) => permit.reason().to_string(),
         Err(deny) => deny.to_string(),
     };
-    let what = format!("{from} ({ip}) to {} {port}", to.name);
+    let what = format!("{from} ({ip}) to {} {port}", to.name());
     case.compare(&what, &text_of(expected, "is").unwrap(), &got);
     if expected.get("would").is_some() {
         let would: Vec<_> = decision
@@ -134,7 +134,7 @@ fn check_dialled(case: &mut Case, mesh: &Mesh, expected: &Node<'_>) {
     let address = text_of(expected, "address").unwrap();
     let got = match mesh.destination(&"".into(), OriginalDst::new(address.parse().unwrap())) {
         Destination::Service(s) => format!("service {}", s.key()),
-        Destination::Workload(w) => format!("workload {}/{}", w.namespace, w.name),
+        Destination::Workload(w) => format!("workload {}/{}", w.namespace, w.name()),
         Destination::Unknown => "unknown".to_owned(),
     };
     case.compare(&format!("dialling {address}"), &text_of(expected, "is").unwrap(), &got);

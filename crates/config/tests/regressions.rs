@@ -52,7 +52,7 @@ impl World {
     /// Whether a pod, `namespace/name`, lets in a connection from `namespace/account`.
     fn allows(&self, to: &str, port: u16, from: &str) -> bool {
         let (namespace, name) = to.split_once('/').unwrap();
-        let named = |w: &&std::sync::Arc<model::Workload>| &*w.namespace == namespace && &*w.name == name;
+        let named = |w: &&std::sync::Arc<model::Workload>| &*w.namespace == namespace && w.name() == name;
         let workload = self.mesh.workloads().find(named).unwrap_or_else(|| panic!("no workload {to}"));
         let (ns, account) = from.split_once('/').unwrap();
         let identity = format!("spiffe://cluster.local/ns/{ns}/sa/{account}").parse().unwrap();
@@ -177,7 +177,7 @@ fn a_pod_without_its_address_stays_captured_and_gives_way_to_pods_in_force_only(
     ]);
     let outcome = repository.apply(&"all.yaml".into(), Content::Bytes(text.as_bytes()));
     let mesh = Mesh::default().apply(outcome.changes);
-    let mut names: Vec<_> = mesh.workloads().map(|w| w.name.to_string()).collect();
+    let mut names: Vec<_> = mesh.workloads().map(|w| w.name().to_owned()).collect();
     names.sort();
     assert_eq!(names, ["cart", "third"], "the one between them is not in force, so it takes no address");
     let captured = |changes: &[EnrolmentChange]| changes.iter().all(|c| matches!(c, EnrolmentChange::Set(_)));
@@ -357,7 +357,7 @@ fn a_time_with_a_huge_offset_is_no_time_and_no_overflow() {
         "10.9.9.9".parse().unwrap(),
         ("10.0.0.1".parse::<IpAddr>().unwrap(), 80).into(),
     );
-    let cart = world.mesh.workloads().find(|w| &*w.name == "cart").unwrap();
+    let cart = world.mesh.workloads().find(|w| w.name() == "cart").unwrap();
     assert!(world.mesh.authorize(cart, &anybody).outcome.is_err(), "the policy is in force");
 }
 
@@ -480,7 +480,7 @@ fn an_entry_does_not_take_the_address_of_another_namespaces_pod() {
     let dialled = |world: &World| {
         let at = model::OriginalDst::new("10.0.0.1:80".parse().unwrap());
         match world.mesh.destination(&"".into(), at) {
-            model::Destination::Workload(workload) => workload.name.to_string(),
+            model::Destination::Workload(workload) => workload.name().to_owned(),
             model::Destination::Service(service) => format!("{}/{}", service.namespace, service.name),
             model::Destination::Unknown => "nothing".to_owned(),
         }

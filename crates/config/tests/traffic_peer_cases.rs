@@ -240,7 +240,7 @@ fn out(mesh: &Mesh, call: &Value) -> String {
 
 /// Whether a pod's node lets a connection in.
 fn inbound(mesh: &Mesh, call: &Value) -> String {
-    let pod = mesh.workloads().find(|workload| &*workload.name == "foo").unwrap();
+    let pod = mesh.workloads().find(|workload| workload.name() == "foo").unwrap();
     let mutual = call["tls"] == "mtls";
     let client = mutual.then(|| "spiffe://cluster.local/ns/default/sa/client".parse().unwrap());
     let to = SocketAddr::new(pod.addresses[0], u16::try_from(call["port"].as_u64().unwrap()).unwrap());

@@ -1,5 +1,7 @@
-//! The workloads that have one address, of any network: a list that takes no memory of its own for one, as nearly all have.
+//! Who has an address: a workload, or several; the first by uid is the one that counts. Only a pointer is kept for one, as nearly
+//! all have.
 
+use std::hash::Hash;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
@@ -9,100 +11,135 @@ use crate::{CowMap, Workload};
 /// IPv6.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ByAddress {
-    v4: CowMap<Ipv4Addr, Holders>,
-    v6: CowMap<Ipv6Addr, Holders>,
+    v4: Family<Ipv4Addr>,
+    v6: Family<Ipv6Addr>,
 }
 
 impl ByAddress {
-    /// Those that have an address.
-    pub(crate) fn get(&self, ip: &IpAddr) -> Option<&Holders> {
-        match ip {
-            IpAddr::V4(ip) => self.v4.get(ip),
-            IpAddr::V6(ip) => self.v6.get(ip),
-        }
+    /// The one whose address it is on a network.
+    pub(crate) fn first(&self, ip: &IpAddr, network: &str) -> Option<&Arc<Workload>> {
+        let holders = match ip {
+            IpAddr::V4(ip) => self.v4.holders(ip),
+            IpAddr::V6(ip) => self.v6.holders(ip),
+        };
+        holders.iter().find(|workload| *workload.network == *network)
     }
 
-    /// Gives an address to a workload.
+    /// Gives an address to a workload, in the place of the one of its uid.
     pub(crate) fn put(&mut self, ip: &IpAddr, workload: &Arc<Workload>) {
-        let holders = match ip {
-            IpAddr::V4(ip) => self.v4.entry_or_default(ip),
-            IpAddr::V6(ip) => self.v6.entry_or_default(ip),
-        };
-        if let Some(holders) = holders {
-            holders.put(workload);
+        match ip {
+            IpAddr::V4(ip) => self.v4.put(*ip, workload),
+            IpAddr::V6(ip) => self.v6.put(*ip, workload),
         }
     }
 
     /// Takes an address from the workload of `uid`.
     pub(crate) fn remove(&mut self, ip: &IpAddr, uid: &str) {
         match ip {
-            IpAddr::V4(ip) if self.v4.get_mut(ip).is_some_and(|holders| holders.remove(uid)) => {
-                self.v4.remove(ip);
-            }
-            IpAddr::V6(ip) if self.v6.get_mut(ip).is_some_and(|holders| holders.remove(uid)) => {
-                self.v6.remove(ip);
-            }
-            _ => {}
+            IpAddr::V4(ip) => self.v4.remove(*ip, uid),
+            IpAddr::V6(ip) => self.v6.remove(*ip, uid),
         }
     }
 }
 
-/// One workload or several, by their uids. Never empty but for a moment inside [`crate::CowMap::entry_or_default`].
-#[derive(Clone, Debug, Default)]
-#[allow(clippy::box_collection, reason = "two words an address instead of three; lists are rare")]
-pub(crate) enum Holders {
-    #[default]
-    None,
-    One(Arc<Workload>),
-    More(Box<Vec<Arc<Workload>>>),
+/// An address is in one of the tables at most.
+#[derive(Clone, Debug)]
+struct Family<K> {
+    one: CowMap<K, Arc<Workload>>,
+    /// Two or more, by uid.
+    several: CowMap<K, Arc<[Arc<Workload>]>>,
 }
 
-impl Holders {
-    /// The one whose address it is on a network.
-    pub(crate) fn first(&self, network: &str) -> Option<&Arc<Workload>> {
-        let list = match self {
-            Self::None => &[],
-            Self::One(workload) => std::slice::from_ref(workload),
-            Self::More(list) => list.as_slice(),
-        };
-        list.iter().find(|workload| *workload.network == *network)
+impl<K> Default for Family<K> {
+    fn default() -> Self {
+        Self { one: CowMap::default(), several: CowMap::default() }
     }
+}
 
-    /// Puts a workload in, in the place of the one of its uid.
-    pub(crate) fn put(&mut self, workload: &Arc<Workload>) {
-        let mut list = match std::mem::take(self) {
-            Self::None => Vec::new(),
-            Self::One(only) => vec![only],
-            Self::More(list) => *list,
-        };
-        let at = list.partition_point(|w| w.uid < workload.uid);
-        match list.get_mut(at).filter(|w| w.uid == workload.uid) {
-            Some(slot) => *slot = workload.clone(),
-            None => list.insert(at, workload.clone()),
+impl<K: Hash + Eq + Copy> Family<K> {
+    fn holders(&self, ip: &K) -> &[Arc<Workload>] {
+        match self.one.get(ip) {
+            Some(one) => std::slice::from_ref(one),
+            None if self.several.is_empty() => &[],
+            None => self.several.get(ip).map_or(&[], |list| list),
         }
-        *self = Self::of(list);
     }
 
-    /// Takes the workload of `uid` out. Whether none is left.
-    pub(crate) fn remove(&mut self, uid: &str) -> bool {
-        let mut list = match std::mem::take(self) {
-            Self::None => Vec::new(),
-            Self::One(only) => vec![only],
-            Self::More(list) => *list,
-        };
-        list.retain(|w| *w.uid != *uid);
-        *self = Self::of(list);
-        matches!(self, Self::None)
+    fn put(&mut self, ip: K, workload: &Arc<Workload>) {
+        let holders = self.holders(&ip);
+        if holders.iter().all(|holder| holder.uid == workload.uid) {
+            self.one.insert(ip, workload.clone());
+            return;
+        }
+        let mut list: Vec<_> = holders.iter().filter(|holder| holder.uid != workload.uid).cloned().collect();
+        let at = list.partition_point(|holder| holder.uid < workload.uid);
+        list.insert(at, workload.clone());
+        self.set(ip, list);
     }
 
-    fn of(mut list: Vec<Arc<Workload>>) -> Self {
-        match (list.pop(), list.is_empty()) {
-            (None, _) => Self::None,
-            (Some(only), true) => Self::One(only),
-            (Some(last), false) => {
-                list.push(last);
-                list.shrink_to_fit();
-                Self::More(Box::new(list))
+    fn remove(&mut self, ip: K, uid: &str) {
+        let left = self.holders(&ip).iter().filter(|holder| *holder.uid != *uid).cloned().collect();
+        self.set(ip, left);
+    }
+
+    fn set(&mut self, ip: K, mut list: Vec<Arc<Workload>>) {
+        if list.len() > 1 {
+            self.one.remove(&ip);
+            self.several.insert(ip, list.into());
+            return;
+        }
+        self.several.remove(&ip);
+        match list.pop() {
+            Some(one) => _ = self.one.insert(ip, one),
+            None => _ = self.one.remove(&ip),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::Profile;
+
+    fn workload(uid: u8, network: u8) -> Arc<Workload> {
+        let profile = Profile { network: network.to_string().into(), ..Profile::default() };
+        Arc::new(Workload::new(uid.to_string().into(), "", Arc::new(profile)))
+    }
+
+    proptest! {
+        #[test]
+        fn the_first_by_uid_of_a_network_has_an_address(
+            steps in prop::collection::vec((any::<bool>(), 0..4u8, 0..3u8, 0..2u8, any::<bool>()), 0..60),
+        ) {
+            let ip = |at: u8, v6: bool| match v6 {
+                false => IpAddr::from([10, 0, 0, at]),
+                true => IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, u16::from(at)]),
+            };
+            let mut table = ByAddress::default();
+            let mut naive: BTreeMap<IpAddr, BTreeMap<u8, u8>> = BTreeMap::new();
+            for (put, uid, at, network, v6) in steps {
+                let ip = ip(at, v6);
+                let before = (table.clone(), naive.clone());
+                if put {
+                    table.put(&ip, &workload(uid, network));
+                    naive.entry(ip).or_default().insert(uid, network);
+                } else {
+                    table.remove(&ip, &uid.to_string());
+                    naive.entry(ip).or_default().remove(&uid);
+                }
+                for (table, naive) in [&before, &(table.clone(), naive.clone())].map(|(t, n)| (t, n)) {
+                    for (ip, holders) in naive {
+                        for network in 0..2u8 {
+                            let wanted = holders.iter().find(|(_, of)| **of == network).map(|(uid, _)| uid.to_string());
+                            let found = table.first(ip, &network.to_string()).map(|w| w.uid.to_string());
+                            prop_assert_eq!(found, wanted);
+                        }
+                    }
+                }
             }
         }
     }

@@ -39,6 +39,6 @@ pub use verdict::{
     decide_request,
 };
 pub use workload::{
-    ApplicationTunnel, GatewayAddress, GatewayTarget, Health, Locality, NetworkMode, PortMapping,
-    ServiceMembership, TunnelProtocol, Workload, WorkloadKind,
+    Addresses, ApplicationTunnel, GatewayAddress, GatewayTarget, Health, Locality, NameIn, NetworkMode,
+    PortMapping, Profile, Profiles, ServiceMembership, TunnelProtocol, Workload, WorkloadKind,
 };

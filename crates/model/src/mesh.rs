@@ -58,7 +58,7 @@ pub enum Change {
     /// Removes it.
     RemoveAuthorizer(Str),
     /// Replaces the settings.
-    SetSettings(Settings),
+    SetSettings(Arc<Settings>),
 }
 
 /// An endpoint of a service.
@@ -270,7 +270,7 @@ impl Mesh {
                 }
                 Change::SetSettings(settings) => {
                     next.policy_generation = next.generation;
-                    next.settings = Arc::new(settings);
+                    next.settings = settings;
                 }
             }
         }
@@ -317,7 +317,7 @@ impl Mesh {
     /// node's.
     #[must_use]
     pub fn workload_at(&self, address: &NetworkAddress) -> Option<&Arc<Workload>> {
-        self.by_address.get(&address.ip)?.first(&address.network)
+        self.by_address.first(&address.ip, &address.network)
     }
 
     /// The service of a key.

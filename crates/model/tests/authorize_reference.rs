@@ -275,7 +275,10 @@ fn mesh_of(policies: &[PlainPolicy]) -> Mesh {
 fn selected_workload(policies: &[PlainPolicy]) -> Workload {
     let selecting = policies.iter().filter(|p| p.scope == Scope::WorkloadSelector && p.namespace == "here");
     let keys = selecting.map(|p| PolicyKey { namespace: p.namespace.into(), name: p.name.as_str().into() });
-    Workload { namespace: "here".into(), policies: keys.collect(), ..workload("pod") }
+    workload("pod").with(|w| {
+        w.namespace = "here".into();
+        w.policies = keys.collect();
+    })
 }
 
 fn holding(policies: &[PlainPolicy]) -> Vec<&PlainPolicy> {
@@ -347,7 +350,7 @@ proptest! {
         let missing = PolicyKey { namespace: "here".into(), name: "missing".into() };
         let listed = selected_workload(&policies);
         let with_missing: Vec<_> = listed.policies.iter().cloned().chain([missing.clone()]).collect();
-        let workload = Workload { policies: with_missing.into(), ..listed };
+        let workload = listed.with(|w| w.policies = with_missing.into());
         let decision = mesh.authorize(&workload, &to_connection(&c, false));
         prop_assert_eq!(decision.outcome.unwrap_err(), Deny::UnknownPolicy(missing));
     }

@@ -34,8 +34,10 @@ fn to(ports: &[u16]) -> Match {
 fn said(policies: Vec<Policy>, source: Option<&str>, lists: Option<&str>) -> String {
     let mesh = Mesh::default().apply(policies.into_iter().map(|p| Change::SetPolicy(Arc::new(p))));
     let listed = lists.map(|name| PolicyKey { namespace: "shop".into(), name: name.into() });
-    let pod =
-        Workload { namespace: "shop".into(), policies: listed.into_iter().collect(), ..workload("pod") };
+    let pod = workload("pod").with(|w| {
+        w.namespace = "shop".into();
+        w.policies = listed.into_iter().collect();
+    });
     let connection = Connection::new(
         source.map(|s| s.parse().unwrap()),
         "10.0.0.1".parse().unwrap(),

@@ -91,7 +91,7 @@ fn of_several_workloads_at_one_address_the_first_by_uid_answers_whatever_came_fi
 
 #[test]
 fn an_address_that_is_the_nodes_identifies_no_workload() {
-    let host = |mode| Workload { network_mode: mode, ..workload_at("a", &["10.0.0.1"]) };
+    let host = |mode| workload_at("a", &["10.0.0.1"]).with(|w| w.network_mode = mode);
     let mesh = Mesh::default().apply([set(host(NetworkMode::HostNetwork))]);
     assert_eq!(who(&mesh, "10.0.0.1"), None);
     let mesh = mesh.apply([set(host(NetworkMode::Standard))]);
@@ -102,7 +102,7 @@ fn an_address_that_is_the_nodes_identifies_no_workload() {
 
 #[test]
 fn networks_are_apart() {
-    let other = Workload { network: "far".into(), ..workload_at("b", &["10.0.0.1"]) };
+    let other = workload_at("b", &["10.0.0.1"]).with(|w| w.network = "far".into());
     let mesh = Mesh::default().apply([set(workload_at("a", &["10.0.0.1"])), set(other)]);
     assert_eq!(who(&mesh, "10.0.0.1").as_deref(), Some("a"));
     let far = NetworkAddress::new("far".into(), "10.0.0.1".parse().unwrap());
@@ -186,9 +186,8 @@ fn host_names_follow_their_services() {
 #[test]
 fn endpoint_sets_follow_memberships() {
     let (x, y) = (service("a", "x", &[]).key(), service("a", "y", &[]).key());
-    let member = |uid: &str, of: &[&ServiceKey]| Workload {
-        services: of.iter().map(|s| member_of(s, 80, 8080)).collect(),
-        ..workload(uid)
+    let member = |uid: &str, of: &[&ServiceKey]| {
+        workload(uid).with(|w| w.services = of.iter().map(|s| member_of(s, 80, 8080)).collect())
     };
     let mesh = Mesh::default().apply([
         set(member("1", &[&x])),
@@ -223,7 +222,7 @@ fn endpoint_sets_follow_memberships() {
 #[test]
 fn a_changed_port_mapping_replaces_the_endpoint() {
     let x = service("a", "x", &[]).key();
-    let on = |port| Workload { services: [member_of(&x, 80, port)].into(), ..workload("1") };
+    let on = |port| workload("1").with(|w| w.services = [member_of(&x, 80, port)].into());
     let mesh = Mesh::default().apply([set(on(8080))]).apply([set(on(9090))]);
     let set = mesh.endpoints(&x).unwrap();
     assert_eq!((set.as_slice().len(), set.as_slice()[0].target_port(80)), (1, Some(9090)));
@@ -232,11 +231,10 @@ fn a_changed_port_mapping_replaces_the_endpoint() {
 
 #[test]
 fn policies_are_found_by_their_scope() {
-    let pod = Workload {
-        namespace: "a".into(),
-        policies: [key("a", "one"), key("a", "two")].into(),
-        ..workload("1")
-    };
+    let pod = workload("1").with(|w| {
+        w.namespace = "a".into();
+        w.policies = [key("a", "one"), key("a", "two")].into();
+    });
     let mesh = Mesh::default().apply([
         set_policy("root", "all", Scope::Global),
         set_policy("a", "ns", Scope::Namespace),
@@ -280,25 +278,23 @@ fn the_policy_generation_moves_with_what_decides_and_with_nothing_else() {
     assert!(moves(set_policy("b", "new", Scope::WorkloadSelector)));
     assert!(moves(Change::RemovePolicy(key("a", "p"))));
     assert!(moves(Change::RemoveWorkload("1".into())));
-    assert!(moves(Change::SetSettings(Settings {
-        outbound: OutboundMode::RegistryOnly,
-        ..Settings::default()
-    })));
-    assert!(moves(set(Workload { service_account: "other".into(), ..pod() })));
-    assert!(moves(set(Workload { namespace: "other".into(), ..pod() })));
-    assert!(moves(set(Workload { trust_domain: "other".parse().unwrap(), ..pod() })));
-    assert!(moves(set(Workload { policies: [key("a", "p")].into(), ..pod() })));
+    assert!(moves(Change::SetSettings(
+        Settings { outbound: OutboundMode::RegistryOnly, ..Settings::default() }.into()
+    )));
+    assert!(moves(set(pod().with(|w| w.service_account = "other".into()))));
+    assert!(moves(set(pod().with(|w| w.namespace = "other".into()))));
+    assert!(moves(set(pod().with(|w| w.trust_domain = "other".parse().unwrap()))));
+    assert!(moves(set(pod().with(|w| w.policies = [key("a", "p")].into()))));
     assert!(moves(set(workload_at("1", &["10.0.0.2"]))));
-    assert!(moves(set(Workload { network: "far".into(), ..pod() })));
-    assert!(moves(set(Workload { network_mode: NetworkMode::HostNetwork, ..pod() })));
-    assert!(moves(set(Workload { tunnel: model::TunnelProtocol::None, ..pod() })));
+    assert!(moves(set(pod().with(|w| w.network = "far".into()))));
+    assert!(moves(set(pod().with(|w| w.network_mode = NetworkMode::HostNetwork))));
+    assert!(moves(set(pod().with(|w| w.tunnel = model::TunnelProtocol::None))));
 
     assert!(!moves(set(pod())));
     assert!(!moves(set(Workload { health: Health::Unhealthy, ..pod() })));
-    assert!(!moves(set(Workload {
-        services: [member_of(&service("a", "x", &[]).key(), 80, 80)].into(),
-        ..pod()
-    })));
+    assert!(!moves(set(
+        pod().with(|w| w.services = [member_of(&service("a", "x", &[]).key(), 80, 80)].into())
+    )));
     assert!(!moves(set(workload_at("2", &["10.0.0.2"]))));
     assert!(!moves(set_service(service("b", "y", &[]))));
     assert!(!moves(Change::RemovePolicy(key("a", "never there"))));

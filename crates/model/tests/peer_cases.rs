@@ -145,7 +145,10 @@ fn decisions_are_those_that_istio_makes() {
             PolicyKey { namespace: namespace.into(), name: name.into() }
         });
         let namespace = destination["namespace"].as_str().unwrap_or("namespace");
-        let to = Workload { namespace: namespace.into(), policies: keys.collect(), ..workload("to") };
+        let to = workload("to").with(|w| {
+            w.namespace = namespace.into();
+            w.policies = keys.collect();
+        });
         let mesh = Mesh::default().apply(policies.iter().map(|p| Change::SetPolicy(Arc::new(p.clone()))));
         let decision = mesh.authorize(&to, &connection(&case["connection"]));
         // A `policy-match` case asks whether its one policy, an ALLOW, matches.

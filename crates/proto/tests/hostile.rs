@@ -380,18 +380,18 @@ fn what_the_wire_would_read_as_something_else_is_refused() {
     let workload = Decoder::default().workload(&named()).unwrap();
     let refused = |w: model::Workload| encode_workload(&w).unwrap_err().to_string();
     assert_eq!(
-        refused(model::Workload { service_account: "".into(), ..workload.clone() }),
+        refused(workload.clone().with(|w| w.service_account = "".into())),
         "workload w can't be sent: service_account: is empty"
     );
     let slash = model::PolicyKey { namespace: "a/b".into(), name: "p".into() };
     assert_eq!(
-        refused(model::Workload { policies: Box::new([slash]), ..workload.clone() }),
+        refused(workload.clone().with(|w| w.policies = Box::new([slash]))),
         "workload w can't be sent: policies.namespace: \"a/b\" holds a slash, \
          which separates it from the rest of the name"
     );
     let tunnel = model::ApplicationTunnel { proxy_protocol: true, port: Some(0) };
     assert_eq!(
-        refused(model::Workload { application_tunnel: Some(tunnel), ..workload }),
+        refused(workload.with(|w| w.application_tunnel = Some(tunnel))),
         "workload w can't be sent: application_tunnel.port: is port 0"
     );
     let service =

@@ -353,7 +353,7 @@ impl Reading<'_> {
         let message: culvert::MeshSettings = message(resource)?;
         let settings = self.decoder.settings(&message).map_err(|e| e.to_string())?;
         if *self.mesh.settings() != settings {
-            self.changes.push(Change::SetSettings(settings));
+            self.changes.push(Change::SetSettings(settings.into()));
         }
         Ok(())
     }
@@ -377,7 +377,7 @@ impl Reading<'_> {
                 self.changes.extend(waypoint_part(name).map(|uid| Change::RemoveWorkload(uid.into())));
             }
             MESH_SETTINGS_TYPE_URL if name == MESH_SETTINGS_NAME => {
-                self.changes.push(Change::SetSettings(defaults.clone()));
+                self.changes.push(Change::SetSettings(defaults.clone().into()));
             }
             other => self.changes.extend(waypoint::removed(other, name)),
         }

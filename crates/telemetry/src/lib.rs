@@ -20,8 +20,8 @@ pub fn party(workload: Option<&Arc<Workload>>, identity: Option<&SpiffeId>) -> A
         party.namespace = identity.namespace().clone();
     }
     if let Some(w) = workload {
-        party.workload = w.workload_name.clone();
-        party.canonical_service = w.canonical_name.clone();
+        party.workload = w.shared_workload_name();
+        party.canonical_service = w.shared_canonical_name();
         party.canonical_revision = w.canonical_revision.clone();
         party.namespace = w.namespace.clone();
         party.cluster = w.cluster.clone();

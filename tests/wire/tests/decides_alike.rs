@@ -38,7 +38,7 @@ fn over_wire(mesh: &Mesh, extensions: Extensions) -> Option<Mesh> {
     let settings = mesh.settings().clone();
     let mut decoder =
         Decoder::new(Elided { trust_domain: settings.trust_domains.own.clone(), ..Elided::default() });
-    let mut changes = vec![Change::SetSettings(settings)];
+    let mut changes = vec![Change::SetSettings(settings.into())];
     for workload in mesh.workloads() {
         let bytes = encode_workload(workload).unwrap().encode_to_vec();
         let read = wire::workload::Workload::decode(&*bytes).unwrap();
@@ -127,7 +127,7 @@ fn a_directory_and_the_same_model_over_wds_decide_alike() {
         for workload in mesh.workloads() {
             let same = ours.workload(&workload.uid).expect("the workload arrived");
             // Labels go to waypoints alone, those that something there asks for.
-            let unlabelled = Workload { labels: same.labels.clone(), ..Workload::clone(workload) };
+            let unlabelled = Workload::clone(workload).with(|w| w.labels = same.labels.clone());
             assert_eq!(**same, unlabelled, "{}", case.display());
             for connection in probes.connections(workload) {
                 let here = mesh.authorize(workload, &connection);

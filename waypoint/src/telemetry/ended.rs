@@ -211,7 +211,7 @@ impl model::telemetry::Facts for Ended<'_> {
             Attribute::ConnectionPeer => text(connection.identity.as_ref())?,
             Attribute::SourceAddress => text(Some(connection.client))?,
             Attribute::SourcePort => Value::Int(connection.client.port().into()),
-            Attribute::SourceWorkload => text(self.source().map(|w| w.workload_name.clone()))?,
+            Attribute::SourceWorkload => text(self.source().map(|w| w.shared_workload_name()))?,
             Attribute::SourceNamespace => text(self.source().map(|w| w.namespace.clone()))?,
             Attribute::DestinationAddress => text(Some(connection.destination))?,
             Attribute::DestinationPort => Value::Int(connection.destination.port().into()),

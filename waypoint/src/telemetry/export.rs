@@ -290,7 +290,7 @@ pub(super) fn finished(span: &Span, tracing: &Tracing, ended: &Ended<'_>) -> Fin
     add("upstream_cluster", ended.cluster());
     add("route", ended.route());
     add("istio.destination_service", service.map(|service| service.hostname.to_string()));
-    add("istio.source_workload", ended.source().map(|workload| workload.workload_name.to_string()));
+    add("istio.source_workload", ended.source().map(|workload| workload.workload_name().to_owned()));
     add("istio.source_namespace", ended.source().map(|workload| workload.namespace.to_string()));
     add("istio.source_principal", ended.connection.identity.as_ref().map(ToString::to_string));
     for (name, tag) in &tracing.tags {

@@ -244,7 +244,7 @@ fn own_line(text: &mut String, format: Format, ended: &Ended<'_>) {
     let mut line = Line::start(text, format, SystemTime::now(), Level::INFO, SCOPE, message);
     line.plain("src.addr", &connection.client);
     if let Some(source) = ended.source() {
-        line.text("src.workload", &source.name);
+        line.text("src.workload", source.name());
         line.text("src.namespace", &source.namespace);
     }
     if let Some(identity) = &connection.identity {
@@ -259,7 +259,7 @@ fn own_line(text: &mut String, format: Format, ended: &Ended<'_>) {
         line.plain("upstream", &target.address);
     }
     if let Some(workload) = about.and_then(|about| about.workload.as_ref()) {
-        line.text("dst.workload", &workload.name);
+        line.text("dst.workload", workload.name());
         line.text("dst.namespace", &workload.namespace);
     }
     if !request.is_empty() {

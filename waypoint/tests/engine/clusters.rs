@@ -12,9 +12,9 @@ use model::http::{
     TrafficPolicy,
 };
 use model::{
-    Change, HboneAddr, Health, IpFamilies, LoadBalancing, Locality, Mesh, NetworkMode, PortMapping, Service,
-    ServiceKey, ServiceMembership, ServicePort, ServiceSource, SpiffeId, Str, TargetPort, TrustDomain,
-    TunnelProtocol, Workload, WorkloadKind,
+    Addresses, Change, HboneAddr, Health, IpFamilies, LoadBalancing, Locality, Mesh, PortMapping, Profile,
+    Service, ServiceKey, ServiceMembership, ServicePort, ServiceSource, SpiffeId, Str, TargetPort,
+    TunnelProtocol, Workload,
 };
 use waypoint::http::Settings;
 use waypoint::http::decide::{
@@ -77,33 +77,14 @@ fn cart(app_protocol: &str, source: ServiceSource) -> Service {
 
 fn workload(uid: &str, address: SocketAddr) -> Workload {
     let ports = Arc::new([PortMapping { service_port: 80, target_port: address.port() }]);
-    Workload {
-        uid: uid.into(),
-        name: uid.into(),
+    let profile = Profile {
         namespace: "shop".into(),
         service_account: "cart".into(),
-        trust_domain: TrustDomain::cluster_local(),
-        network: "".into(),
-        addresses: Box::new([address.ip()]),
-        hostname: "".into(),
-        node: "".into(),
-        cluster: "".into(),
-        tunnel: TunnelProtocol::None,
-        network_mode: NetworkMode::Standard,
-        health: Health::Healthy,
-        locality: Arc::new(Locality::default()),
-        canonical_name: "".into(),
-        canonical_revision: "".into(),
-        workload_name: "".into(),
-        workload_kind: WorkloadKind::Pod,
         services: Arc::new([ServiceMembership { service: key(), ports }]),
-        policies: Box::new([]),
-        waypoint: None,
-        network_gateway: None,
-        application_tunnel: None,
-        capacity: 1,
         labels: Arc::new([("version".into(), uid.into())]),
-    }
+        ..Profile::default()
+    };
+    Workload { addresses: [address.ip()].into(), ..Workload::new(uid.into(), uid, Arc::new(profile)) }
 }
 
 fn set(workload: Workload) -> Change {
@@ -222,7 +203,7 @@ async fn endpoints_come_and_go_with_the_mesh_and_subsets_are_by_labels() {
     world.apply(set(Workload { health: Health::Unhealthy, ..workload("a", a) }));
     assert_eq!(bodies(&proxy, 3).await, "b0b0b0");
     // Back, and known by another name: the connection to it is the one that was there.
-    world.apply(set(Workload { canonical_name: "cart".into(), ..workload("a", a) }));
+    world.apply(set(workload("a", a).with(|w| w.set_canonical_name("cart".into()))));
     let again = bodies(&proxy, 2).await;
     assert!(again == "a0b0" || again == "b0a0", "{again}");
     world.apply(Change::RemoveService(key()));
@@ -276,7 +257,7 @@ fn a_change_looks_at_its_own_destinations_and_none_is_kept_that_has_gone() {
 #[tokio::test]
 async fn a_tunnel_is_to_the_pods_node_and_stays_while_it_leads_to_the_same() {
     let a = SocketAddr::from(([127, 0, 0, 2], 8080));
-    let meshed = || Workload { tunnel: TunnelProtocol::Hbone, ..workload("a", a) };
+    let meshed = || workload("a", a).with(|w| w.tunnel = TunnelProtocol::Hbone);
     let mut world = World::of([service("http", ServiceSource::Kubernetes), set(meshed())]);
     assert_eq!(world.proxy().await.connect().await.ask(get("/")).await.status(), 503);
     let asked = |world: &World| world.asked.0.lock().unwrap().clone();
@@ -287,13 +268,16 @@ async fn a_tunnel_is_to_the_pods_node_and_stays_while_it_leads_to_the_same() {
     let before = target(&world);
     assert!(before.about.as_ref().unwrap().tunnelled && before.address == a);
 
-    world.apply(set(Workload { health: Health::Unhealthy, canonical_name: "cart".into(), ..meshed() }));
+    world.apply(set(meshed().with(|w| {
+        w.health = Health::Unhealthy;
+        w.set_canonical_name("cart".into());
+    })));
     assert_eq!((asked(&world).len(), target(&world) == before), (1, true));
-    assert_eq!(&*target(&world).about.as_ref().unwrap().workload.as_ref().unwrap().canonical_name, "cart");
-    world.apply(set(Workload { service_account: "other".into(), ..meshed() }));
+    assert_eq!(target(&world).about.as_ref().unwrap().workload.as_ref().unwrap().canonical_name(), "cart");
+    world.apply(set(meshed().with(|w| w.service_account = "other".into())));
     assert_eq!((asked(&world).len(), target(&world) == before), (2, false));
     // A workload that can't prove who it is gets nothing.
-    world.apply(set(Workload { service_account: "no/name".into(), ..meshed() }));
+    world.apply(set(meshed().with(|w| w.service_account = "no/name".into())));
     assert_eq!(world.clusters.snapshot()[0].endpoints.len(), 0);
 }
 
@@ -536,7 +520,10 @@ async fn a_cookie_brings_a_client_back_to_its_endpoint() {
 #[tokio::test]
 async fn a_host_name_is_an_endpoint_and_so_is_what_the_client_dialled() {
     let a = named("a", good()).await;
-    let by_name = Workload { addresses: Box::default(), hostname: "localhost".into(), ..workload("a", a) };
+    let by_name = workload("a", a).with(|w| {
+        w.addresses = Addresses::default();
+        w.hostname = "localhost".into();
+    });
     let world = World::of([service("http", ServiceSource::Dns), set(by_name)]);
     assert_eq!(bodies(&world.proxy().await, 2).await, "a0a0");
 

@@ -169,7 +169,7 @@ async fn a_server_without_tls_1_3_is_reached_by_1_2_unless_the_mesh_asks_for_mor
     };
     let files = Some((None, None, authority.path("ca.crt")));
     let tls = TlsOrigination { files, ..TlsOrigination::default() };
-    let minimum = |tls_minimum| Change::SetSettings(Settings { tls_minimum, ..Settings::default() });
+    let minimum = |tls_minimum| Change::SetSettings(Settings { tls_minimum, ..Settings::default() }.into());
     for (versions, by_default, with_1_3) in [
         ("TLSv1.2", Some("TLSv1.2"), None),
         ("TLSv1.2 TLSv1.3", Some("TLSv1.3"), Some("TLSv1.3")),

@@ -91,7 +91,7 @@ fn exact(mesh: &Mesh, asker: &Asker<'_>, name: &str) -> Option<Host> {
             Some(ip) => endpoint.workload.addresses.contains(&ip),
             None => false,
         };
-        is_published(&service, endpoint) && (*endpoint.workload.name == *pod || is_named())
+        is_published(&service, endpoint) && (*endpoint.workload.name() == *pod || is_named())
     })?;
     Some(Host::Pod(service, found.workload.clone()))
 }
@@ -201,7 +201,7 @@ pub(super) fn targets(mesh: &Mesh, asker: &Asker<'_>, name: &str) -> Option<Vec<
         let addresses: Vec<IpAddr> =
             workload.addresses.iter().copied().filter(|ip| has_family(&service, *ip)).collect();
         (!addresses.is_empty() && workload.network == *asker.network).then(|| Target {
-            host: format!("{}.{}", workload.name, service.hostname),
+            host: format!("{}.{}", workload.name(), service.hostname),
             port: endpoint.target_port(port).unwrap_or(port),
             addresses,
         })

@@ -13,9 +13,8 @@ use hickory_proto::op::{Edns, Message, Query as Question};
 use hickory_proto::rr::rdata::A;
 use hickory_proto::rr::{Name, RData, Record, RecordType};
 use model::{
-    Change, Health, HealthPolicy, IpFamilies, Locality, Mesh, NetworkMode, PortMapping, Service,
-    ServiceMembership, ServicePort, ServiceSource, Str, TargetPort, TrustDomain, TunnelProtocol, Vip,
-    Workload, WorkloadKind,
+    Change, Health, HealthPolicy, IpFamilies, Mesh, PortMapping, Profile, Service, ServiceMembership,
+    ServicePort, ServiceSource, Str, TargetPort, Vip, Workload,
 };
 use net::{DatagramOptions, ListenOptions, Netns};
 use process::metrics::{Format, Registry};
@@ -63,36 +62,19 @@ fn kubernetes(name: &str, namespace: &str, vips: &[&str]) -> Service {
 
 /// A pod with these addresses that is an endpoint of `service`.
 fn endpoint(name: &str, service: &Service, addresses: &[&str], health: Health) -> Workload {
-    Workload {
-        uid: format!("Kubernetes//Pod/{}/{name}", service.namespace).into(),
-        name: name.into(),
+    let profile = Profile {
         namespace: service.namespace.clone(),
-        service_account: "default".into(),
-        trust_domain: TrustDomain::cluster_local(),
-        network: "".into(),
-        addresses: addresses.iter().map(|ip| ip.parse().unwrap()).collect(),
-        hostname: "".into(),
-        node: "".into(),
-        cluster: "".into(),
-        tunnel: TunnelProtocol::None,
-        network_mode: NetworkMode::Standard,
-        health,
-        locality: Arc::new(Locality::default()),
-        canonical_name: name.into(),
-        canonical_revision: "".into(),
-        workload_name: name.into(),
-        workload_kind: WorkloadKind::Pod,
+        canonical_name: None,
+        workload_name: None,
         services: Arc::new([ServiceMembership {
             service: service.key(),
             ports: Arc::new([PortMapping { service_port: 80, target_port: 8080 }]),
         }]),
-        policies: Box::default(),
-        waypoint: None,
-        network_gateway: None,
-        application_tunnel: None,
-        capacity: 1,
-        labels: Arc::default(),
-    }
+        ..Profile::default()
+    };
+    let uid = format!("Kubernetes//Pod/{}/{name}", service.namespace);
+    let addresses = addresses.iter().map(|ip| ip.parse().unwrap()).collect();
+    Workload { addresses, health, ..Workload::new(uid.into(), name, Arc::new(profile)) }
 }
 
 /// A mesh with one of everything.

@@ -224,13 +224,13 @@ impl Node {
     fn dns_client(&self, enrolment: &Enrolment) -> Arc<dns::Client> {
         let mesh = self.proxy.state.mesh_owned();
         let workload = enrolment.subject.known(&mesh);
-        let of = |part: fn(&model::Workload) -> &Str| workload.map_or_else(|| "".into(), |w| part(w).clone());
+        let of = |part: fn(&model::Workload) -> Str| workload.map_or_else(|| "".into(), |w| part(w));
         self.dns.client(dns::ClientSettings {
             namespace: enrolment.namespace.clone(),
-            network: of(|w| &w.network),
+            network: of(|w| w.network.clone()),
             addresses: enrolment.addresses.clone().unwrap_or_default(),
-            canonical_service: of(|w| &w.canonical_name),
-            canonical_revision: of(|w| &w.canonical_revision),
+            canonical_service: of(|w| w.shared_canonical_name()),
+            canonical_revision: of(|w| w.canonical_revision.clone()),
             upstreams: self.upstreams.clone(),
             upstreams_from: None,
             ask_original: false,

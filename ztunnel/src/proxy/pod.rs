@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use hbone::{Baggage, HeaderValue};
-use model::{Health, Mesh, NetworkMode, Str, TunnelProtocol, Workload, WorkloadKind};
+use model::{Mesh, Profile, Str, TunnelProtocol, Workload};
 use net::Netns;
 use tokio::time::Instant;
 
@@ -47,39 +47,25 @@ impl Claim {
     /// Whether `workload` is the pod, or an earlier one of its name that ran as somebody else.
     fn holds_of(&self, workload: &Workload) -> bool {
         workload.namespace == self.namespace
-            && workload.name == self.name
+            && *workload.name() == *self.name
             && workload.service_account == self.service_account
     }
 
     /// The pod before the control plane has told of it. Its identity is known, which is all that it needs to connect.
     fn workload(&self, uid: &Str, mesh: &Mesh) -> Workload {
-        Workload {
-            uid: uid.clone(),
-            name: self.name.clone(),
+        let profile = Profile {
             namespace: self.namespace.clone(),
             service_account: self.service_account.clone(),
             trust_domain: mesh.settings().trust_domains.own.clone(),
             network: self.network.clone(),
-            addresses: Box::default(),
-            hostname: Str::default(),
-            node: self.node.clone(),
             cluster: self.cluster.clone(),
             tunnel: TunnelProtocol::Hbone,
-            network_mode: NetworkMode::Standard,
-            health: Health::Healthy,
-            locality: Arc::default(),
-            canonical_name: self.name.clone(),
+            canonical_name: None,
             canonical_revision: "latest".into(),
-            workload_name: self.name.clone(),
-            workload_kind: WorkloadKind::Pod,
-            services: Arc::default(),
-            policies: Box::default(),
-            waypoint: None,
-            network_gateway: None,
-            application_tunnel: None,
-            capacity: 1,
-            labels: Arc::default(),
-        }
+            workload_name: None,
+            ..Profile::default()
+        };
+        Workload { node: self.node.clone(), ..Workload::new(uid.clone(), &self.name, Arc::new(profile)) }
     }
 }
 
@@ -163,12 +149,12 @@ impl LocalPod {
         {
             return value.clone();
         }
-        let some = |text: &Str| (!text.is_empty()).then(|| text.clone());
+        let some = |text: &str| (!text.is_empty()).then(|| Str::from(text));
         let value = Baggage {
             cluster: some(&workload.cluster),
             namespace: some(&workload.namespace),
-            workload: some(&workload.workload_name).map(|name| (workload.workload_kind, name)),
-            service_name: some(&workload.canonical_name),
+            workload: some(workload.workload_name()).map(|name| (workload.workload_kind, name)),
+            service_name: some(workload.canonical_name()),
             service_version: some(&workload.canonical_revision),
             region: some(&workload.locality.region),
             zone: some(&workload.locality.zone),
@@ -310,16 +296,15 @@ mod tests {
         assert!(matches!(subject.destination(&empty, local), Err(Failure::NotKnownYet(_))));
 
         let told = |account: &str, address: IpAddr| {
-            let workload = Workload {
-                service_account: account.into(),
-                addresses: [address].into(),
-                canonical_name: "told".into(),
-                ..(*unknown).clone()
-            };
+            let workload = Workload::clone(&unknown).with(|w| {
+                w.service_account = account.into();
+                w.addresses = [address].into();
+                w.set_canonical_name("told".into());
+            });
             empty.apply([model::Change::SetWorkload(Arc::new(workload))])
         };
         let mesh = told("web", local);
-        assert_eq!(&*subject.source(&mesh).unwrap().canonical_name, "told");
+        assert_eq!(subject.source(&mesh).unwrap().canonical_name(), "told");
         assert!(subject.destination(&mesh, local).is_ok());
         let mapped: IpAddr = "::ffff:10.0.0.7".parse().unwrap();
         assert!(subject.destination(&mesh, mapped).is_ok());

@@ -1,9 +1,11 @@
 //! The control plane goes and comes back; ztunnel goes while it is away.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use harness::netns::root_or_skip;
+use model::{Profile, Str, Workload};
 use nix::sys::signal::Signal;
 
 use crate::lab::traffic::{PORT, ask, serve, talk};
@@ -155,16 +157,18 @@ async fn a_hundred_thousand_workloads() {
     for index in 0..100_000_u32 {
         let [_, b, c, d] = index.to_be_bytes();
         let name = format!("app-{}-{index}", index / 20);
-        let workload = model::Workload {
-            uid: format!("Kubernetes//Pod/ns-{}/{name}", index / 500).into(),
-            name: name.as_str().into(),
-            namespace: format!("ns-{}", index / 500).into(),
-            service_account: format!("app-{}", index / 20).into(),
+        let (namespace, app) = (format!("ns-{}", index / 500), Str::from(format!("app-{}", index / 20)));
+        let profile = Profile {
+            namespace: namespace.as_str().into(),
+            service_account: app.clone(),
+            canonical_name: Some(app.clone()),
+            workload_name: Some(app),
+            ..(*one.profile).clone()
+        };
+        let workload = Workload {
             addresses: [std::net::IpAddr::from([11, b, c, d])].into(),
             node: format!("node-{}", index % 2000).into(),
-            canonical_name: format!("app-{}", index / 20).into(),
-            workload_name: format!("app-{}", index / 20).into(),
-            ..one.clone()
+            ..Workload::new(format!("Kubernetes//Pod/{namespace}/{name}").into(), &name, Arc::new(profile))
         };
         cluster.control_plane.workload(&workload);
     }
@@ -175,7 +179,7 @@ async fn a_hundred_thousand_workloads() {
     println!("ready after {:?}, {resident} kB", started.elapsed());
     assert!(resident < 160_000, "{resident} kB");
     let started = tokio::time::Instant::now();
-    cluster.control_plane.workload(&model::Workload { canonical_name: "other".into(), ..one });
+    cluster.control_plane.workload(&one.with(|w| w.set_canonical_name("other".into())));
     cluster.in_force().await;
     println!("one change after {:?}", started.elapsed());
     cluster.ztunnel_mut("a").signal(Signal::SIGKILL);

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use balance::{Balancer, Client, NoEndpoint, Picked, Request};
 use model::{
-    Change, EndpointSet, Health, IpFamilies, LoadBalancing, LoadBalancingMode, Locality, LocalityScope, Mesh,
-    NetworkMode, PortMapping, Service, ServiceKey, ServiceMembership, ServicePort, ServiceSource, Str,
-    TargetPort, TrustDomain, TunnelProtocol, Workload, WorkloadKind,
+    Change, EndpointSet, IpFamilies, LoadBalancing, LoadBalancingMode, Locality, LocalityScope, Mesh,
+    PortMapping, Profile, Service, ServiceKey, ServiceMembership, ServicePort, ServiceSource, Str,
+    TargetPort, TunnelProtocol, Workload,
 };
 
 /// The service's port in most tests; endpoints serve it at 8080.
@@ -41,33 +41,18 @@ pub fn workload(uid: &str, place: &str) -> Workload {
     let mut parts = place.split('/').map(Str::from).chain(std::iter::repeat(Str::from("")));
     let mut next = || parts.next().expect("there is always one more");
     let (region, zone) = (next(), next());
-    Workload {
-        uid: uid.into(),
-        name: uid.into(),
+    let node = next();
+    let profile = Profile {
         namespace: "shop".into(),
         service_account: "cart".into(),
-        trust_domain: TrustDomain::cluster_local(),
-        node: next(),
         cluster: next(),
         network: next(),
-        addresses: Box::new([]),
-        hostname: "".into(),
         tunnel: TunnelProtocol::Hbone,
-        network_mode: NetworkMode::Standard,
-        health: Health::Healthy,
-        locality: Arc::new(Locality { region, zone, subzone: "".into() }),
-        canonical_name: "".into(),
-        canonical_revision: "".into(),
-        workload_name: "".into(),
-        workload_kind: WorkloadKind::Pod,
         services: Arc::new([ServiceMembership { service: key(), ports: Arc::new([]) }]),
-        policies: Box::new([]),
-        waypoint: None,
-        network_gateway: None,
-        application_tunnel: None,
-        capacity: 1,
-        labels: Arc::default(),
-    }
+        ..Profile::default()
+    };
+    let locality = Arc::new(Locality { region, zone, subzone: "".into() });
+    Workload { node, locality, ..Workload::new(uid.into(), uid, Arc::new(profile)) }
 }
 
 pub fn serving(mut workload: Workload, service_port: u16, target_port: u16) -> Workload {

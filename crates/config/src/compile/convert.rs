@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use hashbrown::HashSet;
 use model::{
-    Health, HealthPolicy, LoadBalancing, Locality, NetworkMode, PortMapping, ServiceKey, ServiceMembership,
-    ServicePort, ServiceSource, Str, TargetPort, TunnelProtocol, Vip, Workload, WorkloadKind,
+    Health, HealthPolicy, LoadBalancing, Locality, NetworkMode, PortMapping, Profile, ServiceKey,
+    ServiceMembership, ServicePort, ServiceSource, Str, TargetPort, TunnelProtocol, Vip, Workload,
+    WorkloadKind,
 };
 
 use super::instance::{Definition, Instance, Membership, Names, PortRule, Rank, RuleTarget};
@@ -28,7 +29,7 @@ pub(super) fn service_key(options: &Options, key: &ObjectKey) -> ServiceKey {
 }
 
 /// A pod as an instance. `None` for one that is no workload: without addresses, or at its end.
-pub(super) fn pod(key: &ObjectKey, uid: Str, pod: Pod, context: &Context<'_>) -> Option<Instance> {
+pub(super) fn pod(key: &ObjectKey, uid: Str, pod: Pod, context: &mut Context<'_>) -> Option<Instance> {
     if pod.finished || pod.addresses.is_empty() {
         return None;
     }
@@ -39,21 +40,21 @@ pub(super) fn pod(key: &ObjectKey, uid: Str, pod: Pod, context: &Context<'_>) ->
         Origin::Cluster if pod.redirected => Membership::Fixed(TunnelProtocol::Hbone),
         Origin::Cluster => Membership::Fixed(TunnelProtocol::None),
     };
+    let profile = Profile {
+        namespace: key.namespace.clone(),
+        service_account: pod.service_account,
+        network_mode: if pod.host_network { NetworkMode::HostNetwork } else { NetworkMode::Standard },
+        workload_name: pod.workload_name,
+        workload_kind: pod.workload_kind,
+        labels: pod.labels.shared(),
+        ..context.profile()
+    };
     Some(Instance {
         workload: Workload {
-            uid,
-            name: key.name.clone(),
-            namespace: key.namespace.clone(),
-            service_account: pod.service_account,
             node: pod.node,
-            addresses: pod.addresses,
-            network_mode: if pod.host_network { NetworkMode::HostNetwork } else { NetworkMode::Standard },
+            addresses: pod.addresses.into(),
             health: if pod.ready { Health::Healthy } else { Health::Unhealthy },
-            // Of a pod that nothing made, one text for both.
-            workload_name: if pod.workload_name == key.name { key.name.clone() } else { pod.workload_name },
-            workload_kind: pod.workload_kind,
-            labels: pod.labels.shared(),
-            ..context.blank()
+            ..context.workload(uid, &key.name, profile)
         },
         labels: pod.labels,
         ports: pod.ports,
@@ -146,7 +147,7 @@ fn slice_endpoint(
     key: &ObjectKey,
     endpoint: &SliceEndpoint,
     membership: ServiceMembership,
-    context: &Context<'_>,
+    context: &mut Context<'_>,
 ) -> Instance {
     let cluster = &context.options.cluster;
     let uid = format!(
@@ -155,17 +156,14 @@ fn slice_endpoint(
     );
     let fixed_locality = endpoint.node.is_empty() && !endpoint.zone.is_empty();
     let locality = Locality { zone: endpoint.zone.clone(), ..Locality::default() };
-    let blank = context.blank();
+    let profile = Profile { namespace: key.namespace.clone(), ..context.profile() };
+    let blank = context.workload(uid.into(), &key.name, profile);
     Instance {
         workload: Workload {
-            uid: uid.into(),
-            name: key.name.clone(),
-            namespace: key.namespace.clone(),
             node: endpoint.node.clone(),
-            addresses: Box::new([endpoint.address]),
+            addresses: [endpoint.address].into(),
             health: if endpoint.ready { Health::Healthy } else { Health::Unhealthy },
             locality: if fixed_locality { Arc::new(locality) } else { blank.locality.clone() },
-            workload_name: key.name.clone(),
             ..blank
         },
         labels: Labels::default(),
@@ -180,35 +178,39 @@ fn slice_endpoint(
 }
 
 impl Context<'_> {
-    /// A workload of which nothing is known but where it is: what a resource does not say.
-    pub fn blank(&self) -> Workload {
+    /// What a workload has in common with others of which nothing is known but where they are: what a resource does not
+    /// say.
+    pub fn profile(&self) -> Profile {
         let empty = &self.empty;
-        Workload {
-            uid: empty.clone(),
-            name: empty.clone(),
+        Profile {
             namespace: empty.clone(),
             service_account: self.default_account.clone(),
             trust_domain: self.trust_domain.clone(),
             network: self.options.network.clone(),
-            addresses: Box::new([]),
             hostname: empty.clone(),
-            node: empty.clone(),
             cluster: self.options.cluster.clone(),
             tunnel: TunnelProtocol::None,
             network_mode: NetworkMode::Standard,
-            health: Health::Healthy,
-            locality: self.no_locality.clone(),
-            canonical_name: empty.clone(),
+            canonical_name: None,
             canonical_revision: empty.clone(),
-            workload_name: empty.clone(),
+            workload_name: None,
             workload_kind: WorkloadKind::Pod,
             services: Arc::default(),
-            policies: Box::new([]),
+            policies: Box::default(),
             waypoint: None,
             network_gateway: None,
             application_tunnel: None,
             capacity: 1,
             labels: Arc::default(),
+            unlisted_name: None,
         }
+    }
+
+    /// A workload of a profile, which it shares with those that have the same.
+    pub fn workload(&mut self, uid: Str, name: &str, profile: Profile) -> Workload {
+        let mut workload = Workload::new(uid, name, Arc::new(profile));
+        self.pool.share(&mut workload.profile);
+        (workload.node, workload.locality) = (self.empty.clone(), self.no_locality.clone());
+        workload
     }
 }

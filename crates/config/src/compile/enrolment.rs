@@ -59,10 +59,10 @@ pub(super) fn decide(workload: &Workload, capture: Option<&Capture>, node: Optio
     Verdict::Enrol(Box::new(Enrolment {
         uid: workload.uid.clone(),
         namespace: workload.namespace.clone(),
-        name: workload.name.clone(),
+        name: workload.name().into(),
         service_account: workload.service_account.clone(),
         netns,
-        addresses: workload.addresses.clone(),
+        addresses: (*workload.addresses).into(),
         exclusions: capture.exclusions.clone(),
         dns_capture: capture.dns_capture,
         bypass_inbound: capture.bypass_inbound,

@@ -252,9 +252,10 @@ impl Compiler {
             workload.locality = place.unwrap_or_else(|| self.shared.no_locality.clone());
         }
         let label = |names: &[&str]| names.iter().find_map(|name| record.labels.get(name)).cloned();
-        workload.canonical_name =
-            label(&["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"])
-                .unwrap_or_else(|| workload.workload_name.clone());
+        workload.canonical_name = None;
+        if let Some(name) = label(&["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"]) {
+            workload.set_canonical_name(name);
+        }
         workload.canonical_revision =
             label(&["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"])
                 .unwrap_or_else(|| self.shared.latest.clone());
@@ -262,6 +263,7 @@ impl Compiler {
         workload.policies = self.policies_of(&workload, record);
         let waypoint = self.workload_waypoint(&workload, record);
         workload.waypoint = waypoint.map(|(waypoint, _)| Box::new(self.gateway_address(waypoint)));
+        pool.share(&mut workload.profile);
         Some(workload)
     }
 
@@ -329,7 +331,7 @@ fn no_netns(workload: &Workload) -> Finding {
 }
 
 pub(super) fn key_of(maker: Kind, workload: &Workload) -> ObjectKey {
-    ObjectKey { kind: maker, namespace: workload.namespace.clone(), name: workload.name.clone() }
+    ObjectKey { kind: maker, namespace: workload.namespace.clone(), name: workload.name().into() }
 }
 
 fn port_mappings(rules: &[PortRule], record: &Record) -> Vec<PortMapping> {

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use model::{
-    LoadBalancing, PortMapping, ServiceKey, ServiceMembership, ServicePort, ServiceSource, Str, TargetPort,
-    TunnelProtocol, Vip, Workload,
+    Addresses, LoadBalancing, PortMapping, Profile, ServiceKey, ServiceMembership, ServicePort,
+    ServiceSource, Str, TargetPort, TunnelProtocol, Vip, Workload,
 };
 
 use super::endpoint::EntryEndpoint;
@@ -303,7 +303,7 @@ fn host_itself(
         address: Some(Address::Name(host.hostname.to_string())),
         ports: Box::new([]),
         labels: Labels::default(),
-        service_account: context.blank().service_account,
+        service_account: context.profile().service_account,
         network: context.options.network.clone(),
         locality: Arc::default(),
         weight: 1,
@@ -319,7 +319,7 @@ fn instance(
     endpoint: &EntryEndpoint,
     labels: Labels,
     services: Box<[ServiceMembership]>,
-    context: &Context<'_>,
+    context: &mut Context<'_>,
 ) -> Instance {
     let cluster = &context.options.cluster;
     let uid = format!("{cluster}/networking.istio.io/ServiceEntry/{}/{}/{section}", key.namespace, key.name);
@@ -331,7 +331,7 @@ fn instance(
 }
 
 /// A WorkloadEntry as an instance. `None` for one that cannot be reached.
-fn workload_entry(key: &ObjectKey, entry: WorkloadEntry, context: &Context<'_>) -> Option<Instance> {
+fn workload_entry(key: &ObjectKey, entry: WorkloadEntry, context: &mut Context<'_>) -> Option<Instance> {
     let address = entry.endpoint.address.clone()?;
     let cluster = &context.options.cluster;
     let uid = format!("{cluster}/networking.istio.io/WorkloadEntry/{}/{}", key.namespace, key.name);
@@ -349,12 +349,12 @@ fn entry_instance(
     endpoint: &EntryEndpoint,
     labels: Labels,
     services: Box<[ServiceMembership]>,
-    context: &Context<'_>,
+    context: &mut Context<'_>,
 ) -> Instance {
-    let blank = context.blank();
-    let (addresses, hostname): (Box<[_]>, Str) = match address {
-        Address::Ip(ip) => (Box::new([*ip]), blank.hostname.clone()),
-        Address::Name(name) => (Box::new([]), name.as_str().into()),
+    let blank = context.profile();
+    let (addresses, hostname): (Addresses, Str) = match address {
+        Address::Ip(ip) => ([*ip].into(), blank.hostname.clone()),
+        Address::Name(name) => (Addresses::default(), name.as_str().into()),
     };
     let is = |(key, value): (&str, &str)| labels.get(key).is_some_and(|v| **v == *value);
     let tunnel = if is(TUNNEL) {
@@ -364,24 +364,21 @@ fn entry_instance(
     } else {
         TunnelProtocol::None
     };
+    let profile = Profile {
+        namespace: key.namespace.clone(),
+        service_account: endpoint.service_account.clone(),
+        network: if endpoint.network.is_empty() { blank.network.clone() } else { endpoint.network.clone() },
+        hostname,
+        workload_name: Some(workload_name.clone()).filter(|name| *name != key.name),
+        capacity: endpoint.weight,
+        labels: labels.shared(),
+        ..blank
+    };
     Instance {
         workload: Workload {
-            uid,
-            name: key.name.clone(),
-            namespace: key.namespace.clone(),
-            service_account: endpoint.service_account.clone(),
-            network: if endpoint.network.is_empty() {
-                blank.network.clone()
-            } else {
-                endpoint.network.clone()
-            },
             addresses,
-            hostname,
             locality: endpoint.locality.clone(),
-            workload_name: workload_name.clone(),
-            capacity: endpoint.weight,
-            labels: labels.shared(),
-            ..blank
+            ..context.workload(uid, &key.name, profile)
         },
         labels,
         ports: endpoint.ports.iter().cloned().collect(),

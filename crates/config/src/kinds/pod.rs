@@ -33,8 +33,8 @@ pub struct Pod {
     pub ready: bool,
     /// The named TCP ports of its containers.
     pub ports: Arc<[(Str, u16)]>,
-    /// The name of the object that made it; its own when nothing did.
-    pub workload_name: Str,
+    /// The name of the object that made it; `None` for its own, when nothing did.
+    pub workload_name: Option<Str>,
     /// The kind of that object.
     pub workload_kind: WorkloadKind,
     /// Whether it has a sidecar proxy of its own.
@@ -222,12 +222,12 @@ fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resourc
     let redirection = metadata.annotation(REDIRECTION);
     // What these annotations ask for is then the sidecar's to do.
     let capture = if sidecar { None } else { capture::read(fields, metadata) };
-    let (name, workload_kind) = maker(metadata);
+    let (maker, workload_kind) = maker(metadata);
     let name = match metadata.labels.get("service.istio.io/workload-name") {
-        Some(label) => label.clone(),
-        None if name == metadata.name => name.into(), // no other pod's
-        None => fields.context().pool.string(&name),
+        Some(label) => Some(label.clone()),
+        None => maker.map(|name| fields.context().pool.string(name)),
     };
+    let name = name.filter(|name| **name != *metadata.name);
     let pool = &mut fields.context().pool;
     Some(Resource::Pod(Box::new(Pod {
         labels: metadata.labels.clone(),
@@ -372,29 +372,27 @@ fn address(mut cursor: Cursor<'_, '_>) -> Option<IpAddr> {
     }
 }
 
-/// The name and kind of what made a pod. A ReplicaSet of a Deployment and a Job of a CronJob are named after
-/// what made them.
-fn maker(metadata: &Metadata<'_>) -> (String, WorkloadKind) {
-    let Some(Owner { kind, name }) = metadata.owner else {
-        return (metadata.name.to_owned(), WorkloadKind::Pod);
-    };
+/// The name and kind of what made a pod; no name for one that stands for itself. A ReplicaSet of a Deployment and a Job of
+/// a CronJob are named after what made them.
+fn maker<'n>(metadata: &Metadata<'n>) -> (Option<&'n str>, WorkloadKind) {
+    let Some(Owner { kind, name }) = metadata.owner else { return (None, WorkloadKind::Pod) };
     match kind {
         "ReplicaSet" => {
             let hash = metadata.labels.get("pod-template-hash");
             let stem = hash.and_then(|h| name.strip_suffix(&**h)).and_then(|n| n.strip_suffix('-'));
             match stem {
-                Some(stem) => (stem.to_owned(), WorkloadKind::Deployment),
-                None => (metadata.name.to_owned(), WorkloadKind::Pod),
+                Some(stem) => (Some(stem), WorkloadKind::Deployment),
+                None => (None, WorkloadKind::Pod),
             }
         }
         "Job" => match cron_job(name) {
-            Some(stem) => (stem.to_owned(), WorkloadKind::CronJob),
-            None => (name.to_owned(), WorkloadKind::Job),
+            Some(stem) => (Some(stem), WorkloadKind::CronJob),
+            None => (Some(name), WorkloadKind::Job),
         },
-        "CronJob" => (name.to_owned(), WorkloadKind::CronJob),
-        "Deployment" => (name.to_owned(), WorkloadKind::Deployment),
+        "CronJob" => (Some(name), WorkloadKind::CronJob),
+        "Deployment" => (Some(name), WorkloadKind::Deployment),
         // WDS has no kinds for the rest; their pods stand for themselves.
-        _ => (metadata.name.to_owned(), WorkloadKind::Pod),
+        _ => (None, WorkloadKind::Pod),
     }
 }
 

@@ -643,7 +643,7 @@ impl Policies {
         if self.settings == settings {
             return;
         }
-        effects.changes.push(Change::SetSettings(settings.clone()));
+        effects.changes.push(Change::SetSettings(settings.clone().into()));
         let domains_changed = self.settings.trust_domains != settings.trust_domains;
         let root_changed = self.settings.root_namespace != settings.root_namespace;
         if !domains_changed && !root_changed {

@@ -3,41 +3,18 @@
 #![allow(clippy::expect_used)]
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use model::{
-    Health, Locality, NetworkMode, PortMapping, Service, ServiceKey, ServiceMembership, ServicePort,
-    ServiceSource, TargetPort, TrustDomain, TunnelProtocol, Vip, Workload, WorkloadKind,
+    PortMapping, Profile, Service, ServiceKey, ServiceMembership, ServicePort, ServiceSource, TargetPort,
+    TunnelProtocol, Vip, Workload,
 };
 
 /// A pod of namespace `default` without an address.
 pub fn workload(uid: &str) -> Workload {
-    Workload {
-        uid: uid.into(),
-        name: uid.into(),
-        namespace: "default".into(),
-        service_account: "default".into(),
-        trust_domain: TrustDomain::cluster_local(),
-        network: "".into(),
-        addresses: Box::new([]),
-        hostname: "".into(),
-        node: "".into(),
-        cluster: "".into(),
-        tunnel: TunnelProtocol::Hbone,
-        network_mode: NetworkMode::Standard,
-        health: Health::Healthy,
-        locality: Locality::default().into(),
-        canonical_name: "".into(),
-        canonical_revision: "".into(),
-        workload_name: "".into(),
-        workload_kind: WorkloadKind::Pod,
-        services: std::sync::Arc::default(),
-        policies: Box::new([]),
-        waypoint: None,
-        network_gateway: None,
-        application_tunnel: None,
-        capacity: 1,
-        labels: std::sync::Arc::default(),
-    }
+    let profile =
+        Profile { namespace: "default".into(), tunnel: TunnelProtocol::Hbone, ..Profile::default() };
+    Workload::new(uid.into(), uid, Arc::new(profile))
 }
 
 /// The same with addresses.

@@ -27,8 +27,8 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use model::http::{InvalidPattern, InvalidTemplate};
 use model::telemetry::Telemetry;
 use model::{
-    GatewayAddress, GatewayTarget, Interner, InvalidIdentity, Locality, NetworkAddress, PortMapping, Service,
-    ServiceKey, ServiceMembership, Str, TrustDomain, Workload,
+    GatewayAddress, GatewayTarget, Interner, InvalidIdentity, Locality, NetworkAddress, PortMapping,
+    Profiles, Service, ServiceKey, ServiceMembership, Str, TrustDomain, Workload,
 };
 
 pub(crate) use service::protocol_text;
@@ -195,8 +195,8 @@ pub enum Decoded {
     Service(Service),
 }
 
-/// Reads resources of one source. Equal strings, localities, port lists and lists of services of what it reads share their
-/// memory.
+/// Reads resources of one source. Equal strings, localities, port lists, lists of services and profiles of what it reads
+/// share their memory.
 #[derive(Debug, Default)]
 pub struct Decoder {
     elided: Elided,
@@ -205,6 +205,7 @@ pub struct Decoder {
     ports: HashSet<Arc<[PortMapping]>>,
     memberships: HashSet<Arc<[ServiceMembership]>>,
     labels: HashSet<Arc<[(Str, Str)]>>,
+    profiles: Profiles,
     /// What was read last, and what it came to.
     telemetry: Option<(Box<wire::waypoint::Telemetry>, Arc<Telemetry>)>,
 }
@@ -231,6 +232,7 @@ impl Decoder {
 
     /// Forgets shared values that nothing else uses. To be called after a batch.
     pub fn sweep(&mut self) {
+        self.profiles.sweep(); // first, since it holds the others
         self.memberships.retain(|m| Arc::strong_count(m) > 1);
         self.localities.retain(|l| Arc::strong_count(l) > 1);
         self.ports.retain(|p| Arc::strong_count(p) > 1);

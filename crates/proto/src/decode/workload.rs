@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use model::{
-    ApplicationTunnel, Health, Locality, NetworkMode, PolicyKey, PortMapping, ServiceKey, ServiceMembership,
-    Str, TrustDomain, TunnelProtocol, Workload, WorkloadKind,
+    ApplicationTunnel, Health, Locality, NetworkMode, PolicyKey, PortMapping, Profile, ServiceKey,
+    ServiceMembership, Str, TrustDomain, TunnelProtocol, Workload, WorkloadKind,
 };
 
 use super::{DecodeError, Decoder, Fault, Problem, each, ip, port};
@@ -24,10 +24,7 @@ impl Decoder {
         if w.uid.is_empty() {
             return Err(Fault::new("uid", Problem::Missing));
         }
-        Ok(Workload {
-            // These two are in no other workload.
-            uid: w.uid.as_str().into(),
-            name: w.name.as_str().into(),
+        let profile = Profile {
             namespace: self.text(&w.namespace),
             service_account: self.text(if w.service_account.is_empty() {
                 "default"
@@ -36,9 +33,7 @@ impl Decoder {
             }),
             trust_domain: self.trust_domain(&w.trust_domain)?,
             network: self.text(&w.network),
-            addresses: each(&w.addresses, "addresses", |a| ip(a).map_err(|p| Fault::new("bytes", p)))?,
             hostname: self.text(&w.hostname),
-            node: self.text(&w.node),
             cluster: if w.cluster_id.is_empty() {
                 self.elided.cluster.clone()
             } else {
@@ -46,11 +41,9 @@ impl Decoder {
             },
             tunnel: tunnel(w.tunnel_protocol)?,
             network_mode: network_mode(w.network_mode)?,
-            health: health(w.status)?,
-            locality: self.locality(w.locality.as_ref()),
-            canonical_name: self.text(&w.canonical_name),
+            canonical_name: None,
             canonical_revision: self.text(&w.canonical_revision),
-            workload_name: self.text(&w.workload_name),
+            workload_name: None,
             workload_kind: kind(w.workload_type),
             services: self.memberships(&w.services)?,
             policies: each(&w.authorization_policies, "authorization_policies", |name| {
@@ -67,7 +60,23 @@ impl Decoder {
                 .map_err(|f| f.within("application_tunnel"))?,
             capacity: w.capacity.unwrap_or(1),
             labels: self.shared_labels(w.culvert.as_ref()),
-        })
+            unlisted_name: None,
+        };
+        // Uid and name are in no other workload.
+        let mut workload = Workload::new(w.uid.as_str().into(), &w.name, Arc::new(profile));
+        if w.workload_name != w.name {
+            workload.set_workload_name(self.text(&w.workload_name));
+        }
+        if w.canonical_name != workload.workload_name() {
+            workload.set_canonical_name(self.text(&w.canonical_name));
+        }
+        self.profiles.share(&mut workload.profile);
+        let read_ip = |a: &Vec<u8>| ip(a).map_err(|p| Fault::new("bytes", p));
+        workload.addresses = each(&w.addresses, "addresses", read_ip)?.into();
+        workload.node = self.text(&w.node);
+        workload.health = health(w.status)?;
+        workload.locality = self.locality(w.locality.as_ref());
+        Ok(workload)
     }
 
     fn shared_labels(&mut self, extension: Option<&culvert::WorkloadExtension>) -> Arc<[(Str, Str)]> {

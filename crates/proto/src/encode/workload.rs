@@ -29,7 +29,7 @@ pub fn encode_workload(workload: &Workload) -> Result<wire::Workload, EncodeErro
     }
     let message = wire::Workload {
         uid: w.uid.to_string(),
-        name: w.name.to_string(),
+        name: w.name().to_owned(),
         namespace: w.namespace.to_string(),
         addresses: w.addresses.iter().map(|ip| bytes(*ip)).collect(),
         hostname: w.hostname.to_string(),
@@ -44,10 +44,10 @@ pub fn encode_workload(workload: &Workload) -> Result<wire::Workload, EncodeErro
         waypoint: w.waypoint.as_deref().map(gateway),
         network_gateway: w.network_gateway.as_deref().map(gateway),
         node: w.node.to_string(),
-        canonical_name: w.canonical_name.to_string(),
+        canonical_name: w.canonical_name().to_owned(),
         canonical_revision: w.canonical_revision.to_string(),
         workload_type: kind(w.workload_kind).into(),
-        workload_name: w.workload_name.to_string(),
+        workload_name: w.workload_name().to_owned(),
         native_tunnel: false,
         application_tunnel: w.application_tunnel.map(application_tunnel),
         services: services(w),

@@ -13,9 +13,9 @@ use ipnet::IpNet;
 use model::{
     Action, ApplicationTunnel, Clause, Connection, GatewayAddress, GatewayTarget, Health, HealthPolicy,
     IpFamilies, IpMatch, LoadBalancing, LoadBalancingMode, Locality, LocalityScope, Match, NetworkAddress,
-    NetworkMode, Policy, PolicyKey, PortMapping, Rule, Scope, Service, ServiceAccountMatch, ServiceKey,
-    ServiceMembership, ServicePort, ServiceSource, SpiffeId, Str, StringMatch, TargetPort, TunnelProtocol,
-    Vip, Workload, WorkloadKind,
+    NetworkMode, Policy, PolicyKey, PortMapping, Profile, Rule, Scope, Service, ServiceAccountMatch,
+    ServiceKey, ServiceMembership, ServicePort, ServiceSource, SpiffeId, Str, StringMatch, TargetPort,
+    TunnelProtocol, Vip, Workload, WorkloadKind,
 };
 use proptest::collection::{btree_map, vec};
 use proptest::option;
@@ -116,34 +116,33 @@ pub fn workload() -> BoxedStrategy<Workload> {
         select(vec![WorkloadKind::Deployment, WorkloadKind::CronJob, WorkloadKind::Pod, WorkloadKind::Job]),
     );
     (who, place, how, shown, memberships(), list(policy_key()))
-        .prop_map(|(who, place, how, shown, services, policies)| Workload {
-            uid: who.0,
-            name: who.1,
-            namespace: who.2,
-            service_account: who.3,
-            network: who.4,
-            trust_domain: who.5.parse().expect("a trust domain"),
-            addresses: place.0,
-            hostname: place.1,
-            node: place.2,
-            cluster: place.3,
-            locality: place.4,
-            capacity: place.5,
-            labels: Arc::default(),
-            tunnel: how.0,
-            network_mode: how.1,
-            health: how.2,
-            waypoint: how.3.map(Box::new),
-            network_gateway: how.4.map(Box::new),
-            application_tunnel: how
-                .5
-                .map(|(proxy_protocol, port)| ApplicationTunnel { proxy_protocol, port }),
-            canonical_name: shown.0,
-            canonical_revision: shown.1,
-            workload_name: shown.2,
-            workload_kind: shown.3,
-            services: services.into(),
-            policies,
+        .prop_map(|(who, place, how, shown, services, policies)| {
+            let profile = Profile {
+                namespace: who.2,
+                service_account: who.3,
+                network: who.4,
+                trust_domain: who.5.parse().expect("a trust domain"),
+                hostname: place.1,
+                cluster: place.3,
+                capacity: place.5,
+                tunnel: how.0,
+                network_mode: how.1,
+                waypoint: how.3.map(Box::new),
+                network_gateway: how.4.map(Box::new),
+                application_tunnel: how
+                    .5
+                    .map(|(proxy_protocol, port)| ApplicationTunnel { proxy_protocol, port }),
+                canonical_revision: shown.1,
+                workload_kind: shown.3,
+                services: services.into(),
+                policies,
+                ..Profile::default()
+            };
+            let mut workload = Workload::new(who.0, &who.1, Arc::new(profile));
+            workload.set_workload_name(shown.2);
+            workload.set_canonical_name(shown.0);
+            let (addresses, node, locality, health) = (place.0.into(), place.2, place.4, how.2);
+            Workload { addresses, node, locality, health, ..workload }
         })
         .boxed()
 }

@@ -18,7 +18,7 @@ use std::time::Duration;
 use agent::Agent;
 use control_plane::{Authority, ControlPlane};
 use harness::netns::{Host, Lab};
-use model::{Health, NetworkMode, Policy, Settings, TunnelProtocol, Workload, WorkloadKind};
+use model::{Policy, Profile, Settings, TunnelProtocol, Workload};
 use tempfile::TempDir;
 use tokio::time::{Instant, sleep};
 
@@ -102,32 +102,20 @@ impl Cluster {
         let pod = self.pod(name);
         let node = self.lab.nodes().iter().find(|n| n.pods.iter().any(|p| p.name == name)).unwrap();
         let tunnel = if name.starts_with("outside") { TunnelProtocol::None } else { TunnelProtocol::Hbone };
-        Workload {
-            uid: format!("Kubernetes//Pod/shop/{name}").into(),
-            name: name.into(),
+        let profile = Profile {
             namespace: "shop".into(),
             service_account: name.into(),
-            trust_domain: "cluster.local".parse().unwrap(),
-            network: "".into(),
-            addresses: [pod.ipv4.into(), pod.ipv6.into()].into(),
-            hostname: "".into(),
-            node: node.host.name.as_str().into(),
             cluster: "Kubernetes".into(),
             tunnel,
-            network_mode: NetworkMode::Standard,
-            health: Health::Healthy,
-            locality: Arc::default(),
-            canonical_name: name.into(),
+            canonical_name: None,
             canonical_revision: "latest".into(),
-            workload_name: name.into(),
-            workload_kind: WorkloadKind::Pod,
-            services: Arc::default(),
-            policies: Box::default(),
-            waypoint: None,
-            network_gateway: None,
-            application_tunnel: None,
-            capacity: 1,
-            labels: Arc::default(),
+            workload_name: None,
+            ..Profile::default()
+        };
+        Workload {
+            addresses: [pod.ipv4.into(), pod.ipv6.into()].into(),
+            node: node.host.name.as_str().into(),
+            ..Workload::new(format!("Kubernetes//Pod/shop/{name}").into(), name, Arc::new(profile))
         }
     }
 
