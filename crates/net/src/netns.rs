@@ -238,6 +238,11 @@ impl Netns {
         self.held.stock.tidy();
     }
 
+    /// Lets go of all of them: the pod needs none any more.
+    pub fn clear_stock(&self) {
+        self.held.stock.clear();
+    }
+
     fn run_on_new_thread<T, F>(&self, work: F) -> io::Result<T>
     where
         F: FnOnce() -> T + Send,

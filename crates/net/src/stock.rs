@@ -21,6 +21,8 @@ const MANY: usize = 8;
 const OFTEN: Duration = Duration::from_millis(50);
 /// What was not asked for in this time is let go of.
 const KEPT: Duration = Duration::from_secs(5);
+/// So many the process has at most, and few more: beyond, each is made when it is needed.
+const IN_ALL: usize = 256;
 
 static IN_STOCK: AtomicUsize = AtomicUsize::new(0);
 
@@ -60,7 +62,8 @@ impl Stock {
         }
         let now = Instant::now();
         let before = shelf.emptied.replace(now);
-        Err(if before.is_some_and(|before| now.saturating_duration_since(before) < OFTEN) { MANY } else { 1 })
+        let is_often = before.is_some_and(|before| now.saturating_duration_since(before) < OFTEN);
+        Err(if is_often && sockets_in_stock() < IN_ALL { MANY } else { 1 })
     }
 
     /// Puts those into stock that are more than one; returns that one.
@@ -84,6 +87,13 @@ impl Stock {
             if shelf.emptied.is_some_and(|at| now.saturating_duration_since(at) >= KEPT) {
                 *shelf = Shelf::default();
             }
+        }
+    }
+
+    /// Lets go of all.
+    pub(crate) fn clear(&self) {
+        for shelf in [&self.v4, &self.v6] {
+            *shelf.lock().unwrap_or_else(PoisonError::into_inner) = Shelf::default();
         }
     }
 
@@ -150,5 +160,12 @@ mod tests {
             stock.put(Domain::IPV4, make(Domain::IPV4, MANY).unwrap()).unwrap();
         }
         assert_eq!(stock.len(), MANY);
+        stock.clear();
+        assert_eq!(stock.len(), 0);
+        // Where the process has many already.
+        IN_STOCK.fetch_add(IN_ALL, Ordering::Relaxed);
+        let counts = [stock.take(Domain::IPV4).unwrap_err(), stock.take(Domain::IPV4).unwrap_err()];
+        IN_STOCK.fetch_sub(IN_ALL, Ordering::Relaxed);
+        assert_eq!(counts, [1, 1]);
     }
 }

@@ -81,5 +81,7 @@ impl Drop for Served {
                 pods.remove(uid);
             }
         }
+        // Connections that go on hold the namespace, and need none.
+        self.pod.netns.clear_stock();
     }
 }
