@@ -57,17 +57,23 @@ pub fn routes(
         move |request| {
             let (proxy, few) = (listed.clone(), few.clone());
             async move {
+                let looked = proxy.clone();
                 // Of those that pass by a verdict only the kernel knows.
-                proxy.verdicts.look().await;
-                aside(few, move || connections(&proxy, &request)).await
+                let look = async move { looked.verdicts.look().await };
+                aside(few, look, move || connections(&proxy, &request)).await
             }
         },
     )
 }
 
 /// Makes a page while nothing waits for it: the thread of the control runtime takes policies meanwhile.
-async fn aside(places: Arc<Semaphore>, make: impl FnOnce() -> Response + Send + 'static) -> Response {
+async fn aside(
+    places: Arc<Semaphore>,
+    first: impl Future<Output = ()>,
+    make: impl FnOnce() -> Response + Send + 'static,
+) -> Response {
     let _place = places.acquire().await;
+    first.await;
     tokio::task::spawn_blocking(make)
         .await
         .unwrap_or_else(|error| Response::text(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))

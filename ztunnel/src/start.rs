@@ -349,6 +349,8 @@ async fn follow(
 
 /// When the roots change, pooled connections are made anew, which proves both ends to each other again; what is
 /// not proved in time is cut. See [`source::Tls`].
+// A namespace is compared by its identity; its stock of sockets has no part in that.
+#[allow(clippy::mutable_key_type)]
 async fn follow_trust(proxy: Arc<Proxy>, workers: Arc<Workers>) {
     let mut generation = proxy.tls.bundle().subscribe();
     while generation.changed().await.is_ok() {

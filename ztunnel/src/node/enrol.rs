@@ -229,7 +229,7 @@ impl Node {
             namespace: enrolment.namespace.clone(),
             network: of(|w| w.network.clone()),
             addresses: enrolment.addresses.clone().unwrap_or_default(),
-            canonical_service: of(|w| w.shared_canonical_name()),
+            canonical_service: of(model::Workload::shared_canonical_name),
             canonical_revision: of(|w| w.canonical_revision.clone()),
             upstreams: self.upstreams.clone(),
             upstreams_from: None,
