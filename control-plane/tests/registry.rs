@@ -15,7 +15,7 @@ use tokio::time::Instant;
 /// What a commit sets and removes, as text.
 fn steps(committed: &Committed) -> Vec<String> {
     let step = |change: &Step| match change {
-        Step::SetWorkload(w) => format!("workload {}/{}", w.namespace, w.name),
+        Step::SetWorkload(w) => format!("workload {}/{}", w.namespace, w.name()),
         Step::RemoveWorkload(uid) => format!("no {uid}"),
         Step::SetService(s) => format!("service {}/{}", s.namespace, s.name),
         Step::RemoveService(key) => format!("no service {key}"),

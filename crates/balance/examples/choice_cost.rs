@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use balance::Client;
 use balance::requests::{Balancing, Choice, Group, Load, Member, Nearness, Origin, hash};
 use model::http::{HashKey, HashTable, LoadBalancer, LocalitySetting};
-use model::{LoadBalancing, Locality, Workload};
+use model::{LoadBalancing, Locality};
 
 #[path = "../tests/world/mod.rs"]
 mod world;

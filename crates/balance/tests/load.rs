@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use balance::{Balancer, Limits, Picked};
-use model::{Change, LoadBalancingMode as Mode, Mesh, ServiceKey, Str, Workload};
+use model::{Change, LoadBalancingMode as Mode, Mesh, ServiceKey, Str};
 use world::{World, client, key, many, seconds, service, set, workload};
 
 fn of(n: usize) -> World {

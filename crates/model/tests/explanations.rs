@@ -3,9 +3,7 @@
 
 use std::sync::Arc;
 
-use model::{
-    Action, Change, Clause, Connection, Match, Mesh, Policy, PolicyKey, Rule, Scope, StringMatch, Workload,
-};
+use model::{Action, Change, Clause, Connection, Match, Mesh, Policy, PolicyKey, Rule, Scope, StringMatch};
 
 mod mesh_parts;
 use mesh_parts::workload;

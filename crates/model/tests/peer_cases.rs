@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use model::{
     Action, Change, Clause, Connection, IpMatch, Match, Mesh, Policy, PolicyKey, Rule, Scope,
-    ServiceAccountMatch, SpiffeId, StringMatch, Workload,
+    ServiceAccountMatch, SpiffeId, StringMatch,
 };
 use serde_json::Value;
 
