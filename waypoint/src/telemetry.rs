@@ -106,6 +106,8 @@ pub struct Telemetry {
 
 /// What is told of the requests of one service, with everything looked up.
 struct Resolved {
+    /// [`Sinks::changes`] as its logs were opened.
+    since: u64,
     plan: Plan,
     logs: Box<[Log]>,
 }
@@ -338,7 +340,8 @@ impl Telemetry {
         told: &Arc<model::telemetry::Telemetry>,
     ) -> Arc<Resolved> {
         let key = Arc::as_ptr(told).addr();
-        if let Some((_, resolved)) = local.resolved.get(&key) {
+        let since = self.sinks.changes();
+        if let Some((_, resolved)) = local.resolved.get(&key).filter(|(_, known)| known.since == since) {
             return Arc::clone(resolved);
         }
         local.resolved.retain(|_, (told, _)| told.strong_count() > 0);
@@ -349,7 +352,7 @@ impl Telemetry {
             Some(logs) => logs.iter().filter_map(|log| self.sinks.open(log, mesh, &self.exporters)).collect(),
             None => self.settings.access_log.iter().map(|format| self.sinks.own(*format)).collect(),
         };
-        let resolved = Arc::new(Resolved { plan: Plan::of(&told.metrics), logs });
+        let resolved = Arc::new(Resolved { since, plan: Plan::of(&told.metrics), logs });
         local.resolved.insert(key, (Arc::downgrade(told), Arc::clone(&resolved)));
         resolved
     }

@@ -370,3 +370,32 @@ fn a_reader_that_is_gone_costs_lines_only() {
     }
     assert_eq!(writer.dropped(), 10);
 }
+
+#[test]
+fn a_resting_file_that_can_not_be_opened_is_left_alone_for_a_second() {
+    let directory = tempfile::tempdir().unwrap();
+    let away = directory.path().join("away");
+    let path = away.join("log");
+    let writer = LogWriter::start_later(path.clone(), notice).unwrap();
+    writer.rest(true);
+    let begun = std::time::Instant::now();
+    let put = |line: &[u8]| {
+        assert!(writer.write_line(line));
+        assert!(writer.flush(Duration::from_secs(10)));
+        // What rests is let go of after that.
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    put(b"first\n");
+    std::fs::create_dir(&away).unwrap();
+    put(b"second\n");
+    // Else the machine was too slow to see it.
+    if begun.elapsed() < Duration::from_secs(1) {
+        assert_eq!((writer.dropped(), path.exists()), (2, false));
+        writer.reopen();
+    }
+    put(b"third\n");
+    assert!(
+        std::fs::read_to_string(&path).unwrap().ends_with("third\n"),
+        "it is tried at once when that is asked for"
+    );
+}

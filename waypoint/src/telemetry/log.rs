@@ -64,6 +64,8 @@ fn paths(telemetry: Option<&Telemetry>) -> impl Iterator<Item = &Str> {
 pub(super) struct Sinks {
     output: LogWriter,
     files: Mutex<Files>,
+    /// Goes up with each change by which a log may be opened that was refused, or was closed.
+    changes: AtomicU64,
     refused: AtomicU64,
 }
 
@@ -74,6 +76,8 @@ struct Files {
     named: Option<LogFiles>,
     /// Lines that were dropped by writers that there are no more.
     dropped: u64,
+    /// Those of writers that were closed, but that a thread may still have.
+    closed: Vec<Arc<AtomicU64>>,
 }
 
 impl Files {
@@ -81,16 +85,31 @@ impl Files {
         self.named.as_ref().is_some_and(|named| !named.0.contains_key(path))
     }
 
-    /// Lets go of writers of files that nobody names any more.
-    fn make_room(&mut self) {
+    /// Lets go of writers of files that nobody names any more. Says whether there were any.
+    fn make_room(&mut self) -> bool {
+        let before = self.closed.len();
         self.writers.retain(|_, writer| {
             let rests = writer.is_resting();
             if rests {
-                self.dropped += writer.dropped();
+                self.closed.push(writer.drops());
                 writer.close();
             }
             !rests
         });
+        self.closed.len() > before
+    }
+
+    fn dropped(&mut self) -> u64 {
+        self.closed.retain(|drops| {
+            let is_last = Arc::strong_count(drops) == 1;
+            if is_last {
+                self.dropped += drops.load(Relaxed);
+            }
+            !is_last
+        });
+        let closed = self.closed.iter().map(|drops| drops.load(Relaxed));
+        let open = self.writers.values().map(LogWriter::dropped);
+        self.dropped + closed.chain(open).sum::<u64>()
     }
 }
 
@@ -109,7 +128,7 @@ enum To {
 
 impl Sinks {
     pub fn new(output: LogWriter) -> Self {
-        Self { output, files: Mutex::default(), refused: AtomicU64::new(0) }
+        Self { output, files: Mutex::default(), changes: AtomicU64::new(0), refused: AtomicU64::new(0) }
     }
 
     /// The log that goes to the program's own output.
@@ -144,8 +163,8 @@ impl Sinks {
         if let Some(known) = files.writers.get(path) {
             return Some(known.clone());
         }
-        if files.writers.len() >= FILES {
-            files.make_room();
+        if files.writers.len() >= FILES && files.make_room() {
+            self.changes.fetch_add(1, Relaxed);
         }
         if files.writers.len() >= FILES {
             self.refused.fetch_add(1, Relaxed);
@@ -176,6 +195,12 @@ impl Sinks {
         }
         files.named = Some(named.clone());
         files.writers.iter().for_each(|(path, writer)| writer.rest(files.rests(path)));
+        self.changes.fetch_add(1, Relaxed);
+    }
+
+    /// What was opened before this was another number is to be opened again: it may be closed, or was refused then.
+    pub fn changes(&self) -> u64 {
+        self.changes.load(Relaxed)
     }
 
     /// Has all files opened again: they were renamed.
@@ -195,8 +220,7 @@ impl Sinks {
 
     /// Lines of files that were dropped; those of the program's own output are counted there.
     pub fn dropped(&self) -> u64 {
-        let files = self.files();
-        files.dropped + files.writers.values().map(LogWriter::dropped).sum::<u64>()
+        self.files().dropped()
     }
 }
 
@@ -386,4 +410,32 @@ fn is_number(command: &Command) -> bool {
             | Command::ClientPort
             | Command::DestinationPort
     )
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use super::*;
+
+    #[test]
+    fn lines_for_writers_that_were_closed_are_counted_as_dropped() {
+        let directory = tempfile::tempdir().unwrap();
+        let sinks = Sinks::new(LogWriter::start_on(std::io::sink(), 1 << 10, |_| String::new()).unwrap());
+        let open = |n: usize| {
+            let path = directory.path().join(n.to_string());
+            sinks.writer(&path.to_str().unwrap().into()).unwrap()
+        };
+        sinks.in_force(&LogFiles::default());
+        let held = open(0);
+        assert!(held.write_line(b"first\n"));
+        for n in 1..=FILES {
+            open(n);
+        }
+        assert_eq!((sinks.count(), sinks.changes(), sinks.dropped()), (1, 2, 0));
+        assert!(!held.write_line(b"second\n"));
+        assert_eq!(sinks.dropped(), 1);
+        drop(held);
+        assert_eq!((sinks.dropped(), sinks.dropped()), (1, 1));
+    }
 }

@@ -651,6 +651,42 @@ fn files_of_logs_make_room_for_others_and_one_that_can_not_be_opened_is_tried_ag
     assert_eq!(count("culvert_access_logs_refused_total "), "0");
 }
 
+#[test]
+fn a_file_that_was_let_go_of_or_refused_is_opened_once_it_can_be() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |n: usize| directory.path().join(format!("log-{n}"));
+    let lines = |n: usize| std::fs::read_to_string(at(n)).unwrap_or_default().lines().count();
+    let lab = Lab::new(None);
+    let refused = || lab.sample(&["culvert_access_logs_refused_total "]).unwrap();
+    let (old, files) = to_file(&at(0));
+    let old = Arc::new(old);
+    lab.telemetry.in_force(&files);
+    lab.end_of(&old, nothing);
+    // As many others as there may be: it makes room.
+    let told: Vec<_> = (1..=17).map(|n| Arc::new(to_file(&at(n)).0)).collect();
+    let mut files = LogFiles::default();
+    told.iter().take(16).for_each(|told| files.follow(None, Some(told)));
+    lab.telemetry.in_force(&files);
+    told.iter().take(15).for_each(|told| lab.end_of(told, nothing));
+    lab.end_of(&told[15], nothing);
+    assert_eq!(lab.sample(&["culvert_access_log_files "]).as_deref(), Some("16"));
+    // One too many, which is said once, and a request under the old settings that began before: there is no room.
+    for _ in 0..3 {
+        lab.end_of(&told[16], nothing);
+    }
+    assert_eq!((refused().as_str(), lines(17)), ("1", 0));
+    lab.end_of(&old, nothing);
+    assert_eq!(refused(), "2", "a line that is not written is counted");
+    files.follow(Some(&told[0]), Some(&told[16]));
+    lab.telemetry.in_force(&files);
+    lab.end_of(&told[16], nothing);
+    until("the one that was refused", || lines(17) == 1);
+    lab.telemetry.in_force(&LogFiles::default());
+    lab.end_of(&old, nothing);
+    until("the old one", || lines(0) == 2);
+    assert_eq!(refused(), "2");
+}
+
 /// A connection of bytes, from its beginning to its end.
 fn carry(lab: &Lab, told: &Told, change: impl FnOnce(&mut Record)) {
     let decided = Decided {

@@ -72,7 +72,7 @@ struct Shared {
     limit: usize,
     /// The target is to be opened again before the next line is written.
     reopen: AtomicBool,
-    dropped: AtomicU64,
+    dropped: Arc<AtomicU64>,
     failures: AtomicU64,
 }
 
@@ -99,7 +99,7 @@ impl LogWriter {
     /// The file can't be opened or the thread not be started.
     pub fn start(target: &Target, notice: fn(u64) -> String) -> io::Result<Self> {
         let target = target.clone();
-        Self::start_with(target.open()?, move || target.open().map(Some), BUFFER_LIMIT_BYTES, notice)
+        Self::start_with(target.open()?, move |_| target.open().map(Some), BUFFER_LIMIT_BYTES, notice)
     }
 
     /// As [`LogWriter::start`], on something that is open, with a limit in bytes of what waits.
@@ -111,7 +111,7 @@ impl LogWriter {
         limit: usize,
         notice: fn(u64) -> String,
     ) -> io::Result<Self> {
-        Self::start_with(sink, || Ok(None), limit, notice)
+        Self::start_with(sink, |_| Ok(None), limit, notice)
     }
 
     /// As [`LogWriter::start`], but the thread opens the file, once there is something to write: a slow disk, or a pipe that
@@ -120,14 +120,23 @@ impl LogWriter {
     /// # Errors
     /// The thread can't be started.
     pub fn start_later(path: PathBuf, notice: fn(u64) -> String) -> io::Result<Self> {
-        let later = move || Later { target: Target::File(path.clone()), file: None, again: None };
-        Self::start_with(later(), move || Ok(Some(later())), BUFFER_LIMIT_BYTES, notice)
+        let again = Again::default();
+        let later =
+            move || Later { target: Target::File(path.clone()), file: None, again: Arc::clone(&again) };
+        let open = move |why| {
+            let later = later();
+            if why == Why::Asked {
+                later.set_again(None);
+            }
+            Ok::<_, io::Error>(later)
+        };
+        Self::start_with(open(Why::Asked)?, move |why| open(why).map(Some), BUFFER_LIMIT_BYTES, notice)
     }
 
     /// `open` opens the target again; `None` where that makes no sense.
     fn start_with<W: Write + Send + 'static>(
         sink: W,
-        open: impl Fn() -> io::Result<Option<W>> + Send + 'static,
+        open: impl Fn(Why) -> io::Result<Option<W>> + Send + 'static,
         limit: usize,
         notice: fn(u64) -> String,
     ) -> io::Result<Self> {
@@ -137,7 +146,7 @@ impl LogWriter {
             emptied: Condvar::new(),
             limit,
             reopen: AtomicBool::new(false),
-            dropped: AtomicU64::new(0),
+            dropped: Arc::default(),
             failures: AtomicU64::new(0),
         });
         let of_thread = shared.clone();
@@ -188,6 +197,12 @@ impl LogWriter {
         self.0.dropped.load(Relaxed)
     }
 
+    /// The count of dropped lines, which goes on as long as somebody has the writer.
+    #[must_use]
+    pub fn drops(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.0.dropped)
+    }
+
     /// How many writes failed.
     #[must_use]
     pub fn failures(&self) -> u64 {
@@ -217,30 +232,48 @@ impl LogWriter {
     }
 }
 
+/// Why a target is opened again.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Why {
+    /// Somebody said so: it is tried at once.
+    Asked,
+    /// There is nothing to write, and it is let go of.
+    Rests,
+}
+
+/// When to try again to open a file that could not be opened; what rests keeps it.
+type Again = Arc<Mutex<Option<Instant>>>;
+
 /// A file that is opened by whoever writes to it.
 struct Later {
     target: Target,
     file: Option<File>,
-    /// When to try again to open it.
-    again: Option<Instant>,
+    again: Again,
 }
 
 impl Later {
     fn open(&mut self) -> io::Result<&mut File> {
-        if self.again.is_some_and(|again| Instant::now() < again) {
+        let again = *self.again.lock().unwrap_or_else(PoisonError::into_inner);
+        if again.is_some_and(|again| Instant::now() < again) {
             return Err(ErrorKind::NotConnected.into());
         }
         let opened = match self.file.take() {
             Some(file) => file,
             None => self.target.open().inspect_err(|error| {
-                if self.again.is_none() {
+                if again.is_none() {
                     tracing::error!(file = ?self.target, %error, "a log is not written: it can't be opened");
                 }
-                self.again = Some(Instant::now() + OPEN_PAUSE);
+                self.set_again(Some(Instant::now() + OPEN_PAUSE));
             })?,
         };
-        self.again = None;
+        if again.is_some() {
+            self.set_again(None);
+        }
         Ok(self.file.insert(opened))
+    }
+
+    fn set_again(&self, again: Option<Instant>) {
+        *self.again.lock().unwrap_or_else(PoisonError::into_inner) = again;
     }
 }
 
@@ -267,7 +300,7 @@ struct Carrier<W, O> {
     notice: fn(u64) -> String,
 }
 
-impl<W: Write, O: Fn() -> io::Result<Option<W>>> Carrier<W, O> {
+impl<W: Write, O: Fn(Why) -> io::Result<Option<W>>> Carrier<W, O> {
     fn run(&mut self, shared: &Shared) {
         let mut batch = Vec::new();
         loop {
@@ -277,7 +310,7 @@ impl<W: Write, O: Fn() -> io::Result<Option<W>>> Carrier<W, O> {
             while pending.bytes.is_empty() && !pending.closed {
                 if pending.rests && std::mem::take(&mut self.used) {
                     drop(pending);
-                    self.reopen(shared);
+                    self.reopen(shared, Why::Rests);
                     pending = shared.lock();
                     continue;
                 }
@@ -295,7 +328,7 @@ impl<W: Write, O: Fn() -> io::Result<Option<W>>> Carrier<W, O> {
             std::mem::swap(&mut pending.bytes, &mut batch);
             drop(pending);
             if shared.reopen.swap(false, Relaxed) {
-                self.reopen(shared);
+                self.reopen(shared, Why::Asked);
             }
             self.used = true;
             self.carry_out(&batch, shared);
@@ -304,8 +337,8 @@ impl<W: Write, O: Fn() -> io::Result<Option<W>>> Carrier<W, O> {
         }
     }
 
-    fn reopen(&mut self, shared: &Shared) {
-        match (self.open)() {
+    fn reopen(&mut self, shared: &Shared, why: Why) {
+        match (self.open)(why) {
             Ok(Some(sink)) => (self.sink, self.mid_line) = (sink, false),
             Ok(None) => {}
             Err(_) => {
