@@ -305,9 +305,9 @@ fn switch_on(netns: &Netns, switches: &[&'static str]) -> Result<(), Error> {
     })
 }
 
-/// Marks what must keep its routes: at enrolment the connections that go past ztunnel; when the pod leaves, the application's
-/// ends of those that ztunnel carries.
-fn mark(netns: &Netns, carried: bool) -> Result<(), Error> {
+/// Marks what must keep its routes: at enrolment the connections that go past ztunnel; when the pod leaves, or netfilter no
+/// longer marks their packets, the application's ends of those that ztunnel carries.
+pub(crate) fn mark(netns: &Netns, carried: bool) -> Result<(), Error> {
     let failed = |source| Error::Netlink { action: "list the connections", netns: netns.to_string(), source };
     let all = sock_diag::connections(netns).map_err(failed)?;
     let ends: BTreeSet<(SocketAddr, SocketAddr)> =

@@ -8,12 +8,13 @@ use std::time::Duration;
 
 use capture::{Backend, Include, PortRange, Ports, Rules};
 use harness::netns::{Host, Lab, Process};
-use net::Netns;
+use net::{ConnectOptions, Netns};
 use nix::sys::signal::Signal;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::fixture::{
     Case, FakeZtunnel, block_on, dial, each_case, echo, greeting, in_time, start_app, two_nodes, works,
+    ztunnel_listener,
 };
 
 const NAMESPACE: &str = "CULVERT_TEST_ZTUNNEL_NAMESPACE";
@@ -302,7 +303,77 @@ fn a_change_of_the_back_end_lets_nothing_pass() {
     each_case(NAME, async |case: Case| {
         for after in Backend::ALL.into_iter().filter(|after| *after != case.backend && works(NAME, *after)) {
             replaced(case, Case { backend: after, ..case }).await;
+            delivered(case, Case { backend: after, ..case }).await;
         }
+    });
+}
+
+/// What came by a tunnel goes on, and not past ztunnel where the client's address is one that the pod dials in plaintext.
+async fn delivered(before: Case, after: Case) {
+    let lab = two_nodes();
+    let (server, client) = (lab.pod("server"), lab.pod("client"));
+    start_app(&server.netns, 8080);
+    let from = client.ip(before.v6);
+    let rules = Rules {
+        exclude_outbound_ranges: vec![ipnet::IpNet::new(from, 24).unwrap().trunc()],
+        ..Rules::default()
+    };
+    before.capture().install(&server.netns, &rules).unwrap();
+    let options =
+        ConnectOptions { source: Some(std::net::SocketAddr::new(from, 0)), ..ConnectOptions::default() };
+    let app = before.addr(server, 8080);
+    let mut stream = net::connect(&server.netns, &options, app, Duration::from_secs(3)).await.unwrap();
+    assert_eq!(greeting(&mut stream).await, from.to_string());
+    let seen = on_the_link(&lab, "tcp src port 8080", async {
+        capture::replace(&*after.capture(), before.backend, &server.netns, &rules).unwrap();
+        stream.write_all(b"this goes on").await.unwrap();
+        let mut back = [0; 12];
+        let read = tokio::time::timeout(Duration::from_secs(5), stream.read_exact(&mut back)).await;
+        assert!(matches!(read, Ok(Ok(12))), "{before:?} {after:?}: {read:?}");
+    });
+    assert_eq!(seen.await, 0, "{before:?} {after:?}");
+}
+
+/// An application may hold its end of a connection for long after ztunnel has closed the other: it is not to be taken for one of
+/// before the enrolment.
+#[test]
+fn what_ztunnel_has_closed_is_not_sent_past_it_after_a_change() {
+    const NAME: &str = "what_ztunnel_has_closed_is_not_sent_past_it_after_a_change";
+    each_case(NAME, async |case: Case| {
+        if case.backend == Backend::Ebpf || !works(NAME, Backend::Ebpf) {
+            return;
+        }
+        let lab = two_nodes();
+        let (server, client) = (lab.pod("server"), lab.pod("client"));
+        start_app(&client.netns, 9090);
+        start_app(&client.netns, 9091);
+        server.shell("sysctl -qw net.ipv4.tcp_fin_timeout=1").unwrap();
+        let listener = ztunnel_listener(&server.netns, Ports::default().outbound);
+        let range = PortRange::new(9091, 9091).unwrap();
+        let rules = Rules { exclude_outbound_ports: vec![range], ..Rules::default() };
+        case.capture().install(&server.netns, &rules).unwrap();
+        let mut exempt = dial(&server.netns, case.addr(client, 9091)).await.unwrap();
+        greeting(&mut exempt).await;
+        let mut stream = dial(&server.netns, case.addr(client, 9090)).await.unwrap();
+        drop(in_time(listener.accept()).await.unwrap());
+        assert_eq!(stream.read(&mut [0]).await.unwrap(), 0);
+        let own = stream.local_addr().unwrap();
+        in_time(async {
+            let of_ztunnel = |end: &net::sock_diag::Connection| end.peer.port() == own.port();
+            while net::sock_diag::connections(&server.netns).unwrap().iter().any(of_ztunnel) {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        })
+        .await;
+
+        let after = Case { backend: Backend::Ebpf, ..case };
+        let packets = format!("tcp port {}", own.port());
+        let seen = on_the_link(&lab, &packets, async {
+            capture::replace(&*after.capture(), case.backend, &server.netns, &rules).unwrap();
+            stream.write_all(b"this must not pass").await.unwrap_err();
+            echo(&mut exempt, "this goes on").await;
+        });
+        assert_eq!(seen.await, 0, "{case:?}");
     });
 }
 
