@@ -18,6 +18,7 @@ use crate::nf_tables::{self, Chain};
 use crate::probe::{privileges, trial};
 use crate::routing::{self, REPLY_MARK};
 use crate::rules::{InterfaceName, Matcher, Plan, Rules, Step, Tuple, Verdict};
+use crate::timeouts;
 use crate::tool::{Tools, run};
 
 /// New connections: of the four flags, SYN alone.
@@ -178,8 +179,9 @@ impl Capture for Iptables {
                 changed = true;
             }
         }
+        let raised = timeouts::raise(netns);
         let (routed, ipv6) = routing?;
-        Ok(Installed { changed: changed || routed, ipv6 })
+        Ok(Installed { changed: changed || routed || raised, ipv6 })
     }
 
     fn verify(&self, netns: &Netns, rules: &Rules) -> Result<Drift, Error> {
@@ -194,6 +196,7 @@ impl Capture for Iptables {
             drift.unexpected.extend(named(found.unexpected));
         }
         drift.missing.extend(routing::missing(netns)?);
+        drift.missing.extend(timeouts::missing(netns));
         Ok(drift)
     }
 
@@ -209,6 +212,9 @@ impl Capture for Iptables {
             if self.backend == Backend::IptablesNft {
                 programs.remove_made(netns, &saved)?;
             }
+        }
+        if changed {
+            timeouts::put_back(netns);
         }
         Ok(routing::remove(netns)? || changed)
     }

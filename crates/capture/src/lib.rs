@@ -36,6 +36,7 @@ mod replace;
 mod routing;
 mod rules;
 mod select;
+mod timeouts;
 mod tool;
 
 pub use backend::{Backend, Capture, Drift, Installed, UnknownBackend};

@@ -13,6 +13,7 @@ use crate::error::{Error, Missing};
 use crate::probe::{privileges, trial};
 use crate::routing::{self, REPLY_MARK};
 use crate::rules::{InterfaceName, Matcher, Plan, PortRange, Rules, Step, Tuple, Verdict};
+use crate::timeouts;
 use crate::tool::{Tools, refused, run, run_any};
 
 const TABLE: &str = "inet culvert";
@@ -111,14 +112,16 @@ impl Capture for Nftables {
         if loaded {
             self.load(netns, rules)?;
         }
+        let raised = timeouts::raise(netns);
         let (routed, ipv6) = routing?;
-        Ok(Installed { changed: routed || loaded, ipv6 })
+        Ok(Installed { changed: routed || loaded || raised, ipv6 })
     }
 
     fn verify(&self, netns: &Netns, rules: &Rules) -> Result<Drift, Error> {
         check(rules)?;
         let mut drift = compare(&self.expected(rules)?, &self.listing(netns)?);
         drift.missing.extend(routing::missing(netns)?);
+        drift.missing.extend(timeouts::missing(netns));
         Ok(drift)
     }
 
@@ -126,6 +129,7 @@ impl Capture for Nftables {
         let loaded = !self.listing(netns)?.is_empty();
         if loaded {
             self.run(netns, &["-f", "-"], &format!("delete table {TABLE}\n"))?;
+            timeouts::put_back(netns);
         }
         Ok(routing::remove(netns)? || loaded)
     }

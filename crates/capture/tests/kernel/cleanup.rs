@@ -12,7 +12,7 @@ fn dump(pod: &Host) -> String {
     let everything = "nft -s list ruleset; \
         iptables-legacy-save; ip6tables-legacy-save; \
         ip rule; ip -6 rule; ip route show table all; ip -6 route show table all; \
-        sysctl -a 2>/dev/null | grep -E '^net.ipv[46].(conf|ip_forward|tcp_fwmark|fwmark_reflect)' | grep -v stable_secret";
+        sysctl -a 2>/dev/null | grep -E '^net.ipv[46].(conf|ip_forward|tcp_fwmark|fwmark_reflect)|conntrack_tcp_timeout' | grep -v stable_secret";
     without_empty_tables(&pod.shell(everything).unwrap())
 }
 

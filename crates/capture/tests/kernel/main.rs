@@ -9,6 +9,7 @@ mod continuity;
 mod dns;
 mod exclusions;
 mod fixture;
+mod forgotten;
 mod missing;
 mod node_probes;
 mod redirect;
