@@ -64,7 +64,8 @@ impl Record {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes that `netns` is about to hold the redirection of `backend`. Returns the other back-end that did before.
+    /// Notes that `netns` is about to hold the redirection of `backend`. Returns the other back-end that did before: that one
+    /// stays noted until it is [`Record::replaced`], so that who fails tries again.
     pub fn note(&self, netns: &Netns, pod: &str, backend: Backend) -> Option<Backend> {
         let (path, inode) = (netns.name().to_owned(), netns.id().inode());
         let entry = Entry { pod: pod.to_owned(), inode, backend: backend.as_str().to_owned() };
@@ -72,9 +73,29 @@ impl Record {
         if entries.get(&path) == Some(&entry) {
             return None;
         }
-        let before = entries.insert(path, entry).filter(|entry| entry.inode == inode);
+        let before = entries.get(&path).filter(|entry| entry.inode == inode);
+        let other = before.and_then(|entry| entry.backend.parse().ok()).filter(|before| *before != backend);
+        if other.is_none() {
+            entries.insert(path, entry);
+            self.write(&entries);
+        }
+        other
+    }
+
+    /// Notes that `backend` has taken the place of the other one in `netns`.
+    pub fn replaced(&self, netns: &Netns, pod: &str, backend: Backend) {
+        let entry =
+            Entry { pod: pod.to_owned(), inode: netns.id().inode(), backend: backend.as_str().to_owned() };
+        let mut entries = self.entries();
+        entries.insert(netns.name().to_owned(), entry);
         self.write(&entries);
-        before.and_then(|entry| entry.backend.parse().ok()).filter(|before| *before != backend)
+    }
+
+    /// Which back-end is noted of `netns`, if it is another one than `backend`.
+    pub fn other(&self, netns: &Netns, backend: Backend) -> Option<Backend> {
+        let entries = self.entries();
+        let entry = entries.get(netns.name()).filter(|entry| entry.inode == netns.id().inode());
+        entry.and_then(|entry| entry.backend.parse().ok()).filter(|noted| *noted != backend)
     }
 
     /// Notes that nothing of ours is in `netns` any more.
@@ -141,7 +162,14 @@ mod tests {
         let standing = next.standing();
         assert_eq!(standing.len(), 1);
         assert_eq!((&*standing[0].1.pod, standing[0].0.same(&here)), ("shop/web", true));
-        assert_eq!(next.note(&here, "shop/web", Backend::IptablesNft), Some(Backend::Nftables));
+        // Until it is replaced, and not only once.
+        for _ in 0..2 {
+            assert_eq!(next.note(&here, "shop/web", Backend::IptablesNft), Some(Backend::Nftables));
+            assert_eq!(Record::open(&state, "node/1").unwrap().standing()[0].1.backend, "nftables");
+        }
+        next.replaced(&here, "shop/web", Backend::IptablesNft);
+        assert_eq!(next.note(&here, "shop/web", Backend::IptablesNft), None);
+        assert_eq!(Record::open(&state, "node/1").unwrap().standing()[0].1.backend, "iptables-nft");
         next.forget(&here);
         assert_eq!(Record::open(&state, "node/1").unwrap().standing().len(), 0);
         assert_eq!(Record::open(&state, "other").unwrap().standing().len(), 0);

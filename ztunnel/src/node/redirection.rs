@@ -106,7 +106,9 @@ impl Redirection {
         let installed = match record.note(netns, pod, capture.backend()) {
             Some(other) => {
                 tracing::info!(pod, %other, "removing the redirection of another back-end");
-                replace(&**capture, other, netns, rules)?
+                let installed = replace(&**capture, other, netns, rules)?;
+                record.replaced(netns, pod, capture.backend());
+                installed
             }
             None => capture.install(netns, rules)?,
         };
@@ -167,6 +169,10 @@ impl Redirection {
     /// What could not be done.
     pub fn end(&self, netns: &Netns) -> Result<(), capture::Error> {
         if let Self::Own { capture, record } = self {
+            // One that could not be replaced.
+            if let Some(other) = record.other(netns, capture.backend()) {
+                remove_of(other, netns)?;
+            }
             capture.remove(netns)?;
             record.forget(netns);
         }
