@@ -80,13 +80,9 @@ pub fn run(args: &BugReportArgs) -> Result<ExitCode> {
     }
     report.json("analyze", analysis(&args.cluster))?;
     for app in ["culvertd", "culvert-node", "ztunnel"] {
-        for pod in cluster.pods(app)? {
-            report.pod(app, &pod)?;
-        }
+        report.pods(app, cluster.pods(app))?;
     }
-    for pod in cluster.waypoint_pods(None, None)? {
-        report.pod("waypoint", &pod)?;
-    }
+    report.pods("waypoint", cluster.waypoint_pods(None, None))?;
     let Report { files, missing, .. } = report;
     if !missing.is_empty() {
         fs::write(args.out.join("missing.txt"), missing.join("\n") + "\n")?;
@@ -129,6 +125,16 @@ impl Report<'_> {
     fn json(&mut self, name: &str, content: Result<Value>) -> Result<()> {
         let text = content.and_then(|value| Ok(Output::Json.document(&value)?.unwrap_or_default()));
         self.write(&format!("{name}.json"), text.map(String::into_bytes))
+    }
+
+    fn pods(&mut self, app: &str, pods: Result<Vec<PodName>>) -> Result<()> {
+        match pods {
+            Ok(pods) => pods.iter().try_for_each(|pod| self.pod(app, pod)),
+            Err(error) => {
+                self.missing.push(format!("the pods of {app}: {error:#}"));
+                Ok(())
+            }
+        }
     }
 
     /// A pod's logs, and what it says of itself.

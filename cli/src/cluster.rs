@@ -27,6 +27,8 @@ const LIMIT: Duration = Duration::from_secs(30);
 const PAGE: usize = 500;
 /// The label of what is deployed for a Gateway.
 const GATEWAY_LABEL: &str = "gateway.networking.k8s.io/gateway-name";
+/// That of what Culvert deployed, and no other that has Gateways in the cluster; as part of a query.
+const OWN: &str = "app.kubernetes.io%2Fmanaged-by%3Dculvertd";
 /// Who changes what these commands change, in the server's records.
 const MANAGER: &str = "culvert";
 
@@ -319,7 +321,7 @@ impl Cluster {
         Ok(pods)
     }
 
-    /// The pods that are deployed for waypoints: of a namespace, or all, and of the Gateway of a name, or of all.
+    /// The pods that Culvert deployed for waypoints: of a namespace, or all, and of the Gateway of a name, or of all.
     ///
     /// # Errors
     /// As [`Cluster::find`].
@@ -327,7 +329,7 @@ impl Cluster {
         let pods =
             namespace.map_or_else(|| "/api/v1/pods".to_owned(), |n| format!("/api/v1/namespaces/{n}/pods"));
         let wanted = gateway.map(|name| format!("%3D{name}")).unwrap_or_default();
-        let path = format!("{pods}?labelSelector={}{wanted}", GATEWAY_LABEL.replace('/', "%2F"));
+        let path = format!("{pods}?labelSelector={}{wanted}%2C{OWN}", GATEWAY_LABEL.replace('/', "%2F"));
         let mut pods: Vec<_> = self.list(&path)?.iter().map(pod_name).collect();
         pods.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
         Ok(pods)

@@ -331,10 +331,21 @@ fn looking_at_the_cluster(server: &Server) {
     let status: Value = serde_json::from_str(&text).unwrap();
     assert_eq!(status["namespaces"]["shop"]["wanted"], 0);
     assert_eq!(status["ready"], false);
+    let pod = |name: &str, manager: &str| {
+        json!({"apiVersion": "v1", "kind": "Pod", "spec": {"containers": [{"name": "a", "image": "a"}]},
+               "metadata": {"name": name, "namespace": "shop", "labels": {
+                   "gateway.networking.k8s.io/gateway-name": name, "app.kubernetes.io/managed-by": manager}}})
+    };
+    server.apply(&pod("a-waypoint", "culvertd")).unwrap();
+    server.apply(&pod("a-gateway", "istiod")).unwrap();
     let out = server.path("report");
     server.expect(0, &["no keys"], &["bug-report", "--out", &out]);
     let analysis = fs::read_to_string(Path::new(&out).join("analyze.json")).unwrap();
     assert!(analysis.contains("unknown-field"), "{analysis}");
+    // No node runs it; but it was asked for, and those that others deployed are not.
+    let missing = fs::read_to_string(Path::new(&out).join("missing.txt")).unwrap();
+    assert!(missing.contains("shop/a-waypoint") && !missing.contains("a-gateway"), "{missing}");
+    assert!(!Path::new(&out).join("shop/a-gateway").exists());
     server.expect(2, &["cannot make"], &["bug-report", "--out", &out]);
 }
 
