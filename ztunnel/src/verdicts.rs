@@ -25,7 +25,8 @@ mod table;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::Ordering::{Relaxed, Release};
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -62,7 +63,7 @@ enum Joined {
     /// It may be an end, and the source too or not.
     Fit(Netns, bool),
     /// It may not.
-    Unfit(String, Instant),
+    Unfit(Netns, String, Instant),
 }
 
 /// What the thread is asked.
@@ -90,6 +91,8 @@ pub struct Verdicts {
     asked: Mutex<Option<mpsc::Receiver<Ask>>>,
     /// Something could not be taken back: the lease is left to end.
     stuck: AtomicBool,
+    /// The thread did not answer in time: it renews nothing before it has judged again what stands.
+    late: AtomicBool,
     /// All is taken back, and nothing is written any more.
     over: AtomicBool,
     cut: AtomicU64,
@@ -151,6 +154,7 @@ impl Verdicts {
             ask,
             asked: Mutex::new(Some(asked)),
             stuck: AtomicBool::new(false),
+            late: AtomicBool::new(false),
             over: AtomicBool::new(false),
             cut: AtomicU64::new(0),
             trouble: Mutex::default(),
@@ -165,7 +169,7 @@ impl Verdicts {
     pub fn wants(&self, proxy: &Proxy, ends: [&SpiffeId; 2], netns: &Netns, dialled: SocketAddr) -> bool {
         let ([source, destination], way) = (ends, Way { netns: netns.id(), dialled });
         self.kernel().is_some()
-            && !self.stuck.load(Relaxed)
+            && !self.is_stuck()
             && !self.over.load(Relaxed)
             && proxy.state.mesh().settings().node_local.between(source.namespace(), destination.namespace()) == NodeLocal::Kernel
             // Whoever has the lock writes, or judges; the next connection offers the same.
@@ -184,7 +188,7 @@ impl Verdicts {
         let stories = Arc::new(Stories::new(proxy, outbound, inbound));
         let Ok(mut table) = self.table.try_lock() else { return };
         // Looked at under the lock: who takes all back has it.
-        if self.over.load(Relaxed) || self.stuck.load(Relaxed) {
+        if self.over.load(Relaxed) || self.is_stuck() {
             return;
         }
         match table.offer((kernel, proxy), (way, stories), (pair, Arc::new(ends))) {
@@ -200,7 +204,7 @@ impl Verdicts {
         match pods.get(&netns.id()) {
             Some(Joined::Fit(..)) => return true,
             Some(Joined::Asked) => return false,
-            Some(Joined::Unfit(_, since)) if since.elapsed() < UNFIT_FOR => return false,
+            Some(Joined::Unfit(.., since)) if since.elapsed() < UNFIT_FOR => return false,
             _ => {}
         }
         // A queue that is full is a later connection's matter.
@@ -213,6 +217,16 @@ impl Verdicts {
     /// Whether a pod may be the source of a pair.
     fn may_begin(&self, netns: &Netns) -> bool {
         matches!(lock(&self.pods).get(&netns.id()), Some(Joined::Fit(_, true)))
+    }
+
+    /// Whether a pod may still be the destination of a pair.
+    fn may_end(&self, netns: &Netns) -> bool {
+        matches!(lock(&self.pods).get(&netns.id()), Some(Joined::Fit(..)))
+    }
+
+    /// Whether the lease is left to end.
+    fn is_stuck(&self) -> bool {
+        self.stuck.load(Relaxed) || self.late.load(Relaxed)
     }
 
     /// Judges again what stands. What is not allowed any more is over when this returns.
@@ -235,9 +249,14 @@ impl Verdicts {
             return;
         }
         let (done, wait) = oneshot::channel();
-        if self.ask.send(ask(done)).await.is_ok() {
-            // A thread that is gone, or hangs, renews no lease.
-            let _ = tokio::time::timeout(ANSWERED, wait).await;
+        let answered = async {
+            if self.ask.send(ask(done)).await.is_ok() {
+                let _ = wait.await;
+            }
+        };
+        if tokio::time::timeout(ANSWERED, answered).await.is_err() {
+            // A thread that hangs renews no lease; one that is late must not before it has judged again.
+            self.late.store(true, Release);
         }
     }
 
@@ -267,7 +286,7 @@ impl Verdicts {
                 with(|joined| matches!(joined, Joined::Fit(..))),
                 with(|j| matches!(j, Joined::Unfit(..))),
             ),
-            stuck: self.stuck.load(Relaxed),
+            stuck: self.is_stuck(),
         }
     }
 
@@ -281,7 +300,7 @@ impl Verdicts {
         let counts = self.counts();
         let pods = lock(&self.pods);
         let unfit = pods.values().filter_map(|joined| match joined {
-            Joined::Unfit(why, _) => Some(why.as_str()),
+            Joined::Unfit(_, why, _) => Some(why.as_str()),
             Joined::Fit(_, false) => Some("some of what it sends is not captured: it is no source"),
             Joined::Asked | Joined::Fit(..) => None,
         });

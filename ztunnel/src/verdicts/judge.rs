@@ -50,6 +50,7 @@ impl Judge<Ends, Stories> for Proxy {
         let vouched = |id: &SpiffeId| self.tls.vouched(id).now_or_never().is_some_and(|now| now.is_ok());
         self.shutdown.phase() == Phase::Running
             && self.verdicts.may_begin(&ends.source.netns)
+            && self.verdicts.may_end(&ends.destination.netns)
             && vouched(&ends.source_identity)
             && vouched(&ends.destination_identity)
             && self.leads_there(way, pair, ends, told).unwrap_or(false)

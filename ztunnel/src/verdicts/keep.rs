@@ -3,13 +3,15 @@
 //! It is a thread of its own, so that neither traffic nor a large configuration delays the lease; and the one that renews is the
 //! one that takes back, so that no verdict outlives for long what can't be taken back.
 
+use std::cell::Cell;
 use std::collections::HashSet;
 use std::io;
+use std::num::NonZeroU64;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{AcqRel, Relaxed};
 use std::time::Duration;
 
-use model::NodeLocal;
+use model::{Mesh, NodeLocal};
 use net::{Netns, NetnsId};
 use nix::time::{ClockId, clock_gettime};
 use process::shutdown::{Hold, Phase};
@@ -38,7 +40,11 @@ const IDLE: Duration = Duration::from_millis(200);
 const BATCH: usize = 1024;
 /// Batches before other work gets its turn.
 const BATCHES: usize = 16;
-/// How long an earlier process's pairs wait for their pods. They stay revoked afterwards.
+/// How long pairs are ended at a time. No packet of the others passes meanwhile.
+const TURN: Duration = Duration::from_secs(1);
+/// Pods that are looked at again at a time.
+const AGAIN: usize = 8;
+/// How long an earlier process's pairs wait for both of their pods. Afterwards they are ended where there is one.
 const INHERITED_FOR: Duration = Duration::from_secs(120);
 /// How long after it failed it is tried again to attach the programs.
 const ATTACH_AGAIN: Duration = Duration::from_secs(30);
@@ -60,6 +66,9 @@ pub fn keep(proxy: &Arc<Proxy>, attached: impl Fn() + Send + 'static) -> io::Res
         inherited: Vec::new(),
         inherited_at: Instant::now(),
         attach_at: Instant::now(),
+        again: Vec::new(),
+        renewed: Cell::new(Instant::now()),
+        judged: Cell::new(Instant::now()),
     };
     keeper.attach();
     std::thread::Builder::new().name("verdicts".into()).spawn(move || {
@@ -88,6 +97,11 @@ struct Keeper {
     inherited: Vec<Pair>,
     inherited_at: Instant,
     attach_at: Instant,
+    /// Pods that are yet to be looked at again.
+    again: Vec<NetnsId>,
+    renewed: Cell<Instant>,
+    /// When all that stands was judged last.
+    judged: Cell<Instant>,
 }
 
 /// The time, by the clock that the kernel's records are of.
@@ -110,7 +124,12 @@ impl Keeper {
         loop {
             tokio::select! {
                 biased;
-                _ = renewal.tick() => self.renew(),
+                _ = renewal.tick() => {
+                    if self.has_lapsed() {
+                        self.recheck();
+                    }
+                    self.renew();
+                }
                 ask = asked.recv() => match ask {
                     Some(ask) => self.answer(ask),
                     None => return,
@@ -123,13 +142,11 @@ impl Keeper {
                 }
                 _ = recheck.tick() => {
                     self.attach();
+                    self.join_again();
                     self.recheck();
                     self.end_inherited();
                 }
-                _ = look.tick() => {
-                    self.join_again();
-                    self.look();
-                }
+                _ = look.tick() => self.look(),
                 () = sleep(pause) => pause = if self.hear() { BUSY } else { IDLE },
             }
         }
@@ -179,6 +196,8 @@ impl Keeper {
         let made = attach().and_then(|kernel| {
             // Nothing passes by what an earlier process knew.
             let inherited = kernel.stop().and_then(|()| kernel.inherit()).map_err(|e| e.to_string())?;
+            // All that it wrote is revoked by now, of whatever generation: the table counts from the first.
+            kernel.commit(NonZeroU64::MIN).map_err(|e| e.to_string())?;
             Ok((kernel, inherited))
         });
         match made {
@@ -191,6 +210,8 @@ impl Keeper {
                 // Nobody else sets it.
                 let _ = verdicts.kernel.set(kernel);
                 *lock(&verdicts.trouble) = None;
+                // Nothing stands.
+                self.judged.set(Instant::now());
                 self.renew();
                 (self.attached)();
             }
@@ -205,16 +226,23 @@ impl Keeper {
         }
     }
 
-    /// Lets what stands go on for a while, unless something could not be taken back.
+    /// Whether the lease ran out, and nothing was judged since: this thread hung, or the machine slept.
+    fn has_lapsed(&self) -> bool {
+        self.renewed.get().elapsed() > LEASE && self.judged.get().elapsed() > LEASE
+    }
+
+    /// Lets what stands go on for a while, unless something could not be taken back or is to be judged first.
     fn renew(&self) {
         let verdicts = self.verdicts();
-        if verdicts.stuck.load(Relaxed) || verdicts.over.load(Relaxed) {
+        if verdicts.is_stuck() || verdicts.over.load(Relaxed) || self.has_lapsed() {
             return;
         }
-        if let Some(kernel) = self.kernel()
-            && let Err(error) = kernel.renew(LEASE)
-        {
-            tracing::error!(%error, "the lease of verdicts is not renewed: connections that pass by them stall");
+        let Some(kernel) = self.kernel() else { return };
+        match kernel.renew(LEASE) {
+            Ok(()) => self.renewed.set(Instant::now()),
+            Err(error) => {
+                tracing::error!(%error, "the lease of verdicts is not renewed: connections that pass by them stall");
+            }
         }
     }
 
@@ -224,28 +252,36 @@ impl Keeper {
             Ok(may_begin) => Joined::Fit(netns.clone(), may_begin),
             Err(why) => {
                 tracing::info!(%netns, why, "connections of the pod take the way through ztunnel");
-                Joined::Unfit(why, Instant::now())
+                Joined::Unfit(netns.clone(), why, Instant::now())
             }
         };
         lock(&self.verdicts().pods).insert(netns.id(), joined);
     }
 
-    /// Looks again at pods that joined: what of their traffic is captured may have changed.
-    fn join_again(&self) {
-        let pods: Vec<Netns> = lock(&self.verdicts().pods)
-            .values()
-            .filter_map(|joined| match joined {
-                Joined::Fit(netns, _) => Some(netns.clone()),
-                Joined::Asked | Joined::Unfit(..) => None,
-            })
-            .collect();
-        pods.iter().for_each(|netns| self.join(netns));
+    /// Looks again at some of the pods that joined, in turns: what of their traffic is captured may have changed.
+    fn join_again(&mut self) {
+        if self.again.is_empty() {
+            self.again = lock(&self.proxy.verdicts.pods).keys().copied().collect();
+        }
+        for _ in 0..AGAIN {
+            let Some(id) = self.again.pop() else { return };
+            let netns = match lock(&self.verdicts().pods).get(&id) {
+                Some(Joined::Fit(netns, _)) => netns.clone(),
+                _ => continue,
+            };
+            self.join(&netns);
+            self.renew();
+        }
     }
 
     /// Judges again what stands, and ends what is not allowed any more.
     fn recheck(&self) {
         let Some(kernel) = self.kernel() else { return };
+        let began = Instant::now();
+        // Before anything is judged: whoever is told late from here on asks for more than this may see.
+        self.verdicts().late.swap(false, AcqRel);
         let (over, outcome) = lock(&self.verdicts().table).recheck(kernel, &*self.proxy);
+        self.judged.set(began);
         self.note(outcome);
         self.finish(kernel, &over);
         self.release(kernel);
@@ -268,15 +304,22 @@ impl Keeper {
         if over.is_empty() {
             return;
         }
+        self.renew();
         self.enter();
         let mut cut = 0;
         for Over { pair, reason, .. } in over {
             let Some(reason) = reason else { continue };
             cut += lock(&self.verdicts().records).cut(pair, reason);
         }
-        let mut ended = Vec::new();
+        let (mut ended, began) = (Vec::new(), Instant::now());
         for Over { pair, ends, .. } in over {
-            match kernel.end(ends.netns(), pair) {
+            self.renew();
+            // The next round has what is left of them; the last one has to end all.
+            if began.elapsed() > TURN && !self.verdicts().over.load(Relaxed) {
+                break;
+            }
+            let (source, destination) = ends.netns();
+            match kernel.end((Some(source), Some(destination)), pair) {
                 Ok((_, 0)) => ended.push(pair),
                 Ok((_, left)) => tracing::debug!(?pair, left, "sockets of a revoked pair are still there"),
                 Err(error) => tracing::warn!(?pair, %error, "sockets of a revoked pair can't be ended"),
@@ -301,7 +344,8 @@ impl Keeper {
         };
         let left: Vec<_> = pods.iter().filter(is_left).map(|(id, _)| *id).collect();
         for id in left {
-            if let Some(Joined::Fit(netns, _)) = pods.remove(&id) {
+            // One that does not qualify any more may have done so, and has the program still.
+            if let Some(Joined::Fit(netns, _) | Joined::Unfit(netns, ..)) = pods.remove(&id) {
                 kernel.leave(&netns);
             }
         }
@@ -364,25 +408,44 @@ impl Keeper {
 
     /// Ends what an earlier process has left, as the pods come that it is of.
     fn end_inherited(&mut self) {
-        let Some(kernel) = self.proxy.verdicts.kernel() else { return };
+        let Some(kernel) = self.kernel() else { return };
         if self.inherited.is_empty() {
             return;
         }
-        let mesh = self.proxy.state.mesh_owned();
-        let (proxy, verdicts) = (&self.proxy, &self.proxy.verdicts);
-        self.inherited.retain(|pair| {
-            // It is allowed again, with the sockets that it has.
-            if lock(&verdicts.table).holds(pair) {
-                return false;
+        // Until then their pods may be yet to come.
+        let is_overdue = self.inherited_at.elapsed() > INHERITED_FOR && self.proxy.state.is_complete();
+        let (mesh, began, mut kept) = (self.proxy.state.mesh_owned(), Instant::now(), Vec::new());
+        let mut rest = self.inherited.iter().copied();
+        for pair in rest.by_ref() {
+            self.renew();
+            if !self.has_ended(kernel, &mesh, pair, is_overdue) {
+                kept.push(pair);
             }
-            let [source, destination] = [pair.source, pair.to.ip()].map(|ip| proxy.locals.at(&mesh, ip));
-            let (Some(source), Some(destination)) = (source, destination) else { return true };
-            !matches!(kernel.end((&source.netns, &destination.netns), pair), Ok((_, 0)))
-        });
-        if self.inherited_at.elapsed() > INHERITED_FOR && !self.inherited.is_empty() {
-            let pairs = self.inherited.len();
-            tracing::info!(pairs, "verdicts of an earlier process stay revoked: their pods are not here");
-            self.inherited.clear();
+            if began.elapsed() > TURN {
+                break;
+            }
+        }
+        // In turns.
+        self.inherited = rest.chain(kept).collect();
+    }
+
+    /// Ends an earlier process's pair. Whether nothing is left of it, or it is one of this process.
+    fn has_ended(&self, kernel: &dyn Kernel, mesh: &Mesh, pair: Pair, is_overdue: bool) -> bool {
+        // It is allowed again, with the sockets that it has.
+        if lock(&self.verdicts().table).holds(&pair) {
+            return true;
+        }
+        let [source, destination] = [pair.source, pair.to.ip()].map(|ip| self.proxy.locals.at(mesh, ip));
+        if !is_overdue && (source.is_none() || destination.is_none()) {
+            return false;
+        }
+        let ends = (source.as_ref().map(|pod| &pod.netns), destination.as_ref().map(|pod| &pod.netns));
+        match kernel.end(ends, &pair) {
+            Ok((_, left)) => left == 0,
+            Err(error) => {
+                tracing::debug!(?pair, %error, "a pair of an earlier process can't be ended");
+                false
+            }
         }
     }
 

@@ -92,11 +92,11 @@ pub trait Kernel: Send + Sync {
     fn revoke(&self, pair: &Pair) -> io::Result<()>;
 
     /// Revokes the pair, destroys its sockets in both namespaces, and forgets it if none is left. How many were destroyed, and
-    /// are left.
+    /// are left. `None` is an end that is gone.
     ///
     /// # Errors
     /// The kernel refuses.
-    fn end(&self, ends: (&Netns, &Netns), pair: &Pair) -> io::Result<(usize, usize)>;
+    fn end(&self, ends: (Option<&Netns>, Option<&Netns>), pair: &Pair) -> io::Result<(usize, usize)>;
 
     /// Leads what the pod dials to where the pair goes, past capture.
     ///

@@ -144,9 +144,12 @@ impl Kernel for Programs {
         self.verdicts.revoke((*pair).into()).map(drop).map_err(io::Error::other)
     }
 
-    fn end(&self, (source, destination): (&Netns, &Netns), pair: &Pair) -> io::Result<(usize, usize)> {
-        let ended =
-            self.verdicts.end(Some(source), Some(destination), (*pair).into()).map_err(io::Error::other)?;
+    fn end(
+        &self,
+        (source, destination): (Option<&Netns>, Option<&Netns>),
+        pair: &Pair,
+    ) -> io::Result<(usize, usize)> {
+        let ended = self.verdicts.end(source, destination, (*pair).into()).map_err(io::Error::other)?;
         Ok((ended.destroyed, ended.left))
     }
 

@@ -135,11 +135,6 @@ impl<E: Ends, S> Table<E, S> {
         self.ways.contains_key(way)
     }
 
-    /// Whether nothing stands.
-    pub fn is_empty(&self) -> bool {
-        self.pairs.is_empty()
-    }
-
     /// Ways and pairs.
     pub fn len(&self) -> (usize, usize) {
         (self.ways.len(), self.pairs.len())

@@ -287,6 +287,11 @@ async fn a_ztunnel_that_is_gone_leaves_nothing_that_passes_and_its_successor_beg
     let (client, web) = (mesh.pod("client").clone(), mesh.pod("web").clone());
     let _server = serve(&web, PORT);
     let to = SocketAddr::new(web.ipv4.into(), PORT);
+    // What is left is of a later generation than the one that the successor begins with.
+    let mut revoked = past(&mesh, mesh.pod("other"), to).await;
+    let of_other = "from: [{source: {principals: [cluster.local/ns/shop/sa/other]}}]";
+    mesh.apply("policy", &policy("deny", "DENY", "web", of_other)).await;
+    timeout(SOON, revoked.end()).await.expect("it goes on").unwrap_err();
     let mut open = past(&mesh, &client, to).await;
     open.echo().await.unwrap();
     mesh.ztunnel_mut("a").signal(Signal::SIGKILL);
