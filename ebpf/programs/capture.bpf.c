@@ -453,6 +453,10 @@ int arriving(struct __sk_buff *skb)
 	mark(skb, MARK_DIRECT);
 	if (!(s->flags & (CAPTURING | WITH_REFUSED)))
 		return TC_ACT_UNSPEC;
+	if (s->flags & CAPTURING && is_tagged(skb) && in_use()) {
+		count(COUNT_UNREADABLE);
+		return TC_ACT_SHOT;
+	}
 	struct packet p;
 	__u32 listener;
 	enum reading reading = read_packet(skb, &p);
@@ -541,7 +545,10 @@ int leaving(struct __sk_buff *skb)
 	struct packet p;
 	switch (read_packet(skb, &p)) {
 	case OTHER:
-		return TC_ACT_UNSPEC;
+		if (!(s->flags & CAPTURING) || (skb->mark & MARK_MASK) == MARK_ZTUNNEL || !is_tagged(skb) || !in_use())
+			return TC_ACT_UNSPEC;
+		count(COUNT_UNREADABLE);
+		return TC_ACT_SHOT;
 	case UNREADABLE:
 		if (direct || !(s->flags & CAPTURING))
 			return TC_ACT_UNSPEC;

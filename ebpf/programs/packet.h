@@ -151,6 +151,13 @@ INLINE enum reading read_packet(struct __sk_buff *skb, struct packet *p)
 	return READ;
 }
 
+/* Whether a tag of a VLAN is before what we read. The kernel has taken the outermost off before us. If that was one of priority alone
+ * (802.1P), it takes off further ones after us, and then reads what we have not. */
+INLINE int is_tagged(const struct __sk_buff *skb)
+{
+	return skb->protocol == be16(ETH_P_8021Q) || skb->protocol == be16(ETH_P_8021AD);
+}
+
 INLINE int opens(const struct packet *p)
 {
 	return (p->flags & (TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK)) == TCP_SYN;

@@ -128,6 +128,10 @@ int from_pod(struct __sk_buff *skb)
 	enum reading reading = read_packet(skb, &p);
 	if (!c)
 		return TC_ACT_SHOT;
+	if (c->owner && is_tagged(skb)) {
+		tally(TALLY_UNREADABLE);
+		return TC_ACT_SHOT;
+	}
 	if (is_odd(reading, &p)) {
 		if (!are_neighbours(&p))
 			return TC_ACT_UNSPEC;

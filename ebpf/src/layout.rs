@@ -74,7 +74,7 @@ pub const COUNT_ESCAPED_INBOUND: u32 = 3;
 pub const COUNT_ESCAPED_OUTBOUND: u32 = 4;
 /// Refused since no ztunnel listens.
 pub const COUNT_NO_LISTENER: u32 = 5;
-/// Packets whose headers could not be followed. Dropped.
+/// Packets whose headers could not be followed, and where verdicts are in use, those with a further tag of a VLAN. Dropped.
 pub const COUNT_UNREADABLE: u32 = 6;
 /// Packets of ztunnel's connections to the pod that were about to leave. Dropped.
 pub const COUNT_ASTRAY: u32 = 7;

@@ -22,7 +22,7 @@ use crate::layout::{
 };
 use crate::pins::{is_note, is_over};
 use crate::sys::{self, AttachType};
-use crate::{Error, Pins, objects};
+use crate::{Error, Pins, objects, verdicts};
 
 /// The link of the choice of sockets.
 pub(crate) const SOCKETS: &str = "link-sockets";
@@ -65,11 +65,20 @@ pub(crate) struct Shape(
 impl Shape {
     /// Whether a map of that name is pinned below `directory`, and is like this.
     fn is_in(&self, directory: &Path) -> bool {
-        let Self(name, kind, key, value, entries) = self;
+        self.holds(directory, |info| info.max_entries() == self.4)
+    }
+
+    /// Whether one is pinned there that programs can use as this, however many entries it has room for.
+    fn is_usable_in(&self, directory: &Path) -> bool {
+        self.holds(directory, |_| true)
+    }
+
+    fn holds(&self, directory: &Path, more: impl FnOnce(&MapInfo) -> bool) -> bool {
+        let Self(name, kind, key, value, _) = self;
         MapInfo::from_pin(directory.join(name)).is_ok_and(|info| {
             info.map_type().is_ok_and(|found| found == *kind)
                 && (info.key_size() as usize, info.value_size() as usize) == (*key, *value)
-                && info.max_entries() == *entries
+                && more(&info)
         })
     }
 
@@ -219,15 +228,15 @@ impl Pod {
     }
 
     /// Whether its maps are as the programs declare them: whoever opens a map by its name is given it as it is. Those of the node
-    /// have to be the node's.
+    /// have to be the node's, where those are so too; another build's are none.
     fn fits(&self) -> bool {
         MAPS.iter().all(|shape| shape.is_in(&self.maps))
             && SHARED.iter().all(|shape| {
-                if self.verdicts.join(shape.0).exists() {
+                if shape.is_usable_in(&self.verdicts) {
                     is_same_map(shape.0, &self.maps, &self.verdicts)
                 } else {
                     // What is left of verdicts that were removed lets nothing by.
-                    self.maps.join(shape.0).exists()
+                    shape.is_usable_in(&self.maps)
                 }
             })
     }
@@ -283,7 +292,9 @@ impl Pod {
             remove(pins, netns)?;
         }
         fs::create_dir_all(&directory).map_err(Error::io("make", directory.display()))?;
-        let pod = Self::at(directory, pins.verdicts()).with_maps_that_fit()?;
+        let pod = Self::at(directory, pins.verdicts());
+        let before = pod.maps.clone();
+        let pod = pod.with_maps_that_fit()?;
         let older = pod.older()?;
         let attached = older.is_empty()
             && pod.fits()
@@ -293,6 +304,12 @@ impl Pod {
             pod.write(contents, build())?;
         } else {
             let mut loaded = pod.load()?;
+            // Its programs still drop what the old verdicts let by; these don't know of it.
+            if !is_same_map("verdicts", &before, &pod.maps)
+                && let Err(error) = verdicts::end_strays_of(netns, &pod.maps)
+            {
+                tracing::warn!(%netns, %error, "connections by verdicts that are gone may go on");
+            }
             // Maps may be new and empty where programs of older ones capture: links say whether any do.
             let is_new =
                 matches!(pod.read(), Ok(None)) && !entries(&pod.directory)?.iter().any(|path| is_link(path));
@@ -379,13 +396,15 @@ impl Pod {
     fn load(&self) -> Result<Ebpf, Error> {
         let mut loader = EbpfLoader::new();
         loader.default_map_pin_directory(&self.maps);
-        for Shape(name, _, _, _, entries) in SHARED {
+        for shape in SHARED {
+            let Shape(name, _, _, _, entries) = shape;
+            let is_nodes = shape.is_usable_in(&self.verdicts);
             let (nodes, ours) = (self.verdicts.join(name), self.maps.join(name));
-            if nodes.exists() && !ours.exists() {
+            if is_nodes && !ours.exists() {
                 let map = MapData::from_pin(&nodes).map_err(Error::map("open", name))?;
                 sys::pin(map.fd().as_fd(), &ours).map_err(Error::io("pin", ours.display()))?;
             }
-            if !nodes.exists() {
+            if !is_nodes {
                 loader.map_max_entries(name, entries);
             }
         }

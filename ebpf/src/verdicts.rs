@@ -152,7 +152,7 @@ pub enum Tally {
     Stale,
     /// Packets after the end of the lease. Dropped.
     Lapsed,
-    /// Packets in pieces or with options, between two pods that have a verdict. Dropped.
+    /// Packets in pieces or with options, between two pods that have a verdict, and those with a further tag of a VLAN. Dropped.
     Unreadable,
     /// Ends of connections that there was no room to note.
     Unrecorded,
@@ -477,16 +477,25 @@ impl Verdicts {
 
     /// Ends sockets that were let past capture by a pair which isn't there any more: of another build's maps, say.
     fn end_strays(&self, pod: &Netns) -> Result<usize, Error> {
-        let written = held(&self.written);
-        let known = |source: IpAddr, destination| {
-            matches!(written.get(Pair { source, destination }), Ok(Some(_)) | Err(_))
-        };
-        destroy(pod, |socket| {
-            socket.mark.unwrap_or(0) & MARK_MASK == MARK_GRANTED
-                && !known(socket.local.ip(), socket.peer)
-                && !known(socket.peer.ip(), socket.local)
-        })
+        end_strays(pod, &held(&self.written).verdicts)
     }
+}
+
+/// The same, by the verdicts whose map is pinned below `directory`.
+pub(crate) fn end_strays_of(pod: &Netns, directory: &Path) -> Result<usize, Error> {
+    end_strays(pod, &map(directory, "verdicts")?)
+}
+
+fn end_strays(pod: &Netns, verdicts: &HashMap<MapData, PairKey, VerdictEntry>) -> Result<usize, Error> {
+    let is_known = |source: IpAddr, destination| {
+        let key = PairKey::from(Pair { source, destination });
+        !matches!(verdicts.get(&key, 0), Err(MapError::KeyNotFound))
+    };
+    destroy(pod, |socket| {
+        socket.mark.unwrap_or(0) & MARK_MASK == MARK_GRANTED
+            && !is_known(socket.local.ip(), socket.peer)
+            && !is_known(socket.peer.ip(), socket.local)
+    })
 }
 
 impl fmt::Debug for Verdicts {

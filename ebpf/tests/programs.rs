@@ -615,6 +615,36 @@ fn what_is_not_plain_does_not_pass_between_the_two() {
     }
 }
 
+/// The kernel takes one tag off before the programs run, and others of priority alone after them: here is what is left in between.
+#[test]
+fn what_is_tagged_twice_does_not_pass() {
+    let Some(mut bench) = Bench::new("what is tagged twice does not pass") else { return };
+    let mut tagged = Vec::new();
+    for (from, to) in PAIRS {
+        for kind in [[0x81, 0], [0x88, 0xa8]] {
+            let mut frame = tcp(from, to, SYN, Extra::default());
+            frame.splice(12..12, [kind[0], kind[1], 0, 0]);
+            tagged.push(frame);
+        }
+    }
+    let run = |bench: &Bench, name, mark| {
+        tagged.iter().map(|frame| bench.run(name, mark, frame).0).collect::<Vec<_>>()
+    };
+    for name in ["from_pod", "arriving", "leaving"] {
+        assert_eq!(run(&bench, name, 0), [PASS; 4], "{name}: no verdicts are in use");
+    }
+    bench.lease(5, true);
+    for name in ["from_pod", "arriving", "leaving"] {
+        assert_eq!(run(&bench, name, 0), [DROP; 4], "{name}");
+        assert_eq!(run(&bench, name, layout::MARK_GRANTED), [DROP; 4], "{name}");
+    }
+    assert_eq!(run(&bench, "leaving", layout::MARK_ZTUNNEL), [PASS; 4]);
+    assert_eq!(bench.tallied(layout::TALLY_UNREADABLE), 8);
+    assert_eq!(bench.counted(layout::COUNT_UNREADABLE), 16);
+    bench.set(0, |_| {});
+    assert_eq!((run(&bench, "arriving", 0), run(&bench, "leaving", 0)), (vec![PASS; 4], vec![PASS; 4]));
+}
+
 #[test]
 fn what_the_node_did_not_let_through_does_not_arrive() {
     let Some(mut bench) = Bench::new("what the node did not let through does not arrive") else { return };

@@ -66,6 +66,8 @@ pub enum Why {
     NotOnNode,
     /// Others have programs on the node's end of its device, which would be passed by.
     OthersPrograms,
+    /// The node's end of its device has a queue of this kind, which would be passed by.
+    Queue(String),
     /// It can't be told, or the program can't be attached.
     Failed(Error),
 }
@@ -88,6 +90,9 @@ impl fmt::Display for Why {
             Self::OthersPrograms => f.write_str(
                 "others have programs on the node's end of its device, which packets would pass by",
             ),
+            Self::Queue(kind) => {
+                write!(f, "the node's end of its device has the queue {kind}, which packets would pass by")
+            }
             Self::Failed(error) => write!(f, "{error}"),
         }
     }
@@ -157,19 +162,26 @@ fn on_node(node: &Netns, pod: &Netns, inside: &Device) -> io::Result<Option<u32>
     Ok((leads_back && is_pods && found.is_up).then_some(peer))
 }
 
-/// Attaches the program to a device of the node's, if there is none but ours.
+/// Attaches the program to a device of the node's, if there is none but ours, and no queue: what goes straight into the other pod's
+/// device passes by what comes after us where it came from, and all that is on the way out of the node's end of the other.
 fn attach(directory: &Path, program: &OwnedFd, node: &Netns, device: u32) -> Result<(), Why> {
     let path = link(directory, device);
     let ours = sys::open(&path).ok().and_then(|link| is_attached(link.as_fd()));
     let is_ours = ours == Some(device);
     let failed = |action| Error::io(action, format!("device {device} of the node"));
-    let others = node
-        .run(|| sys::programs_on(device, AttachType::TcxIngress))
-        .and_then(|found| found)
-        .map_err(failed("list the programs of"))?
-        .saturating_sub(u32::from(is_ours));
-    if others > 0 || has_filters(node, device).map_err(failed("list the queues of"))? {
+    let programs = |kind| {
+        let found = node.run(|| sys::programs_on(device, kind)).and_then(|found| found);
+        found.map_err(failed("list the programs of"))
+    };
+    let ingress = programs(AttachType::TcxIngress)?.saturating_sub(u32::from(is_ours));
+    if ingress > 0 || programs(AttachType::TcxEgress)? > 0 {
         return Err(Why::OthersPrograms);
+    }
+    match queue(node, device).map_err(failed("list the queues of"))? {
+        // A place for filters of traffic control, of the kind before links.
+        Some(kind) if kind == "clsact" || kind == "ingress" => return Err(Why::OthersPrograms),
+        Some(kind) => return Err(Why::Queue(kind)),
+        None => {}
     }
     if is_ours {
         return Ok(());
@@ -252,14 +264,16 @@ fn number_of(netns: &Netns, other: &Netns) -> io::Result<Option<u32>> {
     Ok(number.filter(|number| *number != u32::MAX))
 }
 
-/// Whether a device has a place for filters of traffic control, of the kind before links.
-fn has_filters(netns: &Netns, device: u32) -> io::Result<bool> {
-    let mut found = false;
+/// The kind of one of a device's queues that does something, if there is one.
+fn queue(netns: &Netns, device: u32) -> io::Result<Option<String>> {
+    let mut found = None;
     open(netns)?.dump(Message::new(RTM_GETQDISC, 0).body(&[0; QDISC]), |_, payload| {
         // A `tcmsg`: family and padding, index, handle, parent, info.
         let kind = attribute(payload, QDISC, TCA_KIND).unwrap_or_default();
-        let filters = kind.starts_with(b"clsact") || kind.starts_with(b"ingress");
-        found |= filters && u32_at(payload, 4) == Some(device);
+        let kind = String::from_utf8_lossy(kind).trim_end_matches('\0').to_owned();
+        if u32_at(payload, 4) == Some(device) && !["", "noqueue", "noop"].contains(&kind.as_str()) {
+            found = Some(kind);
+        }
     })?;
     Ok(found)
 }
