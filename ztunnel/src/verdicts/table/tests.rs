@@ -208,7 +208,8 @@ impl Stand {
 
     fn end(&mut self, over: &[Over<Here>]) {
         for Over { pair, ends, .. } in over {
-            if let Ok((_, 0)) = self.kernel.end(ends.netns(), pair) {
+            let (source, destination) = ends.netns();
+            if let Ok((_, 0)) = self.kernel.end((Some(source), Some(destination)), pair) {
                 self.table.ended(pair);
             }
         }
