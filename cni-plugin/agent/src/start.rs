@@ -124,7 +124,11 @@ async fn serve(flags: &Flags, settings: &Settings, logs: &Logs) -> anyhow::Resul
     }));
 
     shutdown.finished().await;
-    let last = gone.load(Ordering::Relaxed);
+    stop(flags, gone.load(Ordering::Relaxed), &node, work).await
+}
+
+/// Cleans the node up, if that is asked for or nobody else will: `last`.
+async fn stop(flags: &Flags, last: bool, node: &Node, mut work: JoinSet<()>) -> anyhow::Result<()> {
     if last {
         tracing::info!("the DaemonSet is deleted: this is the last agent of this node");
     }

@@ -22,7 +22,8 @@ async fn accepting_goes_on_when_descriptors_return() {
     let dial = async || net::connect(&netns, &dialling, to, Duration::from_secs(5)).await;
     let waiting = [dial().await.unwrap(), dial().await.unwrap(), dial().await.unwrap()];
 
-    // Every descriptor up to the limit is taken.
+    // Every descriptor up to the limit is taken, and none is in stock.
+    netns.clear_stock();
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, 64, hard).unwrap();
     let mut hoard = Vec::new();
