@@ -182,7 +182,8 @@ fn capture(pod: &Value) -> Vec<String> {
     row.push(sum(&["captured_outbound", "captured_dns"]));
     row.push(sum(&["escaped_inbound", "escaped_outbound"]));
     row.push(sum(&["no_listener", "refused"]));
-    let dropped = ["unreadable", "astray", "unknown", "dns_outside", "undelivered", "not_the_pods", "unproven"];
+    let dropped =
+        ["unreadable", "astray", "unknown", "dns_outside", "undelivered", "not_the_pods", "unproven"];
     row.push(sum(&dropped));
     row
 }
