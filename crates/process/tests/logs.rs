@@ -378,7 +378,7 @@ fn a_resting_file_that_can_not_be_opened_is_left_alone_for_a_second() {
     let path = away.join("log");
     let writer = LogWriter::start_later(path.clone(), notice).unwrap();
     writer.rest(true);
-    let begun = std::time::Instant::now();
+    let begun = Instant::now();
     let put = |line: &[u8]| {
         assert!(writer.write_line(line));
         assert!(writer.flush(Duration::from_secs(10)));
