@@ -252,6 +252,8 @@ async fn the_setting_and_what_is_behind_a_service_decide_what_passes() {
     let mut second = mesh.manifest("other");
     second.app = "web".into();
     mesh.apply("pod-other", &second.to_string()).await;
+    // The generation is told of a moment before verdicts are judged by it.
+    eventually("it is a choice", async || carrier(service).await.1 == "node-local").await;
     for _ in 0..3 {
         assert_eq!(carrier(service).await.1, "node-local");
     }
@@ -265,6 +267,7 @@ async fn the_setting_and_what_is_behind_a_service_decide_what_passes() {
     };
     let mut direct = past(&mesh, client, pod).await;
     mesh.apply("namespaces", &shop("direct")).await;
+    eventually("ztunnel carries them", async || carrier(pod).await.1 == "node-local").await;
     for _ in 0..3 {
         assert_eq!(carrier(pod).await.1, "node-local");
     }
