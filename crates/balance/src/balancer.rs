@@ -135,6 +135,17 @@ pub struct Request<'a> {
     pub random: u64,
 }
 
+/// An endpoint that a choice may come to.
+#[derive(Clone, Debug)]
+pub struct Candidate {
+    /// The workload.
+    pub workload: Arc<Workload>,
+    /// Its port behind the service's.
+    pub target_port: u16,
+    /// How often it is taken beside the others. Not 0.
+    pub weight: u32,
+}
+
 /// Chooses endpoints. Shared by all connections. A choice holds locks for about a microsecond; when the endpoints
 /// of a service have changed, the next choice sorts them under that service's own lock (a few milliseconds for
 /// 10,000 of them).
@@ -235,6 +246,23 @@ impl Balancer {
         }
         let shared = self.shared.clone();
         Ok(Picked { per_service, shared, partition: id, endpoint, target_port, trial })
+    }
+
+    /// All endpoints that [`Balancer::pick`] may come to for a while, for somebody who draws of them by their weights: the same as
+    /// it does while none of them has a connection. To be asked again when the endpoints may have changed, and every second or
+    /// so. `None` where a choice takes more than that: there are more than `limit`, clients keep their endpoints, or one that
+    /// failed is to be tried by a single connection. Nothing is counted.
+    #[must_use]
+    pub fn candidates(&self, request: &Request<'_>, limit: usize) -> Option<Vec<Candidate>> {
+        let Request { service, port, now, .. } = *request;
+        let target = &service.port(port)?.target;
+        let per_service = self.per_service(service.key());
+        let mut kept = lock(&per_service.0);
+        let Kept { partitions, tick, .. } = &mut *kept;
+        *tick += 1;
+        let (_, partition) = partition(partitions, *tick, request, target, &self.shared);
+        let found = partition.candidates(now, limit)?;
+        (found.len() == 1 || service.session_affinity.is_none()).then_some(found)
     }
 
     fn bound(&self, key: &AffinityKey, now: Duration) -> Option<Str> {

@@ -20,5 +20,5 @@ mod second_chance;
 mod stats;
 mod sums;
 
-pub use balancer::{Balancer, Client, Limits, NoEndpoint, Picked, Request};
+pub use balancer::{Balancer, Candidate, Client, Limits, NoEndpoint, Picked, Request};
 pub use stats::Stats;

@@ -23,7 +23,7 @@ use model::{
     TargetPort, Workload,
 };
 
-use crate::balancer::{Client, Limits, NoEndpoint, Request, Shared};
+use crate::balancer::{Candidate, Client, Limits, NoEndpoint, Request, Shared};
 use crate::stats::Counters;
 use crate::sums::Sums;
 
@@ -245,6 +245,31 @@ impl Partition {
         let endpoint = self.set.as_slice().get(index as usize)?.clone();
         let target_port = target_port(&endpoint, self.port, &self.target)?;
         Some(Choice { endpoint, target_port, trial })
+    }
+
+    /// All that a choice may come to, at most `limit`, where it is drawn by their weights as long as nothing is open. `None` where
+    /// there are more, where none is live, and where one is on trial, which is for a single connection.
+    pub(crate) fn candidates(&mut self, now: Duration, limit: usize) -> Option<Vec<Candidate>> {
+        self.let_return(now);
+        let tier = self.tiers.iter().find(|tier| tier.live.total() > 0)?;
+        // Those that are ejected are walked too.
+        if tier.members.len() > limit.saturating_mul(4) {
+            return None;
+        }
+        let mut found = Vec::new();
+        for (slot, index) in tier.members.iter().enumerate() {
+            let weight = u32::try_from(tier.live.weight(slot)).ok()?;
+            if weight == 0 {
+                continue;
+            }
+            if found.len() == limit || self.suspects.contains_key(index) {
+                return None;
+            }
+            let endpoint = self.set.as_slice().get(*index as usize)?;
+            let target_port = target_port(endpoint, self.port, &self.target)?;
+            found.push(Candidate { workload: endpoint.workload.clone(), target_port, weight });
+        }
+        Some(found)
     }
 
     /// The first tier that has one live, then the first that has one ejected.
