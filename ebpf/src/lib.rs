@@ -28,6 +28,9 @@ pub use pod::{Contents, Drift, Pod, build, remove};
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use aya::EbpfLoader;
 
 /// Why the programs or their maps could not be changed or read.
 #[derive(Debug, thiserror::Error)]
@@ -129,6 +132,22 @@ fn load(
     outcome.map_err(Error::program(program))
 }
 
+/// For programs that need nothing of the kernel's type information. aya reads that whole for each loader that is made, tens of
+/// megabytes for a moment, so that all pods have the same one.
+static LOADER: Mutex<Option<EbpfLoader<'static>>> = Mutex::new(None);
+
+fn loader() -> MutexGuard<'static, Option<EbpfLoader<'static>>> {
+    LOADER.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A loader that has let go of what aya has read.
+fn without_types() -> EbpfLoader<'static> {
+    let mut loader = EbpfLoader::new();
+    loader.btf(None);
+    net::release_free();
+    loader
+}
+
 /// The programs, as clang made them.
 mod objects {
     use aya::include_bytes_aligned;
@@ -136,4 +155,21 @@ mod objects {
     pub(crate) static CAPTURE: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/capture.bpf.o"));
     pub(crate) static VERDICTS: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/verdicts.bpf.o"));
     pub(crate) static MARKS: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/marks.bpf.o"));
+}
+
+#[cfg(test)]
+mod tests {
+    /// What these read of the kernel's structs would be read at the wrong places.
+    #[test]
+    fn programs_of_pods_need_no_type_information() {
+        for (name, text) in [
+            ("capture.bpf.c", include_str!("../programs/capture.bpf.c")),
+            ("kernel.h", include_str!("../programs/kernel.h")),
+            ("packet.h", include_str!("../programs/packet.h")),
+            ("verdicts.h", include_str!("../programs/verdicts.h")),
+        ] {
+            assert!(!text.contains("preserve_access_index"), "{name}");
+        }
+        assert!(include_str!("../programs/marks.bpf.c").contains("preserve_access_index"));
+    }
 }

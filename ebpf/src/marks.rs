@@ -47,13 +47,13 @@ pub fn mark(netns: &Netns, connections: &[(SocketAddr, SocketAddr, u32)]) -> Res
 }
 
 fn load() -> Result<Ebpf, Error> {
+    // A loader reads the type information itself, tens of megabytes: it goes before that is read for the iterator.
+    let mut loaded = EbpfLoader::new().load(objects::MARKS).map_err(|error| Error::Load(Box::new(error)))?;
     let btf = aya::Btf::from_sys_fs().map_err(|error| Error::Types(Box::new(error)))?;
-    let mut loaded = EbpfLoader::new()
-        .btf(Some(&btf))
-        .load(objects::MARKS)
-        .map_err(|error| Error::Load(Box::new(error)))?;
     let marks = program(&mut loaded)?;
     crate::load(PROGRAM, || marks.load("tcp", &btf))?;
+    drop(btf);
+    net::release_free();
     Ok(loaded)
 }
 

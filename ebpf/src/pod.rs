@@ -8,10 +8,10 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
+use aya::Ebpf;
 use aya::maps::lpm_trie::Key;
 use aya::maps::{HashMap, LpmTrie, Map, MapData, MapInfo, MapType, PerCpuArray};
 use aya::programs::{SchedClassifier, SkLookup};
-use aya::{Ebpf, EbpfLoader};
 use ipnet::IpNet;
 use net::Netns;
 
@@ -34,17 +34,23 @@ const NOT_ATTACHED: [u8; 8] = [0; 8];
 /// Before the number of a generation of maps. The first has no directory of its own.
 const GENERATION: &str = "maps-";
 /// The maps as the programs declare them.
-const MAPS: [Shape; 9] = [
+const MAPS: [Shape; 6] = [
     Shape("settings", MapType::Hash, 4, size_of::<Settings>(), 1),
     Shape("ports", MapType::Hash, 4, size_of::<PortSets>(), 2),
     Shape("ranges", MapType::LpmTrie, 4 + size_of::<Range>(), 4, RANGES_LIMIT),
-    Shape("interfaces", MapType::Hash, size_of::<Interface>(), 4, ENTRIES_LIMIT),
-    Shape("own", MapType::Hash, size_of::<Address>(), 4, ENTRIES_LIMIT),
-    Shape("refused", MapType::Hash, size_of::<Connection>(), 4, ENTRIES_LIMIT),
     Shape("delivered", MapType::LruHash, size_of::<Connection>(), 4, DELIVERED_LIMIT),
     Shape("listeners", MapType::SockMap, 4, 4, LISTENERS),
     Shape("counters", MapType::PerCpuArray, 4, 8, COUNTERS),
 ];
+/// Those that have room for what is in them, and no more: the kernel keeps 16 bytes for each entry that there may be, and most
+/// pods have a device, an address or two, and no refused connection. Where one gets too small, a new generation takes its place.
+const LISTS: [Shape; 3] = [
+    Shape("interfaces", MapType::Hash, size_of::<Interface>(), 4, ENTRIES_LIMIT),
+    Shape("own", MapType::Hash, size_of::<Address>(), 4, ENTRIES_LIMIT),
+    Shape("refused", MapType::Hash, size_of::<Connection>(), 4, ENTRIES_LIMIT),
+];
+/// What one of them has room for at least.
+const ENTRIES_LEAST: u32 = 64;
 /// Those that are the node's, where it has verdicts; a pod's own have no entry, and room for one.
 const SHARED: [Shape; 3] = [
     Shape("control", MapType::Array, 4, size_of::<Control>(), 1),
@@ -146,6 +152,15 @@ impl Connection {
 }
 
 impl Contents {
+    /// What [`LISTS`] must have room for, in their order.
+    fn room(&self) -> [u32; LISTS.len()] {
+        // Interfaces are in both halves, for a moment those of before and of now.
+        [2 * self.interfaces.len(), self.own.len(), self.refused.len()].map(|entries| {
+            let entries = u32::try_from(entries).unwrap_or(ENTRIES_LIMIT).min(ENTRIES_LIMIT);
+            entries.next_power_of_two().max(ENTRIES_LEAST)
+        })
+    }
+
     /// The same, by which nothing is captured.
     fn at_rest(&self) -> Self {
         Self { settings: Settings { flags: 0, ..self.settings }, ..self.clone() }
@@ -231,6 +246,7 @@ impl Pod {
     /// have to be the node's, where those are so too; another build's are none.
     fn fits(&self) -> bool {
         MAPS.iter().all(|shape| shape.is_in(&self.maps))
+            && LISTS.iter().all(|shape| shape.is_usable_in(&self.maps))
             && SHARED.iter().all(|shape| {
                 if shape.is_usable_in(&self.verdicts) {
                     is_same_map(shape.0, &self.maps, &self.verdicts)
@@ -239,6 +255,12 @@ impl Pod {
                     shape.is_usable_in(&self.maps)
                 }
             })
+    }
+
+    /// Whether they have room for `contents`, too.
+    fn fits_with(&self, contents: &Contents) -> bool {
+        let mut lists = LISTS.iter().zip(contents.room());
+        self.fits() && lists.all(|(shape, room)| shape.holds(&self.maps, |info| info.max_entries() >= room))
     }
 
     /// Whether it is captured by these programs, with the verdicts of `directory`.
@@ -258,8 +280,10 @@ impl Pod {
     }
 
     /// With new maps if those that are there don't fit. Programs that use the old ones go on until they are replaced.
-    fn with_maps_that_fit(self) -> Result<Self, Error> {
-        if self.fits() || MAPS.iter().chain(&SHARED).all(|shape| !self.maps.join(shape.0).exists()) {
+    fn with_maps_that_fit(self, contents: &Contents) -> Result<Self, Error> {
+        if self.fits_with(contents)
+            || MAPS.iter().chain(&LISTS).chain(&SHARED).all(|shape| !self.maps.join(shape.0).exists())
+        {
             return Ok(self);
         }
         let maps = self.directory.join(format!("{GENERATION}{}", newest(&self.directory) + 1));
@@ -294,16 +318,16 @@ impl Pod {
         fs::create_dir_all(&directory).map_err(Error::io("make", directory.display()))?;
         let pod = Self::at(directory, pins.verdicts());
         let before = pod.maps.clone();
-        let pod = pod.with_maps_that_fit()?;
+        let pod = pod.with_maps_that_fit(contents)?;
         let older = pod.older()?;
         let attached = older.is_empty()
-            && pod.fits()
+            && pod.fits_with(contents)
             && pod.detached(netns, contents).is_empty()
             && pod.has_our_programs();
         if attached {
             pod.write(contents, build())?;
         } else {
-            let mut loaded = pod.load()?;
+            let mut loaded = pod.load(contents)?;
             // Its programs still drop what the old verdicts let by; these don't know of it.
             if !is_same_map("verdicts", &before, &pod.maps)
                 && let Err(error) = verdicts::end_strays_of(netns, &pod.maps)
@@ -360,7 +384,7 @@ impl Pod {
     /// It can't be read.
     pub fn drift(&self, netns: &Netns, contents: &Contents) -> Result<Drift, Error> {
         let mut drift = Vec::new();
-        if !self.fits() || !self.older()?.is_empty() {
+        if !self.fits_with(contents) || !self.older()?.is_empty() {
             drift.push("the maps of these programs; others are there".to_owned());
             return Ok(drift);
         }
@@ -393,9 +417,13 @@ impl Pod {
         Ok(sums)
     }
 
-    fn load(&self) -> Result<Ebpf, Error> {
-        let mut loader = EbpfLoader::new();
+    fn load(&self, contents: &Contents) -> Result<Ebpf, Error> {
+        let mut loader = crate::loader();
+        let loader = loader.get_or_insert_with(crate::without_types);
         loader.default_map_pin_directory(&self.maps);
+        for (Shape(name, ..), room) in LISTS.iter().zip(contents.room()) {
+            loader.map_max_entries(name, room);
+        }
         for shape in SHARED {
             let Shape(name, _, _, _, entries) = shape;
             let is_nodes = shape.is_usable_in(&self.verdicts);
@@ -404,9 +432,8 @@ impl Pod {
                 let map = MapData::from_pin(&nodes).map_err(Error::map("open", name))?;
                 sys::pin(map.fd().as_fd(), &ours).map_err(Error::io("pin", ours.display()))?;
             }
-            if !is_nodes {
-                loader.map_max_entries(name, entries);
-            }
+            // One that is pinned is taken as it is.
+            loader.map_max_entries(name, entries);
         }
         loader.load(objects::CAPTURE).map_err(|error| Error::Load(Box::new(error)))
     }

@@ -10,12 +10,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use aya::maps::{HashMap, Map, MapData};
+use aya::maps::{HashMap, Map, MapData, MapInfo};
 use aya::programs::links::{FdLink, PinnedLink};
 use ebpf::layout::{self, PortSets, Settings};
 use ebpf::{Contents, Pins, Pod};
@@ -134,6 +134,56 @@ fn maps_of_another_size_are_replaced() {
     assert!(ebpf::remove(&pins, netns).unwrap());
     assert_eq!(ebpf::remembered(&pins, netns), 3);
     ebpf::forget(&pins, netns).unwrap();
+}
+
+/// Most pods have a device and two addresses: the kernel keeps memory for each entry that there may be.
+#[test]
+fn lists_of_a_pod_have_room_for_what_is_in_them() {
+    let Some(pins) = pins("lists of a pod have room for what is in them") else { return };
+    let lab = Lab::builder().node("a", &["web"]).build().unwrap();
+    let netns = &lab.pod("web").netns;
+    let mut contents = Contents {
+        settings: Settings { flags: layout::CAPTURING, outbound: 15001, ..Settings::default() },
+        ports: PortSets::empty(),
+        excluded: Vec::new(),
+        included: Vec::new(),
+        interfaces: BTreeMap::from([(interface(&lab), 0)]),
+        own: BTreeSet::from([lab.pod("web").ipv4.into()]),
+        refused: BTreeSet::new(),
+    };
+    assert!(Pod::install(&pins, netns, &contents).unwrap());
+    let directory = pins.of(netns);
+    let room = |maps: &Path| {
+        ["interfaces", "own", "refused"].map(|map| MapInfo::from_pin(maps.join(map)).unwrap().max_entries())
+    };
+    assert_eq!(room(&directory), [64; 3]);
+    let link = numbers(&directory.join("link-sockets")).0;
+
+    let peer = |port: u16| -> (SocketAddr, SocketAddr) {
+        (SocketAddr::from((lab.pod("web").ipv4, 8080)), SocketAddr::from(([10, 9, 0, 1], port)))
+    };
+    contents.refused = (1..=64).map(peer).collect();
+    assert!(Pod::install(&pins, netns, &contents).unwrap());
+    assert_eq!(room(&directory), [64; 3], "they have room for these");
+    contents.refused = (1..=300).map(peer).collect();
+    contents.own.extend((0..=255).map(|n| IpAddr::from([10, 8, 0, n])));
+    let pod = Pod::find(&pins, netns).unwrap();
+    assert_eq!(pod.drift(netns, &contents).unwrap(), ["the maps of these programs; others are there"]);
+    assert!(Pod::install(&pins, netns, &contents).unwrap());
+    let newer = directory.join("maps-1");
+    assert_eq!(room(&newer), [64, 512, 512]);
+    assert_eq!(numbers(&directory.join("link-sockets")).0, link, "the same link");
+    assert!(Pod::find(&pins, netns).unwrap().drift(netns, &contents).unwrap().is_empty());
+
+    // Larger ones stay: each change of them loads the programs again.
+    contents.refused.clear();
+    contents.own.retain(|ip| *ip == lab.pod("web").ipv4);
+    assert!(Pod::install(&pins, netns, &contents).unwrap());
+    assert_eq!(room(&newer), [64, 512, 512]);
+    // Past what there may be at most, it says so.
+    contents.refused = (1..=u16::try_from(layout::ENTRIES_LIMIT).unwrap() + 1).map(peer).collect();
+    assert!(Pod::install(&pins, netns, &contents).unwrap_err().is_full());
+    assert!(ebpf::remove(&pins, netns).unwrap());
 }
 
 /// Tells others to end, also when a test fails.

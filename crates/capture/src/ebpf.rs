@@ -223,8 +223,6 @@ impl Capture for Programs {
         if enrols {
             mark(netns, false)?;
         }
-        // To load programs, the kernel's type information is read whole: tens of megabytes.
-        net::release_free();
         Ok(Installed { changed: true, ipv6: network.ipv6 })
     }
 
