@@ -17,7 +17,7 @@ use model::{
 
 use crate::filters::authorize::Policies;
 use crate::filters::route::PortRules;
-use crate::telemetry::LogFiles;
+use crate::telemetry::Named;
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -29,7 +29,7 @@ pub struct Rules {
     asking: Asking,
     /// How many services are bound to each waypoint.
     waypoints: CowMap<WaypointKey, u32>,
-    log_files: LogFiles,
+    told: Named,
 }
 
 /// The services that ask a policy. Kept in parts, so that one more of ten thousand costs a few of them.
@@ -123,11 +123,11 @@ impl Rules {
             }
         }
         let is_ours = |http: &&Arc<HttpService>| http.waypoint == *own;
-        let (mut asking, mut log_files) = (before.asking.clone(), before.log_files.clone());
+        let (mut asking, mut told) = (before.asking.clone(), before.told.clone());
         for key in &changed {
             let [then, now] = [&before.mesh, &mesh].map(|mesh| mesh.http_service(key).filter(is_ours));
             asking.follow(key, then.map(|http| &**http), now.map(|http| &**http));
-            log_files.follow(then.map(|http| &*http.telemetry), now.map(|http| &*http.telemetry));
+            told.follow(then.map(|http| &*http.telemetry), now.map(|http| &*http.telemetry));
         }
         let edited = mesh.http_policies_since(&before.mesh);
         // Each once: all of them are new in the first snapshot, and so are all policies.
@@ -145,13 +145,13 @@ impl Rules {
                 services.insert(key.clone(), rules);
             }
         }
-        Self { mesh, own: Some(own.clone()), services, asking, waypoints, log_files }
+        Self { mesh, own: Some(own.clone()), services, asking, waypoints, told }
     }
 
-    /// The files that access logs are written to.
+    /// What the telemetry of services names.
     #[must_use]
-    pub fn log_files(&self) -> &LogFiles {
-        &self.log_files
+    pub fn told(&self) -> &Named {
+        &self.told
     }
 
     /// Whether an identity is that of a waypoint that something is bound to.

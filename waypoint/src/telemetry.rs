@@ -18,6 +18,7 @@ mod engine;
 mod export;
 mod log;
 mod log_service;
+mod named;
 mod plan;
 mod recent;
 mod series;
@@ -49,7 +50,7 @@ use crate::http::head::{Fields, RequestHead};
 pub use self::collectors::ThroughMesh;
 pub use self::engine::register_engine;
 pub use self::export::{Connect, Connecting, Exporters};
-pub use self::log::LogFiles;
+pub use self::named::Named;
 pub use self::recent::Recent;
 pub use self::streams::{Carried, Counted};
 pub use self::trace::Span;
@@ -212,9 +213,12 @@ impl Telemetry {
         gauge("culvert_access_log_files", help, |t| t.sinks.count() as u64);
     }
 
-    /// Says which files settings in force name: the others are closed.
-    pub fn in_force(&self, files: &LogFiles) {
-        self.sinks.in_force(files);
+    /// Says what the settings in force name: files that they do not are closed, and what was refused for want of room is tried
+    /// again.
+    pub fn in_force(&self, named: &Named) {
+        // First: logs are opened anew once the sinks know.
+        self.exporters.in_force(named);
+        self.sinks.in_force(named);
     }
 
     /// Has the files of access logs opened again: log rotation has renamed them.
@@ -263,7 +267,7 @@ impl Telemetry {
         let ended = Ended::new(place, (request, response), connection, decided, record);
         let told = decided.service.as_ref().map_or(&self.plain, |service| &service.telemetry);
         self.with_local(|local| {
-            let resolved = self.resolved(mesh, local, told);
+            let resolved = self.resolved(local, told);
             let what = HttpObservation {
                 duration: ended.duration,
                 request_bytes: record.received,
@@ -333,12 +337,7 @@ impl Telemetry {
         self.metrics.series()
     }
 
-    fn resolved(
-        &self,
-        mesh: &Mesh,
-        local: &mut Local,
-        told: &Arc<model::telemetry::Telemetry>,
-    ) -> Arc<Resolved> {
+    fn resolved(&self, local: &mut Local, told: &Arc<model::telemetry::Telemetry>) -> Arc<Resolved> {
         let key = Arc::as_ptr(told).addr();
         let since = self.sinks.changes();
         if let Some((_, resolved)) = local.resolved.get(&key).filter(|(_, known)| known.since == since) {
@@ -349,7 +348,7 @@ impl Telemetry {
             local.resolved.clear();
         }
         let logs = match &told.logs {
-            Some(logs) => logs.iter().filter_map(|log| self.sinks.open(log, mesh, &self.exporters)).collect(),
+            Some(logs) => logs.iter().filter_map(|log| self.sinks.open(log, &self.exporters)).collect(),
             None => self.settings.access_log.iter().map(|format| self.sinks.own(*format)).collect(),
         };
         let resolved = Arc::new(Resolved { since, plan: Plan::of(&told.metrics), logs });

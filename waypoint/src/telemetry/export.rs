@@ -15,13 +15,13 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
-use model::Mesh;
 use model::telemetry::{Collector, Exporter, Facts, Headers, LogService, SpanProtocol, SpanTag, Tracing};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use super::ended::{Ended, protocol};
 use super::log_service::{Queue, Queues};
+use super::named::{Named, Names, SpansTo};
 use super::trace::Span;
 use super::{log, log_service};
 
@@ -31,7 +31,7 @@ const QUEUE: usize = 4096;
 const BATCH: usize = 512;
 /// So long the first span of a batch waits for others.
 const GATHER: Duration = Duration::from_secs(1);
-/// Collectors that there may be at a time; more than these get nothing.
+/// Collectors that there may be at a time; more than these get nothing until one of them is not named any more.
 const COLLECTORS: usize = 16;
 
 /// A connection that is being made to a collector.
@@ -84,7 +84,24 @@ pub(super) struct Origin {
     pub namespace: String,
 }
 
-type SpanQueues = HashMap<(Collector, Exporter), Option<mpsc::Sender<Finished>>>;
+#[derive(Default)]
+struct SpanQueues {
+    /// `None` of those for which there is no room.
+    all: HashMap<SpansTo, Option<mpsc::Sender<Finished>>>,
+    open: usize,
+    /// What settings in force name; `None` where nobody says.
+    named: Option<Names<SpansTo>>,
+}
+
+impl SpanQueues {
+    /// Lets go of queues for those that nobody names any more: what is in them is still sent.
+    fn make_room(&mut self) {
+        if let Some(named) = &self.named {
+            self.all.retain(|to, _| named.contains(to));
+            self.open = self.all.values().flatten().count();
+        }
+    }
+}
 
 /// The exporters: one for each collector that services name. They run on a runtime that is not the data plane's.
 pub struct Exporters {
@@ -135,8 +152,20 @@ impl Exporters {
     }
 
     /// The way to a service that takes logs, `None` if there is none.
-    pub(super) fn log_service(&self, service: &LogService, mesh: &Mesh) -> Option<Queue> {
-        self.logs.open((service, mesh), self.runtime.as_ref()?, &self.connect, &self.origin)
+    pub(super) fn log_service(&self, service: &LogService) -> Option<Queue> {
+        self.logs.open(service, self.runtime.as_ref()?, &self.connect, &self.origin)
+    }
+
+    /// Says what settings in force name.
+    pub(super) fn in_force(&self, named: &Named) {
+        self.logs.in_force(&named.services);
+        let is_same = |queues: &SpanQueues| queues.named.as_ref() == Some(&named.spans);
+        if !is_same(&self.queues.read().unwrap_or_else(PoisonError::into_inner)) {
+            let mut queues = self.queues.write().unwrap_or_else(PoisonError::into_inner);
+            queues.named = Some(named.spans.clone());
+            // They are asked about again.
+            queues.all.retain(|_, queue| queue.is_some());
+        }
     }
 
     /// What was done with the entries of services that take logs.
@@ -164,16 +193,23 @@ impl Exporters {
     fn queue(&self, tracing: &Tracing) -> Option<mpsc::Sender<Finished>> {
         let runtime = self.runtime.as_ref()?;
         let key = (tracing.collector.clone(), tracing.exporter.clone());
-        if let Some(queue) = self.queues.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
+        if let Some(queue) = self.queues.read().unwrap_or_else(PoisonError::into_inner).all.get(&key) {
             return queue.clone();
         }
         let mut queues = self.queues.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(queue) = queues.get(&key) {
+        if let Some(queue) = queues.all.get(&key) {
             return queue.clone();
         }
-        if queues.len() >= COLLECTORS {
-            // Those of settings that have changed.
-            queues.clear();
+        if queues.open >= COLLECTORS {
+            queues.make_room();
+        }
+        if queues.open >= COLLECTORS {
+            // Said once, and not again before other settings are in force.
+            if queues.named.as_ref().is_some_and(|named| named.contains(&key)) {
+                tracing::error!(host = &*key.0.host, COLLECTORS, "too many collectors of spans");
+                queues.all.insert(key, None);
+            }
+            return None;
         }
         let (sender, receiver) = mpsc::channel(QUEUE);
         let work = Work {
@@ -184,7 +220,8 @@ impl Exporters {
             counters: Arc::clone(&self.counters),
         };
         runtime.spawn(work.run(receiver));
-        queues.insert(key, Some(sender.clone()));
+        queues.all.insert(key, Some(sender.clone()));
+        queues.open += 1;
         Some(sender)
     }
 }
@@ -338,4 +375,77 @@ fn tag_value(tag: &SpanTag, ended: &Ended<'_>) -> Option<String> {
 pub(super) fn nanos(time: SystemTime) -> u64 {
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
+
+    use model::http::Percent;
+    use model::telemetry::{AccessLog, LogEntries, LogSink, Telemetry};
+
+    use super::*;
+
+    /// What a service tells two others.
+    fn told(host: usize) -> Telemetry {
+        let collector = |kind: &str| Collector {
+            provider: kind.into(),
+            namespace: None,
+            host: format!("{kind}-{host}.test").as_str().into(),
+            port: 4317,
+        };
+        let service =
+            LogService { collector: collector("logs"), name: "all".into(), entries: LogEntries::Connections };
+        let log = AccessLog { sink: LogSink::Service(Box::new(service)), filter: None };
+        let exporter = Exporter {
+            protocol: SpanProtocol::OtlpGrpc,
+            timeout: Duration::from_secs(1),
+            headers: Box::default(),
+        };
+        let tracing = Tracing {
+            collector: collector("spans"),
+            exporter,
+            sampling: Percent::of(1, 1),
+            report: true,
+            propagate: true,
+            tags: Box::default(),
+            max_tag_length: 256,
+        };
+        Telemetry { logs: Some([log].into()), tracing: Some(Box::new(tracing)), ..Telemetry::default() }
+    }
+
+    #[tokio::test]
+    async fn those_who_take_logs_and_spans_make_room_once_nobody_names_them() {
+        let exporters = Exporters::new(Handle::current(), Arc::new(Nowhere), "waypoint", "shop");
+        let opens = |told: &Telemetry| {
+            let LogSink::Service(service) = &told.logs.as_ref().unwrap()[0].sink else {
+                return (false, false);
+            };
+            let spans = exporters.queue(told.tracing.as_ref().unwrap()).is_some();
+            (exporters.log_service(service).is_some(), spans)
+        };
+        let all: Vec<Telemetry> = (0..=COLLECTORS).map(told).collect();
+        let (last, others) = all.split_last().unwrap();
+        let mut named = Named::default();
+        all.iter().for_each(|told| named.follow(None, Some(told)));
+        exporters.in_force(&named);
+        for told in others {
+            assert_eq!(opens(told), (true, true));
+        }
+        assert_eq!((opens(last), opens(last)), ((false, false), (false, false)), "one too many");
+        // Those who are there stay: their queues are not thrown away for one that finds no room.
+        let queue = |told: &Telemetry| exporters.queue(told.tracing.as_ref().unwrap()).unwrap();
+        let first = queue(&all[0]);
+        assert_eq!(opens(last), (false, false));
+        assert!(first.same_channel(&queue(&all[0])));
+        // Two services name it, then one, then none.
+        named.follow(None, Some(&all[1]));
+        named.follow(Some(&all[1]), None);
+        exporters.in_force(&named);
+        assert_eq!(opens(last), (false, false));
+        named.follow(Some(&all[1]), None);
+        exporters.in_force(&named);
+        assert_eq!(opens(last), (true, true));
+        assert_eq!(opens(&all[1]), (false, false), "there is no room for what nobody names");
+    }
 }

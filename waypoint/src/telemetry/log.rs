@@ -14,50 +14,23 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use model::http::{Command, FormatPart};
-use model::telemetry::{AccessLog, Expression, LogFormat, LogSink, LogText, Telemetry};
-use model::{Mesh, RequestDecision, Str};
+use model::telemetry::{AccessLog, Expression, LogFormat, LogSink, LogText};
+use model::{RequestDecision, Str};
 use process::logs::{Format, Line, LogWriter, push_escaped};
 use tracing::Level;
 
 use super::ended::{Ended, protocol};
 use super::export::Exporters;
 use super::log_service::Queue;
+use super::named::Named;
 use super::trace;
 use crate::http::edits::{self, command_value};
 
 const SCOPE: &str = "access";
 /// The program's own output, as Istio's settings name it.
-const OUTPUT: &str = "/dev/stdout";
+pub(super) const OUTPUT: &str = "/dev/stdout";
 /// As many log files are written at most.
 const FILES: usize = 16;
-
-/// The files that the logs of services go to, each with the number of logs.
-#[derive(Clone, PartialEq, Debug, Default)]
-pub struct LogFiles(Arc<HashMap<Str, usize>>);
-
-impl LogFiles {
-    /// Follows what is told of a service: what was, and what is now.
-    pub fn follow(&mut self, then: Option<&Telemetry>, now: Option<&Telemetry>) {
-        for path in paths(now) {
-            *Arc::make_mut(&mut self.0).entry(path.clone()).or_default() += 1;
-        }
-        for path in paths(then) {
-            let files = Arc::make_mut(&mut self.0);
-            if let Some(logs) = files.get_mut(path) {
-                *logs -= 1;
-            }
-            files.retain(|other, logs| other != path || *logs > 0);
-        }
-    }
-}
-
-fn paths(telemetry: Option<&Telemetry>) -> impl Iterator<Item = &Str> {
-    let logs = telemetry.and_then(|telemetry| telemetry.logs.as_deref()).unwrap_or_default();
-    logs.iter().filter_map(|log| match &log.sink {
-        LogSink::File { path, .. } => Some(path).filter(|path| &***path != OUTPUT),
-        LogSink::Service(_) => None,
-    })
-}
 
 /// Where lines go.
 #[derive(Debug)]
@@ -72,8 +45,8 @@ pub(super) struct Sinks {
 #[derive(Debug, Default)]
 struct Files {
     writers: HashMap<Str, LogWriter>,
-    /// What is in force; `None` where nobody says.
-    named: Option<LogFiles>,
+    /// What settings in force name; `None` where nobody says.
+    named: Option<Named>,
     /// Lines that were dropped by writers that there are no more.
     dropped: u64,
     /// Those of writers that were closed, but that a thread may still have.
@@ -82,7 +55,7 @@ struct Files {
 
 impl Files {
     fn rests(&self, path: &Str) -> bool {
-        self.named.as_ref().is_some_and(|named| !named.0.contains_key(path))
+        self.named.as_ref().is_some_and(|named| !named.files.contains(path))
     }
 
     /// Lets go of writers of files that nobody names any more. Says whether there were any.
@@ -141,10 +114,10 @@ impl Sinks {
     }
 
     /// Opens a log. One that can't be opened is left out, and said so.
-    pub fn open(&self, log: &AccessLog, mesh: &Mesh, exporters: &Exporters) -> Option<Log> {
+    pub fn open(&self, log: &AccessLog, exporters: &Exporters) -> Option<Log> {
         let to = match &log.sink {
             LogSink::File { path, format } => To::Lines(self.writer(path)?, format.clone()),
-            LogSink::Service(service) => match exporters.log_service(service, mesh) {
+            LogSink::Service(service) => match exporters.log_service(service) {
                 Some(queue) => To::Service(queue),
                 None => {
                     self.refused.fetch_add(1, Relaxed);
@@ -187,8 +160,8 @@ impl Sinks {
         self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Says which files settings in force name: the others are closed.
-    pub fn in_force(&self, named: &LogFiles) {
+    /// Says what settings in force name: other files are closed, and what was refused may be opened now.
+    pub fn in_force(&self, named: &Named) {
         let mut files = self.files();
         if files.named.as_ref() == Some(named) {
             return;
@@ -426,7 +399,7 @@ mod tests {
             let path = directory.path().join(n.to_string());
             sinks.writer(&path.to_str().unwrap().into()).unwrap()
         };
-        sinks.in_force(&LogFiles::default());
+        sinks.in_force(&Named::default());
         let held = open(0);
         assert!(held.write_line(b"first\n"));
         for n in 1..=FILES {

@@ -9,13 +9,12 @@ mod entry;
 mod otlp;
 mod stream;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use model::Mesh;
-use model::telemetry::{LogEntries, LogService, LogSink};
+use model::telemetry::{LogEntries, LogService};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
@@ -23,6 +22,7 @@ use self::otlp::Calls;
 use self::stream::{Stream, StreamError};
 use super::ended::Ended;
 use super::export::{Connect, Origin};
+use super::named::Names;
 
 /// Entries that wait for one service.
 const QUEUE: usize = 4096;
@@ -34,7 +34,7 @@ const BATCH_BYTES: usize = 64 << 10;
 const GATHER: Duration = Duration::from_secs(1);
 /// To connect, and for a batch to be taken.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// Services that there may be at a time; more than these get nothing.
+/// Services that there may be at a time; more than these get nothing until one of them is not named any more.
 const SERVICES: usize = 16;
 /// How long a service that takes nothing is left alone, at first and at most.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
@@ -94,34 +94,46 @@ struct Open {
     _sender: mpsc::Sender<Vec<u8>>,
 }
 
+#[derive(Default)]
+struct All {
+    open: HashMap<LogService, Open>,
+    /// What settings in force name; `None` where nobody says.
+    named: Option<Names<LogService>>,
+}
+
 /// The queues of all services that logs go to.
 #[derive(Default)]
 pub(super) struct Queues {
-    all: Mutex<HashMap<LogService, Open>>,
+    all: Mutex<All>,
     pub counters: Arc<Counters>,
 }
 
 impl Queues {
-    /// The queue of `service`; `None` if there are too many. Those that no service of `mesh` names any more make room.
+    /// Says what settings in force name: where there are too many, the others make room.
+    pub fn in_force(&self, named: &Names<LogService>) {
+        self.all().named = Some(named.clone());
+    }
+
+    fn all(&self) -> MutexGuard<'_, All> {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The queue of `service`; `None` if there are too many.
     pub fn open(
         &self,
-        (service, mesh): (&LogService, &Mesh),
+        service: &LogService,
         runtime: &Handle,
         connect: &Arc<dyn Connect>,
         origin: &Origin,
     ) -> Option<Queue> {
-        let all = &mut *self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        let All { open: all, named } = &mut *self.all();
         if let Some(open) = all.get(service) {
             return Some(open.queue.clone());
         }
-        if all.len() >= SERVICES {
-            let logs = mesh.http_services().filter_map(|http| http.telemetry.logs.as_deref()).flatten();
-            let in_force = logs.filter_map(|log| match &log.sink {
-                LogSink::Service(service) => Some(&**service),
-                LogSink::File { .. } => None,
-            });
-            let in_force: HashSet<&LogService> = in_force.collect();
-            all.retain(|service, _| in_force.contains(service));
+        if let Some(named) = named
+            && all.len() >= SERVICES
+        {
+            all.retain(|service, _| named.contains(service));
         }
         if all.len() >= SERVICES {
             tracing::error!(service = &*service.collector.host, SERVICES, "too many services of access logs");

@@ -114,7 +114,7 @@ impl Telemetry {
     pub fn connection_opened<T>(&self, carried: &Carried<'_>, (io, read): (T, usize)) -> Counted<T> {
         let nothing = (RequestHead::default(), Fields::default());
         let ended = self.carried(carried, &nothing);
-        let resolved = self.resolved_for(carried.mesh, carried.decided);
+        let resolved = self.resolved_for(carried.decided);
         let standard = labels(&ended);
         let series = resolved.plan.streams.iter().map(|group| {
             let mut labels = standard.clone();
@@ -134,7 +134,7 @@ impl Telemetry {
     pub fn connection_ended(&self, carried: &Carried<'_>) {
         let nothing = (RequestHead::default(), Fields::default());
         let ended = self.carried(carried, &nothing);
-        let resolved = self.resolved_for(carried.mesh, carried.decided);
+        let resolved = self.resolved_for(carried.decided);
         for log in &resolved.logs {
             log.write(&ended);
         }
@@ -145,7 +145,7 @@ impl Telemetry {
     pub fn connection_failed(&self, carried: &Carried<'_>, flag: FailureFlag) {
         let nothing = (RequestHead::default(), Fields::default());
         let ended = self.carried(carried, &nothing);
-        if self.resolved_for(carried.mesh, carried.decided).plan.failures {
+        if self.resolved_for(carried.decided).plan.failures {
             self.tcp.failed(&labels(&ended), flag);
         }
         self.connection_ended(carried);
@@ -157,9 +157,9 @@ impl Telemetry {
         Ended::of_connection(place, heads, carried.connection, carried.decided, carried.record)
     }
 
-    fn resolved_for(&self, mesh: &Mesh, decided: &Decided) -> Arc<super::Resolved> {
+    fn resolved_for(&self, decided: &Decided) -> Arc<super::Resolved> {
         let told = decided.service.as_ref().map_or(&self.plain, |service| &service.telemetry);
-        self.with_local(|local| self.resolved(mesh, local, told))
+        self.with_local(|local| self.resolved(local, told))
     }
 }
 

@@ -521,6 +521,7 @@ async fn services_of_logs_make_room_for_others_when_no_settings_name_them() {
     let nobody = Arc::new(Piped(Mutex::default()));
     let exporters = Exporters::new(tokio::runtime::Handle::current(), nobody, "waypoint", "shop");
     let lab = Lab::with(None, exporters);
+    lab.telemetry.in_force(&Named::default());
     let counts = || {
         let count = |name: &str| lab.sample(&[name]).unwrap();
         (count("culvert_access_log_entries_total "), count("culvert_access_logs_refused_total "))
@@ -543,19 +544,17 @@ async fn services_of_logs_make_room_for_others_when_no_settings_name_them() {
         assert_eq!(counts(), ("56".to_owned(), "0".to_owned()));
         drop(done);
     });
-    // Those that are in force have their place.
-    let http = |n: usize| HttpService {
-        service: ServiceKey { namespace: "shop".into(), hostname: format!("s{n}.test").as_str().into() },
-        telemetry: Arc::new(entries_to(&format!("now-{n}.test"))),
-        ..service()
-    };
-    let changes = (0..16).map(|n| model::Change::SetHttpService(Arc::new(http(n))));
-    let lab = Lab { mesh: Mesh::default().apply(changes), ..lab };
-    for n in 0..17 {
-        lab.end(&entries_to(&format!("now-{n}.test")), nothing);
-    }
-    let refused = lab.sample(&["culvert_access_logs_refused_total "]);
-    assert_eq!(refused.as_deref(), Some("1"));
+    // Those that are in force have their place; one that was refused has it once it is free, also where it is remembered.
+    let now: Vec<_> = (0..17).map(|n| Arc::new(entries_to(&format!("now-{n}.test")))).collect();
+    let mut named = Named::default();
+    now.iter().for_each(|told| named.follow(None, Some(told)));
+    lab.telemetry.in_force(&named);
+    now.iter().for_each(|told| lab.end_of(told, nothing));
+    assert_eq!(counts(), ("72".to_owned(), "1".to_owned()));
+    named.follow(Some(&now[0]), None);
+    lab.telemetry.in_force(&named);
+    lab.end_of(&now[16], nothing);
+    assert_eq!(counts(), ("73".to_owned(), "1".to_owned()));
 }
 
 fn until(what: &str, holds: impl Fn() -> bool) {
@@ -571,11 +570,11 @@ fn is_open(path: &std::path::Path) -> bool {
     all.filter_map(|fd| std::fs::read_link(fd.path()).ok()).any(|to| to == path)
 }
 
-fn to_file(path: &std::path::Path) -> (Told, LogFiles) {
+fn to_file(path: &std::path::Path) -> (Told, Named) {
     let text = LogText::new("%REQ(:METHOD)%").unwrap();
     let sink = LogSink::File { path: path.to_str().unwrap().into(), format: LogFormat::TextOf(text) };
     let told = Told { logs: Some(Box::new([AccessLog { sink, filter: None }])), ..Told::default() };
-    let mut files = LogFiles::default();
+    let mut files = Named::default();
     files.follow(None, Some(&told));
     (told, files)
 }
@@ -607,7 +606,7 @@ fn a_file_of_logs_is_open_while_settings_name_it_and_no_line_is_lost_after_that(
     until("a second line", || lines(&path) == 2);
     assert!(is_open(&path));
     files.follow(Some(&told), None);
-    assert_eq!(files, LogFiles::default());
+    assert_eq!(files, Named::default());
     lab.telemetry.in_force(&files);
     until("it is closed", || !is_open(&path));
     // A request that began before.
@@ -664,7 +663,7 @@ fn a_file_that_was_let_go_of_or_refused_is_opened_once_it_can_be() {
     lab.end_of(&old, nothing);
     // As many others as there may be: it makes room.
     let told: Vec<_> = (1..=17).map(|n| Arc::new(to_file(&at(n)).0)).collect();
-    let mut files = LogFiles::default();
+    let mut files = Named::default();
     told.iter().take(16).for_each(|told| files.follow(None, Some(told)));
     lab.telemetry.in_force(&files);
     told.iter().take(15).for_each(|told| lab.end_of(told, nothing));
@@ -681,7 +680,7 @@ fn a_file_that_was_let_go_of_or_refused_is_opened_once_it_can_be() {
     lab.telemetry.in_force(&files);
     lab.end_of(&told[16], nothing);
     until("the one that was refused", || lines(17) == 1);
-    lab.telemetry.in_force(&LogFiles::default());
+    lab.telemetry.in_force(&Named::default());
     lab.end_of(&old, nothing);
     until("the old one", || lines(0) == 2);
     assert_eq!(refused(), "2");
