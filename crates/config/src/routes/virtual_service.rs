@@ -512,8 +512,11 @@ fn text_or_present(cursor: Cursor<'_, '_>) -> Option<Pattern> {
         return Some(Pattern::Present);
     }
     // The map's keys are the user's; the values have a schema of their own.
-    let mut found = None;
+    let (mut found, several) = (None, entries.len() > 1);
     cursor.entries(|kind, mut value| {
+        if several {
+            value.invalid("stands beside another one", "write one of exact, prefix and regex");
+        }
         let node = value.node();
         let Some(text) = node.as_str() else {
             value.string();
@@ -529,9 +532,6 @@ fn text_or_present(cursor: Cursor<'_, '_>) -> Option<Pattern> {
             }
         };
     });
-    if entries.len() > 1 {
-        return None;
-    }
     found
 }
 
@@ -659,7 +659,7 @@ fn read_fault(entry: &mut Fields<'_, '_>) -> Fault {
         let fixed = delay.required("fixedDelay").and_then(some_time);
         let share = percentage(&mut delay, "percentage");
         let old = delay.integer("percent", 0..=100_u32).map(|p| Percent::of(p, 100));
-        Some((fixed?, share.or(old).unwrap_or(Percent::ALL)))
+        Some((fixed?, share.or(old).unwrap_or_else(|| of_none(&mut delay))))
     });
     let abort = fields.object("abort").and_then(|mut abort| {
         let status = abort.integer("httpStatus", 200..=599_u16).map(Abort::Http);
@@ -667,10 +667,17 @@ fn read_fault(entry: &mut Fields<'_, '_>) -> Fault {
         if status.is_some() == grpc.is_some() {
             abort.report(Code::InvalidValue, "one of httpStatus and grpcStatus is needed", "");
         }
-        let share = percentage(&mut abort, "percentage").unwrap_or(Percent::ALL);
+        let share = percentage(&mut abort, "percentage").unwrap_or_else(|| of_none(&mut abort));
         Some((status.or(grpc)?, share))
     });
     Fault { delay, abort }
+}
+
+/// The share of a fault that says none, as upstream has it.
+fn of_none(fault: &mut Fields<'_, '_>) -> Percent {
+    let message = "without a percentage the fault is that of no request";
+    fault.report(Code::WithoutEffect, message, "set percentage.value, to 100 for all requests");
+    Percent::default()
 }
 
 const GRPC: [(&str, u8); 17] = [
