@@ -15,10 +15,10 @@ use crate::filters::cors::Crossing;
 use crate::filters::jwt::{Outcome, Patience, put_back};
 use crate::filters::rate_limit::Checked;
 use crate::filters::route::RouteRules;
-use crate::filters::{Refusal, answer, authorize, cors, fault, path, redirect, rewrite, view};
+use crate::filters::{Refusal, answer, authorize, cors, fault, path, redirect, respond, rewrite, view};
 use crate::guards::Guards;
 use crate::http::decide::{
-    Connection, Decide, Decided, Decision, Endpoints, Flag, Forwarding, Mirror, More, Record,
+    Connection, Decide, Decided, Decision, Endpoints, Facts, Flag, Forwarding, Mirror, More, Record,
 };
 use crate::http::head::{Fields, RequestHead};
 use crate::rules::{Rules, ServiceRules};
@@ -62,7 +62,7 @@ impl Deciding {
         let next = Rules::new(mesh, &self.0.own, &self.0.rules.load());
         self.0.clusters.prepare(&next.mesh);
         self.0.guards.follow(&next.mesh);
-        self.0.telemetry.in_force(next.log_files());
+        self.0.telemetry.in_force(next.told());
         self.0.rules.store(Arc::new(next));
         self.0.changed.send_replace(());
     }
@@ -203,15 +203,11 @@ impl Deciding {
         }
         let delay = fault::delay(&of.fault, random());
         decided.delayed = delay.is_some();
-        let decision = match fault::abort(&of.fault, random()) {
-            Some(abort) => Ok(Decision::Respond(abort)),
-            None => match &of.action {
-                RouteAction::Redirect(to) => Err(redirect::response(to, matched, request)),
-                RouteAction::Respond(_) => Err(route.respond.clone().unwrap_or_else(no_route)),
-                RouteAction::Forward(_) => {
-                    self.forwarded((rules, service), route, matched, request, connection, decided)
-                }
-            },
+        let own = fault::abort(&of.fault, random())
+            .or_else(|| own_answer(route, matched, (request, connection), decided));
+        let decision = match own {
+            Some(answer) => Ok(Decision::Respond(answer)),
+            None => self.forwarded((rules, service), route, matched, request, connection, decided),
         };
         // The page that asks may read the answer, whoever it is of.
         let decision = with_edits(decision.unwrap_or_else(Decision::Respond), edits);
@@ -460,6 +456,22 @@ pub(crate) fn random() -> u64 {
         count.set(count.get().wrapping_add(1));
         state.hash_one(count.get())
     })
+}
+
+/// The answer of a route that leads nowhere.
+fn own_answer(
+    route: &RouteRules,
+    matched: Option<&model::http::RouteMatch>,
+    (request, connection): (&RequestHead, &Connection),
+    decided: &Decided,
+) -> Option<Refusal> {
+    let answer = match &route.route.as_ref()?.action {
+        RouteAction::Redirect(to) => redirect::response(to, matched, request),
+        RouteAction::Respond(_) => route.respond.clone()?,
+        RouteAction::Forward(_) => return None,
+    };
+    let facts = Facts { request, connection, decided, record: None };
+    Some(respond::changed(answer, &route.answer_edits, &facts))
 }
 
 /// The rest of a decision that is made already.

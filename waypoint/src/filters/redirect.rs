@@ -24,9 +24,11 @@ pub fn response(redirect: &Redirect, matched: Option<&RouteMatch>, request: &Req
     };
     let port = port.filter(|port| *port != implied).map(|port| format!(":{port}")).unwrap_or_default();
     let target = match &redirect.path {
-        Some(rewriting) => {
-            path::with_query(rewrite::rewritten(rewriting, matched, request.path()), request.query())
-        }
+        Some(rewriting) => match rewrite::rewritten(rewriting, matched, request.path()) {
+            // A query of its own takes the place of the request's, as in Envoy.
+            target if target.contains('?') => target,
+            path => path::with_query(path, request.query()),
+        },
         None => request.target().to_owned(),
     };
     let location = format!("{scheme}://{host}{port}{target}");

@@ -19,8 +19,11 @@ pub fn rewritten(rewrite: &PathRewrite, matched: Option<&RouteMatch>, path: &str
             if joined.is_empty() { "/".to_owned() } else { joined }
         }
         PathRewrite::Segments(prefix) => {
-            let (prefix, rest) = (prefix.trim_end_matches('/'), rest.trim_start_matches('/'));
-            if rest.is_empty() && !prefix.is_empty() { prefix.to_owned() } else { format!("{prefix}/{rest}") }
+            let prefix = prefix.trim_end_matches('/');
+            // What matched ends before a slash, or with the path.
+            let slash =
+                if rest.starts_with('/') || (rest.is_empty() && !prefix.is_empty()) { "" } else { "/" };
+            format!("{prefix}{slash}{rest}")
         }
         PathRewrite::Regex(substitution) => substitution.apply(path),
     }
@@ -77,4 +80,36 @@ pub fn edits(edits: &HeaderEdits) -> Edits {
         HeaderEdit::Add(name, v) => Edit::Add(name.as_str().into(), value(v)),
     };
     Edits(edits.0.iter().map(one).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use model::http::PathMatch;
+
+    use super::*;
+
+    #[test]
+    fn a_prefix_is_replaced_as_the_specification_has_it() {
+        // The table of HTTPPathModifier, and what follows from it.
+        for (path, matched, to, wanted) in [
+            ("/foo/bar", "/foo", "/xyz", "/xyz/bar"),
+            ("/foo/bar", "/foo", "/xyz/", "/xyz/bar"),
+            ("/foo/bar", "/foo/", "/xyz", "/xyz/bar"),
+            ("/foo/bar", "/foo/", "/xyz/", "/xyz/bar"),
+            ("/foo", "/foo", "/xyz", "/xyz"),
+            ("/foo/", "/foo", "/xyz", "/xyz/"),
+            ("/foo/bar", "/foo", "", "/bar"),
+            ("/foo/", "/foo", "", "/"),
+            ("/foo", "/foo", "", "/"),
+            ("/foo/", "/foo", "/", "/"),
+            ("/foo", "/foo", "/", "/"),
+            ("/foo//bar", "/foo", "/xyz", "/xyz//bar"),
+            ("/foo", "/", "/xyz", "/xyz/foo"),
+            ("/", "/", "/", "/"),
+        ] {
+            let matched = RouteMatch { path: Some(PathMatch::segments(matched)), ..RouteMatch::default() };
+            let got = rewritten(&PathRewrite::Segments(to.into()), Some(&matched), path);
+            assert_eq!(got, wanted, "{path} of {matched:?} by {to:?}");
+        }
+    }
 }

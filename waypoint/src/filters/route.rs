@@ -32,6 +32,8 @@ pub struct RouteRules {
     pub backends: Box<[BackendRules]>,
     /// The route's own answer.
     pub respond: Option<Refusal>,
+    /// Changes of the fields of what is answered here, by a redirect or that.
+    pub answer_edits: Edits,
 }
 
 /// What is done with the requests that a back end gets.
@@ -70,6 +72,7 @@ impl PortRules {
             }]
             .into(),
             respond: None,
+            answer_edits: Edits::default(),
         });
         let mut routes: Vec<Arc<RouteRules>> = Vec::with_capacity(port.routes.entries().len());
         let known = |rules: &Arc<RouteRules>, route: &Arc<Route>| {
@@ -115,6 +118,10 @@ impl RouteRules {
             respond: match &route.action {
                 RouteAction::Respond(answer) => Some(respond::response(answer)),
                 RouteAction::Forward(_) | RouteAction::Redirect(_) => None,
+            },
+            answer_edits: match &route.action {
+                RouteAction::Redirect(_) | RouteAction::Respond(_) => rewrite::edits(&route.response_headers),
+                RouteAction::Forward(_) => Edits::default(),
             },
         }
     }

@@ -14,5 +14,6 @@ mod fetch;
 mod lab;
 mod peers;
 mod redis;
+mod routes;
 mod told;
 mod ways_past;

@@ -1,0 +1,64 @@
+//! What routes say is done with requests and answers.
+
+use waypoint::http::Settings;
+
+use crate::lab::{Lab, VIP, echo, external};
+
+const ROUTES: &str = "
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: shop, namespace: shop}
+spec:
+  hosts: [shop.example]
+  http:
+  - match: [{uri: {prefix: /away}}]
+    redirect: {uri: /new, authority: other.example}
+    headers: {response: {set: {cache-control: no-store, x-was: \"%REQ(:PATH)%\"}, remove: [location]}}
+  - match: [{uri: {prefix: /query}}]
+    redirect: {uri: /new?from=old}
+    headers: {response: {add: {x-a: b}}}
+  - match: [{uri: {prefix: /says}}]
+    directResponse: {status: 418, body: {string: '{}'}}
+    headers: {response: {set: {content-type: application/json}, add: {x-a: b}}}
+    corsPolicy: {allowOrigins: [{exact: 'https://a.example'}]}
+  - match: [{uri: {prefix: /aborts}}]
+    fault: {abort: {httpStatus: 503, percentage: {value: 100}}}
+    headers: {response: {add: {x-a: b}}}
+    route: [{destination: {host: shop.example}}]
+  - match: [{uri: {prefix: /spared}}]
+    fault: {abort: {httpStatus: 503}, delay: {fixedDelay: 1h}}
+    route: [{destination: {host: shop.example}}]
+";
+
+#[tokio::test]
+async fn routes_change_the_answers_that_are_their_own() {
+    let resources = [external("shop", VIP, "http", echo().await), ROUTES.to_owned()].concat();
+    let lab = Lab::new(&resources, Settings::default()).await;
+    let get = async |path: &str| lab.ask("GET", path, &[("origin", "https://a.example")], "").await;
+
+    let (status, head, _) = get("/away?a=1").await;
+    assert_eq!(status, 301);
+    assert!(head.contains("cache-control: no-store") && head.contains("x-was: /away?a=1"), "{head}");
+    assert!(!head.contains("location:"), "{head}");
+
+    // A query that the redirect has takes the place of the request's.
+    for path in ["/query", "/query?a=1"] {
+        let (status, head, _) = get(path).await;
+        assert_eq!(status, 301);
+        assert!(head.contains("location: http://shop.example/new?from=old\r\n"), "{head}");
+        assert!(head.contains("x-a: b"), "{head}");
+    }
+
+    let (status, head, body) = get("/says").await;
+    assert_eq!((status, &*body), (418, "{}"));
+    assert_eq!(head.matches("content-type: ").count(), 1, "{head}");
+    assert!(head.contains("content-type: application/json") && head.contains("x-a: b"), "{head}");
+    assert!(head.contains("access-control-allow-origin: https://a.example"), "{head}");
+
+    // What is made to fail is no answer of the route's.
+    let (status, head, _) = get("/aborts").await;
+    assert!(status == 503 && !head.contains("x-a: b"), "{head}");
+    // A fault is that of no request where it says no share of them.
+    assert_eq!(get("/spared").await.0, 200);
+}
