@@ -79,7 +79,7 @@ pub enum Error {
         limit: Duration,
     },
     /// A back-end that was in use before does not work here any more.
-    #[error("{backend} is not available here: {missing}")]
+    #[error("{backend} is not available here: {missing}{}", of_chart(*backend))]
     Unavailable {
         /// Which.
         backend: crate::Backend,
@@ -101,4 +101,31 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+}
+
+/// What else may be the cause in a cluster, where pods that were captured have to be let go of.
+fn of_chart(backend: crate::Backend) -> &'static str {
+    match backend {
+        crate::Backend::Ebpf => {
+            "; in a cluster, the chart's node.bpfDir must say where nodes have their bpf file system as long as pods are \
+             captured by ebpf"
+        }
+        _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Backend;
+
+    #[test]
+    fn what_ebpf_lacks_in_a_cluster_names_the_chart_s_value() {
+        let said = |backend| {
+            let missing = Box::new(Missing::Capability { capability: "CAP_BPF", purpose: "it" });
+            Error::Unavailable { backend, missing }.to_string()
+        };
+        assert!(said(Backend::Ebpf).contains("node.bpfDir"));
+        assert!(!said(Backend::Nftables).contains("node.bpfDir"));
+    }
 }

@@ -22,7 +22,7 @@ const STATES: [&str; 5] = ["close_wait", "fin_wait", "last_ack", "unacknowledged
 /// The kernel counts in ticks, of a millisecond at the shortest, in a signed word.
 const LONGEST: u32 = i32::MAX.cast_unsigned() / 1000;
 
-/// A setting could not be changed; it has been said. [`missing`] doesn't ask for it again and again then.
+/// This process may not change such settings; it has been said. [`missing`] doesn't ask for them again and again then.
 static REFUSED: AtomicBool = AtomicBool::new(false);
 
 /// The settings of a namespace, in seconds.
@@ -56,7 +56,10 @@ impl Timeouts {
 /// anything was changed. Capture works without, but for what is said above, so that a failure is a warning.
 pub(crate) fn raise(netns: &Netns) -> bool {
     raised(netns).unwrap_or_else(|error| {
-        REFUSED.store(true, Ordering::Relaxed);
+        // What failed otherwise, since a pod went away for example, says nothing of other pods.
+        if matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem) {
+            REFUSED.store(true, Ordering::Relaxed);
+        }
         tracing::warn!(
             netns = %netns,
             %error,
@@ -82,7 +85,7 @@ fn raised(netns: &Netns) -> io::Result<bool> {
     Ok(changed)
 }
 
-/// Which are too short, in words; none where they can't be changed.
+/// Which are too short, in words; none where this process may not change them.
 pub(crate) fn missing(netns: &Netns) -> Vec<String> {
     if REFUSED.load(Ordering::Relaxed) {
         return Vec::new();

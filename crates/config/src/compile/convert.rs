@@ -189,20 +189,10 @@ impl Context<'_> {
             network: self.options.network.clone(),
             hostname: empty.clone(),
             cluster: self.options.cluster.clone(),
-            tunnel: TunnelProtocol::None,
-            network_mode: NetworkMode::Standard,
             canonical_name: None,
             canonical_revision: empty.clone(),
             workload_name: None,
-            workload_kind: WorkloadKind::Pod,
-            services: Arc::default(),
-            policies: Box::default(),
-            waypoint: None,
-            network_gateway: None,
-            application_tunnel: None,
-            capacity: 1,
-            labels: Arc::default(),
-            unlisted_name: None,
+            ..Profile::default()
         }
     }
 
