@@ -96,6 +96,12 @@ impl Error {
         matches!(&**source, aya::maps::MapError::SyscallError(error) if error.io_error.raw_os_error() == Some(libc::E2BIG))
     }
 
+    /// Whether another process has what was to be taken, and gives it on when it ends.
+    #[must_use]
+    pub fn is_taken(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::WouldBlock)
+    }
+
     fn io(action: &'static str, what: impl std::fmt::Display) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { action, what: what.to_string(), source }
     }

@@ -217,7 +217,7 @@ fn here() -> u64 {
     Netns::current().map_or(0, |netns| netns.id().inode())
 }
 
-fn is_verdicts(directory: &Path) -> bool {
+pub(crate) fn is_verdicts(directory: &Path) -> bool {
     directory.file_name().is_some_and(|name| name.to_string_lossy().starts_with(VERDICTS))
 }
 

@@ -17,14 +17,16 @@
 //! Invariants:
 //! * nothing of a pair passes but within the lease, which its owner renews, and by a verdict of a generation that is in force;
 //! * an entry of a pair is taken out when no socket of it is left: until then it drops what is not allowed;
-//! * two processes may both hold a value: the last that attached is the owner, and the other's renewals do nothing.
+//! * two processes may both hold a value: the last that attached is the owner, and the other's renewals do nothing. Of those that
+//!   take what another process attached ([`Verdicts::take`]) there is one at a time.
 
 mod device;
 mod links;
+mod node;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs;
+use std::fs::{self, File};
 use std::hash::{BuildHasher, RandomState};
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU64;
@@ -36,8 +38,10 @@ use std::time::Duration;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, Queue};
 use net::sock_diag::{self, DestroyError};
 use net::{MARK_MASK, Netns};
+use nix::fcntl::Flock;
 
 pub use device::{Qualified, Why};
+pub use node::Node;
 
 use crate::layout::{
     Address, Asked, CONNECTIONS_LIMIT, Control, Dialled, MARK_DIRECT, MARK_GRANTED, MARK_REPLY, MARK_ZTUNNEL,
@@ -196,7 +200,12 @@ struct Written {
 pub struct Verdicts {
     pins: Pins,
     directory: PathBuf,
-    from_pod: OwnedFd,
+    /// Absent where another process has attached the programs.
+    from_pod: Option<OwnedFd>,
+    /// What tells these maps from others of their names.
+    number: u32,
+    /// Where another process has attached the programs: nobody else writes meanwhile.
+    _alone: Option<Flock<File>>,
     owner: u64,
     control: Mutex<Array<MapData, Control>>,
     written: Mutex<Written>,
@@ -215,11 +224,31 @@ impl Verdicts {
     pub fn attach(pins: &Pins, cgroups: &Path) -> Result<Self, Error> {
         let directory = pins.verdicts();
         let _held = pins.hold()?;
-        let root = links::cgroup_root(cgroups)?;
-        fs::create_dir_all(&directory).map_err(Error::io("make", directory.display()))?;
-        let from_pod = links::attach(&directory, &root)?;
+        let from_pod = node::attach(&directory, cgroups)?;
+        Self::open(pins, directory, Some(from_pod), None)
+    }
+
+    /// Becomes the owner of what another process attached for its node ([`Node`]), which has noted one of `pods`; `None` where
+    /// nobody has. What is there of verdicts stays as it is, and so does the lease.
+    ///
+    /// # Errors
+    /// Another one has taken it and has not ended yet ([`Error::is_taken`]), or the maps are of another build's programs.
+    pub fn take(pins: &Pins, pods: &[Netns]) -> Result<Option<Self>, Error> {
+        let Some(directory) = node::directory(pins.root(), pods)? else { return Ok(None) };
+        let alone = node::alone(&directory)?;
+        Self::open(pins, directory, None, Some(alone)).map(Some)
+    }
+
+    fn open(
+        pins: &Pins,
+        directory: PathBuf,
+        from_pod: Option<OwnedFd>,
+        alone: Option<Flock<File>>,
+    ) -> Result<Self, Error> {
         let owner = RandomState::new().hash_one(std::process::id()) | 1;
         let found = Self {
+            // If the maps change meanwhile, no pod qualifies.
+            number: node::number(&directory)?,
             control: Mutex::new(map(&directory, "control")?),
             written: Mutex::new(Written {
                 verdicts: map(&directory, "verdicts")?,
@@ -232,6 +261,7 @@ impl Verdicts {
             pins: pins.clone(),
             directory,
             from_pod,
+            _alone: alone,
             owner,
         };
         held(&found.written).count_neighbours()?;
@@ -243,11 +273,13 @@ impl Verdicts {
     }
 
     /// Whether connections between `pod` and others can do without a proxy; its device gets the program then. May be asked again.
+    /// Where another process attached the programs, that is what it has noted.
     ///
     /// # Errors
     /// Why not.
     pub fn qualify(&self, node: &Netns, pod: &Netns) -> Result<Qualified, Why> {
-        let qualified = device::qualify(&self.pins, &self.directory, &self.from_pod, node, pod)?;
+        let Some(from_pod) = &self.from_pod else { return node::noted(&self.directory, self.number, pod) };
+        let qualified = device::qualify(&self.pins, &self.directory, from_pod, node, pod)?;
         self.end_strays(pod)?;
         Ok(qualified)
     }
@@ -257,6 +289,9 @@ impl Verdicts {
     /// # Errors
     /// It can't be taken off.
     pub fn release(&self, qualified: &Qualified) -> Result<(), Error> {
+        if self.from_pod.is_none() {
+            return Ok(());
+        }
         device::release(&self.directory, qualified.device)
     }
 

@@ -68,6 +68,10 @@ pub enum Why {
     OthersPrograms,
     /// The node's end of its device has a queue of this kind, which would be passed by.
     Queue(String),
+    /// Another process captures it, and has not noted that it qualifies.
+    NotNoted,
+    /// That process has made maps anew since these were taken.
+    OtherMaps,
     /// It can't be told, or the program can't be attached.
     Failed(Error),
 }
@@ -92,6 +96,10 @@ impl fmt::Display for Why {
             ),
             Self::Queue(kind) => {
                 write!(f, "the node's end of its device has the queue {kind}, which packets would pass by")
+            }
+            Self::NotNoted => f.write_str("whoever captures it has not found it fit (/pods of the node agent says why)"),
+            Self::OtherMaps => {
+                f.write_str("whoever captures it has made the maps anew: they are for the ztunnel that comes next")
             }
             Self::Failed(error) => write!(f, "{error}"),
         }

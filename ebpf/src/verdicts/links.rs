@@ -118,6 +118,31 @@ fn replace_on_devices(directory: &Path, program: BorrowedFd<'_>) -> Result<(), E
     Ok(())
 }
 
+/// Whether all programs at the root of the cgroups are there.
+pub(super) fn stand(directory: &Path) -> bool {
+    let attached = |(name, _): &(&str, AttachType)| {
+        sys::open(&directory.join(format!("link-{name}")))
+            .is_ok_and(|link| sys::link_cgroup(link.as_fd()).is_ok_and(|cgroup| cgroup != 0))
+    };
+    AT_ROOT.iter().all(attached)
+}
+
+/// Whether the maps are as these programs declare them.
+pub(super) fn fit(directory: &Path) -> bool {
+    MAPS.iter().all(|shape| directory.join(shape.0).exists() && !shape.is_other(directory))
+}
+
+/// Removes the names of programs whose devices are gone.
+pub(super) fn sweep_devices(directory: &Path) {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path());
+    for path in entries.filter(|path| is_of_device(path)) {
+        let is_gone = sys::open(&path).is_ok_and(|link| is_attached(link.as_fd()).is_none());
+        if is_gone && let Err(error) = fs::remove_file(&path) {
+            tracing::warn!(link = %path.display(), %error, "what a device that is gone left can't be removed");
+        }
+    }
+}
+
 /// Whether the program of a device is there that is not gone.
 pub(super) fn has_devices(directory: &Path) -> bool {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path());
