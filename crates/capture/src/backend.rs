@@ -138,6 +138,21 @@ pub trait Capture: Send + Sync + fmt::Debug {
         0
     }
 
+    /// From now on, pods that are captured are prepared for connections that no proxy carries, by verdicts that a ztunnel writes, as
+    /// far as the kernel can keep to these for them. What is captured already has to be installed again. Whether this back-end does
+    /// that; the thread has to be in the node's network namespace.
+    ///
+    /// # Errors
+    /// The kernel refuses. Pods are captured as ever.
+    fn prepare_verdicts(&self) -> Result<bool, Error> {
+        Ok(false)
+    }
+
+    /// Whether a pod may be an end of such connections, or why not. `None` where nothing was prepared for it.
+    fn verdict_end(&self, _netns: &Netns) -> Option<Result<(), String>> {
+        None
+    }
+
     /// Whether devices that come later are captured only after another [`Capture::install`]: [`net::netlink::Devices`] tells
     /// of them.
     fn is_by_device(&self) -> bool {

@@ -14,11 +14,13 @@
 //!
 //! Programs and maps are pinned; rules and routes are the kernel's own. Nothing of ours has to run.
 
+mod ends;
 mod network;
 mod routes;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
+use std::sync::OnceLock;
 
 use ebpf::layout;
 use ebpf::{Contents, Pins, Pod};
@@ -32,6 +34,7 @@ use crate::probe::privileges;
 use crate::routing::{self, Ipv6};
 use crate::rules::{Include, PortRange, Rules};
 use crate::tool::Tools;
+use ends::Ends;
 use network::Network;
 
 /// What has to be on, and is put back when the pod leaves: sockets take the mark of the packet that makes them; answers without
@@ -44,6 +47,8 @@ const SWITCHES: [&str; 4] =
 pub struct Programs {
     pins: Pins,
     version: String,
+    /// Where another process writes verdicts.
+    ends: OnceLock<Ends>,
 }
 
 impl Programs {
@@ -68,7 +73,7 @@ impl Programs {
 
     fn with(pins: Pins) -> Result<Self, Missing> {
         let build = u64::from_be_bytes(ebpf::build());
-        let found = Self { pins, version: format!("programs {build:016x}") };
+        let found = Self { pins, version: format!("programs {build:016x}"), ends: OnceLock::new() };
         let made = Netns::new_empty()
             .map_err(|source| Error::Enter { netns: "an empty namespace".to_owned(), source })
             .and_then(|netns| {
@@ -80,6 +85,15 @@ impl Programs {
             });
         made.map(|_| found).map_err(|error| Missing::Kernel(Box::new(error)))
     }
+}
+
+/// Removes what [`Capture::prepare_verdicts`] of an earlier process has left on the node that this thread is in. Whether there was
+/// anything. No pair may be in use.
+///
+/// # Errors
+/// It stays: what it would let by has no lease.
+pub fn remove_verdicts() -> Result<bool, Error> {
+    Ok(ebpf::verdicts::remove(&Pins::of_others(ebpf::bpf_file_system()))?)
 }
 
 fn missing(error: ebpf::Error) -> Missing {
@@ -201,6 +215,7 @@ impl Capture for Programs {
         let switched = switched_off(netns)?;
         let routed = routes.drift(netns)?;
         if drift.is_empty() && switched.is_empty() && routed.is_none() {
+            self.follow(netns);
             return Ok(Installed { changed: false, ipv6: network.ipv6 });
         }
         self.remember_switches(netns)?;
@@ -223,6 +238,7 @@ impl Capture for Programs {
         if enrols {
             mark(netns, false)?;
         }
+        self.follow(netns);
         Ok(Installed { changed: true, ipv6: network.ipv6 })
     }
 
@@ -237,10 +253,14 @@ impl Capture for Programs {
         drift
             .missing
             .extend(switched_off(netns)?.into_iter().map(|name| format!("1 in /proc/sys/net/{name}")));
+        self.follow(netns);
         Ok(drift)
     }
 
     fn remove(&self, netns: &Netns) -> Result<bool, Error> {
+        if let Some(ends) = self.ends.get() {
+            ends.leave(netns);
+        }
         let routed = routes::remove(netns)?;
         let before = self.switches_before(netns);
         let programs = ebpf::remove(&self.pins, netns)?;
@@ -257,7 +277,22 @@ impl Capture for Programs {
     }
 
     fn sweep(&self) -> usize {
+        if let Some(ends) = self.ends.get() {
+            ends.sweep();
+        }
         self.pins.sweep().unwrap_or(0)
+    }
+
+    fn prepare_verdicts(&self) -> Result<bool, Error> {
+        if self.ends.get().is_none() {
+            // Nobody else sets it.
+            let _ = self.ends.set(Ends::attach(&self.pins)?);
+        }
+        Ok(true)
+    }
+
+    fn verdict_end(&self, netns: &Netns) -> Option<Result<(), String>> {
+        self.ends.get()?.is_fit(netns)
     }
 
     fn is_by_device(&self) -> bool {
@@ -266,6 +301,13 @@ impl Capture for Programs {
 }
 
 impl Programs {
+    /// Looks whether the pod may be an end of connections that no proxy carries.
+    fn follow(&self, netns: &Netns) {
+        if let Some(ends) = self.ends.get() {
+            ends.follow(netns);
+        }
+    }
+
     /// Notes, once, which switches are off, beside the pins: a process that removes the capture may be another one.
     fn remember_switches(&self, netns: &Netns) -> Result<(), Error> {
         let off = switched_off(netns)?;

@@ -40,7 +40,7 @@ mod timeouts;
 mod tool;
 
 pub use backend::{Backend, Capture, Drift, Installed, UnknownBackend};
-pub use ebpf::{Counter, Programs, counters};
+pub use ebpf::{Counter, Programs, counters, remove_verdicts};
 pub use error::{Error, Missing};
 pub use iptables::Iptables;
 pub use live::{Cut, Direction, LiveConnection, cut, live_connections, refuse};
