@@ -29,6 +29,10 @@ pub struct Flags {
     /// In a cluster: where the node agent listens
     #[arg(long, env = "INPOD_UDS", value_name = "SOCKET", default_value = "/var/run/ztunnel/ztunnel.sock")]
     pub zds_socket: PathBuf,
+    /// In a cluster: let connections of pods whose namespaces say `nodeLocal: kernel` pass by verdicts in the kernel, where the node
+    /// agent has the same flag and captures by ebpf. Needs the node's /sys/fs/bpf
+    #[arg(long, env = "CULVERT_KERNEL_VERDICTS")]
+    pub kernel_verdicts: bool,
     /// The node whose pods this process serves (`spec.nodeName`)
     #[arg(long, env = "NODE_NAME", value_name = "NAME")]
     pub node: String,
@@ -99,6 +103,11 @@ impl Flags {
             ] {
                 ensure!(!is_set, "{flag} is set beside --xds-address, and belongs to file mode: {instead}");
             }
+        } else {
+            ensure!(
+                !self.kernel_verdicts,
+                "--kernel-verdicts is for a cluster: in file mode nodeLocal: kernel needs --capture ebpf alone"
+            );
         }
         Ok(mode)
     }

@@ -84,7 +84,7 @@ async fn serve(
     };
     let telemetry = TcpMetrics::new(&registry, settings.series_limit);
     let limits = Limits::of_process(flags);
-    let verdicts = Verdicts::new(redirection.verdicts());
+    let verdicts = Verdicts::new(redirection.verdicts(flags.kernel_verdicts));
     let proxy = Arc::new(proxy(state, tls, telemetry, (limits, verdicts), logs, &shutdown, workers));
     let dns = dns(&proxy, &registry);
     let node = Arc::new(Node::new(proxy.clone(), redirection, dns, upstreams(flags)?, workers.clone()));

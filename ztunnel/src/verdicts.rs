@@ -38,7 +38,7 @@ use tokio::time::Instant;
 pub use self::judge::Ends;
 pub use self::keep::keep;
 use self::kernel::{Kernel, Pair, Way};
-pub use self::programs::programs;
+pub use self::programs::{of_agent, programs};
 use self::records::{Records, Stories};
 use self::table::{NotWritten, Table};
 use crate::connections::Story;
@@ -53,8 +53,26 @@ const ANSWERED: Duration = Duration::from_secs(4);
 /// How long a pod that does not qualify is not asked for again.
 const UNFIT_FOR: Duration = Duration::from_secs(10);
 
-/// Makes the kernel's side.
-pub type Attach = Box<dyn Fn() -> Result<Box<dyn Kernel>, String> + Send + Sync>;
+/// How long after it failed it is tried again to attach the programs.
+const ATTACH_AGAIN: Duration = Duration::from_secs(30);
+
+/// Makes the kernel's side, for pods in these namespaces.
+pub type Attach = Box<dyn Fn(&[Netns]) -> Result<Box<dyn Kernel>, Later> + Send + Sync>;
+
+/// Why there is no kernel's side yet.
+pub struct Later {
+    why: String,
+    /// When it is tried again.
+    after: Duration,
+    /// Whether that is no failure: it is another's turn.
+    is_turn: bool,
+}
+
+impl From<String> for Later {
+    fn from(why: String) -> Self {
+        Self { why, after: ATTACH_AGAIN, is_turn: false }
+    }
+}
 
 /// A pod's state.
 enum Joined {

@@ -67,12 +67,14 @@ impl Redirection {
         }
     }
 
-    /// What makes the kernel's side of verdicts, where this process captures by the programs that know them.
-    pub fn verdicts(&self) -> Option<Attach> {
+    /// What makes the kernel's side of verdicts: where this process captures by the programs that know them, or the node agent is to
+    /// prepare pods for them.
+    pub fn verdicts(&self, of_agent: bool) -> Option<Attach> {
         match self {
             Self::Own { capture, .. } if capture.backend() == Backend::Ebpf => {
                 Some(crate::verdicts::programs())
             }
+            Self::Agent if of_agent => Some(crate::verdicts::of_agent()),
             Self::Own { .. } | Self::Agent => None,
         }
     }

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use model::{Mesh, Str, Workload};
-use net::NetnsId;
+use net::{Netns, NetnsId};
 
 use super::pod::LocalPod;
 
@@ -59,6 +59,12 @@ impl Locals {
     pub fn serves_in(&self, netns: NetnsId) -> bool {
         let pods = self.0.read().unwrap_or_else(PoisonError::into_inner);
         pods.values().flatten().any(|pod| pod.netns.id() == netns)
+    }
+
+    /// Where the pods live.
+    pub fn namespaces(&self) -> Vec<Netns> {
+        let pods = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        pods.values().flatten().map(|pod| pod.netns.clone()).collect()
     }
 
     /// The pod whose address is `ip`.

@@ -23,7 +23,7 @@ use super::judge::Ends;
 use super::kernel::{Kernel, Pair, Passed, Side, Way};
 use super::records::Stories;
 use super::table::{Ends as _, Judge, Over};
-use super::{Ask, Joined, Verdicts, lock};
+use super::{Ask, Joined, Later, Verdicts, lock};
 use crate::proxy::Proxy;
 
 /// How long verdicts outlive this process, or this thread where it hangs.
@@ -46,8 +46,6 @@ const TURN: Duration = Duration::from_secs(1);
 const AGAIN: usize = 8;
 /// How long an earlier process's pairs wait for both of their pods. Afterwards they are ended where there is one.
 const INHERITED_FOR: Duration = Duration::from_secs(120);
-/// How long after it failed it is tried again to attach the programs.
-const ATTACH_AGAIN: Duration = Duration::from_secs(30);
 
 /// Starts the thread. `attached` is called when the programs that know verdicts have become part of capture.
 ///
@@ -189,11 +187,13 @@ impl Keeper {
         let settings = self.proxy.state.mesh_owned().settings().node_local.clone();
         let is_wanted = settings.mesh == NodeLocal::Kernel
             || settings.namespaces.values().any(|mode| *mode == NodeLocal::Kernel);
-        if !is_wanted || verdicts.kernel().is_some() || Instant::now() < self.attach_at {
+        // One that stops writes nothing more.
+        let is_over = verdicts.over.load(Relaxed) || self.proxy.shutdown.phase() != Phase::Running;
+        if !is_wanted || is_over || verdicts.kernel().is_some() || Instant::now() < self.attach_at {
             return;
         }
         let Some(attach) = &verdicts.attach else { return };
-        let made = attach().and_then(|kernel| {
+        let made = attach(&self.proxy.locals.namespaces()).and_then(|kernel| {
             // Nothing passes by what an earlier process knew.
             let inherited = kernel.stop().and_then(|()| kernel.inherit()).map_err(|e| e.to_string())?;
             // All that it wrote is revoked by now, of whatever generation: the table counts from the first.
@@ -215,13 +215,17 @@ impl Keeper {
                 self.renew();
                 (self.attached)();
             }
-            Err(error) => {
+            Err(Later { why, after, is_turn }) => {
                 let mut trouble = lock(&verdicts.trouble);
-                if trouble.as_ref() != Some(&error) {
-                    tracing::warn!(error, "no connection passes by a verdict (nodeLocal: kernel)");
+                if trouble.as_ref() != Some(&why) {
+                    if is_turn {
+                        tracing::info!(why, "no connection passes by a verdict yet (nodeLocal: kernel)");
+                    } else {
+                        tracing::warn!(why, "no connection passes by a verdict (nodeLocal: kernel)");
+                    }
                 }
-                *trouble = Some(error);
-                self.attach_at = Instant::now() + ATTACH_AGAIN;
+                *trouble = Some(why);
+                self.attach_at = Instant::now() + after;
             }
         }
     }

@@ -13,18 +13,39 @@ use ebpf::verdicts::{Carried, Offer, Qualified, Side as Seen, Verdicts};
 use net::sock_diag;
 use net::{MARK_MASK, Netns, NetnsId, ZTUNNEL_MARK};
 
-use super::Attach;
+use super::{Attach, Later};
 use super::kernel::{Kernel, Listing, Pair, Passed, Side};
 
 /// Where the machine's cgroups are.
 const CGROUPS: &str = "/sys/fs/cgroup";
+/// How soon it is asked again whether it is this process's turn, and whether the node agent has prepared a pod.
+const TURN_AGAIN: Duration = Duration::from_secs(1);
 
 /// Attaches the programs of this node, in the bpf file system that capture uses.
 pub fn programs() -> Attach {
-    Box::new(|| {
+    Box::new(|_| {
         let pins = Pins::open(ebpf::bpf_file_system()).map_err(|e| e.to_string())?;
         let verdicts = Verdicts::attach(&pins, Path::new(CGROUPS)).map_err(|e| e.to_string())?;
         Ok(Box::new(Programs { verdicts, qualified: Mutex::default() }))
+    })
+}
+
+/// Takes the programs that the node agent has attached, once no other ztunnel of the node has them.
+pub fn of_agent() -> Attach {
+    Box::new(|pods| {
+        let pins = Pins::of_others(ebpf::bpf_file_system());
+        let later = |why: String| Later { why, after: TURN_AGAIN, is_turn: true };
+        match Verdicts::take(&pins, pods) {
+            Ok(Some(verdicts)) => Ok(Box::new(Programs { verdicts, qualified: Mutex::default() })),
+            Ok(None) => Err(later(format!(
+                "of {} pods the node agent has prepared none: it needs --kernel-verdicts and capture by ebpf, and this process \
+                 the node's {}",
+                pods.len(),
+                ebpf::bpf_file_system().display()
+            ))),
+            Err(error) if error.is_taken() => Err(later(error.to_string())),
+            Err(error) => Err(error.to_string().into()),
+        }
     })
 }
 

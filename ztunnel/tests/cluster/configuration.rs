@@ -11,7 +11,7 @@ use proto::AUTHORIZATION_TYPE_URL;
 use crate::lab::traffic::{PORT, ask, serve, talk};
 use crate::lab::{Cluster, MOMENT, eventually};
 
-fn policy(name: &str, scope: Scope, action: Action, m: Match) -> Policy {
+pub fn policy(name: &str, scope: Scope, action: Action, m: Match) -> Policy {
     let rule = Rule { clauses: [Clause { matches: [m].into() }].into() };
     let key = PolicyKey { namespace: "shop".into(), name: name.into() };
     Policy { key, scope, action, rules: [rule].into(), dry_run: false }
@@ -23,7 +23,7 @@ pub fn strict() -> Policy {
     policy("converted_peer_authentication_strict", Scope::Namespace, Action::Deny, nobody)
 }
 
-fn principal(name: &str) -> Match {
+pub fn principal(name: &str) -> Match {
     let who = StringMatch::Exact(format!("cluster.local/ns/shop/sa/{name}").into());
     Match { principals: [who].into(), ..Match::default() }
 }

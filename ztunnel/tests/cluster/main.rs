@@ -20,3 +20,4 @@ mod configuration;
 mod lab;
 mod outage;
 mod upgrade;
+mod verdicts;

@@ -23,7 +23,7 @@ pub struct Agent {
     path: PathBuf,
     listener: Option<SeqpacketListener>,
     ztunnel: Option<Seqpacket>,
-    capture: Arc<dyn Capture>,
+    pub capture: Arc<dyn Capture>,
     /// What it says of the capture of the pods that it tells of.
     pub annotations: Vec<(&'static str, &'static str)>,
 }

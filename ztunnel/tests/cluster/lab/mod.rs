@@ -37,6 +37,8 @@ pub struct Cluster {
     pub agents: BTreeMap<String, Agent>,
     pub control_plane: ControlPlane,
     pub authority: Arc<Authority>,
+    /// How ztunnels are started.
+    pub options: Options,
     lab: Lab,
     dir: TempDir,
 }
@@ -72,7 +74,8 @@ impl Cluster {
             let name = node.host.name.clone();
             agents.insert(name.clone(), Agent::new(&dir.path().join(format!("zds-{name}"))));
         }
-        Self { ztunnels: BTreeMap::new(), agents, control_plane, authority, lab, dir }
+        let options = Options::default();
+        Self { ztunnels: BTreeMap::new(), agents, control_plane, authority, options, lab, dir }
     }
 
     /// Has the control plane know all pods.
@@ -122,7 +125,7 @@ impl Cluster {
     /// Starts a node's ztunnel, which nobody tells of any pod yet.
     pub fn launch(&mut self, node: &str) {
         self.ztunnels.remove(node); // it must be gone before its successor starts
-        let started = self.another(node, &Options::default());
+        let started = self.another(node, &self.options);
         self.ztunnels.insert(node.to_owned(), started);
     }
 
@@ -176,6 +179,11 @@ impl Cluster {
 
     pub fn ztunnel_mut(&mut self, node: &str) -> &mut Ztunnel {
         self.ztunnels.get_mut(node).unwrap()
+    }
+
+    /// The node's own namespace, and what it is called.
+    pub fn node(&self, name: &str) -> &Host {
+        &self.lab.node(name).host
     }
 
     pub fn pod(&self, name: &str) -> &Host {
