@@ -97,10 +97,12 @@ impl fmt::Display for Why {
             Self::Queue(kind) => {
                 write!(f, "the node's end of its device has the queue {kind}, which packets would pass by")
             }
-            Self::NotNoted => f.write_str("whoever captures it has not found it fit (/pods of the node agent says why)"),
-            Self::OtherMaps => {
-                f.write_str("whoever captures it has made the maps anew: they are for the ztunnel that comes next")
+            Self::NotNoted => {
+                f.write_str("whoever captures it has not found it fit (/pods of the node agent says why)")
             }
+            Self::OtherMaps => f.write_str(
+                "whoever captures it has made the maps anew: they are for the ztunnel that comes next",
+            ),
             Self::Failed(error) => write!(f, "{error}"),
         }
     }
