@@ -17,3 +17,9 @@ const OF_CONNECTIONS: [&str; 8] = [
 pub(crate) fn is_of_connection(name: &str) -> bool {
     OF_CONNECTIONS.iter().any(|taken| name.eq_ignore_ascii_case(taken))
 }
+
+/// Whether a request's field says who the client is: an application may take `_` for `-`. It is the waypoint's to set, since what
+/// routes and tokens change may be led to somebody else's service.
+pub(crate) fn is_the_clients(name: &str) -> bool {
+    name.replace('_', "-").eq_ignore_ascii_case("x-forwarded-client-cert")
+}

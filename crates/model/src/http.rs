@@ -33,9 +33,9 @@ pub(crate) use policy::{Readings, matches_host};
 pub use rate_limit::{Bucket, Count, GlobalLimit, Limit, LimitHeaders, LimitKey, LimitMatch, RateLimit};
 pub use request::{Claims, Headers, Request};
 pub use route::{
-    Abort, Backend, BackendRef, Cors, Fault, Forward, HeaderEdit, HeaderEdits, HostRewrite, Mirror, Origin,
-    PathRewrite, Percent, Redirect, Respond, Retry, RetryOn, Route, RouteAction, RouteId, RouteKind,
-    Substitution, Timeouts,
+    Abort, Authority, Backend, BackendRef, Cors, Fault, Forward, HeaderEdit, HeaderEdits, HostRewrite,
+    Mirror, Origin, PathRewrite, Percent, Redirect, Respond, Retry, RetryOn, Route, RouteAction, RouteId,
+    RouteKind, Substitution, Timeouts, is_authority,
 };
 pub use service::{HttpPort, HttpService, LedTo, Protocol, WaypointKey};
 pub use stream::{SelectedStream, ServerName, Stream, StreamMatch, StreamRoute, StreamTable};

@@ -471,6 +471,7 @@ fn errors_name_the_service_the_route_and_the_field() {
     let regex = wire::path_match::Kind::Regex("(".into());
     let header = wire::HeaderMatch { name: "X-A".into(), ..Default::default() };
     let retry = wire::Retry { on: 1 << 14, ..Default::default() };
+    let host = wire::HostRewrite { kind: Some(wire::host_rewrite::Kind::To("a\r\nx: y".into())) };
     let mirror = wire::Mirror {
         to: Some(wire::BackendRef { kind: Some(wire::backend_ref::Kind::Original(())) }),
         share: 1_000_001,
@@ -501,6 +502,10 @@ fn errors_name_the_service_the_route_and_the_field() {
         (
             of(wire::Route { retry: Some(retry), ..route() }),
             "http service shop/cart: ports[0].routes[0].retry.on: is 16384, which means nothing there",
+        ),
+        (
+            of(wire::Route { host: Some(host), ..route() }),
+            "http service shop/cart: ports[0].routes[0].host.to: is \"a\\r\\nx: y\", which is no host",
         ),
         (
             of(wire::Route { mirrors: vec![mirror], ..route() }),

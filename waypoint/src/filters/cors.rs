@@ -78,8 +78,9 @@ fn granted(cors: &Cors, origin: &str) -> Vec<Edit> {
     if cors.credentials {
         edits.push(set("access-control-allow-credentials", "true"));
     }
-    if !cors.expose.is_empty() {
-        edits.push(set("access-control-expose-headers", &joined(&cors.expose)));
+    let exposed = joined(&cors.expose);
+    if !exposed.is_empty() && is_field_value(exposed.as_bytes()) {
+        edits.push(set("access-control-expose-headers", &exposed));
     }
     edits.push(Edit::Add("vary".into(), Value::Plain(b"Origin".as_slice().into())));
     edits

@@ -5,11 +5,11 @@ use std::fmt::{self, Write as _};
 use std::net::SocketAddr;
 use std::time::SystemTime;
 
-use model::http::{Command, FieldText, Format, FormatPart};
+use model::http::{Command, FieldText, Format, FormatPart, is_authority};
 
 use crate::http::decide::{Connection, Decided, Record};
-use crate::http::h1::is_authority;
-use crate::http::head::{Fields, Known, RequestHead, Version, is_field_value};
+use crate::http::head::{Fields, Known, RequestHead, Version, is_field_value, reads_as};
+use crate::http::hygiene::CLIENT_CERT;
 
 /// Changes of fields, in order. Names and plain values are valid ones.
 #[derive(Clone, Debug, Default)]
@@ -77,6 +77,8 @@ impl Edits {
             let facts = Facts { request, connection, decided, record: None };
             match edit.value(&facts, None) {
                 None => request.fields.remove(edit.name()),
+                // Who the client is, is not a route's to say: its service may be another's.
+                Some(_) if reads_as(edit.name(), CLIENT_CERT) => {}
                 // The authority is no field of ours.
                 Some(value) if edit.name().eq_ignore_ascii_case(b"host") => {
                     if let (true, Ok(host)) = (is_authority(&value), std::str::from_utf8(&value)) {
@@ -338,6 +340,33 @@ mod tests {
         let facts = Facts { request: &request, connection: &connection, decided: &decided, record: None };
         edits.apply(&mut fields, &facts);
         assert_eq!(names(&fields), ["x-a"]);
+    }
+
+    #[test]
+    fn no_edit_says_who_the_client_is() {
+        let value = || Value::Plain(b"URI=spiffe://cluster.local/ns/a/sa/root".as_slice().into());
+        let names = ["x-forwarded-client-cert", "X-Forwarded-Client-Cert", "x_forwarded_client_cert"];
+        let each = names
+            .into_iter()
+            .flat_map(|name| [Edit::Set(name.into(), value()), Edit::Add(name.into(), value())]);
+        let connection = Connection {
+            client: SocketAddr::from(([127, 0, 0, 1], 1)),
+            destination: SocketAddr::from(([127, 0, 0, 1], 2)),
+            identity: None,
+            server_name: None,
+            secure: false,
+            said: None,
+        };
+        let (mut request, decided) = (RequestHead::default(), Decided::default());
+        request.fields.push(CLIENT_CERT, b"URI=spiffe://cluster.local/ns/web/sa/front");
+        let before = request.fields.joined(CLIENT_CERT).map(Cow::into_owned);
+        Edits(each.collect()).apply_to_request(&mut request, &connection, &decided);
+        assert_eq!(self::names(&request.fields), ["x-forwarded-client-cert"]);
+        assert_eq!(request.fields.joined(CLIENT_CERT).map(Cow::into_owned), before);
+        // Not to say it is allowed.
+        let removed = Edits(vec![Edit::Remove("x-forwarded-client-cert".into())]);
+        removed.apply_to_request(&mut request, &connection, &decided);
+        assert!(self::names(&request.fields).is_empty());
     }
 
     #[test]

@@ -6,6 +6,8 @@
 
 use std::ops::Range;
 
+use model::http::is_authority;
+
 use crate::http::head::{
     Fields, Known, MAX_FIELDS, MAX_HEAD, RequestHead, ResponseHead, Span, Version, is_field_name,
     is_field_value,
@@ -304,36 +306,6 @@ pub(crate) fn check_target(target: &[u8]) -> Result<(), Refusal> {
         }
     }
     Ok(())
-}
-
-/// Whether it can be an authority without user information (RFC 9110 section 4.2.4): one that other programs read as
-/// we do.
-pub(crate) fn is_authority(authority: &[u8]) -> bool {
-    let may = |b: &u8| {
-        b.is_ascii_alphanumeric()
-            || matches!(
-                b,
-                b'-' | b'.'
-                    | b'_'
-                    | b'~'
-                    | b'!'
-                    | b'$'
-                    | b'&'
-                    | b'\''
-                    | b'('
-                    | b')'
-                    | b'*'
-                    | b'+'
-                    | b','
-                    | b';'
-                    | b'='
-                    | b':'
-                    | b'['
-                    | b']'
-                    | b'%'
-            )
-    };
-    !authority.is_empty() && authority.iter().all(may)
 }
 
 /// Takes the authority out of the fields, and reads how the body is framed.

@@ -6,8 +6,9 @@ use http::uri::PathAndQuery;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, request, response,
 };
+use model::http::is_authority;
 
-use crate::http::h1::{Framing, Refusal, check_target, is_authority, parse_length};
+use crate::http::h1::{Framing, Refusal, check_target, parse_length};
 use crate::http::head::{Fields, Known, MAX_FIELDS, RequestHead, ResponseHead, Version};
 
 /// Reads a request's head; `ended` says that no body follows.

@@ -132,7 +132,7 @@ struct Field {
 }
 
 /// Whether an application may take one name for the other.
-fn reads_as(name: &[u8], other: &[u8]) -> bool {
+pub(crate) fn reads_as(name: &[u8], other: &[u8]) -> bool {
     let read = |byte: &u8| if *byte == b'_' { b'-' } else { byte.to_ascii_lowercase() };
     name.len() == other.len() && name.iter().map(read).eq(other.iter().map(read))
 }

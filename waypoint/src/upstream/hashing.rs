@@ -8,7 +8,7 @@ use balance::requests::hash;
 use model::http::HashKey;
 
 use crate::http::decide::{Call, Connection};
-use crate::http::head::RequestHead;
+use crate::http::head::{RequestHead, is_field_value};
 
 /// The key of a request, and a cookie that makes the next one have it too.
 #[derive(Debug, Default)]
@@ -70,5 +70,6 @@ fn given(name: &str, path: Option<&str>, ttl: Duration, connection: &Connection)
         cookie.push_str(path);
     }
     cookie.push_str("; HttpOnly");
-    Key { hash: Some(hash(value.as_bytes())), cookie: Some(cookie.into()) }
+    let cookie = is_field_value(cookie.as_bytes()).then(|| cookie.into());
+    Key { hash: Some(hash(value.as_bytes())), cookie }
 }

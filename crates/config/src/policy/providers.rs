@@ -469,8 +469,9 @@ fn read_http_check(fields: &mut Fields<'_, '_>) -> HttpCheck {
         list.map(|name| StringMatch::parse(&name.to_ascii_lowercase())).collect()
     };
     let path_prefix = fields.take("pathPrefix").and_then(|mut cursor| {
-        if cursor.node().as_str().is_some_and(|path| !path.starts_with('/')) {
-            cursor.invalid("a path begins with /", "");
+        let is_path = |path: &str| path.starts_with('/') && path.parse::<http::uri::PathAndQuery>().is_ok();
+        if cursor.node().as_str().is_some_and(|path| !is_path(path)) {
+            cursor.invalid("is no path that begins with /", "such as /check");
         }
         cursor.string()
     });

@@ -14,7 +14,7 @@ use super::authorization::PolicyScope;
 use super::selector::{SELECTOR, TARGET_REF, non_empty, read_selector, read_targets};
 use crate::diagnostic::Code;
 use crate::fields::{Cursor, Fields, Schema, enforced, nested, silent};
-use crate::headers::is_of_connection;
+use crate::headers::{is_of_connection, is_the_clients};
 use crate::metadata::{METADATA, Metadata};
 use crate::resource::{Kind, KindSpec, Resource};
 
@@ -278,7 +278,8 @@ fn header_name(mut cursor: Cursor<'_, '_>) -> Option<Str> {
 
 /// A header that the service is given. Those that say where the message ends, or whose it is, are not for this.
 fn header(mut cursor: Cursor<'_, '_>) -> Option<Str> {
-    let is_taken = |name: &str| is_of_connection(name) || name.eq_ignore_ascii_case("host");
+    let is_taken =
+        |name: &str| is_of_connection(name) || is_the_clients(name) || name.eq_ignore_ascii_case("host");
     if cursor.node().as_str().is_some_and(is_taken) {
         cursor.invalid("has a meaning of its own for the connection", "use another header");
     }

@@ -9,7 +9,7 @@ use model::http::{
 };
 use model::{ServiceKey, Str};
 
-use super::value::{go_duration, number, some_time, word};
+use super::value::{go_duration, is_token, number, some_time, word};
 use crate::diagnostic::Code;
 use crate::fields::{Cursor, Fields, Schema, enforced, nested, refused, silent};
 use crate::metadata::{METADATA, Metadata, is_label};
@@ -462,8 +462,19 @@ fn read_hash(fields: &mut Fields<'_, '_>) -> Option<LoadBalancer> {
         keys.push(HashKey::Header(name.as_str().into()));
     }
     if let Some(mut cookie) = fields.object("httpCookie") {
-        let name = cookie.required("name").and_then(non_empty);
-        let path = cookie.string("path").filter(|p| !p.is_empty());
+        let name = cookie.required("name").and_then(|mut cursor| {
+            if cursor.node().as_str().is_some_and(|name| !is_token(name)) {
+                cursor.invalid("is no name of a cookie", "");
+            }
+            cursor.string()
+        });
+        let path = cookie.take("path").and_then(|mut cursor| {
+            let may = |b: u8| (b' '..0x7f).contains(&b) && b != b';';
+            if cursor.node().as_str().is_some_and(|path| !path.bytes().all(may)) {
+                cursor.invalid("is no path of a cookie", "");
+            }
+            cursor.string().filter(|path| !path.is_empty())
+        });
         let ttl = cookie.take("ttl").and_then(go_duration);
         let pool = &mut cookie.context().pool;
         let path = path.map(|p| pool.string(p));

@@ -5,11 +5,11 @@ use std::time::Duration;
 use http::HeaderName;
 use model::Str;
 use model::http::{
-    Cors, HeaderEdit, HeaderEdits, HostRewrite, Origin, PathRewrite, Pattern, Percent, Redirect,
+    Authority, Cors, HeaderEdit, HeaderEdits, HostRewrite, Origin, PathRewrite, Pattern, Percent, Redirect,
 };
 
 use super::reference::{BackendDraft, MIRRORED, read_backend};
-use super::value::{edited_name, edited_value, path, word};
+use super::value::{edited_name, edited_value, is_the_clients, listed, path, word};
 use crate::diagnostic::Code;
 use crate::fields::{Cursor, Fields, Schema, enforced, nested, refused};
 
@@ -161,10 +161,12 @@ pub(super) fn read(owner: &mut Fields<'_, '_>, namespace: &Str, types: &[(&str, 
 fn read_one(fields: &mut Fields<'_, '_>, kind: Type, namespace: &Str, filters: &mut Filters) {
     match kind {
         Type::Request => {
-            filters.request_headers = fields.required("requestHeaderModifier").and_then(modifier);
+            filters.request_headers =
+                fields.required("requestHeaderModifier").and_then(|c| modifier(c, true));
         }
         Type::Response => {
-            filters.response_headers = fields.required("responseHeaderModifier").and_then(modifier);
+            filters.response_headers =
+                fields.required("responseHeaderModifier").and_then(|c| modifier(c, false));
         }
         Type::Mirror => {
             filters.mirrors.extend(fields.required("requestMirror").and_then(|c| mirror(c, namespace)));
@@ -172,14 +174,15 @@ fn read_one(fields: &mut Fields<'_, '_>, kind: Type, namespace: &Str, filters: &
         Type::Redirect => filters.redirect = fields.required("requestRedirect").and_then(redirect),
         Type::Rewrite => {
             let Some(mut rewrite) = fields.required("urlRewrite").and_then(Cursor::fields) else { return };
-            filters.host = rewrite.take("hostname").and_then(hostname).map(HostRewrite::To);
+            let host = rewrite.take("hostname").and_then(hostname);
+            filters.host = host.and_then(|host| Authority::new(&host)).map(HostRewrite::To);
             filters.path = rewrite.take("path").and_then(modified_path);
         }
         Type::Cors => filters.cors = fields.required("cors").and_then(cors),
     }
 }
 
-fn modifier(cursor: Cursor<'_, '_>) -> Option<HeaderEdits> {
+fn modifier(cursor: Cursor<'_, '_>, of_request: bool) -> Option<HeaderEdits> {
     let mut fields = cursor.fields()?;
     let mut edits: Vec<HeaderEdit> = Vec::new();
     let mut names: Vec<HeaderName> = Vec::new();
@@ -193,7 +196,11 @@ fn modifier(cursor: Cursor<'_, '_>) -> Option<HeaderEdits> {
     for set in [true, false] {
         fields.each(if set { "set" } else { "add" }, |item| {
             let Some(mut header) = item.fields() else { return };
-            let name = header.required("name").and_then(edited_name);
+            let name = header.required("name").and_then(|mut cursor| {
+                let text = cursor.node().as_str().filter(|_| of_request);
+                let taken = text.is_some_and(|name| is_the_clients(&mut cursor, name));
+                if taken { None } else { edited_name(cursor) }
+            });
             let value = header.required("value").and_then(edited_value);
             let (Some(name), Some(value)) = (name, value) else { return };
             once(&mut header, &name);
@@ -299,12 +306,11 @@ fn cors(cursor: Cursor<'_, '_>) -> Option<Cors> {
     cors.origins = origins.into();
     cors.credentials = fields.boolean("allowCredentials").unwrap_or(false);
     let mut list = |name| -> Box<[Str]> {
-        let items = fields.string_list(name);
-        if items.len() > 1 && items.contains(&"*") {
+        let items = listed(&mut fields, name);
+        if items.len() > 1 && items.iter().any(|item| &**item == "*") {
             fields.report(Code::InvalidValue, format!("{name} has * beside others"), "write * alone");
         }
-        let pool = &mut fields.context().pool;
-        items.into_iter().map(|text| pool.string(text)).collect()
+        items.into()
     };
     cors.methods = list("allowMethods");
     cors.headers = list("allowHeaders");

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use http::{HeaderName, HeaderValue};
 use model::Str;
-use model::http::{Format, InvalidPattern, Regex};
+use model::http::{Authority, Format, InvalidPattern, Regex};
 
-use crate::fields::Cursor;
+use crate::fields::{Cursor, Fields};
 use crate::headers::is_of_connection;
 
 /// A duration of the Gateway API (GEP-2257): up to four numbers of up to five digits with `h`, `m`, `s` or `ms`.
@@ -141,6 +141,16 @@ pub(super) fn is_unchangeable(cursor: &mut Cursor<'_, '_>, name: &str) -> bool {
     taken
 }
 
+/// Whether the request's field `name` says who the client is, which is not a route's to say: what it leads to may be another's.
+pub(super) fn is_the_clients(cursor: &mut Cursor<'_, '_>, name: &str) -> bool {
+    let taken = crate::headers::is_the_clients(name);
+    if taken {
+        let message = format_args!("the header {name} says who the client is, and is the waypoint's to set");
+        cursor.invalid(message, "set another header, or remove this one");
+    }
+    taken
+}
+
 /// What a header field becomes: a value, in which Envoy's `%COMMANDS%` are such as are known. What is none would reach the
 /// other side as it is written, and nobody would notice.
 pub(super) fn edited_value(mut cursor: Cursor<'_, '_>) -> Option<HeaderValue> {
@@ -158,6 +168,37 @@ pub(super) fn edited_value(mut cursor: Cursor<'_, '_>) -> Option<HeaderValue> {
         cursor.invalid("has characters that no header field may have", "");
     }
     read
+}
+
+/// What a request's authority becomes. It stands in the head as it is, so nothing else may be in it.
+pub(super) fn authority(mut cursor: Cursor<'_, '_>) -> Option<Authority> {
+    let node = cursor.node();
+    let Some(text) = node.as_str() else {
+        cursor.string();
+        return None;
+    };
+    let read = Authority::new(text);
+    if read.is_none() {
+        cursor.invalid(format_args!("{text:?} is no host"), "write a host, with a port or without");
+    }
+    read
+}
+
+/// Whether it is a word as names of fields, methods and cookies are (RFC 9110 section 5.6.2).
+pub(super) fn is_token(text: &str) -> bool {
+    HeaderName::from_bytes(text.as_bytes()).is_ok()
+}
+
+/// Those of a list that can stand in the value of a header field; what others are is said.
+pub(super) fn listed(fields: &mut Fields<'_, '_>, name: &'static str) -> Vec<Str> {
+    let mut list = Vec::new();
+    fields.each(name, |mut item| match item.node().as_str() {
+        Some(text) if HeaderValue::from_str(text).is_err() => {
+            item.invalid("has characters that no header field may have", "");
+        }
+        _ => list.extend(item.string().map(Str::from)),
+    });
+    list
 }
 
 /// A regular expression.

@@ -5,15 +5,15 @@ use std::time::Duration;
 use http::HeaderValue;
 use model::Str;
 use model::http::{
-    Abort, Cors, Fault, HeaderEdit, HeaderEdits, HeaderMatch, HostRewrite, Origin, PathMatch, PathRewrite,
-    Pattern, Percent, QueryMatch, Redirect, Respond, Retry, RetryOn, Route, RouteAction, RouteId, RouteKind,
-    RouteMatch, SourceMatch, Substitution,
+    Abort, Authority, Cors, Fault, HeaderEdit, HeaderEdits, HeaderMatch, HostRewrite, Origin, PathMatch,
+    PathRewrite, Pattern, Percent, QueryMatch, Redirect, Respond, Retry, RetryOn, Route, RouteAction,
+    RouteId, RouteKind, RouteMatch, SourceMatch, Substitution,
 };
 
 use super::destination_rule::read_export;
 use super::http_route::RuleDraft;
 use super::reference::{BackendDraft, Reference};
-use super::value::{go_duration, number, regex, some_time, word};
+use super::value::{go_duration, listed, number, regex, some_time, word};
 use crate::diagnostic::Code;
 use crate::fields::{Cursor, Fields, Schema, enforced, nested, refused, silent};
 use crate::metadata::{METADATA, Metadata};
@@ -419,7 +419,7 @@ fn destination(cursor: Cursor<'_, '_>, namespace: &Str) -> Option<BackendDraft> 
 }
 
 /// Changes of a request's and of a response's fields, and what the request's authority is set to.
-fn headers(owner: &mut Fields<'_, '_>) -> (HeaderEdits, HeaderEdits, Option<Str>) {
+fn headers(owner: &mut Fields<'_, '_>) -> (HeaderEdits, HeaderEdits, Option<Authority>) {
     let Some(mut fields) = owner.object("headers") else { return Default::default() };
     let mut authority = None;
     let request = fields.object("request").map(|mut f| operations(&mut f, Some(&mut authority)));
@@ -427,7 +427,7 @@ fn headers(owner: &mut Fields<'_, '_>) -> (HeaderEdits, HeaderEdits, Option<Str>
     (request.unwrap_or_default(), response.unwrap_or_default(), authority)
 }
 
-fn operations(fields: &mut Fields<'_, '_>, mut authority: Option<&mut Option<Str>>) -> HeaderEdits {
+fn operations(fields: &mut Fields<'_, '_>, mut authority: Option<&mut Option<Authority>>) -> HeaderEdits {
     let mut edits = Vec::new();
     fields.each("remove", |item| edits.extend(super::value::edited_name(item).map(HeaderEdit::Remove)));
     for (list, make) in [("set", HeaderEdit::Set as fn(_, _) -> _), ("add", HeaderEdit::Add)] {
@@ -435,10 +435,13 @@ fn operations(fields: &mut Fields<'_, '_>, mut authority: Option<&mut Option<Str
         cursor.entries(|key, mut value| {
             let is_authority = key.eq_ignore_ascii_case(":authority") || key.eq_ignore_ascii_case("host");
             if let (true, "set", Some(authority)) = (is_authority, list, authority.as_deref_mut()) {
-                *authority = value.string().map(Into::into);
+                *authority = super::value::authority(value);
                 return;
             }
-            if super::value::is_unchangeable(&mut value, key) {
+            let is_request = authority.is_some();
+            if super::value::is_unchangeable(&mut value, key)
+                || (is_request && super::value::is_the_clients(&mut value, key))
+            {
                 return;
             }
             let name = http::HeaderName::from_bytes(key.as_bytes());
@@ -628,7 +631,8 @@ fn read_response(fields: &mut Fields<'_, '_>) -> Option<Respond> {
 fn read_rewrite(entry: &mut Fields<'_, '_>) -> (Option<PathRewrite>, Option<HostRewrite>) {
     let Some(mut fields) = entry.object("rewrite") else { return (None, None) };
     let uri = fields.string("uri").filter(|u| !u.is_empty());
-    let host = fields.string("authority").filter(|a| !a.is_empty()).map(|a| HostRewrite::To(a.into()));
+    let host = fields.take("authority").filter(|cursor| cursor.node().as_str() != Some(""));
+    let host = host.and_then(super::value::authority).map(HostRewrite::To);
     let substitution = fields.object("uriRegexRewrite").and_then(|mut f| {
         let pattern = f.required("match").and_then(non_empty);
         let replacement = f.required("rewrite").and_then(Cursor::string);
@@ -727,7 +731,7 @@ fn read_cors(fields: &mut Fields<'_, '_>) -> Cors {
         let any = old == "*";
         origins.push(Origin::Text(if any { Pattern::Present } else { Pattern::Exact(old.into()) }));
     }
-    let mut list = |name| fields.string_list(name).into_iter().map(Str::from).collect();
+    let mut list = |name| listed(fields, name).into();
     let (methods, headers, expose) = (list("allowMethods"), list("allowHeaders"), list("exposeHeaders"));
     let max_age = fields.take("maxAge").and_then(go_duration);
     let credentials = fields.boolean("allowCredentials").unwrap_or(false);

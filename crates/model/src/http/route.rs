@@ -305,11 +305,39 @@ impl Substitution {
     }
 }
 
+/// Whom a request is for: a host, with a port or without, and without user information (RFC 9110 section 4.2.4). Only what
+/// all programs read alike: it stands in a head as it is.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Authority(Str);
+
+impl Authority {
+    /// `None` where `text` can be none.
+    #[must_use]
+    pub fn new(text: &str) -> Option<Self> {
+        is_authority(text.as_bytes()).then(|| Self(text.into()))
+    }
+}
+
+impl std::ops::Deref for Authority {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.0
+    }
+}
+
+/// Whether it can be an [`Authority`].
+#[must_use]
+pub fn is_authority(text: &[u8]) -> bool {
+    let may = |b: &u8| b.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:[]%".contains(b);
+    !text.is_empty() && text.iter().all(may)
+}
+
 /// What the authority of a request becomes.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum HostRewrite {
     /// This.
-    To(Str),
+    To(Authority),
     /// The name of the back end.
     Backend,
 }

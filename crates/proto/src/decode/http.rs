@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use ::http::{HeaderName, HeaderValue};
 use model::http::{
-    Abort, Backend, BackendRef, Cors, Fault as Faults, Forward, HeaderEdit, HeaderEdits, HeaderMatch,
-    HostRewrite, HttpPort, HttpService, LedTo, Mirror, Origin, PathMatch, PathRewrite, Pattern, Percent,
-    Protocol, QueryMatch, Redirect, Regex, Respond, Retry, RetryOn, Route, RouteAction, RouteId, RouteKind,
-    RouteMatch, RouteTable, ServerName, SourceMatch, StreamMatch, StreamRoute, StreamTable, Substitution,
-    Timeouts, WaypointKey,
+    Abort, Authority, Backend, BackendRef, Cors, Fault as Faults, Forward, HeaderEdit, HeaderEdits,
+    HeaderMatch, HostRewrite, HttpPort, HttpService, LedTo, Mirror, Origin, PathMatch, PathRewrite, Pattern,
+    Percent, Protocol, QueryMatch, Redirect, Regex, Respond, Retry, RetryOn, Route, RouteAction, RouteId,
+    RouteKind, RouteMatch, RouteTable, ServerName, SourceMatch, StreamMatch, StreamRoute, StreamTable,
+    Substitution, Timeouts, WaypointKey,
 };
 use model::{PolicyKey, ServiceKey, Str};
 
@@ -341,7 +341,9 @@ impl Decoder {
     fn host_rewrite(&mut self, rewrite: &wire::HostRewrite) -> Result<HostRewrite, Fault> {
         use wire::host_rewrite::Kind;
         Ok(match needed(rewrite.kind.as_ref(), "host.kind")? {
-            Kind::To(host) => HostRewrite::To(self.text(host)),
+            Kind::To(host) => HostRewrite::To(
+                Authority::new(host).ok_or_else(|| Fault::new("host.to", Problem::Authority(cut(host))))?,
+            ),
             Kind::Backend(()) => HostRewrite::Backend,
         })
     }

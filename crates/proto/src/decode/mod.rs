@@ -110,6 +110,9 @@ pub enum Problem {
     /// No value of a header field.
     #[error("is no value of a header field")]
     HeaderValue,
+    /// No host that a request can be for.
+    #[error("is {0:?}, which is no host")]
+    Authority(String),
     /// A path that is compared segment by segment ends with a slash.
     #[error("is {0:?}, which ends with a slash")]
     TrailingSlash(String),

@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use ::http::{HeaderName, HeaderValue};
 use model::http::{
-    Abort, Attribute, AttributeMatch, Backend, BackendRef, ConnectionPool, Cors, Distribution, Fault,
-    Forward, HashKey, HashTable, HeaderEdit, HeaderEdits, HeaderMatch, HostRewrite, HttpMatch, HttpPort,
-    HttpService, LedTo, LoadBalancer, LocalitySetting, Mirror, Origin, Outliers, PathMatch, PathPattern,
-    PathRewrite, Pattern, Percent, Protocol, QueryMatch, Redirect, Regex, Respond, Retry, RetryBudget,
-    RetryOn, Route, RouteAction, RouteId, RouteKind, RouteMatch, RouteTable, ServerName, ServiceTraffic,
-    SourceMatch, StreamMatch, StreamRoute, StreamTable, Subset, Substitution, Template, Timeouts,
-    TlsOrigination, TrafficPolicy, Warmup, WaypointKey,
+    Abort, Attribute, AttributeMatch, Authority, Backend, BackendRef, ConnectionPool, Cors, Distribution,
+    Fault, Forward, HashKey, HashTable, HeaderEdit, HeaderEdits, HeaderMatch, HostRewrite, HttpMatch,
+    HttpPort, HttpService, LedTo, LoadBalancer, LocalitySetting, Mirror, Origin, Outliers, PathMatch,
+    PathPattern, PathRewrite, Pattern, Percent, Protocol, QueryMatch, Redirect, Regex, Respond, Retry,
+    RetryBudget, RetryOn, Route, RouteAction, RouteId, RouteKind, RouteMatch, RouteTable, ServerName,
+    ServiceTraffic, SourceMatch, StreamMatch, StreamRoute, StreamTable, Subset, Substitution, Template,
+    Timeouts, TlsOrigination, TrafficPolicy, Warmup, WaypointKey,
 };
 use model::{Action, Clause, Policy, PolicyKey, Rule, Str, StringMatch};
 use proptest::collection::vec;
@@ -228,7 +228,8 @@ fn route() -> BoxedStrategy<Route> {
     let status = prop_oneof![any::<u16>().prop_map(Abort::Http), any::<u8>().prop_map(Abort::Grpc)];
     let fault = (option::of((duration(), percent())), option::of((status, percent())));
     let mirror = (backend_ref(), percent()).prop_map(|(to, share)| Mirror { to, share });
-    let host = prop_oneof![text().prop_map(HostRewrite::To), Just(HostRewrite::Backend)];
+    let host = "[a-z0-9.:-]{1,12}".prop_filter_map("none", |text| Authority::new(&text));
+    let host = prop_oneof![host.prop_map(HostRewrite::To), Just(HostRewrite::Backend)];
     let changes = (edits(), edits(), option::of(path_rewrite()), option::of(host), few(mirror.boxed()));
     let timeouts = (option::of(duration()), option::of(duration()));
     (route_id(), action(), changes, fault, option::of(cors()), timeouts, option::of(retry()))
