@@ -174,7 +174,21 @@ struct way {
 	__u16 binds;
 };
 
-/* One of the endpoints that are offered, if a verdict for it is in force. */
+/* Draws one of the endpoints by their weights. */
+INLINE __u32 draw(const struct OfferEntry *offer, __u32 count)
+{
+	__u32 which = 0, last = count - 1;
+	APART(last);
+	__u64 point = ((__u64)bpf_get_prandom_u32() * offer->sums[last & (OFFER_ENDPOINTS - 1)]) >> 32;
+#pragma unroll
+	for (__u32 i = 0; i < OFFER_ENDPOINTS - 1; i++)
+		if (i + 1 < count && point >= offer->sums[i])
+			which = i + 1;
+	return which;
+}
+
+/* One of the endpoints that are offered, if a verdict for it is in force. Another one is not taken in its place: what ztunnel does
+ * with one that may not be connected to is for ztunnel to say. */
 INLINE int choose(const struct OfferEntry *offer, const __u8 *bound, struct way *way)
 {
 	__u32 zero = 0, count = offer->count, which = 0;
@@ -185,7 +199,7 @@ INLINE int choose(const struct OfferEntry *offer, const __u8 *bound, struct way 
 	if (!is_unset(bound) && !is_same(bound, offer->source))
 		return 0;
 	if (count > 1)
-		which = bpf_get_prandom_u32() % count;
+		which = draw(offer, count);
 	/* clang knows that it is less; the verifier doesn't. */
 	APART(which);
 	which &= OFFER_ENDPOINTS - 1;

@@ -319,8 +319,10 @@ pub struct OfferEntry {
     pub addresses: [[u8; 16]; OFFER_ENDPOINTS],
     /// Their ports.
     pub ports: [u16; OFFER_ENDPOINTS],
+    /// The sum of the weights of each and those before it: it is taken as often as its own weight says.
+    pub sums: [u32; OFFER_ENDPOINTS],
 }
-const _: () = assert!(size_of::<OfferEntry>() == 168);
+const _: () = assert!(size_of::<OfferEntry>() == 200);
 
 /// What a socket was asked to connect to.
 #[repr(C)]

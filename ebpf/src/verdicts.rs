@@ -23,6 +23,7 @@
 mod device;
 mod links;
 mod node;
+mod offers;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -42,11 +43,11 @@ use nix::fcntl::Flock;
 
 pub use device::{Qualified, Why};
 pub use node::Node;
+pub use offers::Offer;
 
 use crate::layout::{
     Address, Asked, CONNECTIONS_LIMIT, Control, Dialled, MARK_DIRECT, MARK_GRANTED, MARK_REPLY, MARK_ZTUNNEL,
-    Neighbours, OFFER_BINDS, OFFER_ENDPOINTS, OfferEntry, PairKey, Record, SIDE_SOURCE, TALLIES,
-    VerdictEntry,
+    Neighbours, OFFER_ENDPOINTS, OfferEntry, PairKey, Record, SIDE_SOURCE, TALLIES, VerdictEntry,
 };
 use crate::pins::is_at_rest;
 use crate::{Error, Pins};
@@ -74,17 +75,6 @@ pub struct Verdict {
     pub source_device: u32,
     /// The node's end of the server's.
     pub destination_device: u32,
-}
-
-/// Where a connection goes that a pod asks for.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Offer {
-    /// The pod's address, of the endpoints' family.
-    pub source: IpAddr,
-    /// Of these the kernel takes any: 1 to [`OFFER_ENDPOINTS`].
-    pub endpoints: Vec<SocketAddr>,
-    /// Binds the socket to the source first: for pods that have several addresses of the family.
-    pub bind: bool,
 }
 
 /// Which end of a connection it is.
@@ -382,11 +372,11 @@ impl Verdicts {
     /// needs an offer.
     ///
     /// # Errors
-    /// There are too many ([`Error::is_full`]), no endpoint or too many of them, or it can't be written.
+    /// There are too many ([`Error::is_full`]), no endpoint, too many of them or one without a weight, or it can't be written.
     pub fn offer(&self, source: &Qualified, dialled: SocketAddr, offer: &Offer) -> Result<(), Error> {
         let entry = OfferEntry::new(offer).ok_or_else(|| {
-            let why = std::io::Error::other(format!("1 to {OFFER_ENDPOINTS} endpoints are possible"));
-            Error::io("offer", dialled)(why)
+            let why = format!("1 to {OFFER_ENDPOINTS} endpoints are possible, which have weights");
+            Error::io("offer", dialled)(std::io::Error::other(why))
         })?;
         let key = Dialled::new(source.cookie, dialled);
         held(&self.offers).insert(key, entry, 0).map_err(Error::map("write", "offers"))
@@ -760,37 +750,6 @@ impl From<Record> for Carried {
 impl Dialled {
     fn new(netns: u64, dialled: SocketAddr) -> Self {
         Self { netns, address: Address::new(dialled.ip()).octets, port: dialled.port(), unused: [0; 3] }
-    }
-}
-
-impl OfferEntry {
-    fn new(offer: &Offer) -> Option<Self> {
-        let count = u32::try_from(offer.endpoints.len()).ok()?;
-        if offer.endpoints.is_empty() || offer.endpoints.len() > OFFER_ENDPOINTS {
-            return None;
-        }
-        let mut entry = Self {
-            source: Address::new(offer.source).octets,
-            count,
-            flags: if offer.bind { OFFER_BINDS } else { 0 },
-            ..Self::default()
-        };
-        let places = entry.addresses.iter_mut().zip(&mut entry.ports);
-        for ((address, port), endpoint) in places.zip(&offer.endpoints) {
-            *address = Address::new(endpoint.ip()).octets;
-            *port = endpoint.port();
-        }
-        Some(entry)
-    }
-
-    fn read(&self) -> Offer {
-        let count = usize::try_from(self.count).unwrap_or(OFFER_ENDPOINTS);
-        let endpoints = self.addresses.iter().zip(&self.ports).take(count);
-        Offer {
-            source: IpAddr::from(self.source).to_canonical(),
-            endpoints: endpoints.map(|(address, port)| socket_address(*address, *port)).collect(),
-            bind: self.flags & OFFER_BINDS != 0,
-        }
     }
 }
 

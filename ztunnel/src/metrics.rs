@@ -79,18 +79,33 @@ fn verdicts(registry: &Registry, proxy: &Arc<Proxy>, (gauge, counter): (Register
     type C = crate::verdicts::Counts;
     number!(gauge, "culvert_verdict_ways", "Addresses that lead pods past ztunnel", |c: C| c.written.0);
     number!(gauge, "culvert_verdict_pairs", "Pairs that the kernel may let pass", |c: C| c.written.1);
-    number!(gauge, "culvert_verdict_limit", "Ways, and pairs, that there may be", |c: C| c.limit);
+    number!(gauge, "culvert_verdict_limit", "Ways, and pairs, that there may be", |c: C| c.limits.0);
+    number!(gauge, "culvert_verdict_source_limit", "The same of one source", |c: C| c.limits.1);
+    gauge(
+        "culvert_verdict_sources_full",
+        "Sources that have as many",
+        Box::new(|p, _| p.verdicts.full_sources()),
+    );
     number!(gauge, "culvert_verdict_pods", "Pods that may be ends of them", |c: C| c.pods.0);
     number!(gauge, "culvert_verdict_pods_unfit", "Pods that may not, for now", |c: C| c.pods.1);
     number!(gauge, "culvert_verdict_sockets_open", "Sockets known of what passes", |c: C| c.open);
     number!(counter, "culvert_verdict_sockets_ended", "Sockets that passed, and ended", |c: C| c.passed);
     number!(counter, "culvert_verdict_sockets_untold", "Ended, and of an unknown way", |c: C| c.untold);
-    number!(counter, "culvert_verdict_displaced", "Ways that gave their place to others", |c: C| c.displaced);
-    number!(counter, "culvert_verdict_no_room", "Pairs for which there was no place", |c: C| c.no_room);
+    number!(counter, "culvert_verdict_no_room", "Pairs for which there was no place", |c: C| c
+        .crowded
+        .no_room);
     number!(gauge, "culvert_verdict_stuck", "1 while some can't be taken back", |c: C| c.stuck.into());
+    let help = "Ways that gave their place: to another of their source, or where all were given to one of another source";
+    let description = Description { name: "culvert_verdict_displaced", help, kind: Kind::Counter };
+    let of = proxy.clone();
+    registry.collect(description, move |out| {
+        let crowded = of.verdicts.counts().crowded;
+        out.integer(&|labels| labels.pair("to", "own"), crowded.of_source);
+        out.integer(&|labels| labels.pair("to", "others"), crowded.of_all);
+    });
     let proxy = proxy.clone();
     let help = "What the programs of verdicts did, in connections and packets";
-    let description = Description { name: "culvert_verdict_events_total", help, kind: Kind::Counter };
+    let description = Description { name: "culvert_verdict_events", help, kind: Kind::Counter };
     registry.collect(description, move |out| {
         for (what, number) in proxy.verdicts.tallies() {
             out.integer(&|labels| labels.pair("what", what), number);

@@ -6,15 +6,15 @@
 //! any change        all that stands is judged again ─▶ of what is not allowed any more no packet passes, and its sockets end
 //! ```
 //!
-//! There is no second evaluator: a verdict is written where a connection was permitted, and asked for again by what asks for open
-//! connections ([`judge`]).
+//! There is no second evaluator: verdicts are written where a connection was permitted, for all the endpoints that it may have gone
+//! to, each permitted in the same way, and asked for again by what asks for open connections ([`judge`]).
 //!
 //! Invariants:
 //! * verdicts hold for a lease, which only the thread renews that takes them back ([`keep`]). What it can't take back ends with
 //!   the lease;
 //! * an earlier process's verdicts hold for nobody: they are revoked before the first is written;
-//! * a verdict needs one answer: one address of the source, one endpoint of what is dialled, one decision whatever the source's
-//!   port. All else stays on the path through this process.
+//! * a verdict needs one answer: one address of the source, one decision whatever the source's port; and what is dialled leads to
+//!   pods of this node that have one each, of which no more is done than to draw. All else stays on the path through this process.
 
 mod judge;
 mod keep;
@@ -24,7 +24,6 @@ mod records;
 mod table;
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::sync::atomic::Ordering::{Relaxed, Release};
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -40,12 +39,14 @@ pub use self::keep::keep;
 use self::kernel::{Kernel, Pair, Way};
 pub use self::programs::{of_agent, programs};
 use self::records::{Records, Stories};
-use self::table::{NotWritten, Table};
+use self::table::{Crowded, Lead, Limits, NotWritten, Table};
 use crate::connections::Story;
 use crate::proxy::Proxy;
 
 /// Ways, and pairs, at most.
-const MOST: usize = 4096;
+const LIMITS: Limits = Limits { all: 4096, each: 512 };
+/// So long a way is not asked for again that could not be written.
+const PAUSE: Duration = Duration::from_secs(1);
 /// Questions to the thread that wait.
 const QUEUED: usize = 256;
 /// How long an answer of the thread is waited for: verdicts end by themselves by then.
@@ -117,12 +118,12 @@ pub struct Verdicts {
     trouble: Mutex<Option<String>>,
 }
 
-/// What a connection that was carried here offers to later ones.
+/// What a connection that was carried here offers to later ones: one of the endpoints that they may be led to.
 pub struct Offer {
-    /// What was dialled.
-    pub dialled: SocketAddr,
     /// What was decided of.
     pub pair: Pair,
+    /// How often it is taken beside the others.
+    pub weight: u32,
     /// Both ends.
     pub ends: Ends,
     /// The source's view.
@@ -136,12 +137,10 @@ pub struct Offer {
 pub struct Counts {
     /// Addresses that lead past this process, and pairs that may pass.
     pub written: (u64, u64),
-    /// As many of either there may be.
-    pub limit: u64,
-    /// Ways that gave their place to another.
-    pub displaced: u64,
-    /// Offers for which there was no place.
-    pub no_room: u64,
+    /// As many of either there may be, and as many of one source.
+    pub limits: (u64, u64),
+    /// How often there was no place.
+    pub crowded: Crowded,
     /// Sockets of connections that are open and known.
     pub open: u64,
     /// Sockets of connections that passed, and ended.
@@ -166,7 +165,7 @@ impl Verdicts {
         Self {
             attach,
             kernel: OnceLock::new(),
-            table: Mutex::new(Table::new(MOST)),
+            table: Mutex::new(Table::new(LIMITS)),
             records: Mutex::default(),
             pods: Mutex::default(),
             ask,
@@ -184,35 +183,47 @@ impl Verdicts {
     }
 
     /// Whether a connection that was carried should be offered: it says nothing new otherwise.
-    pub fn wants(&self, proxy: &Proxy, ends: [&SpiffeId; 2], netns: &Netns, dialled: SocketAddr) -> bool {
-        let ([source, destination], way) = (ends, Way { netns: netns.id(), dialled });
+    pub fn wants(&self, proxy: &Proxy, [source, destination]: [&SpiffeId; 2], way: &Way) -> bool {
         self.kernel().is_some()
             && !self.is_stuck()
             && !self.over.load(Relaxed)
             && proxy.state.mesh().settings().node_local.between(source.namespace(), destination.namespace()) == NodeLocal::Kernel
             // Whoever has the lock writes, or judges; the next connection offers the same.
-            && self.table.try_lock().is_ok_and(|table| !table.knows(&way))
+            && self.table.try_lock().is_ok_and(|table| table.wants(way))
     }
 
-    /// Writes what a connection offers, if it may be.
-    pub fn offer(&self, proxy: &Proxy, offer: Offer) {
+    /// Writes what a connection offers to those that take the same way, if it may be: all that they may be led to. `None` is
+    /// asked for again later.
+    pub fn offer(&self, proxy: &Proxy, way: Way, offers: Option<Vec<Offer>>) {
         let Some(kernel) = self.kernel() else { return };
-        let Offer { dialled, pair, ends, outbound, inbound } = offer;
-        let pods = [&ends.source, &ends.destination].map(|pod| self.is_fit(&pod.netns));
-        if pods.contains(&false) {
+        let Some(offers) = offers else {
+            if let Ok(mut table) = self.table.try_lock() {
+                table.put_off(way, PAUSE);
+            }
+            return;
+        };
+        // All of them, so that all are prepared at once.
+        let pods = offers.iter().flat_map(|offer| [&offer.ends.source, &offer.ends.destination]);
+        if pods.map(|pod| self.is_fit(&pod.netns)).fold(false, |unfit, is_fit| unfit || !is_fit) {
             return;
         }
-        let way = Way { netns: ends.source.netns.id(), dialled };
-        let stories = Arc::new(Stories::new(proxy, outbound, inbound));
+        let lead = |Offer { pair, weight, ends, outbound, inbound }| {
+            let told = Arc::new(Stories::new(proxy, outbound, inbound));
+            Lead { pair, weight, ends: Arc::new(ends), told }
+        };
+        let leads = offers.into_iter().map(lead).collect();
         let Ok(mut table) = self.table.try_lock() else { return };
         // Looked at under the lock: who takes all back has it.
         if self.over.load(Relaxed) || self.is_stuck() {
             return;
         }
-        match table.offer((kernel, proxy), (way, stories), (pair, Arc::new(ends))) {
-            Ok(()) => tracing::debug!(?way, ?pair, "later connections pass by the kernel's verdict"),
-            Err(NotWritten::Kernel(error)) => tracing::warn!(?way, ?pair, %error, "no verdict is written"),
-            Err(reason) => tracing::debug!(?way, ?pair, %reason, "no verdict is written"),
+        match table.offer((kernel, proxy), way, leads) {
+            Ok(()) => tracing::debug!(?way, "later connections pass by the kernel's verdict"),
+            Err(NotWritten::Kernel(error)) => tracing::warn!(?way, %error, "no verdict is written"),
+            Err(reason) => {
+                table.put_off(way, PAUSE);
+                tracing::debug!(?way, %reason, "no verdict is written");
+            }
         }
     }
 
@@ -283,20 +294,24 @@ impl Verdicts {
         self.cut.load(Relaxed)
     }
 
+    /// How many sources have as many ways or pairs as one may have.
+    pub fn full_sources(&self) -> u64 {
+        lock(&self.table).full_sources() as u64
+    }
+
     /// The numbers, for metrics.
     pub fn counts(&self) -> Counts {
-        let ((ways, pairs), (displaced, no_room)) = {
+        let ((ways, pairs), crowded) = {
             let table = lock(&self.table);
-            (table.len(), table.displaced())
+            (table.len(), table.crowded())
         };
         let (open, passed, untold) = lock(&self.records).counts();
         let pods = lock(&self.pods);
         let with = |is: fn(&Joined) -> bool| pods.values().filter(|joined| is(joined)).count() as u64;
         Counts {
             written: (ways as u64, pairs as u64),
-            limit: MOST as u64,
-            displaced,
-            no_room,
+            limits: (LIMITS.all as u64, LIMITS.each as u64),
+            crowded,
             open,
             passed,
             untold,

@@ -6,7 +6,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use balance::{Balancer, Client, NoEndpoint, Picked, Request};
+use balance::{Balancer, Candidate, Client, NoEndpoint, Picked, Request};
 use model::{
     Destination, GatewayAddress, GatewayTarget, HboneAddr, Mesh, OriginalDst, OutboundMode, Service,
     ServiceSource, SpiffeId, Str, TunnelProtocol, Workload,
@@ -215,10 +215,18 @@ impl Context<'_> {
             return Ok(Route::Plain { to: dialled.socket_addr(), why, target });
         }
         let picked = self.pick(&service, port)?;
-        let workload = picked.workload().clone();
-        let target_port = picked.target_port();
-        let sans = service.subject_alt_names.clone();
-        let target = Target { service: Some(service), picked: Some(picked), workload: None };
+        let (workload, target_port) = (picked.workload().clone(), picked.target_port());
+        let target = Target { service: Some(service.clone()), picked: Some(picked), workload: None };
+        self.endpoint(&service, workload, target_port, target)
+    }
+
+    fn endpoint(
+        &self,
+        service: &Service,
+        workload: Arc<Workload>,
+        target_port: u16,
+        target: Target,
+    ) -> Result<Route, Refusal> {
         let Some(ip) = self.address_of(&workload) else {
             if workload.hostname.is_empty() {
                 return Err(Refusal::NoAddress(workload.uid.clone()));
@@ -227,13 +235,19 @@ impl Context<'_> {
             let target = Target { workload: Some(workload), ..target };
             return Ok(Route::PlainHost { host, port: target_port, target });
         };
-        self.workload(&workload, SocketAddr::new(ip, target_port), &sans, target)
+        let sans = &service.subject_alt_names;
+        self.workload(&workload, SocketAddr::new(ip, target_port), sans, target)
     }
 
     fn pick(&self, service: &Arc<Service>, port: u16) -> Result<Picked, Refusal> {
         let refusal = |reason| Refusal::NoEndpoint { service: service.key(), port, reason };
+        self.asked(service, port, |request| self.balancer.pick(request)).map_err(refusal)
+    }
+
+    /// What the balancer answers.
+    fn asked<T>(&self, service: &Service, port: u16, answer: impl FnOnce(&Request<'_>) -> T) -> T {
         let set = self.mesh.endpoints(&service.key()).cloned().unwrap_or_default();
-        let request = Request {
+        answer(&Request {
             service,
             set: &set,
             client: &Client::new(self.source, self.source_ip),
@@ -241,8 +255,28 @@ impl Context<'_> {
             exclude: self.tried,
             now: self.now,
             random: self.random,
+        })
+    }
+
+    /// All the routes that [`Context::resolve`] may take for `dialled` for a while, with their weights, where it does no more
+    /// than draw of at most `limit` endpoints by these: see [`Balancer::candidates`]. Nothing is counted.
+    pub fn alternatives(&self, dialled: OriginalDst, limit: usize) -> Option<Vec<(Route, u32)>> {
+        let Destination::Service(service) = self.mesh.destination(&self.source.network, dialled) else {
+            return Some(vec![(self.resolve(dialled).ok()?, 1)]);
         };
-        self.balancer.pick(&request).map_err(refusal)
+        let is_drawn = service.source != ServiceSource::Passthrough
+            && service.waypoint.as_ref().is_none_or(|waypoint| self.is_waypoint(waypoint));
+        if !is_drawn {
+            return None;
+        }
+        let found =
+            self.asked(&service, dialled.port(), |request| self.balancer.candidates(request, limit))?;
+        let route = |candidate: Candidate| {
+            let target = Target { service: Some(service.clone()), ..Target::default() };
+            let route = self.endpoint(&service, candidate.workload, candidate.target_port, target).ok()?;
+            Some((route, candidate.weight))
+        };
+        found.into_iter().map(route).collect()
     }
 
     fn workload(

@@ -18,16 +18,17 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use futures_util::FutureExt;
 use identity::RootId;
-use model::{Connection, Mesh, NodeLocal, Permit, SpiffeId, Workload};
+use model::{Connection, Mesh, NodeLocal, OriginalDst, Permit, SpiffeId, Workload};
 use tokio::net::TcpStream;
 
 use super::failure::Failure;
 use super::pod::{LocalPod, Place};
-use super::resolve::{Route, Target};
+use super::resolve::{Context, Route, Target};
 use super::{Proxy, is_listener_port};
 use crate::connections::{Carrier, Direction, Recheck, Story, Verdict};
-use crate::verdicts::kernel::Pair;
+use crate::verdicts::kernel::{ENDPOINTS, Pair, Way};
 use crate::verdicts::{Ends, Offer};
 
 /// A pod with the identity that it has on a connection, and the root by which that is vouched for.
@@ -68,6 +69,16 @@ impl Destined {
     pub fn pod(&self) -> &Arc<LocalPod> {
         &self.pod
     }
+}
+
+/// A pod of this node that is drawn for a connection.
+pub struct Drawn {
+    /// The pod.
+    pub destination: Destined,
+    /// What is behind the address.
+    pub target: Target,
+    /// How often it is drawn beside the others.
+    pub weight: u32,
 }
 
 /// A connection to the application of the other pod.
@@ -122,11 +133,12 @@ impl Proxy {
         // First, since it may wait: what was decided before would be old.
         let ends = self.ends(source, destination).await;
         let (mut story, decision) = self.decide_within(source, destination, target)?;
-        let offered = self.offered(source, destination, &ends, decision.as_ref().ok(), &story);
         match self.deliver_within(ends, destination.to, decision).await {
             Ok((server, allowed, direct, place)) => {
-                if let Some(offer) = offered {
-                    self.verdicts.offer(self, *offer);
+                let identities = [source.identity, &destination.identity];
+                let way = Way { netns: source.pod.netns.id(), dialled: source.dialled };
+                if self.verdicts.wants(self, identities, &way) {
+                    self.verdicts.offer(self, way, self.offered(source));
                 }
                 Ok(Within { server, story, allowed, direct, place })
             }
@@ -201,21 +213,50 @@ impl Proxy {
         Ok((server, allowed, self.recheck_within(source, destination), place))
     }
 
-    /// What a connection that is permitted offers to later ones: that they pass by the kernel's verdict, where both
-    /// namespaces want it so.
-    fn offered(
+    /// The pods of this node that a connection to `dialled` may be led to, where one of them is drawn by their weights and
+    /// nothing else is to be decided.
+    pub fn drawn(
         &self,
-        source: &Source<'_>,
-        destination: &Destined,
-        ends: &Result<(End, End), Failure>,
-        permit: Option<&Permit>,
-        inbound: &Story,
-    ) -> Option<Box<Offer>> {
-        let identities = [source.identity, &destination.identity];
-        if !self.verdicts.wants(self, identities, &source.pod.netns, source.dialled) {
+        mesh: &Mesh,
+        (source, source_ip): (&Workload, IpAddr),
+        dialled: SocketAddr,
+    ) -> Option<Vec<Drawn>> {
+        let context = Context {
+            mesh,
+            balancer: &self.balancer,
+            source,
+            source_ip,
+            tried: &[],
+            now: self.started.elapsed(),
+            random: 0,
+        };
+        let alternatives = context.alternatives(OriginalDst::new(dialled), ENDPOINTS)?;
+        let within = |(route, weight)| match self.shortened(mesh, (source, source_ip), route) {
+            Route::Within { destination, target } => Some(Drawn { destination, target, weight }),
+            _ => None,
+        };
+        alternatives.into_iter().map(within).collect()
+    }
+
+    /// What later connections of the source are offered for what this one dialled: that they pass by the kernel's verdict to one
+    /// of these, of each of which is decided as if this one had gone there. `None` where each is a decision of its own.
+    fn offered(&self, source: &Source<'_>) -> Option<Vec<Offer>> {
+        let mesh = self.state.mesh();
+        let from = (&**source.workload, source.peer.ip().to_canonical());
+        let drawn = self.drawn(&mesh, from, source.dialled)?;
+        let one = self.vouched(source.pod.clone(), source.identity.clone()).now_or_never()?.ok()?;
+        drawn.into_iter().map(|drawn| self.offered_to(source, &one, &drawn)).collect()
+    }
+
+    fn offered_to(&self, source: &Source<'_>, one: &End, drawn: &Drawn) -> Option<Offer> {
+        let Drawn { destination, target, weight } = drawn;
+        let Destined { pod, identity, to } = destination;
+        if is_listener_port(to.port()) {
             return None;
         }
-        let ((one, other), permit) = (ends.as_ref().ok()?, permit?);
+        let other = self.vouched(pod.clone(), identity.clone()).now_or_never()?.ok()?;
+        let (inbound, decision) = self.decide_within(source, destination, target).ok()?;
+        let permit = decision.ok()?;
         let connection = permit.connection();
         let ends = Ends {
             source: one.pod.clone(),
@@ -225,16 +266,16 @@ impl Proxy {
             allowed: self.recheck_inbound(&other.pod, connection.clone(), None),
             direct: self.recheck_within(one.clone(), other.clone()),
         };
-        let inbound = Story { carrier: Carrier::Kernel, ..inbound.clone() };
+        let inbound = Story { carrier: Carrier::Kernel, ..inbound };
         let outbound = Story {
             direction: Direction::Outbound,
             destination: source.dialled,
-            upstream: Some(destination.to).filter(|to| *to != source.dialled),
+            upstream: Some(*to).filter(|to| *to != source.dialled),
             verdict: Verdict::proxy("passed within the node by the kernel's verdict (nodeLocal: kernel)"),
             ..inbound.clone()
         };
         let pair = Pair { source: connection.source_ip(), to: connection.destination() };
-        Some(Box::new(Offer { dialled: source.dialled, pair, ends, outbound, inbound }))
+        Some(Offer { pair, weight: *weight, ends, outbound, inbound })
     }
 
     async fn vouched(&self, pod: Arc<LocalPod>, identity: SpiffeId) -> Result<End, Failure> {

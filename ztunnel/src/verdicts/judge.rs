@@ -3,17 +3,17 @@
 use std::sync::Arc;
 
 use futures_util::FutureExt;
-use model::{NodeLocal, OriginalDst, SpiffeId, Workload};
+use model::{Mesh, NodeLocal, SpiffeId, Workload};
 use net::Netns;
 use process::shutdown::Phase;
 
 use super::kernel::{Pair, Way};
 use super::records::Stories;
-use super::table::{self, Judge};
+use super::table::{self, Judge, Lead};
 use crate::connections::Recheck;
 use crate::proxy::Proxy;
 use crate::proxy::pod::LocalPod;
-use crate::proxy::resolve::{Context, Route};
+use crate::proxy::within::Drawn;
 
 /// Both ends of a pair.
 pub struct Ends {
@@ -46,60 +46,55 @@ impl Judge<Ends, Stories> for Proxy {
         (ends.direct)().or_else(|| (ends.allowed)())
     }
 
-    fn leads(&self, way: &Way, pair: &Pair, ends: &Ends, told: &Stories) -> bool {
+    fn leads(&self, way: &Way, leads: &[Lead<&Ends, &Stories>]) -> bool {
         let vouched = |id: &SpiffeId| self.tls.vouched(id).now_or_never().is_some_and(|now| now.is_ok());
+        let may = |ends: &Ends| {
+            self.verdicts.may_begin(&ends.source.netns)
+                && self.verdicts.may_end(&ends.destination.netns)
+                && vouched(&ends.source_identity)
+                && vouched(&ends.destination_identity)
+        };
         self.shutdown.phase() == Phase::Running
-            && self.verdicts.may_begin(&ends.source.netns)
-            && self.verdicts.may_end(&ends.destination.netns)
-            && vouched(&ends.source_identity)
-            && vouched(&ends.destination_identity)
-            && self.leads_there(way, pair, ends, told).unwrap_or(false)
+            && leads.iter().all(|lead| may(lead.ends))
+            && self.leads_there(way, leads).unwrap_or(false)
     }
 }
 
 impl Proxy {
-    /// Resolves what is dialled as for a connection that is carried, and sees whether it can only go there, as it is told.
-    fn leads_there(&self, way: &Way, pair: &Pair, ends: &Ends, told: &Stories) -> Option<bool> {
-        let same = |one: &Workload, other: Option<&Arc<Workload>>| {
-            other.is_some_and(|other| std::ptr::eq(one, &**other))
-        };
-        let told = &told.outbound;
+    /// Resolves what is dialled as for a connection that is carried, and sees whether it goes to one of these alone, as often to
+    /// each as is said, and as it is told.
+    fn leads_there(&self, way: &Way, leads: &[Lead<&Ends, &Stories>]) -> Option<bool> {
+        let first = leads.first()?;
         let mesh = self.state.mesh();
-        let source = ends.source.subject.known(&mesh)?;
+        let source = first.ends.source.subject.known(&mesh)?;
         // Of several addresses the kernel may choose another, which has no verdict.
-        let mut own = source.addresses.iter().filter(|ip| ip.is_ipv4() == pair.to.is_ipv4());
+        let mut own = source.addresses.iter().filter(|ip| ip.is_ipv4() == first.pair.to.is_ipv4());
         let source_ip = *own.next()?;
-        let context = Context {
-            mesh: &mesh,
-            balancer: &self.balancer,
-            source,
-            source_ip,
-            tried: &[],
-            now: self.started.elapsed(),
-            random: 0,
+        let drawn = self.drawn(&mesh, (source, source_ip), way.dialled)?;
+        let is_one = |lead: &Lead<&Ends, &Stories>| {
+            lead.pair.source == source_ip
+                && drawn.iter().any(|drawn| is_same(&mesh, source, drawn, lead).unwrap_or(false))
         };
-        let route = context.resolve(OriginalDst::new(way.dialled)).ok()?;
-        let Route::Within { destination, target } = self.shortened(&mesh, (source, source_ip), route) else {
-            return None;
-        };
-        let workload = target.workload.as_ref()?;
-        let is_only = match &target.service {
-            // Where there are several, each connection is to be another choice.
-            Some(service) => mesh.endpoints(&service.key())?.as_slice().len() == 1,
-            None => true,
-        };
-        let is_told = same(source, told.source_workload.as_ref())
-            && same(workload, told.destination_workload.as_ref())
-            && target.service.as_ref().map(Arc::as_ptr) == told.destination_service.as_ref().map(Arc::as_ptr);
-        let wanted = mesh.settings().node_local.between(&source.namespace, &workload.namespace);
-        Some(
-            own.next().is_none()
-                && source_ip == pair.source
-                && is_only
-                && is_told
-                && wanted == NodeLocal::Kernel
-                && destination.to == pair.to
-                && Arc::ptr_eq(destination.pod(), &ends.destination),
-        )
+        Some(own.next().is_none() && drawn.len() == leads.len() && leads.iter().all(is_one))
     }
+}
+
+/// Whether a verdict is about what is drawn.
+fn is_same(mesh: &Mesh, source: &Workload, drawn: &Drawn, lead: &Lead<&Ends, &Stories>) -> Option<bool> {
+    let same = |one: &Workload, other: Option<&Arc<Workload>>| {
+        other.is_some_and(|other| std::ptr::eq(one, &**other))
+    };
+    let (Drawn { destination, target, weight }, told) = (drawn, &lead.told.outbound);
+    let workload = target.workload.as_ref()?;
+    let is_told = same(source, told.source_workload.as_ref())
+        && same(workload, told.destination_workload.as_ref())
+        && target.service.as_ref().map(Arc::as_ptr) == told.destination_service.as_ref().map(Arc::as_ptr);
+    let wanted = mesh.settings().node_local.between(&source.namespace, &workload.namespace);
+    Some(
+        destination.to == lead.pair.to
+            && *weight == lead.weight
+            && is_told
+            && wanted == NodeLocal::Kernel
+            && Arc::ptr_eq(destination.pod(), &lead.ends.destination),
+    )
 }

@@ -22,7 +22,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use super::judge::Ends;
 use super::kernel::{Kernel, Pair, Passed, Side, Way};
 use super::records::Stories;
-use super::table::{Ends as _, Judge, Over};
+use super::table::{Ends as _, Judge, Lead, Over};
 use super::{Ask, Joined, Later, Verdicts, lock};
 use crate::proxy::Proxy;
 
@@ -36,6 +36,8 @@ const LOOK: Duration = Duration::from_secs(5);
 /// How soon it is asked again what has ended: where something had, and where nothing had.
 const BUSY: Duration = Duration::from_millis(20);
 const IDLE: Duration = Duration::from_millis(200);
+/// How long ztunnel chooses endpoints, after one of them did not take a connection: it finds out which, and leaves it out.
+const AVOIDED_FOR: Duration = Duration::from_secs(10);
 /// What is taken in one go.
 const BATCH: usize = 1024;
 /// Batches before other work gets its turn.
@@ -83,7 +85,7 @@ impl Judge<Ends, Stories> for Nobody {
         Some(self.0.to_owned())
     }
 
-    fn leads(&self, _: &Way, _: &Pair, _: &Ends, _: &Stories) -> bool {
+    fn leads(&self, _: &Way, _: &[Lead<&Ends, &Stories>]) -> bool {
         false
     }
 }
@@ -358,7 +360,13 @@ impl Keeper {
     /// Enters what is open, and forgets pairs that nothing leads to.
     fn look(&self) {
         let (Some(kernel), Some(open)) = (self.kernel(), self.enter()) else { return };
-        let idle = lock(&self.verdicts().table).idle(&open);
+        let idle = {
+            let mut table = lock(&self.verdicts().table);
+            if let Err(error) = table.relieve(kernel) {
+                tracing::warn!(%error, "no room can be made for verdicts");
+            }
+            table.idle(&open)
+        };
         self.finish(kernel, &idle);
     }
 
@@ -388,6 +396,17 @@ impl Keeper {
         lock(&self.verdicts().table).told(dialled, &passed.pair)
     }
 
+    /// Leaves to ztunnel, for a while, what leads to endpoints that did not take a connection: it may choose others.
+    fn avoid(&self, kernel: &dyn Kernel, ended: &[Passed]) {
+        for passed in ended.iter().filter(|passed| !passed.established) {
+            let Side::Source(Some(dialled)) = passed.side else { continue };
+            let taken = lock(&self.verdicts().table).failed(kernel, dialled, &passed.pair, AVOIDED_FOR);
+            if let Err(error) = taken {
+                tracing::warn!(%dialled, %error, "what leads to an endpoint that fails can't be taken back");
+            }
+        }
+    }
+
     /// Takes what has ended. Whether anything had.
     fn hear(&self) -> bool {
         let Some(kernel) = self.kernel() else { return false };
@@ -401,6 +420,7 @@ impl Keeper {
                 }
             };
             any |= !ended.is_empty();
+            self.avoid(kernel, &ended);
             let mut records = lock(&self.verdicts().records);
             records.ended(&self.proxy, monotonic(), &ended, &mut |passed| self.told(passed));
             if ended.len() < BATCH {

@@ -7,6 +7,9 @@ use std::time::Duration;
 
 use net::{Netns, NetnsId};
 
+/// Pairs that a way leads to, at most.
+pub const ENDPOINTS: usize = ebpf::layout::OFFER_ENDPOINTS;
+
 /// What a verdict is about. The evaluator knows no more of a connection than this and who the source is.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct Pair {
@@ -16,7 +19,7 @@ pub struct Pair {
     pub to: SocketAddr,
 }
 
-/// What leads to a pair: an address that a pod dials, the destination's own or a service's.
+/// What leads to pairs: an address that a pod dials, the destination's own or a service's.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Way {
     /// The pod's namespace.
@@ -98,11 +101,12 @@ pub trait Kernel: Send + Sync {
     /// The kernel refuses.
     fn end(&self, ends: (Option<&Netns>, Option<&Netns>), pair: &Pair) -> io::Result<(usize, usize)>;
 
-    /// Leads what the pod dials to where the pair goes, past capture.
+    /// Leads what the pod dials to where one of the pairs goes, past capture; to each as often as its weight says. They are of
+    /// one source, and at most [`ENDPOINTS`].
     ///
     /// # Errors
     /// The kernel refuses.
-    fn lead(&self, netns: &Netns, dialled: SocketAddr, pair: &Pair) -> io::Result<()>;
+    fn lead(&self, netns: &Netns, dialled: SocketAddr, to: &[(Pair, u32)]) -> io::Result<()>;
 
     /// Leaves what the pod dials to capture. Connections that are open stay.
     ///

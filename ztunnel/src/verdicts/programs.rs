@@ -174,8 +174,10 @@ impl Kernel for Programs {
         Ok((ended.destroyed, ended.left))
     }
 
-    fn lead(&self, netns: &Netns, dialled: SocketAddr, pair: &Pair) -> io::Result<()> {
-        let offer = Offer { source: pair.source, endpoints: vec![pair.to], bind: false };
+    fn lead(&self, netns: &Netns, dialled: SocketAddr, to: &[(Pair, u32)]) -> io::Result<()> {
+        let Some((Pair { source, .. }, _)) = to.first() else { return Ok(()) };
+        let endpoints = to.iter().map(|(pair, weight)| (pair.to, *weight)).collect();
+        let offer = Offer { source: *source, endpoints, bind: false };
         self.verdicts.offer(&self.of(netns)?, dialled, &offer).map_err(io::Error::other)
     }
 

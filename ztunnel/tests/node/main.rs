@@ -14,6 +14,7 @@
 )]
 
 mod ahead;
+mod drawn;
 mod ending;
 mod endpoints;
 mod enrolment;

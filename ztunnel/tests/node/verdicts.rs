@@ -14,15 +14,15 @@ use crate::lab::manifests::{ServiceManifest, join, mtls, namespace, node_local, 
 use crate::lab::traffic::{PORT, Talk, ask, serve, serve_with, talk};
 use crate::lab::{Mesh, Options, eventually};
 
-const VIP: u8 = 1;
+pub const VIP: u8 = 1;
 const BULK: u16 = 9003;
 /// The longest that a verdict outlives its ztunnel, and some.
 const LEASE: Duration = Duration::from_secs(5);
 /// What is no longer allowed ends within this.
-const SOON: Duration = Duration::from_secs(1);
+pub const SOON: Duration = Duration::from_secs(1);
 
 /// Whether verdicts can be kept here.
-fn or_skip(what: &str) -> bool {
+pub fn or_skip(what: &str) -> bool {
     if !root_or_skip(what) {
         return false;
     }
@@ -33,7 +33,7 @@ fn or_skip(what: &str) -> bool {
     true
 }
 
-fn options() -> Options {
+pub fn options() -> Options {
     Options::default().argument("--capture").argument("ebpf")
 }
 
@@ -52,14 +52,14 @@ fn list<'a>(connections: &'a Value, of: &str) -> &'a Vec<Value> {
 }
 
 /// The open connection as ztunnel tells of it: what is told of its client's port.
-async fn told(mesh: &Mesh, of: &str, open: &Talk) -> Vec<Value> {
+pub async fn told(mesh: &Mesh, of: &str, open: &Talk) -> Vec<Value> {
     let connections = mesh.ztunnel("a").connections().await;
     let source = open.local.to_string();
     list(&connections, of).iter().filter(|c| c["source"] == source.as_str()).cloned().collect()
 }
 
 /// Connects until ztunnel is not on the path any more.
-async fn past(mesh: &Mesh, from: &Host, to: SocketAddr) -> Talk {
+pub async fn past(mesh: &Mesh, from: &Host, to: SocketAddr) -> Talk {
     let mut found = None;
     eventually("a connection passes by a verdict", async || {
         let open = talk(from, to).await.unwrap();
@@ -72,12 +72,12 @@ async fn past(mesh: &Mesh, from: &Host, to: SocketAddr) -> Talk {
     found.unwrap()
 }
 
-fn of<'a>(views: &'a [Value], direction: &str) -> &'a Value {
+pub fn of<'a>(views: &'a [Value], direction: &str) -> &'a Value {
     views.iter().find(|c| c["direction"] == direction).unwrap_or_else(|| panic!("{direction}: {views:?}"))
 }
 
 /// How many connections of the pod capture gave to ztunnel.
-async fn captured(mesh: &Mesh, pod: &str) -> u64 {
+pub async fn captured(mesh: &Mesh, pod: &str) -> u64 {
     let dump = mesh.ztunnel("a").config_dump().await;
     let pods = dump["pods"].as_array().unwrap();
     let pod = pods.iter().find(|p| p["name"] == pod).unwrap();
@@ -247,10 +247,12 @@ async fn the_setting_and_what_is_behind_a_service_decide_what_passes() {
         let views = told(&mesh, "open", &open).await;
         (open, of(&views, "outbound")["carrier"].as_str().unwrap().to_owned())
     };
-    // A second endpoint makes each connection a choice again. What is open stays.
+    // Of several endpoints where a client keeps its own, ztunnel knows which. What is open stays.
     let mut open = past(&mesh, client, service).await;
     let mut second = mesh.manifest("other");
     second.app = "web".into();
+    let kept = ServiceManifest::new("web", VIP, 80, PORT).spec("sessionAffinity: ClientIP");
+    mesh.apply("web", &kept.to_string()).await;
     mesh.apply("pod-other", &second.to_string()).await;
     // The generation is told of a moment before verdicts are judged by it.
     eventually("it is a choice", async || carrier(service).await.1 == "node-local").await;

@@ -17,13 +17,16 @@ use crate::verdicts::kernel::{Kernel, Listing, Passed};
 
 const PAIRS: u8 = 6;
 const WAYS: u8 = 10;
+/// Pairs with this number and the same rest are of one source.
+const SOURCES: u8 = 2;
+const NO_LIMIT: Limits = Limits { all: 8, each: 8 };
 
 #[derive(Default, Debug)]
 struct Written {
     /// The generation, or 0 where it is revoked.
     pairs: BTreeMap<Pair, u64>,
     oldest: u64,
-    ways: BTreeMap<SocketAddr, Pair>,
+    ways: BTreeMap<SocketAddr, Vec<(Pair, u32)>>,
     /// Pairs that must not stall.
     allowed: BTreeSet<Pair>,
     stalled: Vec<Pair>,
@@ -84,8 +87,13 @@ impl Kernel for Notes {
         Ok((1, 0))
     }
 
-    fn lead(&self, _: &Netns, dialled: SocketAddr, pair: &Pair) -> io::Result<()> {
-        self.0.lock().unwrap().ways.insert(dialled, *pair);
+    fn lead(&self, _: &Netns, dialled: SocketAddr, to: &[(Pair, u32)]) -> io::Result<()> {
+        let mut written = self.0.lock().unwrap();
+        assert!(
+            to.iter().all(|(pair, _)| written.pairs.contains_key(pair)),
+            "the offer is the last that is written"
+        );
+        written.ways.insert(dialled, to.to_vec());
         Ok(())
     }
 
@@ -159,8 +167,8 @@ impl Judge<Here, u8> for Says {
         (!self.allows(pair)).then(|| "denied".to_owned())
     }
 
-    fn leads(&self, way: &Way, pair: &Pair, _: &Here, _: &u8) -> bool {
-        self.goes(way.dialled, pair)
+    fn leads(&self, way: &Way, leads: &[Lead<&Here, &u8>]) -> bool {
+        leads.iter().all(|lead| self.goes(way.dialled, &lead.pair))
     }
 }
 
@@ -170,7 +178,7 @@ fn netns() -> Netns {
 
 fn pair(number: u8) -> Pair {
     Pair {
-        source: IpAddr::from([10, 0, 0, number]),
+        source: IpAddr::from([10, 0, 0, number % SOURCES]),
         to: SocketAddr::from(([10, 0, 1, number % 3], 80 + u16::from(number))),
     }
 }
@@ -187,14 +195,27 @@ struct Stand {
 }
 
 impl Stand {
-    fn new(most: usize) -> Self {
-        Self { kernel: Notes::default(), says: Says::default(), table: Table::new(most), netns: netns() }
+    fn new(limits: Limits) -> Self {
+        Self { kernel: Notes::default(), says: Says::default(), table: Table::new(limits), netns: netns() }
+    }
+
+    fn way(&self, way: u8) -> Way {
+        Way { netns: self.netns.id(), dialled: dialled(way) }
     }
 
     fn offer(&mut self, way: u8, to: u8) -> Result<(), NotWritten> {
-        let netns = self.netns.clone();
-        let way = (Way { netns: netns.id(), dialled: dialled(way) }, Arc::new(way));
-        self.table.offer((&self.kernel, &self.says), way, (pair(to), Arc::new(Here(netns))))
+        self.offer_all(way, &[(pair(to), 1)])
+    }
+
+    fn offer_all(&mut self, way: u8, to: &[(Pair, u32)]) -> Result<(), NotWritten> {
+        let lead = |(pair, weight): &(Pair, u32)| Lead {
+            pair: *pair,
+            weight: *weight,
+            ends: Arc::new(Here(self.netns.clone())),
+            told: Arc::new(way),
+        };
+        let leads = to.iter().map(lead).collect();
+        self.table.offer((&self.kernel, &self.says), self.way(way), leads)
     }
 
     /// Judges again, and ends what is over, as the thread does.
@@ -216,6 +237,8 @@ impl Stand {
     }
 
     fn look(&mut self, open: &HashSet<Pair>) {
+        // What can't be taken back now is, when it is asked again.
+        let _ = self.table.relieve(&self.kernel);
         self.kernel.0.lock().unwrap().allowed =
             open.iter().copied().filter(|p| self.table.holds(p)).collect();
         let over = self.table.idle(open);
@@ -225,7 +248,8 @@ impl Stand {
 
 #[derive(Clone, Debug)]
 enum Step {
-    Offer(u8, u8),
+    Offer(u8, BTreeSet<u8>),
+    Failed(u8, u8),
     Deny(u8, bool),
     Astray(u8, u8, bool),
     Recheck,
@@ -236,7 +260,8 @@ enum Step {
 
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
-        6 => (0..WAYS, 0..PAIRS).prop_map(|(way, pair)| Step::Offer(way, pair)),
+        6 => (0..WAYS, proptest::collection::btree_set(0..PAIRS, 0..4)).prop_map(|(way, to)| Step::Offer(way, to)),
+        1 => (0..WAYS, 0..PAIRS).prop_map(|(way, pair)| Step::Failed(way, pair)),
         3 => (0..PAIRS, any::<bool>()).prop_map(|(pair, deny)| Step::Deny(pair, deny)),
         3 => (0..WAYS, 0..PAIRS, any::<bool>()).prop_map(|(way, pair, no)| Step::Astray(way, pair, no)),
         3 => Just(Step::Recheck),
@@ -251,17 +276,28 @@ proptest! {
 
     #[test]
     fn what_stands_is_what_would_be_said_from_scratch(
-        most in 1_usize..8,
+        (all, each) in (1_usize..8, 1_usize..8),
         steps in proptest::collection::vec(step(), 1..60),
     ) {
-        let mut stand = Stand::new(most);
+        let limits = Limits { all, each };
+        let mut stand = Stand::new(limits);
         for step in steps {
             match step {
                 Step::Offer(way, to) => {
+                    let to: Vec<_> = to.into_iter().map(|number| (pair(number), u32::from(number))).collect();
                     // What is allowed and refused all the same is so for a reason that is told.
-                    if stand.offer(way, to).is_ok() {
-                        prop_assert!(stand.says.allows(&pair(to)) && stand.says.goes(dialled(way), &pair(to)));
+                    if stand.offer_all(way, &to).is_ok() {
+                        let may = |pair: &Pair| stand.says.allows(pair) && stand.says.goes(dialled(way), pair);
+                        prop_assert!(to.iter().all(|(pair, _)| may(pair)), "{to:?}");
+                        prop_assert_eq!(&stand.kernel.0.lock().unwrap().ways[&dialled(way)], &to);
+                        prop_assert!(to.iter().all(|(pair, _)| pair.source == to[0].0.source));
                     }
+                }
+                Step::Failed(way, to) => {
+                    let holds = stand.table.holds(&pair(to));
+                    let failed = stand.table.failed(&stand.kernel, dialled(way), &pair(to), Duration::from_secs(60));
+                    let is_there = stand.kernel.0.lock().unwrap().ways.contains_key(&dialled(way));
+                    prop_assert!(failed.is_err() || !holds || !is_there, "ztunnel is to choose");
                 }
                 Step::Deny(number, deny) => {
                     let mut denied = stand.says.denied.borrow_mut();
@@ -281,7 +317,8 @@ proptest! {
                         prop_assert_eq!(outcome.is_ok() && stand.table.holds(found), outcome.is_ok() && stands);
                     }
                     for (way, to) in &written.ways {
-                        let right = written.is_live(to) && stand.says.goes(*way, to);
+                        let right = |pair| written.is_live(pair) && stand.says.goes(*way, pair);
+                        let right = to.iter().all(|(pair, _)| right(pair));
                         prop_assert!(outcome.is_err() || right, "{way} leads to {to:?}");
                     }
                 }
@@ -295,7 +332,9 @@ proptest! {
             let written = stand.kernel.0.lock().unwrap();
             prop_assert!(written.stalled.is_empty(), "{:?} are allowed, and stalled", written.stalled);
             let (ways, pairs) = stand.table.len();
-            prop_assert!(ways <= most && pairs <= most);
+            prop_assert!(ways <= all && pairs <= all);
+            let most = |counts: BTreeMap<IpAddr, usize>| counts.into_values().max().unwrap_or(0);
+            prop_assert!(most(stand.table.ways_of_sources()) <= each && most(stand.table.pairs_of_sources()) <= each);
             prop_assert!(written.broken || written.ways.len() == ways, "{:?}", written.ways);
         }
     }
@@ -303,7 +342,7 @@ proptest! {
 
 #[test]
 fn a_pair_that_nothing_leads_to_is_forgotten_when_it_has_been_looked_at_often_enough() {
-    let mut stand = Stand::new(8);
+    let mut stand = Stand::new(NO_LIMIT);
     stand.offer(1, 1).unwrap();
     stand.says.astray.borrow_mut().insert((dialled(1), pair(1)));
     stand.recheck().unwrap();
@@ -322,24 +361,125 @@ fn a_pair_that_nothing_leads_to_is_forgotten_when_it_has_been_looked_at_often_en
     assert!(stand.table.len().1 == 0 && stand.kernel.0.lock().unwrap().pairs.is_empty());
 }
 
+/// Pairs of a source that there are no others of.
+fn pairs_of(source: u8, numbers: std::ops::Range<u8>) -> Vec<(Pair, u32)> {
+    let to = |number| SocketAddr::from(([10, 0, 2, number], 80));
+    numbers.map(|number| (Pair { source: IpAddr::from([10, 0, 9, source]), to: to(number) }, 1)).collect()
+}
+
+fn ways(stand: &Stand) -> Vec<SocketAddr> {
+    stand.kernel.0.lock().unwrap().ways.keys().copied().collect()
+}
+
+fn crowded(stand: &Stand) -> (u64, u64, u64) {
+    let Crowded { of_source, of_all, no_room } = stand.table.crowded();
+    (of_source, of_all, no_room)
+}
+
 #[test]
-fn the_way_that_was_not_used_for_longest_gives_its_place_and_its_pair_goes_on() {
-    let mut stand = Stand::new(2);
-    stand.offer(1, 1).unwrap();
-    stand.offer(2, 1).unwrap();
-    assert!(stand.table.told(Some(dialled(1)), &pair(1)).is_some());
-    stand.offer(3, 2).unwrap();
-    let ways: Vec<_> = stand.kernel.0.lock().unwrap().ways.keys().copied().collect();
-    assert_eq!(ways, [dialled(1), dialled(3)]);
-    assert_eq!(stand.table.displaced(), (1, 0));
-    // Both pairs are in use.
-    assert!(matches!(stand.offer(4, 3), Err(NotWritten::NoRoom)));
-    assert_eq!(stand.table.displaced(), (1, 1));
+fn beyond_its_share_a_source_loses_what_it_did_not_use_for_longest_and_others_nothing() {
+    let mut stand = Stand::new(Limits { all: 8, each: 2 });
+    let [one, other] = [1, 2].map(|source| pairs_of(source, 0..2));
+    stand.offer_all(0, &other[..1]).unwrap();
+    stand.offer_all(1, &one[..1]).unwrap();
+    stand.offer_all(2, &one[..1]).unwrap();
+    assert!(stand.table.told(Some(dialled(1)), &one[0].0).is_some());
+    assert_eq!(stand.table.full_sources(), 1);
+    stand.offer_all(3, &one[1..]).unwrap();
+    assert_eq!(ways(&stand), [dialled(0), dialled(1), dialled(3)]);
+    assert_eq!(crowded(&stand), (1, 0, 0));
+    // Its pairs are all in use: nothing of others is for it.
+    let third = pairs_of(1, 2..3);
+    assert!(matches!(stand.offer_all(4, &third), Err(NotWritten::NoRoom)));
+    assert_eq!(crowded(&stand), (1, 0, 1));
+    // Some of its own are given up for that, and are idle before long.
+    for _ in 0..=LOOKS + 1 {
+        stand.look(&HashSet::new());
+    }
+    assert_eq!(ways(&stand), [dialled(0), dialled(3)]);
+    stand.offer_all(4, &third).unwrap();
+    assert_eq!(ways(&stand), [dialled(0), dialled(3), dialled(4)]);
+}
+
+#[test]
+fn where_all_is_given_whoever_has_most_makes_room() {
+    let mut stand = Stand::new(Limits { all: 4, each: 3 });
+    let [greedy, modest, new] = [1, 2, 3].map(|source| pairs_of(source, 0..3));
+    stand.offer_all(0, &modest[..1]).unwrap();
+    for way in 1..4 {
+        stand.offer_all(way, &greedy[..1]).unwrap();
+    }
+    stand.offer_all(4, &new[..1]).unwrap();
+    assert_eq!(ways(&stand), [0, 2, 3, 4].map(dialled), "the modest one's is older, and stays");
+    assert_eq!(crowded(&stand), (0, 1, 0));
+    // The same of pairs, which have to be idle first.
+    let mut stand = Stand::new(Limits { all: 4, each: 3 });
+    stand.offer_all(0, &modest[..1]).unwrap();
+    stand.offer_all(1, &greedy).unwrap();
+    assert!(matches!(stand.offer_all(2, &new[..1]), Err(NotWritten::NoRoom)));
+    for _ in 0..=LOOKS {
+        stand.look(&HashSet::new());
+    }
+    assert_eq!(ways(&stand), [dialled(0)]);
+    stand.offer_all(2, &new).unwrap();
+    assert_eq!(stand.table.len(), (2, 4));
+}
+
+#[test]
+fn a_way_is_to_all_of_its_endpoints_or_to_none() {
+    let mut stand = Stand::new(NO_LIMIT);
+    let to: Vec<_> =
+        pairs_of(1, 0..3).into_iter().zip([5, 1, 2]).map(|((pair, _), weight)| (pair, weight)).collect();
+    stand.says.denied.borrow_mut().insert(to[1].0);
+    assert!(matches!(stand.offer_all(1, &to), Err(NotWritten::NotAllowed)));
+    assert!(stand.table.len() == (0, 0) && stand.kernel.0.lock().unwrap().pairs.is_empty());
+    stand.says.denied.borrow_mut().clear();
+    stand.offer_all(1, &to).unwrap();
+    assert!(matches!(stand.offer_all(1, &to), Err(NotWritten::Known)));
+    assert_eq!(stand.kernel.0.lock().unwrap().ways[&dialled(1)], to);
+    // Of one that is not allowed any more the connections end; those of the others go on, and new ones are ztunnel's.
+    stand.says.denied.borrow_mut().insert(to[1].0);
+    stand.recheck().unwrap();
+    assert!(ways(&stand).is_empty());
+    assert!(stand.table.holds(&to[0].0) && !stand.table.holds(&to[1].0) && stand.table.holds(&to[2].0));
+    // Without it, and by other weights.
+    let others = [(to[2].0, 9), (to[0].0, 1)];
+    stand.offer_all(1, &others).unwrap();
+    assert_eq!(stand.kernel.0.lock().unwrap().ways[&dialled(1)], others);
+    assert_eq!(stand.table.len(), (1, 2));
+    // Twice the same, those of two sources, and none are no way.
+    for wrong in [vec![to[0], to[0]], vec![to[0], pairs_of(2, 0..1)[0]], Vec::new()] {
+        assert!(matches!(stand.offer_all(2, &wrong), Err(NotWritten::NotAllowed)));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_leads_to_an_endpoint_that_fails_is_ztunnels_for_a_while() {
+    let mut stand = Stand::new(NO_LIMIT);
+    let (to, pause) = (pairs_of(1, 0..2), Duration::from_secs(10));
+    stand.offer_all(1, &to).unwrap();
+    stand.offer_all(2, &to[..1]).unwrap();
+    stand.table.failed(&stand.kernel, dialled(1), &to[1].0, pause).unwrap();
+    assert_eq!(ways(&stand), [dialled(2)]);
+    assert!(!stand.table.wants(&stand.way(1)) && stand.table.wants(&stand.way(3)));
+    assert!(stand.table.holds(&to[1].0), "what is open goes on");
+    tokio::time::advance(pause).await;
+    assert!(stand.table.wants(&stand.way(1)));
+    // One that was ended says nothing of the endpoint.
+    stand.says.denied.borrow_mut().insert(to[1].0);
+    stand.recheck().unwrap();
+    stand.table.failed(&stand.kernel, dialled(2), &to[1].0, pause).unwrap();
+    assert_eq!(ways(&stand), [dialled(2)]);
+    // What is put off is no more than there may be ways.
+    for way in 0..20 {
+        stand.table.put_off(stand.way(way), pause);
+    }
+    assert_eq!(stand.table.later.len(), NO_LIMIT.all);
 }
 
 #[test]
 fn what_can_not_be_taken_back_is_told_until_it_is() {
-    let mut stand = Stand::new(8);
+    let mut stand = Stand::new(NO_LIMIT);
     stand.offer(1, 1).unwrap();
     stand.says.denied.borrow_mut().insert(pair(1));
     stand.kernel.0.lock().unwrap().broken = true;

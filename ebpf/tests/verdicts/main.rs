@@ -8,11 +8,14 @@
     reason = "a test, which waits for the kernel alone"
 )]
 
+mod lab;
+mod node;
+mod offers;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
-use std::num::NonZeroU64;
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -21,196 +24,18 @@ use std::time::Duration;
 
 use aya::maps::MapData;
 use aya::programs::links::{FdLink, PinnedLink};
-use ebpf::layout::{self, PortSets, Settings};
-use ebpf::verdicts::{self, Carried, Offer, Pair, Qualified, Side, Tally, Verdicts, Why};
-use ebpf::{Contents, Pins, Pod};
-use harness::netns::{Host, Lab, root_or_skip, skip_without_ebpf};
+use ebpf::verdicts::{self, Carried, Offer, Pair, Side, Tally, Verdicts, Why};
+use ebpf::{Pins, Pod, layout};
+use harness::netns::Host;
 use net::Netns;
 use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, getsockopt, setsockopt, socket,
-    sockopt,
+    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket, sockopt,
 };
 
-const PORT: u16 = 8080;
-const CGROUPS: &str = "/sys/fs/cgroup";
-/// Longer than the kernel takes for anything here, and than it waits before it sends again.
-const WAIT: Duration = Duration::from_secs(2);
-const LEASE: Duration = Duration::from_secs(600);
-
-/// Two nodes: `client`, `server` and `evil` on one, `far` on the other. The first two are captured and qualify.
-struct Mesh {
-    lab: Lab,
-    pins: Pins,
-    verdicts: Verdicts,
-    client: Qualified,
-    server: Qualified,
-}
-
-fn pins(test: &str, lab: &Lab) -> Option<Pins> {
-    match Pins::open(ebpf::bpf_file_system()) {
-        Ok(pins) => Some(pins.of_node(&lab.node("a").host.netns)),
-        Err(error) => {
-            skip_without_ebpf(test, &error);
-            None
-        }
-    }
-}
-
-fn lab(test: &str) -> Option<Lab> {
-    let pods = ["client", "server", "evil"];
-    root_or_skip(test).then(|| Lab::builder().node("a", &pods).node("b", &["far"]).build().unwrap())
-}
-
-/// Captures a pod, whose ztunnel isn't there: what is captured is refused.
-fn capture(pins: &Pins, host: &Host) {
-    // As capture has it: sockets and resets have the marks of what they answer.
-    for name in ["ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect", "ipv6/fwmark_reflect"] {
-        net::sysctl::write(&host.netns, name, "1").unwrap();
-    }
-    let contents = contents(host);
-    Pod::install(pins, &host.netns, &contents).unwrap();
-    assert!(!Pod::install(pins, &host.netns, &contents).unwrap(), "it is as it should be");
-}
-
-fn contents(host: &Host) -> Contents {
-    let settings =
-        Settings { flags: layout::CAPTURING, outbound: 15001, plaintext: 15006, ..Settings::default() };
-    Contents {
-        settings,
-        ports: PortSets::empty(),
-        excluded: Vec::new(),
-        included: Vec::new(),
-        interfaces: BTreeMap::from([(interface(host), 0)]),
-        own: BTreeSet::from([host.ipv4.into(), host.ipv6.into()]),
-        refused: BTreeSet::new(),
-    }
-}
-
-fn interface(host: &Host) -> u32 {
-    let shown = host.shell("ip -o link show eth0").unwrap();
-    shown.split(':').next().unwrap().trim().parse().unwrap()
-}
-
-fn service(v6: bool) -> SocketAddr {
-    if v6 { "[fd96::9]:80" } else { "10.96.0.9:80" }.parse().unwrap()
-}
-
-fn generation(number: u64) -> NonZeroU64 {
-    NonZeroU64::new(number).unwrap()
-}
-
-impl Mesh {
-    fn new(test: &str) -> Option<Self> {
-        let lab = lab(test)?;
-        let pins = pins(test, &lab)?;
-        let verdicts = Verdicts::attach(&pins, Path::new(CGROUPS)).unwrap();
-        for name in ["client", "server"] {
-            capture(&pins, lab.pod(name));
-        }
-        let node = &lab.node("a").host.netns;
-        let client = verdicts.qualify(node, &lab.pod("client").netns).unwrap();
-        let server = verdicts.qualify(node, &lab.pod("server").netns).unwrap();
-        Some(Self { lab, pins, verdicts, client, server })
-    }
-
-    fn pair(&self, v6: bool) -> Pair {
-        let source = self.lab.pod("client").ip(v6);
-        Pair { source, destination: (self.lab.pod("server").ip(v6), PORT).into() }
-    }
-
-    fn allow(&self, v6: bool, number: u64) {
-        self.verdicts
-            .allow(&self.client, &self.server, self.pair(v6), generation(number), 7000 + u64::from(v6))
-            .unwrap();
-    }
-
-    /// Lets the client connect to the server, by the service's address too.
-    fn open(&self, v6: bool) {
-        let pair = self.pair(v6);
-        let offer = Offer { source: pair.source, endpoints: vec![pair.destination], bind: false };
-        self.allow(v6, 1);
-        for dialled in [service(v6), pair.destination] {
-            self.verdicts.offer(&self.client, dialled, &offer).unwrap();
-        }
-        assert!(self.verdicts.renew(LEASE).unwrap());
-    }
-
-    fn listen(&self, v6: bool) -> TcpListener {
-        listen(&self.lab.pod("server").netns, self.pair(v6).destination)
-    }
-
-    fn connect(&self, to: SocketAddr) -> io::Result<TcpStream> {
-        dial(&self.lab.pod("client").netns, to)
-    }
-
-    fn tally(&self, wanted: Tally) -> u64 {
-        self.verdicts.tallies().unwrap().into_iter().find(|(tally, _)| *tally == wanted).unwrap().1
-    }
-
-    fn unproven(&self, pod: &str) -> u64 {
-        let pod = Pod::find(&self.pins, &self.lab.pod(pod).netns).unwrap();
-        pod.counters().unwrap()[layout::COUNT_UNPROVEN as usize]
-    }
-
-    /// Ends of connections that are over, once there are so many.
-    fn closed(&self, count: usize) -> Vec<Carried> {
-        let mut closed = Vec::new();
-        for _ in 0..100 {
-            closed.extend(self.verdicts.closed(100).unwrap());
-            if closed.len() >= count {
-                break;
-            }
-            std::thread::sleep(WAIT / 100);
-        }
-        assert_eq!(closed.len(), count, "{closed:?}");
-        closed.sort_by_key(|end| end.side == Side::Destination);
-        closed
-    }
-}
-
-impl Drop for Mesh {
-    fn drop(&mut self) {
-        let _ = verdicts::remove(&self.pins);
-        for pod in ["client", "server", "evil"] {
-            let _ = ebpf::remove(&self.pins, &self.lab.pod(pod).netns);
-        }
-    }
-}
-
-fn listen(netns: &Netns, at: SocketAddr) -> TcpListener {
-    let listener = netns.run(|| TcpListener::bind(at)).unwrap().unwrap();
-    listener.set_nonblocking(true).unwrap();
-    listener
-}
-
-fn dial(netns: &Netns, to: SocketAddr) -> io::Result<TcpStream> {
-    let stream = netns.run(|| TcpStream::connect_timeout(&to, WAIT)).unwrap()?;
-    stream.set_read_timeout(Some(WAIT)).unwrap();
-    Ok(stream)
-}
-
-/// What was accepted, as soon as there is something.
-fn accept(listener: &TcpListener) -> Option<(TcpStream, SocketAddr)> {
-    for _ in 0..100 {
-        if let Ok((stream, peer)) = listener.accept() {
-            stream.set_nonblocking(false).unwrap();
-            stream.set_read_timeout(Some(WAIT)).unwrap();
-            return Some((stream, peer));
-        }
-        std::thread::sleep(WAIT / 200);
-    }
-    None
-}
-
-fn mark(stream: &TcpStream) -> u32 {
-    getsockopt(stream, sockopt::Mark).unwrap() & layout::MARK_MASK
-}
-
-/// Whether what one end sends gets to the other.
-fn passes(from: &mut TcpStream, to: &mut TcpStream) -> bool {
-    let mut byte = [0];
-    from.write_all(&[1]).is_ok() && to.read_exact(&mut byte).is_ok()
-}
+use crate::lab::{
+    CGROUPS, LEASE, Mesh, PORT, WAIT, accept, capture, contents, dial, generation, lab, listen, mark, passes,
+    pins, service,
+};
 
 #[test]
 fn a_verdict_lets_connections_by() {
@@ -329,7 +154,7 @@ fn a_source_that_is_not_the_pods_address_goes_to_ztunnel() {
     // A pod with several addresses is given the one of the verdict.
     mesh.lab.pod("client").shell("ip addr add 10.99.0.1/32 dev lo; ip route replace default via $(ip route | awk '/default/ {print $3}') src 10.99.0.1").unwrap();
     accept(&listener).unwrap();
-    let bound = Offer { source: pair.source, endpoints: vec![pair.destination], bind: true };
+    let bound = Offer { source: pair.source, endpoints: vec![(pair.destination, 1)], bind: true };
     mesh.verdicts.offer(&mesh.client, service(false), &bound).unwrap();
     let client = mesh.connect(service(false)).unwrap();
     assert_eq!(client.local_addr().unwrap().ip(), pair.source);
@@ -764,37 +589,4 @@ fn nothing_passes_when_ztunnel_is_killed() {
     // Its own end, or the reset of the other.
     let ended = [io::ErrorKind::ConnectionAborted, io::ErrorKind::ConnectionReset];
     assert!(ended.contains(&server.read(&mut [0]).unwrap_err().kind()));
-}
-
-#[test]
-fn endpoints_are_taken_in_turns() {
-    let Some(mesh) = Mesh::new("endpoints are taken in turns") else { return };
-    mesh.open(false);
-    let pair = mesh.pair(false);
-    let second = Pair { destination: SocketAddr::new(pair.destination.ip(), PORT + 1), ..pair };
-    mesh.verdicts.allow(&mesh.client, &mesh.server, second, generation(1), 9).unwrap();
-    let endpoints = vec![pair.destination, second.destination];
-    let offer = Offer { source: pair.source, endpoints, bind: false };
-    mesh.verdicts.offer(&mesh.client, service(false), &offer).unwrap();
-    let offers = mesh.verdicts.offers().unwrap();
-    assert!(offers.contains(&(mesh.client.cookie, service(false), offer.clone())), "{offers:?}");
-    let listeners = [pair, second].map(|pair| listen(&mesh.lab.pod("server").netns, pair.destination));
-    let mut counts = [0, 0];
-    for _ in 0..64 {
-        mesh.connect(service(false)).unwrap();
-        for (listener, count) in listeners.iter().zip(&mut counts) {
-            *count += usize::from(listener.accept().is_ok());
-        }
-    }
-    assert!(counts[0] > 0 && counts[1] > 0, "{counts:?}");
-    let too_many = Offer { endpoints: vec![pair.destination; 9], ..offer };
-    assert!(mesh.verdicts.offer(&mesh.client, service(false), &too_many).is_err());
-    // Two verdicts for one pair of addresses: without the first, the second is still in force.
-    let ends: [IpAddr; 2] = [pair.source, pair.destination.ip()];
-    assert!(mesh.verdicts.forget(pair).unwrap(), "{ends:?}");
-    let before = mesh.tally(Tally::Declined);
-    for _ in 0..16 {
-        let _ = mesh.connect(service(false));
-    }
-    assert!(mesh.tally(Tally::Declined) > before);
 }
