@@ -277,6 +277,35 @@ async fn a_node_gets_the_certificates_of_its_pods_and_openssl_verifies_them() {
     assert!(cluster.metric("citadel_server_cert_chain_expiry_seconds") > 3000 * 24 * 3600);
 }
 
+/// Whether OpenSSL's client gets a connection of this version.
+async fn connects(address: SocketAddr, version: &str) -> bool {
+    let mut client = tokio::process::Command::new("openssl");
+    client.args(["s_client", "-connect", &address.to_string(), version, "-brief"]);
+    let out = client.stdin(std::process::Stdio::null()).output().await.unwrap();
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(said.contains("CONNECTION ESTABLISHED") || said.contains("alert protocol version"), "{said}");
+    said.contains("CONNECTION ESTABLISHED")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tls_1_2_is_refused_where_proxies_and_where_the_api_server_connect() {
+    let cluster = Cluster::start().await;
+    // The port of admission has the same keys and versions, and speaks HTTP/1.1.
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let admission = listener.local_addr().unwrap();
+    let acceptor = tokio_rustls::TlsAcceptor::from(cluster.ca.server_config(&[b"http/1.1"]).unwrap());
+    tokio::spawn(async move {
+        while let Ok((tcp, _)) = listener.accept().await {
+            // A refusal is the client's to tell.
+            let _ = acceptor.accept(tcp).await;
+        }
+    });
+    for address in [cluster.address, admission] {
+        assert!(connects(address, "-tls1_3").await);
+        assert!(!connects(address, "-tls1_2").await);
+    }
+}
+
 /// A request for an identity with this CSR.
 fn request(csr: &str, id: &str) -> IstioCertificateRequest {
     let metadata = metadata(&[("ImpersonatedIdentity", string(id))]);
