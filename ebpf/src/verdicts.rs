@@ -24,6 +24,7 @@ mod device;
 mod links;
 mod node;
 mod offers;
+mod removal;
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -26,7 +26,7 @@ mod table;
 use std::collections::HashMap;
 use std::sync::atomic::Ordering::{Relaxed, Release};
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use model::{NodeLocal, SpiffeId};
@@ -101,8 +101,8 @@ enum Ask {
 pub struct Verdicts {
     /// Absent where pods are not captured in a way that knows verdicts.
     attach: Option<Attach>,
-    /// Once they are wanted.
-    kernel: OnceLock<Box<dyn Kernel>>,
+    /// While they are wanted. It is taken away under the table's lock.
+    kernel: RwLock<Option<Arc<dyn Kernel>>>,
     table: Mutex<Table<Ends, Stories>>,
     records: Mutex<Records>,
     pods: Mutex<HashMap<NetnsId, Joined>>,
@@ -164,7 +164,7 @@ impl Verdicts {
         let (ask, asked) = mpsc::channel(QUEUED);
         Self {
             attach,
-            kernel: OnceLock::new(),
+            kernel: RwLock::default(),
             table: Mutex::new(Table::new(LIMITS)),
             records: Mutex::default(),
             pods: Mutex::default(),
@@ -178,8 +178,12 @@ impl Verdicts {
         }
     }
 
-    fn kernel(&self) -> Option<&dyn Kernel> {
-        self.kernel.get().map(|kernel| &**kernel)
+    fn kernel(&self) -> Option<Arc<dyn Kernel>> {
+        self.kernel.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_kernel(&self, kernel: Option<Arc<dyn Kernel>>) {
+        *self.kernel.write().unwrap_or_else(PoisonError::into_inner) = kernel;
     }
 
     /// Whether a connection that was carried should be offered: it says nothing new otherwise.
@@ -195,7 +199,6 @@ impl Verdicts {
     /// Writes what a connection offers to those that take the same way, if it may be: all that they may be led to. `None` is
     /// asked for again later.
     pub fn offer(&self, proxy: &Proxy, way: Way, offers: Option<Vec<Offer>>) {
-        let Some(kernel) = self.kernel() else { return };
         let Some(offers) = offers else {
             if let Ok(mut table) = self.table.try_lock() {
                 table.put_off(way, PAUSE);
@@ -214,10 +217,11 @@ impl Verdicts {
         let leads = offers.into_iter().map(lead).collect();
         let Ok(mut table) = self.table.try_lock() else { return };
         // Looked at under the lock: who takes all back has it.
+        let Some(kernel) = self.kernel() else { return };
         if self.over.load(Relaxed) || self.is_stuck() {
             return;
         }
-        match table.offer((kernel, proxy), way, leads) {
+        match table.offer((&*kernel, proxy), way, leads) {
             Ok(()) => tracing::debug!(?way, "later connections pass by the kernel's verdict"),
             Err(NotWritten::Kernel(error)) => tracing::warn!(?way, %error, "no verdict is written"),
             Err(reason) => {
@@ -325,7 +329,7 @@ impl Verdicts {
 
     /// What the programs count, by its name.
     pub fn tallies(&self) -> Vec<(&'static str, u64)> {
-        self.kernel().map(Kernel::tallies).unwrap_or_default()
+        self.kernel().map(|kernel| kernel.tallies()).unwrap_or_default()
     }
 
     /// What there is, as JSON.
@@ -338,7 +342,7 @@ impl Verdicts {
             Joined::Asked | Joined::Fit(..) => None,
         });
         serde_json::json!({
-            "attached": self.kernel.get().is_some(),
+            "attached": self.kernel().is_some(),
             "trouble": *lock(&self.trouble),
             "ways": counts.written.0,
             "pairs": counts.written.1,

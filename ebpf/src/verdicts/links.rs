@@ -38,7 +38,7 @@ const MAPS: [Shape; 8] = [
 ];
 
 /// The programs at the root of the cgroups. The one that grants comes last: all that it needs is there by then.
-const AT_ROOT: [(&str, AttachType); 5] = [
+pub(super) const AT_ROOT: [(&str, AttachType); 5] = [
     ("watch", AttachType::SockOps),
     ("peer_name4", AttachType::GetPeerName4),
     ("peer_name6", AttachType::GetPeerName6),
@@ -150,7 +150,7 @@ pub(super) fn has_devices(directory: &Path) -> bool {
     entries.filter(|path| is_of_device(path)).any(attached)
 }
 
-fn is_of_device(path: &Path) -> bool {
+pub(super) fn is_of_device(path: &Path) -> bool {
     path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(DEVICE))
 }
 

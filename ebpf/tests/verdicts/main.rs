@@ -11,6 +11,7 @@
 mod lab;
 mod node;
 mod offers;
+mod removal;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

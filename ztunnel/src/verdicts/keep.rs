@@ -145,6 +145,7 @@ impl Keeper {
                     self.join_again();
                     self.recheck();
                     self.end_inherited();
+                    self.detach();
                 }
                 _ = look.tick() => self.look(),
                 () = sleep(pause) => pause = if self.hear() { BUSY } else { IDLE },
@@ -156,7 +157,7 @@ impl Keeper {
         &self.proxy.verdicts
     }
 
-    fn kernel(&self) -> Option<&dyn Kernel> {
+    fn kernel(&self) -> Option<Arc<dyn Kernel>> {
         self.verdicts().kernel()
     }
 
@@ -183,15 +184,47 @@ impl Keeper {
         }
     }
 
+    /// Whether some namespace wants them.
+    fn is_wanted(&self) -> bool {
+        let mesh = self.proxy.state.mesh();
+        let settings = &mesh.settings().node_local;
+        settings.mesh == NodeLocal::Kernel
+            || settings.namespaces.values().any(|mode| *mode == NodeLocal::Kernel)
+    }
+
+    /// Takes the programs away, once no namespace wants them and nothing is left of what passed by them.
+    fn detach(&self) {
+        let verdicts = self.verdicts();
+        let Some(kernel) = self.kernel().filter(|_| !self.is_wanted() && self.inherited.is_empty()) else {
+            return;
+        };
+        self.hear();
+        if lock(&verdicts.records).counts().0 > 0 {
+            return;
+        }
+        // Whoever writes has it, and looks under it whether there is a kernel's side.
+        let table = lock(&verdicts.table);
+        if table.len() != (0, 0) {
+            return;
+        }
+        match kernel.remove() {
+            Ok(true) => {
+                verdicts.set_kernel(None);
+                lock(&verdicts.pods).clear();
+                tracing::info!("no connections pass by verdicts any more: no namespace wants it");
+            }
+            // Somebody installs, or goes by it.
+            Ok(false) => {}
+            Err(error) => tracing::warn!(%error, "the programs of verdicts can't be taken away"),
+        }
+    }
+
     /// Attaches the programs, once some namespace wants them.
     fn attach(&mut self) {
         let verdicts = &self.proxy.verdicts;
-        let settings = self.proxy.state.mesh_owned().settings().node_local.clone();
-        let is_wanted = settings.mesh == NodeLocal::Kernel
-            || settings.namespaces.values().any(|mode| *mode == NodeLocal::Kernel);
         // One that stops writes nothing more.
         let is_over = verdicts.over.load(Relaxed) || self.proxy.shutdown.phase() != Phase::Running;
-        if !is_wanted || is_over || verdicts.kernel().is_some() || Instant::now() < self.attach_at {
+        if !self.is_wanted() || is_over || verdicts.kernel().is_some() || Instant::now() < self.attach_at {
             return;
         }
         let Some(attach) = &verdicts.attach else { return };
@@ -209,8 +242,7 @@ impl Keeper {
                     "connections within the node may pass by verdicts"
                 );
                 (self.inherited, self.inherited_at) = (inherited, Instant::now());
-                // Nobody else sets it.
-                let _ = verdicts.kernel.set(kernel);
+                verdicts.set_kernel(Some(kernel.into()));
                 *lock(&verdicts.trouble) = None;
                 // Nothing stands.
                 self.judged.set(Instant::now());
@@ -253,7 +285,10 @@ impl Keeper {
     }
 
     fn join(&self, netns: &Netns) {
-        let Some(kernel) = self.kernel() else { return };
+        let Some(kernel) = self.kernel() else {
+            lock(&self.verdicts().pods).remove(&netns.id());
+            return;
+        };
         let joined = match kernel.join(netns) {
             Ok(may_begin) => Joined::Fit(netns.clone(), may_begin),
             Err(why) => {
@@ -286,11 +321,11 @@ impl Keeper {
         let began = Instant::now();
         // Before anything is judged: whoever is told late from here on asks for more than this may see.
         self.verdicts().late.swap(false, AcqRel);
-        let (over, outcome) = lock(&self.verdicts().table).recheck(kernel, &*self.proxy);
+        let (over, outcome) = lock(&self.verdicts().table).recheck(&*kernel, &*self.proxy);
         self.judged.set(began);
         self.note(outcome);
-        self.finish(kernel, &over);
-        self.release(kernel);
+        self.finish(&*kernel, &over);
+        self.release(&*kernel);
     }
 
     /// Whether something could not be taken back.
@@ -362,12 +397,12 @@ impl Keeper {
         let (Some(kernel), Some(open)) = (self.kernel(), self.enter()) else { return };
         let idle = {
             let mut table = lock(&self.verdicts().table);
-            if let Err(error) = table.relieve(kernel) {
+            if let Err(error) = table.relieve(&*kernel) {
                 tracing::warn!(%error, "no room can be made for verdicts");
             }
             table.idle(&open)
         };
-        self.finish(kernel, &idle);
+        self.finish(&*kernel, &idle);
     }
 
     /// Enters what is open. The pairs that it is of.
@@ -420,7 +455,7 @@ impl Keeper {
                 }
             };
             any |= !ended.is_empty();
-            self.avoid(kernel, &ended);
+            self.avoid(&*kernel, &ended);
             let mut records = lock(&self.verdicts().records);
             records.ended(&self.proxy, monotonic(), &ended, &mut |passed| self.told(passed));
             if ended.len() < BATCH {
@@ -442,7 +477,7 @@ impl Keeper {
         let mut rest = self.inherited.iter().copied();
         for pair in rest.by_ref() {
             self.renew();
-            if !self.has_ended(kernel, &mesh, pair, is_overdue) {
+            if !self.has_ended(&*kernel, &mesh, pair, is_overdue) {
                 kept.push(pair);
             }
             if began.elapsed() > TURN {
@@ -480,9 +515,9 @@ impl Keeper {
         let Some(kernel) = self.kernel() else { return };
         let judge =
             Nobody(if self.proxy.shutdown.phase() == Phase::Running { "over" } else { "ztunnel stops" });
-        let (over, outcome) = lock(&verdicts.table).recheck(kernel, &judge);
+        let (over, outcome) = lock(&verdicts.table).recheck(&*kernel, &judge);
         self.note(outcome);
-        self.finish(kernel, &over);
+        self.finish(&*kernel, &over);
         if let Err(error) = kernel.stop() {
             tracing::warn!(%error, "the lease of verdicts ends by itself");
         }

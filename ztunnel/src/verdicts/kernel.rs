@@ -132,6 +132,13 @@ pub trait Kernel: Send + Sync {
     /// The kernel refuses.
     fn stop(&self) -> io::Result<()>;
 
+    /// Takes away what all of this is done by, where nobody has a use for it: neither a pair is left nor another process goes by it.
+    /// Whether it was done; nothing else is asked of it then.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    fn remove(&self) -> io::Result<bool>;
+
     /// Takes back all that another process has left: no way leads past capture, no packet passes. Returns its pairs.
     ///
     /// # Errors

@@ -13,8 +13,8 @@ use ebpf::verdicts::{Carried, Offer, Qualified, Side as Seen, Verdicts};
 use net::sock_diag;
 use net::{MARK_MASK, Netns, NetnsId, ZTUNNEL_MARK};
 
-use super::{Attach, Later};
 use super::kernel::{Kernel, Listing, Pair, Passed, Side};
+use super::{Attach, Later};
 
 /// Where the machine's cgroups are.
 const CGROUPS: &str = "/sys/fs/cgroup";
@@ -195,6 +195,10 @@ impl Kernel for Programs {
 
     fn stop(&self) -> io::Result<()> {
         owned(self.verdicts.stop())
+    }
+
+    fn remove(&self) -> io::Result<bool> {
+        self.verdicts.remove().map_err(io::Error::other)
     }
 
     fn inherit(&self) -> io::Result<Vec<Pair>> {

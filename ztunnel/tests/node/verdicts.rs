@@ -345,3 +345,44 @@ async fn an_address_that_is_not_the_pods_is_no_source_of_a_pair() {
     open.echo().await.unwrap();
     let _ = ask(other, to).await.unwrap_err();
 }
+
+#[tokio::test]
+async fn programs_that_nobody_wants_any_more_are_taken_away_once_nothing_passes() {
+    if !or_skip("the end of nodeLocal: kernel") {
+        return;
+    }
+    let mesh = mesh().await;
+    let (client, web, a) = (mesh.pod("client"), mesh.pod("web"), mesh.ztunnel("a"));
+    let _server = serve(web, PORT);
+    let to = SocketAddr::new(web.ipv4.into(), PORT);
+    let is_attached = async || a.config_dump().await["verdicts"]["attached"] == true;
+    let mut open = past(&mesh, client, to).await;
+    mesh.apply("mesh", &node_local("direct")).await;
+    sleep(LEASE).await;
+    open.echo().await.unwrap();
+    assert!(is_attached().await, "a connection passes by them");
+    drop(open);
+    // The pair is forgotten after some looks that nothing leads to it.
+    let mut gone = false;
+    for _ in 0..60 {
+        gone = !is_attached().await;
+        if gone {
+            break;
+        }
+        sleep(Duration::from_secs(1)).await;
+    }
+    assert!(gone);
+    let directory = ebpf::Pins::of_others(ebpf::bpf_file_system()).of_node(&mesh.node("a").netns).verdicts();
+    assert!(!directory.exists(), "{}", directory.display());
+    assert_eq!(ask(client, to).await.unwrap().client.ip(), client.ipv4);
+    let mut carried = talk(client, to).await.unwrap();
+    mesh.apply("mesh", &node_local("kernel")).await;
+    eventually("a connection passes by a verdict again", async || {
+        // Its pods are captured anew, and not all at once.
+        let Ok(open) = talk(client, to).await else { return false };
+        told(&mesh, "open", &open).await.iter().any(|c| c["carrier"] == "kernel")
+    })
+    .await;
+    assert!(directory.exists());
+    carried.echo().await.unwrap();
+}

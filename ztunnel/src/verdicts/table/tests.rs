@@ -120,6 +120,10 @@ impl Kernel for Notes {
         Ok(())
     }
 
+    fn remove(&self) -> io::Result<bool> {
+        Ok(true)
+    }
+
     fn inherit(&self) -> io::Result<Vec<Pair>> {
         Ok(Vec::new())
     }
