@@ -172,6 +172,17 @@ fn on_node(node: &Netns, pod: &Netns, inside: &Device) -> io::Result<Option<u32>
     Ok((leads_back && is_pods && found.is_up).then_some(peer))
 }
 
+/// Takes the program off all ends on the node of a pod's devices.
+pub(super) fn release_all(directory: &Path, node: &Netns, pod: &Netns) -> Result<(), Error> {
+    let failed = || Error::io("look for the node's ends of the devices of", pod);
+    for inside in devices(pod).map_err(failed())? {
+        if let Some(device) = on_node(node, pod, &inside).map_err(failed())? {
+            release(directory, device)?;
+        }
+    }
+    Ok(())
+}
+
 /// Attaches the program to a device of the node's, if there is none but ours, and no queue: what goes straight into the other pod's
 /// device passes by what comes after us where it came from, and all that is on the way out of the node's end of the other.
 fn attach(directory: &Path, program: &OwnedFd, node: &Netns, device: u32) -> Result<(), Why> {

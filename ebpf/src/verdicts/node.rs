@@ -147,7 +147,8 @@ impl Node {
             self.forget(note)?;
             device::release(&self.directory, note.device)?;
         }
-        Ok(())
+        // One that no longer qualified may have the program all the same.
+        device::release_all(&self.directory, &self.netns, pod)
     }
 
     fn forget(&self, note: Note) -> Result<(), Error> {
