@@ -200,7 +200,12 @@ impl Node {
         slots.sort_by_key(|slot| slot.name());
         let pods: Vec<Value> = slots
             .iter()
-            .map(|slot| slot.dump(self.parts.ztunnels.served(&slot.uid).err().map(|e| e.to_string())))
+            .map(|slot| {
+                let unserved = self.parts.ztunnels.served(&slot.uid).err().map(|e| e.to_string());
+                let netns = slot.inner().netns.clone();
+                let end = netns.and_then(|netns| self.parts.capture.verdict_end(&netns));
+                slot.dump(unserved, end)
+            })
             .collect();
         json!({
             "capture": self.parts.capture.backend().as_str(),

@@ -66,6 +66,10 @@ pub struct Flags {
     /// How pods' traffic is redirected: auto, nftables, iptables-nft, iptables-legacy or ebpf
     #[arg(long, env = "CULVERT_CAPTURE", default_value = "auto", value_name = "BACKEND")]
     pub capture: String,
+    /// Prepare pods for connections that no proxy carries (`nodeLocal: kernel`), where they are captured by ebpf: a ztunnel with the
+    /// same flag writes which may pass
+    #[arg(long, env = "CULVERT_KERNEL_VERDICTS")]
+    pub kernel_verdicts: bool,
     /// The kubelet's control group (v2), where it is not that of the process `kubelet`
     #[arg(long, env = "CULVERT_KUBELET_CGROUP", value_name = "PATH")]
     pub kubelet_cgroup: Option<String>,

@@ -74,6 +74,8 @@ async fn serve(flags: &Flags, settings: &Settings, logs: &Logs) -> anyhow::Resul
     let kubernetes = Kubernetes::new(client, &flags.node);
     let (cluster, ztunnels) = (Arc::new(Cluster::default()), Ztunnels::default());
     let (capture, chosen) = capture(flags)?;
+    // Before pods are captured again: what captures them has to know of verdicts.
+    verdicts(flags, &*capture);
     let node = Arc::new(Node::new(Parts {
         capture,
         ztunnels: ztunnels.clone(),
@@ -255,6 +257,9 @@ async fn clean_up(flags: &Flags) -> anyhow::Result<()> {
     }
     let (capture, _) = capture(flags)?;
     let left = crate::node::clean_up(&record, capture, kubernetes.as_ref().ok()).await;
+    if let Err(error) = capture::remove_verdicts() {
+        tracing::warn!(%error, "what is left of verdicts stays, without a lease");
+    }
     if let Some(probes) = probes(flags)? {
         probes.remove().context("the exemption of probes")?;
     }
@@ -308,6 +313,29 @@ fn capture(flags: &Flags) -> anyhow::Result<(Arc<dyn Capture>, Selected)> {
         "capture"
     );
     Ok((selected.capture.clone(), selected))
+}
+
+/// Has pods prepared for connections that no proxy carries, or takes away what was prepared.
+fn verdicts(flags: &Flags, capture: &dyn Capture) {
+    let prepared = if flags.kernel_verdicts { capture.prepare_verdicts() } else { Ok(false) };
+    match prepared {
+        Ok(true) => tracing::info!("connections within the node may pass ztunnel by (nodeLocal: kernel)"),
+        Ok(false) => {
+            if flags.kernel_verdicts {
+                let backend = capture.backend().as_str();
+                tracing::warn!(
+                    backend,
+                    "--kernel-verdicts needs capture by ebpf: nodeLocal: kernel is direct"
+                );
+            }
+            match capture::remove_verdicts() {
+                Ok(true) => tracing::info!("no connection passes ztunnel by any more"),
+                Ok(false) => {}
+                Err(error) => tracing::warn!(%error, "what is left of verdicts stays, without a lease"),
+            }
+        }
+        Err(error) => tracing::error!(%error, "nodeLocal: kernel is direct on this node"),
+    }
 }
 
 /// The exemption of probes, where nft is there.

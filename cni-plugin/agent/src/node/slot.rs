@@ -117,7 +117,8 @@ impl Slot {
         self.inner().pod.full_name()
     }
 
-    pub(super) fn dump(&self, unserved: Option<String>) -> Value {
+    /// As JSON. `end` is whether it may be an end of connections that no proxy carries, where that is known.
+    pub(super) fn dump(&self, unserved: Option<String>, end: Option<Result<(), String>>) -> Value {
         let inner = self.inner();
         let mut value = json!({
             "uid": self.uid,
@@ -138,6 +139,11 @@ impl Slot {
         };
         if let (Value::Object(value), Value::Object(more)) = (&mut value, more) {
             value.extend(more);
+            if let Some(end) = end {
+                let said =
+                    end.err().unwrap_or_else(|| "passes ztunnel by where verdicts allow it".to_owned());
+                value.insert("kernelVerdicts".to_owned(), said.into());
+            }
         }
         value
     }

@@ -8,3 +8,4 @@ mod peer;
 mod restart;
 mod running;
 mod starting;
+mod verdicts;
