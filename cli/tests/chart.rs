@@ -255,6 +255,29 @@ fn the_bpf_file_system_is_mounted_unless_nodes_have_none() {
 }
 
 #[test]
+fn verdicts_are_asked_of_both_or_none_and_take_no_further_rights() {
+    let Some(helm) = helm() else { return };
+    let seen = |set: &str| {
+        let objects = rendered(&helm, &[&format!("--set={set}")]);
+        ["DaemonSet/culvert-node", "DaemonSet/ztunnel"].map(|name| {
+            let spec = &objects.iter().find(|o| id(o) == name).unwrap()["spec"]["template"]["spec"];
+            let container = &spec["containers"][0];
+            let arguments = container["args"].as_array().unwrap();
+            (
+                arguments.iter().any(|a| a == "--kernel-verdicts"),
+                container["securityContext"].clone(),
+                spec["volumes"].clone(),
+            )
+        })
+    };
+    let (without, with) = (seen("node.capture=ebpf"), seen("node.capture=ebpf,node.kernelVerdicts=true"));
+    for (without, with) in without.into_iter().zip(with) {
+        assert!(!without.0 && with.0);
+        assert_eq!((without.1, without.2), (with.1, with.2));
+    }
+}
+
+#[test]
 fn a_second_revision_has_names_of_its_own() {
     let Some(helm) = helm() else { return };
     let names = |more: &[&str]| rendered(&helm, more).iter().map(id).collect::<Vec<_>>();
@@ -279,6 +302,8 @@ fn a_value_that_is_not_known_is_refused() {
         "clusterDomain=Cluster_local",
         "controlPlane=null",
         "node.capture=ebpf,node.bpfDir=",
+        "node.kernelVerdicts=true",
+        "node.kernelVerdicts=true,node.capture=nftables",
     ] {
         let output = template(&helm, &["--set", wrong]);
         assert!(!output.status.success(), "{wrong} was taken");
