@@ -9,7 +9,7 @@ use std::task::{Context, Poll};
 use bytes::{Bytes, BytesMut};
 use h2::client::ResponseFuture;
 use h2::{Reason, RecvStream, SendStream};
-use http::{Method, Request, Response, StatusCode, Uri};
+use http::{Method, Request, Response, StatusCode};
 use tokio::time::{Instant, timeout_at};
 
 use crate::authority::Authority;
@@ -183,14 +183,10 @@ impl<C: Connector> Pool<C> {
         request: &ConnectRequest,
         tried: u32,
     ) -> Result<Pending<C::Peer>, OpenError<C::Error>> {
-        let unsendable = || OpenError::Unsendable(request.authority.clone());
-        let uri: Uri = request.authority.to_string().parse().map_err(|_| unsendable())?;
         for _ in tried..=TRIES {
-            let mut message = Request::new(());
-            *message.method_mut() = Method::CONNECT;
-            *message.uri_mut() = uri.clone();
-            request.headers.put(message.headers_mut());
             let Reserved { link, ticket, reused } = self.link(key).await?;
+            // Not before: while it waits for a connection, a caller is to hold little.
+            let message = message(request).ok_or_else(|| OpenError::Unsendable(request.authority.clone()))?;
             match link.send(message) {
                 Ok((response, send)) => {
                     self.counters().streams.up();
@@ -223,6 +219,15 @@ impl<C: Connector> Pool<C> {
         let headers = TunnelHeaders::take(&mut parts.headers);
         Ok(Opened { tunnel, peer: pending.link.peer.clone(), headers })
     }
+}
+
+/// The request's headers; `None` if they can't be written as HTTP.
+fn message(request: &ConnectRequest) -> Option<Request<()>> {
+    let mut message = Request::new(());
+    *message.method_mut() = Method::CONNECT;
+    *message.uri_mut() = request.authority.to_string().parse().ok()?;
+    request.headers.put(message.headers_mut());
+    Some(message)
 }
 
 /// Whether the peer said that it has not processed the request: it refused the stream, or left it out of those that

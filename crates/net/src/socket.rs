@@ -278,15 +278,17 @@ pub async fn connect(
     if connected {
         return Ok(stream);
     }
-    let connecting = async {
-        stream.writable().await?;
-        stream.take_error()?.map_or(Ok(()), Err)
-    };
-    match tokio::time::timeout(timeout, connecting).await {
-        Ok(result) => result.map(|()| stream).at(Step::Connect),
-        Err(_elapsed) => Err((Step::Connect, io::ErrorKind::TimedOut.into())),
+    // Boxed: within a machine nobody gets here, and whoever connects need not have room for it.
+    Box::pin(connected_within(stream, timeout)).await.at(Step::Connect).map_err(failed)
+}
+
+/// Waits until a connection that was begun is there.
+async fn connected_within(stream: TcpStream, limit: Duration) -> io::Result<TcpStream> {
+    match tokio::time::timeout(limit, stream.writable()).await {
+        Ok(writable) => writable?,
+        Err(_elapsed) => return Err(io::ErrorKind::TimedOut.into()),
     }
-    .map_err(failed)
+    stream.take_error()?.map_or(Ok(stream), Err)
 }
 
 /// Begins to connect. Whether that is all: within a machine the handshake is over by the time that the first call returns,

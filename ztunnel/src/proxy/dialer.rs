@@ -6,8 +6,7 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use hbone::{
-    Authority, ConnectError, ConnectRequest, Connector, Counter, OpenError, Pool, PoolCounters, PoolSettings,
-    Transport, TunnelHeaders,
+    ConnectError, ConnectRequest, Connector, Counter, OpenError, Pool, PoolCounters, PoolSettings, Transport,
 };
 use identity::{ExpectedPeers, PeerInfo, TlsStream};
 use model::{HboneAddr, SpiffeId};
@@ -114,8 +113,8 @@ impl Tunnels {
 }
 
 impl Proxy {
-    /// Opens a tunnel to `authority` over a pooled connection of `key`, and sends ahead what the application at `client`
-    /// has to say until the peer consents; nothing without it. `early` is what was sent so to another peer, in vain, and
+    /// Opens the tunnel that `request` asks for over a pooled connection of `key`, and sends ahead what the application at
+    /// `client` has to say until the peer consents; nothing without it. `early` is what was sent so to another peer, in vain, and
     /// afterwards what was sent to this one.
     ///
     /// # Errors
@@ -123,19 +122,15 @@ impl Proxy {
     pub async fn open_tunnel(
         &self,
         key: &TunnelKey,
-        authority: SocketAddr,
-        headers: TunnelHeaders,
+        request: &ConnectRequest,
         (client, early): (Option<&mut TcpStream>, &mut BytesMut),
     ) -> Result<(hbone::Tunnel, Arc<PeerInfo>), Failure> {
-        let to = key.to.socket_addr();
-        let authority = Authority::from_addr(authority)
-            .ok_or_else(|| Failure::Connect { to: authority, reason: "port 0".into() })?;
-        let (request, pool) = (ConnectRequest { authority, headers }, self.tunnels.here());
+        let pool = self.tunnels.here();
         let opened = match client {
-            Some(client) => pool.open_early(key, &request, client, early).await,
-            None => pool.open(key, &request).await,
+            Some(client) => pool.open_early(key, request, client, early).await,
+            None => pool.open(key, request).await,
         };
-        opened.map(|opened| (opened.tunnel, opened.peer)).map_err(|error| failure(to, error))
+        opened.map(|opened| (opened.tunnel, opened.peer)).map_err(|e| failure(key.to.socket_addr(), e))
     }
 }
 

@@ -20,7 +20,7 @@ use tokio::time::Instant;
 
 use super::failure::Failure;
 use super::peers::Seat;
-use super::pod::{LocalPod, Place};
+use super::pod::LocalPod;
 use super::{Carried, Carrying, Proxy, is_listener_port};
 use crate::connections::{Carrier, Direction, Story, Verdict, now_ms};
 
@@ -121,7 +121,7 @@ impl Session {
     fn tunnel(self: Arc<Self>, incoming: Incoming) -> impl Future<Output = ()> + Send {
         let busy = self.seat.busy();
         // Boxed: delivering needs kilobytes, and the task lives as long as the tunnel.
-        let beginning = Box::pin(self.begin(incoming));
+        let beginning = Box::pin(self.begin(Box::new(incoming)));
         async move {
             if let Some(carrying) = beginning.await {
                 carrying.await;
@@ -131,17 +131,27 @@ impl Session {
     }
 
     /// Delivers what is permitted; what carries it, if it could be delivered.
-    async fn begin(self: Arc<Self>, incoming: Incoming) -> Option<Carrying> {
+    async fn begin(self: Arc<Self>, incoming: Box<Incoming>) -> Option<Carrying> {
         let hold = self.proxy.shutdown.hold();
         let (story, decision) = match self.decide(&incoming) {
             Ok(decided) => decided,
             Err(failure) => {
                 self.proxy.refused_early(Direction::Inbound, self.peer, self.local, &failure);
-                refuse(incoming, &failure);
+                refuse(*incoming, &failure);
                 return None;
             }
         };
-        match self.open(incoming, decision).await {
+        let opened = match decision.and_then(|permit| Ok((permit, self.pod.place(&self.proxy.room, 1)?))) {
+            Ok((permit, place)) => {
+                let opened = self.open(incoming, &permit).await;
+                opened.map(|(tunnel, tcp)| (tunnel, tcp, permit, place))
+            }
+            Err(failure) => {
+                refuse(*incoming, &failure);
+                Err(failure)
+            }
+        };
+        match opened {
             Ok((tunnel, tcp, permit, place)) => {
                 let peer = Some(self.info.clone());
                 let recheck = self.proxy.recheck_inbound(&self.pod, permit.connection().clone(), peer);
@@ -210,30 +220,21 @@ impl Session {
     /// Delivers what is permitted, and answers the request.
     async fn open(
         &self,
-        mut incoming: Incoming,
-        decision: Result<Permit, Failure>,
-    ) -> Result<(hbone::Tunnel, TcpStream, Permit, Place), Failure> {
-        let place = self.pod.place(&self.proxy.room, 1);
-        let attempt = async {
-            let (permit, place) = (decision?, place?);
-            let tcp = super::deliver::deliver(&self.proxy, &self.pod, &permit).await?;
-            Ok((tcp, permit, place))
+        mut incoming: Box<Incoming>,
+        permit: &Permit,
+    ) -> Result<(hbone::Tunnel, TcpStream), Failure> {
+        let http2 = |reason: String| Failure::Http2 { to: self.peer, reason };
+        let delivered = tokio::select! {
+            delivered = super::deliver::deliver(&self.proxy, &self.pod, permit) => delivered,
+            gone = incoming.given_up() => return Err(http2(format!("given up: {gone}"))),
         };
-        let attempt = tokio::select! {
-            attempt = attempt => attempt,
-            gone = incoming.given_up() => {
-                return Err(Failure::Http2 { to: self.peer, reason: format!("given up: {gone}") });
-            }
-        };
-        match attempt {
-            Ok((tcp, permit, place)) => {
-                let tunnel = incoming
-                    .accept(&TunnelHeaders::default())
-                    .map_err(|e| Failure::Http2 { to: self.peer, reason: e.to_string() })?;
-                Ok((tunnel, tcp, permit, place))
+        match delivered {
+            Ok(tcp) => {
+                let accepted = incoming.accept(&TunnelHeaders::default());
+                accepted.map(|tunnel| (tunnel, tcp)).map_err(|e| http2(e.to_string()))
             }
             Err(failure) => {
-                refuse(incoming, &failure);
+                refuse(*incoming, &failure);
                 Err(failure)
             }
         }
@@ -243,4 +244,12 @@ impl Session {
 fn refuse(incoming: Incoming, failure: &Failure) {
     let status = StatusCode::from_u16(failure.status()).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
     incoming.refuse(status, &TunnelHeaders::default());
+}
+
+#[cfg(test)]
+pub(super) fn opening_size() -> usize {
+    fn size<Fut: Future>(_begin: impl Fn(Arc<Session>, Box<Incoming>) -> Fut) -> usize {
+        size_of::<Fut>()
+    }
+    size(Session::begin)
 }

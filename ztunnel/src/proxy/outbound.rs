@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use bytes::BytesMut;
-use hbone::{Forwarded, HeaderValue, TunnelHeaders};
+use hbone::{Authority, ConnectRequest, Forwarded, HeaderValue, TunnelHeaders};
 use identity::PeerInfo;
 use model::{OriginalDst, SpiffeId, Workload};
 use net::ConnectOptions;
@@ -21,8 +21,8 @@ use tokio::net::TcpStream;
 use super::dialer::TunnelKey;
 use super::failure::Failure;
 use super::pod::{LocalPod, Place};
-use super::resolve::{Context, Route};
-use super::within::{Source, Within};
+use super::resolve::{Context, Route, Target};
+use super::within::{Destined, Source, Within};
 use super::{Carried, Carrying, Proxy};
 use crate::connections::{Carrier, Direction, Recheck, Story, Verdict, now_ms};
 
@@ -36,7 +36,7 @@ pub async fn handle(proxy: Arc<Proxy>, pod: Arc<LocalPod>, client: TcpStream, pe
 }
 
 /// Opens the connection; what carries it, if it could be opened.
-async fn begin(
+pub(super) async fn begin(
     proxy: Arc<Proxy>,
     pod: Arc<LocalPod>,
     mut client: TcpStream,
@@ -159,12 +159,12 @@ impl<'a> Outbound<'a> {
     /// Resolves and dials, and tries other endpoints while that may help: none has got anything yet.
     async fn open(&self, (client, ahead): Ahead<'_>) -> Result<(Route, Upstream), (Option<Route>, Failure)> {
         let mut tried = Vec::new();
-        let mut last: Option<(Option<Route>, Failure)> = None;
+        let mut last: Option<Box<(Option<Route>, Failure)>> = None;
         for attempt in 1..=self.proxy.limits.attempts {
             let route = match self.resolve(&tried) {
                 Ok(route) => route,
                 // No endpoint is left: the failure of the last one says more than that.
-                Err(refusal) => return Err(last.unwrap_or((None, refusal.into()))),
+                Err(refusal) => return Err(last.map_or_else(|| (None, refusal.into()), |last| *last)),
             };
             match self.dial(&route, (client, ahead)).await {
                 Ok(upstream) => {
@@ -177,11 +177,11 @@ impl<'a> Outbound<'a> {
                     };
                     tracing::debug!(id = self.id, attempt, %endpoint, %failure, "trying another endpoint");
                     tried.push(endpoint);
-                    last = Some((Some(route), failure));
+                    last = Some(Box::new((Some(route), failure)));
                 }
             }
         }
-        Err(last.unwrap_or((None, Failure::Draining)))
+        Err(last.map_or((None, Failure::Draining), |last| *last))
     }
 
     fn resolve(&self, tried: &[model::Str]) -> Result<Route, super::resolve::Refusal> {
@@ -199,6 +199,8 @@ impl<'a> Outbound<'a> {
         Ok(self.proxy.shortened(&mesh, (&self.source, context.source_ip), route))
     }
 
+    /// What is no tunnel is boxed: a thousand connections that open at one moment would each hold room for all ways, and leave
+    /// it in holes that are no whole pages.
     async fn dial(&self, route: &Route, (client, ahead): Ahead<'_>) -> Result<Upstream, Failure> {
         match route {
             Route::Tunnel { hbone, authority, expected, waypoint, .. } => {
@@ -209,40 +211,46 @@ impl<'a> Outbound<'a> {
                     expected: expected.clone(),
                     to: *hbone,
                 };
-                let headers = self.headers(route);
+                let authority = Authority::from_addr(*authority)
+                    .ok_or_else(|| Failure::Connect { to: *authority, reason: "port 0".into() })?;
+                let request = ConnectRequest { authority, headers: self.headers(route) };
                 if self.proxy.limits.early_data.to(*waypoint) {
-                    let ahead = (Some(client), ahead);
-                    let (tunnel, peer) = self.proxy.open_tunnel(&key, *authority, headers, ahead).await?;
+                    let (tunnel, peer) =
+                        self.proxy.open_tunnel(&key, &request, (Some(client), ahead)).await?;
                     return Ok(Upstream::Tunnel(tunnel, peer));
                 }
                 let nothing = (None, &mut BytesMut::new());
-                let (mut tunnel, peer) = self.proxy.open_tunnel(&key, *authority, headers, nothing).await?;
-                self.hand_over(&mut tunnel, hbone.socket_addr(), ahead).await?;
+                let (mut tunnel, peer) = self.proxy.open_tunnel(&key, &request, nothing).await?;
+                Box::pin(self.hand_over(&mut tunnel, hbone.socket_addr(), ahead)).await?;
                 Ok(Upstream::Tunnel(tunnel, peer))
             }
-            Route::Within { destination, target } => {
-                let source = Source {
-                    pod: self.pod,
-                    workload: &self.source,
-                    identity: &self.identity,
-                    peer: self.peer,
-                    dialled: self.dialled.socket_addr(),
-                    opened_ms: self.opened_ms,
-                };
-                let mut within = self.proxy.join(&source, destination, target).await?;
-                if let Err(failure) = self.hand_over(&mut within.server, destination.to, ahead).await {
-                    within.story.verdict = Verdict::proxy(failure.to_string());
-                    self.proxy.refused(within.story, &failure);
-                    return Err(failure);
-                }
-                Ok(Upstream::Within(Box::new(within)))
-            }
-            Route::Plain { to, .. } => self.plain(*to, ahead).await.map(Upstream::Plain),
-            Route::PlainHost { host, port, .. } => {
-                let to = self.proxy.resolve_host(host, *port, self.peer.ip()).await?;
-                self.plain(to, ahead).await.map(Upstream::Plain)
-            }
+            Route::Within { destination, target } => Box::pin(self.within(destination, target, ahead)).await,
+            Route::Plain { to, .. } => Box::pin(self.plain(*to, ahead)).await,
+            Route::PlainHost { host, port, .. } => Box::pin(self.plain_host(host, *port, ahead)).await,
         }
+    }
+
+    async fn within(
+        &self,
+        destination: &Destined,
+        target: &Target,
+        ahead: &[u8],
+    ) -> Result<Upstream, Failure> {
+        let source = Source {
+            pod: self.pod,
+            workload: &self.source,
+            identity: &self.identity,
+            peer: self.peer,
+            dialled: self.dialled.socket_addr(),
+            opened_ms: self.opened_ms,
+        };
+        let mut within = self.proxy.join(&source, destination, target).await?;
+        if let Err(failure) = self.hand_over(&mut within.server, destination.to, ahead).await {
+            within.story.verdict = Verdict::proxy(failure.to_string());
+            self.proxy.refused(within.story, &failure);
+            return Err(failure);
+        }
+        Ok(Upstream::Within(Box::new(within)))
     }
 
     /// What the peer is told of us, for its telemetry and log only.
@@ -255,14 +263,19 @@ impl<'a> Outbound<'a> {
         }
     }
 
-    async fn plain(&self, to: SocketAddr, ahead: &[u8]) -> Result<TcpStream, Failure> {
+    async fn plain_host(&self, host: &str, port: u16, ahead: &[u8]) -> Result<Upstream, Failure> {
+        let to = self.proxy.resolve_host(host, port, self.peer.ip()).await?;
+        self.plain(to, ahead).await
+    }
+
+    async fn plain(&self, to: SocketAddr, ahead: &[u8]) -> Result<Upstream, Failure> {
         let ip = self.peer.ip().to_canonical();
         let source = (ip.is_ipv4() == to.is_ipv4()).then(|| SocketAddr::new(ip, 0));
         let options = ConnectOptions { source, ..ConnectOptions::default() };
         let connected = net::connect(&self.pod.netns, &options, to, self.proxy.limits.connect_timeout).await;
         let mut server = connected.map_err(|e| Failure::Connect { to, reason: e.source.to_string() })?;
         self.hand_over(&mut server, to, ahead).await?;
-        Ok(server)
+        Ok(Upstream::Plain(server))
     }
 
     /// Sends what was meant for a tunnel that was refused.
