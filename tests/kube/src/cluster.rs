@@ -13,7 +13,7 @@ use crate::kubectl::Kubectl;
 use crate::lab::{DNS_IP, Lab, NODES, Node};
 use crate::process::{Recorded, remove_tree};
 use crate::report::{Clock, say, wait_for};
-use crate::{control_plane, lab_images, node, pki, tools};
+use crate::{control_plane, lab_images, node, owner, pki, tools};
 
 /// A running cluster.
 #[derive(Clone, Debug)]
@@ -54,6 +54,8 @@ impl Cluster {
         down(lab)?;
         tools::build(lab)?;
         lab_images::build(lab)?;
+        // Another one may have come meanwhile.
+        owner::claim(Path::new(owner::NOTE), lab)?;
         Self::bring_up(lab).inspect_err(|_| {
             // What is half up is of no use; the logs stay.
             if let Err(error) = down(lab) {
@@ -151,13 +153,15 @@ impl Cluster {
 /// `target/kube/log`.
 ///
 /// # Errors
-/// Something does not end or can't be removed.
+/// Something does not end or can't be removed, or what is there is another checkout's.
 pub fn down(lab: &Lab) -> Result<()> {
+    owner::check(Path::new(owner::NOTE), lab)?;
     let other = lab.other();
     // The directories that both are mounted on are the first one's.
     let (first, second) = if lab.second { (&other, lab) } else { (lab, &other) };
     end(second)?;
-    end(first)
+    end(first)?;
+    owner::release(Path::new(owner::NOTE), lab)
 }
 
 fn end(lab: &Lab) -> Result<()> {

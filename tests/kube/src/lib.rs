@@ -34,6 +34,7 @@ pub mod mesh;
 pub mod network_policy;
 pub mod node;
 pub mod node_init;
+pub mod owner;
 pub mod pki;
 pub mod process;
 pub mod report;

@@ -1,7 +1,7 @@
 //! A node from outside: its namespaces and link, starting, rebooting, and running things in it.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ const MADE: &str = "made-directories";
 pub fn start(lab: &Lab, node: &Node) -> Result<()> {
     mount_points(lab)?;
     connect(lab, node)?;
-    let this = std::env::current_exe().context("finding this program")?;
+    let this = kept_program(lab)?;
     let mut command = Command::new("nsenter");
     command
         .arg(format!("--net=/run/netns/{}", lab.netns(node)))
@@ -34,6 +34,17 @@ pub fn start(lab: &Lab, node: &Node) -> Result<()> {
         command.arg("--second");
     }
     Recorded::start(lab, node.name, &command).map(drop)
+}
+
+/// This program, as it is now: cargo may put another in its place before a node starts again.
+fn kept_program(lab: &Lab) -> Result<PathBuf> {
+    let kept = lab.run("kube-tests");
+    if !kept.exists() {
+        let this = std::env::current_exe().context("finding this program")?;
+        fs::create_dir_all(lab.run("")).context("making its directory")?;
+        fs::copy(&this, &kept).with_context(|| format!("copying {}", this.display()))?;
+    }
+    Ok(kept)
 }
 
 /// Ends all that runs on it, as when power fails: its memory, `/run` and network are gone, its disk stays.
