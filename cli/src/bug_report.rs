@@ -59,7 +59,9 @@ struct Report<'c> {
 pub fn run(args: &BugReportArgs) -> Result<ExitCode> {
     let cluster = Cluster::connect(&args.cluster)?;
     // A report of one state only, whole or not at all.
-    fs::create_dir(&args.out).with_context(|| format!("cannot make {}", args.out.display()))?;
+    fs::create_dir(&args.out).with_context(|| {
+        format!("cannot make {}: --out names a directory that is not there yet", args.out.display())
+    })?;
     let mut report = Report { cluster: &cluster, directory: &args.out, files: 0, missing: Vec::new() };
     report.json("version", cluster.get("/version"))?;
     report.json("status", health::look(&cluster).and_then(|checks| Ok(serde_json::to_value(checks)?)))?;

@@ -168,10 +168,10 @@ impl Connection {
 /// Which connections.
 #[derive(Args, Clone, Debug, Default)]
 pub struct Filter {
-    /// From whom: an address, address:port, namespace/workload or SPIFFE ID
+    /// From whom: an address, address:port, SPIFFE ID, or namespace/name of a pod, or of what it is a pod of
     #[arg(long, value_name = "WHO")]
     source: Option<String>,
-    /// To whom: as --source, or a service's host name
+    /// To whom: as --source, or a service by namespace/name or its host name
     #[arg(long, value_name = "WHO")]
     destination: Option<String>,
 }
@@ -201,6 +201,7 @@ impl Filter {
         source
             && self.destination.as_ref().is_none_or(|who| {
                 let service = c.destination_service.as_deref().and_then(|s| s.split_once('/')).map(|s| s.1);
+                // As a host name.
                 service == Some(who)
                     || is(
                         who,
@@ -218,7 +219,42 @@ fn is(who: &str, addresses: &[Option<SocketAddr>], names: &[&Option<String>]) ->
     if let Ok(ip) = who.parse::<std::net::IpAddr>() {
         return addresses.iter().flatten().any(|a| a.ip() == ip);
     }
-    names.iter().any(|name| name.as_deref() == Some(who))
+    names.iter().any(|name| name.as_deref().is_some_and(|name| is_named(name, who)))
+}
+
+/// Whether `who` is this name, or the workload (Deployment, StatefulSet, Job, …) of the pod of this name, or `namespace/name` of
+/// the service.
+fn is_named(name: &str, who: &str) -> bool {
+    let Some(rest) = name.strip_prefix(who) else { return false };
+    let Some((namespace, _)) = who.split_once('/').filter(|_| !who.contains("://")) else {
+        return rest.is_empty();
+    };
+    let service = || rest.strip_prefix('.')?.strip_prefix(namespace)?.strip_prefix(".svc");
+    rest.is_empty()
+        || is_generated(rest)
+        || service().is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+}
+
+/// Whether a pod of this name is one of the workload of that name.
+pub fn is_generated_for(pod: &str, workload: &str) -> bool {
+    pod.strip_prefix(workload).is_some_and(is_generated)
+}
+
+/// Whether this is what controllers put behind a workload's name for its pods: a template's hash, a number, random letters.
+fn is_generated(rest: &str) -> bool {
+    // k8s.io/apimachinery/pkg/util/rand: without vowels, and what looks like one.
+    let random = |part: &str| part.bytes().all(|b| b"bcdfghjklmnpqrstvwxz2456789".contains(&b));
+    let number = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
+    let Some(rest) = rest.strip_prefix('-') else { return false };
+    match rest.split_once('-') {
+        // A StatefulSet's, or a DaemonSet's or Job's.
+        None => number(rest) || (rest.len() == 5 && random(rest)),
+        // A Deployment's, or a CronJob's, whose Jobs have the minute in their names.
+        Some((first, last)) => {
+            let of_template = matches!(first.len(), 6..=10) && (random(first) || number(first));
+            of_template && last.len() == 5 && random(last)
+        }
+    }
 }
 
 /// All connections that the ztunnels know, each one's in the order of their numbers.
@@ -283,5 +319,28 @@ mod tests {
         }
         assert!(!source("10.0.0.1:4001") && !source("batch") && !destination("10.0.0.2"));
         assert_eq!(c.state(), State::Refused);
+    }
+
+    #[test]
+    fn a_pod_is_found_by_what_it_is_a_pod_of() {
+        for pod in ["shop/web-5dc6c6bd59-v8fkf", "shop/web-0", "shop/web-v8fkf", "shop/web-29382910-v8fkf"] {
+            assert!(is_named(pod, "shop/web") && is_named(pod, pod), "{pod}");
+            assert!(
+                !is_named(pod, "shop/we") && !is_named(pod, "web") && !is_named(pod, "other/web"),
+                "{pod}"
+            );
+        }
+        for pod in
+            ["shop/web-admin", "shop/web-admin-5dc6c6bd59-v8fkf", "shop/web-", "shop/webs-0", "shop/web-v2"]
+        {
+            assert!(!is_named(pod, "shop/web"), "{pod}");
+        }
+        let service = "shop/web.shop.svc.cluster.local";
+        assert!(is_named(service, "shop/web"));
+        assert!(!is_named(service, "shop/we") && !is_named("shop/web.other.svc.cluster.local", "shop/web"));
+        assert!(!is_named(
+            "spiffe://cluster.local/ns/shop/sa/web-0",
+            "spiffe://cluster.local/ns/shop/sa/web"
+        ));
     }
 }

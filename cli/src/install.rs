@@ -23,7 +23,7 @@ use crate::cluster::{Cluster, ClusterArgs};
 use crate::doctor;
 use crate::health::{self, Check, State};
 use crate::status::{self, MODE};
-use crate::table::print;
+use crate::table::{Output, print};
 use crds::Action;
 use helm::Helm;
 
@@ -108,6 +108,9 @@ pub struct UninstallArgs {
 pub struct VerifyArgs {
     #[command(flatten)]
     waiting: WaitArgs,
+    /// The form of the output
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
 }
 
 pub fn duration(text: &str) -> Result<Duration, String> {
@@ -163,9 +166,6 @@ pub fn upgrade(args: &UpgradeArgs) -> Result<ExitCode> {
 }
 
 fn change(cluster: &Cluster, helm: &Helm, args: &ChangeArgs, more: &[&str]) -> Result<ExitCode> {
-    if !args.skip_crds {
-        install_crds(cluster, args.dry_run)?;
-    }
     let directory = tempfile::tempdir().context("cannot make a temporary directory")?;
     chart::write(directory.path())?;
     let mut arguments = vec!["--create-namespace".to_owned(), "--skip-crds".to_owned()];
@@ -176,6 +176,10 @@ fn change(cluster: &Cluster, helm: &Helm, args: &ChangeArgs, more: &[&str]) -> R
     for file in &args.values {
         arguments.extend(["--values".to_owned(), file.display().to_string()]);
     }
+    helm.check(&args.release.release, directory.path(), &arguments)?;
+    if !args.skip_crds {
+        install_crds(cluster, args.dry_run)?;
+    }
     if args.dry_run {
         arguments.push("--dry-run=server".to_owned());
         print(&helm.upgrade(&args.release.release, directory.path(), &arguments)?)?;
@@ -184,7 +188,7 @@ fn change(cluster: &Cluster, helm: &Helm, args: &ChangeArgs, more: &[&str]) -> R
     prepare_namespace(cluster)?;
     helm.upgrade(&args.release.release, directory.path(), &arguments)?;
     print(&format!("applied release {} in namespace {}\n", args.release.release, cluster.system))?;
-    wait(cluster, args.release.waiting.timeout)
+    wait(cluster, args.release.waiting.timeout, Output::default())
 }
 
 /// Makes the namespace, and lets it have pods that reach into their node, where pod security admission would refuse them.
@@ -251,11 +255,11 @@ fn install_crds(cluster: &Cluster, dry_run: bool) -> Result<()> {
 /// Runs `verify-install`.
 pub fn verify(args: &VerifyArgs) -> Result<ExitCode> {
     let cluster = Cluster::connect(&args.waiting.cluster)?;
-    wait(&cluster, args.waiting.timeout)
+    wait(&cluster, args.waiting.timeout, args.output)
 }
 
 /// Waits until all checks are fine, and shows them.
-fn wait(cluster: &Cluster, limit: Duration) -> Result<ExitCode> {
+fn wait(cluster: &Cluster, limit: Duration, output: Output) -> Result<ExitCode> {
     let progress = spinner();
     let end = Instant::now() + limit;
     // A failure may be the moment between two steps of Helm or of a controller.
@@ -278,8 +282,13 @@ fn wait(cluster: &Cluster, limit: Duration) -> Result<ExitCode> {
         std::thread::sleep(PERIOD);
     };
     progress.finish_and_clear();
+    let ready = checks.iter().all(|c| c.state == State::Ready);
+    if let Some(document) = output.document(&json!({"ready": ready, "checks": checks}))? {
+        print(&document)?;
+        return Ok(if ready { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+    }
     print(&status::checks(&checks)?)?;
-    if checks.iter().all(|c| c.state == State::Ready) {
+    if ready {
         print("the mesh is ready\n")?;
         return Ok(ExitCode::SUCCESS);
     }

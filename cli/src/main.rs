@@ -30,6 +30,7 @@ mod why;
 mod yaml;
 mod ztunnel_config;
 
+use std::ffi::OsString;
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::process::ExitCode;
@@ -88,8 +89,33 @@ enum LabService {
     Load { ip: IpAddr },
 }
 
+/// What says which cluster, each with a value.
+const WHICH_CLUSTER: [&str; 3] = ["--kubeconfig", "--context", "--system-namespace"];
+
+/// The arguments with those that say which cluster behind the command, where they stand before it, as kubectl takes them.
+fn in_order(arguments: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    let mut arguments = arguments.into_iter().peekable();
+    let mut ordered: Vec<OsString> = arguments.next().into_iter().collect();
+    let mut cluster = Vec::new();
+    let is_of_cluster = |argument: &OsString| {
+        let (name, value) = argument.to_str().map(|text| text.split_once('=').unzip())?;
+        let name = name.or(argument.to_str())?;
+        WHICH_CLUSTER.contains(&name).then_some(value.is_some())
+    };
+    while let Some(with_value) = arguments.peek().and_then(is_of_cluster) {
+        cluster.extend(arguments.by_ref().take(if with_value { 1 } else { 2 }));
+    }
+    let mut rest: Vec<OsString> = arguments.collect();
+    let end = rest.iter().position(|argument| argument == "--").unwrap_or(rest.len());
+    // Without a command they are left where they were, for the error to name them.
+    let at = if rest.is_empty() { 0 } else { end };
+    rest.splice(at..at, cluster);
+    ordered.extend(rest);
+    ordered
+}
+
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(in_order(std::env::args_os()));
     match run(cli.command) {
         Ok(code) => code,
         Err(e) => {
@@ -139,5 +165,37 @@ fn run(command: Command) -> Result<ExitCode> {
             })??;
             Ok(ExitCode::SUCCESS)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn which_cluster_may_be_said_before_the_command() {
+        let ordered = |line: &str| {
+            let all = in_order(line.split(' ').map(OsString::from));
+            all.iter().map(|a| a.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
+        };
+        for (given, wanted) in [
+            ("culvert status -o json", "culvert status -o json"),
+            ("culvert --context one status -o json", "culvert status -o json --context one"),
+            (
+                "culvert --context=one --kubeconfig f tag list",
+                "culvert tag list --context=one --kubeconfig f",
+            ),
+            ("culvert --context one why -- 1", "culvert why --context one -- 1"),
+            ("culvert status --context one", "culvert status --context one"),
+            ("culvert --context", "culvert --context"),
+            ("culvert --help", "culvert --help"),
+            ("culvert", "culvert"),
+        ] {
+            assert_eq!(ordered(given), wanted);
+        }
+        assert!(
+            Cli::try_parse_from(in_order(["culvert", "--context", "a", "tag", "list"].map(OsString::from)))
+                .is_ok()
+        );
     }
 }

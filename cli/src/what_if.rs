@@ -19,6 +19,7 @@ use model::{
 };
 use serde::Serialize;
 
+use crate::connections::is_generated_for;
 use crate::files::{Compiled, Files, Sources};
 use crate::table::{Output, print, printable};
 use request::RequestArgs;
@@ -32,10 +33,10 @@ const LISTED: usize = 20;
 pub struct WhatIfArgs {
     #[command(flatten)]
     sources: Sources,
-    /// Who connects: namespace/workload, an address, or a SPIFFE ID
+    /// Who connects: namespace/name of a pod, or of what it is a pod of; an address, or a SPIFFE ID
     #[arg(long, value_name = "WHO")]
     source: String,
-    /// To what: namespace/service, namespace/workload, a host name, or an address
+    /// To what: namespace/name of a service, a pod, or of what it is a pod of; a host name, or an address
     #[arg(long, value_name = "WHERE")]
     destination: String,
     /// The port that is dialled: a service's for a service, the workload's own for a workload
@@ -165,8 +166,13 @@ fn source(mesh: &Mesh, who: &str) -> Result<Source> {
             None => Source { shown: format!("{ip}, no workload"), identity: None, ip, in_mesh: false },
         });
     }
-    let workload = workload_named(mesh, who).with_context(|| {
-        format!("there is no workload {who}: name it as namespace/name, or give an address or a SPIFFE ID")
+    let named = workloads_named(mesh, who);
+    // One of them stands for all: they have the same account.
+    let workload = named.iter().find(|w| !w.addresses.is_empty()).or(named.first()).with_context(|| {
+        format!(
+            "there is no workload {who}: name a pod, or what it is a pod of, as namespace/name, or give an address or a SPIFFE \
+             ID"
+        )
     })?;
     let ip = workload.addresses.first().copied();
     Ok(of_workload(workload, ip.with_context(|| format!("{who} has no address"))?))
@@ -179,10 +185,25 @@ fn of_workload(workload: &Workload, ip: IpAddr) -> Source {
     Source { shown: format!("{}/{} {ip}, {who}", workload.namespace, workload.name()), identity, ip, in_mesh }
 }
 
-fn workload_named<'m>(mesh: &'m Mesh, who: &str) -> Option<&'m Arc<Workload>> {
-    let (namespace, name) = who.split_once('/')?;
-    let named = |w: &&Arc<Workload>| *w.namespace == *namespace && *w.name() == *name;
-    mesh.workloads().filter(named).min_by(|a, b| a.uid.cmp(&b.uid))
+/// The workload of this name, or those of this Deployment, StatefulSet, Job, …
+fn workloads_named<'m>(mesh: &'m Mesh, who: &str) -> Vec<&'m Arc<Workload>> {
+    let Some((namespace, name)) = who.split_once('/') else { return Vec::new() };
+    let all = |named: &dyn Fn(&Workload) -> bool| {
+        let there = mesh.workloads().filter(|w| *w.namespace == *namespace && named(w));
+        let mut found: Vec<_> = there.collect();
+        found.sort_by(|a, b| a.uid.cmp(&b.uid));
+        found
+    };
+    let mut found = all(&|w| *w.name() == *name);
+    found.truncate(1);
+    if found.is_empty() {
+        found = all(&|w| *w.workload_name() == *name);
+    }
+    if found.is_empty() {
+        // StatefulSets and DaemonSets have no name in a mesh's configuration.
+        found = all(&|w| is_generated_for(w.name(), name));
+    }
+    found
 }
 
 enum Endpoints {
@@ -210,13 +231,21 @@ fn destination(mesh: &Mesh, wanted: &str, port: u16) -> Result<(String, Endpoint
         None => *s.hostname == *wanted,
     };
     let service = mesh.services().filter(named).min_by(|a, b| a.key().cmp(&b.key()));
-    let workload = workload_named(mesh, wanted);
-    match (service, workload) {
+    let workloads = workloads_named(mesh, wanted);
+    match (service, workloads.as_slice()) {
         // Where both have the name, the port tells which is meant.
-        (Some(service), None) => of_service(mesh, service, port),
-        (Some(service), Some(_)) if service.port(port).is_some() => of_service(mesh, service, port),
-        (_, Some(workload)) => Ok(of_pod(workload, port)),
-        (None, None) => bail!(
+        (Some(service), []) => of_service(mesh, service, port),
+        (Some(service), _) if service.port(port).is_some() => of_service(mesh, service, port),
+        (_, [workload]) => Ok(of_pod(workload, port)),
+        (_, [first, ..]) => Ok((
+            format!("workload {}/{}:{port}", first.namespace, first.workload_name()),
+            Endpoints::Known {
+                list: workloads.iter().map(|w| (Arc::clone(w), port)).collect(),
+                waypoint: first.waypoint.as_deref().cloned(),
+                service: None,
+            },
+        )),
+        (None, []) => bail!(
             "there is no service or workload {wanted}: name it as namespace/name, or give a host name or an address"
         ),
     }

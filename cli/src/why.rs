@@ -48,7 +48,7 @@ pub fn run(args: &WhyArgs) -> Result<ExitCode> {
     let found: Vec<Connection> = all.into_iter().rev().filter(meant).take(args.last).collect();
     if found.is_empty() {
         bail!(
-            "none of the {known} connections that were asked for is meant. The server's node decides (its ztunnel \
+            "none of the {known} connections that ztunnels know is meant. The server's node decides (its ztunnel \
              lists it as inbound); `culvert ztunnel-config connections` lists them all"
         );
     }

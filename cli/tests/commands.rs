@@ -248,6 +248,29 @@ fn what_if_says_what_a_changed_file_changes() {
 }
 
 #[test]
+fn what_if_takes_a_deployment_for_its_pods() {
+    let pod = |end: &str, ip: u8| {
+        format!(
+            "---\napiVersion: v1\nkind: Pod\nmetadata:\n  name: api-5dc6c6bd59-{end}\n  namespace: shop\n  uid: {end}\n  \
+             labels: {{pod-template-hash: 5dc6c6bd59}}\n  ownerReferences: [{{apiVersion: apps/v1, kind: ReplicaSet, name: \
+             api-5dc6c6bd59, uid: r, controller: true}}]\nspec: {{nodeName: node-1, serviceAccountName: api, containers: \
+             [{{name: main, image: api}}]}}\nstatus: {{podIP: 10.0.0.{ip}, phase: Running}}\n"
+        )
+    };
+    let files = Files::new(&[("mesh.yaml", &format!("{MESH}{}{}", pod("v8fkf", 5), pod("xfhmd", 6)))]);
+    let (code, answers) = what_if(&files.dir(), "shop/api", "shop/web", "80", &[]);
+    assert_eq!(code, 0);
+    let source = answers[0]["source"].as_str().unwrap();
+    assert!(source.contains("api-5dc6c6bd59-v8fkf") && source.contains("sa/api"), "{source}");
+    let (code, answers) = what_if(&files.dir(), "shop/batch", "shop/api", "8080", &[]);
+    let endpoints = answers[0]["endpoints"].as_array().unwrap();
+    assert_eq!((code, endpoints.len()), (0, 2), "{answers:?}");
+    // A pod is itself.
+    let (_, answers) = what_if(&files.dir(), "shop/batch", "shop/api-5dc6c6bd59-xfhmd", "8080", &[]);
+    assert_eq!(answers[0]["endpoints"].as_array().unwrap().len(), 1);
+}
+
+#[test]
 fn what_if_does_not_guess() {
     let files = Files::new(&[("mesh.yaml", MESH)]);
     for (source, destination, port, says) in [

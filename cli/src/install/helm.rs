@@ -88,6 +88,22 @@ impl Helm {
         Ok(true)
     }
 
+    /// That the chart takes the values, before anything is changed.
+    ///
+    /// # Errors
+    /// It does not; with Helm's words.
+    pub fn check(&self, release: &str, chart: &Path, more: &[String]) -> Result<()> {
+        let mut arguments: Vec<String> =
+            ["upgrade", "--install", "--dry-run=client", release].map(str::to_owned).into();
+        arguments.push(chart.display().to_string());
+        arguments.extend(more.iter().cloned());
+        let output = self.run(&arguments)?;
+        self.checked("upgrade --dry-run", &output).map(drop).context(
+            "nothing was changed, since the chart can't be rendered with these values; `culvert install --write-chart DIR` \
+             writes it, with its values in values.yaml and README.md",
+        )
+    }
+
     /// Installs or upgrades a release from a chart's directory; what Helm says of it.
     ///
     /// # Errors

@@ -66,10 +66,18 @@ pub fn addresses(
         None => cluster.waypoint_pods(None, None)?,
     };
     let count = pods.len();
+    if pods.is_empty() {
+        bail!(
+            "there is no waypoint in the cluster: `culvert waypoint apply` makes one, and `culvert waypoint list -A` shows \
+             those that were asked for"
+        );
+    }
     let ready: Vec<PodName> = pods.into_iter().filter(|pod| pod.ready).collect();
     if ready.is_empty() {
         let place = who.unwrap_or("the cluster");
-        bail!("none of the {count} pods of waypoints in {place} is ready: `culvert waypoint list` shows why");
+        bail!(
+            "none of the {count} pods of waypoints in {place} is ready: `culvert waypoint list -A` shows why"
+        );
     }
     let port = ADMIN.port();
     Ok(ready.into_iter().map(|pod| Address::Pod { cluster: cluster.clone(), pod, port }).collect())
