@@ -10,7 +10,7 @@ use kube::Client;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use model::TrustDomains;
 use process::http::{self, Routes};
-use process::logs::Logs;
+use process::logs::{LogSettings, Logs};
 use process::metrics::{Handle, Histogram, Registry as Metrics, build_info, register_process};
 use process::readiness::Readiness;
 use process::shutdown::Shutdown;
@@ -66,7 +66,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     // As istiod's, where monitoring looks for it.
     shared.metrics_address.get_or_insert_with(|| "[::]:15014".to_owned());
     let settings = shared.resolve()?;
-    let logs = Logs::init(&settings.logs)?;
+    let logs = Logs::init(&LogSettings { filter: filter(&settings.logs.filter), ..settings.logs.clone() })?;
     if let Err(error) = runtimes::raise_descriptor_limit() {
         tracing::warn!(%error, "the limit of open files could not be raised");
     }
@@ -131,6 +131,13 @@ impl Ports {
             readiness: bind("readiness", settings.readiness).await?,
         })
     }
+}
+
+/// The filter without what the client of the API server warns of by itself: each question for a kind that is not installed, whose
+/// answer is no object. What fails of its calls is said where they are made.
+fn filter(asked: &str) -> String {
+    let is_asked_for = ["kube_client", "debug", "trace"].iter().any(|word| asked.contains(word));
+    if is_asked_for { asked.to_owned() } else { format!("{asked},kube_client::client=error") }
 }
 
 async fn serve(flags: &Flags, settings: &process::settings::Settings, logs: &Logs) -> anyhow::Result<()> {

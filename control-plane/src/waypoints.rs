@@ -61,6 +61,8 @@ const CONFIG_MAPS: Duration = Duration::from_secs(10);
 const ALL: Duration = Duration::from_secs(300);
 /// How soon one is looked at again that could not be deployed.
 const AGAIN: Duration = Duration::from_secs(10);
+/// How long one look may take: a Gateway is not looked at twice at a time, and so not at all while one doesn't end.
+const LOOK: Duration = Duration::from_secs(60);
 /// How often it is looked whether the classes are there.
 const CLASSES: Duration = Duration::from_secs(60);
 /// How often it is looked whether the Gateway API is there.
@@ -197,8 +199,11 @@ impl Site {
             .owns(Api::<PodDisruptionBudget>::all(client()), made())
             .owns(Api::<HorizontalPodAutoscaler>::all(client()), made());
         let retry = |_: Arc<DynamicObject>, _: &kube::Error, _: Arc<Self>| Action::requeue(jittered(AGAIN));
-        let looks =
-            controller.run(|gateway, site| async move { site.look(&gateway).await }, retry, self.clone());
+        let looks = controller.run(
+            |gateway, site| async move { site.look_in_time(&gateway).await },
+            retry,
+            self.clone(),
+        );
         pin_mut!(looks);
         while let Some(look) = looks.next().await {
             if let Err(error) = look {
@@ -206,6 +211,21 @@ impl Site {
                 tracing::warn!(error = chain(&error), "a waypoint can't be looked after now");
             }
         }
+    }
+
+    /// Looks at a Gateway, and gives that up where it doesn't end.
+    async fn look_in_time(&self, object: &DynamicObject) -> Result<Action, kube::Error> {
+        let Ok(looked) = tokio::time::timeout(LOOK, self.look(object)).await else {
+            self.counts.errors.inc();
+            tracing::warn!(
+                gateway = ?object.metadata.name,
+                namespace = ?object.metadata.namespace,
+                limit = ?LOOK,
+                "a waypoint could not be looked after in time; it is tried again"
+            );
+            return Ok(Action::requeue(jittered(AGAIN)));
+        };
+        looked
     }
 
     /// Looks at a Gateway.
@@ -222,6 +242,8 @@ impl Site {
         self.write(&gateway, &outcome).await?;
         Ok(Action::requeue(jittered(match &outcome {
             Outcome::NotApplied(_) => AGAIN,
+            // Deployments tell; but somebody waits for it.
+            Outcome::Deployed { available, wanted, updated, .. } if available < wanted || !updated => AGAIN,
             _ if gateway.parameters.is_some() => CONFIG_MAPS,
             _ => ALL,
         })))

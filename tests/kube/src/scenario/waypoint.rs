@@ -108,6 +108,9 @@ pub fn run(stage: &Stage) -> Result<()> {
     stage.ok("an HTTPRoute sends requests by their header to one of two services, each time");
     stage.nothing_in_plaintext(&far, || paths(stage))?;
     statuses(stage)?;
+    let found = stage.culvert(&["analyze", "-n", &stage.namespace, "-o", "json"])?.code(0)?;
+    ensure!(!found.output.contains("waypoint-not-ready"), "analyze does not see the waypoint: {found:?}");
+    stage.ok("analyze knows the waypoint that is there");
 
     stage.apply(&[json!({
         "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy", "metadata": { "name": "get-only" },
