@@ -207,7 +207,7 @@ impl Verdicts {
         };
         // All of them, so that all are prepared at once.
         let pods = offers.iter().flat_map(|offer| [&offer.ends.source, &offer.ends.destination]);
-        if pods.map(|pod| self.is_fit(&pod.netns)).fold(false, |unfit, is_fit| unfit || !is_fit) {
+        if pods.filter(|pod| !self.is_fit(&pod.netns)).count() > 0 {
             return;
         }
         let lead = |Offer { pair, weight, ends, outbound, inbound }| {
