@@ -56,7 +56,7 @@ fn captured(registry: &Registry, node: &Arc<Node>) {
     let help = "What capture by eBPF did, by pod: connections captured, refused and dropped, by reason; escaped_inbound and \
                 escaped_outbound should have been captured, were not, and were refused";
     let node = node.clone();
-    let description = Description { name: "culvert_capture_events_total", help, kind: Kind::Counter };
+    let description = Description { name: "culvert_capture_events", help, kind: Kind::Counter };
     registry.collect(description, move |out| {
         node.capture_counters(|namespace, name, counter, number| {
             let labels = |labels: &mut process::metrics::LabelWriter<'_>| {
