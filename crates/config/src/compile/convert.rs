@@ -6,7 +6,6 @@ use hashbrown::HashSet;
 use model::{
     Health, HealthPolicy, LoadBalancing, Locality, NetworkMode, PortMapping, Profile, ServiceKey,
     ServiceMembership, ServicePort, ServiceSource, Str, TargetPort, TunnelProtocol, Vip, Workload,
-    WorkloadKind,
 };
 
 use super::instance::{Definition, Instance, Membership, Names, PortRule, Rank, RuleTarget};

@@ -13,7 +13,7 @@
 //! The cluster's domain, which Istio takes as a flag of its programs, is the ConfigMap's key `clusterDomain`, or
 //! the field `clusterDomain` of the object. The field `nodeLocal` is of this mesh alone.
 
-use model::http::Normalization;
+use model::http::{Normalization, Percent};
 use model::telemetry::LogFormat;
 use model::{NodeLocal, NodeLocalModes, OutboundMode, Settings, Str, TlsVersion, TrustDomain, TrustDomains};
 
@@ -21,7 +21,7 @@ use super::discovery::{self, NamespaceSelector};
 use super::embedded;
 use super::node_local;
 use super::providers::{self, Providers};
-use super::telling;
+use super::{telemetry, telling};
 use crate::diagnostic::Code;
 use crate::fields::{Cursor, Field, Fields, Schema, enforced, nested, not_applicable, refused, silent};
 use crate::metadata::{METADATA, Metadata, is_label, is_subdomain};
@@ -174,6 +174,8 @@ pub struct MeshConfig {
     tls_minimum: Option<TlsVersion>,
     providers: Providers,
     log: LogSettings,
+    /// How many requests are traced where nobody says it.
+    sampling: Option<Percent>,
 }
 
 /// What is set of waypoints' access logs.
@@ -194,7 +196,7 @@ impl MeshConfig {
     /// Whether what is told of requests is the same as with `other`.
     #[must_use]
     pub(super) fn tells_like(&self, other: &Self) -> bool {
-        self.log == other.log && self.providers == other.providers
+        self.log == other.log && self.providers == other.providers && self.sampling == other.sampling
     }
 
     /// Where requests are logged if no Telemetry, and no default provider, says anything of logs.
@@ -207,6 +209,12 @@ impl MeshConfig {
     #[must_use]
     pub(super) fn log_format(&self) -> LogFormat {
         self.log.format.clone().unwrap_or_else(|| telling::istio_format(self.log.json))
+    }
+
+    /// How many requests are traced where no Telemetry says it.
+    #[must_use]
+    pub(super) fn sampling(&self) -> Percent {
+        self.sampling.unwrap_or(Percent::of(1, 100))
     }
 
     /// What decides over requests, and takes traces, metrics and logs of them.
@@ -296,10 +304,10 @@ fn read(mut spec: Fields<'_, '_>, config: &mut MeshConfig) {
     config.log = read_log(&mut spec);
     if let Some(cursor) = spec.take("defaultConfig") {
         // The rest of it configures Envoy. Of either of its spellings; upstream's parser takes both.
-        cursor.entries(|name, cursor| {
-            if matches!(name, "meshId" | "mesh_id") {
-                config.mesh_id = read_mesh_id(cursor).or(config.mesh_id.take());
-            }
+        cursor.entries(|name, cursor| match name {
+            "meshId" | "mesh_id" => config.mesh_id = read_mesh_id(cursor).or(config.mesh_id.take()),
+            "tracing" => config.sampling = read_sampling(cursor),
+            _ => {}
         });
     }
     if let Some(mut paths) = spec.object("pathNormalization") {
@@ -340,6 +348,17 @@ fn read_trust_domain(mut cursor: Cursor<'_, '_>) -> Option<TrustDomain> {
         return None;
     }
     cursor.string()?.parse().ok()
+}
+
+/// The share of requests that is traced. Upstream takes 0 for what is not set.
+fn read_sampling(cursor: Cursor<'_, '_>) -> Option<Percent> {
+    let mut sampling = None;
+    cursor.entries(|name, cursor| {
+        if name == "sampling" {
+            sampling = telemetry::percentage(cursor).filter(|share| share.millionths() > 0);
+        }
+    });
+    sampling
 }
 
 fn read_mesh_id(mut cursor: Cursor<'_, '_>) -> Option<Str> {

@@ -342,7 +342,8 @@ fn read_trace(mut fields: Fields<'_, '_>) -> Option<TraceDraft> {
     applies.then_some(TraceDraft { providers, sampling, report, propagate, tags })
 }
 
-fn percentage(mut cursor: Cursor<'_, '_>) -> Option<Percent> {
+/// A share of requests, from 0 to 100.
+pub(super) fn percentage(mut cursor: Cursor<'_, '_>) -> Option<Percent> {
     #[expect(clippy::cast_precision_loss, reason = "what is out of range is refused")]
     let value = match cursor.node().value {
         Value::Int(number) => number as f64,

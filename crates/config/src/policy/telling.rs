@@ -12,7 +12,6 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use model::Str;
-use model::http::Percent;
 use model::telemetry::{
     AccessLog, Collector, Expression, LogFormat, LogService, LogSink, MetricName, MetricRule, Metrics, Tag,
     Telemetry as Told, Tracing,
@@ -338,7 +337,7 @@ fn collector(provider: &Provider) -> Option<Collector> {
 
 fn tracing(levels: &[&Telemetry], config: &MeshConfig) -> Option<Tracing> {
     let mut provider = config.providers().defaults().tracing.first();
-    let (mut sampling, mut report, mut propagate) = (Percent::default(), true, true);
+    let (mut sampling, mut report, mut propagate) = (config.sampling(), true, true);
     let mut tags = &Vec::new();
     let entries = levels.iter().flat_map(|level| &level.tracing);
     for entry in entries {

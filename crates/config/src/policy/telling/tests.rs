@@ -87,6 +87,22 @@ impl World {
 }
 
 #[test]
+fn what_nobody_says_of_sampling_is_the_meshs() {
+    let mut world = World::new();
+    world.set("mesh", PROVIDERS);
+    world.telemetry("mesh", "istio-system", "{tracing: [{providers: [{name: otel}]}]}");
+    let sampled = |world: &World| world.told("cart").tracing.as_ref().unwrap().sampling.millionths();
+    assert_eq!(sampled(&world), 10_000, "upstream's default is one in a hundred");
+    for (says, share) in [("25", 250_000), ("0", 10_000)] {
+        let config = format!("{PROVIDERS}  defaultConfig: {{tracing: {{sampling: {says}}}}}\n");
+        world.set("mesh", &config);
+        assert_eq!(sampled(&world), share, "{config}");
+    }
+    world.telemetry("own", "shop", "{tracing: [{randomSamplingPercentage: 0}]}");
+    assert_eq!(sampled(&world), 0);
+}
+
+#[test]
 fn levels_go_over_each_other() {
     let mut world = World::new();
     assert_eq!(*world.told("cart"), Telemetry::default(), "nobody has said anything");
