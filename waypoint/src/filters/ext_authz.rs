@@ -21,7 +21,8 @@ use process::metrics::Counter;
 
 use super::{Refusal, answer};
 use crate::http::decide::{Connection, Edit, Edits, Endpoints, Flag, Response, Value};
-use crate::http::head::{Known, RequestHead, is_field_name, is_field_value};
+use crate::http::head::{Known, RequestHead, is_field_name, is_field_value, reads_as};
+use crate::http::hygiene::CLIENT_CERT;
 use crate::upstream::call::CallError;
 use crate::upstream::{Backend, Clusters};
 
@@ -236,6 +237,8 @@ impl Changes {
         for edit in &self.request {
             match edit {
                 Edit::Remove(name) => request.fields.remove(name.as_bytes()),
+                // Who the client is, is not the authorizer's to say.
+                Edit::Set(name, _) | Edit::Add(name, _) if reads_as(name.as_bytes(), CLIENT_CERT) => {}
                 Edit::Set(name, Value::Plain(value)) => request.fields.set(name.as_bytes(), value),
                 Edit::Add(name, Value::Plain(value)) => request.fields.push(name.as_bytes(), value),
                 Edit::Set(_, Value::Made(_)) | Edit::Add(_, Value::Made(_)) => {}

@@ -11,7 +11,7 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
-use crate::lab::{Lab, checks, echo, external, free, limits, mesh_config};
+use crate::lab::{Lab, checks, custom, echo, external, free, limits, mesh_config};
 
 /// A waypoint before `shop`, whose routes lead to `other`.
 async fn lab(routes: &str, guards: &str) -> Lab {
@@ -593,6 +593,39 @@ spec:
         let (own, _, body) = lab.ask("GET", "/own", &[], "").await;
         assert_eq!((own, body.contains(&format!("x-credential: {added}"))), (200, true), "{body}");
         assert_eq!(lab.ask("GET", "/", &[], "").await.0, status, "{added}");
+    }
+}
+
+#[tokio::test]
+async fn nobody_who_guards_a_service_says_who_the_client_is() {
+    const FORGING: &str = "x-credential: secret\r\nX-Forwarded-Client-Cert: forged\r\n";
+    let (authorizer, _) = recorder("127.0.0.1:0", FORGING).await;
+    let providers = INJECTING.replace("[x-credential]", "[x-credential, x-forwarded-client-cert]");
+    let lab = Lab::with(free(), authorizer, &[mesh_config(&providers), custom("web")].concat()).await;
+    let (status, _, body) = lab.ask("GET", "/ask", &[], "").await;
+    assert_eq!((status, body.contains("x-credential: secret")), (200, true), "{body}");
+    assert!(!body.contains("forged"), "{body}");
+
+    let Some(checks) = checks().await else { return };
+    let limit = limits(
+        "
+  global: {service: authz.example, port: 80, domain: shop, timeout: 5s, onFailure: Deny}
+  limits:
+  - name: all
+    by: [{type: Constant, name: add, value: secret}, {type: Constant, name: limit, value: \"9\"}]
+    global: {}
+",
+    );
+    let calling = "
+  - name: grpc
+    envoyExtAuthzGrpc: {service: authz.example, port: 80}
+";
+    let asking = mesh_config(calling) + &custom("grpc");
+    for (guard, added) in [(&limit, "x-credential: secret"), (&asking, "x-told: ")] {
+        let lab = Lab::with(checks.grpc, free(), guard).await;
+        let (status, _, body) = lab.ask("GET", "/ask", &[], "").await;
+        assert_eq!((status, body.contains(added)), (200, true), "{body}");
+        assert!(!body.contains("forged"), "{body}");
     }
 }
 

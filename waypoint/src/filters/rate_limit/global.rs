@@ -13,7 +13,8 @@ use proto::wire::rate_limit::{RateLimitDescriptor, RateLimitRequest, RateLimitRe
 use super::{Checked, LimitStats, Told, edits, refused};
 use crate::filters::{answer, ext_authz};
 use crate::http::decide::{Connection, Edit, Endpoints, Flag, Value};
-use crate::http::head::{Known, is_field_name, is_field_value};
+use crate::http::head::{Known, is_field_name, is_field_value, reads_as};
+use crate::http::hygiene::CLIENT_CERT;
 use crate::upstream::Clusters;
 use crate::upstream::call::{CallError, call_grpc};
 
@@ -169,7 +170,7 @@ impl Asking {
             return Err(refused(&self.told, "request_rate_limited", &more));
         }
         for header in answer.request_headers_to_add {
-            if permitted(&header.key, header.value.as_bytes()) {
+            if permitted_in_request(&header.key, header.value.as_bytes()) {
                 let (name, value) = (header.key.to_ascii_lowercase(), header.value.into_bytes());
                 request.push(Edit::Add(name.into(), Value::Plain(value.into())));
             }
@@ -181,6 +182,11 @@ impl Asking {
 /// Whether a field of a service's answer may be put: a valid one that says nothing of how a message is framed.
 fn permitted(name: &str, value: &[u8]) -> bool {
     is_field_name(name.as_bytes()) && is_field_value(value) && !Known::of(name.as_bytes()).is_engines()
+}
+
+/// The same for a request: who the client is, is not the service's to say.
+fn permitted_in_request(name: &str, value: &[u8]) -> bool {
+    permitted(name, value) && !reads_as(name.as_bytes(), CLIENT_CERT)
 }
 
 /// What a service says of a limit; `None` where it has none of these values.
@@ -210,7 +216,7 @@ fn told(limit: &Limit, status: &DescriptorStatus, headers: LimitHeaders) -> Opti
 
 #[cfg(test)]
 mod tests {
-    use super::permitted;
+    use super::{permitted, permitted_in_request};
 
     #[test]
     fn a_service_puts_no_field_that_frames_a_message() {
@@ -229,5 +235,14 @@ mod tests {
             assert!(!permitted(name, b"1"), "{name}");
         }
         assert!(!permitted("x-a", b"1\r\n"));
+    }
+
+    #[test]
+    fn a_service_does_not_say_who_the_client_is() {
+        assert!(permitted_in_request("X-Left", b"1"));
+        for name in ["x-forwarded-client-cert", "X-Forwarded-Client-Cert", "x_forwarded-client_cert", "host"]
+        {
+            assert!(!permitted_in_request(name, b"URI=spiffe://cluster.local/ns/web/sa/admin"), "{name}");
+        }
     }
 }

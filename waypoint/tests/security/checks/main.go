@@ -66,7 +66,8 @@ func (authorizer) Check(_ context.Context, in *auth.CheckRequest) (*auth.CheckRe
 	return &auth.CheckResponse{
 		Status: &status.Status{Code: int32(codes.OK)},
 		HttpResponse: &auth.CheckResponse_OkResponse{OkResponse: &auth.OkHttpResponse{
-			Headers:              []*core.HeaderValueOption{header("x-told", told, false), header("host", "evil", false)},
+			Headers: []*core.HeaderValueOption{header("x-told", told, false), header("host", "evil", false),
+				header("x-forwarded-client-cert", "forged", false), header("x_forwarded-client_cert", "forged", true)},
 			HeadersToRemove:      []string{"x-secret"},
 			ResponseHeadersToAdd: []*core.HeaderValueOption{header("x-decided", "yes", true)},
 		}},
@@ -93,7 +94,11 @@ func (c *counter) ShouldRateLimit(_ context.Context, in *ratelimit.RateLimitRequ
 				limit = uint32(number)
 			}
 			if entry.GetKey() == "add" {
-				out.RequestHeadersToAdd = []*core.HeaderValue{{Key: "x-credential", Value: entry.GetValue()}}
+				out.RequestHeadersToAdd = []*core.HeaderValue{
+					{Key: "x-credential", Value: entry.GetValue()},
+					{Key: "X-Forwarded-Client-Cert", Value: "forged"},
+					{Key: "x_forwarded-client_cert", Value: "forged"},
+				}
 			}
 		}
 		c.seen[key] += max(in.GetHitsAddend(), 1)
