@@ -58,7 +58,14 @@ const UNFIT_FOR: Duration = Duration::from_secs(10);
 const ATTACH_AGAIN: Duration = Duration::from_secs(30);
 
 /// Makes the kernel's side, for pods in these namespaces.
-pub type Attach = Box<dyn Fn(&[Netns]) -> Result<Box<dyn Kernel>, Later> + Send + Sync>;
+type Make = fn(&[Netns]) -> Result<Box<dyn Kernel>, Later>;
+
+/// How there comes to be a kernel's side.
+pub struct Attach {
+    attach: Make,
+    /// Whether an earlier process may have left one.
+    is_left: fn() -> bool,
+}
 
 /// Why there is no kernel's side yet.
 pub struct Later {

@@ -23,7 +23,7 @@ use super::judge::Ends;
 use super::kernel::{Kernel, Pair, Passed, Side, Way};
 use super::records::Stories;
 use super::table::{Ends as _, Judge, Lead, Over};
-use super::{Ask, Joined, Later, Verdicts, lock};
+use super::{Ask, Attach, Joined, Later, Verdicts, lock};
 use crate::proxy::Proxy;
 
 /// How long verdicts outlive this process, or this thread where it hangs.
@@ -66,6 +66,7 @@ pub fn keep(proxy: &Arc<Proxy>, attached: impl Fn() + Send + 'static) -> io::Res
         inherited: Vec::new(),
         inherited_at: Instant::now(),
         attach_at: Instant::now(),
+        looked: false,
         again: Vec::new(),
         renewed: Cell::new(Instant::now()),
         judged: Cell::new(Instant::now()),
@@ -97,6 +98,8 @@ struct Keeper {
     inherited: Vec<Pair>,
     inherited_at: Instant,
     attach_at: Instant,
+    /// Whether nothing is left of an earlier process that has not been taken over.
+    looked: bool,
     /// Pods that are yet to be looked at again.
     again: Vec<NetnsId>,
     renewed: Cell<Instant>,
@@ -219,16 +222,32 @@ impl Keeper {
         }
     }
 
-    /// Attaches the programs, once some namespace wants them.
+    /// Whether an earlier process may have left what nobody ended yet: it drops what has the addresses of its pairs, also where no
+    /// namespace wants verdicts any more.
+    fn is_left(&mut self, attach: &Attach) -> bool {
+        // Before, namespaces that want them may be yet to come.
+        if self.looked || !self.proxy.state.is_complete() {
+            return false;
+        }
+        self.looked = !(attach.is_left)();
+        !self.looked
+    }
+
+    /// Attaches the programs, once some namespace wants them, or to end what an earlier process left.
     fn attach(&mut self) {
-        let verdicts = &self.proxy.verdicts;
+        let proxy = self.proxy.clone();
+        let verdicts = &proxy.verdicts;
         // One that stops writes nothing more.
         let is_over = verdicts.over.load(Relaxed) || self.proxy.shutdown.phase() != Phase::Running;
-        if !self.is_wanted() || is_over || verdicts.kernel().is_some() || Instant::now() < self.attach_at {
+        if is_over || verdicts.kernel().is_some() || Instant::now() < self.attach_at {
             return;
         }
         let Some(attach) = &verdicts.attach else { return };
-        let made = attach(&self.proxy.locals.namespaces()).and_then(|kernel| {
+        let is_wanted = self.is_wanted();
+        if !is_wanted && !self.is_left(attach) {
+            return;
+        }
+        let made = (attach.attach)(&self.proxy.locals.namespaces()).and_then(|kernel| {
             // Nothing passes by what an earlier process knew.
             let inherited = kernel.stop().and_then(|()| kernel.inherit()).map_err(|e| e.to_string())?;
             // All that it wrote is revoked by now, of whatever generation: the table counts from the first.
@@ -237,10 +256,13 @@ impl Keeper {
         });
         match made {
             Ok((kernel, inherited)) => {
-                tracing::info!(
-                    inherited = inherited.len(),
-                    "connections within the node may pass by verdicts"
-                );
+                let inherited_pairs = inherited.len();
+                if is_wanted {
+                    tracing::info!(inherited_pairs, "connections within the node may pass by verdicts");
+                } else {
+                    tracing::debug!(inherited_pairs, "ends what is left of an earlier process's verdicts");
+                }
+                self.looked = true;
                 (self.inherited, self.inherited_at) = (inherited, Instant::now());
                 verdicts.set_kernel(Some(kernel.into()));
                 *lock(&verdicts.trouble) = None;
@@ -248,6 +270,13 @@ impl Keeper {
                 self.judged.set(Instant::now());
                 self.renew();
                 (self.attached)();
+            }
+            Err(Later { why, after, .. }) if !is_wanted => {
+                tracing::debug!(
+                    why,
+                    "what may be left of an earlier process's verdicts can't be taken over yet"
+                );
+                self.attach_at = Instant::now() + after;
             }
             Err(Later { why, after, is_turn }) => {
                 let mut trouble = lock(&verdicts.trouble);

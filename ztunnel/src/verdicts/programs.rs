@@ -14,7 +14,7 @@ use net::sock_diag;
 use net::{MARK_MASK, Netns, NetnsId, ZTUNNEL_MARK};
 
 use super::kernel::{Kernel, Listing, Pair, Passed, Side};
-use super::{Attach, Later};
+use super::{Attach, Later, Make};
 
 /// Where the machine's cgroups are.
 const CGROUPS: &str = "/sys/fs/cgroup";
@@ -23,16 +23,17 @@ const TURN_AGAIN: Duration = Duration::from_secs(1);
 
 /// Attaches the programs of this node, in the bpf file system that capture uses.
 pub fn programs() -> Attach {
-    Box::new(|_| {
+    let attach: Make = |_| {
         let pins = Pins::open(ebpf::bpf_file_system()).map_err(|e| e.to_string())?;
         let verdicts = Verdicts::attach(&pins, Path::new(CGROUPS)).map_err(|e| e.to_string())?;
         Ok(Box::new(Programs { verdicts, qualified: Mutex::default() }))
-    })
+    };
+    Attach { attach, is_left: || Pins::of_others(ebpf::bpf_file_system()).verdicts().exists() }
 }
 
 /// Takes the programs that the node agent has attached, once no other ztunnel of the node has them.
 pub fn of_agent() -> Attach {
-    Box::new(|pods| {
+    let attach: Make = |pods| {
         let pins = Pins::of_others(ebpf::bpf_file_system());
         let later = |why: String| Later { why, after: TURN_AGAIN, is_turn: true };
         match Verdicts::take(&pins, pods) {
@@ -46,7 +47,9 @@ pub fn of_agent() -> Attach {
             Err(error) if error.is_taken() => Err(later(error.to_string())),
             Err(error) => Err(error.to_string().into()),
         }
-    })
+    };
+    // What is there is found by the pods.
+    Attach { attach, is_left: || true }
 }
 
 struct Programs {
@@ -138,7 +141,12 @@ impl Kernel for Programs {
         let node = Netns::current().map_err(|e| e.to_string())?;
         let found = self.verdicts.qualify(&node, netns).map_err(|why| why.to_string())?;
         let may_begin = !found.exempts;
-        self.qualified.lock().unwrap_or_else(PoisonError::into_inner).insert(netns.id(), found);
+        let device = |pod: &Qualified| (pod.device, pod.inside);
+        let now = device(&found);
+        let before = self.qualified.lock().unwrap_or_else(PoisonError::into_inner).insert(netns.id(), found);
+        if before.is_some_and(|before| device(&before) != now) {
+            return Err("its device is another one now: its verdicts are written anew".into());
+        }
         Ok(may_begin)
     }
 
