@@ -9,7 +9,7 @@ use tokio::time::timeout;
 use crate::lab::manifests::{ServiceManifest, mtls, node_local, policy, vips};
 use crate::lab::traffic::{PORT, Server, Talk, serve, talk};
 use crate::lab::{Mesh, eventually};
-use crate::verdicts::{SOON, VIP, captured, of, options, or_skip, past, told};
+use crate::verdicts::{CUT, VIP, captured, of, options, or_skip, past, told};
 
 const WEBS: [&str; 3] = ["web1", "web2", "web3"];
 
@@ -118,7 +118,7 @@ async fn an_endpoint_that_may_not_be_reached_any_more_is_taken_out() {
         })
         .await;
         let mut denied = open.remove("web2").unwrap();
-        timeout(SOON, denied.end()).await.expect("it goes on").unwrap_err();
+        timeout(CUT, denied.end()).await.expect("it goes on").unwrap_err();
         let counts = reached(&mesh, v6, 64).await;
         assert!(!counts.contains_key(&Some("web2".to_owned())), "{counts:?}");
         assert!(counts.contains_key(&None), "ztunnel refuses what it leads there: {counts:?}");
@@ -131,7 +131,7 @@ async fn an_endpoint_that_may_not_be_reached_any_more_is_taken_out() {
 
         // One leaves the mesh.
         mesh.apply("pod-web3", "").await;
-        timeout(SOON, open.remove("web3").unwrap().end()).await.expect("it goes on").unwrap_err();
+        timeout(CUT, open.remove("web3").unwrap().end()).await.expect("it goes on").unwrap_err();
         eventually("they pass to the others", async || pass(&mesh, v6, &["web1", "web2"]).await).await;
         open.get_mut("web1").unwrap().echo().await.unwrap();
         // One that is not ready takes no new connections, and keeps those it has.
