@@ -255,6 +255,10 @@ impl Verdicts {
             _alone: alone,
             owner,
         };
+        if let Some(alone) = &found._alone {
+            // Before anything is written: whoever made the directory anew may have given these maps to another process.
+            node::is_of(alone, &found.directory)?;
+        }
         held(&found.written).count_neighbours()?;
         let mut control = held(&found.control);
         let current = control.get(&0, 0).map_err(Error::map("read", "control"))?;
@@ -289,7 +293,7 @@ impl Verdicts {
     /// Lets `pair` connect, by a verdict of `generation`, for as long as it is in force. A verdict that is there is replaced.
     ///
     /// # Errors
-    /// There are too many ([`Error::is_full`]), or they can't be written.
+    /// There are too many ([`Error::is_full`]), another process has taken over, or they can't be written.
     pub fn allow(
         &self,
         source: &Qualified,
@@ -307,6 +311,7 @@ impl Verdicts {
             unused: 0,
             destination_netns: destination.cookie,
         };
+        self.owned("verdicts")?;
         held(&self.written).put(pair, entry)
     }
 
@@ -373,12 +378,14 @@ impl Verdicts {
     /// needs an offer.
     ///
     /// # Errors
-    /// There are too many ([`Error::is_full`]), no endpoint, too many of them or one without a weight, or it can't be written.
+    /// There are too many ([`Error::is_full`]), no endpoint, too many of them or one without a weight, another process has taken over,
+    /// or it can't be written.
     pub fn offer(&self, source: &Qualified, dialled: SocketAddr, offer: &Offer) -> Result<(), Error> {
         let entry = OfferEntry::new(offer).ok_or_else(|| {
             let why = format!("1 to {OFFER_ENDPOINTS} endpoints are possible, which have weights");
             Error::io("offer", dialled)(std::io::Error::other(why))
         })?;
+        self.owned("offers")?;
         let key = Dialled::new(source.cookie, dialled);
         held(&self.offers).insert(key, entry, 0).map_err(Error::map("write", "offers"))
     }
@@ -439,6 +446,17 @@ impl Verdicts {
         }
         control.set(0, change(current), 0).map_err(Error::map("write", "control"))?;
         Ok(true)
+    }
+
+    /// What lets something pass is the owner's to write. To take it back is anybody's.
+    fn owned(&self, map: &'static str) -> Result<(), Error> {
+        let current = held(&self.control).get(&0, 0).map_err(Error::map("read", "control"))?;
+        if current.owner == self.owner {
+            return Ok(());
+        }
+        Err(Error::io("write", map)(std::io::Error::other(
+            "another process has taken over the node's verdicts",
+        )))
     }
 
     /// The ends of connections that are noted. Takes a while where there are many.

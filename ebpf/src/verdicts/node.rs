@@ -15,15 +15,17 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use aya::maps::MapInfo;
-use net::Netns;
+use aya::maps::{HashMap, MapData, MapInfo};
+use net::{MARK_MASK, Netns};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
 use super::device::{self, DEVICE, Qualified, Why, is_attached};
-use super::links;
+use super::{Pair, Side, destroy, links, map, of_pair};
+use crate::layout::{MARK_GRANTED, PairKey, VerdictEntry};
 use crate::pins::cookie;
 use crate::{Error, Pins, sys};
 
@@ -137,12 +139,17 @@ impl Node {
         Ok(qualified)
     }
 
-    /// The pod is no end of such connections any more. Whoever writes verdicts ends its pairs; until then their packets are dropped.
+    /// The pod is no end of such connections any more: those that it has are ended. Whoever writes verdicts ends its pairs; until then
+    /// their packets are dropped.
     ///
     /// # Errors
     /// The note stays, or the program of its device.
     pub fn leave(&self, pod: &Netns) -> Result<(), Error> {
         let cookie = cookie(pod)?;
+        // First: without the program the other end would not hear of it.
+        if let Err(error) = end_all(pod, &self.directory) {
+            tracing::warn!(%pod, %error, "connections that no proxy carries can't be ended; they stall");
+        }
         for note in notes(&self.directory)?.into_iter().filter(|note| note.cookie == cookie) {
             self.forget(note)?;
             device::release(&self.directory, note.device)?;
@@ -254,9 +261,43 @@ pub(super) fn alone(directory: &Path) -> Result<Flock<File>, Error> {
     })
 }
 
+/// Whether the lock is that of what is at `directory` now: it may have been removed and made anew.
+pub(super) fn is_of(alone: &File, directory: &Path) -> Result<(), Error> {
+    let failed = |error| Error::io("take over", directory.display())(error);
+    let (locked, there) = (alone.metadata().map_err(failed)?, fs::metadata(directory).map_err(failed)?);
+    if (locked.dev(), locked.ino()) == (there.dev(), there.ino()) {
+        return Ok(());
+    }
+    Err(failed(io::Error::new(io::ErrorKind::WouldBlock, "the maps have just been made anew")))
+}
+
+/// Ends a pod's sockets at either end of what passes by a verdict, or did.
+fn end_all(pod: &Netns, directory: &Path) -> Result<usize, Error> {
+    let verdicts: HashMap<MapData, PairKey, VerdictEntry> = map(directory, "verdicts")?;
+    destroy(pod, |socket| {
+        let pair = Pair { source: socket.peer.ip(), destination: socket.local };
+        socket.mark.unwrap_or(0) & MARK_MASK == MARK_GRANTED
+            || (of_pair(socket, Side::Destination, pair) && verdicts.get(&PairKey::from(pair), 0).is_ok())
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lock_of_a_directory_that_was_made_anew_is_none() {
+        let directory = std::env::temp_dir().join(format!("culvert-lock-{}", std::process::id()));
+        fs::create_dir(&directory).unwrap();
+        let locked = File::open(&directory).unwrap();
+        is_of(&locked, &directory).unwrap();
+        fs::remove_dir(&directory).unwrap();
+        fs::create_dir(&directory).unwrap();
+        let refused = is_of(&locked, &directory).unwrap_err();
+        fs::remove_dir(&directory).unwrap();
+        assert!(refused.is_taken(), "{refused}");
+        assert!(!is_of(&locked, &directory).unwrap_err().is_taken(), "it is gone");
+    }
 
     #[test]
     fn notes_are_read_as_they_are_written_and_nothing_else_is() {

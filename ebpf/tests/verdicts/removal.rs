@@ -1,5 +1,6 @@
 //! Verdicts that nobody wants any more, while the process goes on that attached them.
 
+use std::num::NonZeroU64;
 use std::path::Path;
 
 use ebpf::verdicts::{Tally, Verdicts};
@@ -8,7 +9,7 @@ use crate::lab::{CGROUPS, LEASE, Mesh, WAIT, accept, capture, passes, service};
 
 /// Whether it can be removed, while other tests' pods are captured.
 fn is_removed(verdicts: &Verdicts) -> bool {
-    let mut attempts = (0..200).map(|_| {
+    let mut attempts = (0..2000).map(|_| {
         std::thread::sleep(WAIT / 200);
         verdicts.remove().unwrap()
     });
@@ -72,6 +73,7 @@ fn a_successor_keeps_what_it_took_over() {
             next.join().unwrap()
         });
         assert!(next.renew(LEASE).unwrap() && !old.renew(LEASE).unwrap());
+        assert!(old.allow(&mesh.client, &mesh.server, mesh.pair(false), NonZeroU64::MIN, 1).is_err());
         assert!(!old.remove().unwrap(), "it is the successor's");
         assert!(mesh.pins.verdicts().join("control").exists());
         assert!(is_removed(&next));
