@@ -304,6 +304,7 @@ fn a_value_that_is_not_known_is_refused() {
         "node.capture=ebpf,node.bpfDir=",
         "node.kernelVerdicts=true",
         "node.kernelVerdicts=true,node.capture=nftables",
+        "node.kernelVerdicts=true,node.enabled=false",
     ] {
         let output = template(&helm, &["--set", wrong]);
         assert!(!output.status.success(), "{wrong} was taken");
