@@ -137,7 +137,9 @@ impl Ports {
 /// answer is no object. What fails of its calls is said where they are made.
 fn filter(asked: &str) -> String {
     let is_asked_for = ["kube_client", "debug", "trace"].iter().any(|word| asked.contains(word));
-    if is_asked_for { asked.to_owned() } else { format!("{asked},kube_client::client=error") }
+    // What is off stays so.
+    let is_off = asked.split(',').any(|part| part.trim().eq_ignore_ascii_case("off"));
+    if is_asked_for || is_off { asked.to_owned() } else { format!("{asked},kube_client::client=error") }
 }
 
 async fn serve(flags: &Flags, settings: &process::settings::Settings, logs: &Logs) -> anyhow::Result<()> {

@@ -288,9 +288,9 @@ async fn connects(address: SocketAddr, version: &str) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tls_1_2_is_refused_where_proxies_and_where_the_api_server_connect() {
+async fn tls_1_2_is_refused_where_proxies_connect_and_by_what_admission_is_configured_with() {
     let cluster = Cluster::start().await;
-    // The port of admission has the same keys and versions, and speaks HTTP/1.1.
+    // What the port of admission is served with; the port itself is not asked here.
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let admission = listener.local_addr().unwrap();
     let acceptor = tokio_rustls::TlsAcceptor::from(cluster.ca.server_config(&[b"http/1.1"]).unwrap());
