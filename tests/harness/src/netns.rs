@@ -485,11 +485,14 @@ fn explain(command: &Command, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", command.get_program().display()))
 }
 
-/// Deletes a namespace, and what capture by eBPF pinned for it: that outlives a killed process, as it should.
+/// Deletes a namespace, and what eBPF pinned for it, as a pod's and as a node's: that outlives a killed process, as it should.
 fn delete(namespace: &str) {
     // First, while nobody else can get its number.
     if let Ok(file) = fs::metadata(Path::new(RUN_NETNS).join(namespace)) {
-        let _ = fs::remove_dir_all(Path::new(PINS).join(file.ino().to_string()));
+        let number = file.ino();
+        for pinned in [number.to_string(), format!("verdicts-{number}")] {
+            let _ = fs::remove_dir_all(Path::new(PINS).join(pinned));
+        }
     }
     // Nothing can be done about a failure, and a later lab tries again.
     let _ = Command::new("ip").args(["netns", "delete", namespace]).stderr(Stdio::null()).status();
