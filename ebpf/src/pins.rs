@@ -123,11 +123,23 @@ impl Pins {
     /// Removes what belongs to namespaces that are gone, whose numbers are given again; says of how many. `None` while somebody
     /// installs: there is a next time.
     pub fn sweep(&self) -> Option<usize> {
+        self.sweep_but(None)
+    }
+
+    /// The same for whoever has attached the node's verdicts: these stay, also while no pod makes use of them.
+    pub fn sweep_others(&self) -> Option<usize> {
+        self.sweep_but(Some(&self.verdicts()))
+    }
+
+    fn sweep_but(&self, kept: Option<&Path>) -> Option<usize> {
         let root = File::open(&self.root).ok()?;
         let _alone = Flock::lock(root, FlockArg::LockExclusiveNonblock).ok()?;
         let entries = fs::read_dir(&self.root).ok()?;
         let mut removed = 0;
         for directory in entries.flatten().map(|entry| entry.path()) {
+            if kept == Some(&directory) {
+                continue;
+            }
             let over = if is_verdicts(&directory) {
                 !is_shared(&self.root, &directory) && crate::verdicts::is_over(&directory)
             } else {

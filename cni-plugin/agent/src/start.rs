@@ -334,7 +334,11 @@ fn verdicts(flags: &Flags, capture: &dyn Capture) {
                 Err(error) => tracing::warn!(%error, "what is left of verdicts stays, without a lease"),
             }
         }
-        Err(error) => tracing::error!(%error, "nodeLocal: kernel is direct on this node"),
+        // What an earlier agent prepared stays, and a ztunnel may write verdicts for it.
+        Err(error) => tracing::error!(
+            %error,
+            "nodeLocal: kernel is not kept up to date on this node: pods that come are direct; it is tried again each minute"
+        ),
     }
 }
 

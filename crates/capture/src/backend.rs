@@ -143,7 +143,7 @@ pub trait Capture: Send + Sync + fmt::Debug {
     /// that; the thread has to be in the node's network namespace.
     ///
     /// # Errors
-    /// The kernel refuses. Pods are captured as ever.
+    /// The kernel refuses. Pods are captured as ever, and [`Capture::sweep`] tries again.
     fn prepare_verdicts(&self) -> Result<bool, Error> {
         Ok(false)
     }

@@ -20,7 +20,7 @@ mod routes;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use ebpf::layout;
 use ebpf::{Contents, Pins, Pod};
@@ -34,7 +34,7 @@ use crate::probe::privileges;
 use crate::routing::{self, Ipv6};
 use crate::rules::{Include, PortRange, Rules};
 use crate::tool::Tools;
-use ends::Ends;
+use ends::{Ends, Wanted};
 use network::Network;
 
 /// What has to be on, and is put back when the pod leaves: sockets take the mark of the packet that makes them; answers without
@@ -49,6 +49,8 @@ pub struct Programs {
     version: String,
     /// Where another process writes verdicts.
     ends: OnceLock<Ends>,
+    /// What `ends` is to be, while it could not be made.
+    wanted: Mutex<Option<Wanted>>,
 }
 
 impl Programs {
@@ -73,7 +75,8 @@ impl Programs {
 
     fn with(pins: Pins) -> Result<Self, Missing> {
         let build = u64::from_be_bytes(ebpf::build());
-        let found = Self { pins, version: format!("programs {build:016x}"), ends: OnceLock::new() };
+        let version = format!("programs {build:016x}");
+        let found = Self { pins, version, ends: OnceLock::new(), wanted: Mutex::default() };
         let made = Netns::new_empty()
             .map_err(|source| Error::Enter { netns: "an empty namespace".to_owned(), source })
             .and_then(|netns| {
@@ -277,16 +280,26 @@ impl Capture for Programs {
     }
 
     fn sweep(&self) -> usize {
-        if let Some(ends) = self.ends.get() {
-            ends.sweep();
+        match self.ends.get() {
+            Some(ends) => ends.sweep(),
+            None => self.attach_wanted(),
         }
-        self.pins.sweep().unwrap_or(0)
+        let swept = if self.ends.get().is_some() { self.pins.sweep_others() } else { self.pins.sweep() };
+        swept.unwrap_or(0)
     }
 
     fn prepare_verdicts(&self) -> Result<bool, Error> {
         if self.ends.get().is_none() {
-            // Nobody else sets it.
-            let _ = self.ends.set(Ends::attach(&self.pins)?);
+            let failed = |error| Error::Enter {
+                netns: "the node's own namespace".to_owned(),
+                source: std::io::Error::other(error),
+            };
+            let node = Netns::current().map_err(failed)?;
+            let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+            *wanted = Some(Wanted::new(node.clone()));
+            // Only while `wanted` is held.
+            let _ = self.ends.set(Ends::attach(&self.pins, node)?);
+            *wanted = None;
         }
         Ok(true)
     }
@@ -301,6 +314,15 @@ impl Capture for Programs {
 }
 
 impl Programs {
+    /// Tries again what could not be prepared.
+    fn attach_wanted(&self) {
+        let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(ends) = wanted.as_mut().and_then(|wanted| wanted.sweep(&self.pins)) {
+            let _ = self.ends.set(ends);
+            *wanted = None;
+        }
+    }
+
     /// Looks whether the pod may be an end of connections that no proxy carries.
     fn follow(&self, netns: &Netns) {
         if let Some(ends) = self.ends.get() {

@@ -114,3 +114,31 @@ async fn pods_are_noted_while_they_qualify_and_the_next_agent_finds_them() {
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert_eq!(kept(&node), (0, 0));
 }
+
+#[test]
+fn what_could_not_be_prepared_is_tried_again_and_stays_while_nobody_uses_it() {
+    const WHAT: &str = "programs of verdicts that are refused at first";
+    if !root_or_skip(WHAT) {
+        return;
+    }
+    let node = Netns::new_empty().unwrap();
+    let directory = directory(&node);
+    let capture = match node.run(|| capture::probe(Backend::Ebpf, &Tools::default())).unwrap() {
+        Ok(capture) => capture,
+        Err(missing) => return skip_without_ebpf(WHAT, &missing),
+    };
+    let _clean_up = CleanUp { node: node.clone(), pods: Vec::new(), capture: capture.clone() };
+    // There is no directory where this leads.
+    std::os::unix::fs::symlink("/sys/fs/bpf/none/at/all", &directory).unwrap();
+    let prepared = node.run(|| capture.prepare_verdicts().is_ok());
+    std::fs::remove_file(&directory).unwrap();
+    assert!(!prepared.unwrap());
+    capture.sweep();
+    assert!(directory.exists(), "it is not tried again");
+
+    let long_ago = std::time::SystemTime::now() - Duration::from_secs(700);
+    std::fs::File::open(&directory).unwrap().set_modified(long_ago).unwrap();
+    capture.sweep();
+    let changed = std::fs::metadata(&directory).unwrap().modified().unwrap();
+    assert_eq!(changed, long_ago, "it was made anew");
+}

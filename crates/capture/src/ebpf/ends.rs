@@ -13,6 +13,44 @@ use crate::error::Error;
 /// Where the machine's cgroups are.
 const CGROUPS: &str = "/sys/fs/cgroup";
 
+/// How many sweeps there are from one attempt to attach the programs to the next.
+const SWEEPS: u32 = 12;
+
+/// Programs that are wanted and could not be attached.
+#[derive(Debug)]
+pub(super) struct Wanted {
+    netns: Netns,
+    /// Sweeps since they were.
+    sweeps: u32,
+}
+
+impl Wanted {
+    pub(super) fn new(netns: Netns) -> Self {
+        Self { netns, sweeps: 0 }
+    }
+
+    /// Tries again when it is time to.
+    pub(super) fn sweep(&mut self, pins: &Pins) -> Option<Ends> {
+        let is_due = self.sweeps.is_multiple_of(SWEEPS);
+        self.sweeps = self.sweeps.wrapping_add(1);
+        if !is_due {
+            return None;
+        }
+        match Ends::attach(pins, self.netns.clone()) {
+            Ok(ends) => {
+                tracing::info!(
+                    "the node's programs of verdicts are attached: nodeLocal: kernel is kept up to date"
+                );
+                Some(ends)
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the node's programs of verdicts can't be attached yet");
+                None
+            }
+        }
+    }
+}
+
 /// The node's programs for such connections, and what came of its pods.
 #[derive(Debug)]
 pub(super) struct Ends {
@@ -28,13 +66,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Ends {
-    /// Attaches the programs, for the node that this thread is in.
-    pub(super) fn attach(pins: &Pins) -> Result<Self, Error> {
-        let failed = |error| Error::Enter {
-            netns: "the node's own namespace".to_owned(),
-            source: std::io::Error::other(error),
-        };
-        let netns = Netns::current().map_err(failed)?;
+    /// Attaches the programs, for the node whose namespace this is.
+    pub(super) fn attach(pins: &Pins, netns: Netns) -> Result<Self, Error> {
         let node = Node::attach(pins, Path::new(CGROUPS), netns.clone())?;
         Ok(Self { pins: pins.clone(), netns, node: Mutex::new(node), pods: Mutex::default() })
     }
