@@ -195,6 +195,11 @@ pub fn build() -> [u8; 8] {
 /// It can't be removed.
 pub fn remove(pins: &Pins, netns: &Netns) -> Result<bool, Error> {
     let directory = pins.of(netns);
+    if !directory.exists() {
+        return Ok(false);
+    }
+    // What is half removed looks like what a namespace that is gone has left: nobody is to sweep it meanwhile.
+    let _held = pins.hold()?;
     // All programs at once let everything pass, where the maps are those that we know.
     if let Some(pod) = Pod::find(pins, netns).filter(Pod::fits) {
         let mut settings: HashMap<MapData, u32, Settings> = pod.map("settings")?;
