@@ -26,6 +26,7 @@ use crate::diagnostic::Code;
 use crate::fields::{Cursor, Field, Fields, Schema, enforced, nested, not_applicable, refused, silent};
 use crate::metadata::{METADATA, Metadata, is_label, is_subdomain};
 use crate::resource::{Kind, KindSpec, Resource};
+use crate::tree::Value;
 
 /// The name of the ConfigMap.
 pub const CONFIG_MAP: &str = "istio";
@@ -306,7 +307,7 @@ fn read(mut spec: Fields<'_, '_>, config: &mut MeshConfig) {
         // The rest of it configures Envoy. Of either of its spellings; upstream's parser takes both.
         cursor.entries(|name, cursor| match name {
             "meshId" | "mesh_id" => config.mesh_id = read_mesh_id(cursor).or(config.mesh_id.take()),
-            "tracing" => config.sampling = read_sampling(cursor),
+            "tracing" if cursor.node().value != Value::Null => config.sampling = read_sampling(cursor),
             _ => {}
         });
     }
@@ -350,13 +351,19 @@ fn read_trust_domain(mut cursor: Cursor<'_, '_>) -> Option<TrustDomain> {
     cursor.string()?.parse().ok()
 }
 
-/// The share of requests that is traced. Upstream takes 0 for what is not set.
+/// The share of requests that is traced. Upstream takes 0, and what is more than all, for what is not set.
 fn read_sampling(cursor: Cursor<'_, '_>) -> Option<Percent> {
     let mut sampling = None;
-    cursor.entries(|name, cursor| {
-        if name == "sampling" {
-            sampling = telemetry::percentage(cursor).filter(|share| share.millionths() > 0);
+    cursor.entries(|name, mut cursor| {
+        if name != "sampling" || cursor.node().value == Value::Null {
+            return;
         }
+        if telemetry::number(cursor.node()) > 100.0 {
+            let message = "is more than 100 percent, and counts as not set: 1 percent";
+            cursor.report(Code::WithoutEffect, message, "write a share from 0 to 100");
+            return;
+        }
+        sampling = telemetry::percentage(cursor).filter(|share| share.millionths() > 0);
     });
     sampling
 }

@@ -12,7 +12,7 @@ use crate::diagnostic::Code;
 use crate::fields::{Cursor, Fields, Schema, enforced, nested, not_applicable, refused, silent};
 use crate::metadata::{METADATA, Metadata};
 use crate::resource::{Kind, KindSpec, Resource};
-use crate::tree::Value;
+use crate::tree::{Node, Value};
 
 /// The kind.
 pub static KIND: KindSpec = KindSpec {
@@ -342,14 +342,20 @@ fn read_trace(mut fields: Fields<'_, '_>) -> Option<TraceDraft> {
     applies.then_some(TraceDraft { providers, sampling, report, propagate, tags })
 }
 
+/// A number, also one in quotes, as JSON has those of protobuf. What is none is not a number.
+pub(super) fn number(node: &Node<'_>) -> f64 {
+    #[expect(clippy::cast_precision_loss, reason = "what is out of range is refused")]
+    match &node.value {
+        Value::Int(number) => *number as f64,
+        Value::Float(number) => *number,
+        Value::String(text) => text.parse().unwrap_or(f64::NAN),
+        _ => f64::NAN,
+    }
+}
+
 /// A share of requests, from 0 to 100.
 pub(super) fn percentage(mut cursor: Cursor<'_, '_>) -> Option<Percent> {
-    #[expect(clippy::cast_precision_loss, reason = "what is out of range is refused")]
-    let value = match cursor.node().value {
-        Value::Int(number) => number as f64,
-        Value::Float(number) => number,
-        _ => f64::NAN,
-    };
+    let value = number(cursor.node());
     if !(0.0..=100.0).contains(&value) {
         cursor.invalid("is no percentage from 0 to 100", "");
         return None;

@@ -93,8 +93,15 @@ fn what_nobody_says_of_sampling_is_the_meshs() {
     world.telemetry("mesh", "istio-system", "{tracing: [{providers: [{name: otel}]}]}");
     let sampled = |world: &World| world.told("cart").tracing.as_ref().unwrap().sampling.millionths();
     assert_eq!(sampled(&world), 10_000, "upstream's default is one in a hundred");
-    for (says, share) in [("25", 250_000), ("0", 10_000)] {
-        let config = format!("{PROVIDERS}  defaultConfig: {{tracing: {{sampling: {says}}}}}\n");
+    for (says, share) in [
+        ("{sampling: 25}", 250_000),
+        ("{sampling: 0}", 10_000),
+        ("{sampling: '0.5'}", 5_000),
+        ("{sampling: null}", 10_000),
+        ("{sampling: 150}", 10_000),
+        ("null", 10_000),
+    ] {
+        let config = format!("{PROVIDERS}  defaultConfig: {{tracing: {says}}}\n");
         world.set("mesh", &config);
         assert_eq!(sampled(&world), share, "{config}");
     }
