@@ -249,10 +249,10 @@ fn is_generated(rest: &str) -> bool {
     match rest.split_once('-') {
         // A StatefulSet's, or a DaemonSet's or Job's.
         None => number(rest) || (rest.len() == 5 && random(rest)),
-        // A Deployment's, or a CronJob's, whose Jobs have the minute in their names.
+        // A Deployment's; an Indexed Job's, or a CronJob's, whose Jobs have the minute in their names.
         Some((first, last)) => {
-            let of_template = matches!(first.len(), 6..=10) && (random(first) || number(first));
-            of_template && last.len() == 5 && random(last)
+            let of_template = matches!(first.len(), 6..=10) && random(first);
+            (of_template || number(first)) && last.len() == 5 && random(last)
         }
     }
 }

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use config::diagnostic::Severity;
 use model::{
@@ -167,7 +167,16 @@ fn source(mesh: &Mesh, who: &str) -> Result<Source> {
         });
     }
     let named = workloads_named(mesh, who);
-    // One of them stands for all: they have the same account.
+    // One of them stands for all where they have the same account; in a rollout they may not.
+    let other = |first: &&Arc<Workload>| named.iter().find(|w| w.identity().ok() != first.identity().ok());
+    if let Some((first, other)) = named.first().and_then(|first| Some((first, other(first)?))) {
+        bail!(
+            "the pods of {who} do not all have the same service account: name one of them, {0}/{1} or {0}/{2} for example",
+            first.namespace,
+            first.name(),
+            other.name()
+        );
+    }
     let workload = named.iter().find(|w| !w.addresses.is_empty()).or(named.first()).with_context(|| {
         format!(
             "there is no workload {who}: name a pod, or what it is a pod of, as namespace/name, or give an address or a SPIFFE \
@@ -233,22 +242,38 @@ fn destination(mesh: &Mesh, wanted: &str, port: u16) -> Result<(String, Endpoint
     let service = mesh.services().filter(named).min_by(|a, b| a.key().cmp(&b.key()));
     let workloads = workloads_named(mesh, wanted);
     match (service, workloads.as_slice()) {
-        // Where both have the name, the port tells which is meant.
+        // Where a pod has the name, too, the port tells which is meant; a service and its Deployment mostly share theirs.
         (Some(service), []) => of_service(mesh, service, port),
-        (Some(service), _) if service.port(port).is_some() => of_service(mesh, service, port),
+        (Some(service), found) if service.port(port).is_some() || !is_pod(found, wanted) => {
+            of_service(mesh, service, port)
+        }
         (_, [workload]) => Ok(of_pod(workload, port)),
-        (_, [first, ..]) => Ok((
-            format!("workload {}/{}:{port}", first.namespace, first.workload_name()),
-            Endpoints::Known {
-                list: workloads.iter().map(|w| (Arc::clone(w), port)).collect(),
-                waypoint: first.waypoint.as_deref().cloned(),
-                service: None,
-            },
-        )),
+        (_, [first, ..]) => {
+            ensure!(
+                workloads.iter().all(|w| w.waypoint == first.waypoint),
+                "the pods of {wanted} do not all have the same waypoint: name one of them, {}/{} for example",
+                first.namespace,
+                first.name()
+            );
+            Ok((
+                format!("workload {}/{}:{port}", first.namespace, first.workload_name()),
+                Endpoints::Known {
+                    list: workloads.iter().map(|w| (Arc::clone(w), port)).collect(),
+                    waypoint: first.waypoint.as_deref().cloned(),
+                    service: None,
+                },
+            ))
+        }
         (None, []) => bail!(
             "there is no service or workload {wanted}: name it as namespace/name, or give a host name or an address"
         ),
     }
+}
+
+/// Whether what was found is the pod of this name itself.
+fn is_pod(found: &[&Arc<Workload>], wanted: &str) -> bool {
+    let name = wanted.split_once('/').map(|(_, name)| name);
+    matches!(found, [one] if Some(one.name()) == name)
 }
 
 fn of_service(mesh: &Mesh, service: &Service, port: u16) -> Result<(String, Endpoints)> {

@@ -268,6 +268,15 @@ fn what_if_takes_a_deployment_for_its_pods() {
     // A pod is itself.
     let (_, answers) = what_if(&files.dir(), "shop/batch", "shop/api-5dc6c6bd59-xfhmd", "8080", &[]);
     assert_eq!(answers[0]["endpoints"].as_array().unwrap().len(), 1);
+
+    // A service of that name is meant first.
+    let service = "---\napiVersion: v1\nkind: Service\nmetadata: {name: api, namespace: shop}\nspec: {clusterIP: \
+                   10.96.0.99, ports: [{port: 80}]}\n";
+    let files = Files::new(&[("mesh.yaml", &format!("{MESH}{}{service}", pod("v8fkf", 5)))]);
+    let asks = ["--source", "shop/batch", "--destination", "shop/api", "--port", "81"];
+    let output = culvert(&[&["what-if", &files.dir()], &asks[..]].concat());
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("has no port 81: it has 80"), "{output:?}");
 }
 
 #[test]

@@ -88,20 +88,23 @@ impl Helm {
         Ok(true)
     }
 
-    /// That the chart takes the values, before anything is changed.
+    /// That Helm would take the chart with these values, before anything is changed.
     ///
     /// # Errors
-    /// It does not; with Helm's words.
+    /// It would not; with Helm's words.
     pub fn check(&self, release: &str, chart: &Path, more: &[String]) -> Result<()> {
         let mut arguments: Vec<String> =
             ["upgrade", "--install", "--dry-run=client", release].map(str::to_owned).into();
         arguments.push(chart.display().to_string());
         arguments.extend(more.iter().cloned());
         let output = self.run(&arguments)?;
-        self.checked("upgrade --dry-run", &output).map(drop).context(
-            "nothing was changed, since the chart can't be rendered with these values; `culvert install --write-chart DIR` \
-             writes it, with its values in values.yaml and README.md",
-        )
+        self.checked("upgrade --dry-run", &output).map(drop).with_context(|| {
+            format!(
+                "nothing was changed, since Helm refuses the release {release}; where it names a value, `culvert install \
+                 --write-chart DIR` writes the chart, with its values in values.yaml and README.md; where it names the \
+                 release, `helm history {release}` says more"
+            )
+        })
     }
 
     /// Installs or upgrades a release from a chart's directory; what Helm says of it.
