@@ -14,16 +14,7 @@ const LIMIT: usize = 8;
 
 /// Uids with their weights.
 fn candidates(world: &World) -> Option<BTreeMap<Str, u32>> {
-    let request = balance::Request {
-        service: &world.service,
-        set: &world.set,
-        client: &world.client,
-        port: world.port,
-        exclude: &[],
-        now: world.now,
-        random: 0,
-    };
-    let found = world.balancer.candidates(&request, LIMIT)?;
+    let found = world.balancer.candidates(&world.request(0), LIMIT)?;
     assert!(found.iter().all(|candidate| candidate.target_port == 8080));
     Some(found.into_iter().map(|candidate| (candidate.workload.uid.clone(), candidate.weight)).collect())
 }

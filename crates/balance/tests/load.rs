@@ -216,16 +216,7 @@ fn choices_from_many_threads_keep_the_count() {
     let open = || {
         (0..2000)
             .map(|random| {
-                let request = balance::Request {
-                    service: &world.service,
-                    set: &world.set,
-                    client: &world.client,
-                    port: world.port,
-                    exclude: &[],
-                    now: world.now,
-                    random,
-                };
-                let picked = world.balancer.pick(&request).unwrap();
+                let picked = world.balancer.pick(&world.request(random)).unwrap();
                 if random % 3 == 0 { None } else { Some(picked) }
             })
             .collect::<Vec<_>>()

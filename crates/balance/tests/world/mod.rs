@@ -108,15 +108,20 @@ impl World {
 
     pub fn pick(&mut self) -> Result<Picked, NoEndpoint> {
         self.random += 1;
-        self.balancer.pick(&Request {
+        self.balancer.pick(&self.request(self.random))
+    }
+
+    /// What is asked with this random number.
+    pub fn request(&self, random: u64) -> Request<'_> {
+        Request {
             service: &self.service,
             set: &self.set,
             client: &self.client,
             port: self.port,
             exclude: &self.exclude,
             now: self.now,
-            random: self.random,
-        })
+            random,
+        }
     }
 
     /// The uid of a choice, whose connection is closed at once.

@@ -385,16 +385,7 @@ async fn replaced(before: Case, after: Case) {
     let ztunnel = FakeZtunnel::start(&server.netns);
     let (rules, capture) = (Rules::default(), after.capture());
     before.capture().install(&server.netns, &rules).unwrap();
-    let both = async || {
-        let mut inbound = dial(&client.netns, before.addr(server, 8080)).await.unwrap();
-        greeting(&mut inbound).await;
-        assert!(ztunnel.took().await.inbound);
-        let mut outbound = dial(&server.netns, before.addr(client, 9090)).await.unwrap();
-        greeting(&mut outbound).await;
-        assert!(!ztunnel.took().await.inbound);
-        (inbound, outbound)
-    };
-    let (mut inbound, mut outbound) = both().await;
+    let (mut inbound, mut outbound) = ztunnel.both_ways(before, server, client).await;
 
     // The application's own connection has this port; ztunnel's beyond it has another.
     let own = format!("tcp port {}", outbound.local_addr().unwrap().port());
@@ -413,5 +404,5 @@ async fn replaced(before: Case, after: Case) {
     assert_eq!(seen.await, 0, "{before:?} {after:?}");
 
     assert!(capture.verify(&server.netns, &rules).unwrap().is_none());
-    both().await;
+    ztunnel.both_ways(before, server, client).await;
 }

@@ -82,12 +82,7 @@ fn captured_connections_go_on_while_their_pod_leaves() {
         start_app(&client.netns, 9090);
         let ztunnel = FakeZtunnel::start(&server.netns);
         capture.install(&server.netns, &Rules::default()).unwrap();
-        let mut inbound = dial(&client.netns, case.addr(server, 8080)).await.unwrap();
-        greeting(&mut inbound).await;
-        assert!(ztunnel.took().await.inbound);
-        let mut outbound = dial(&server.netns, case.addr(client, 9090)).await.unwrap();
-        greeting(&mut outbound).await;
-        assert!(!ztunnel.took().await.inbound);
+        let (mut inbound, mut outbound) = ztunnel.both_ways(case, server, client).await;
 
         let leaving = Rules { leaving: true, ..Rules::default() };
         assert!(capture.install(&server.netns, &leaving).unwrap().changed);

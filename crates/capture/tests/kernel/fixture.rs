@@ -193,6 +193,17 @@ impl FakeZtunnel {
         taken[0]
     }
 
+    /// A connection to `server`, which it serves, at 8080, and one from there to `client` at 9090: both taken by it, and greeted.
+    pub async fn both_ways(&self, case: Case, server: &Host, client: &Host) -> (TcpStream, TcpStream) {
+        let mut inbound = dial(&client.netns, case.addr(server, 8080)).await.unwrap();
+        greeting(&mut inbound).await;
+        assert!(self.took().await.inbound);
+        let mut outbound = dial(&server.netns, case.addr(client, 9090)).await.unwrap();
+        greeting(&mut outbound).await;
+        assert!(!self.took().await.inbound);
+        (inbound, outbound)
+    }
+
     /// What it took since the last call.
     pub fn taken(&self) -> Vec<Taken> {
         std::mem::take(&mut self.taken.lock().unwrap())
