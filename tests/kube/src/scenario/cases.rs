@@ -1,8 +1,8 @@
 //! The list.
 
 use super::{
-    Scenario, Way, commands, conformance, dual_stack, ebpf, enrolment, faults, plugin, policy, release,
-    smoke, upgrade, waypoint, workloads,
+    Scenario, Way, commands, conformance, dual_stack, ebpf, enrolment, faults, node_local, plugin, policy,
+    release, smoke, upgrade, waypoint, workloads,
 };
 
 type Run = fn(&super::Stage) -> anyhow::Result<()>;
@@ -90,6 +90,11 @@ pub const ALL: &[Scenario] = &[
     ),
     alone("root", "the root is exchanged under load, until the old one is gone", upgrade::root),
     alone("ebpf", "captured by eBPF: in and out, under load, with agent and ztunnel killed", ebpf::run),
+    alone(
+        "node-local",
+        "within a node past ztunnel (nodeLocal: kernel): denied, with agent and ztunnel killed and replaced",
+        node_local::run,
+    ),
     alone(
         "revision",
         "a second revision's control plane gets the proxies under load, and gives them back",

@@ -208,7 +208,7 @@ fn left(stage: &Stage) -> Result<()> {
 }
 
 /// Waits until programs of so many pods are kept on a node.
-fn kept(stage: &Stage, node: &Node, pods: usize) -> Result<()> {
+pub fn kept(stage: &Stage, node: &Node, pods: usize) -> Result<()> {
     // A pod is let go of once nothing of ztunnel's connections is left in it: a minute of TIME_WAIT, too.
     wait_for(&format!("programs of {pods} pods on {}", node.name), PATIENCE * 2, || {
         let listed = format!("ls {PINS} 2>/dev/null | wc -l");

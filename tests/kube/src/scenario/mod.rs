@@ -11,6 +11,7 @@ mod dual_stack;
 mod ebpf;
 mod enrolment;
 mod faults;
+mod node_local;
 mod plugin;
 mod policy;
 mod release;
