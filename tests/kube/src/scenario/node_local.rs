@@ -19,8 +19,6 @@ use crate::report::{Clock, wait_for};
 
 /// The longest that verdicts outlive their ztunnel, and some.
 const LEASE: Duration = Duration::from_secs(5);
-/// What is reset is so by then; a message that nobody answers is given up after ten seconds.
-const RESET: Duration = Duration::from_secs(8);
 /// Long connections of a pod.
 const HELD: u64 = 10;
 /// Short ones that a pod makes in a second.
@@ -259,9 +257,10 @@ fn denied(stage: &Stage) -> Result<()> {
     Ok(())
 }
 
-/// Waits until all long connections of a pod were ended, since it had lost so many: reset, not left alone.
+/// Waits until all long connections of a pod were ended, since it had lost so many: reset, not left alone, which they give up after
+/// ten seconds.
 fn over(stage: &Stage, pod: &str, before: u64) -> Result<()> {
-    let after = wait_for(&format!("the end of {pod}'s connections"), RESET, || {
+    let after = wait_for(&format!("the end of {pod}'s connections"), PATIENCE, || {
         let jobs = stage.jobs(pod)?;
         let ended = lost(&jobs) - before;
         Ok(if ended >= HELD { Ok(jobs) } else { Err(format!("{ended} of {HELD} ended")) })
