@@ -77,9 +77,11 @@ struct {
 	__uint(pinning, PIN_BY_NAME);
 } refused SEC(".maps");
 
-/* Connections that ztunnel makes to the pod, from the device that sees them to the choice of a socket. */
+/* Connections that ztunnel makes to the pod, from the device that sees them to the choice of a socket. Each processor has its own
+ * list of the least recently used: however few entries there are, none takes another's place that is on its way. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(map_flags, BPF_F_NO_COMMON_LRU);
 	__uint(max_entries, DELIVERED_LIMIT);
 	__type(key, struct Connection);
 	__type(value, __u32);

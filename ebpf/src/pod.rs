@@ -12,13 +12,14 @@ use aya::Ebpf;
 use aya::maps::lpm_trie::Key;
 use aya::maps::{HashMap, LpmTrie, Map, MapData, MapInfo, MapType, PerCpuArray};
 use aya::programs::{SchedClassifier, SkLookup};
+use aya::util::nr_cpus;
 use ipnet::IpNet;
 use net::Netns;
 
 use crate::layout::{
-    Address, CAPTURING, COUNTERS, Connection, Control, DELIVERED_LIMIT, ENTRIES_LIMIT, INTERFACE_EXCLUDED,
-    Interface, LISTENERS, Neighbours, ONLY_OUTBOUND_RANGES, PORT_WORDS, PairKey, PortSets, RANGE_EXCLUDED,
-    RANGE_INCLUDED, RANGE_V6, RANGES_LIMIT, Range, Settings, VerdictEntry,
+    Address, CAPTURING, COUNTERS, Connection, Control, DELIVERED_EACH, DELIVERED_LEAST, DELIVERED_LIMIT,
+    ENTRIES_LIMIT, INTERFACE_EXCLUDED, Interface, LISTENERS, Neighbours, ONLY_OUTBOUND_RANGES, PORT_WORDS,
+    PairKey, PortSets, RANGE_EXCLUDED, RANGE_INCLUDED, RANGE_V6, RANGES_LIMIT, Range, Settings, VerdictEntry,
 };
 use crate::pins::{is_note, is_over};
 use crate::sys::{self, AttachType};
@@ -34,17 +35,18 @@ const NOT_ATTACHED: [u8; 8] = [0; 8];
 /// Before the number of a generation of maps. The first has no directory of its own.
 const GENERATION: &str = "maps-";
 /// The maps as the programs declare them.
-const MAPS: [Shape; 6] = [
+const MAPS: [Shape; 5] = [
     Shape("settings", MapType::Hash, 4, size_of::<Settings>(), 1),
     Shape("ports", MapType::Hash, 4, size_of::<PortSets>(), 2),
     Shape("ranges", MapType::LpmTrie, 4 + size_of::<Range>(), 4, RANGES_LIMIT),
-    Shape("delivered", MapType::LruHash, size_of::<Connection>(), 4, DELIVERED_LIMIT),
     Shape("listeners", MapType::SockMap, 4, 4, LISTENERS),
     Shape("counters", MapType::PerCpuArray, 4, 8, COUNTERS),
 ];
-/// Those that have room for what is in them, and no more: the kernel keeps 16 bytes for each entry that there may be, and most
-/// pods have a device, an address or two, and no refused connection. Where one gets too small, a new generation takes its place.
-const LISTS: [Shape; 3] = [
+/// Those that have room for what is in them, and no more: the kernel keeps 16 bytes for each entry that there may be (110 of the
+/// first), and most pods have a device, an address or two, and no refused connection. Where one gets too small, a new generation takes
+/// its place.
+const LISTS: [Shape; 4] = [
+    Shape("delivered", MapType::LruHash, size_of::<Connection>(), 4, DELIVERED_LIMIT),
     Shape("interfaces", MapType::Hash, size_of::<Interface>(), 4, ENTRIES_LIMIT),
     Shape("own", MapType::Hash, size_of::<Address>(), 4, ENTRIES_LIMIT),
     Shape("refused", MapType::Hash, size_of::<Connection>(), 4, ENTRIES_LIMIT),
@@ -155,16 +157,25 @@ impl Contents {
     /// What [`LISTS`] must have room for, in their order.
     fn room(&self) -> [u32; LISTS.len()] {
         // Interfaces are in both halves, for a moment those of before and of now.
-        [2 * self.interfaces.len(), self.own.len(), self.refused.len()].map(|entries| {
-            let entries = u32::try_from(entries).unwrap_or(ENTRIES_LIMIT).min(ENTRIES_LIMIT);
-            entries.next_power_of_two().max(ENTRIES_LEAST)
-        })
+        let [interfaces, own, refused] =
+            [2 * self.interfaces.len(), self.own.len(), self.refused.len()].map(|entries| {
+                let entries = u32::try_from(entries).unwrap_or(ENTRIES_LIMIT).min(ENTRIES_LIMIT);
+                entries.next_power_of_two().max(ENTRIES_LEAST)
+            });
+        [in_delivery(), interfaces, own, refused]
     }
 
     /// The same, by which nothing is captured.
     fn at_rest(&self) -> Self {
         Self { settings: Settings { flags: 0, ..self.settings }, ..self.clone() }
     }
+}
+
+/// How many connections may be on their way to the application: the same number of each processor that this machine may have, as
+/// the kernel would make it.
+fn in_delivery() -> u32 {
+    let processors = nr_cpus().ok().and_then(|count| u32::try_from(count).ok()).unwrap_or(1).max(1);
+    processors * (DELIVERED_LIMIT / processors).clamp(DELIVERED_LEAST, DELIVERED_EACH)
 }
 
 impl PortSets {

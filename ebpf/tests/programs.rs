@@ -481,6 +481,15 @@ fn what_ztunnel_delivers_is_known_once() {
         bench.run("arriving", 0, &tcp(client, pod, SYN, Extra::default()));
         assert_eq!(bench.choose(client, pod), SK_DROP);
     }
+    // However many never came to the choice of a socket, the last one is known.
+    for port in 10_000..10_000 + 2 * layout::DELIVERED_LIMIT {
+        let client = format!("198.51.100.1:{port}");
+        let syn = tcp(&client, "10.0.0.1:80", SYN, Extra::default());
+        assert_eq!(bench.run("inside", layout::MARK_ZTUNNEL, &syn).0, PASS);
+        if port % 100 == 0 {
+            assert_eq!(bench.choose(&client, "10.0.0.1:80"), SK_PASS);
+        }
+    }
 }
 
 #[test]
