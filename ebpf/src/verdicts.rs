@@ -21,6 +21,7 @@
 //!   take what another process attached ([`Verdicts::take`]) there is one at a time.
 
 mod device;
+mod ends;
 mod links;
 mod node;
 mod offers;
@@ -47,8 +48,8 @@ pub use node::Node;
 pub use offers::Offer;
 
 use crate::layout::{
-    Address, Asked, CONNECTIONS_LIMIT, Control, Dialled, MARK_DIRECT, MARK_GRANTED, MARK_REPLY, MARK_ZTUNNEL,
-    Neighbours, OFFER_ENDPOINTS, OfferEntry, PairKey, Record, SIDE_SOURCE, TALLIES, VerdictEntry,
+    Address, Asked, Control, Dialled, MARK_DIRECT, MARK_GRANTED, MARK_REPLY, MARK_ZTUNNEL, Neighbours,
+    OFFER_ENDPOINTS, OfferEntry, PairKey, Record, SIDE_SOURCE, TALLIES, VerdictEntry,
 };
 use crate::pins::is_at_rest;
 use crate::{Error, Pins};
@@ -202,6 +203,8 @@ pub struct Verdicts {
     written: Mutex<Written>,
     offers: Mutex<HashMap<MapData, Dialled, OfferEntry>>,
     connections: Mutex<HashMap<MapData, u64, Record>>,
+    /// How many of them live.
+    open: Mutex<Array<MapData, u64>>,
     ended: Mutex<Queue<MapData, Record>>,
     tallies: PerCpuArray<MapData, u64>,
 }
@@ -247,6 +250,7 @@ impl Verdicts {
             }),
             offers: Mutex::new(map(&directory, "offers")?),
             connections: Mutex::new(map(&directory, "connections")?),
+            open: Mutex::new(map(&directory, "open")?),
             ended: Mutex::new(map(&directory, "ended")?),
             tallies: map(&directory, "tallies")?,
             pins: pins.clone(),
@@ -457,53 +461,6 @@ impl Verdicts {
         Err(Error::io("write", map)(std::io::Error::other(
             "another process has taken over the node's verdicts",
         )))
-    }
-
-    /// The ends of connections that are noted. Takes a while where there are many.
-    ///
-    /// # Errors
-    /// They can't be read.
-    pub fn connections(&self) -> Result<Listing, Error> {
-        let mut connections = held(&self.connections);
-        let mut listing = Listing::default();
-        // When one ends that was read last, the kernel begins again: none is twice in the list, and it has an end.
-        let all = connections.iter().take(2 * CONNECTIONS_LIMIT as usize).flatten();
-        let all: BTreeMap<u64, Record> = all.collect();
-        for (socket, record) in all {
-            if record.closed == 0 {
-                listing.open.push(Carried::from(record));
-            } else if removed(connections.remove(&socket), "connections")? {
-                listing.closed.push(Carried::from(record));
-            }
-        }
-        if !listing.closed.is_empty() {
-            self.count_open(listing.open.len())?;
-        }
-        Ok(listing)
-    }
-
-    /// Puts the number right by which further connections are declined: what was listed as closed was still counted. Connections
-    /// that begin or end meanwhile make it wrong by as many, until it is put right again.
-    fn count_open(&self, count: usize) -> Result<(), Error> {
-        let mut open: Array<MapData, u64> = map(&self.directory, "open")?;
-        open.set(0, count as u64, 0).map_err(Error::map("write", "open"))
-    }
-
-    /// Ends of connections that are over, at most `limit`; each is given out once.
-    ///
-    /// # Errors
-    /// They can't be read.
-    pub fn closed(&self, limit: usize) -> Result<Vec<Carried>, Error> {
-        let mut ended = held(&self.ended);
-        let mut closed = Vec::new();
-        while closed.len() < limit {
-            match ended.pop(0) {
-                Ok(record) => closed.push(Carried::from(record)),
-                Err(error) if is_absent(&error) => break,
-                Err(error) => return Err(Error::map("read", "ended")(error)),
-            }
-        }
-        Ok(closed)
     }
 
     /// What the programs counted.

@@ -232,8 +232,12 @@ fn no_end_is_lost() {
     mesh.open(false);
     let listener = mesh.listen(false);
     let many = layout::ENDED_LIMIT as usize / 2 + 100;
-    for _ in 0..many {
-        let client = mesh.connect(service(false)).unwrap();
+    for number in 0..many {
+        let client = mesh.connect(service(false)).unwrap_or_else(|error| {
+            let counters = ["client", "server"]
+                .map(|name| Pod::find(&mesh.pins, &mesh.lab.pod(name).netns).unwrap().counters().unwrap());
+            panic!("{number}: {error}: {:?}, {counters:?}", mesh.verdicts.tallies().unwrap())
+        });
         let (mut server, _) = accept(&listener).unwrap();
         drop(client);
         assert_eq!(server.read(&mut [0]).unwrap(), 0);
