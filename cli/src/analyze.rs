@@ -64,6 +64,9 @@ enum Form {
 /// Runs the command.
 pub fn run(args: &AnalyzeArgs) -> Result<ExitCode> {
     let files = args.sources.read()?;
+    if let Some(namespace) = &args.namespace {
+        files.has_namespace(namespace)?;
+    }
     let compiled = files.compile()?;
     let elsewhere = |d: &Diagnostic| match (&args.namespace, &d.resource) {
         (Some(wanted), Some(resource)) => {

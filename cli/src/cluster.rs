@@ -147,6 +147,21 @@ impl Cluster {
         self.find(path)?.with_context(|| format!("the API server at {} has no {path}", self.url))
     }
 
+    /// Sees whether there is a namespace, as far as the user may know: who may not read namespaces is not held up.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn has_namespace(&self, name: &str) -> Result<()> {
+        let could_be = name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+        let found = if could_be { self.find(&format!("/api/v1/namespaces/{name}")) } else { Ok(None) };
+        if matches!(found, Ok(None)) {
+            bail!(
+                "there is no namespace {name} in the cluster; `kubectl get namespaces` lists those there are"
+            );
+        }
+        Ok(())
+    }
+
     /// All items of a list, page by page; none where the server has no such kind.
     ///
     /// # Errors

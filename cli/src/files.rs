@@ -24,6 +24,8 @@ use crate::yaml;
 /// As [`config::directory::Options`] has them.
 const MOST_FILES: usize = 10_000;
 const MOST_BYTES: u64 = 64 << 20;
+/// Namespaces that are named where one is not there.
+const MOST_NAMES: usize = 20;
 
 /// What is read.
 #[derive(Args, Clone, Debug)]
@@ -128,6 +130,30 @@ impl Files {
         self.cluster.as_ref().map_or(0, Objects::count)
     }
 
+    /// Sees whether there is a namespace, or an object that is of it.
+    ///
+    /// # Errors
+    /// Neither: whoever asks what is wrong there would hear that nothing is.
+    pub fn has_namespace(&self, wanted: &str) -> Result<()> {
+        let Some(known) = self.namespaces().filter(|known| !known.contains(wanted)) else { return Ok(()) };
+        if known.is_empty() {
+            bail!("there is no namespace {wanted}: no object that is read is of any");
+        }
+        let names: Vec<&str> = known.iter().take(MOST_NAMES).map(String::as_str).collect();
+        let more = known.len() - names.len();
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        bail!("there is no namespace {wanted} in what is read: there are {}{more}", names.join(", "))
+    }
+
+    /// The namespaces that there are, or that objects are of; `None` where a file can't be read, which is said elsewhere.
+    fn namespaces(&self) -> Option<BTreeSet<String>> {
+        let mut found: BTreeSet<String> = self.cluster.iter().flat_map(Objects::namespaces).collect();
+        for bytes in self.files.values() {
+            found.extend(objects_of(bytes).ok()?.iter().filter_map(namespace_of));
+        }
+        Some(found)
+    }
+
     fn repository(&self) -> Repository {
         self.cluster.as_ref().map_or_else(|| Repository::new(Options::default()), Objects::repository)
     }
@@ -181,11 +207,7 @@ impl Files {
     /// The objects of the files, as the cluster's are called. What can't be read is none: it is said elsewhere.
     fn origins(&self, changed: Option<&Self>) -> BTreeSet<String> {
         let all = self.files.values().chain(changed.into_iter().flat_map(|c| c.files.values()));
-        let documents = all.flat_map(|bytes| yaml::read(&String::from_utf8_lossy(bytes)).unwrap_or_default());
-        let items = documents.flat_map(|mut document| match document.get_mut("items").map(Value::take) {
-            Some(Value::Array(items)) => items,
-            _ => vec![document],
-        });
+        let items = all.flat_map(|bytes| objects_of(bytes).unwrap_or_default());
         items
             .filter_map(|mut object| {
                 let kind = object.get("kind")?.as_str()?.to_owned();
@@ -208,6 +230,27 @@ impl Files {
             repository.stage(&name, content);
         }
     }
+}
+
+/// The objects of a file; those of a list each by itself.
+fn objects_of(bytes: &[u8]) -> Result<Vec<Value>> {
+    let documents = yaml::read(&String::from_utf8_lossy(bytes))?.into_iter();
+    let items = documents.flat_map(|mut document| match document.get_mut("items").map(Value::take) {
+        Some(Value::Array(items)) => items,
+        _ => vec![document],
+    });
+    Ok(items.collect())
+}
+
+/// The namespace that an object is of, or is.
+fn namespace_of(object: &Value) -> Option<String> {
+    let text = |pointer: &str| object.pointer(pointer)?.as_str().map(str::to_owned);
+    let kind = text("/kind")?;
+    if kind == "Namespace" {
+        return text("/metadata/name");
+    }
+    let is_of_none = KINDS.iter().any(|spec| spec.name == kind && !spec.namespaced);
+    text("/metadata/namespace").or_else(|| (!is_of_none).then(|| "default".to_owned()))
 }
 
 /// What files come to.

@@ -14,6 +14,9 @@ use crate::admin;
 use crate::cluster::{Cluster, ClusterArgs};
 use crate::table::{Output, Table, print};
 
+/// The value of labels of which nothing is known.
+const UNKNOWN: &str = "unknown";
+
 /// How workloads prove who they are
 #[derive(Args, Debug)]
 pub struct AuthnArgs {
@@ -57,6 +60,10 @@ struct Pair {
 pub fn run(args: &AuthnArgs) -> Result<ExitCode> {
     let What::TlsCheck(args) = &args.what;
     let cluster = Cluster::connect(&args.cluster)?;
+    // What the ztunnels know nothing of is called unknown.
+    if let Some(namespace) = args.namespace.as_deref().filter(|namespace| *namespace != UNKNOWN) {
+        cluster.has_namespace(namespace)?;
+    }
     let mut counts = BTreeMap::new();
     let (mut asked, mut silent) = (0, Vec::new());
     for pod in cluster.pods("ztunnel")? {
@@ -123,7 +130,7 @@ fn text(pairs: &[Pair], plaintext: usize, total: usize, asked: usize, silent: &[
 fn count(metrics: &str, counts: &mut BTreeMap<(String, String), [u64; 2]>) {
     for line in metrics.lines() {
         let Some((labels, value)) = sample(line, "istio_tcp_connections_opened_total") else { continue };
-        let label = |name: &str| labels.get(name).map_or("unknown", String::as_str);
+        let label = |name: &str| labels.get(name).map_or(UNKNOWN, String::as_str);
         if label("reporter") != "destination" {
             continue;
         }

@@ -317,6 +317,19 @@ fn looking_at_the_cluster(server: &Server) {
     let words = ["unknown-field", "did you mean principals?", "AuthorizationPolicy shop/typo"];
     server.expect(1, &words, &["analyze"]);
     server.expect(0, &[], &["analyze", "-n", "default"]);
+    server.expect(
+        2,
+        &["no namespace nosuch", "there are culvert-system, default"],
+        &["analyze", "-n", "nosuch"],
+    );
+    let check = ["authn", "tls-check", "-n"];
+    for nosuch in ["nosuch", "pods/log"] {
+        let said = format!("no namespace {nosuch} ");
+        server.expect(2, &[&said, "kubectl get namespaces"], &[&check[..], &[nosuch]].concat());
+    }
+    for there in ["shop", "unknown"] {
+        server.expect(2, &["no ztunnel"], &[&check[..], &[there]].concat());
+    }
     // The file takes the place of the cluster's object.
     let file = server.path("fixed.yaml");
     let fixed = json!({"rules": [{"from": [{"source": {"principals": ["cluster.local/ns/shop/sa/a"]}}]}]});

@@ -339,6 +339,30 @@ fn analyze_fails_from_the_threshold_on_and_says_where() {
 }
 
 #[test]
+fn analyze_of_a_namespace_that_is_not_there_is_an_error() {
+    let policy = "apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: here}
+spec: {rules: [{nosuch: 1}]}
+";
+    let files = Files::new(&[("mesh.yaml", MESH), ("policy.yaml", policy)]);
+    let of = |namespace: &str| {
+        let output = culvert(&["analyze", "-n", namespace, &files.dir()]);
+        (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
+    };
+    // A namespace is there by its objects, too.
+    assert_eq!((of("shop").0, of("outside").0, of("default").0), (0, 0, 1));
+    let (code, said) = of("shpo");
+    assert_eq!(code, 2, "{said}");
+    assert!(said.contains("no namespace shpo") && said.contains("default, outside, shop"), "{said}");
+    // What is not read may be of it.
+    let broken = Files::new(&[("mesh.yaml", MESH), ("broken.yaml", "a: [")]);
+    let output = culvert(&["analyze", "-n", "shpo", &broken.dir()]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8(output.stdout).unwrap().contains("broken.yaml"));
+}
+
+#[test]
 fn analyze_says_which_policies_are_for_nothing() {
     let policies = "apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy

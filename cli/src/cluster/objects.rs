@@ -134,6 +134,12 @@ impl Objects {
         self.all.len()
     }
 
+    /// The namespaces.
+    pub fn namespaces(&self) -> impl Iterator<Item = String> {
+        let all = self.all.iter().filter(|object| object.spec.name == "Namespace");
+        all.filter_map(|object| object.value.pointer("/metadata/name")?.as_str().map(str::to_owned))
+    }
+
     /// A repository for objects of a cluster.
     pub fn repository(&self) -> Repository {
         let mut options = Options { origin: Origin::Cluster, ..Options::default() };
