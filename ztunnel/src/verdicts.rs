@@ -92,6 +92,16 @@ enum Joined {
     Unfit(Netns, String, Instant),
 }
 
+/// Whether a pod may be an end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Fit {
+    Yes,
+    /// It is being found out.
+    Asked,
+    /// It may not, and is not asked for again for so long.
+    NotFor(Duration),
+}
+
 /// What the thread is asked.
 enum Ask {
     /// To prepare a pod.
@@ -212,9 +222,8 @@ impl Verdicts {
             }
             return;
         };
-        // All of them, so that all are prepared at once.
         let pods = offers.iter().flat_map(|offer| [&offer.ends.source, &offer.ends.destination]);
-        if pods.filter(|pod| !self.is_fit(&pod.netns)).count() > 0 {
+        if !self.are_fit(way, pods.map(|pod| &pod.netns)) {
             return;
         }
         let lead = |Offer { pair, weight, ends, outbound, inbound }| {
@@ -238,20 +247,42 @@ impl Verdicts {
         }
     }
 
+    /// Whether all of the pods may be ends of what the way leads to. While one may not, each connection is ztunnel's to lead, and
+    /// the way is not asked for.
+    fn are_fit<'a>(&self, way: Way, pods: impl Iterator<Item = &'a Netns>) -> bool {
+        // All of them, so that all are prepared at once.
+        let fits: Vec<Fit> = pods.map(|netns| self.is_fit(netns)).collect();
+        let pauses = fits.iter().filter_map(|fit| match fit {
+            Fit::NotFor(pause) => Some(*pause),
+            Fit::Yes | Fit::Asked => None,
+        });
+        if let Some(pause) = pauses.max()
+            && let Ok(mut table) = self.table.try_lock()
+        {
+            table.put_off(way, pause);
+        }
+        fits.iter().all(|fit| *fit == Fit::Yes)
+    }
+
     /// Whether a pod may be an end. Has it prepared where that is not known.
-    fn is_fit(&self, netns: &Netns) -> bool {
+    fn is_fit(&self, netns: &Netns) -> Fit {
         let mut pods = lock(&self.pods);
         match pods.get(&netns.id()) {
-            Some(Joined::Fit(..)) => return true,
-            Some(Joined::Asked) => return false,
-            Some(Joined::Unfit(.., since)) if since.elapsed() < UNFIT_FOR => return false,
-            _ => {}
+            Some(Joined::Fit(..)) => return Fit::Yes,
+            Some(Joined::Asked) => return Fit::Asked,
+            Some(Joined::Unfit(.., since)) => {
+                let pause = UNFIT_FOR.saturating_sub(since.elapsed());
+                if !pause.is_zero() {
+                    return Fit::NotFor(pause);
+                }
+            }
+            None => {}
         }
         // A queue that is full is a later connection's matter.
         if self.ask.try_send(Ask::Join(netns.clone())).is_ok() {
             pods.insert(netns.id(), Joined::Asked);
         }
-        false
+        Fit::Asked
     }
 
     /// Whether a pod may be the source of a pair.
@@ -356,5 +387,34 @@ impl Verdicts {
             "pods": counts.pods.0,
             "unfitPods": unfit.collect::<Vec<_>>(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_way_to_a_pod_that_does_not_qualify_is_not_asked_for_until_the_pod_is() {
+        let verdicts = Verdicts::new(None);
+        let netns = Netns::current().unwrap();
+        let way = Way { netns: netns.id(), dialled: "10.0.0.1:80".parse().unwrap() };
+        let ask = || verdicts.are_fit(way, [&netns, &netns].into_iter());
+        let wants = || lock(&verdicts.table).wants(&way);
+        let is = |joined| drop(lock(&verdicts.pods).insert(netns.id(), joined));
+        // Whoever is being prepared is so in a moment.
+        assert!(!ask() && wants());
+        assert!(matches!(lock(&verdicts.pods)[&netns.id()], Joined::Asked));
+        assert!(!ask() && wants());
+        is(Joined::Fit(netns.clone(), true));
+        assert!(ask() && wants());
+        is(Joined::Unfit(netns.clone(), "it has two devices".into(), Instant::now()));
+        assert!(!ask() && !wants());
+        let other = Way { dialled: "10.0.0.2:80".parse().unwrap(), ..way };
+        assert!(lock(&verdicts.table).wants(&other));
+        // After a while it may have changed.
+        let long_ago = Instant::now() - UNFIT_FOR;
+        is(Joined::Unfit(netns.clone(), "it has two devices".into(), long_ago));
+        assert_eq!(verdicts.is_fit(&netns), Fit::Asked);
     }
 }
