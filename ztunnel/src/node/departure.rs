@@ -173,7 +173,7 @@ impl Node {
         Ok(false)
     }
 
-    /// Removes the redirection from all pods: they are outside the mesh from then on.
+    /// Removes the redirection from all pods: they are outside the mesh from then on. Verdicts have been taken back by then.
     pub async fn clean_up(&self) {
         let slots: Vec<Slot> = self.pods().drain().map(|(_, slot)| slot).collect();
         for slot in slots {
@@ -182,6 +182,12 @@ impl Node {
         let left = std::mem::take(&mut *self.leaving());
         for leaving in left {
             self.release(leaving).await;
+        }
+        let redirection = self.redirection.clone();
+        match flatten(tokio::task::spawn_blocking(move || redirection.end_verdicts()).await) {
+            Ok(true) => tracing::info!("the programs of verdicts are taken away"),
+            Ok(false) => {}
+            Err(error) => tracing::error!(%error, "what is left of verdicts stays, without a lease"),
         }
     }
 }

@@ -181,6 +181,17 @@ impl Redirection {
         Ok(())
     }
 
+    /// Removes the node's programs of verdicts, with what is left of verdicts. Whether there was anything.
+    ///
+    /// # Errors
+    /// It stays, without a lease.
+    pub fn end_verdicts(&self) -> Result<bool, capture::Error> {
+        match self {
+            Self::Own { .. } => capture::remove_verdicts(),
+            Self::Agent => Ok(false),
+        }
+    }
+
     /// Removes what another back-end has left, if `entry` says that one has.
     ///
     /// # Errors

@@ -46,6 +46,8 @@ const BATCHES: usize = 16;
 const TURN: Duration = Duration::from_secs(1);
 /// Pods that are looked at again at a time.
 const AGAIN: usize = 8;
+/// How often at least it is looked for what an earlier process left, where no namespace wants verdicts.
+const LEFT_AGAIN: Duration = Duration::from_secs(30);
 /// How long an earlier process's pairs wait for both of their pods. Afterwards they are ended where there is one.
 const INHERITED_FOR: Duration = Duration::from_secs(120);
 
@@ -67,6 +69,7 @@ pub fn keep(proxy: &Arc<Proxy>, attached: impl Fn() + Send + 'static) -> io::Res
         inherited_at: Instant::now(),
         attach_at: Instant::now(),
         looked: false,
+        look: Pause::default(),
         again: Vec::new(),
         renewed: Cell::new(Instant::now()),
         judged: Cell::new(Instant::now()),
@@ -76,6 +79,26 @@ pub fn keep(proxy: &Arc<Proxy>, attached: impl Fn() + Send + 'static) -> io::Res
         runtime.block_on(keeper.run(asked, hold));
     })?;
     Ok(())
+}
+
+/// Until something is tried again that nobody waits for: each time longer.
+#[derive(Default)]
+struct Pause {
+    until: Option<Instant>,
+    length: Duration,
+}
+
+impl Pause {
+    fn is_over(&self) -> bool {
+        self.until.is_none_or(|until| until <= Instant::now())
+    }
+
+    /// Begins the next, and says how long it is.
+    fn again(&mut self) -> Duration {
+        self.length = (self.length * 2).clamp(RECHECK, LEFT_AGAIN);
+        self.until = Some(Instant::now() + self.length);
+        self.length
+    }
 }
 
 /// Nobody may pass.
@@ -100,6 +123,8 @@ struct Keeper {
     attach_at: Instant,
     /// Whether nothing is left of an earlier process that has not been taken over.
     looked: bool,
+    /// Until it is looked again where no namespace wants verdicts.
+    look: Pause,
     /// Pods that are yet to be looked at again.
     again: Vec<NetnsId>,
     renewed: Cell<Instant>,
@@ -210,15 +235,19 @@ impl Keeper {
         if table.len() != (0, 0) {
             return;
         }
-        match kernel.remove() {
-            Ok(true) => {
-                verdicts.set_kernel(None);
-                lock(&verdicts.pods).clear();
-                tracing::info!("no connections pass by verdicts any more: no namespace wants it");
-            }
+        let removed = kernel.remove();
+        if matches!(removed, Ok(false)) {
             // Somebody installs, or goes by it.
-            Ok(false) => {}
-            Err(error) => tracing::warn!(%error, "the programs of verdicts can't be taken away"),
+            return;
+        }
+        verdicts.set_kernel(None);
+        lock(&verdicts.pods).clear();
+        match removed {
+            Ok(_) => tracing::info!("no connections pass by verdicts any more: no namespace wants it"),
+            // There is no pair and no lease. Whoever wants verdicts attaches anew.
+            Err(error) => {
+                tracing::warn!(%error, "the programs of verdicts can't be taken away; what is left of them lets nothing by");
+            }
         }
     }
 
@@ -226,7 +255,7 @@ impl Keeper {
     /// namespace wants verdicts any more.
     fn is_left(&mut self, attach: &Attach) -> bool {
         // Before, namespaces that want them may be yet to come.
-        if self.looked || !self.proxy.state.is_complete() {
+        if self.looked || !self.look.is_over() || !self.proxy.state.is_complete() {
             return false;
         }
         self.looked = !(attach.is_left)();
@@ -271,12 +300,13 @@ impl Keeper {
                 self.renew();
                 (self.attached)();
             }
-            Err(Later { why, after, .. }) if !is_wanted => {
+            Err(Later { why, .. }) if !is_wanted => {
+                let again = self.look.again();
                 tracing::debug!(
                     why,
+                    ?again,
                     "what may be left of an earlier process's verdicts can't be taken over yet"
                 );
-                self.attach_at = Instant::now() + after;
             }
             Err(Later { why, after, is_turn }) => {
                 let mut trouble = lock(&verdicts.trouble);
@@ -408,14 +438,14 @@ impl Keeper {
     fn release(&self, kernel: &dyn Kernel) {
         let verdicts = self.verdicts();
         let used = lock(&verdicts.table).namespaces();
-        let mut pods = lock(&verdicts.pods);
-        let is_left = |(id, joined): &(&NetnsId, &Joined)| {
-            !matches!(joined, Joined::Asked) && !self.proxy.locals.serves_in(**id) && !used.contains(id)
+        let is_left = |id: &NetnsId, joined: &mut Joined| {
+            !matches!(joined, Joined::Asked) && !self.proxy.locals.serves_in(*id) && !used.contains(id)
         };
-        let left: Vec<_> = pods.iter().filter(is_left).map(|(id, _)| *id).collect();
-        for id in left {
+        let left: Vec<_> = lock(&verdicts.pods).extract_if(is_left).collect();
+        // Not under the lock, which connections take. Whoever asks for one of them meanwhile is heard after this.
+        for (_, joined) in left {
             // One that does not qualify any more may have done so, and has the program still.
-            if let Some(Joined::Fit(netns, _) | Joined::Unfit(netns, ..)) = pods.remove(&id) {
+            if let Joined::Fit(netns, _) | Joined::Unfit(netns, ..) = joined {
                 kernel.leave(&netns);
             }
         }
@@ -550,5 +580,19 @@ impl Keeper {
         if let Err(error) = kernel.stop() {
             tracing::warn!(%error, "the lease of verdicts ends by itself");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_nobody_waits_for_is_tried_less_and_less_often() {
+        let mut pause = Pause::default();
+        assert!(pause.is_over(), "the first time at once");
+        let seconds: Vec<u64> = (0..8).map(|_| pause.again().as_secs()).collect();
+        assert_eq!(seconds, [1, 2, 4, 8, 16, 30, 30, 30]);
+        assert!(!pause.is_over());
     }
 }

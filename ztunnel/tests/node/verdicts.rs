@@ -1,6 +1,8 @@
 //! Connections that pass by the kernel's verdict, with no proxy on their path: all that is seen of them, and their end.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
 use harness::netns::{Host, root_or_skip};
@@ -41,12 +43,41 @@ pub fn options() -> Options {
 
 /// Three pods on a node, STRICT.
 async fn mesh() -> Mesh {
+    mesh_with(&options()).await
+}
+
+async fn mesh_with(options: &Options) -> Mesh {
     let mut mesh = Mesh::build(&[("a", &["client", "other", "web"])]);
     mesh.put("mesh", &node_local("kernel"));
     mesh.put("mtls", &mtls("STRICT", None));
     mesh.put("web", &ServiceManifest::new("web", VIP, 80, PORT).to_string());
-    mesh.run("a", &options()).await;
+    mesh.run("a", options).await;
     mesh
+}
+
+/// Where the node's programs and maps are.
+fn directory(mesh: &Mesh) -> PathBuf {
+    ebpf::Pins::of_others(ebpf::bpf_file_system()).of_node(&mesh.node("a").netns).verdicts()
+}
+
+/// Waits until a connection passes after the pods were captured anew, which they are not all at once.
+async fn past_again(mesh: &Mesh, from: &Host, to: SocketAddr) {
+    eventually("a connection passes by a verdict again", async || {
+        let Ok(open) = talk(from, to).await else { return false };
+        told(mesh, "open", &open).await.iter().any(|c| c["carrier"] == "kernel")
+    })
+    .await;
+}
+
+/// Waits as long as it takes until pairs that nothing leads to are forgotten.
+async fn forgotten(mut check: impl AsyncFnMut() -> bool) {
+    for _ in 0..60 {
+        if check().await {
+            return;
+        }
+        sleep(Duration::from_secs(1)).await;
+    }
+    panic!("it is not so after a minute");
 }
 
 fn list<'a>(connections: &'a Value, of: &str) -> &'a Vec<Value> {
@@ -337,7 +368,7 @@ async fn what_a_ztunnel_left_is_ended_by_a_successor_that_wants_no_verdicts() {
     mesh.put("mesh", &node_local("direct"));
     mesh.run("a", &options()).await;
     timeout(CUT, open.end()).await.expect("it goes on").unwrap_err();
-    let directory = ebpf::Pins::of_others(ebpf::bpf_file_system()).of_node(&mesh.node("a").netns).verdicts();
+    let directory = directory(&mesh);
     eventually("nothing is left", async || !directory.exists()).await;
     // Also where nothing captures: the pair's addresses are free.
     assert_eq!(ask(&client, to).await.unwrap().client.ip(), client.ipv4);
@@ -388,27 +419,69 @@ async fn programs_that_nobody_wants_any_more_are_taken_away_once_nothing_passes(
     open.echo().await.unwrap();
     assert!(is_attached().await, "a connection passes by them");
     drop(open);
-    // The pair is forgotten after some looks that nothing leads to it.
-    let mut gone = false;
-    for _ in 0..60 {
-        gone = !is_attached().await;
-        if gone {
-            break;
-        }
-        sleep(Duration::from_secs(1)).await;
-    }
-    assert!(gone);
-    let directory = ebpf::Pins::of_others(ebpf::bpf_file_system()).of_node(&mesh.node("a").netns).verdicts();
+    forgotten(async || !is_attached().await).await;
+    let directory = directory(&mesh);
     assert!(!directory.exists(), "{}", directory.display());
     assert_eq!(ask(client, to).await.unwrap().client.ip(), client.ipv4);
     let mut carried = talk(client, to).await.unwrap();
     mesh.apply("mesh", &node_local("kernel")).await;
-    eventually("a connection passes by a verdict again", async || {
-        // Its pods are captured anew, and not all at once.
-        let Ok(open) = talk(client, to).await else { return false };
-        told(&mesh, "open", &open).await.iter().any(|c| c["carrier"] == "kernel")
-    })
-    .await;
+    past_again(&mesh, client, to).await;
     assert!(directory.exists());
     carried.echo().await.unwrap();
+}
+
+#[tokio::test]
+async fn what_could_not_be_taken_away_is_no_obstacle_to_what_comes() {
+    if !or_skip("an end of nodeLocal: kernel that fails") {
+        return;
+    }
+    let mesh = mesh().await;
+    let (client, web, a) = (mesh.pod("client"), mesh.pod("web"), mesh.ztunnel("a"));
+    let _server = serve(web, PORT);
+    let to = SocketAddr::new(web.ipv4.into(), PORT);
+    drop(past(&mesh, client, to).await);
+    // What something is mounted on can't be removed.
+    let mounted = Mounted::on(directory(&mesh).join("mounted"));
+    mesh.apply("mesh", &node_local("direct")).await;
+    forgotten(async || a.log().contains("programs of verdicts can't be taken away")).await;
+    assert_eq!(ask(client, to).await.unwrap().client.ip(), client.ipv4);
+    drop(mounted);
+    mesh.apply("mesh", &node_local("kernel")).await;
+    past_again(&mesh, client, to).await;
+}
+
+/// A file system that is mounted while this lives.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn on(path: PathBuf) -> Self {
+        std::fs::create_dir_all(&path).unwrap();
+        let mut mount = Command::new("mount");
+        assert!(mount.args(["-t", "tmpfs", "none"]).arg(&path).status().unwrap().success());
+        Self(path)
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+        let _ = std::fs::remove_dir(&self.0);
+    }
+}
+
+#[tokio::test]
+async fn a_ztunnel_that_cleans_up_leaves_no_programs() {
+    if !or_skip("the clean-up of nodeLocal: kernel") {
+        return;
+    }
+    let mut mesh = mesh_with(&options().argument("--cleanup")).await;
+    let (client, web) = (mesh.pod("client").clone(), mesh.pod("web").clone());
+    let _server = serve(&web, PORT);
+    let to = SocketAddr::new(web.ipv4.into(), PORT);
+    drop(past(&mesh, &client, to).await);
+    assert!(directory(&mesh).exists());
+    mesh.ztunnel_mut("a").signal(Signal::SIGTERM);
+    mesh.ztunnel_mut("a").ended().await;
+    assert!(!directory(&mesh).exists());
+    assert_eq!(ask(&client, to).await.unwrap().client.ip(), client.ipv4);
 }
