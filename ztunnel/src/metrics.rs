@@ -7,6 +7,7 @@ use process::metrics::{Description, Kind, Registry};
 
 use crate::node::Node;
 use crate::proxy::Proxy;
+use crate::proxy::threads::ThreadCounts;
 
 /// Registers all of them.
 pub fn register(registry: &Registry, proxy: &Arc<Proxy>, node: &Arc<Node>) {
@@ -39,6 +40,7 @@ pub fn register(registry: &Registry, proxy: &Arc<Proxy>, node: &Arc<Node>) {
         );
     });
     captured(registry, node);
+    threads(registry, proxy, &counter);
     verdicts(registry, proxy, (&gauge, &counter));
     let node = node.clone();
     registry.collect(
@@ -67,6 +69,37 @@ fn captured(registry: &Registry, node: &Arc<Node>) {
             out.integer(&labels, number);
         });
     });
+}
+
+/// What the threads of the data plane have to do.
+fn threads(registry: &Registry, proxy: &Arc<Proxy>, counter: Register<'_>) {
+    type Number = fn(ThreadCounts) -> usize;
+    let gauges: [(&str, &str, Number); 2] = [
+        ("culvert_thread_connections", "Connections that a thread of the data plane carries", |c| c.open),
+        (
+            "culvert_thread_waiting",
+            "What others have given a thread of the data plane, and it has not looked at",
+            |c| c.waiting,
+        ),
+    ];
+    for (name, help, number) in gauges {
+        let proxy = proxy.clone();
+        registry.collect(Description { name, help, kind: Kind::Gauge }, move |out| {
+            for (thread, counts) in proxy.threads.counts().enumerate() {
+                out.integer(&|labels| labels.pair("thread", &thread.to_string()), number(counts) as u64);
+            }
+        });
+    }
+    counter(
+        "culvert_accepts_kept",
+        "Connections that stayed where they were accepted, since too much waited for the thread that they were for",
+        Box::new(|p, _| p.threads.kept()),
+    );
+    counter(
+        "culvert_accepts_moved",
+        "Times that another thread went on to accept a pod's connections",
+        Box::new(|p, _| p.threads.moved()),
+    );
 }
 
 /// What passes by verdicts in the kernel.

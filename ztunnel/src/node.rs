@@ -29,7 +29,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use model::{SpiffeId, Str};
-use process::runtimes::Workers;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
@@ -53,8 +52,6 @@ pub struct Node {
     redirection: Redirection,
     dns: Arc<DnsProxy>,
     upstreams: Arc<Upstreams>,
-    /// Where connections are carried; this module itself runs on the control runtime.
-    workers: Arc<Workers>,
     pods: Mutex<HashMap<Str, Slot>>,
     /// Pods that left the mesh and still have our redirection.
     leaving: Mutex<Vec<Leaving>>,
@@ -70,14 +67,12 @@ impl Node {
         redirection: Redirection,
         dns: Arc<DnsProxy>,
         upstreams: Arc<Upstreams>,
-        workers: Arc<Workers>,
     ) -> Self {
         Self {
             proxy,
             redirection,
             dns,
             upstreams,
-            workers,
             pods: Mutex::default(),
             leaving: Mutex::default(),
             started: AtomicU64::new(0),

@@ -6,7 +6,7 @@
 //! * [`within`]: from a pod of this node to another, not encrypted, where the settings ask for it.
 //!
 //! Each is one file that reads from top to bottom. What they share is here: how a connection is entered in the
-//! registry, carried, cut, counted and logged.
+//! registry, carried, cut, counted and logged; and in [`threads`]: which thread it is on.
 
 pub mod deliver;
 pub mod dialer;
@@ -20,6 +20,7 @@ pub mod peers;
 pub mod plaintext;
 pub mod pod;
 pub mod resolve;
+pub mod threads;
 pub mod within;
 
 use std::borrow::Borrow;
@@ -40,7 +41,7 @@ use process::logs::{AccessLog, AccessRecord, Refusal};
 use process::metrics::tcp::TcpMetrics;
 use process::shutdown::Shutdown;
 use source::{State, Tls};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::time::Instant;
 
 use self::dialer::Tunnels;
@@ -60,9 +61,6 @@ pub const PLAINTEXT_PORT: u16 = 15006;
 pub const HBONE_PORT: u16 = resolve::HBONE_PORT;
 /// The port that DNS queries are redirected to.
 pub const DNS_PORT: u16 = 15053;
-
-/// As many connections that wait are still taken when a listener closes.
-const LAST_ACCEPTED: usize = 1024;
 
 /// How long a connection waits for what the control plane has not told yet.
 const KNOWN_WITHIN: Duration = Duration::from_secs(10);
@@ -104,6 +102,8 @@ pub struct Proxy {
     pub room: Arc<pod::Room>,
     /// Inbound TLS handshakes under way.
     pub handshakes: handshakes::Handshakes,
+    /// Which thread carries what.
+    pub threads: Arc<threads::Threads>,
     /// Counters of the accept loops.
     pub accepts: Arc<AcceptStats>,
     /// Verdicts in the kernel.
@@ -149,33 +149,6 @@ pub enum Carried {
 
 /// A connection that is carried, to its end.
 pub type Carrying = Pin<Box<dyn Future<Output = ()> + Send>>;
-
-/// What accepts connections of a pod and hands each to `handle` in a task of its own, until the process drains
-/// or the task is dropped. The listener goes first then: a successor, or a reset, takes over.
-pub async fn accept<F, Fut>(proxy: Arc<Proxy>, pod: Arc<LocalPod>, listener: TcpListener, handle: F)
-where
-    F: Fn(Arc<Proxy>, Arc<LocalPod>, TcpStream, SocketAddr) -> Fut,
-    Fut: Future<Output = ()> + Send + 'static,
-{
-    let mut accepting = net::AcceptLoop::new(listener, proxy.accepts.clone());
-    let shutdown = proxy.shutdown.clone();
-    let mut draining = std::pin::pin!(shutdown.draining());
-    loop {
-        let (stream, peer) = tokio::select! {
-            biased;
-            () = &mut draining => break,
-            accepted = accepting.next() => accepted,
-        };
-        let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-        tokio::spawn(handle(proxy.clone(), pod.clone(), stream, peer));
-    }
-    // Where a successor may listen beside us, what is new is his, and what waits here would be reset.
-    for _ in 0..(if pod.subject.claim.is_some() { LAST_ACCEPTED } else { 0 }) {
-        let Some((stream, peer)) = accepting.next().now_or_never() else { return };
-        let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-        tokio::spawn(handle(proxy.clone(), pod.clone(), stream, peer));
-    }
-}
 
 impl Proxy {
     /// Where a captured connection was meant to go.

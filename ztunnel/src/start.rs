@@ -28,6 +28,7 @@ use crate::proxy::dialer::Tunnels;
 use crate::proxy::handshakes::Handshakes;
 use crate::proxy::peers::Peers;
 use crate::proxy::pod::Room;
+use crate::proxy::threads::Threads;
 use crate::settings::{Flags, Limits};
 use crate::verdicts::{self, Verdicts};
 use crate::zds::{Here, Zds, ZdsStatus};
@@ -87,7 +88,7 @@ async fn serve(
     let verdicts = Verdicts::new(redirection.verdicts(flags.kernel_verdicts));
     let proxy = Arc::new(proxy(state, tls, telemetry, (limits, verdicts), logs, &shutdown, workers));
     let dns = dns(&proxy, &registry);
-    let node = Arc::new(Node::new(proxy.clone(), redirection, dns, upstreams(flags)?, workers.clone()));
+    let node = Arc::new(Node::new(proxy.clone(), redirection, dns, upstreams(flags)?));
 
     register_process(&registry);
     build_info(&registry, "ztunnel", env!("CARGO_PKG_VERSION"));
@@ -221,6 +222,7 @@ fn proxy(
         room: Arc::new(Room::new(limits.room)),
         handshakes: Handshakes::new(limits.handshakes),
         limits,
+        threads: Arc::new(Threads::new(workers)),
         accepts: Arc::default(),
         verdicts,
         shutdown: shutdown.clone(),

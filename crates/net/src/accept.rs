@@ -1,12 +1,17 @@
 //! Accepting connections for ever, also when descriptors or memory run out.
 
+use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
+use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::runtime::Handle;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
@@ -45,11 +50,72 @@ impl AcceptLoop {
         &self.listener
     }
 
+    /// Has the listener watched by `runtime`. What is called later need not be called there, but is woken by it.
+    ///
+    /// # Errors
+    /// It can't; the listener stays where it is.
+    pub fn move_to(&mut self, runtime: &Handle) -> io::Result<()> {
+        let same = self.listener.as_fd().try_clone_to_owned()?;
+        let _context = runtime.enter();
+        self.listener = TcpListener::from_std(same.into())?;
+        Ok(())
+    }
+
     /// The next connection and its peer, as `accept` reports it: IPv4-mapped when an IPv4 client meets a
     /// dual-stack listener. Cancelling loses no connection.
     pub async fn next(&mut self) -> (TcpStream, SocketAddr) {
+        self.accepted(|listener, cx| listener.poll_accept(cx)).await
+    }
+
+    /// The same for another runtime: the connection belongs to the one that `choose` gives, which is asked once for each
+    /// attempt.
+    pub async fn next_for<R: AsRef<Handle>>(
+        &mut self,
+        mut choose: impl FnMut() -> R,
+    ) -> (TcpStream, SocketAddr, R) {
+        self.accepted(|listener, cx| {
+            let chosen = choose();
+            let polled = {
+                let _context = chosen.as_ref().enter();
+                listener.poll_accept(cx)
+            };
+            polled.map_ok(|(stream, peer)| (stream, peer, chosen))
+        })
+        .await
+    }
+
+    /// A connection that waits, for the runtime that `choose` gives; also one that no runtime has heard of yet, which is no
+    /// excuse where the listener is about to be closed. Never waits itself.
+    pub fn take_waiting<R: AsRef<Handle>>(
+        &mut self,
+        choose: impl FnOnce() -> R,
+    ) -> Option<(TcpStream, SocketAddr, R)> {
         loop {
-            match self.listener.accept().await {
+            match SockRef::from(&self.listener).accept() {
+                Ok((socket, peer)) => {
+                    let (chosen, peer) = (choose(), peer.as_socket()?);
+                    let registered = socket.set_nonblocking(true).and_then(|()| {
+                        let _context = chosen.as_ref().enter();
+                        TcpStream::from_std(socket.into())
+                    });
+                    let counter = if registered.is_ok() { &self.stats.accepted } else { &self.stats.failed };
+                    counter.fetch_add(1, Ordering::Relaxed);
+                    return registered.ok().map(|stream| (stream, peer, chosen));
+                }
+                Err(error) if concerns_one_connection(&error) => {
+                    self.stats.aborted.fetch_add(1, Ordering::Relaxed);
+                }
+                Err(_) => return None,
+            }
+        }
+    }
+
+    async fn accepted<T>(
+        &mut self,
+        mut poll: impl FnMut(&TcpListener, &mut Context<'_>) -> Poll<io::Result<T>>,
+    ) -> T {
+        loop {
+            match poll_fn(|cx| poll(&self.listener, cx)).await {
                 Ok(accepted) => {
                     if !self.pause.is_zero() {
                         tracing::info!(listener = ?self.address(), "accepting connections again");

@@ -9,7 +9,7 @@
 //! * [`sock_diag`]: the connections of a namespace, and an end to them; [`netlink`] is what it asks with;
 //! * [`seqpacket`]: packets with descriptors between processes of one node;
 //! * [`sysctl`]: settings of a namespace, also from inside a container; [`mounts`]: file systems that are mounted nowhere;
-//! * [`limits`]: the limits of descriptors and memory.
+//! * [`limits`]: the limits of descriptors and memory; [`ThreadClock`]: what a thread uses of a processor.
 
 mod accept;
 mod code;
@@ -30,6 +30,7 @@ pub mod sock_diag;
 mod socket;
 mod stock;
 pub mod sysctl;
+mod thread_clock;
 mod udp;
 
 pub use accept::{AcceptLoop, AcceptStats};
@@ -48,4 +49,5 @@ pub use socket::{
     listen, reset, unacknowledged,
 };
 pub use stock::sockets_in_stock;
+pub use thread_clock::ThreadClock;
 pub use udp::{Datagram, DatagramOptions, ProxyUdpSocket};

@@ -74,7 +74,7 @@ thread_local! {
     static WORKER: Cell<usize> = const { Cell::new(0) };
 }
 
-/// The threads that carry traffic, each with a runtime of its own. A connection stays on the thread that accepted it,
+/// The threads that carry traffic, each with a runtime of its own. A connection stays on the thread that it begins on,
 /// with all its tasks: no wake-up and no lock crosses threads, and its packets leave from one processor in order
 /// (a task that moves between threads makes TCP see reordering, also on loopback, and send again).
 #[derive(Debug)]

@@ -1,16 +1,13 @@
 //! Enrolment: listeners, redirection, and the connections that lived before.
 
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use capture::{Include, InterfaceName, PortRange, ProbeSources, Rules};
 use model::Str;
-use net::{DatagramOptions, ListenOptions, Netns, ProxyUdpSocket};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::runtime::Handle;
-use tokio::task::AbortHandle;
+use net::{AcceptLoop, DatagramOptions, ListenOptions, Netns, ProxyUdpSocket};
+use tokio::net::TcpStream;
 use tokio::time::Instant;
 
 use super::redirection::{Begun, Verified};
@@ -18,7 +15,12 @@ use super::slot::{Enrolled, PodState, SETTLING_INTERVAL, VERIFY_INTERVAL};
 use super::{Enrolment, Node};
 use crate::dns;
 use crate::proxy::pod::LocalPod;
+use crate::proxy::threads::Shares;
+use crate::proxy::threads::accepting::{Accepting, Acceptor};
 use crate::proxy::{self, DNS_PORT, HBONE_PORT, OUTBOUND_PORT, PLAINTEXT_PORT, Proxy};
+
+/// As many connections that wait are still taken when a listener closes.
+const LAST_ACCEPTED: usize = 1024;
 
 /// Why a pod is not enrolled.
 #[derive(Debug, thiserror::Error)]
@@ -27,7 +29,7 @@ pub(super) enum EnrolError {
     Netns(#[from] net::netns::OpenError),
     #[error("{0}")]
     Socket(#[from] net::SocketError),
-    #[error("a listener for each thread: {0}")]
+    #[error("a listener for the threads of the data plane: {0}")]
     Listener(#[source] std::io::Error),
     #[error("redirection: {0}")]
     Capture(#[from] capture::Error),
@@ -112,10 +114,10 @@ impl Node {
         });
     }
 
-    /// The pod's listeners. Every thread of the data plane accepts from each of them.
+    /// The pod's listeners, whose first thread is the same.
     fn listen(
         &self,
-        tasks: &mut Vec<AbortHandle>,
+        tasks: &mut Vec<Accepting>,
         pod: &Arc<LocalPod>,
         enrolment: &Enrolment,
     ) -> Result<(), EnrolError> {
@@ -125,12 +127,13 @@ impl Node {
             // Few connections wait there: the newer listener gets all that is new.
             tracing::debug!(netns = %pod.netns, %error, "what waits for a listener that closes will be reset");
         }
-        self.accept(tasks, pod, OUTBOUND_PORT, proxy::outbound::handle)?;
-        self.accept(tasks, pod, PLAINTEXT_PORT, proxy::plaintext::handle)?;
-        self.accept(tasks, pod, HBONE_PORT, proxy::inbound::handle)?;
+        let first = self.proxy.threads.next_first();
+        tasks.push(self.accept(first, pod, OUTBOUND_PORT, proxy::outbound::handle)?);
+        tasks.push(self.accept(first, pod, PLAINTEXT_PORT, proxy::plaintext::handle)?);
+        tasks.push(self.accept(first, pod, HBONE_PORT, proxy::inbound::handle)?);
         if enrolment.dns_capture {
-            // One thread serves a pod's queries; which one differs from pod to pod.
-            let worker = self.worker(pod.netns.id().inode());
+            // One thread serves a pod's queries.
+            let worker = self.proxy.threads.runtime(first);
             let _context = worker.enter();
             let any = any(DNS_PORT);
             let listen = self.listen_options();
@@ -143,8 +146,8 @@ impl Node {
             let udp = ProxyUdpSocket::bind(&pod.netns, any, &options)?;
             let tcp = net::listen(&pod.netns, any, &listen)?;
             let client = self.dns_client(enrolment);
-            tasks.push(worker.spawn(self.dns.clone().serve_udp(udp, client.clone())).abort_handle());
-            tasks.push(worker.spawn(self.dns.clone().serve_tcp(tcp, client)).abort_handle());
+            tasks.push(worker.spawn(self.dns.clone().serve_udp(udp, client.clone())).abort_handle().into());
+            tasks.push(worker.spawn(self.dns.clone().serve_tcp(tcp, client)).abort_handle().into());
         }
         Ok(())
     }
@@ -183,41 +186,36 @@ impl Node {
         other.map_or(Ok(()), |slot| Err(EnrolError::Taken(name(&slot.enrolment))))
     }
 
-    /// One of the data plane's threads.
-    fn worker(&self, number: u64) -> Handle {
-        let handles = self.workers.handles();
-        let index = usize::try_from(number % handles.len().max(1) as u64).unwrap_or(0);
-        handles.get(index).cloned().unwrap_or_else(Handle::current)
-    }
-
     fn accept<F, Fut>(
         &self,
-        tasks: &mut Vec<AbortHandle>,
+        first: usize,
         pod: &Arc<LocalPod>,
         port: u16,
         handle: F,
-    ) -> Result<(), EnrolError>
+    ) -> Result<Accepting, EnrolError>
     where
-        F: Fn(Arc<Proxy>, Arc<LocalPod>, TcpStream, SocketAddr) -> Fut + Clone + Send + 'static,
+        F: Fn(Arc<Proxy>, Arc<LocalPod>, TcpStream, SocketAddr) -> Fut + Send + 'static,
         Fut: Future<Output = ()> + Send + 'static,
     {
-        let unpaced = match port {
+        let threads = &self.proxy.threads;
+        let (unpaced, share) = match port {
             // The pod's own connections come from inside of it.
-            OUTBOUND_PORT => true,
-            HBONE_PORT => !self.proxy.limits.pace_tunnels,
-            _ => false,
+            OUTBOUND_PORT => (true, threads.share()),
+            // Each carries what the threads of a peer have for the pod.
+            HBONE_PORT => (!self.proxy.limits.pace_tunnels, 1),
+            _ => (false, threads.share()),
         };
         let options = ListenOptions { unpaced, ..self.listen_options() };
-        let first = net::listen(&pod.netns, any(port), &options)?;
-        for worker in self.workers.handles() {
-            // The same socket, known to each thread's own runtime.
-            let shared = first.as_fd().try_clone_to_owned().map_err(EnrolError::Listener)?;
-            let _context = worker.enter();
-            let listener = TcpListener::from_std(shared.into()).map_err(EnrolError::Listener)?;
-            let accepting = proxy::accept(self.proxy.clone(), pod.clone(), listener, handle.clone());
-            tasks.push(worker.spawn(accepting).abort_handle());
-        }
-        Ok(())
+        let listener =
+            AcceptLoop::new(net::listen(&pod.netns, any(port), &options)?, self.proxy.accepts.clone());
+        let (proxy, of) = (self.proxy.clone(), pod.clone());
+        let acceptor = Acceptor {
+            shares: Shares::new(threads.clone(), first, share),
+            shutdown: self.proxy.shutdown.clone(),
+            at_last: if pod.subject.claim.is_some() { LAST_ACCEPTED } else { 0 },
+            handle: move |stream, peer| handle(proxy.clone(), of.clone(), stream, peer),
+        };
+        acceptor.start(listener).map_err(EnrolError::Listener)
     }
 
     /// The pod as the DNS proxy sees it.

@@ -6,7 +6,6 @@ use std::time::Duration;
 use capture::{LiveConnection, Rules};
 use net::netlink::Devices;
 use serde_json::{Value, json};
-use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
 use super::enrol::EnrolError;
@@ -14,6 +13,7 @@ use super::redirection::Verified;
 use super::{Enrolment, RECONCILE_INTERVAL};
 use crate::proxy::locals::Served;
 use crate::proxy::pod::LocalPod;
+use crate::proxy::threads::accepting::Accepting;
 
 /// How often the rules of an enrolled pod are compared with what they should be.
 pub(super) const VERIFY_INTERVAL: Duration = Duration::from_secs(30);
@@ -41,7 +41,7 @@ pub(super) struct Enrolled {
     pub(super) pod: Arc<LocalPod>,
     /// Its place among those that connections of this node's pods may go to as they are; taken once all stands.
     pub(super) served: Option<Served>,
-    pub(super) accepting: Vec<AbortHandle>,
+    pub(super) accepting: Vec<Accepting>,
     /// What is installed.
     pub(super) rules: Rules,
     pub(super) ipv6: Option<capture::Ipv6>,
@@ -75,7 +75,7 @@ impl Enrolled {
         let tasks = self.accepting.clone();
         drop(self);
         let closed = async {
-            while !tasks.iter().all(AbortHandle::is_finished) {
+            while !tasks.iter().all(Accepting::is_over) {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
         };
@@ -86,7 +86,7 @@ impl Enrolled {
 
 impl Drop for Enrolled {
     fn drop(&mut self) {
-        self.accepting.iter().for_each(AbortHandle::abort);
+        self.accepting.iter().for_each(Accepting::stop);
     }
 }
 

@@ -29,6 +29,7 @@ mod restart;
 mod services;
 mod strangers;
 mod streams;
+mod threads;
 mod verdicts;
 mod waypoint;
 mod within;
