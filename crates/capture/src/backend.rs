@@ -132,10 +132,10 @@ pub trait Capture: Send + Sync + fmt::Debug {
     /// What could not be done.
     fn remove(&self, netns: &Netns) -> Result<bool, Error>;
 
-    /// Removes what is kept outside of namespaces for pods whose namespace is gone, and says of how many. What is in a namespace
-    /// goes with it.
+    /// Removes what is kept outside of namespaces for pods whose namespace is gone, and says of how many: programs, also those of
+    /// pods that ended before this back-end took their place. What is in a namespace goes with it.
     fn sweep(&self) -> usize {
-        0
+        crate::ebpf::sweep_left()
     }
 
     /// From now on, pods that are captured are prepared for connections that no proxy carries, by verdicts that a ztunnel writes, as

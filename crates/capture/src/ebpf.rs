@@ -99,6 +99,11 @@ pub fn remove_verdicts() -> Result<bool, Error> {
     Ok(ebpf::verdicts::remove(&Pins::of_others(ebpf::bpf_file_system()))?)
 }
 
+/// Removes what is left of pods that are gone, where other back-ends capture. Of how many.
+pub(crate) fn sweep_left() -> usize {
+    Pins::of_others(ebpf::bpf_file_system()).sweep().unwrap_or(0)
+}
+
 fn missing(error: ebpf::Error) -> Missing {
     Missing::Kernel(Box::new(error.into()))
 }

@@ -4,6 +4,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -24,6 +25,33 @@ fn each_family(name: &str, test: impl AsyncFn(Case)) {
             block_on(test(Case { backend: Backend::Ebpf, v6 }));
         }
     }
+}
+
+/// Pods that ended while nobody captured, and whoever captures then does it otherwise.
+#[test]
+fn other_back_ends_take_away_what_pods_that_are_gone_left() {
+    const NAME: &str = "programs of pods that are gone, under another back-end";
+    if !(root_or_skip(NAME) && works(NAME, Backend::Ebpf) && works(NAME, Backend::Nftables)) {
+        return;
+    }
+    let probe = |backend| capture::probe(backend, &Tools::default()).unwrap();
+    let (programs, rules) = (probe(Backend::Ebpf), probe(Backend::Nftables));
+    let lab = Lab::builder().node("a", &["web"]).build().unwrap();
+    let netns = lab.pod("web").netns.clone();
+    programs.install(&netns, &Rules::default()).unwrap();
+    let kept = Path::new("/sys/fs/bpf/culvert").join(netns.id().inode().to_string());
+    rules.sweep();
+    assert!(kept.exists(), "the pod lives");
+    drop((netns, lab));
+    // The kernel takes its time to end a namespace, and nothing is swept while somebody installs.
+    for _ in 0..200 {
+        if !kept.exists() {
+            return;
+        }
+        rules.sweep();
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    panic!("{} is still there", kept.display());
 }
 
 fn counted(netns: &Netns, counter: Counter) -> u64 {
