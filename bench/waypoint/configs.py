@@ -32,6 +32,8 @@ class Setup:
     security: Any = None
     limits: bool = False
     carry: str = "plain"
+    # How often the routes were replaced, or None where they aren't.
+    edition: Any = None
 
     @property
     def upstream(self):
@@ -44,9 +46,23 @@ class Setup:
 # The waypoint
 
 
+def put(path, text):
+    """Writes a file whole, in the place of the one before."""
+    beside = os.path.join(os.path.dirname(os.path.dirname(path)), "beside")
+    with open(beside, "w") as out:
+        out.write(text)
+    os.replace(beside, path)
+
+
+def route_value(setup, number):
+    """What a route's header is to be: the first route says which edition it is of."""
+    return f"r{number}-{setup.edition}" if setup.edition and number == 0 else f"r{number}"
+
+
 def waypoint_files(folder, setup, certificates):
-    shutil.rmtree(folder, ignore_errors=True)
-    os.makedirs(folder)
+    if not setup.edition:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.makedirs(folder)
     docs = [
         "{apiVersion: v1, kind: Namespace, metadata: {name: bench, labels: {istio.io/dataplane-mode: ambient}}}",
         "{apiVersion: gateway.networking.k8s.io/v1, kind: Gateway, metadata: {name: waypoint, namespace: bench}, "
@@ -66,8 +82,7 @@ def waypoint_files(folder, setup, certificates):
             "{apiVersion: culvert.dev/v1alpha1, kind: RateLimit, metadata: {name: limit, namespace: bench}, spec: {%s, "
             "headers: None, limits: [{name: all, local: {requests: %d, per: 1s}}]}}" % (target, LIMIT)
         )
-    with open(os.path.join(folder, "bench.yaml"), "w") as out:
-        out.write("\n---\n".join(docs) + "\n")
+    put(os.path.join(folder, "bench.yaml"), "\n---\n".join(docs) + "\n")
 
 
 def service(host, address, setup, certificates):
@@ -96,8 +111,9 @@ def virtual_service(setup):
     if setup.limits:
         extra = ", timeout: 5s, retries: {attempts: 3, retryOn: 'gateway-error,connect-failure'}"
     routes = ", ".join(
-        "{match: [{uri: {prefix: /r%d/}, headers: {x-route: {exact: r%d}}}], route: ["
-        "{destination: {host: %s}, weight: 90}, {destination: {host: %s}, weight: 10}]%s}" % (n, n, HOST, OTHER, extra)
+        "{match: [{uri: {prefix: /r%d/}, headers: {x-route: {exact: %s}}}], route: ["
+        "{destination: {host: %s}, weight: 90}, {destination: {host: %s}, weight: 10}]%s}"
+        % (n, route_value(setup, n), HOST, OTHER, extra)
         for n in range(setup.routes)
     )
     return (
@@ -132,11 +148,23 @@ MANAGER = TYPES + "filters.network.http_connection_manager.v3.HttpConnectionMana
 
 def envoy_file(path, setup, certificates):
     """`certificates` is the directory of cert.pem, key.pem and root.pem."""
+    hosts = [{"name": "all", "domains": ["*"], "routes": envoy_routes(setup)}]
+    routes = {"route_config": {"virtual_hosts": hosts}}
+    if setup.edition is not None:
+        folder = os.path.join(os.path.dirname(path), "envoy-routes")
+        os.makedirs(folder, exist_ok=True)
+        file = os.path.join(folder, "routes.json")
+        resource = {"@type": "type.googleapis.com/envoy.config.route.v3.RouteConfiguration", "name": "all", "virtual_hosts": hosts}
+        put(file, json.dumps({"resources": [resource]}))
+        source = {"path_config_source": {"path": file, "watched_directory": {"path": folder}}, "resource_api_version": "V3"}
+        routes = {"rds": {"route_config_name": "all", "config_source": source}}
+    if setup.edition:
+        return
     manager = {
         "@type": MANAGER,
         "stat_prefix": "bench",
         "codec_type": "AUTO",
-        "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": envoy_routes(setup)}]},
+        **routes,
         "http_filters": [*envoy_filters(setup), ROUTER],
     }
     if setup.security:
@@ -156,7 +184,8 @@ def envoy_file(path, setup, certificates):
         listen = {"socket_address": {"address": "127.0.0.1", "port_value": PEER}}
         config = {"static_resources": {"listeners": [{"name": "in", "address": listen, "filter_chains": [chain]}], "clusters": clusters}}
     with open(path, "w") as out:
-        json.dump(config, out)
+        # Routes that are watched ask for a name.
+        json.dump({"node": {"id": "bench", "cluster": "bench"}, **config}, out)
 
 
 def envoy_routes(setup):
@@ -167,7 +196,7 @@ def envoy_routes(setup):
         both["timeout"] = "5s"
         both["retry_policy"] = {"retry_on": "gateway-error,connect-failure", "num_retries": 3}
     return [
-        {"match": {"prefix": f"/r{n}/", "headers": [{"name": "x-route", "string_match": {"exact": f"r{n}"}}]}, "route": both}
+        {"match": {"prefix": f"/r{n}/", "headers": [{"name": "x-route", "string_match": {"exact": route_value(setup, n)}}]}, "route": both}
         for n in range(setup.routes)
     ]
 

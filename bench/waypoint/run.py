@@ -19,6 +19,8 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import ends
 from configs import ENDPOINT, ENDPOINT_NODE, MTLS_UPSTREAM, PEER, PEER_NODE, UPSTREAM, VIP, WAYPOINT, WAYPOINT_NODE, Setup, envoy_file, waypoint_files
@@ -30,6 +32,9 @@ ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
 # As many requests with tokens of which no two are the same, before the program starts anew.
 UNIQUE = 15_000
 BOTH = ("waypoint", "envoy")
+# How often the routes are replaced under load, and what is told of it.
+EDITIONS = 3
+RELOAD_FIGURES = ("p50_us", "p99_us", "longest_us")
 
 
 class Bench:
@@ -59,16 +64,23 @@ class Bench:
 
     # Proxies
 
+    def files(self, which, setup):
+        """Writes the configuration, or its next edition."""
+        if which == "envoy":
+            path = os.path.join(self.work, "envoy.json")
+            envoy_file(path, setup, self.node if setup.carry == "hbone" else self.mtls)
+        else:
+            path = os.path.join(self.work, "config")
+            waypoint_files(path, setup, self.mtls)
+        return path
+
     def command(self, which, setup):
         """The command, and where it listens."""
         tunnels = setup.carry == "hbone"
+        folder = self.files(which, setup)
         if which == "envoy":
-            path = os.path.join(self.work, "envoy.json")
-            envoy_file(path, setup, self.node if tunnels else self.mtls)
             address = (PEER_NODE, 15008) if tunnels else ("127.0.0.1", PEER)
-            return [self.envoy, "-c", path, "--concurrency", "1", "-l", "error", "--disable-hot-restart"], address
-        folder = os.path.join(self.work, "config")
-        waypoint_files(folder, setup, self.mtls)
+            return [self.envoy, "-c", folder, "--concurrency", "1", "-l", "error", "--disable-hot-restart"], address
         if tunnels:
             command = [self.program("waypoint"), "--gateway", "bench/waypoint", "--config-dir", folder, "--ca-dir", self.ca]
             command += ["--hbone-address", f"{WAYPOINT_NODE}:15008", "--worker-threads", "1", "--log", "warn"]
@@ -253,6 +265,32 @@ class Bench:
             ratio = lambda key: many[key] / few[key] if many[key] and few[key] else None
             self.add(scenario, "cpu_to_routes_100", "1", ratio("value"), None, ratio("peer"))
 
+    def reload(self, scenario, count):
+        """Requests at 1,000 a second while the routes stay, and while they are replaced again and again, each time with another
+        first route. None may fail, and the last edition must be in force."""
+        found = {"waypoint": [], "envoy": []}
+        setup = Setup(routes=count, carry="hbone", edition=0)
+        for _ in range(self.args.repetitions):
+            for which in BOTH:
+                process, address, _ = self.proxy(which, setup)
+                try:
+                    ask = lambda seconds=self.args.seconds, **request: self.client.load("hbone", "%s:%d" % address, seconds=seconds, **request)[2]
+                    fiftieth = {"path": "/r50/x", "headers": ["x-route: r50"], "connections": 10, "rate": 1000}
+                    ask(1, **fiftieth)
+                    calm = ask(**fiftieth)
+                    with ThreadPoolExecutor() as pool:
+                        loaded = pool.submit(ask, **fiftieth)
+                        for edition in range(1, EDITIONS + 1):
+                            time.sleep(self.args.seconds / (EDITIONS + 1))
+                            self.files(which, replace(setup, edition=edition))
+                        moved = loaded.result()
+                    ask(1, path="/r0/x", headers=[f"x-route: r0-{EDITIONS}"], connections=1)
+                finally:
+                    stop(process)
+                figures = {f"{name}_{when}": said[name] for name in RELOAD_FIGURES for when, said in (("calm", calm), ("reload", moved))}
+                found[which].append(figures)
+        self.middle(scenario, found, [(f"{name}_{when}", "us") for name in RELOAD_FIGURES for when in ("calm", "reload")], "hbone")
+
     # All of them
 
     def scenarios(self):
@@ -280,6 +318,7 @@ class Bench:
             "limits-retries": lambda n: rates(n, secure(rsa, **limited), direct=False, **with_token(rsa)),
             "routes-1000": lambda n: self.many_routes(n, 1000),
             "routes-10000": lambda n: self.many_routes(n, 10000),
+            "reload-10000": lambda n: self.reload(n, 10000),
             "latency-1000rps": self.latency,
             "body-1GB": self.body,
             "cold-start": self.cold_start,

@@ -23,6 +23,9 @@ pub struct Asked {
     /// For so long
     #[arg(long, default_value_t = 5.0)]
     seconds: f64,
+    /// So many requests a second, each at its time, whether earlier ones are answered or not, as far as there are connections
+    #[arg(long)]
+    rate: Option<f64>,
     /// So many requests, and no more
     #[arg(long)]
     requests: Option<usize>,
@@ -46,6 +49,8 @@ struct Plan {
     tokens: Vec<String>,
     next: AtomicUsize,
     most: usize,
+    begun: Instant,
+    rate: Option<f64>,
     until: Instant,
     stop: AtomicBool,
     seen: Mutex<Seen>,
@@ -73,22 +78,30 @@ impl Plan {
         if asked.tokens.is_some() {
             most = most.min(tokens.len());
         }
+        let begun = Instant::now();
         Ok(Self {
             before,
             tokens,
             next: AtomicUsize::new(0),
             most,
-            until: Instant::now() + Duration::from_secs_f64(asked.seconds),
+            begun,
+            rate: asked.rate,
+            until: begun + Duration::from_secs_f64(asked.seconds),
             stop: AtomicBool::new(false),
             seen: Mutex::default(),
         })
     }
 
-    /// The next request's text; none when there have been enough.
-    fn request(&self, text: &mut String) -> bool {
+    /// The next request's text, and when it is due; none when there have been enough.
+    fn request(&self, text: &mut String) -> Option<Instant> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        if number >= self.most || self.stop.load(Ordering::Relaxed) || Instant::now() >= self.until {
-            return false;
+        #[allow(clippy::cast_precision_loss)]
+        let due = match self.rate {
+            Some(rate) => self.begun + Duration::from_secs_f64(number as f64 / rate),
+            None => Instant::now(),
+        };
+        if number >= self.most || self.stop.load(Ordering::Relaxed) || due >= self.until {
+            return None;
         }
         text.clear();
         text.push_str(&self.before);
@@ -98,7 +111,7 @@ impl Plan {
             text.push_str("\r\n");
         }
         text.push_str("\r\n");
-        true
+        Some(due)
     }
 }
 
@@ -154,10 +167,11 @@ async fn connection(open: Open, plan: Arc<Plan>) {
     let (mut text, mut micros, mut statuses) = (String::new(), Vec::new(), BTreeMap::<u16, usize>::new());
     let ended: io::Result<()> = async {
         let mut line = Line::open(&open).await?;
-        while plan.request(&mut text) {
-            let begun = Instant::now();
+        while let Some(due) = plan.request(&mut text) {
+            tokio::time::sleep_until(due).await;
+            // One that waited for a connection has waited.
             let status = line.ask(&text).await?;
-            micros.push(u32::try_from(begun.elapsed().as_micros()).unwrap_or(u32::MAX));
+            micros.push(u32::try_from(due.elapsed().as_micros()).unwrap_or(u32::MAX));
             *statuses.entry(status).or_default() += 1;
         }
         Ok(())
@@ -197,6 +211,7 @@ pub async fn load(open: Open, asked: Asked) -> io::Result<()> {
         "errors": seen.errors,
         "p50_us": at(0.5),
         "p99_us": at(0.99),
+        "longest_us": seen.micros.last(),
     });
     println!("{out}");
     Ok(())
@@ -206,7 +221,7 @@ pub async fn load(open: Open, asked: Asked) -> io::Result<()> {
 pub async fn hold(open: Open, asked: Asked) -> io::Result<()> {
     let plan = Plan::new(&Asked { seconds: 3600.0, ..asked })?;
     let (mut text, mut held) = (String::new(), Vec::new());
-    plan.request(&mut text);
+    let _ = plan.request(&mut text);
     for _ in 0..asked.connections {
         let mut line = Line::open(&open).await?;
         match line.ask(&text).await? {
@@ -228,7 +243,7 @@ pub async fn hold(open: Open, asked: Asked) -> io::Result<()> {
 pub async fn first(open: Open, asked: Asked) -> io::Result<()> {
     let plan = Plan::new(&asked)?;
     let mut text = String::new();
-    while plan.request(&mut text) {
+    while plan.request(&mut text).is_some() {
         let answered = async { Line::open(&open).await?.ask(&text).await };
         if let Ok(Ok(200)) = tokio::time::timeout(Duration::from_secs(1), answered).await {
             println!("{}", SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64());

@@ -34,7 +34,6 @@ pub struct Served {
 
 /// Serves until it is ended.
 pub async fn serve(served: Served) -> io::Result<()> {
-    let listener = TcpListener::bind(served.listen).await?;
     let mtls = match served.carry {
         Carry::Mtls => Some(TlsAcceptor::from(carry::server(&served.certificates)?)),
         Carry::Plain | Carry::Hbone => None,
@@ -44,6 +43,8 @@ pub async fn serve(served: Served) -> io::Result<()> {
         Carry::Plain | Carry::Mtls => None,
     };
     let counters = Arc::new(ServerCounters::default());
+    // Who can connect finds the CA made.
+    let listener = TcpListener::bind(served.listen).await?;
     loop {
         let (tcp, _) = listener.accept().await?;
         tcp.set_nodelay(true)?;
