@@ -274,3 +274,49 @@ async fn a_message_that_is_too_long_is_an_error_that_says_so() {
     let too_long = |l: &Link| matches!(l, Link::Away { error, .. } if error.contains("too large"));
     timeout(SOON, link.wait_for(too_long)).await.unwrap().unwrap();
 }
+
+/// An istiod sends a whole state in one response.
+#[tokio::test]
+async fn a_long_response_is_read_in_parts_and_answered_once() {
+    let (mut streams, mut updates, _) = start(|_| {}).await;
+    let mut stream = streams.recv().await.unwrap();
+    stream.request().await;
+    stream.request().await;
+    stream.send(response("n-0", vec![resource("old", A, b"1"), resource("9", A, b"1")], &[])).await;
+    next(&mut updates).await.ack();
+    stream.request().await;
+
+    let mut resources: Vec<_> = (0..20).map(|n| resource(&n.to_string(), A, &[n; 600_000])).collect();
+    resources.push(resource("0", A, b"again"));
+    resources.insert(7, resource("other", B, b"1"));
+    // What is removed and set in one is there, wherever it is set.
+    stream.send(response("n-1", resources, &["9", "old"])).await;
+    let (mut seen, mut parts) = (Vec::new(), 0);
+    loop {
+        let update = next(&mut updates).await;
+        parts += 1;
+        let bytes: usize = update.resources.iter().map(|r| r.body.len()).sum();
+        assert!(bytes < 2 << 20, "{bytes} bytes at once");
+        seen.extend(update.resources.iter().map(|r| r.name.to_string()));
+        let complete = update.complete;
+        assert_eq!(update.removed, if complete { vec!["old"] } else { vec![] });
+        // Nothing is answered before all of it was.
+        assert!(timeout(Duration::from_millis(20), stream.requests.message()).await.is_err());
+        let bad = update.resources.iter().filter(|r| ["3", "19"].contains(&&*r.name));
+        let bad = bad.map(|r| Rejection { name: r.name.clone(), reason: "no".into() }).collect();
+        update.nack(bad);
+        if complete {
+            break;
+        }
+    }
+    assert!(parts > 5, "{parts}");
+    assert_eq!(seen, (0..20).map(|n| n.to_string()).collect::<Vec<_>>());
+    let nack = stream.request().await;
+    assert_eq!((nack.type_url.as_str(), nack.response_nonce.as_str()), (A, "n-1"));
+    let named: Vec<_> = violations(&nack).into_iter().map(|(name, _)| name).collect();
+    assert_eq!(named, ["0", "19", "3", "other"]);
+
+    drop(stream);
+    let held = streams.recv().await.unwrap().request().await.initial_resource_versions;
+    assert!(held.len() == 18 && held.contains_key("9") && !held.contains_key("old"), "{:?}", held.keys());
+}

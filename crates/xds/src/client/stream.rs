@@ -1,13 +1,13 @@
 //! One stream to one server, and the answers of the user.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use bytes::Bytes;
 use prost::Message;
 use proto::wire::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
-use proto::wire::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
+use proto::wire::discovery::{self, DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use proto::wire::rpc;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
@@ -18,6 +18,7 @@ use tonic::{Code, Request, Status, Streaming};
 
 use super::held::{Held, HeldType};
 use super::journal::{Journal, JournalError, Record, Saved};
+use super::parts::{InParts, is_part};
 use super::{Answer, Client, Event, Link, Origin, Rejection, Reply, Resource, Termination, Update, connect};
 use crate::BAD_REQUEST_TYPE_URL;
 use crate::inventory::NameKey;
@@ -48,6 +49,16 @@ impl Ended {
         };
         Self::new(termination, format!("{:?}: {}", status.code(), status.message()))
     }
+}
+
+/// What is known of a response of which parts were handed out.
+#[derive(Default)]
+struct Earlier {
+    type_url: Option<&'static str>,
+    bytes: usize,
+    rejections: Vec<Rejection>,
+    /// The names that were in it.
+    seen: HashSet<Arc<str>>,
 }
 
 /// A batch for the user, and what has to be known of it when it is answered.
@@ -184,6 +195,7 @@ impl Client {
             request.metadata_mut().insert("clusterid", cluster);
         }
         let limit = self.settings.message_bytes;
+        let channel = InParts::new(channel, limit);
         let mut client = AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(limit);
         let opened = timeout(self.settings.answer_timeout, client.delta_aggregated_resources(request)).await;
         let opened = opened.map_err(|_| self.silent())?.map_err(|status| Ended::of(&status))?;
@@ -206,6 +218,7 @@ impl Client {
         requests: &mpsc::Sender<DeltaDiscoveryRequest>,
         answered: &mut bool,
     ) -> Ended {
+        let mut parts = Earlier::default();
         loop {
             let message = if *answered {
                 tokio::select! {
@@ -230,9 +243,14 @@ impl Client {
                 self.observer.observe(Event::Connected(&address));
                 self.link.send_replace(Link::Connected { address, since: SystemTime::now() });
             }
-            let bytes = response.encoded_len();
+            if is_part(&response) {
+                self.take_part(response, &mut parts).await;
+                continue;
+            }
+            let parts = std::mem::take(&mut parts);
+            let bytes = parts.bytes + response.encoded_len();
             self.observer.observe(Event::Message { type_url: &response.type_url, bytes });
-            let answer = self.take(response).await;
+            let answer = self.take(response, parts).await;
             if requests.send(answer).await.is_err() {
                 // Why is what the next message says.
                 continue;
@@ -240,23 +258,55 @@ impl Client {
         }
     }
 
-    /// Hands a response out, and makes the answer to it.
-    async fn take(&mut self, mut response: DeltaDiscoveryResponse) -> DeltaDiscoveryRequest {
+    /// Hands a part of a response out, of which only the last one says what type it is of.
+    async fn take_part(&mut self, response: DeltaDiscoveryResponse, earlier: &mut Earlier) {
+        earlier.bytes += response.encoded_len();
+        let content = response.resources.iter().find_map(|r| r.resource.as_ref());
+        let type_url = content.map(|any| any.type_url.clone()).unwrap_or_default();
+        let rejections = match self.held.of(&type_url) {
+            Some((type_url, _)) if earlier.type_url.is_none_or(|earlier| earlier == type_url) => {
+                earlier.type_url = Some(type_url);
+                self.hand_out(batch(type_url, response, &mut earlier.seen)).await
+            }
+            _ => {
+                let refused = |resource: discovery::Resource| Rejection {
+                    name: resource.name.into(),
+                    reason: not_of_it(&type_url),
+                };
+                response.resources.into_iter().map(refused).collect()
+            }
+        };
+        earlier.rejections.extend(rejections);
+    }
+
+    /// Hands a response out, or the last part of one, and makes the answer to it.
+    async fn take(
+        &mut self,
+        mut response: DeltaDiscoveryResponse,
+        mut earlier: Earlier,
+    ) -> DeltaDiscoveryRequest {
         let mut answer = DeltaDiscoveryRequest {
             type_url: response.type_url.clone(),
             response_nonce: response.nonce.clone(),
             ..DeltaDiscoveryRequest::default()
         };
-        let rejections = match self.held.of(&response.type_url) {
-            Some((type_url, held)) => {
+        let mut rejections = earlier.rejections;
+        match self.held.of(&response.type_url) {
+            Some((type_url, held)) if earlier.type_url.is_none_or(|earlier| earlier == type_url) => {
                 name(&mut response.removed_resources, held);
-                self.hand_out(batch(type_url, response)).await
+                // Removals come first: what is in another part as well is there.
+                response.removed_resources.retain(|name| !earlier.seen.contains(name.as_str()));
+                rejections.extend(self.hand_out(batch(type_url, response, &mut earlier.seen)).await);
+            }
+            Some(_) => {
+                let reason = not_of_it(earlier.type_url.unwrap_or_default());
+                rejections.push(Rejection { name: "".into(), reason });
             }
             None => {
                 let reason = "this type was not asked for".to_owned();
-                vec![Rejection { name: "".into(), reason }]
+                rejections.push(Rejection { name: "".into(), reason });
             }
-        };
+        }
         if !rejections.is_empty() {
             let type_url = &answer.type_url;
             self.observer.observe(Event::Rejected { type_url, resources: rejections.len() });
@@ -270,7 +320,7 @@ impl Client {
     /// Gives the user a batch, waits for what it says, and remembers what is in force. Returns what is not.
     async fn hand_out(&mut self, batch: Batch) -> Vec<Rejection> {
         let Batch { type_url, resources, removed, complete, origin, malformed: mut rejections } = batch;
-        let (mut kept, gone) = (resources.clone(), removed.clone());
+        let (kept, gone) = (resources.clone(), removed.clone());
         let (sender, answer) = oneshot::channel();
         let reply = Reply { sender, lasts: false };
         let update = Update { type_url, resources, removed, complete, origin, reply };
@@ -298,7 +348,7 @@ impl Client {
         let saved: Vec<Saved> = kept.iter().map(saved).collect();
         if let Some((_, held)) = self.held.of(type_url) {
             gone.iter().for_each(|name| held.remove(name));
-            for (Resource { name, version, .. }, saved) in kept.drain(..).zip(&saved) {
+            for (Resource { name, version, .. }, saved) in kept.into_iter().zip(&saved) {
                 match refused.contains(&*name) {
                     true => held.refuse(&name, &version, saved.encoded_len()),
                     false => held.set(&name, &version, saved.encoded_len()),
@@ -355,28 +405,33 @@ fn name(removed: &mut Vec<String>, held: &HeldType) {
     }
 }
 
-/// Sorts out what needs no user.
-fn batch(type_url: &'static str, response: DeltaDiscoveryResponse) -> Batch {
+fn not_of_it(type_url: &str) -> String {
+    format!("its content is a {type_url}")
+}
+
+/// Sorts out what needs no user. `seen` are the names that were there before.
+fn batch(type_url: &'static str, response: DeltaDiscoveryResponse, seen: &mut HashSet<Arc<str>>) -> Batch {
     let mut resources = Vec::with_capacity(response.resources.len());
     let mut malformed = Vec::new();
-    let mut seen = BTreeSet::new();
+    let complete = !is_part(&response) && !crate::server::has_more(&response.system_version_info);
     for resource in response.resources {
+        let name: Arc<str> = resource.name.into();
         let reason = match &resource.resource {
-            _ if resource.name.is_empty() => Some("it has no name".to_owned()),
+            _ if name.is_empty() => Some("it has no name".to_owned()),
             None => Some("it has no content".to_owned()),
-            Some(any) if any.type_url != type_url => Some(format!("its content is a {}", any.type_url)),
-            _ if !seen.insert(resource.name.clone()) => Some("it is there twice".to_owned()),
+            Some(any) if any.type_url != type_url => Some(not_of_it(&any.type_url)),
+            _ if !seen.insert(name.clone()) => Some("it is there twice".to_owned()),
             Some(_) => None,
         };
         match (reason, resource.resource) {
             (None, Some(any)) => resources.push(Resource {
-                name: resource.name.into(),
+                name,
                 version: resource.version,
                 aliases: resource.aliases,
                 body: Bytes::from(any.value),
             }),
             (reason, _) => {
-                malformed.push(Rejection { name: resource.name.into(), reason: reason.unwrap_or_default() });
+                malformed.push(Rejection { name, reason: reason.unwrap_or_default() });
             }
         }
     }
@@ -384,7 +439,7 @@ fn batch(type_url: &'static str, response: DeltaDiscoveryResponse) -> Batch {
         type_url,
         resources,
         removed: response.removed_resources,
-        complete: !crate::server::has_more(&response.system_version_info),
+        complete,
         origin: Origin::Server,
         malformed,
     }
