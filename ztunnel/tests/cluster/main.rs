@@ -19,5 +19,6 @@ mod agent;
 mod configuration;
 mod lab;
 mod outage;
+mod together;
 mod upgrade;
 mod verdicts;

@@ -22,7 +22,7 @@ const PODS: [&str; 3] = ["client", "other", "web"];
 /// The longest that a verdict outlives its ztunnel, and some.
 const LEASE: Duration = Duration::from_secs(5);
 /// What is no longer allowed has been reset within this, also on a machine with much to do. A lease that ran out resets nothing.
-const CUT: Duration = Duration::from_secs(5);
+pub const CUT: Duration = Duration::from_secs(5);
 /// What does not pass has not passed after this.
 const SOON: Duration = Duration::from_secs(1);
 /// The flags of a ztunnel that runs beside another one.
@@ -52,7 +52,7 @@ impl Drop for World {
 }
 
 /// What captures by eBPF on the node, as its agent has it.
-fn ebpf(node: &Netns) -> Result<Arc<dyn Capture>, capture::Missing> {
+pub fn ebpf(node: &Netns) -> Result<Arc<dyn Capture>, capture::Missing> {
     node.run(|| {
         let capture = capture::probe(Backend::Ebpf, &Tools::default())?;
         assert!(capture.prepare_verdicts().unwrap());
@@ -116,7 +116,7 @@ fn json(page: &str) -> Value {
 }
 
 /// What a ztunnel, whose admin port this is, tells of an open connection.
-async fn told(of: &Ztunnel, admin: u16, open: &Talk) -> Vec<Value> {
+pub async fn told(of: &Ztunnel, admin: u16, open: &Talk) -> Vec<Value> {
     let connections = json(&of.get(admin, "/connections").await.unwrap());
     let source = open.local.to_string();
     let all = connections["open"].as_array().unwrap();
@@ -137,7 +137,7 @@ async fn past_by(of: &Ztunnel, admin: u16, from: &Host, to: SocketAddr) -> Talk 
     found.unwrap()
 }
 
-async fn past(of: &Ztunnel, from: &Host, to: SocketAddr) -> Talk {
+pub async fn past(of: &Ztunnel, from: &Host, to: SocketAddr) -> Talk {
     past_by(of, 15000, from, to).await
 }
 

@@ -2,6 +2,8 @@
 
 pub mod agent;
 pub mod control_plane;
+#[path = "../../istio/lab/kubernetes.rs"]
+pub mod kubernetes;
 #[path = "../../node/lab/traffic.rs"]
 pub mod traffic;
 #[path = "../../node/lab/ztunnel.rs"]
