@@ -1,6 +1,6 @@
 //! The kernel's side: the programs and maps of [`ebpf::verdicts`].
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::SocketAddr;
 use std::num::NonZeroU64;
@@ -108,11 +108,13 @@ impl Programs {
 type Ends = (SocketAddr, SocketAddr, bool);
 
 impl Programs {
-    /// Reads what open connections have carried off their sockets; the programs know at the end only.
-    fn count(&self, open: &mut [Passed]) -> io::Result<()> {
+    /// Reads what open connections have carried off their sockets; the programs know at the end only. They are in the namespaces
+    /// with these cookies: for each that is asked, the kernel walks all sockets of the machine.
+    fn count(&self, open: &mut [Passed], cookies: &HashSet<u64>) -> io::Result<()> {
         let pods: Vec<Netns> = {
             let qualified = self.qualified.lock().unwrap_or_else(PoisonError::into_inner);
-            qualified.values().map(|pod| pod.netns.clone()).collect()
+            let with_some = qualified.values().filter(|pod| cookies.contains(&pod.cookie));
+            with_some.map(|pod| pod.netns.clone()).collect()
         };
         let mut counts: HashMap<Ends, (u64, u64)> = HashMap::new();
         for netns in pods {
@@ -229,7 +231,8 @@ impl Kernel for Programs {
         let all = |list: &[Carried]| list.iter().map(passed).collect();
         let mut listing = Listing { open: all(&found.open), ended: all(&found.closed) };
         if !listing.open.is_empty() {
-            self.count(&mut listing.open)?;
+            let cookies = found.open.iter().map(|end| end.netns).collect();
+            self.count(&mut listing.open, &cookies)?;
         }
         Ok(listing)
     }
