@@ -281,8 +281,8 @@ fn of_service(mesh: &Mesh, service: &Service, port: u16) -> Result<(String, Endp
         let ports: Vec<_> = service.ports.iter().map(|p| p.port.to_string()).collect();
         bail!("service {} has no port {port}: it has {}", service.key(), ports.join(", "));
     }
-    let endpoints = mesh.endpoints(&service.key()).map(|set| set.as_slice().to_vec()).unwrap_or_default();
-    let known = endpoints.into_iter().filter_map(|e| Some((e.workload.clone(), e.target_port(port)?)));
+    let set = mesh.endpoints(&service.key()).cloned().unwrap_or_default();
+    let known = set.as_slice().iter().filter_map(|e| Some((e.workload.clone(), set.target_port(e, port)?)));
     let known = Endpoints::Known {
         list: known.collect(),
         waypoint: service.waypoint.clone(),

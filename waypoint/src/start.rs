@@ -170,7 +170,7 @@ fn origin(flags: &Flags, mesh: &Mesh) -> Origin {
     let network: model::Str = flags.source.network.as_str().into();
     let address = flags.source.instance_ip.unwrap_or(std::net::Ipv4Addr::UNSPECIFIED.into());
     let own = mesh.workload_at(&NetworkAddress::new(network.clone(), address));
-    let beside = || mesh.workloads().find(|w| !flags.node.is_empty() && *w.node == *flags.node);
+    let beside = || mesh.workloads().find(|w| !flags.node.is_empty() && **w.node() == *flags.node);
     let client = match own.or_else(beside) {
         Some(workload) => Client::new(workload, address),
         None => Client {

@@ -82,7 +82,7 @@ fn workload(w: &Workload) -> Value {
         "addresses": w.addresses.iter().map(ToString::to_string).collect::<Vec<_>>(),
         "hostname": &*w.hostname,
         "network": &*w.network,
-        "node": &*w.node,
+        "node": &**w.node(),
         "cluster": &*w.cluster,
         "protocol": match w.tunnel {
             TunnelProtocol::Hbone => "HBONE",
@@ -124,7 +124,7 @@ fn service(mesh: &Mesh, s: &Service) -> Value {
         .iter()
         .map(|e| {
             let ports: Map<String, Value> =
-                e.ports.iter().map(|p| (p.service_port.to_string(), p.target_port.into())).collect();
+                set.ports(e).iter().map(|p| (p.service_port.to_string(), p.target_port.into())).collect();
             json!({ "workload": &*e.workload.uid, "ports": ports })
         })
         .collect();

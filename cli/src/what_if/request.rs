@@ -311,9 +311,9 @@ fn endpoints(compiled: &Compiled, http: &HttpService, forward: &Forward) -> Vec<
                 continue;
             }
         };
-        let found = mesh.endpoints(service).map(|set| set.as_slice().to_vec()).unwrap_or_default();
-        let found = found.iter().filter(|e| of_subset(mesh, service, subset.as_ref(), &e.workload));
-        let found = found.filter_map(|e| Some((&e.workload, e.target_port(port)?)));
+        let set = mesh.endpoints(service).cloned().unwrap_or_default();
+        let found = set.as_slice().iter().filter(|e| of_subset(mesh, service, subset.as_ref(), &e.workload));
+        let found = found.filter_map(|e| Some((&e.workload, set.target_port(e, port)?)));
         let before = verdicts.len();
         verdicts.extend(found.map(|(workload, target)| Verdict {
             route: Some(format!("{service}:{port}, {share}")),

@@ -1,4 +1,4 @@
-use model::{GatewayAddress, LoadBalancing, Profile, ServiceMembership, TunnelProtocol};
+use model::{GatewayAddress, LoadBalancing, Locality, Profile, ServiceMembership, TunnelProtocol};
 
 use super::*;
 
@@ -16,7 +16,7 @@ fn workload(name: &str, address: &str, services: &[&str]) -> Workload {
     };
     Workload {
         addresses: [address.parse().unwrap()].into(),
-        node: "n".into(),
+        locality: Arc::new(Locality { node: "n".into(), ..Locality::default() }),
         ..Workload::new(name.into(), name, Arc::new(profile))
     }
 }

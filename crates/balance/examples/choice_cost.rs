@@ -20,7 +20,8 @@ const CHOICES: u64 = 50_000;
 
 fn member(at: usize, weight: u32) -> Member {
     let zone = format!("z{}", at % 3);
-    let locality = Arc::new(Locality { region: "r".into(), zone: zone.as_str().into(), subzone: "".into() });
+    let locality =
+        Arc::new(Locality { region: "r".into(), zone: zone.as_str().into(), ..Locality::default() });
     let workload = world::workload(&format!("w{at}"), "").with(|w| {
         w.capacity = weight;
         w.locality = locality;

@@ -32,7 +32,7 @@ impl Client {
     pub fn new(workload: &Workload, address: IpAddr) -> Self {
         Self {
             locality: workload.locality.clone(),
-            node: workload.node.clone(),
+            node: workload.node().clone(),
             cluster: workload.cluster.clone(),
             network: workload.network.clone(),
             address,

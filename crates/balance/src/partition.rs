@@ -174,7 +174,7 @@ impl Partition {
     fn rank(&mut self, endpoint: &Endpoint) -> Option<usize> {
         let workload = &endpoint.workload;
         self.passed.all += 1;
-        target_port(endpoint, self.port, &self.target)?;
+        target_port(&self.set, endpoint, self.port, &self.target)?;
         self.passed.port += 1;
         if self.load_balancing.health == HealthPolicy::OnlyHealthy && workload.health != Health::Healthy {
             return None;
@@ -243,7 +243,7 @@ impl Partition {
             None => {}
         }
         let endpoint = self.set.as_slice().get(index as usize)?.clone();
-        let target_port = target_port(&endpoint, self.port, &self.target)?;
+        let target_port = target_port(&self.set, &endpoint, self.port, &self.target)?;
         Some(Choice { endpoint, target_port, trial })
     }
 
@@ -266,7 +266,7 @@ impl Partition {
                 return None;
             }
             let endpoint = self.set.as_slice().get(*index as usize)?;
-            let target_port = target_port(endpoint, self.port, &self.target)?;
+            let target_port = target_port(&self.set, endpoint, self.port, &self.target)?;
             found.push(Candidate { workload: endpoint.workload.clone(), target_port, weight });
         }
         Some(found)
@@ -454,12 +454,12 @@ pub(crate) fn mixed(seed: u64) -> u64 {
 
 /// The endpoint's port behind the service's: its own word goes first, a port number of the service counts where
 /// it has none. 0 is no port.
-fn target_port(endpoint: &Endpoint, port: u16, target: &TargetPort) -> Option<u16> {
+fn target_port(set: &EndpointSet, endpoint: &Endpoint, port: u16, target: &TargetPort) -> Option<u16> {
     let of_service = match target {
         TargetPort::Number(number) => Some(*number),
         TargetPort::PerEndpoint => None,
     };
-    endpoint.target_port(port).or(of_service).filter(|number| *number != 0)
+    set.target_port(endpoint, port).or(of_service).filter(|number| *number != 0)
 }
 
 /// A part of a locality that neither side knows is no difference: in most clusters nobody has a subzone, in many nobody
@@ -474,7 +474,7 @@ pub(crate) fn agrees(scope: LocalityScope, client: &Client, workload: &Workload)
         }
         LocalityScope::Zone => near.zone == there.zone,
         LocalityScope::Subzone => near.subzone == there.subzone,
-        LocalityScope::Node => known(&client.node, &workload.node),
+        LocalityScope::Node => known(&client.node, workload.node()),
         LocalityScope::Cluster => known(&client.cluster, &workload.cluster),
         LocalityScope::Network => client.network == workload.network,
     }

@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use world::{PORT, World, client, many, service, serving, set, workload};
 
 fn unready(uid: &str, place: &str) -> Workload {
-    Workload { health: Health::Unhealthy, ..workload(uid, place) }
+    workload(uid, place).with(|w| w.health = Health::Unhealthy)
 }
 
 fn weighing(uid: &str, capacity: u32) -> Workload {

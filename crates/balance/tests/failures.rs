@@ -121,7 +121,7 @@ fn failures_are_remembered_while_others_come_and_go() {
 fn an_endpoint_that_became_ready_again_is_taken_at_its_word() {
     let mut world = of(2);
     world.fail("w1");
-    let unready = Workload { health: Health::Unhealthy, ..workload("w1", "") };
+    let unready = workload("w1", "").with(|w| w.health = Health::Unhealthy);
     world.set = set([workload("w0", ""), unready]);
     assert_eq!(world.uids(), uids(&["w0"]));
     world.set = many(2);

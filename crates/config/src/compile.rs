@@ -423,6 +423,7 @@ impl Compiler {
         }
         // What goes, goes first, so that an address that changes hands is free for the next.
         // Put before the workloads where these are: of all that there are at the start, no second list is made.
+        workloads.reserve_exact(self.removed.len() + self.changes.len());
         let before = std::mem::take(&mut self.removed).into_iter().chain(std::mem::take(&mut self.changes));
         workloads.splice(0..0, before);
         self.natures.sweep();
@@ -459,7 +460,7 @@ impl Compiler {
         let relabelled = std::mem::replace(&mut area.labels, labels) != area.labels;
         let rebound = was_bound != area.waypoint || (relabelled && area.waypoint != Binding::Inherited);
         if was_ambient != ambient || rebound {
-            let instances: Vec<Id> = area.instances.iter().copied().collect();
+            let instances: Vec<Id> = area.instances.iter().collect();
             instances.into_iter().for_each(|id| self.mark(id));
         }
         if was_distribution != distribution || rebound {
@@ -470,13 +471,15 @@ impl Compiler {
     }
 
     fn set_node(&mut self, name: &Str, locality: Option<Locality>) {
-        let place = self.places.entry(name.clone()).or_default();
-        if place.locality.as_deref() == locality.as_ref() {
+        let place = self.places.entry(name.clone()).or_insert_with(|| Place::new(name));
+        let is_known = locality.is_some();
+        let here = Locality { node: name.clone(), ..locality.unwrap_or_default() };
+        if place.is_known == is_known && *place.here == here {
             return;
         }
-        place.locality = locality.map(Arc::new);
-        let instances: Vec<Id> = place.instances.iter().copied().collect();
-        if place.locality.is_none() && instances.is_empty() {
+        (place.here, place.is_known) = (Arc::new(here), is_known);
+        let instances: Vec<Id> = place.instances.iter().collect();
+        if !is_known && instances.is_empty() {
             self.places.remove(name);
         }
         instances.into_iter().for_each(|id| self.mark(id));
@@ -633,7 +636,7 @@ impl Compiler {
                 return;
             }
             Affected::Namespace(namespace) => {
-                self.areas.get(namespace).map(|a| a.instances.iter().copied().collect()).unwrap_or_default()
+                self.areas.get(namespace).map(|a| a.instances.iter().collect()).unwrap_or_default()
             }
             Affected::Mesh => self.by_uid.iter().collect(),
         };

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use model::{Interner, PortMapping, Profile, Profiles, ServiceMembership, Str};
+use model::{Interner, Locality, PortMapping, Profile, Profiles, ServiceMembership, Str};
 
 /// An object's labels, sorted by key. Equal sets of one source are one allocation: the pods of a Deployment
 /// have one set between them.
@@ -74,6 +74,7 @@ pub struct Pool {
     memberships: HashSet<Arc<[ServiceMembership]>>,
     names: HashSet<Arc<[(Str, u16)]>>,
     profiles: Profiles,
+    localities: HashSet<Arc<Locality>>,
     swept_at: usize,
 }
 
@@ -121,6 +122,16 @@ impl Pool {
         self.profiles.share(profile);
     }
 
+    /// The shared form of where workloads run.
+    pub fn locality(&mut self, locality: Locality) -> Arc<Locality> {
+        if let Some(known) = self.localities.get(&locality) {
+            return known.clone();
+        }
+        let shared = Arc::new(locality);
+        self.localities.insert(shared.clone());
+        shared
+    }
+
     /// The shared form of named ports.
     pub fn named_ports(&mut self, ports: &[(&str, u16)]) -> Arc<[(Str, u16)]> {
         let ports: Arc<[(Str, u16)]> = ports.iter().map(|(n, p)| (self.strings.intern(n), *p)).collect();
@@ -139,6 +150,7 @@ impl Pool {
         }
         self.profiles.sweep(); // first, since it holds the others
         self.memberships.retain(|m| Arc::strong_count(m) > 1);
+        self.localities.retain(|l| Arc::strong_count(l) > 1);
         self.labels.retain(|l| Arc::strong_count(&l.0) > 1);
         self.mappings.retain(|m| Arc::strong_count(m) > 1);
         self.names.retain(|n| Arc::strong_count(n) > 1);
@@ -155,6 +167,7 @@ impl Pool {
             + self.memberships.len()
             + self.names.len()
             + self.profiles.len()
+            + self.localities.len()
     }
 
     /// Whether it holds nothing.

@@ -21,6 +21,7 @@
 
 mod file;
 mod key;
+mod paths;
 
 use std::collections::{BTreeSet, HashSet};
 use std::hash::BuildHasher;
@@ -36,6 +37,7 @@ use crate::resource::{ObjectKey, Reading, Resource};
 use crate::tree::{self, Limits, Position, Problem, SyntaxError};
 use file::{Document, File, Held, Room, State};
 use key::Packed;
+use paths::Paths;
 
 /// What a file holds now.
 #[derive(Clone, Copy, Debug)]
@@ -87,8 +89,9 @@ pub(crate) struct Store {
     /// With which the texts begin that objects are known by.
     cluster: Str,
     files: HashMap<Arc<str>, File>,
-    /// Which file an object in force stands in.
-    objects: HashMap<Packed, Arc<str>>,
+    paths: Paths,
+    /// Which file an object in force stands in, by its number.
+    objects: HashMap<Packed, u32>,
     shadows: HashMap<ObjectKey, Vec<Shadow>>,
     /// Those of them that represent an object with errors, of which there was no good version.
     stand_ins: HashSet<ObjectKey>,
@@ -110,6 +113,16 @@ pub(crate) struct Store {
     hasher: DefaultHashBuilder,
 }
 
+/// Where an object is read.
+#[derive(Clone, Copy)]
+struct Spot<'s> {
+    path: &'s Arc<str>,
+    /// The file's number.
+    number: u32,
+    /// The document's hash.
+    hash: u64,
+}
+
 /// A document of the new content of a file.
 enum New {
     /// The same text as an old one's.
@@ -129,6 +142,25 @@ impl Store {
         Packed::new(&self.cluster, key)
     }
 
+    /// The file that an object in force stands in.
+    fn path_of(&self, key: &Packed) -> Option<&Arc<str>> {
+        self.paths.get(*self.objects.get(key)?)
+    }
+
+    /// A file that is to be changed, and put back.
+    fn take_file(&mut self, path: &Arc<str>) -> File {
+        let known = self.files.remove(path);
+        known.unwrap_or_else(|| File { number: self.paths.add(path), ..File::default() })
+    }
+
+    fn put_file(&mut self, path: &Arc<str>, file: File, is_there: bool) {
+        if is_there {
+            self.files.insert(path.clone(), file);
+        } else {
+            self.paths.remove(file.number);
+        }
+    }
+
     /// How many objects are in force.
     pub(crate) fn len(&self) -> usize {
         self.objects.len()
@@ -144,29 +176,28 @@ impl Store {
         sink: &mut Sink<'_>,
     ) {
         self.touched.insert(path.clone());
-        let mut file = self.files.remove(path).unwrap_or_default();
+        let mut file = self.take_file(path);
         match self.read(path, content, &mut file, pool) {
             Ok(documents) => {
                 file.problems.clear();
                 self.replace(path, &mut file, documents, pool, sink);
-                if file.documents.iter().any(|d| d.unidentified) {
+                if file.documents.iter().any(Document::is_unidentified) {
                     self.suspects.insert(path.clone());
                 } else {
                     self.suspects.remove(path);
                 }
-                if !matches!(content, Content::Gone) || !file.orphans.is_empty() {
-                    self.files.insert(path.clone(), file);
-                }
+                let is_there = !matches!(content, Content::Gone) || !file.orphans.is_empty();
+                self.put_file(path, file, is_there);
             }
             Err(mut problems) => {
-                let held = file.documents.iter().map(|d| d.held.as_slice().len()).sum::<usize>();
+                let held = file.documents.iter().map(|d| d.held().len()).sum::<usize>();
                 if held > 0 {
                     let message = format!("the {held} objects that the file last held stay in force");
                     problems.push(Diagnostic::about_file(Code::LastGoodVersion, path.clone(), message, ""));
                 }
                 file.problems = problems;
                 self.suspects.insert(path.clone());
-                self.files.insert(path.clone(), file);
+                self.put_file(path, file, true);
             }
         }
     }
@@ -180,12 +211,12 @@ impl Store {
         pool: &mut Pool,
         sink: &mut Sink<'_>,
     ) {
-        let mut file = self.files.remove(origin).unwrap_or_default();
+        let mut file = self.take_file(origin);
         let documents = match content {
             ObjectContent::Node { node, version, text } => {
                 let hash = self.hasher.hash_one(version);
                 if file.problems.is_empty() && file.documents.first().is_some_and(|d| d.hash == hash) {
-                    self.files.insert(origin.clone(), file);
+                    self.put_file(origin, file, true);
                     return;
                 }
                 let text = tree::Text { text, lines_before: 0 };
@@ -203,9 +234,8 @@ impl Store {
             file.problems.clear();
             self.replace(origin, &mut file, documents, pool, sink);
         }
-        if !matches!(content, ObjectContent::Gone) || !file.orphans.is_empty() {
-            self.files.insert(origin.clone(), file);
-        }
+        let is_there = !matches!(content, ObjectContent::Gone) || !file.orphans.is_empty();
+        self.put_file(origin, file, is_there);
     }
 
     /// Gives the objects that are gone to `sink`, at the end of a batch.
@@ -228,10 +258,12 @@ impl Store {
         self.mend(key, &path);
         let state = if self.stand_ins.contains(key) { State::StandIn } else { State::LastGood };
         let packed = self.pack(key);
-        let Some(held) = self.files.get_mut(&path).and_then(|f| f.broken_mut(&packed)) else { return false };
+        let Some(file) = self.files.get_mut(&path) else { return false };
+        let number = file.number;
+        let Some(held) = file.broken_mut(&packed) else { return false };
         held.state = state;
-        self.touched.insert(path.clone());
-        self.objects.insert(self.pack(key), path);
+        self.touched.insert(path);
+        self.objects.insert(packed, number);
         true
     }
 
@@ -240,8 +272,9 @@ impl Store {
         let Some(path) = self.suspects.first().cloned() else { return false };
         let Some(file) = self.files.get_mut(&path) else { return false };
         file.orphans.push(key.clone());
-        self.touched.insert(path.clone());
-        self.objects.insert(self.pack(key), path);
+        let number = file.number;
+        self.touched.insert(path);
+        self.objects.insert(self.pack(key), number);
         true
     }
 
@@ -258,11 +291,11 @@ impl Store {
 
     /// Gives up an object that stays in force only because a file might hold it. Whether it was one.
     fn adopt(&mut self, key: &ObjectKey) -> bool {
-        let Some(path) = self.objects.get(&self.pack(key)) else { return false };
-        let Some(file) = self.files.get_mut(path) else { return false };
+        let Some(path) = self.path_of(&self.pack(key)).cloned() else { return false };
+        let Some(file) = self.files.get_mut(&path) else { return false };
         let Some(index) = file.orphans.iter().position(|orphan| orphan == key) else { return false };
         file.orphans.swap_remove(index);
-        self.touched.insert(path.clone());
+        self.touched.insert(path);
         true
     }
 
@@ -360,7 +393,7 @@ impl Store {
         // What stood in the documents that are gone.
         let mut gone: HashSet<ObjectKey> = file.orphans.drain(..).collect();
         for document in std::mem::take(&mut file.documents) {
-            for held in document.held.as_slice() {
+            for held in document.held() {
                 match held.state {
                     State::InForce | State::LastGood | State::StandIn => {
                         gone.insert(held.key.key());
@@ -370,6 +403,7 @@ impl Store {
                 }
             }
         }
+        file.documents.reserve_exact(new.len());
         let mut unidentified = false;
         for new in new {
             let document = match new {
@@ -378,14 +412,15 @@ impl Store {
                     document
                 }
                 New::Parsed(mut document, readings) => {
+                    let spot = Spot { path, number: file.number, hash: document.hash };
                     let held = readings.into_iter().filter_map(|(reading, position)| {
-                        self.hold(path, document.hash, reading, position, &mut gone, pool, sink)
+                        self.hold(spot, reading, position, &mut gone, pool, sink)
                     });
-                    document.held = held.collect::<Vec<_>>().into();
+                    document.hold(held.collect());
                     document
                 }
             };
-            unidentified |= document.unidentified;
+            unidentified |= document.is_unidentified();
             file.documents.push(document);
         }
         if unidentified {
@@ -404,11 +439,9 @@ impl Store {
 
     /// Decides what becomes of an object that was read. `gone` has the objects of this file that have not turned
     /// up again.
-    #[expect(clippy::too_many_arguments, reason = "the store's parts are borrowed apart")]
     fn hold(
         &mut self,
-        path: &Arc<str>,
-        hash: u64,
+        spot: Spot<'_>,
         reading: Reading,
         position: Position,
         gone: &mut HashSet<ObjectKey>,
@@ -422,17 +455,17 @@ impl Store {
                 let known = self.objects.contains_key(&packed) || self.pending.contains(&key);
                 let state = match stand_in.filter(|_| (self.always_closes || !self.settled) && !known) {
                     Some(stand_in) => {
-                        self.objects.insert(packed.clone(), path.clone());
+                        self.objects.insert(packed.clone(), spot.number);
                         self.stand_ins.insert(key.clone());
                         sink(&key, Some((packed.text(), stand_in)), pool);
                         State::StandIn
                     }
                     None if gone.remove(&key) || self.pending.remove(&key) => {
-                        self.objects.insert(packed.clone(), path.clone());
+                        self.objects.insert(packed.clone(), spot.number);
                         if self.stand_ins.contains(&key) { State::StandIn } else { State::LastGood }
                     }
                     None => {
-                        self.broken.entry(key.clone()).or_default().push(path.clone());
+                        self.broken.entry(key.clone()).or_default().push(spot.path.clone());
                         State::Nothing
                     }
                 };
@@ -442,18 +475,18 @@ impl Store {
                 let packed = self.pack(&key);
                 if gone.remove(&key) || !self.objects.contains_key(&packed) || self.adopt(&key) {
                     self.stand_ins.remove(&key);
-                    self.objects.insert(packed.clone(), path.clone());
+                    self.objects.insert(packed.clone(), spot.number);
                     self.pending.remove(&key);
                     sink(&key, Some((packed.text(), resource)), pool);
                     (packed, State::InForce)
                 } else {
-                    let shadow = Shadow { file: path.clone(), hash, resource };
+                    let shadow = Shadow { file: spot.path.clone(), hash: spot.hash, resource };
                     self.shadows.entry(key.clone()).or_default().push(shadow);
                     (packed, State::Shadowed)
                 }
             }
         };
-        Some(Held { key: packed, position, state })
+        Some(Held::new(packed, position, state))
     }
 
     fn drop_shadow(&mut self, path: &str, hash: u64, key: &ObjectKey) {
@@ -486,11 +519,12 @@ impl Store {
         }
         let packed = self.pack(key);
         let file = if shadow.file == *path { Some(file) } else { self.files.get_mut(&shadow.file) };
-        let held = file.and_then(|f| f.held_mut(shadow.hash, &packed, State::Shadowed));
-        let Some(held) = held else { return false };
+        let Some(file) = file else { return false };
+        let number = file.number;
+        let Some(held) = file.held_mut(shadow.hash, &packed, State::Shadowed) else { return false };
         held.state = State::InForce;
-        self.touched.insert(shadow.file.clone());
-        self.objects.insert(packed.clone(), shadow.file);
+        self.touched.insert(shadow.file);
+        self.objects.insert(packed.clone(), number);
         self.pending.remove(key);
         sink(key, Some((packed.text(), shadow.resource)), pool);
         true
@@ -501,8 +535,8 @@ impl Store {
 impl Store {
     /// Notes that something may have changed about an object's file.
     pub(crate) fn touch(&mut self, key: &ObjectKey) {
-        if let Some(path) = self.objects.get(&self.pack(key)) {
-            self.touched.insert(path.clone());
+        if let Some(path) = self.path_of(&self.pack(key)).cloned() {
+            self.touched.insert(path);
         }
     }
 
@@ -556,7 +590,7 @@ impl Store {
         let Some(file) = self.files.get(path) else { return Vec::new() };
         let elsewhere = |key: &ObjectKey| {
             let packed = self.pack(key);
-            let path = self.objects.get(&packed)?;
+            let path = self.path_of(&packed)?;
             let position = self.files.get(path).and_then(|f| f.position_of(&packed));
             Some((path.clone(), position))
         };

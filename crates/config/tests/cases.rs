@@ -38,7 +38,7 @@ fn workload(w: &Workload) -> Json {
         "account": &*w.service_account,
         "addresses": w.addresses.iter().map(ToString::to_string).collect::<Vec<_>>(),
         "hostname": &*w.hostname,
-        "node": &*w.node,
+        "node": &**w.node(),
         "cluster": &*w.cluster,
         "trust_domain": w.trust_domain.as_str(),
         "tunnel": format!("{:?}", w.tunnel),

@@ -64,7 +64,8 @@ fn service(text: &mut String, app: usize) {
 
 #[test]
 fn a_pod_takes_little() {
-    const PODS: usize = 28_000;
+    // As full as with 100,000 are the tables.
+    const PODS: usize = 25_000;
     const FILE: usize = 1000;
     let files: Vec<(Arc<str>, String)> = (0..PODS / FILE)
         .map(|file| {
@@ -89,5 +90,5 @@ fn a_pod_takes_little() {
     assert_eq!(mesh.workload_count(), PODS);
     let of_one = |bytes: usize| (bytes - before) / PODS;
     let (held, most) = (of_one(LIVE.load(Ordering::Relaxed)), of_one(MOST.load(Ordering::Relaxed)));
-    assert!(held < 560 && most < 645, "{held} bytes, {most} at most while they were read");
+    assert!(held < 410 && most < 455, "{held} bytes, {most} at most while they were read");
 }

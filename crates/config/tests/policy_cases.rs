@@ -113,7 +113,7 @@ fn check_service(case: &mut Case, mesh: &Mesh, expected: &Node<'_>) {
             let vips = s.vips.iter().map(|v| v.range.to_string()).collect::<Vec<_>>().join(" ");
             let mut endpoints: Vec<String> = mesh
                 .endpoints(&s.key())
-                .map(|set| set.as_slice().iter().map(endpoint).collect())
+                .map(|set| set.as_slice().iter().map(|e| endpoint(set, e)).collect())
                 .unwrap_or_default();
             endpoints.sort();
             format!("{} {:?} [{vips}] [{}]", s.namespace, s.source, endpoints.join(" "))
@@ -122,11 +122,11 @@ fn check_service(case: &mut Case, mesh: &Mesh, expected: &Node<'_>) {
     case.same(&format!("service {host}"), &list(expected, "is"), &found);
 }
 
-fn endpoint(endpoint: &model::Endpoint) -> String {
+fn endpoint(set: &model::EndpointSet, endpoint: &model::Endpoint) -> String {
     let w = &endpoint.workload;
     let place = w.addresses.first().map_or_else(|| w.hostname.to_string(), ToString::to_string);
     let ports: Vec<_> =
-        endpoint.ports.iter().map(|p| format!("{}>{}", p.service_port, p.target_port)).collect();
+        set.ports(endpoint).iter().map(|p| format!("{}>{}", p.service_port, p.target_port)).collect();
     format!("{place}({})", ports.join(","))
 }
 

@@ -191,7 +191,9 @@ fn dump(mesh: &Mesh, repository: &Repository) -> BTreeSet<String> {
     let services = mesh.services().map(|s| {
         let mut endpoints: Vec<_> = mesh
             .endpoints(&s.key())
-            .map(|e| e.as_slice().iter().map(|e| format!("{} {:?}", e.workload.uid, e.ports)).collect())
+            .map(|set| {
+                set.as_slice().iter().map(|e| format!("{} {:?}", e.workload.uid, set.ports(e))).collect()
+            })
             .unwrap_or_default();
         endpoints.sort();
         format!("{s:?} {endpoints:?}")

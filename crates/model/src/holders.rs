@@ -1,7 +1,9 @@
-//! Who has an address: a workload, or several; the first by uid is the one that counts. Only a pointer is kept for one, as nearly
-//! all have.
+//! Who has an address: a workload, or several; the first by uid is the one that counts. Of nearly all only a pointer is kept: the
+//! address is read in the workload.
 
-use std::hash::Hash;
+use std::borrow::Borrow;
+use std::hash::{Hash, Hasher};
+use std::marker::PhantomData;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
@@ -42,36 +44,93 @@ impl ByAddress {
     }
 }
 
+/// An address of one family.
+trait Ip: Hash + Eq + Copy + 'static {
+    /// What is looked for in a table where there is none.
+    const NONE: &'static Self;
+
+    fn of(ip: &IpAddr) -> Option<&Self>;
+}
+
+impl Ip for Ipv4Addr {
+    const NONE: &'static Self = &Self::UNSPECIFIED;
+
+    fn of(ip: &IpAddr) -> Option<&Self> {
+        if let IpAddr::V4(ip) = ip { Some(ip) } else { None }
+    }
+}
+
+impl Ip for Ipv6Addr {
+    const NONE: &'static Self = &Self::UNSPECIFIED;
+
+    fn of(ip: &IpAddr) -> Option<&Self> {
+        if let IpAddr::V6(ip) = ip { Some(ip) } else { None }
+    }
+}
+
+/// The only address that a workload has of a family, as nearly all have; `None` where it has none or several.
+fn only<K: Ip>(workload: &Workload) -> Option<&K> {
+    let mut all = workload.addresses.iter().filter_map(K::of);
+    all.next().filter(|_| all.next().is_none())
+}
+
+/// A workload that is found by the only address that it has of a family.
+#[derive(Debug)]
+struct Holder<K>(Arc<Workload>, PhantomData<K>);
+
+impl<K> Clone for Holder<K> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone(), PhantomData)
+    }
+}
+
+impl<K: Ip> Borrow<K> for Holder<K> {
+    fn borrow(&self) -> &K {
+        only(&self.0).unwrap_or(K::NONE)
+    }
+}
+
+impl<K: Ip> PartialEq for Holder<K> {
+    fn eq(&self, other: &Self) -> bool {
+        only::<K>(&self.0) == only::<K>(&other.0)
+    }
+}
+
+impl<K: Ip> Eq for Holder<K> {}
+
+impl<K: Ip> Hash for Holder<K> {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        Borrow::<K>::borrow(self).hash(state);
+    }
+}
+
 /// An address is in one of the tables at most.
 #[derive(Clone, Debug)]
 struct Family<K> {
-    one: CowMap<K, Arc<Workload>>,
-    /// Two or more, by uid.
-    several: CowMap<K, Arc<[Arc<Workload>]>>,
+    /// Of which one workload is the holder, that has no other address of the family.
+    one: CowMap<Holder<K>, ()>,
+    /// All others, each with its holders by uid.
+    others: CowMap<K, Arc<[Arc<Workload>]>>,
 }
 
 impl<K> Default for Family<K> {
     fn default() -> Self {
-        Self { one: CowMap::default(), several: CowMap::default() }
+        Self { one: CowMap::default(), others: CowMap::default() }
     }
 }
 
-impl<K: Hash + Eq + Copy> Family<K> {
+impl<K: Ip> Family<K> {
     fn holders(&self, ip: &K) -> &[Arc<Workload>] {
-        match self.one.get(ip) {
-            Some(one) => std::slice::from_ref(one),
-            None if self.several.is_empty() => &[],
-            None => self.several.get(ip).map_or(&[], |list| list),
+        match self.one.get_key(ip) {
+            Some(Holder(one, _)) => std::slice::from_ref(one),
+            None if self.others.is_empty() => &[],
+            None => self.others.get(ip).map_or(&[], |list| list),
         }
     }
 
     fn put(&mut self, ip: K, workload: &Arc<Workload>) {
-        let holders = self.holders(&ip);
-        if holders.iter().all(|holder| holder.uid == workload.uid) {
-            self.one.insert(ip, workload.clone());
-            return;
-        }
-        let mut list: Vec<_> = holders.iter().filter(|holder| holder.uid != workload.uid).cloned().collect();
+        let others = self.holders(&ip).iter().filter(|holder| holder.uid != workload.uid);
+        let mut list: Vec<_> = others.cloned().collect();
         let at = list.partition_point(|holder| holder.uid < workload.uid);
         list.insert(at, workload.clone());
         self.set(ip, list);
@@ -83,15 +142,15 @@ impl<K: Hash + Eq + Copy> Family<K> {
     }
 
     fn set(&mut self, ip: K, mut list: Vec<Arc<Workload>>) {
-        if list.len() > 1 {
-            self.one.remove(&ip);
-            self.several.insert(ip, list.into());
-            return;
-        }
-        self.several.remove(&ip);
-        match list.pop() {
-            Some(one) => _ = self.one.insert(ip, one),
+        let one = if list.len() == 1 { list.pop_if(|one| only(one) == Some(&ip)) } else { None };
+        match one {
+            Some(one) => self.one.replace(Holder(one, PhantomData), ()),
             None => _ = self.one.remove(&ip),
+        }
+        if list.is_empty() {
+            self.others.remove(&ip);
+        } else {
+            self.others.insert(ip, list.into());
         }
     }
 }
@@ -105,38 +164,44 @@ mod tests {
     use super::*;
     use crate::Profile;
 
-    fn workload(uid: u8, network: u8) -> Arc<Workload> {
+    fn workload(uid: u8, network: u8, addresses: &[IpAddr]) -> Arc<Workload> {
         let profile = Profile { network: network.to_string().into(), ..Profile::default() };
-        Arc::new(Workload::new(uid.to_string().into(), "", Arc::new(profile)))
+        let workload = Workload::new(uid.to_string().into(), "", Arc::new(profile));
+        Arc::new(workload.with(|w| w.addresses = addresses.into()))
+    }
+
+    fn ip((at, v6): (u8, bool)) -> IpAddr {
+        match v6 {
+            false => IpAddr::from([10, 0, 0, at]),
+            true => IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, u16::from(at)]),
+        }
     }
 
     proptest! {
         #[test]
         fn the_first_by_uid_of_a_network_has_an_address(
-            steps in prop::collection::vec((any::<bool>(), 0..4u8, 0..3u8, 0..2u8, any::<bool>()), 0..60),
+            steps in prop::collection::vec(
+                (0..4u8, 0..2u8, prop::collection::btree_set((0..3u8, any::<bool>()), 0..4)), 0..60
+            ),
         ) {
-            let ip = |at: u8, v6: bool| match v6 {
-                false => IpAddr::from([10, 0, 0, at]),
-                true => IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, u16::from(at)]),
-            };
             let mut table = ByAddress::default();
-            let mut naive: BTreeMap<IpAddr, BTreeMap<u8, u8>> = BTreeMap::new();
-            for (put, uid, at, network, v6) in steps {
-                let ip = ip(at, v6);
+            let mut naive: BTreeMap<u8, (u8, Vec<IpAddr>)> = BTreeMap::new();
+            for (uid, network, addresses) in steps {
                 let before = (table.clone(), naive.clone());
-                if put {
-                    table.put(&ip, &workload(uid, network));
-                    naive.entry(ip).or_default().insert(uid, network);
-                } else {
-                    table.remove(&ip, &uid.to_string());
-                    naive.entry(ip).or_default().remove(&uid);
-                }
+                let addresses: Vec<IpAddr> = addresses.into_iter().map(ip).collect();
+                let old = naive.insert(uid, (network, addresses.clone())).unwrap_or_default().1;
+                old.iter().filter(|ip| !addresses.contains(ip)).for_each(|ip| table.remove(ip, &uid.to_string()));
+                let workload = workload(uid, network, &addresses);
+                addresses.iter().for_each(|ip| table.put(ip, &workload));
                 for (table, naive) in [&before, &(table.clone(), naive.clone())].map(|(t, n)| (t, n)) {
-                    for (ip, holders) in naive {
+                    for ip in (0..3).flat_map(|at| [ip((at, false)), ip((at, true))]) {
                         for network in 0..2u8 {
-                            let wanted = holders.iter().find(|(_, of)| **of == network).map(|(uid, _)| uid.to_string());
-                            let found = table.first(ip, &network.to_string()).map(|w| w.uid.to_string());
-                            prop_assert_eq!(found, wanted);
+                            let wanted = naive.iter().find(|(_, (of, has))| *of == network && has.contains(&ip));
+                            let found = table.first(&ip, &network.to_string());
+                            prop_assert_eq!(
+                                found.map(|w| (w.uid.to_string(), w.addresses.to_vec())),
+                                wanted.map(|(uid, (_, has))| (uid.to_string(), has.clone()))
+                            );
                         }
                     }
                 }

@@ -64,23 +64,14 @@ pub enum Change {
 /// An endpoint of a service.
 #[derive(Clone, Debug)]
 pub struct Endpoint {
-    /// The workload.
+    /// The workload. Its own membership says which of its ports serve which of the service's, see [`EndpointSet::ports`].
     pub workload: Arc<Workload>,
-    /// Which of its ports serve which ports of the service.
-    pub ports: Arc<[PortMapping]>,
-}
-
-impl Endpoint {
-    /// The workload's port behind the service's port.
-    #[must_use]
-    pub fn target_port(&self, service_port: u16) -> Option<u16> {
-        self.ports.iter().find(|p| p.service_port == service_port).map(|p| p.target_port)
-    }
 }
 
 /// The endpoints of a service, ready or not.
 #[derive(Clone, Debug, Default)]
 pub struct EndpointSet {
+    service: Option<ServiceKey>,
     list: Vec<Endpoint>,
     /// Positions in the list, by the uids that stand there.
     index: HashTable<u32>,
@@ -102,6 +93,19 @@ impl EndpointSet {
         self.index.find(self.hasher.hash_one(uid), stands).map(|at| *at as usize)
     }
 
+    /// Which of an endpoint's ports serve which ports of the service.
+    #[must_use]
+    pub fn ports<'a>(&self, endpoint: &'a Endpoint) -> &'a [PortMapping] {
+        let mut memberships = endpoint.workload.services.iter();
+        memberships.rfind(|m| Some(&m.service) == self.service.as_ref()).map_or(&[], |m| &m.ports)
+    }
+
+    /// An endpoint's port behind the service's port.
+    #[must_use]
+    pub fn target_port(&self, endpoint: &Endpoint, service_port: u16) -> Option<u16> {
+        self.ports(endpoint).iter().find(|p| p.service_port == service_port).map(|p| p.target_port)
+    }
+
     /// The [`Mesh::generation`] in which the set last changed: what was derived from it holds until then.
     #[must_use]
     pub fn generation(&self) -> u64 {
@@ -121,6 +125,10 @@ impl EndpointSet {
         // As many as there are addresses at most.
         let at = u32::try_from(self.list.len()).unwrap_or(u32::MAX);
         let hash = self.hasher.hash_one(&*endpoint.workload.uid);
+        if self.list.len() == self.list.capacity() {
+            // An eighth more, not twice as much: there are as many endpoints as workloads.
+            self.list.reserve_exact((self.list.len() / 8).max(4));
+        }
         self.list.push(endpoint);
         let (list, hasher) = (&self.list, &self.hasher);
         let again = |at: &u32| list.get(*at as usize).map_or(0, |e| hasher.hash_one(&*e.workload.uid));
@@ -511,11 +519,12 @@ impl Mesh {
             }
         }
         for membership in &*workload.services {
-            let endpoint = Endpoint { workload: workload.clone(), ports: membership.ports.clone() };
+            let endpoint = Endpoint { workload: workload.clone() };
             let generation = self.generation;
-            if let Some(set) = self.endpoints.entry_or_default(&membership.service.clone()) {
+            if let Some(set) = self.endpoints.entry_or_default(&membership.service) {
                 let set = Arc::make_mut(set);
                 set.generation = generation;
+                set.service.get_or_insert_with(|| membership.service.clone());
                 set.insert(endpoint);
             }
         }

@@ -17,15 +17,9 @@ use crate::{InvalidIdentity, NetworkAddress, PolicyKey, ServiceKey, SpiffeId, St
 pub struct Workload {
     /// Unique in the mesh: `cluster/group/kind/namespace/name/section` (WDS). Replaced by an equal text only.
     pub uid: Str,
-    /// Where its name is, see [`Workload::name`].
-    pub named: NameIn,
-    /// Whether it is ready for traffic.
-    pub health: Health,
     /// Its addresses, never IPv4-mapped; empty for a workload that is known by a host name only.
     pub addresses: Addresses,
-    /// The node that it runs on; empty when unknown.
-    pub node: Str,
-    /// Where it runs.
+    /// Where it runs. Shared between those of a node.
     pub locality: Arc<Locality>,
     /// What it has in common with others.
     pub profile: Arc<Profile>,
@@ -40,6 +34,8 @@ pub struct Profile {
     pub service_account: Str,
     /// The trust domain of its identity.
     pub trust_domain: TrustDomain,
+    /// Whether it is ready for traffic: as a rule all are, or none.
+    pub health: Health,
     /// The network that the addresses are on; empty for the default one.
     pub network: Str,
     /// The name to resolve when there is no address; else empty.
@@ -73,8 +69,8 @@ pub struct Profile {
     /// Its labels, sorted by key, where whoever tells of it knows them (WDS does not): what subsets and `sourceLabels` ask
     /// for. Shared between equal workloads.
     pub labels: Arc<[(Str, Str)]>,
-    /// The name of a workload whose uid does not have it.
-    pub unlisted_name: Option<Str>,
+    /// Where its name is, see [`Workload::name`].
+    pub named: NameIn,
 }
 
 impl Default for Profile {
@@ -84,6 +80,7 @@ impl Default for Profile {
             namespace: Str::default(),
             service_account: "default".into(),
             trust_domain: TrustDomain::cluster_local(),
+            health: Health::Healthy,
             network: Str::default(),
             hostname: Str::default(),
             cluster: Str::default(),
@@ -100,7 +97,7 @@ impl Default for Profile {
             application_tunnel: None,
             capacity: 1,
             labels: Arc::default(),
-            unlisted_name: None,
+            named: NameIn::default(),
         }
     }
 }
@@ -123,19 +120,10 @@ impl Workload {
     /// A workload of which only this is known: ready, without addresses, on no node.
     #[must_use]
     pub fn new(uid: Str, name: &str, profile: Arc<Profile>) -> Self {
-        let place = NameIn::find(&uid, name);
-        let mut workload = Self {
-            uid,
-            named: place.unwrap_or_default(),
-            health: Health::Healthy,
-            addresses: Addresses::default(),
-            node: Str::default(),
-            locality: Arc::default(),
-            profile,
-        };
-        let unlisted = place.is_none().then_some(name);
-        if workload.unlisted_name.as_deref() != unlisted {
-            workload.unlisted_name = unlisted.map(Str::from);
+        let named = NameIn::find(&uid, name);
+        let mut workload = Self { uid, addresses: Addresses::default(), locality: Arc::default(), profile };
+        if workload.named != named {
+            workload.named = named;
         }
         workload
     }
@@ -150,10 +138,13 @@ impl Workload {
     /// The pod's or entry's name.
     #[must_use]
     pub fn name(&self) -> &str {
-        match &self.profile.unlisted_name {
-            Some(name) => name,
-            None => self.named.of(&self.uid),
-        }
+        self.profile.named.of(&self.uid)
+    }
+
+    /// The node that it runs on; empty when unknown.
+    #[must_use]
+    pub fn node(&self) -> &Str {
+        &self.locality.node
     }
 
     /// For telemetry: the name of the object that made it.
@@ -211,22 +202,39 @@ impl Workload {
     }
 }
 
-/// Which part of a workload's uid is its name: as a rule there is one, so that no name is kept beside it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct NameIn {
-    from: u16,
-    length: u16,
+/// Which part of a workload's uid is its name: as a rule there is one, so that no name is kept beside it, and it is the same one
+/// for all of a kind.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum NameIn {
+    /// What stands between slashes, counted from the end.
+    Part(u8),
+    /// None of them.
+    Apart(Str),
+}
+
+/// Parts of a uid that are looked at.
+const PARTS: usize = 6;
+
+impl Default for NameIn {
+    fn default() -> Self {
+        Self::Part(0)
+    }
 }
 
 impl NameIn {
-    fn find(uid: &str, name: &str) -> Option<Self> {
-        let from = u16::try_from(uid.rfind(name)?).ok()?;
-        Some(Self { from, length: u16::try_from(name.len()).ok()? })
+    fn find(uid: &str, name: &str) -> Self {
+        let place = uid.rsplit('/').take(PARTS).position(|part| part == name);
+        match place.and_then(|place| u8::try_from(place).ok()) {
+            Some(place) => Self::Part(place),
+            None => Self::Apart(name.into()),
+        }
     }
 
-    fn of(self, uid: &str) -> &str {
-        let from = usize::from(self.from);
-        uid.get(from..from + usize::from(self.length)).unwrap_or_default()
+    fn of<'a>(&'a self, uid: &'a str) -> &'a str {
+        match self {
+            Self::Part(place) => uid.rsplit('/').nth(usize::from(*place)).unwrap_or_default(),
+            Self::Apart(name) => name,
+        }
     }
 }
 
@@ -369,6 +377,8 @@ pub enum Health {
 /// Where a workload runs. Empty parts are unknown.
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Locality {
+    /// The node.
+    pub node: Str,
     /// `topology.kubernetes.io/region`.
     pub region: Str,
     /// `topology.kubernetes.io/zone`.
@@ -445,7 +455,7 @@ mod tests {
     #[test]
     fn a_workload_takes_little() {
         // Of 100,000 in a mesh each byte is 100 kB; what siblings share stands once for all of them.
-        assert!(size_of::<Workload>() <= 80, "{}", size_of::<Workload>());
+        assert!(size_of::<Workload>() <= 56, "{}", size_of::<Workload>());
     }
 
     #[test]
@@ -474,7 +484,7 @@ mod tests {
         fn names_read_back_as_they_were(
             uid in "[a-c/]{0,8}",
             long in prop::option::of(Just("x".repeat(70_000))),
-            name in "[a-c]{0,4}",
+            name in "[a-c/]{0,4}",
             workload_name in "[a-c]{0,2}",
             canonical_name in "[a-c]{0,2}",
         ) {

@@ -77,7 +77,7 @@ fn of_several_workloads_at_one_address_the_first_by_uid_answers_whatever_came_fi
         set(workload_at("b", &["10.0.0.1"])),
         set(workload_at("c", &["10.0.0.1"])),
         set(workload_at("a", &["10.0.0.1"])),
-        set(Workload { health: Health::Unhealthy, ..workload_at("a", &["10.0.0.1"]) }),
+        set(workload_at("a", &["10.0.0.1"]).with(|w| w.health = Health::Unhealthy)),
     ]);
     let found = mesh.workload_at(&at("10.0.0.1")).unwrap();
     assert_eq!((&*found.uid, found.health), ("a", Health::Unhealthy), "replaced in its place");
@@ -201,14 +201,15 @@ fn endpoint_sets_follow_memberships() {
 
     // The first leaves: the last moves into its place and must still be found when it changes and leaves.
     let mesh = mesh.apply([set(member("1", &[&y]))]);
-    let mesh = mesh.apply([set(Workload { health: Health::Unhealthy, ..member("3", &[&x]) })]);
+    let mesh = mesh.apply([set(member("3", &[&x]).with(|w| w.health = Health::Unhealthy))]);
     assert_eq!(
         (endpoints(&mesh, &x), endpoints(&mesh, &y)),
         (vec!["2".to_string(), "3".into()], vec!["1".into(), "2".into()])
     );
-    let three = mesh.endpoints(&x).unwrap().as_slice().iter().find(|e| &*e.workload.uid == "3").unwrap();
+    let all = mesh.endpoints(&x).unwrap();
+    let three = all.as_slice().iter().find(|e| &*e.workload.uid == "3").unwrap();
     assert_eq!(three.workload.health, Health::Unhealthy);
-    assert_eq!((three.target_port(80), three.target_port(81)), (Some(8080), None));
+    assert_eq!((all.target_port(three, 80), all.target_port(three, 81)), (Some(8080), None));
 
     let before = mesh.endpoints(&y).unwrap().generation();
     let mesh = mesh.apply([Change::RemoveWorkload("3".into())]);
@@ -225,7 +226,7 @@ fn a_changed_port_mapping_replaces_the_endpoint() {
     let on = |port| workload("1").with(|w| w.services = [member_of(&x, 80, port)].into());
     let mesh = Mesh::default().apply([set(on(8080))]).apply([set(on(9090))]);
     let set = mesh.endpoints(&x).unwrap();
-    assert_eq!((set.as_slice().len(), set.as_slice()[0].target_port(80)), (1, Some(9090)));
+    assert_eq!((set.as_slice().len(), set.target_port(&set.as_slice()[0], 80)), (1, Some(9090)));
     assert_eq!(set.generation(), mesh.generation());
 }
 
@@ -291,7 +292,7 @@ fn the_policy_generation_moves_with_what_decides_and_with_nothing_else() {
     assert!(moves(set(pod().with(|w| w.tunnel = model::TunnelProtocol::None))));
 
     assert!(!moves(set(pod())));
-    assert!(!moves(set(Workload { health: Health::Unhealthy, ..pod() })));
+    assert!(!moves(set(pod().with(|w| w.health = Health::Unhealthy))));
     assert!(!moves(set(
         pod().with(|w| w.services = [member_of(&service("a", "x", &[]).key(), 80, 80)].into())
     )));

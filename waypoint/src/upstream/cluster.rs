@@ -421,9 +421,8 @@ impl Facts {
                 TargetPort::Number(number) => Some(*number),
                 TargetPort::PerEndpoint => None,
             };
-            let Some(port) = member.target_port(backend.port).or(of_service).filter(|port| *port != 0) else {
-                continue;
-            };
+            let port = set.target_port(member, backend.port).or(of_service).filter(|port| *port != 0);
+            let Some(port) = port else { continue };
             let before = old.and_then(|old| old.endpoint(&member.workload.uid));
             // Connections stay in use where they lead to the same place by the same way.
             let alike = before.filter(|before| {

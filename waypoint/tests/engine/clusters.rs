@@ -200,7 +200,7 @@ async fn endpoints_come_and_go_with_the_mesh_and_subsets_are_by_labels() {
     assert_eq!(nobody.await.connect().await.ask(get("/")).await.status(), 503);
     assert!(matches!(world.backend(Some("c")), Err(NoCluster::Subset(..))));
 
-    world.apply(set(Workload { health: Health::Unhealthy, ..workload("a", a) }));
+    world.apply(set(workload("a", a).with(|w| w.health = Health::Unhealthy)));
     assert_eq!(bodies(&proxy, 3).await, "b0b0b0");
     // Back, and known by another name: the connection to it is the one that was there.
     world.apply(set(workload("a", a).with(|w| w.set_canonical_name("cart".into()))));

@@ -202,7 +202,7 @@ pub(super) fn targets(mesh: &Mesh, asker: &Asker<'_>, name: &str) -> Option<Vec<
             workload.addresses.iter().copied().filter(|ip| has_family(&service, *ip)).collect();
         (!addresses.is_empty() && workload.network == *asker.network).then(|| Target {
             host: format!("{}.{}", workload.name(), service.hostname),
-            port: endpoint.target_port(port).unwrap_or(port),
+            port: endpoints.target_port(endpoint, port).unwrap_or(port),
             addresses,
         })
     });

@@ -64,6 +64,7 @@ fn kubernetes(name: &str, namespace: &str, vips: &[&str]) -> Service {
 fn endpoint(name: &str, service: &Service, addresses: &[&str], health: Health) -> Workload {
     let profile = Profile {
         namespace: service.namespace.clone(),
+        health,
         canonical_name: None,
         workload_name: None,
         services: Arc::new([ServiceMembership {
@@ -74,7 +75,7 @@ fn endpoint(name: &str, service: &Service, addresses: &[&str], health: Health) -
     };
     let uid = format!("Kubernetes//Pod/{}/{name}", service.namespace);
     let addresses = addresses.iter().map(|ip| ip.parse().unwrap()).collect();
-    Workload { addresses, health, ..Workload::new(uid.into(), name, Arc::new(profile)) }
+    Workload { addresses, ..Workload::new(uid.into(), name, Arc::new(profile)) }
 }
 
 /// A mesh with one of everything.

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use hbone::{Baggage, HeaderValue};
-use model::{Mesh, Profile, Str, TunnelProtocol, Workload};
+use model::{Locality, Mesh, Profile, Str, TunnelProtocol, Workload};
 use net::Netns;
 use tokio::time::Instant;
 
@@ -65,7 +65,8 @@ impl Claim {
             workload_name: None,
             ..Profile::default()
         };
-        Workload { node: self.node.clone(), ..Workload::new(uid.clone(), &self.name, Arc::new(profile)) }
+        let locality = Arc::new(Locality { node: self.node.clone(), ..Locality::default() });
+        Workload { locality, ..Workload::new(uid.clone(), &self.name, Arc::new(profile)) }
     }
 }
 

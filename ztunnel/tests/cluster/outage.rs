@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use harness::netns::root_or_skip;
-use model::{Profile, Str, Workload};
+use model::{Locality, Profile, Str, Workload};
 use nix::sys::signal::Signal;
 
 use crate::lab::traffic::{PORT, ask, serve, talk};
@@ -165,9 +165,10 @@ async fn a_hundred_thousand_workloads() {
             workload_name: Some(app),
             ..(*one.profile).clone()
         };
+        let node = format!("node-{}", index % 2000).into();
         let workload = Workload {
             addresses: [std::net::IpAddr::from([11, b, c, d])].into(),
-            node: format!("node-{}", index % 2000).into(),
+            locality: Arc::new(Locality { node, ..Locality::default() }),
             ..Workload::new(format!("Kubernetes//Pod/{namespace}/{name}").into(), &name, Arc::new(profile))
         };
         cluster.control_plane.workload(&workload);

@@ -116,7 +116,7 @@ impl<'a> Ranking<'a> {
         let agreeing = wanted.iter().take_while(|wanted| {
             let (key, value) = wanted.split_once('=').map_or((&***wanted, None), |(k, v)| (k, Some(v)));
             let theirs =
-                place_label(key, &workload.locality, [&workload.network, &workload.cluster, &workload.node])
+                place_label(key, &workload.locality, [&workload.network, &workload.cluster, workload.node()])
                     .or_else(|| label(labels, key));
             let client = &self.origin.client;
             let ours = value.or_else(|| {

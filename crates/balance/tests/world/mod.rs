@@ -51,8 +51,8 @@ pub fn workload(uid: &str, place: &str) -> Workload {
         services: Arc::new([ServiceMembership { service: key(), ports: Arc::new([]) }]),
         ..Profile::default()
     };
-    let locality = Arc::new(Locality { region, zone, subzone: "".into() });
-    Workload { node, locality, ..Workload::new(uid.into(), uid, Arc::new(profile)) }
+    let locality = Arc::new(Locality { node, region, zone, subzone: "".into() });
+    Workload { locality, ..Workload::new(uid.into(), uid, Arc::new(profile)) }
 }
 
 pub fn serving(mut workload: Workload, service_port: u16, target_port: u16) -> Workload {

@@ -116,7 +116,7 @@ impl Compiler {
         for area in self.areas.values() {
             let any = target.kind == TargetKind::GatewayClass;
             if any || bound(&area.waypoint) {
-                ids.extend(&area.instances);
+                ids.extend(area.instances.iter());
             } else {
                 ids.extend(area.labelled(&label, &target.name));
             }

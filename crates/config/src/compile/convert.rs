@@ -42,6 +42,7 @@ pub(super) fn pod(key: &ObjectKey, uid: Str, pod: Pod, context: &mut Context<'_>
     let profile = Profile {
         namespace: key.namespace.clone(),
         service_account: pod.service_account,
+        health: if pod.ready { Health::Healthy } else { Health::Unhealthy },
         network_mode: if pod.host_network { NetworkMode::HostNetwork } else { NetworkMode::Standard },
         workload_name: pod.workload_name,
         workload_kind: pod.workload_kind,
@@ -50,9 +51,8 @@ pub(super) fn pod(key: &ObjectKey, uid: Str, pod: Pod, context: &mut Context<'_>
     };
     Some(Instance {
         workload: Workload {
-            node: pod.node,
             addresses: pod.addresses.into(),
-            health: if pod.ready { Health::Healthy } else { Health::Unhealthy },
+            locality: context.at(&pod.node),
             ..context.workload(uid, &key.name, profile)
         },
         labels: pod.labels,
@@ -154,16 +154,22 @@ fn slice_endpoint(
         key.namespace, key.name, endpoint.address
     );
     let fixed_locality = endpoint.node.is_empty() && !endpoint.zone.is_empty();
-    let locality = Locality { zone: endpoint.zone.clone(), ..Locality::default() };
-    let profile = Profile { namespace: key.namespace.clone(), ..context.profile() };
-    let blank = context.workload(uid.into(), &key.name, profile);
+    let locality = if fixed_locality {
+        let locality = Locality { zone: endpoint.zone.clone(), ..Locality::default() };
+        context.pool.locality(locality)
+    } else {
+        context.at(&endpoint.node)
+    };
+    let profile = Profile {
+        namespace: key.namespace.clone(),
+        health: if endpoint.ready { Health::Healthy } else { Health::Unhealthy },
+        ..context.profile()
+    };
     Instance {
         workload: Workload {
-            node: endpoint.node.clone(),
             addresses: [endpoint.address].into(),
-            health: if endpoint.ready { Health::Healthy } else { Health::Unhealthy },
-            locality: if fixed_locality { Arc::new(locality) } else { blank.locality.clone() },
-            ..blank
+            locality,
+            ..context.workload(uid.into(), &key.name, profile)
         },
         labels: Labels::default(),
         ports: Arc::new([]),
@@ -199,7 +205,15 @@ impl Context<'_> {
     pub fn workload(&mut self, uid: Str, name: &str, profile: Profile) -> Workload {
         let mut workload = Workload::new(uid, name, Arc::new(profile));
         self.pool.share(&mut workload.profile);
-        (workload.node, workload.locality) = (self.empty.clone(), self.no_locality.clone());
+        workload.locality = self.no_locality.clone();
         workload
+    }
+
+    /// Where the node is, as far as it is told by its name.
+    fn at(&mut self, node: &Str) -> Arc<Locality> {
+        if node.is_empty() {
+            return self.no_locality.clone();
+        }
+        self.pool.locality(Locality { node: node.clone(), ..Locality::default() })
     }
 }

@@ -27,7 +27,7 @@ impl Record {
 
     fn order(&self) -> Order {
         match self.rank {
-            Rank::Pod | Rank::Entry => (self.rank, self.arrival, None),
+            Rank::Pod | Rank::Entry => (self.rank, self.arrival(), None),
             Rank::Endpoint => (self.rank, 0, self.workload().map(|w| w.uid.clone())),
         }
     }
@@ -77,7 +77,7 @@ impl Compiler {
         record.addresses().into_iter().find_map(|address| {
             let before = self.by_address.holders(&address).iter().take_while(|other| **other != id);
             let in_force = |other: &&Id| {
-                self.record(**other).is_some_and(|other| !other.displaced && other.takes_from(record))
+                self.record(**other).is_some_and(|other| !other.displaced() && other.takes_from(record))
             };
             let first = *before.into_iter().find(in_force)?;
             Some((first, address))
@@ -92,14 +92,14 @@ impl Compiler {
         let open = |id: &Id| {
             let record = self.record(*id)?;
             let shared = |address: &NetworkAddress| self.by_address.holders(address).len() > 1;
-            (record.displaced || record.addresses().iter().any(shared)).then(|| (record.order(), *id))
+            (record.displaced() || record.addresses().iter().any(shared)).then(|| (record.order(), *id))
         };
         let mut queue: BTreeSet<(Order, Id)> = self.dirty.iter().filter_map(open).collect();
         while let Some((order, id)) = queue.pop_first() {
             self.steps += 1;
             let displaced = self.displacer(id).is_some();
             let Some(record) = self.record_mut(id) else { continue };
-            if std::mem::replace(&mut record.displaced, displaced) == displaced {
+            if record.set_displaced(displaced) == displaced {
                 continue;
             }
             let addresses = record.addresses();

@@ -50,7 +50,7 @@ pub(super) enum Verdict {
 }
 
 pub(super) fn decide(workload: &Workload, capture: Option<&Capture>, node: Option<&Str>) -> Verdict {
-    if workload.tunnel != TunnelProtocol::Hbone || node != Some(&workload.node) {
+    if workload.tunnel != TunnelProtocol::Hbone || node != Some(workload.node()) {
         return Verdict::Leave;
     }
     let Some((capture, netns)) = capture.and_then(|c| Some((c, c.netns.clone()?))) else {

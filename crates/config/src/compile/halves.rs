@@ -117,8 +117,7 @@ impl Compiler {
         if !self.policies.is_halved(key) || !self.halves.of.contains_key(key) {
             return false;
         }
-        let compiled =
-            self.records.iter().flatten().filter(|r| r.emitted).filter_map(|r| r.compiled.as_ref());
+        let compiled = self.records.iter().flatten().filter(|r| r.emitted).filter_map(Record::compiled);
         !compiled.filter(|w| w.tunnel == TunnelProtocol::Hbone).any(|w| w.policies.contains(key))
     }
 
@@ -241,7 +240,8 @@ impl Compiler {
             }
         }
         changed.iter().for_each(|service| self.touch_asking(service));
-        let old = self.record_mut(id).and_then(|record| std::mem::replace(&mut record.selection, next));
+        let record = self.records.get_mut(id as usize).and_then(Option::as_mut);
+        let old = record.and_then(|record| record.set_selection(next, &mut self.natures));
         self.forget_selection(old);
     }
 

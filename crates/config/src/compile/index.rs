@@ -14,18 +14,55 @@ use crate::policy::Binding;
 /// An instance's number in the compiler's table.
 pub(super) type Id = u32;
 
+/// A set of instances, in order. Half of what a hash set takes, and nearly always one is added at the end, since the numbers are
+/// given in order. One that leaves costs a look at a few, and moves those behind it.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Ids(Vec<Id>);
+
+impl Ids {
+    fn of<const N: usize>(mut ids: [Id; N]) -> Self {
+        ids.sort_unstable();
+        Self(ids.into())
+    }
+
+    pub(super) fn insert(&mut self, id: Id) {
+        if self.0.last().is_none_or(|last| *last < id) {
+            if self.0.len() == self.0.capacity() {
+                self.0.reserve_exact((self.0.len() / 8).max(4));
+            }
+            self.0.push(id);
+        } else if let Err(place) = self.0.binary_search(&id) {
+            self.0.insert(place, id);
+        }
+    }
+
+    pub(super) fn remove(&mut self, id: Id) {
+        if let Ok(place) = self.0.binary_search(&id) {
+            self.0.remove(place);
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = Id> {
+        self.0.iter().copied()
+    }
+}
+
 /// A set of instances; most sets have one.
 #[derive(Debug, Clone)]
 pub(super) enum Members {
     One(Id),
-    Many(Box<HashSet<Id>>),
+    Many(Box<Ids>),
 }
 
 impl Members {
     fn insert(&mut self, id: Id) {
         match self {
             Self::One(one) if *one == id => {}
-            Self::One(one) => *self = Self::Many(Box::new(HashSet::from_iter([*one, id]))),
+            Self::One(one) => *self = Self::Many(Box::new(Ids::of([*one, id]))),
             Self::Many(many) => {
                 many.insert(id);
             }
@@ -37,7 +74,7 @@ impl Members {
         match self {
             Self::One(one) => *one == id,
             Self::Many(many) => {
-                many.remove(&id);
+                many.remove(id);
                 many.is_empty()
             }
         }
@@ -46,14 +83,14 @@ impl Members {
     pub(super) fn len(&self) -> usize {
         match self {
             Self::One(_) => 1,
-            Self::Many(many) => many.len(),
+            Self::Many(many) => many.0.len(),
         }
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = Id> {
         let (one, many) = match self {
             Self::One(one) => (Some(*one), None),
-            Self::Many(many) => (None, Some(many.iter().copied())),
+            Self::Many(many) => (None, Some(many.iter())),
         };
         one.into_iter().chain(many.into_iter().flatten())
     }
@@ -70,7 +107,7 @@ pub(super) struct Area {
     pub(super) waypoint: Binding,
     /// Its labels.
     pub(super) labels: Labels,
-    pub(super) instances: HashSet<Id>,
+    pub(super) instances: Ids,
     pub(super) services: HashSet<ServiceKey>,
     by_label: HashMap<(Str, Str), Members>,
     /// Each service's selector stands under one of its labels.
@@ -90,7 +127,7 @@ impl Area {
     }
 
     pub(super) fn remove_instance(&mut self, id: Id, labels: &Labels) {
-        self.instances.remove(&id);
+        self.instances.remove(id);
         for pair in labels.iter() {
             if self.by_label.get_mut(pair).is_some_and(|members| members.remove(id)) {
                 self.by_label.remove(pair);
@@ -148,10 +185,20 @@ impl Area {
 }
 
 /// A node: where it is, and what runs on it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Place {
-    pub(super) locality: Option<Arc<Locality>>,
-    pub(super) instances: HashSet<Id>,
+    pub(super) here: Arc<Locality>,
+    /// Whether the node itself is known, and not only named.
+    pub(super) is_known: bool,
+    pub(super) instances: Ids,
+}
+
+impl Place {
+    /// A node of which only its name is known.
+    pub(super) fn new(node: &Str) -> Self {
+        let here = Locality { node: node.clone(), ..Locality::default() };
+        Self { here: Arc::new(here), is_known: false, instances: Ids::default() }
+    }
 }
 
 /// Instances by their uids, which are read where they are: the table holds numbers alone.

@@ -8,7 +8,7 @@ use model::{
 };
 
 use super::enrolment::{self, EnrolmentChange, Verdict};
-use super::index::Id;
+use super::index::{Id, Place};
 use super::instance::{Definition, Finding, Instance, Membership, Names, PortRule, Rank, RuleTarget};
 use super::record::Record;
 use super::{Compiler, Source};
@@ -65,7 +65,7 @@ impl Compiler {
         let comes_anew = self.comes_anew(&old_addresses, &addresses);
         if known.is_none() || comes_anew {
             self.arrivals += 1;
-            record.arrival = self.arrivals;
+            record.set_arrival(self.arrivals);
         }
         self.index(id, &record);
         if known.is_none() {
@@ -86,6 +86,10 @@ impl Compiler {
     }
 
     fn grow(&mut self) -> Id {
+        if self.records.len() == self.records.capacity() {
+            // An eighth more, not twice as much.
+            self.records.reserve_exact((self.records.len() / 8).max(64));
+        }
         self.records.push(None);
         Id::try_from(self.records.len() - 1).unwrap_or(Id::MAX)
     }
@@ -112,9 +116,9 @@ impl Compiler {
         if let Some(workload) = record.workload() {
             self.by_uid.remove(&workload.uid, id);
             if record.emitted {
-                self.count_unguarded(record.compiled.as_deref(), None);
-                self.count_bindings(record.compiled.as_deref(), &[]);
-                self.count_halves(record.compiled.as_deref(), None, id);
+                self.count_unguarded(record.compiled().map(AsRef::as_ref), None);
+                self.count_bindings(record.compiled().map(AsRef::as_ref), &[]);
+                self.count_halves(record.compiled().map(AsRef::as_ref), None, id);
                 self.removed.push(Change::RemoveWorkload(workload.uid.clone()));
             }
             if record.enrolment().is_some() {
@@ -132,18 +136,19 @@ impl Compiler {
     fn index(&mut self, id: Id, record: &Record) {
         let Some(workload) = record.workload() else { return };
         self.area(&workload.namespace).insert_instance(id, &record.labels);
-        if !workload.node.is_empty() {
-            self.places.entry(workload.node.clone()).or_default().instances.insert(id);
+        let node = workload.node();
+        if !node.is_empty() {
+            self.places.entry(node.clone()).or_insert_with(|| Place::new(node)).instances.insert(id);
         }
     }
 
     fn unindex(&mut self, id: Id, record: &Record) {
         let Some(workload) = record.workload() else { return };
         self.area(&workload.namespace).remove_instance(id, &record.labels);
-        if let Some(place) = self.places.get_mut(&workload.node) {
-            place.instances.remove(&id);
-            if place.instances.is_empty() && place.locality.is_none() {
-                self.places.remove(&workload.node);
+        if let Some(place) = self.places.get_mut(workload.node()) {
+            place.instances.remove(id);
+            if place.instances.is_empty() && !place.is_known {
+                self.places.remove(workload.node());
             }
         }
     }
@@ -152,9 +157,9 @@ impl Compiler {
     pub(super) fn compile_instance(&mut self, id: Id, pool: &mut Pool) -> Option<Change> {
         self.steps += 1;
         let record = self.record(id).filter(|r| r.dirty)?;
-        let displacer = if record.displaced { self.displacer(id) } else { None };
+        let displacer = if record.displaced() { self.displacer(id) } else { None };
         let key = key_of(record.maker, record.workload()?);
-        if record.displaced && record.rank == Rank::Endpoint {
+        if record.displaced() && record.rank == Rank::Endpoint {
             return self.withdraw(id);
         }
         let workload = self.join(id, pool)?;
@@ -175,18 +180,18 @@ impl Compiler {
         }
         let record = self.record_mut(id)?;
         record.dirty = false;
-        let draft = record.draft.take();
+        let draft = record.take_draft();
         self.count_authenticated(id, Some(&workload));
         self.count_selection(id, Some(&workload));
         let record = self.record_mut(id)?;
-        if record.emitted && record.compiled.as_deref() == Some(&workload) {
+        if record.emitted && record.workload() == Some(&workload) {
             return None;
         }
         let workload = in_place_of(draft, workload);
         let record = self.record(id)?;
         let bindings = self.binding_policies(&workload, record);
         let record = self.record_mut(id)?;
-        let old = record.compiled.replace(workload.clone()).filter(|_| record.emitted);
+        let old = record.set_compiled(workload.clone()).filter(|_| record.emitted);
         record.emitted = true;
         self.count_unguarded(old.as_deref(), Some(&workload));
         self.count_bindings(old.as_deref(), &bindings);
@@ -202,7 +207,7 @@ impl Compiler {
         if !std::mem::take(&mut record.emitted) {
             return None;
         }
-        let old = record.compiled.clone();
+        let old = record.compiled().cloned();
         self.count_authenticated(id, None);
         self.count_selection(id, None);
         self.count_unguarded(old.as_deref(), None);
@@ -247,9 +252,8 @@ impl Compiler {
                 if ambient { TunnelProtocol::Hbone } else { TunnelProtocol::None }
             }
         };
-        if !record.fixed_locality {
-            let place = self.places.get(&workload.node).and_then(|p| p.locality.clone());
-            workload.locality = place.unwrap_or_else(|| self.shared.no_locality.clone());
+        if let (false, Some(place)) = (record.fixed_locality, self.places.get(workload.node())) {
+            workload.locality = place.here.clone();
         }
         let label = |names: &[&str]| names.iter().find_map(|name| record.labels.get(name)).cloned();
         workload.canonical_name = None;
@@ -325,7 +329,8 @@ fn in_place_of(draft: Option<Arc<Workload>>, workload: Workload) -> Arc<Workload
 }
 
 fn no_netns(workload: &Workload) -> Finding {
-    let message = format!("the pod is in the mesh on this node ({}), and nothing captures it", workload.node);
+    let message =
+        format!("the pod is in the mesh on this node ({}), and nothing captures it", workload.node());
     let remedy = "name its network namespace: annotation culvert.dev/netns: /run/netns/NAME".to_owned();
     Finding { code: Code::NetnsMissing, message, remedy }
 }

@@ -14,25 +14,23 @@ use crate::resource::Kind;
 
 /// An instance in the compiler's table. The fields of its [`Nature`] are read as if they were its own.
 pub(super) struct Record {
-    /// What the resource says, until it is compiled.
-    pub(super) draft: Option<Arc<Workload>>,
-    /// What it was compiled to.
-    pub(super) compiled: Option<Arc<Workload>>,
-    /// Its place among those that have an address too, of its rank.
-    pub(super) arrival: u64,
+    /// What the resource says, until it is compiled; then what it was compiled to.
+    workload: Option<Arc<Workload>>,
+    is_draft: bool,
+    arrival: Arrival,
     nature: Arc<Nature>,
-    /// Its services behind waypoints, and which policies select it, as far as that was counted.
-    pub(super) selection: Option<Counted>,
     rare: Option<Box<Rare>>,
     /// Whether the model has it.
     pub(super) emitted: bool,
     pub(super) dirty: bool,
-    /// Whether another that is in force has one of its addresses.
-    pub(super) displaced: bool,
 }
 
+/// A number of 40 bits: a hundred a second for three hundred years.
+#[derive(Clone, Copy, Default)]
+struct Arrival([u8; 5]);
+
 /// What an instance has in common with others, most often with all of its application.
-#[derive(PartialEq, Eq, Hash)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 pub(super) struct Nature {
     pub(super) labels: Labels,
     pub(super) ports: Arc<[(Str, u16)]>,
@@ -43,6 +41,8 @@ pub(super) struct Nature {
     pub(super) membership: Membership,
     pub(super) fixed_locality: bool,
     pub(super) services: Box<[ServiceMembership]>,
+    /// Its services behind waypoints, and which policies select it, as far as that was counted.
+    pub(super) selection: Option<Counted>,
 }
 
 /// What few instances have.
@@ -51,11 +51,18 @@ struct Rare {
     capture: Option<Box<Capture>>,
     enrolment: Option<Box<Enrolment>>,
     authenticated: Box<[(ServiceKey, PolicyKey)]>,
+    /// What it was compiled to before there was the draft.
+    compiled: Option<Arc<Workload>>,
+    displaced: bool,
 }
 
 impl Rare {
     fn is_empty(&self) -> bool {
-        self.capture.is_none() && self.enrolment.is_none() && self.authenticated.is_empty()
+        self.capture.is_none()
+            && self.enrolment.is_none()
+            && self.authenticated.is_empty()
+            && self.compiled.is_none()
+            && !self.displaced
     }
 }
 
@@ -79,20 +86,25 @@ impl Record {
             membership: instance.membership,
             fixed_locality: instance.fixed_locality,
             services: instance.services,
+            selection: old.as_ref().and_then(|old| old.selection.clone()),
         });
         let draft = Some(Arc::new(instance.workload));
         let mut record = match old {
-            Some(old) => Self { draft, nature, ..old },
+            Some(mut old) => {
+                let compiled = old.compiled().cloned();
+                if compiled.is_some() {
+                    old.change_rare(|rare| rare.compiled = compiled);
+                }
+                Self { workload: draft, is_draft: true, nature, ..old }
+            }
             None => Self {
-                draft,
-                compiled: None,
-                arrival: 0,
+                workload: draft,
+                is_draft: true,
+                arrival: Arrival::default(),
                 nature,
-                selection: None,
                 rare: None,
                 emitted: false,
                 dirty: false,
-                displaced: false,
             },
         };
         if instance.capture.is_some() || record.rare.is_some() {
@@ -103,7 +115,52 @@ impl Record {
 
     /// What is known of the workload: as the resource says, or as it was compiled.
     pub(super) fn workload(&self) -> Option<&Workload> {
-        self.draft.as_deref().or(self.compiled.as_deref())
+        self.workload.as_deref()
+    }
+
+    /// What it was compiled to.
+    pub(super) fn compiled(&self) -> Option<&Arc<Workload>> {
+        if self.is_draft { self.rare.as_ref()?.compiled.as_ref() } else { self.workload.as_ref() }
+    }
+
+    /// What the resource says, if it is not compiled. What it was compiled to before is in its place then.
+    pub(super) fn take_draft(&mut self) -> Option<Arc<Workload>> {
+        if !std::mem::take(&mut self.is_draft) {
+            return None;
+        }
+        let compiled = self.rare.is_some().then(|| self.change_rare(|rare| rare.compiled.take())).flatten();
+        std::mem::replace(&mut self.workload, compiled)
+    }
+
+    /// It was compiled to this, of which there is no draft. Gives what it was compiled to before.
+    pub(super) fn set_compiled(&mut self, workload: Arc<Workload>) -> Option<Arc<Workload>> {
+        self.workload.replace(workload)
+    }
+
+    /// Its place among those that have an address too, of its rank.
+    pub(super) fn arrival(&self) -> u64 {
+        let [a, b, c, d, e] = self.arrival.0;
+        u64::from_be_bytes([0, 0, 0, a, b, c, d, e])
+    }
+
+    /// Sets [`Record::arrival`].
+    pub(super) fn set_arrival(&mut self, arrival: u64) {
+        let [_, _, _, a, b, c, d, e] = arrival.to_be_bytes();
+        self.arrival = Arrival([a, b, c, d, e]);
+    }
+
+    /// Whether another that is in force has one of its addresses.
+    pub(super) fn displaced(&self) -> bool {
+        self.rare.as_ref().is_some_and(|rare| rare.displaced)
+    }
+
+    /// Sets [`Record::displaced`]; gives what it was.
+    pub(super) fn set_displaced(&mut self, displaced: bool) -> bool {
+        if self.displaced() == displaced {
+            return displaced;
+        }
+        self.change_rare(|rare| rare.displaced = displaced);
+        !displaced
     }
 
     /// The addresses that it is found by: a node's are not its own.
@@ -112,6 +169,13 @@ impl Record {
             Some(w) if w.network_mode == NetworkMode::Standard => w.network_addresses().collect(),
             _ => Vec::new(),
         }
+    }
+
+    /// Sets what was counted; gives what it was.
+    pub(super) fn set_selection(&mut self, next: Option<Counted>, natures: &mut Natures) -> Option<Counted> {
+        let old = self.nature.selection.clone();
+        self.nature = natures.share(Nature { selection: next, ..Nature::clone(&self.nature) });
+        old
     }
 
     /// How a pod's traffic is captured.
@@ -183,6 +247,6 @@ mod tests {
 
     #[test]
     fn a_record_takes_little() {
-        assert!(size_of::<Option<Record>>() <= 56, "{}", size_of::<Option<Record>>());
+        assert!(size_of::<Option<Record>>() <= 32, "{}", size_of::<Option<Record>>());
     }
 }

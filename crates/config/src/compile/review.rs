@@ -4,7 +4,7 @@ use model::{ServiceKey, Str, StringMatch, TunnelProtocol};
 
 use super::index::Id;
 use super::join::key_of;
-use super::{Compiler, Finding};
+use super::{Compiler, Finding, Record};
 use crate::kinds::Capture;
 use crate::labels::Selector;
 use crate::policy::review::{Selected, World};
@@ -36,7 +36,7 @@ impl Compiler {
         let candidates = areas.into_iter().flat_map(move |area| -> Vec<Id> {
             match selector {
                 Some(selector) => area.candidates(selector).map(|m| m.iter().collect()).unwrap_or_default(),
-                None => area.instances.iter().copied().collect(),
+                None => area.instances.iter().collect(),
             }
         });
         let selects =
@@ -45,7 +45,7 @@ impl Compiler {
     }
 
     fn is_in_mesh(&self, id: Id) -> bool {
-        let compiled = self.record(id).and_then(|r| r.compiled.as_ref());
+        let compiled = self.record(id).and_then(Record::compiled);
         compiled.is_some_and(|w| w.tunnel == TunnelProtocol::Hbone)
     }
 }

@@ -263,7 +263,7 @@ impl Compiler {
     fn has_endpoint(&self, service: &ServiceKey, selector: Option<&Selector>) -> bool {
         let mut records = self.records.iter().flatten();
         records.any(|record| {
-            let listed = record.compiled.as_ref().filter(|_| record.emitted);
+            let listed = record.compiled().filter(|_| record.emitted);
             listed.is_some_and(|w| w.services.iter().any(|m| m.service == *service))
                 && selector.is_none_or(|selector| selector.matches(&record.labels))
         })

@@ -146,5 +146,5 @@ fn read_locality(mut cursor: Cursor<'_, '_>) -> Locality {
     }
     let pool = &mut cursor.context().pool;
     let mut part = |index: usize| pool.string(parts.get(index).copied().unwrap_or_default());
-    Locality { region: part(0), zone: part(1), subzone: part(2) }
+    Locality { region: part(0), zone: part(1), subzone: part(2), ..Locality::default() }
 }

@@ -85,6 +85,7 @@ fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resourc
         region: label(["topology.kubernetes.io/region", "failure-domain.beta.kubernetes.io/region"]),
         zone: label(["topology.kubernetes.io/zone", "failure-domain.beta.kubernetes.io/zone"]),
         subzone: label(["topology.istio.io/subzone", ""]),
+        ..model::Locality::default()
     };
     Some(Resource::Node(Box::new(Node { locality })))
 }

@@ -39,6 +39,8 @@ pub(super) type Elsewhere<'e> = dyn Fn(&ObjectKey) -> Option<(Arc<str>, Option<P
 /// A file.
 #[derive(Debug, Default)]
 pub(super) struct File {
+    /// What it is called by its objects.
+    pub(super) number: u32,
     pub(super) documents: Vec<Document>,
     /// Objects that stay in force though they are in no document, see the module above.
     pub(super) orphans: Vec<ObjectKey>,
@@ -48,67 +50,57 @@ pub(super) struct File {
     pub(super) said: Vec<u64>,
 }
 
-/// A document that was read.
+/// A document that was read: small, since there is one for each object.
 #[derive(Debug)]
 pub(super) struct Document {
     pub(super) hash: u64,
-    pub(super) held: Objects,
     pub(super) length: u32,
     pub(super) lines_before: u32,
-    pub(super) unidentified: bool,
-    /// What there is to say, of most documents nothing.
-    said: Option<Box<Said>>,
+    content: Content,
+}
+
+/// What is in a document: nearly always one object of which nothing is to be said.
+#[derive(Debug)]
+enum Content {
+    One(Held),
+    Other(Box<Other>),
 }
 
 #[derive(Debug)]
+struct Other {
+    held: Box<[Held]>,
+    unidentified: bool,
+    said: Said,
+}
+
+#[derive(Debug, Default)]
 struct Said {
     /// With lines relative to the document.
     diagnostics: Vec<Diagnostic>,
     suppressed: u32,
 }
 
-/// The objects in a document; nearly always one.
-#[derive(Debug)]
-pub(super) enum Objects {
-    One(Held),
-    Some(Box<[Held]>),
-}
-
-impl From<Vec<Held>> for Objects {
-    fn from(mut list: Vec<Held>) -> Self {
-        match list.pop() {
-            Some(one) if list.is_empty() => Self::One(one),
-            last => {
-                list.extend(last);
-                Self::Some(list.into())
-            }
-        }
-    }
-}
-
-impl Objects {
-    pub(super) fn as_slice(&self) -> &[Held] {
-        match self {
-            Self::One(one) => std::slice::from_ref(one),
-            Self::Some(list) => list,
-        }
-    }
-
-    fn as_mut_slice(&mut self) -> &mut [Held] {
-        match self {
-            Self::One(one) => std::slice::from_mut(one),
-            Self::Some(list) => list,
-        }
-    }
-}
-
 /// An object in a document.
 #[derive(Debug)]
 pub(super) struct Held {
     pub(super) key: Packed,
-    /// Relative to the document.
-    pub(super) position: Position,
+    line: u32,
+    /// Of a column beyond, which a file of one line may have, this is said instead: 2^24 - 1.
+    column: [u8; 3],
     pub(super) state: State,
+}
+
+impl Held {
+    /// An object at a position relative to the document.
+    pub(super) fn new(key: Packed, position: Position, state: State) -> Self {
+        let [_, column @ ..] = position.column.min(0x00ff_ffff).to_be_bytes();
+        Self { key, line: position.line, column, state }
+    }
+
+    fn position(&self) -> Position {
+        let [a, b, c] = self.column;
+        Position { line: self.line, column: u32::from_be_bytes([0, a, b, c]) }
+    }
 }
 
 /// What is in force of an object.
@@ -163,16 +155,55 @@ impl Document {
                 Position { line: node.position.line.saturating_sub(text.lines_before), ..node.position };
             readings.push((reading, position));
         }
+        let other = Other {
+            held: Box::default(),
+            unidentified: readings.iter().any(|(r, _)| matches!(r, Reading::Unidentified)),
+            said: Said { diagnostics, suppressed },
+        };
         let document = Self {
             hash,
             length: u32::try_from(text.text.len()).unwrap_or(u32::MAX),
             lines_before: text.lines_before,
-            unidentified: readings.iter().any(|(r, _)| matches!(r, Reading::Unidentified)),
-            held: Objects::Some(Box::new([])),
-            said: (suppressed > 0 || !diagnostics.is_empty())
-                .then(|| Box::new(Said { diagnostics, suppressed })),
+            content: Content::Other(Box::new(other)),
         };
         (document, readings)
+    }
+
+    /// Puts what became of its objects into a document that was read.
+    pub(super) fn hold(&mut self, mut list: Vec<Held>) {
+        let Content::Other(other) = &mut self.content else { return };
+        let is_plain = !other.unidentified && other.said.suppressed == 0 && other.said.diagnostics.is_empty();
+        match list.pop() {
+            Some(one) if is_plain && list.is_empty() => self.content = Content::One(one),
+            last => {
+                list.extend(last);
+                other.held = list.into();
+            }
+        }
+    }
+
+    /// Its objects.
+    pub(super) fn held(&self) -> &[Held] {
+        match &self.content {
+            Content::One(one) => std::slice::from_ref(one),
+            Content::Other(other) => &other.held,
+        }
+    }
+
+    fn held_mut(&mut self) -> &mut [Held] {
+        match &mut self.content {
+            Content::One(one) => std::slice::from_mut(one),
+            Content::Other(other) => &mut other.held,
+        }
+    }
+
+    /// Whether there is something in it that could be any object.
+    pub(super) fn is_unidentified(&self) -> bool {
+        matches!(&self.content, Content::Other(other) if other.unidentified)
+    }
+
+    fn said(&self) -> Option<&Said> {
+        if let Content::Other(other) = &self.content { Some(&other.said) } else { None }
     }
 }
 
@@ -180,23 +211,23 @@ impl File {
     /// The object of a document, in a state.
     pub(super) fn held_mut(&mut self, hash: u64, key: &Packed, state: State) -> Option<&mut Held> {
         let documents = self.documents.iter_mut().filter(|d| d.hash == hash);
-        documents.flat_map(|d| d.held.as_mut_slice()).find(|h| h.key == *key && h.state == state)
+        documents.flat_map(Document::held_mut).find(|h| h.key == *key && h.state == state)
     }
 
     /// An object with errors, of which nothing is in force.
     pub(super) fn broken_mut(&mut self, key: &Packed) -> Option<&mut Held> {
-        let mut held = self.documents.iter_mut().flat_map(|d| d.held.as_mut_slice());
+        let mut held = self.documents.iter_mut().flat_map(Document::held_mut);
         held.find(|h| h.key == *key && h.state == State::Nothing)
     }
 
     /// Where an object in force stands.
     pub(super) fn position_of(&self, key: &Packed) -> Option<Position> {
         self.documents.iter().find_map(|document| {
-            let mut held = document.held.as_slice().iter();
+            let mut held = document.held().iter();
             let held = held.find(|h| {
                 h.key == *key && matches!(h.state, State::InForce | State::LastGood | State::StandIn)
             })?;
-            Some(document.absolute(held.position))
+            Some(document.absolute(held.position()))
         })
     }
 
@@ -225,24 +256,24 @@ impl File {
         all.extend(self.about_orphans(path));
         let mut suppressed = 0;
         for document in &self.documents {
-            suppressed += document.said.as_ref().map_or(0, |said| said.suppressed);
+            suppressed += document.said().map_or(0, |said| said.suppressed);
             let start = all.len();
             let has_waypoint = |d: &&Diagnostic| {
-                let mut keys = document.held.as_slice().iter().map(|held| held.key.key());
+                let mut keys = document.held().iter().map(|held| held.key.key());
                 let about = |key: &ObjectKey| d.resource.as_ref() == Some(&key.resource_name());
                 d.code == Code::NeedsWaypoint && keys.find(about).is_some_and(|key| more.has_waypoint(&key))
             };
-            let said = document.said.iter().flat_map(|said| &said.diagnostics);
+            let said = document.said().into_iter().flat_map(|said| &said.diagnostics);
             let said = said.filter(|d| !has_waypoint(d)).cloned();
             all.extend(said.map(|mut diagnostic| {
                 diagnostic.line += document.lines_before;
                 diagnostic
             }));
-            for held in document.held.as_slice() {
+            for held in document.held() {
                 let key = held.key.key();
                 let about = |code, message: String, remedy: String| {
                     Diagnostic::about_file(code, path.clone(), message, remedy)
-                        .at(document.absolute(held.position), "")
+                        .at(document.absolute(held.position()), "")
                         .about(Some(key.resource_name()))
                 };
                 match held.state {
@@ -308,14 +339,30 @@ mod tests {
     use crate::tree;
 
     #[test]
+    fn a_document_takes_little() {
+        assert!(size_of::<Document>() <= 40, "{}", size_of::<Document>());
+    }
+
+    #[test]
+    fn an_object_stands_where_it_stood() {
+        let position = |column| Position { line: 7, column };
+        let at = |column| {
+            let key = ObjectKey { kind: Kind::Pod, namespace: "a".into(), name: "b".into() };
+            Held::new(Packed::new("c", &key), position(column), State::InForce).position()
+        };
+        assert_eq!([at(1), at(0x0012_3456)], [position(1), position(0x0012_3456)]);
+        assert_eq!(at(u32::MAX), position(0x00ff_ffff));
+    }
+
+    #[test]
     fn positions_are_relative_to_the_document() {
         let file = "---\na: 1\n---\nx\n";
         let text = tree::documents(file).nth(1).unwrap();
         let root = tree::parse(text, &tree::Limits::default()).unwrap().unwrap();
         let (mut pool, mut room) = (Pool::default(), Room::new());
         let (document, readings) = Document::read(&"f".into(), text, &root, 1, &mut pool, &mut room);
-        assert!(document.unidentified && readings.len() == 1);
-        assert_eq!((document.said.as_ref().unwrap().diagnostics[0].line, document.lines_before), (2, 2));
+        assert!(document.is_unidentified() && readings.len() == 1);
+        assert_eq!((document.said().unwrap().diagnostics[0].line, document.lines_before), (2, 2));
         assert_eq!(document.absolute(readings[0].1), Position { line: 4, column: 1 });
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use model::{
-    ApplicationTunnel, Health, Locality, NetworkMode, PolicyKey, PortMapping, Profile, ServiceKey,
+    ApplicationTunnel, Health, Locality, NameIn, NetworkMode, PolicyKey, PortMapping, Profile, ServiceKey,
     ServiceMembership, Str, TrustDomain, TunnelProtocol, Workload, WorkloadKind,
 };
 
@@ -32,6 +32,7 @@ impl Decoder {
                 &w.service_account
             }),
             trust_domain: self.trust_domain(&w.trust_domain)?,
+            health: health(w.status)?,
             network: self.text(&w.network),
             hostname: self.text(&w.hostname),
             cluster: if w.cluster_id.is_empty() {
@@ -60,7 +61,7 @@ impl Decoder {
                 .map_err(|f| f.within("application_tunnel"))?,
             capacity: w.capacity.unwrap_or(1),
             labels: self.shared_labels(w.culvert.as_ref()),
-            unlisted_name: None,
+            named: NameIn::default(),
         };
         // Uid and name are in no other workload.
         let mut workload = Workload::new(w.uid.as_str().into(), &w.name, Arc::new(profile));
@@ -73,9 +74,7 @@ impl Decoder {
         self.profiles.share(&mut workload.profile);
         let read_ip = |a: &Vec<u8>| ip(a).map_err(|p| Fault::new("bytes", p));
         workload.addresses = each(&w.addresses, "addresses", read_ip)?.into();
-        workload.node = self.text(&w.node);
-        workload.health = health(w.status)?;
-        workload.locality = self.locality(w.locality.as_ref());
+        workload.locality = self.locality(&w.node, w.locality.as_ref());
         Ok(workload)
     }
 
@@ -99,12 +98,17 @@ impl Decoder {
         TrustDomain::new(self.text(name)).map_err(|invalid| Fault::new("trust_domain", invalid))
     }
 
-    fn locality(&mut self, locality: Option<&wire::Locality>) -> Arc<Locality> {
-        let locality = locality.map_or_else(Locality::default, |l| Locality {
-            region: self.text(&l.region),
-            zone: self.text(&l.zone),
-            subzone: self.text(&l.subzone),
-        });
+    fn locality(&mut self, node: &str, locality: Option<&wire::Locality>) -> Arc<Locality> {
+        let node = self.text(node);
+        let locality = match locality {
+            None => Locality { node, ..Locality::default() },
+            Some(l) => Locality {
+                node,
+                region: self.text(&l.region),
+                zone: self.text(&l.zone),
+                subzone: self.text(&l.subzone),
+            },
+        };
         if let Some(known) = self.localities.get(&locality) {
             return known.clone();
         }

@@ -43,7 +43,7 @@ pub fn encode_workload(workload: &Workload) -> Result<wire::Workload, EncodeErro
         },
         waypoint: w.waypoint.as_deref().map(gateway),
         network_gateway: w.network_gateway.as_deref().map(gateway),
-        node: w.node.to_string(),
+        node: w.node().to_string(),
         canonical_name: w.canonical_name().to_owned(),
         canonical_revision: w.canonical_revision.to_string(),
         workload_type: kind(w.workload_kind).into(),

@@ -81,7 +81,9 @@ fn gateway() -> BoxedStrategy<GatewayAddress> {
 
 fn locality() -> BoxedStrategy<Arc<Locality>> {
     (text(), text(), text())
-        .prop_map(|(region, zone, subzone)| Arc::new(Locality { region, zone, subzone }))
+        .prop_map(|(region, zone, subzone)| {
+            Arc::new(Locality { region, zone, subzone, ..Locality::default() })
+        })
         .boxed()
 }
 
@@ -126,6 +128,7 @@ pub fn workload() -> BoxedStrategy<Workload> {
                 cluster: place.3,
                 capacity: place.5,
                 tunnel: how.0,
+                health: how.2,
                 network_mode: how.1,
                 waypoint: how.3.map(Box::new),
                 network_gateway: how.4.map(Box::new),
@@ -141,8 +144,8 @@ pub fn workload() -> BoxedStrategy<Workload> {
             let mut workload = Workload::new(who.0, &who.1, Arc::new(profile));
             workload.set_workload_name(shown.2);
             workload.set_canonical_name(shown.0);
-            let (addresses, node, locality, health) = (place.0.into(), place.2, place.4, how.2);
-            Workload { addresses, node, locality, health, ..workload }
+            let locality = Arc::new(Locality { node: place.2, ..Locality::clone(&place.4) });
+            Workload { addresses: place.0.into(), locality, ..workload }
         })
         .boxed()
 }

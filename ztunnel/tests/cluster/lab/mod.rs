@@ -20,7 +20,7 @@ use std::time::Duration;
 use agent::Agent;
 use control_plane::{Authority, ControlPlane};
 use harness::netns::{Host, Lab};
-use model::{Policy, Profile, Settings, TunnelProtocol, Workload};
+use model::{Locality, Policy, Profile, Settings, TunnelProtocol, Workload};
 use tempfile::TempDir;
 use tokio::time::{Instant, sleep};
 
@@ -117,9 +117,10 @@ impl Cluster {
             workload_name: None,
             ..Profile::default()
         };
+        let locality = Locality { node: node.host.name.as_str().into(), ..Locality::default() };
         Workload {
             addresses: [pod.ipv4.into(), pod.ipv6.into()].into(),
-            node: node.host.name.as_str().into(),
+            locality: Arc::new(locality),
             ..Workload::new(format!("Kubernetes//Pod/shop/{name}").into(), name, Arc::new(profile))
         }
     }
