@@ -59,6 +59,11 @@ pub trait AppIo: Io {
     fn undelivered(&self) -> usize {
         0
     }
+
+    /// Whether the close says in good order that nothing more comes, once the application has ended and all of it was read.
+    fn ends_by_close(&self) -> bool {
+        false
+    }
 }
 
 impl AppIo for TcpStream {
@@ -68,6 +73,10 @@ impl AppIo for TcpStream {
 
     fn undelivered(&self) -> usize {
         net::unacknowledged(self).unwrap_or(0)
+    }
+
+    fn ends_by_close(&self) -> bool {
+        true
     }
 }
 
@@ -161,7 +170,8 @@ impl std::fmt::Display for Side {
     }
 }
 
-/// Copies both ways until both have ended. Dropping the future before that resets both sides.
+/// Copies both ways until both have ended, and closes the application's connection. Dropping the future before that resets
+/// both sides.
 pub fn pump<A: AppIo, T: Borrow<Traffic> + Send + Unpin>(
     tunnel: Tunnel,
     app: A,
@@ -384,11 +394,14 @@ impl<A: AppIo, T: Borrow<Traffic>> Pump<A, T> {
                     self.down.unflushed = false;
                 }
                 if self.down.last {
-                    let Poll::Ready(shut) = Pin::new(&mut self.app).poll_shutdown(cx) else {
-                        return Ok(Poll::Pending);
-                    };
-                    // The application may be gone already, with all that was for it.
-                    shut.or_else(ignore_not_connected).map_err(Failure::App)?;
+                    // Where this is the end of both directions, the close that follows says it, too.
+                    if !(self.up.done && self.app.ends_by_close()) {
+                        let Poll::Ready(shut) = Pin::new(&mut self.app).poll_shutdown(cx) else {
+                            return Ok(Poll::Pending);
+                        };
+                        // The application may be gone already, with all that was for it.
+                        shut.or_else(ignore_not_connected).map_err(Failure::App)?;
+                    }
                     self.first_end.get_or_insert(Side::Tunnel);
                     self.down.done = true;
                     break;

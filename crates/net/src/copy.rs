@@ -88,7 +88,9 @@ pub async fn copy(client: TcpStream, server: TcpStream, counts: &ByteCounts) -> 
         }
         down.poll(cx).map(|done| done.map(|()| Side::Server))
     });
-    let end = match first.await {
+    let first = first.await;
+    (up.last, down.last) = (true, true);
+    let end = match first {
         Ok(Side::Client) => finish(Side::Client, &up.source, &mut down).await,
         Ok(Side::Server) => finish(Side::Server, &down.source, &mut up).await,
         Err(broken) => broken.into(),
@@ -173,11 +175,13 @@ struct Direction<'a> {
     count: &'a AtomicU64,
     held: Held,
     bulk: bool,
+    /// The other direction has ended: both connections are closed with this one, which tells the sink of the end.
+    last: bool,
 }
 
 impl<'a> Direction<'a> {
     fn new(from: Side, source: ReadHalf<'a>, sink: WriteHalf<'a>, count: &'a AtomicU64) -> Self {
-        Self { from, source, sink, count, held: Held::Nothing, bulk: false }
+        Self { from, source, sink, count, held: Held::Nothing, bulk: false, last: false }
     }
 
     /// Ready when the end of the source has been passed on, or when something broke.
@@ -188,6 +192,7 @@ impl<'a> Direction<'a> {
                 Held::Buffer { .. } | Held::Pipe(_) => {
                     ready!(self.poll_drain(cx)).map_err(|error| self.sink_broke(error))?;
                 }
+                Held::End if self.last => self.held = Held::Done,
                 Held::End => {
                     ready!(Pin::new(&mut self.sink).poll_shutdown(cx))
                         .map_err(|error| self.sink_broke(error))?;
