@@ -354,7 +354,8 @@ impl Registry {
         if let Some(shard) = self.shard(open.story.id) {
             lock(shard).insert(open.story.id, open.clone());
         }
-        Entered { registry: self.clone(), open, error: None }
+        let place = Place { registry: self.clone(), id: open.story.id, error: None };
+        Entered { open, place }
     }
 
     /// Remembers a connection that never began.
@@ -428,39 +429,39 @@ impl Registry {
 
 /// An open connection's place in the registry.
 pub struct Entered {
-    registry: Arc<Registry>,
-    /// The connection.
+    /// The connection. Dropped before the place, which then has it alone.
     pub open: Arc<Open>,
-    error: Option<String>,
+    place: Place,
 }
 
 impl Entered {
     /// Why it did not end in order, if it did not.
     pub fn error(&self) -> Option<&str> {
-        self.error.as_deref()
+        self.place.error.as_deref()
     }
 
     /// Says why the connection ended, when it did not end in order.
     pub fn failed(&mut self, error: String) {
-        self.error.get_or_insert(error);
+        self.place.error.get_or_insert(error);
     }
 }
 
-impl Drop for Entered {
+struct Place {
+    registry: Arc<Registry>,
+    id: u64,
+    error: Option<String>,
+}
+
+impl Drop for Place {
     fn drop(&mut self) {
-        if let Some(shard) = self.registry.shard(self.open.story.id) {
-            lock(shard).remove(&self.open.story.id);
-        }
-        let (bytes_sent, bytes_received) = self.open.carried();
-        self.open.meter.close(bytes_sent, bytes_received);
+        let left = self.registry.shard(self.id).and_then(|shard| lock(shard).remove(&self.id));
+        let Some(open) = left else { return };
+        let (bytes_sent, bytes_received) = open.carried();
+        open.meter.close(bytes_sent, bytes_received);
         let error = self.error.take();
-        self.registry.remember(Ended {
-            story: self.open.story.clone(),
-            closed_ms: now_ms(),
-            bytes_sent,
-            bytes_received,
-            error,
-        });
+        // Somebody may be looking at it right now.
+        let story = Arc::try_unwrap(open).map_or_else(|open| open.story.clone(), |open| open.story);
+        self.registry.remember(Ended { story, closed_ms: now_ms(), bytes_sent, bytes_received, error });
     }
 }
 
@@ -505,6 +506,27 @@ mod tests {
         assert!(good.open.cut.get().is_none());
         drop((bad, good));
         assert_eq!((registry.open_count(), registry.ended().len()), (0, 2));
+    }
+
+    #[test]
+    fn what_ends_is_remembered_as_it_was_whoever_looks_at_it() {
+        let registry = Arc::new(Registry::default());
+        let workload = Arc::new(Workload::new("uid".into(), "web", Arc::default()));
+        for is_looked_at in [false, true] {
+            let known = Story { source_workload: Some(workload.clone()), ..story(registry.next_id()) };
+            let mut entered = registry.enter(known, meter(), Box::new(|| None), None);
+            let looked_at = is_looked_at.then(|| registry.open());
+            entered.open.bytes.to_server.store(7, Ordering::Relaxed);
+            entered.failed("the first".into());
+            entered.failed("the second".into());
+            drop(entered);
+            let ended = registry.ended().pop().unwrap();
+            assert_eq!((ended.story.id, ended.bytes_sent), (registry.last_id(), 7));
+            assert_eq!(ended.error.as_deref(), Some("the first"));
+            drop((ended, looked_at));
+            // Ours, and one for each that is remembered.
+            assert_eq!(Arc::strong_count(&workload), 1 + registry.ended.lock().unwrap().len());
+        }
     }
 
     #[test]

@@ -318,7 +318,7 @@ impl Proxy {
     ) -> impl Future<Output = ()> + Send + use<T> {
         let started = Instant::now();
         let mut entered = self.enter(story, recheck, None);
-        let (carried, mut other) = match carried {
+        let (carried, other) = match carried {
             Carried::Within { client, server, ahead, seen } => {
                 let (story, allowed) = *seen;
                 let other = self.enter(story, allowed, Some(entered.open.clone()));
@@ -335,8 +335,9 @@ impl Proxy {
                 end = &mut transfer => end,
             };
             drop((transfer, held));
-            if let Some(other) = &mut other {
-                proxy.ended(other, end.clone(), started.elapsed());
+            // First, for it is another view of the other.
+            if let Some(mut other) = other {
+                proxy.ended(&mut other, end.clone(), started.elapsed());
             }
             proxy.ended(&mut entered, end, started.elapsed());
         }
