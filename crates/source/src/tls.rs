@@ -22,14 +22,17 @@ use serde_json::{Value, json};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
-/// The certificates of the workloads that this process stands for, and whom they trust. Clones share them.
+/// The certificates of the workloads that this process stands for, and whom they trust. Clones share them: each connection
+/// has one.
 #[derive(Clone)]
-pub struct Tls {
+pub struct Tls(Arc<Inner>);
+
+struct Inner {
     certificates: Arc<Certificates>,
     limits: HandshakeLimits,
-    counts: Arc<Counts>,
-    proofs: Arc<Mutex<Proofs>>,
-    changed: Arc<Mutex<Option<Instant>>>,
+    counts: Counts,
+    proofs: Mutex<Proofs>,
+    changed: Mutex<Option<Instant>>,
 }
 
 /// How long a peer has to prove itself again after the roots have changed.
@@ -50,25 +53,25 @@ impl Tls {
     /// Handshakes with `certificates`.
     #[must_use]
     pub fn new(certificates: Arc<Certificates>) -> Self {
-        Self {
+        Self(Arc::new(Inner {
             certificates,
             limits: HandshakeLimits::default(),
-            counts: Arc::default(),
-            proofs: Arc::default(),
-            changed: Arc::default(),
-        }
+            counts: Counts::default(),
+            proofs: Mutex::default(),
+            changed: Mutex::default(),
+        }))
     }
 
     /// Whom we trust.
     #[must_use]
     pub fn bundle(&self) -> &TrustBundle {
-        self.certificates.bundle()
+        self.0.certificates.bundle()
     }
 
     /// The certificates.
     #[must_use]
     pub fn certificates(&self) -> &Arc<Certificates> {
-        &self.certificates
+        &self.0.certificates
     }
 
     /// Accepts a connection from `peer` as `own`.
@@ -81,7 +84,7 @@ impl Tls {
         peer: IpAddr,
         own: &SpiffeId,
     ) -> Result<TlsStream<TcpStream>, HandshakeError> {
-        let accepted = identity::accept(stream, &self.certificates, own, self.limits).await;
+        let accepted = identity::accept(stream, &self.0.certificates, own, self.0.limits).await;
         self.counted(peer, accepted)
     }
 
@@ -96,23 +99,23 @@ impl Tls {
         own: &SpiffeId,
         expected: ExpectedPeers,
     ) -> Result<TlsStream<TcpStream>, HandshakeError> {
-        let connected = identity::connect(stream, &self.certificates, own, expected, self.limits).await;
+        let connected = identity::connect(stream, &self.0.certificates, own, expected, self.0.limits).await;
         self.counted(to, connected)
     }
 
     fn counted<T, E>(&self, peer: IpAddr, outcome: Result<TlsStream<T>, E>) -> Result<TlsStream<T>, E> {
         match &outcome {
             Ok(stream) => {
-                self.counts.done.fetch_add(1, Ordering::Relaxed);
+                self.0.counts.done.fetch_add(1, Ordering::Relaxed);
                 let info = stream.peer();
-                let mut proofs = self.proofs.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut proofs = self.0.proofs.lock().unwrap_or_else(PoisonError::into_inner);
                 if proofs.len() >= PROOFS {
                     proofs.clear();
                 }
                 proofs.insert((info.id.clone(), peer), info.clone());
             }
             Err(_) => {
-                self.counts.failed.fetch_add(1, Ordering::Relaxed);
+                self.0.counts.failed.fetch_add(1, Ordering::Relaxed);
             }
         }
         outcome
@@ -121,16 +124,16 @@ impl Tls {
     /// Whether the peer's chain is no longer valid: what it opened may go on, it opens nothing more.
     #[must_use]
     pub fn is_expired(&self, info: &PeerInfo) -> bool {
-        info.not_after < self.certificates.clock().now()
+        info.not_after < self.0.certificates.clock().now()
     }
 
     /// Says that the roots have changed: peers have [`REAUTHENTICATION`] from now.
     pub fn roots_changed(&self) {
-        *self.changed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        *self.0.changed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
 
     fn is_reauthenticating(&self) -> bool {
-        let changed = *self.changed.lock().unwrap_or_else(PoisonError::into_inner);
+        let changed = *self.0.changed.lock().unwrap_or_else(PoisonError::into_inner);
         // A change that was not announced yet has just happened.
         changed.is_none_or(|at| at.elapsed() < REAUTHENTICATION)
     }
@@ -148,7 +151,7 @@ impl Tls {
         if self.is_reauthenticating() {
             return Ok(());
         }
-        let proofs = self.proofs.lock().unwrap_or_else(PoisonError::into_inner);
+        let proofs = self.0.proofs.lock().unwrap_or_else(PoisonError::into_inner);
         match proofs.get(&(info.id.clone(), address)) {
             Some(anew) if self.bundle().still_trusts(anew).is_ok() => Ok(()),
             _ => Err(distrust),
@@ -160,7 +163,7 @@ impl Tls {
     /// # Errors
     /// There is no certificate that whoever trusts whom we trust would accept.
     pub async fn vouched(&self, id: &SpiffeId) -> Result<RootId, CertificateError> {
-        let root = self.certificates.get(id).await?.root();
+        let root = self.0.certificates.get(id).await?.root();
         match self.bundle().snapshot().root(&root) {
             Some(_) => Ok(root),
             None => Err(CertificateError::NotIssued {
@@ -179,19 +182,19 @@ impl Tls {
         let trusted = |root: &RootId| bundle.root(root).is_some();
         trusted(root)
             || self.is_reauthenticating()
-            || self.certificates.root_of(id).as_ref().is_some_and(trusted)
+            || self.0.certificates.root_of(id).as_ref().is_some_and(trusted)
     }
 
     /// Handshakes that succeeded.
     #[must_use]
     pub fn handshakes(&self) -> u64 {
-        self.counts.done.load(Ordering::Relaxed)
+        self.0.counts.done.load(Ordering::Relaxed)
     }
 
     /// Handshakes that failed.
     #[must_use]
     pub fn failed_handshakes(&self) -> u64 {
-        self.counts.failed.load(Ordering::Relaxed)
+        self.0.counts.failed.load(Ordering::Relaxed)
     }
 
     /// The certificates as JSON, for `/config_dump`.
@@ -212,7 +215,7 @@ impl Tls {
         };
         let bundle = self.bundle().snapshot();
         json!({
-            "workloads": self.certificates.status().into_iter().map(status).collect::<Vec<_>>(),
+            "workloads": self.0.certificates.status().into_iter().map(status).collect::<Vec<_>>(),
             "roots": bundle.roots().iter().map(|r| json!({
                 "id": r.id.to_string(), "subject": r.subject,
                 "notAfter": identity::Timestamp(r.not_after).to_string(),
