@@ -179,6 +179,11 @@ fn connections(gauge: Register<'_>, counter: Register<'_>) {
         "Times that a connection could not be accepted for lack of descriptors or memory",
         Box::new(|p, _| p.accepts.failed.load(Ordering::Relaxed)),
     );
+    gauge(
+        "culvert_series_known",
+        "Series that connections of the last seconds counted in, found without their labels; of all threads",
+        Box::new(|p, _| p.handles.count() as u64),
+    );
     counter(
         "culvert_connections_cut",
         "Connections ended because policy, identity or trust no longer allowed them",

@@ -78,6 +78,8 @@ pub struct Proxy {
     pub registry: Arc<Registry>,
     /// The L4 metrics.
     pub metrics: TcpMetrics,
+    /// What of them connections of a moment ago counted in.
+    pub handles: telemetry::Handles,
     /// The access log.
     pub access: Arc<AccessLog>,
     /// Tunnels to peers.
@@ -345,7 +347,7 @@ impl Proxy {
 
     /// Enters a connection in the registry. With `of`, it is another view of that one.
     fn enter(&self, story: Story, recheck: Recheck, of: Option<Arc<Open>>) -> Entered {
-        let meter = Meter::open(self.metrics.connection(&telemetry::labels(&story)));
+        let meter = Meter::open(self.handles.of(&story));
         let entered = self.registry.enter(story, meter, recheck, of);
         // The policy may have changed between its evaluation and the entry, and nobody saw this connection then.
         if let Some(reason) = entered.open.recheck() {

@@ -30,6 +30,7 @@ use crate::proxy::peers::Peers;
 use crate::proxy::pod::Room;
 use crate::proxy::threads::Threads;
 use crate::settings::{Flags, Limits};
+use crate::telemetry::Handles;
 use crate::verdicts::{self, Verdicts};
 use crate::zds::{Here, Zds, ZdsStatus};
 use crate::{admin, metrics};
@@ -209,6 +210,7 @@ fn proxy(
     Proxy {
         state,
         registry: Arc::new(Registry::default()),
+        handles: Handles::new(metrics.clone(), workers.handles().len()),
         metrics,
         access: logs.access().clone(),
         tunnels: Tunnels::new(workers.handles().len(), &tls, &limits),
@@ -393,6 +395,7 @@ async fn look_after(proxy: Arc<Proxy>) {
         tokio::select! {
             _ = settle.tick() => {
                 proxy.registry.settle();
+                proxy.handles.forget();
                 proxy.locals.tidy();
             }
             _ = renewals.tick() => certificates.follow(&proxy),
