@@ -1,6 +1,7 @@
 //! The `:authority` of a CONNECT request: the tunnel's destination (RFC 9113 section 8.5, RFC 3986 section 3.2).
 
 use std::fmt;
+use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroU16;
 use std::str::FromStr;
@@ -78,6 +79,16 @@ impl Authority {
             Host::Ip(ip) => Some(SocketAddr::new(ip, self.port.get())),
             Host::Name(_) => None,
         }
+    }
+
+    /// What a request names the destination by; `None` if it can't be written so.
+    pub(crate) fn to_uri(&self) -> Option<http::Uri> {
+        // A longest name, a colon and a port. The URI has a copy of its own in any case.
+        let mut text = [0; LONGEST_NAME + 6];
+        let mut rest = &mut text[..];
+        write!(rest, "{self}").ok()?;
+        let unused = rest.len();
+        text.get(..text.len() - unused)?.try_into().ok()
     }
 
     /// Reads `ip:port`, `[ipv6]:port` or `host:port`. User information and IPv6 zones are refused: a tunnel has

@@ -5,6 +5,8 @@
 //! These headers describe, they never decide: identity comes from the certificate alone. So a header that can't be
 //! read counts as absent (as both W3C documents ask for), and never refuses a tunnel.
 
+use std::borrow::Cow;
+use std::cell::RefCell;
 use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
 
@@ -214,7 +216,7 @@ impl Forwarded {
             if name.eq_ignore_ascii_case("for") {
                 found.client = value.parse().ok().map(canonical_addr);
             } else if name.eq_ignore_ascii_case("host") && !value.is_empty() {
-                found.host = Some(value.into());
+                found.host = Some(Str::from(&*value));
             }
             match after.strip_prefix(';') {
                 Some(more) => rest = more,
@@ -228,7 +230,23 @@ impl Forwarded {
     /// The header's value; `None` if there is nothing to say or the host holds what a header may not.
     #[must_use]
     pub fn encode(&self) -> Option<HeaderValue> {
-        let mut out = String::with_capacity(96);
+        thread_local! {
+            static TEXT: RefCell<String> = const { RefCell::new(String::new()) };
+        }
+        TEXT.with_borrow_mut(|out| {
+            out.clear();
+            self.write(out);
+            let is_sendable = !out.is_empty() && out.len() <= LONGEST;
+            let value = if is_sendable { HeaderValue::from_str(out).ok() } else { None };
+            if out.capacity() > LONGEST {
+                *out = String::new();
+            }
+            value
+        })
+    }
+
+    fn write(&self, out: &mut String) {
+        // Writing to a String does not fail.
         if let Some(client) = self.client {
             let _ = write!(out, "for=\"{client}\"");
         }
@@ -240,7 +258,6 @@ impl Forwarded {
                 let _ = write!(out, "{separator}host=\"{host}\"");
             }
         }
-        if out.is_empty() || out.len() > LONGEST { None } else { HeaderValue::from_str(&out).ok() }
     }
 }
 
@@ -250,27 +267,38 @@ fn canonical_addr(addr: SocketAddr) -> SocketAddr {
 }
 
 /// One `name=value` or `name="value"` at the start of `text`, and what follows it without leading blanks.
-fn parameter(text: &str) -> Option<(&str, String, &str)> {
+fn parameter(text: &str) -> Option<(&str, Cow<'_, str>, &str)> {
     let (name, rest) = text.trim_start().split_once('=')?;
     if name.is_empty() || !name.bytes().all(is_token) {
         return None;
     }
     if let Some(quoted) = rest.strip_prefix('"') {
-        let mut value = String::new();
-        let mut characters = quoted.char_indices();
-        while let Some((at, character)) = characters.next() {
-            match character {
-                '"' => return Some((name, value, quoted.get(at + 1..)?.trim_start())),
-                '\\' => value.push(characters.next()?.1),
-                other => value.push(other),
-            }
-        }
-        return None;
+        let (value, after) = quoted_string(quoted)?;
+        return Some((name, value, after.trim_start()));
     }
     // Istio's proxies leave an address unquoted; RFC 7239 section 4 wants quotes around its colons.
     let end = rest.find([';', ',', ' ', '\t']).unwrap_or(rest.len());
     let (value, after) = rest.split_at(end);
-    Some((name, value.to_owned(), after.trim_start()))
+    Some((name, value.into(), after.trim_start()))
+}
+
+/// What is before the quote that ends it, and what follows that.
+fn quoted_string(quoted: &str) -> Option<(Cow<'_, str>, &str)> {
+    let end = quoted.find(['"', '\\'])?;
+    let (plain, rest) = quoted.split_at(end);
+    if let Some(after) = rest.strip_prefix('"') {
+        return Some((plain.into(), after));
+    }
+    let mut value = plain.to_owned();
+    let mut characters = rest.char_indices();
+    while let Some((at, character)) = characters.next() {
+        match character {
+            '"' => return Some((value.into(), rest.get(at + 1..)?)),
+            '\\' => value.push(characters.next()?.1),
+            other => value.push(other),
+        }
+    }
+    None
 }
 
 /// RFC 9110 section 5.6.2.

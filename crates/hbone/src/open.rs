@@ -225,7 +225,7 @@ impl<C: Connector> Pool<C> {
 fn message(request: &ConnectRequest) -> Option<Request<()>> {
     let mut message = Request::new(());
     *message.method_mut() = Method::CONNECT;
-    *message.uri_mut() = request.authority.to_string().parse().ok()?;
+    *message.uri_mut() = request.authority.to_uri()?;
     request.headers.put(message.headers_mut());
     Some(message)
 }

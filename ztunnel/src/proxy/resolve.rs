@@ -352,5 +352,8 @@ impl Context<'_> {
 /// The workload's own identity, and those that the service names beside it.
 fn expected_identities(workload: &Workload, sans: &[Str]) -> Result<Arc<[SpiffeId]>, Refusal> {
     let own = workload.identity().map_err(|e| Refusal::NoIdentity(workload.uid.clone(), e))?;
+    if sans.is_empty() {
+        return Ok(Arc::new([own]));
+    }
     Ok(std::iter::once(own).chain(sans.iter().filter_map(|s| s.parse().ok())).collect())
 }
