@@ -3,6 +3,7 @@
 //! Invariant: what it holds costs about as much memory as it has bytes. A piece is part of the buffer that it was read
 //! into, and keeps all of that; so small pieces are copied together once they have to wait.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io::IoSlice;
 
@@ -14,6 +15,11 @@ const SMALL: usize = 4 * 1024;
 const GATHERED: usize = 4 * SMALL;
 /// Pieces of one vectored write.
 pub(crate) const PIECES: usize = 16;
+
+thread_local! {
+    /// What was a queue, for the next one of the thread: most are empty again before another begins.
+    static SPARE: Cell<VecDeque<Bytes>> = const { Cell::new(VecDeque::new()) };
+}
 
 /// A queue of received data. Empty, it holds no buffer.
 #[derive(Default)]
@@ -38,6 +44,9 @@ impl Backlog {
     pub(crate) fn push(&mut self, data: Bytes) {
         if data.len() >= SMALL || !(self.waits || self.queue.len() >= PIECES) {
             self.push_tail();
+            if self.queue.capacity() == 0 {
+                self.queue = SPARE.try_with(Cell::take).unwrap_or_default();
+            }
             self.queue.push_back(data);
             return;
         }
@@ -92,7 +101,10 @@ impl Backlog {
             self.queue.pop_front();
         }
         if self.is_empty() {
-            *self = Self::default();
+            let queue = std::mem::take(self).queue;
+            if queue.capacity() <= PIECES {
+                let _ = SPARE.try_with(|spare| spare.set(queue));
+            }
         }
     }
 
@@ -165,5 +177,27 @@ mod tests {
         backlog.advance(50);
         let rest = drain(&mut backlog);
         assert_eq!((rest.len(), rest[0], rest[399]), (400, 16, 19));
+    }
+
+    #[test]
+    fn an_empty_one_leaves_its_queue_to_the_next() {
+        let spare = || {
+            let spare = SPARE.take();
+            let found = (spare.len(), spare.capacity());
+            SPARE.set(spare);
+            found
+        };
+        let mut backlog = Backlog::default();
+        backlog.push(vec![0; 100].into());
+        let kept = backlog.queue.capacity();
+        backlog.advance(100);
+        assert_eq!((backlog.queue.capacity(), spare()), (0, (0, kept)));
+        let mut other = Backlog::default();
+        other.push(vec![0; 100].into());
+        assert_eq!((other.queue.capacity(), spare()), (kept, (0, 0)));
+        // One that grew is freed.
+        (0..20).for_each(|_| other.push(vec![0; 5000].into()));
+        other.advance(100 + 20 * 5000);
+        assert_eq!((other.queue.capacity(), spare()), (0, (0, 0)));
     }
 }

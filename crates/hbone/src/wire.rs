@@ -4,8 +4,11 @@
 //! A [`Wire`] collects small writes instead, and sends them when the task that drives the connection has nothing
 //! more to do ([`Wire::poll_flush_now`]); large payloads are not copied but go out together with what was collected.
 //!
+//! What is collected is in the thread's one buffer for that, as a rule; what the transport does not take is in one of its size.
+//!
 //! Invariant: after the driving task's poll either nothing is left to send or its waker is registered for writing.
 
+use std::cell::Cell;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -24,6 +27,11 @@ const PIECES: usize = 16;
 /// What is read in one poll of the connection before its tunnels get their turn to deliver it. Of much more the first
 /// would have left the processor's cache by then, and none of the buffers that it lies in could be used again for the rest.
 const TURN: usize = 256 * 1024;
+
+thread_local! {
+    /// What connections of the thread collect in, one after the other.
+    static SPARE: Cell<BytesMut> = Cell::new(BytesMut::new());
+}
 
 /// The connection's byte stream; a clone for `h2` and one for the task that drives it. Only that task uses them, so
 /// the lock is never waited for.
@@ -90,7 +98,11 @@ impl<T: Io> State<T> {
 
     fn poll_send_out(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.out.is_empty() {
-            let sent = ready!(Pin::new(&mut self.io).poll_write(cx, &self.out))?;
+            let Poll::Ready(sent) = Pin::new(&mut self.io).poll_write(cx, &self.out) else {
+                self.shrink();
+                return Poll::Pending;
+            };
+            let sent = sent?;
             if sent == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
@@ -98,13 +110,26 @@ impl<T: Io> State<T> {
             self.out.advance(sent);
         }
         // An idle connection holds no buffer.
-        self.out = BytesMut::new();
+        give(std::mem::take(&mut self.out));
         Poll::Ready(Ok(()))
+    }
+
+    /// Has what waits for the transport hold no more than it needs.
+    fn shrink(&mut self) {
+        if self.out.capacity() > 2 * self.out.len() {
+            let exact = BytesMut::from(&self.out[..]);
+            give(std::mem::replace(&mut self.out, exact));
+        }
     }
 
     fn collect(&mut self, pieces: &[IoSlice<'_>], total: usize) -> bool {
         if self.out.len() + total > COLLECT {
             return false;
+        }
+        if self.out.capacity() == 0 && total > 0 {
+            self.out = SPARE.try_with(Cell::take).unwrap_or_default();
+            // Makes anew what was used of it, as a rule: it is empty.
+            self.out.reserve(COLLECT);
         }
         pieces.iter().for_each(|piece| self.out.extend_from_slice(piece));
         self.note_written(pieces, total);
@@ -135,7 +160,11 @@ impl<T: Io> State<T> {
                 let mut all = [IoSlice::new(&[]); PIECES];
                 let sources = std::iter::once(&self.out[..]).chain(pieces.iter().map(|piece| &piece[..]));
                 all.iter_mut().zip(sources).for_each(|(slot, source)| *slot = IoSlice::new(source));
-                ready!(Pin::new(&mut self.io).poll_write_vectored(cx, &all))?
+                let Poll::Ready(sent) = Pin::new(&mut self.io).poll_write_vectored(cx, &all) else {
+                    self.shrink();
+                    return Poll::Pending;
+                };
+                sent?
             };
             if sent == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
@@ -150,6 +179,15 @@ impl<T: Io> State<T> {
                 return Poll::Ready(Ok(total));
             }
         }
+    }
+}
+
+/// Leaves it to the next connection of the thread.
+fn give(mut buffer: BytesMut) {
+    if buffer.capacity() > 0 {
+        buffer.clear();
+        // A thread that ends has no use for it.
+        let _ = SPARE.try_with(|spare| spare.set(buffer));
     }
 }
 
@@ -212,7 +250,7 @@ mod tests {
     use futures_util::task::{ArcWake, noop_waker_ref, waker};
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    /// Takes at most `step` bytes a call and records each call's length. Always has more to read.
+    /// Takes at most `step` bytes a call, or none yet, and records each call's length. Always has more to read.
     struct Sink {
         step: usize,
         got: Vec<u8>,
@@ -234,6 +272,9 @@ mod tests {
 
     impl AsyncWrite for Sink {
         fn poll_write(mut self: Pin<&mut Self>, _: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+            if self.step == 0 {
+                return Poll::Pending;
+            }
             let n = buf.len().min(self.step);
             self.got.extend_from_slice(&buf[..n]);
             self.calls.push(n);
@@ -294,6 +335,36 @@ mod tests {
                 assert_eq!(state.io.calls, [60_109, 16_387, 16_386, 40]);
             }
         }
+    }
+
+    #[test]
+    fn what_waits_holds_what_it_needs_and_nothing_is_held_by_who_waits_for_nothing() {
+        let held = |wire: &Wire<Sink>| wire.state().out.capacity();
+        let spare = || {
+            let mut spare = SPARE.take();
+            spare.reserve(COLLECT);
+            let address = spare.as_ptr();
+            SPARE.set(spare);
+            address
+        };
+        let mut cx = Context::from_waker(noop_waker_ref());
+        let (mut full, mut other) = (wire(0), wire(usize::MAX));
+        assert!(Pin::new(&mut full).poll_write(&mut cx, &[7; 100]).is_ready());
+        assert!(held(&full) >= COLLECT);
+        assert!(full.poll_flush_now(&mut cx).is_pending());
+        assert!((100..=200).contains(&held(&full)), "{}", held(&full));
+        let shared = spare();
+        for _ in 0..3 {
+            let mut write =
+                |length: usize| Pin::new(&mut other).poll_write(&mut cx, &vec![7; length]).is_ready();
+            assert!(write(0) && write(300) && write(10_000));
+            assert!(other.poll_flush_now(&mut cx).is_ready());
+            assert_eq!((held(&other), spare()), (0, shared), "the buffer of one is the other's");
+        }
+        full.state().io.step = usize::MAX;
+        assert!(full.poll_flush_now(&mut cx).is_ready());
+        assert_eq!(full.state().io.got, [7; 100]);
+        assert_eq!(held(&full), 0);
     }
 
     #[derive(Default)]

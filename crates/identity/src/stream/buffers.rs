@@ -1,15 +1,18 @@
 //! Large buffers, shared by the connections of a thread: a connection has one only while it holds bytes that nobody has
 //! taken yet.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 
 /// The size of a thread's buffers. Reads are offered what is free of it, and what is sealed for a write fits it.
 pub(super) const BUFFER: usize = 160 * 1024;
 /// Free buffers that a thread keeps.
 const KEPT: usize = 4;
+/// The most that a buffer for little may have grown to and is kept.
+const LITTLE: usize = 16 * 1024;
 
 thread_local! {
     static FREE: RefCell<Vec<Box<[u8]>>> = const { RefCell::new(Vec::new()) };
+    static FREE_LITTLE: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 
 /// Where bytes of a connection are.
@@ -56,4 +59,17 @@ fn give(buffer: Box<[u8]>) {
             list.push(buffer);
         }
     });
+}
+
+/// The thread's buffer for little, which is empty.
+pub(super) fn take_little() -> Vec<u8> {
+    FREE_LITTLE.try_with(Cell::take).unwrap_or_default()
+}
+
+/// Leaves it to the next connection of the thread.
+pub(super) fn give_little(mut buffer: Vec<u8>) {
+    if buffer.capacity() <= LITTLE {
+        buffer.clear();
+        let _ = FREE_LITTLE.try_with(|free| free.set(buffer));
+    }
 }

@@ -203,6 +203,9 @@ impl Outbound {
             return Ok(accepted);
         }
         // Nothing was sealed: what was staged stays where it is.
+        if staged.capacity() == 0 && accepted > 0 {
+            staged = buffers::take_little();
+        }
         let mut left = accepted;
         for slice in input.iter().take(INPUT_SLICES) {
             let part = slice.get(..left.min(slice.len())).unwrap_or_default();
@@ -218,7 +221,9 @@ impl Outbound {
             return Ok(());
         }
         let staged = std::mem::take(&mut self.staged);
-        self.seal(keys, ContentType::ApplicationData, Plain::new(&[&staged]))
+        let sealed = self.seal(keys, ContentType::ApplicationData, Plain::new(&[&staged]));
+        buffers::give_little(staged);
+        sealed
     }
 
     /// Seals a record, behind one that announces new keys if that is due. If it fails, it was the last.
