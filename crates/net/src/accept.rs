@@ -64,7 +64,7 @@ impl AcceptLoop {
     /// The next connection and its peer, as `accept` reports it: IPv4-mapped when an IPv4 client meets a
     /// dual-stack listener. Cancelling loses no connection.
     pub async fn next(&mut self) -> (TcpStream, SocketAddr) {
-        self.accepted(|listener, cx| listener.poll_accept(cx)).await
+        self.accepted(TcpListener::poll_accept).await
     }
 
     /// The same for another runtime: the connection belongs to the one that `choose` gives, which is asked once for each

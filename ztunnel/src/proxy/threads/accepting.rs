@@ -124,6 +124,11 @@ where
 
 #[cfg(test)]
 mod tests {
+    #![allow(
+        clippy::disallowed_types,
+        reason = "who connects here is no task of the runtimes that are watched"
+    )]
+
     use std::net::{TcpListener as StdListener, TcpStream as StdStream};
     use std::sync::mpsc;
     use std::time::Duration;
