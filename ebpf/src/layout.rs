@@ -99,13 +99,13 @@ pub const COUNTERS: u32 = 15;
 pub const RANGES_LIMIT: u32 = 4096;
 /// Interfaces, own addresses, and refused connections at most.
 pub const ENTRIES_LIMIT: u32 = 2048;
-/// Connections on their way from ztunnel to the application at most. A processor has one at a time: it goes from the device to the
-/// choice of a socket without a break, unless a queue of netfilter's in the pod holds it up.
+/// Connections on their way from ztunnel to the application at most. A processor mostly has one at a time: it goes from the device
+/// to the choice of a socket without a break, unless a queue of netfilter's in the pod, or of the device's, holds it up.
 pub const DELIVERED_LIMIT: u32 = 1024;
 /// Of those, so many of each processor at most, whose entries the others' don't displace.
-pub const DELIVERED_EACH: u32 = 16;
+pub const DELIVERED_EACH: u32 = 64;
 /// And at least.
-pub const DELIVERED_LEAST: u32 = 4;
+pub const DELIVERED_LEAST: u32 = 8;
 /// Connections that can be marked in one go.
 pub const MARKS_LIMIT: u32 = 1_048_576;
 /// 32-bit words of a set of ports.

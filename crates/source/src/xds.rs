@@ -182,11 +182,12 @@ impl Xds {
             // What is in force of policies and settings must not be older after a crash of the node.
             must_last: ![ADDRESS_TYPE_URL, REACHABLE_TYPE_URL].contains(&batch.type_url),
         };
-        for resource in &batch.resources {
-            reading.resource(batch.type_url, resource);
-        }
+        // What is removed and set in one update is there, as the client and what it keeps on disk have it.
         for name in &batch.removed {
             reading.removed(batch.type_url, name, &self.defaults);
+        }
+        for resource in &batch.resources {
+            reading.resource(batch.type_url, resource);
         }
         let Reading { changes, rejections, must_last, .. } = reading;
         if must_last {

@@ -221,7 +221,7 @@ impl Keeper {
     }
 
     /// Takes the programs away, once no namespace wants them and nothing is left of what passed by them.
-    fn detach(&self) {
+    fn detach(&mut self) {
         let verdicts = self.verdicts();
         let Some(kernel) = self.kernel().filter(|_| !self.is_wanted() && self.inherited.is_empty()) else {
             return;
@@ -242,11 +242,15 @@ impl Keeper {
         }
         verdicts.set_kernel(None);
         lock(&verdicts.pods).clear();
+        drop(table);
         match removed {
             Ok(_) => tracing::info!("no connections pass by verdicts any more: no namespace wants it"),
             // There is no pair and no lease. Whoever wants verdicts attaches anew.
             Err(error) => {
                 tracing::warn!(%error, "the programs of verdicts can't be taken away; what is left of them lets nothing by");
+                // It is tried again, as with what an earlier process left.
+                self.looked = false;
+                self.look.again();
             }
         }
     }

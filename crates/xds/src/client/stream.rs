@@ -218,9 +218,9 @@ impl Client {
         requests: &mpsc::Sender<DeltaDiscoveryRequest>,
         answered: &mut bool,
     ) -> Ended {
-        let mut parts = Earlier::default();
+        let (mut parts, mut connected) = (Earlier::default(), false);
         loop {
-            let message = if *answered {
+            let message = if connected {
                 tokio::select! {
                     message = responses.message() => message,
                     () = self.updates.closed() => return Ended::new(Termination::Complete, "the client ends"),
@@ -236,8 +236,8 @@ impl Client {
                 Ok(None) => return Ended::new(Termination::Complete, "the server ended the stream"),
                 Err(status) => return Ended::of(&status),
             };
-            if !*answered {
-                *answered = true;
+            if !connected {
+                connected = true;
                 let address: Arc<str> = address.to_string().into();
                 tracing::info!(%address, "connected to the control plane");
                 self.observer.observe(Event::Connected(&address));
@@ -251,6 +251,8 @@ impl Client {
             let bytes = parts.bytes + response.encoded_len();
             self.observer.observe(Event::Message { type_url: &response.type_url, bytes });
             let answer = self.take(response, parts).await;
+            // Not with a part: a server that breaks in the middle of its state each time is waited for longer and longer.
+            *answered = true;
             if requests.send(answer).await.is_err() {
                 // Why is what the next message says.
                 continue;

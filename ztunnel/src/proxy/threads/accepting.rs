@@ -94,6 +94,8 @@ where
     /// On the thread of rank `here`.
     async fn accept(self, task: Accepting, mut listener: AcceptLoop, here: usize) {
         let shutdown = self.shutdown.clone();
+        // Until all that waited has been taken.
+        let _hold = shutdown.hold();
         let mut draining = std::pin::pin!(shutdown.draining());
         loop {
             let accepted = tokio::select! {
@@ -118,7 +120,9 @@ where
     fn begin(&self, (stream, peer, place): (TcpStream, SocketAddr, OnThread)) {
         let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
         let runtime = place.as_ref().clone();
-        runtime.spawn((self.handle)(stream, peer).map(move |()| drop(place)));
+        // It is under way also before its thread has looked at it.
+        let kept = (place, self.shutdown.hold());
+        runtime.spawn((self.handle)(stream, peer).map(move |()| drop(kept)));
     }
 }
 
