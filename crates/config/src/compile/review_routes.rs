@@ -231,8 +231,7 @@ impl Compiler {
     }
 
     fn review_destination_rule(&self, key: &ObjectKey) -> Vec<Finding> {
-        let domain = &self.options.cluster_domain;
-        let Some((host, rule)) = self.destinations.get(key, domain) else { return Vec::new() };
+        let Some((host, rule)) = self.destinations.get(key) else { return Vec::new() };
         let services = self.hosts.concerned(&host);
         if services.is_empty() {
             let message = format!("there is no service of the host {}", rule.host);
@@ -241,10 +240,9 @@ impl Compiler {
         let root = &self.policies.settings().root_namespace;
         let mut found = Vec::new();
         for service in &services {
-            let first = self.destinations.in_force(service, root);
-            if let Some(first) = first.filter(|first| first != key && first.namespace == key.namespace) {
-                let name = first.resource_name();
-                let message = format!("has no effect for {}: the one in force is {name}", service.hostname);
+            for (part, first) in self.destinations.without_effect(key, service, root) {
+                let (host, name) = (&service.hostname, first.resource_name());
+                let message = format!("{part}has no effect for {host}: the one in force is {name}");
                 found.push(finding(Code::WithoutEffect, message, "make one DestinationRule of both"));
             }
         }

@@ -286,9 +286,15 @@ impl DestinationRule {
         let ports =
             |list: &[(u16, Parts)]| list.iter().map(|(port, parts)| (*port, parts.policy())).collect();
         let subset = |subset: &SubsetDraft| {
-            let mut at: Vec<(u16, Parts)> = self.policy.ports.to_vec();
-            at.retain(|(port, _)| !subset.policy.ports.iter().any(|(p, _)| p == port));
-            at.extend(subset.policy.ports.iter().cloned());
+            // What a subset says itself goes before what the rule says of a port; its own ports stand alone (Istio).
+            let of_rule = self.policy.ports.iter();
+            let of_rule = of_rule.filter(|(port, _)| !subset.policy.ports.iter().any(|(own, _)| own == port));
+            let mut at: Vec<(u16, Parts)> =
+                of_rule.map(|(port, parts)| (*port, subset.policy.own.or(parts))).collect();
+            at.extend(subset.policy.ports.iter().map(|(port, parts)| {
+                let budget = parts.budget.or(self.policy.own.budget);
+                (*port, Parts { budget, ..parts.clone() })
+            }));
             Subset {
                 name: subset.name.clone(),
                 labels: subset.labels.clone(),
@@ -393,7 +399,8 @@ fn read_policy(fields: &mut Fields<'_, '_>) -> PolicyDraft {
         if ports.iter().any(|(p, _)| *p == port) {
             fields.report(Code::InvalidValue, format!("port {port} has settings already"), "remove one");
         }
-        ports.push((port, parts));
+        // The one setting that ports have none of: it is that of all of them.
+        ports.push((port, Parts { budget: own.budget, ..parts }));
     });
     PolicyDraft { own, ports: ports.into() }
 }

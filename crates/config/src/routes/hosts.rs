@@ -43,6 +43,11 @@ impl ByHost {
         }
     }
 
+    /// The resources that name just this host, as [`full`] gives it.
+    pub(super) fn naming(&self, host: &str) -> impl Iterator<Item = &Named> {
+        self.0.get(host).into_iter().flatten()
+    }
+
     /// The resources for a host: those that name it, then those of the longest wildcard, and so on.
     pub(super) fn of<'a>(&'a self, hostname: &'a str) -> impl Iterator<Item = &'a Named> {
         let below = hostname.match_indices('.').filter_map(|(at, _)| hostname.get(at..));
