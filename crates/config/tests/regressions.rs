@@ -570,3 +570,83 @@ fn each_kind_of_resource_holds_for_each_kind_of_target() {
         }
     }
 }
+
+/// A namespace behind a waypoint.
+const BEHIND_A_WAYPOINT: &str = "apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: gate, namespace: shop}
+spec: {gatewayClassName: culvert-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}
+---
+apiVersion: v1
+kind: Namespace
+metadata: {name: shop, labels: {istio.io/use-waypoint: gate}}
+";
+
+fn virtual_service(name: &str, hosts: &str, http: &str) -> String {
+    format!(
+        "apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {{name: {name}, namespace: shop}}
+spec: {{{hosts}http: {http}}}
+"
+    )
+}
+
+/// The routes of requests to the first port of a service of the namespace.
+fn routes(world: &World, name: &str) -> Vec<(String, model::http::Route)> {
+    let host = format!("{name}.shop.svc.cluster.local");
+    let found = world.mesh.http_services().find(|s| *s.service.hostname == *host).unwrap();
+    let entries = found.ports[0].routes.entries().iter();
+    entries.map(|(when, route)| (when.to_string(), model::http::Route::clone(route))).collect()
+}
+
+/// What a VirtualService that delegates, and the one that it delegates to, come to: each entry of the table.
+fn delegated(root: &str, entries: &str) -> Vec<(String, model::http::Route)> {
+    let root = virtual_service("root", "hosts: [web], ", &format!("[{{delegate: {{name: part}}, {root}}}]"));
+    let part = virtual_service("part", "", entries);
+    let service = service("shop", "web", "10.1.0.1", "");
+    routes(&World::of(&file(&[BEHIND_A_WAYPOINT, &service, &root, &part])), "web")
+}
+
+#[test]
+fn what_a_delegate_writes_stands_whole_in_the_place_of_what_delegates() {
+    let root = "timeout: 7s, retries: {attempts: 5, perTryTimeout: 2s}, fault: {delay: {fixedDelay: 1s, percentage: {value: 1}}}, \
+                rewrite: {uri: /r, authority: r.example}, headers: {request: {set: {x-r: r}}}";
+    let entries = "[{name: all, match: [{uri: {exact: /all}}], timeout: 0s, retries: {attempts: 1}, \
+                   fault: {abort: {httpStatus: 500, percentage: {value: 1}}}, rewrite: {uri: /d}, \
+                   headers: {response: {set: {x-d: d}}}, route: [{destination: {host: web}}]}, \
+                   {name: none, route: [{destination: {host: web}}]}]";
+    let found = delegated(root, entries);
+    let [(_, own), (_, inherited)] = &found[..] else { panic!("{found:#?}") };
+    assert_eq!((own.timeouts.request, own.timeouts.per_try), (None, None));
+    assert_eq!(own.retry.as_ref().unwrap().attempts, 1);
+    assert!(own.fault.delay.is_none() && own.fault.abort.is_some());
+    assert!(own.path.is_some() && own.host.is_none());
+    assert_eq!((own.request_headers.0.len(), own.response_headers.0.len()), (0, 1));
+
+    let seconds = |s| Some(std::time::Duration::from_secs(s));
+    assert_eq!((inherited.timeouts.request, inherited.timeouts.per_try), (seconds(7), seconds(2)));
+    assert_eq!(inherited.retry.as_ref().unwrap().attempts, 5);
+    assert!(inherited.fault.delay.is_some() && inherited.path.is_some() && inherited.host.is_some());
+    assert_eq!((inherited.request_headers.0.len(), inherited.response_headers.0.len()), (1, 0));
+}
+
+#[test]
+fn a_delegate_takes_what_both_matches_hold_for() {
+    let entry = |when: &str| format!("[{{match: [{{{when}}}], route: [{{destination: {{host: web}}}}]}}]");
+    let root = "match: [{authority: {prefix: web}, sourceNamespace: web, sourceLabels: {app: front}}]";
+    for (inner, wanted) in [
+        ("authority: {exact: web.shop}", "authority web.shop, from namespace web, from label app=front"),
+        ("authority: {exact: api}", ""),
+        (
+            "sourceLabels: {v: two}",
+            "authority web*, from namespace web, from label app=front, from label v=two",
+        ),
+        ("sourceLabels: {app: front}", "authority web*, from namespace web, from label app=front"),
+        ("sourceLabels: {app: back}", ""),
+        ("sourceNamespace: other", ""),
+    ] {
+        let found: Vec<String> = delegated(root, &entry(inner)).into_iter().map(|(when, _)| when).collect();
+        assert_eq!(found.join("; "), wanted, "{inner}");
+    }
+}

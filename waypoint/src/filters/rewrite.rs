@@ -9,8 +9,10 @@ use crate::http::head::RequestHead;
 /// What a path becomes.
 #[must_use]
 pub fn rewritten(rewrite: &PathRewrite, matched: Option<&RouteMatch>, path: &str) -> String {
-    // Without a match of the path, what matched is the root (Gateway API, HTTPPathModifier).
-    let length = matched.and_then(|m| m.path.as_ref()).map_or(0, |p| p.matched_len(path));
+    // Without a match of the path, what matched is the root (Gateway API, HTTPPathModifier); where characters are replaced
+    // that is the slash, as in Envoy.
+    let root = usize::from(matches!(rewrite, PathRewrite::Prefix(_)));
+    let length = matched.and_then(|m| m.path.as_ref()).map_or(root, |p| p.matched_len(path));
     let rest = path.get(length..).unwrap_or_default();
     match rewrite {
         PathRewrite::Full(full) => full.to_string(),
@@ -110,6 +112,25 @@ mod tests {
             let matched = RouteMatch { path: Some(PathMatch::segments(matched)), ..RouteMatch::default() };
             let got = rewritten(&PathRewrite::Segments(to.into()), Some(&matched), path);
             assert_eq!(got, wanted, "{path} of {matched:?} by {to:?}");
+        }
+    }
+
+    #[test]
+    fn characters_are_replaced_as_envoy_replaces_them() {
+        let prefix = |text: &str| Some(PathMatch::Prefix(text.into()));
+        for (path, matched, to, wanted) in [
+            ("/api/a", prefix("/api/"), "/", "/a"),
+            ("/api/a", prefix("/api"), "/", "//a"),
+            ("/api", prefix("/api"), "/v2", "/v2"),
+            ("/a/b", Some(PathMatch::Exact("/a/b".into())), "/c", "/c"),
+            // What asks nothing of the path has matched the root.
+            ("/a", None, "/", "/a"),
+            ("/a", None, "/v2/", "/v2/a"),
+            ("/", None, "/v2", "/v2"),
+        ] {
+            let when = RouteMatch { path: matched, ..RouteMatch::default() };
+            let got = rewritten(&PathRewrite::Prefix(to.into()), Some(&when), path);
+            assert_eq!(got, wanted, "{path} of {when:?} by {to:?}");
         }
     }
 }

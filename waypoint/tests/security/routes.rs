@@ -22,6 +22,9 @@ spec:
     directResponse: {status: 418, body: {string: '{}'}}
     headers: {response: {set: {content-type: application/json}, add: {x-a: b}}}
     corsPolicy: {allowOrigins: [{exact: 'https://a.example'}]}
+  - match: [{uri: {prefix: /open}}]
+    directResponse: {status: 200}
+    corsPolicy: {allowOrigins: [{exact: '*'}], allowMethods: [GET]}
   - match: [{uri: {prefix: /aborts}}]
     fault: {abort: {httpStatus: 503, percentage: {value: 100}}}
     headers: {response: {add: {x-a: b}}}
@@ -54,6 +57,10 @@ async fn routes_change_the_answers_that_are_their_own() {
     assert_eq!((status, &*body), (418, "{}"));
     assert_eq!(head.matches("content-type: ").count(), 1, "{head}");
     assert!(head.contains("content-type: application/json") && head.contains("x-a: b"), "{head}");
+    assert!(head.contains("access-control-allow-origin: https://a.example"), "{head}");
+
+    // An asterisk is every origin, as in Envoy.
+    let (_, head, _) = get("/open").await;
     assert!(head.contains("access-control-allow-origin: https://a.example"), "{head}");
 
     // What is made to fail is no answer of the route's.

@@ -184,6 +184,11 @@ pub(super) fn authority(mut cursor: Cursor<'_, '_>) -> Option<Authority> {
     read
 }
 
+/// Whether a port is written with a host.
+pub(super) fn has_port(authority: &str) -> bool {
+    authority.rsplit_once(':').is_some_and(|(_, port)| !port.is_empty() && !port.contains(']'))
+}
+
 /// Whether it is a word as names of fields, methods and cookies are (RFC 9110 section 5.6.2).
 pub(super) fn is_token(text: &str) -> bool {
     HeaderName::from_bytes(text.as_bytes()).is_ok()

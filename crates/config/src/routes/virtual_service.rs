@@ -133,7 +133,8 @@ static REWRITE: Schema = Schema {
 };
 static SUBSTITUTION: Schema =
     Schema { name: "RegexRewrite", fields: &[enforced("match"), enforced("rewrite")] };
-static RETRIES: Schema = Schema {
+/// `retries`, and `defaultHttpRetryPolicy` of the mesh's settings.
+pub static RETRIES: Schema = Schema {
     name: "HTTPRetry",
     fields: &[
         enforced("attempts"),
@@ -206,7 +207,12 @@ pub struct HttpEntry {
     pub rule: RuleDraft,
     /// Whose routes take the requests, rather than `rule`: namespace and name.
     pub delegate: Option<(Str, Str)>,
+    /// Which of [`INHERITED`] are written.
+    pub written: Box<[&'static str]>,
 }
+
+/// What of an entry is as the one has it that delegates to it, where it is not written.
+const INHERITED: [&str; 5] = ["rewrite", "timeout", "retries", "fault", "headers"];
 
 /// The gateway that stands for all proxies of the mesh.
 const MESH: &str = "mesh";
@@ -372,13 +378,13 @@ fn read_http(entry: &mut Fields<'_, '_>, id: RouteId, namespace: &Str, mesh: boo
     route.fault = read_fault(entry);
     route.cors = entry.object("corsPolicy").map(|mut f| Box::new(read_cors(&mut f)));
     route.timeouts.request = entry.take("timeout").and_then(go_duration).filter(|d| !d.is_zero());
-    if let Some(mut retries) = entry.object("retries") {
-        route.timeouts.per_try = retries.take("perTryTimeout").and_then(go_duration).filter(|d| !d.is_zero());
-        route.retry = Some(read_retries(&mut retries));
-    }
+    let retries = entry.object("retries").map(|mut f| read_retries(&mut f));
+    (route.retry, route.timeouts.per_try) =
+        retries.map_or((None, None), |(retry, limit)| (Some(retry), limit));
     let mirrors = read_mirrors(entry, namespace);
     let rule = RuleDraft { matches: matches.into(), route, backends, mirrors };
-    (!rule.matches.is_empty()).then(|| HttpEntry { ports: ports.into(), rule, delegate })
+    let written = INHERITED.into_iter().filter(|name| entry.take(name).is_some()).collect();
+    (!rule.matches.is_empty()).then(|| HttpEntry { ports: ports.into(), rule, delegate, written })
 }
 
 /// The back ends: a single one needs no weight, and of several those without one get nothing (Istio).
@@ -573,7 +579,8 @@ fn as_path(pattern: Pattern, fold: bool) -> PathMatch {
 fn read_redirect(fields: &mut Fields<'_, '_>) -> Redirect {
     let uri = fields.string("uri").filter(|u| !u.is_empty());
     let prefix = fields.string("prefixRewrite").filter(|u| !u.is_empty());
-    let host = fields.string("authority").filter(|a| !a.is_empty()).map(Str::from);
+    let host = fields.take("authority").filter(|cursor| cursor.node().as_str() != Some(""));
+    let host = host.and_then(super::value::authority);
     let scheme = fields.string("scheme").filter(|s| !s.is_empty()).map(Str::from);
     let number = fields.integer("port", 0..=u16::MAX).filter(|p| *p > 0);
     let words = [("FROM_PROTOCOL_DEFAULT", Some(0)), ("FROM_REQUEST_PORT", None)];
@@ -589,10 +596,17 @@ fn read_redirect(fields: &mut Fields<'_, '_>) -> Redirect {
     if uri.is_some() && prefix.is_some() {
         fields.report(Code::InvalidValue, "uri and prefixRewrite are both set", "remove one");
     }
+    // As in Envoy: who names another host, and no port, means the one that the scheme implies, or the one that is written with
+    // the host.
+    let elsewhere = scheme.is_some() || host.is_some();
+    let port = number.or(derived.unwrap_or_else(|| elsewhere.then_some(0)));
+    if host.as_deref().is_some_and(super::value::has_port) && port != Some(0) {
+        let message = "a port is written with the authority, and another one is asked for";
+        fields.report(Code::InvalidValue, message, "write one of them");
+    }
     let path =
         uri.map(|u| PathRewrite::Full(u.into())).or_else(|| prefix.map(|p| PathRewrite::Prefix(p.into())));
-    let port = number.or(derived.flatten()).or(scheme.as_ref().map(|_| 0));
-    Redirect { status, scheme, host, port, path }
+    Redirect { status, scheme, host: host.as_deref().map(Str::from), port, path }
 }
 
 /// Bytes of a body that is answered; Envoy's limit is 4 KiB, Istio's 1 MiB.
@@ -726,7 +740,9 @@ fn read_mirrors(entry: &mut Fields<'_, '_>, namespace: &Str) -> Box<[(BackendDra
 
 fn read_cors(fields: &mut Fields<'_, '_>) -> Cors {
     let mut origins: Vec<Origin> = Vec::new();
-    fields.each("allowOrigins", |item| origins.extend(text(item).map(Origin::Text)));
+    // What matches an asterisk is any, as in Envoy: that is how all are written.
+    let any_or = |pattern: Pattern| if pattern.matches(b"*") { Pattern::Present } else { pattern };
+    fields.each("allowOrigins", |item| origins.extend(text(item).map(|p| Origin::Text(any_or(p)))));
     for old in fields.string_list("allowOrigin") {
         let any = old == "*";
         origins.push(Origin::Text(if any { Pattern::Present } else { Pattern::Exact(old.into()) }));
@@ -743,7 +759,9 @@ fn read_cors(fields: &mut Fields<'_, '_>) -> Cors {
 /// What Istio tries again where `retryOn` says nothing.
 const RETRY_ON: &str = "connect-failure,refused-stream,unavailable,cancelled,retriable-status-codes";
 
-fn read_retries(fields: &mut Fields<'_, '_>) -> Retry {
+/// Reads `retries`: when a request is tried again, and how long a try may take.
+pub(crate) fn read_retries(fields: &mut Fields<'_, '_>) -> (Retry, Option<Duration>) {
+    let per_try = fields.take("perTryTimeout").and_then(go_duration).filter(|d| !d.is_zero());
     let attempts = fields.integer("attempts", 0..=100).unwrap_or(0);
     let (mut on, mut statuses) = (RetryOn::default(), Vec::new());
     let cursor = fields.take("retryOn");
@@ -771,5 +789,5 @@ fn read_retries(fields: &mut Fields<'_, '_>) -> Retry {
     let remote_localities = fields.boolean("retryRemoteLocalities").unwrap_or(false);
     let other_hosts = fields.boolean("retryIgnorePreviousHosts").unwrap_or(true);
     let backoff = fields.take("backoff").and_then(go_duration).unwrap_or(Duration::from_millis(25));
-    Retry { attempts, on, statuses: statuses.into(), backoff, remote_localities, other_hosts }
+    (Retry { attempts, on, statuses: statuses.into(), backoff, remote_localities, other_hosts }, per_try)
 }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use hashbrown::{HashMap, HashSet};
-use model::http::{PathMatch, Route, RouteMatch, RouteTable};
+use model::http::{PathMatch, Pattern, Route, RouteMatch, RouteTable, SourceMatch};
 use model::{ServiceKey, ServicePort, Str};
 
 use super::hosts::{ByHost, Concerned, Named, full};
@@ -239,23 +239,30 @@ fn at(wanted: Option<u16>, port: &ServicePort) -> bool {
     wanted.is_none_or(|number| number == port.port)
 }
 
-/// What a delegate's entry does: what it does not say, the one that delegates does.
+/// What a delegate's entry does: each setting that is not written there is as the one that delegates has it, whole (Istio).
 fn inherit(root: &HttpEntry, entry: &HttpEntry) -> super::http_route::RuleDraft {
     let mut rule = entry.rule.clone();
     let (own, outer) = (&mut rule.route, &root.rule.route);
-    own.path = own.path.take().or_else(|| outer.path.clone());
-    own.host = own.host.take().or_else(|| outer.host.clone());
+    let is_written = |name: &str| entry.written.contains(&name);
+    if !is_written("rewrite") {
+        own.path.clone_from(&outer.path);
+        own.host = own.host.take().or_else(|| outer.host.clone());
+    }
+    if !is_written("timeout") {
+        own.timeouts.request = outer.timeouts.request;
+    }
+    if !is_written("retries") {
+        own.retry.clone_from(&outer.retry);
+        own.timeouts.per_try = outer.timeouts.per_try;
+    }
+    if !is_written("fault") {
+        own.fault.clone_from(&outer.fault);
+    }
+    if !is_written("headers") {
+        own.request_headers.clone_from(&outer.request_headers);
+        own.response_headers.clone_from(&outer.response_headers);
+    }
     own.cors = own.cors.take().or_else(|| outer.cors.clone());
-    own.retry = own.retry.take().or_else(|| outer.retry.clone());
-    own.timeouts.request = own.timeouts.request.or(outer.timeouts.request);
-    own.timeouts.per_try = own.timeouts.per_try.or(outer.timeouts.per_try);
-    own.fault.delay = own.fault.delay.or(outer.fault.delay);
-    own.fault.abort = own.fault.abort.or(outer.fault.abort);
-    let edits = |own: &mut model::http::HeaderEdits, outer: &model::http::HeaderEdits| {
-        own.0 = outer.0.iter().chain(&own.0).cloned().collect();
-    };
-    edits(&mut own.request_headers, &outer.request_headers);
-    edits(&mut own.response_headers, &outer.response_headers);
     if rule.mirrors.is_empty() {
         rule.mirrors.clone_from(&root.rule.mirrors);
     }
@@ -264,34 +271,54 @@ fn inherit(root: &HttpEntry, entry: &HttpEntry) -> super::http_route::RuleDraft 
 
 /// A match that holds where both do; `None` where they can't both be told to hold by one.
 fn both(outer: &RouteMatch, inner: &RouteMatch) -> Option<RouteMatch> {
-    fn one<T: Clone + PartialEq>(a: &Option<T>, b: &Option<T>) -> Result<Option<T>, ()> {
-        match (a, b) {
-            (Some(a), Some(b)) if a != b => Err(()),
-            (a, b) => Ok(a.clone().or_else(|| b.clone())),
-        }
-    }
-    let path = match (&outer.path, &inner.path) {
-        (Some(outer), Some(inner)) => Some(narrower(outer, inner)?),
-        (a, b) => a.clone().or_else(|| b.clone()),
-    };
     Some(RouteMatch {
-        path,
-        method: one(&outer.method, &inner.method).ok()?,
-        scheme: one(&outer.scheme, &inner.scheme).ok()?,
-        authority: one(&outer.authority, &inner.authority).ok()?,
+        path: one(outer.path.as_ref(), inner.path.as_ref(), narrower)?,
+        method: one(outer.method.as_ref(), inner.method.as_ref(), narrower_text)?,
+        scheme: one(outer.scheme.as_ref(), inner.scheme.as_ref(), narrower_text)?,
+        authority: one(outer.authority.as_ref(), inner.authority.as_ref(), narrower_text)?,
         headers: outer.headers.iter().chain(&inner.headers).cloned().collect(),
         query: outer.query.iter().chain(&inner.query).cloned().collect(),
-        source: one(&outer.source, &inner.source).ok()?,
+        source: one(outer.source.as_deref(), inner.source.as_deref(), same_client)?.map(Box::new),
     })
+}
+
+/// The one that holds where `a` and `b` do, as far as they are there; `None` where there is none, by `narrower`.
+fn one<T: Clone>(a: Option<&T>, b: Option<&T>, narrower: impl Fn(&T, &T) -> Option<T>) -> Option<Option<T>> {
+    match (a, b) {
+        (Some(a), Some(b)) => narrower(a, b).map(Some),
+        (a, b) => Some(a.or(b).cloned()),
+    }
 }
 
 /// The one of two path matches that the other holds for wherever it holds.
 fn narrower(a: &PathMatch, b: &PathMatch) -> Option<PathMatch> {
+    use PathMatch::{Exact, ExactIgnoringCase, Prefix, PrefixIgnoringCase};
     let within = |inner: &PathMatch, outer: &PathMatch| match (outer, inner) {
-        (PathMatch::Prefix(prefix), PathMatch::Exact(path) | PathMatch::Prefix(path)) => {
+        (Prefix(prefix), Exact(path) | Prefix(path))
+        | (PrefixIgnoringCase(prefix), ExactIgnoringCase(path) | PrefixIgnoringCase(path)) => {
             path.starts_with(&**prefix)
         }
         (outer, inner) => outer == inner,
     };
     if within(b, a) { Some(b.clone()) } else { within(a, b).then(|| a.clone()) }
+}
+
+/// The same of texts.
+fn narrower_text(a: &Pattern, b: &Pattern) -> Option<Pattern> {
+    let within = |inner: &Pattern, outer: &Pattern| match (outer, inner) {
+        (Pattern::Prefix(prefix), Pattern::Exact(text) | Pattern::Prefix(text)) => {
+            text.starts_with(&**prefix)
+        }
+        (outer, inner) => outer == inner,
+    };
+    if within(b, a) { Some(b.clone()) } else { within(a, b).then(|| a.clone()) }
+}
+
+/// A client that is of both.
+fn same_client(a: &SourceMatch, b: &SourceMatch) -> Option<SourceMatch> {
+    let namespace = one(a.namespace.as_ref(), b.namespace.as_ref(), |a, b| (a == b).then(|| a.clone()))?;
+    let more = b.labels.iter().filter(|label| !a.labels.contains(label));
+    let labels: Vec<(Str, Str)> = a.labels.iter().chain(more).cloned().collect();
+    let is_one = |(at, (key, _)): (usize, &(Str, Str))| labels.iter().skip(at + 1).all(|(k, _)| k != key);
+    labels.iter().enumerate().all(is_one).then(|| SourceMatch { namespace, labels: labels.clone().into() })
 }
