@@ -4,7 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::BytesMut;
-use model::http::{BackendRef, HttpService, Protocol, SelectedStream, Stream};
+use model::http::{
+    BackendRef, HttpService, Protocol, Route, RouteAction, RouteKind, RouteMatch, RouteTable, SelectedStream,
+    Stream,
+};
 use process::metrics::tcp::FailureFlag;
 use tokio::io::AsyncWriteExt;
 use tokio::time::timeout;
@@ -301,12 +304,22 @@ fn declared(service: &HttpService, port: u16) -> Result<(), Refused> {
         return Ok(());
     };
     let passed_by = [
-        (port.routes.entries().is_empty(), "routes of requests"),
+        (leads_to_itself(&port.routes), "routes of requests"),
         (service.authentication.is_empty(), "request authentication"),
         (service.rate_limits.is_empty(), "rate limits"),
     ];
     let passed_by = passed_by.iter().find(|(has_none, _)| !has_none);
     passed_by.map_or(Ok(()), |(_, what)| Err(Refused::Undeclared(what)))
+}
+
+/// Whether the routes of a port say no more than that requests go to the service, as where there are none.
+fn leads_to_itself(routes: &RouteTable) -> bool {
+    let is_plain = |(when, route): &(RouteMatch, Arc<Route>)| {
+        *when == RouteMatch::default()
+            && route.id.kind == RouteKind::Default
+            && matches!(route.action, RouteAction::Forward(_))
+    };
+    routes.entries().iter().all(is_plain)
 }
 
 /// The same for a service of requests that a route of connections leads to.
@@ -394,7 +407,7 @@ async fn copy(
 mod tests {
     #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
-    use model::http::{HttpPort, Route, RouteAction, RouteMatch, RouteTable, WaypointKey};
+    use model::http::{HttpPort, RouteId, WaypointKey};
     use model::{Change, Policy, PolicyKey, ServiceKey};
 
     use super::*;
@@ -479,11 +492,14 @@ mod tests {
                     assert!(refused.to_string().contains("appProtocol: tcp"), "{refused}");
                 }
             }
-            let mut with_routes = service(protocol);
-            let route = Arc::new(Route::new(RouteAction::default()));
-            let routes = RouteTable::new(vec![(RouteMatch::default(), route)]);
-            with_routes.ports[0].routes = Arc::new(routes);
-            assert_eq!(declared(&with_routes, 80).is_ok(), is_told, "{protocol:?}");
+            for (kind, may) in [(RouteKind::HttpRoute, is_told), (RouteKind::Default, true)] {
+                let mut with_routes = service(protocol);
+                let id = RouteId { kind, ..RouteId::default() };
+                let route = Arc::new(Route { id, ..Route::new(RouteAction::default()) });
+                let routes = RouteTable::new(vec![(RouteMatch::default(), route)]);
+                with_routes.ports[0].routes = Arc::new(routes);
+                assert_eq!(declared(&with_routes, 80).is_ok(), may, "{protocol:?}");
+            }
         }
     }
 }

@@ -650,3 +650,37 @@ fn a_delegate_takes_what_both_matches_hold_for() {
         assert_eq!(found.join("; "), wanted, "{inner}");
     }
 }
+
+#[test]
+fn the_meshs_retries_are_those_of_routes_that_say_nothing_of_them() {
+    let [web, api] =
+        [("web", "10.1.0.1"), ("api", "10.1.0.2")].map(|(name, ip)| service("shop", name, ip, ""));
+    let own = "[{match: [{uri: {exact: /own}}, {uri: {exact: /more}}], retries: {attempts: 1}, route: [{destination: {host: web}}]}, \
+               {timeout: 3s, route: [{destination: {host: web}}]}]";
+    let own = virtual_service("web", "hosts: [web], ", own);
+    let mut world = World::of(&file(&[BEHIND_A_WAYPOINT, &web, &api, &own]));
+    let said = |world: &World, name: &str| -> Vec<_> {
+        let of = |(_, route): (_, model::http::Route)| {
+            (route.retry.map(|retry| retry.attempts), route.timeouts.per_try.map(|limit| limit.as_secs()))
+        };
+        routes(world, name).into_iter().map(of).collect()
+    };
+    let without = [(Some(1), None), (Some(1), None), (None, None)];
+    assert_eq!(said(&world, "web"), without);
+    assert_eq!(said(&world, "api"), []);
+    world.set(
+        "mesh.yaml",
+        "apiVersion: mesh.istio.io/v1alpha1
+kind: MeshConfig
+metadata: {name: mesh}
+spec: {defaultHttpRetryPolicy: {attempts: 4, perTryTimeout: 2s, retryOn: \"5xx\"}}
+",
+    );
+    assert_eq!(world.said(), [""; 0]);
+    assert_eq!(said(&world, "web"), [(Some(1), None), (Some(1), None), (Some(4), Some(2))]);
+    assert_eq!(said(&world, "api"), [(Some(4), Some(2))]);
+    assert_eq!(routes(&world, "web")[2].1.timeouts.request.map(|limit| limit.as_secs()), Some(3));
+    world.change(&[("mesh.yaml", None)]);
+    assert_eq!(said(&world, "web"), without);
+    assert_eq!(said(&world, "api"), []);
+}

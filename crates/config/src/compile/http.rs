@@ -2,12 +2,17 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
-use model::http::{BackendRef, Forward, HttpPort, HttpService, LedTo, Protocol, RouteAction, WaypointKey};
+use model::http::{
+    Backend, BackendRef, Forward, HeaderEdits, HttpPort, HttpService, LedTo, Protocol, Retry, Route,
+    RouteAction, RouteMatch, RouteTable, WaypointKey,
+};
 use model::{Change, ServiceKey};
 
 use super::instance::{Definition, Told};
 use super::{Compiler, convert};
+use crate::policy::MeshConfig;
 use crate::resource::{Kind, ObjectKey, Resource};
 use crate::routes::{BackendDraft, Concerned, Parent, Reference, RouteDraft, Unresolved, Why};
 
@@ -131,6 +136,10 @@ impl Compiler {
                 spoken = if streams.asks_for_tls() { Protocol::Tls } else { Protocol::Tcp };
             }
             let routes = routes.or_else(|| self.virtual_services.table(&service, port, &resolve));
+            let routes = match self.policies.config().and_then(MeshConfig::retries) {
+                Some(default) => with_retries(routes, default, (&service, port.port), spoken),
+                None => routes,
+            };
             let streams = streams.or_else(|| self.virtual_services.streams(&service, port, &resolve));
             HttpPort {
                 number: port.port,
@@ -248,6 +257,43 @@ impl Compiler {
             }
         }
     }
+}
+
+/// The routes of a port, with what the mesh's settings say of retries where they say nothing. Where there are none the service's
+/// port is the route.
+fn with_retries(
+    routes: Option<RouteTable>,
+    (retry, per_try): &(Retry, Option<Duration>),
+    (service, port): (&ServiceKey, u16),
+    spoken: Protocol,
+) -> Option<RouteTable> {
+    let mut entries = routes.map(|table| table.entries().to_vec()).unwrap_or_default();
+    if entries.is_empty() {
+        if matches!(spoken, Protocol::Tcp | Protocol::Tls) {
+            return None;
+        }
+        let to = BackendRef::Service { service: service.clone(), port, subset: None };
+        let (request_headers, response_headers) = (HeaderEdits::default(), HeaderEdits::default());
+        let itself = Backend { to, weight: 1, request_headers, response_headers };
+        let route = Route::new(RouteAction::Forward(Forward::new(vec![itself])));
+        entries.push((RouteMatch::default(), Arc::new(route)));
+    }
+    // Entries of one route share it, and follow each other.
+    let mut last: Option<(Arc<Route>, Arc<Route>)> = None;
+    for (_, route) in &mut entries {
+        if route.retry.is_some() || !matches!(route.action, RouteAction::Forward(_)) {
+            continue;
+        }
+        let known =
+            last.as_ref().filter(|(before, _)| Arc::ptr_eq(before, route)).map(|(_, new)| new.clone());
+        let new = known.unwrap_or_else(|| {
+            let mut new = Route { retry: Some(retry.clone()), ..Route::clone(route) };
+            new.timeouts.per_try = new.timeouts.per_try.or(*per_try);
+            Arc::new(new)
+        });
+        last = Some((std::mem::replace(route, new.clone()), new));
+    }
+    Some(RouteTable::new(entries))
 }
 
 /// The services that the routes of a port lead to, copies of requests included.

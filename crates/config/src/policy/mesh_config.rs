@@ -13,7 +13,9 @@
 //! The cluster's domain, which Istio takes as a flag of its programs, is the ConfigMap's key `clusterDomain`, or
 //! the field `clusterDomain` of the object. The field `nodeLocal` is of this mesh alone.
 
-use model::http::{Normalization, Percent};
+use std::time::Duration;
+
+use model::http::{Normalization, Percent, Retry};
 use model::telemetry::LogFormat;
 use model::{NodeLocal, NodeLocalModes, OutboundMode, Settings, Str, TlsVersion, TrustDomain, TrustDomains};
 
@@ -26,6 +28,7 @@ use crate::diagnostic::Code;
 use crate::fields::{Cursor, Field, Fields, Schema, enforced, nested, not_applicable, refused, silent};
 use crate::metadata::{METADATA, Metadata, is_label, is_subdomain};
 use crate::resource::{Kind, KindSpec, Resource};
+use crate::routes::virtual_service;
 use crate::tree::Value;
 
 /// The name of the ConfigMap.
@@ -75,7 +78,7 @@ const EXPORT: &str = "the node proxy serves every service to every namespace";
 const INGRESS: &str = "Ingress objects are not served";
 const ONE_SOURCE: &str = "the configuration comes from where this process was told to read it";
 const TLS: &str = "the tunnel is always TLS 1.3";
-const REQUESTS: &str = "the node proxy does not see requests";
+const TRAFFIC: &str = "what holds for all hosts is said by a DestinationRule of the root namespace";
 
 static SPEC: Schema = Schema {
     name: "MeshConfig.spec",
@@ -101,10 +104,10 @@ static SPEC: Schema = Schema {
         not_applicable("connectTimeout", "the node proxy has a limit of its own"),
         enforced("defaultConfig"),
         not_applicable("defaultDestinationRuleExportTo", EXPORT),
-        not_applicable("defaultHttpRetryPolicy", REQUESTS),
+        nested("defaultHttpRetryPolicy", &virtual_service::RETRIES),
         nested("defaultProviders", &providers::DEFAULTS),
         not_applicable("defaultServiceExportTo", EXPORT),
-        not_applicable("defaultTrafficPolicy", REQUESTS),
+        not_applicable("defaultTrafficPolicy", TRAFFIC),
         not_applicable("defaultVirtualServiceExportTo", EXPORT),
         silent("disableEnvoyListenerLog", ENVOY),
         not_applicable("dnsRefreshRate", "names are resolved again when their answers expire"),
@@ -121,11 +124,11 @@ static SPEC: Schema = Schema {
         not_applicable("ingressControllerMode", INGRESS),
         not_applicable("ingressSelector", INGRESS),
         not_applicable("ingressService", INGRESS),
-        not_applicable("localityLbSetting", "the node proxy follows each service's traffic distribution"),
+        not_applicable("localityLbSetting", TRAFFIC),
         not_applicable("meshMTLS", TLS),
         silent("outboundClusterStatName", ENVOY),
         nested("pathNormalization", &PATHS),
-        not_applicable("protocolDetectionTimeout", "the node proxy does not guess protocols"),
+        not_applicable("protocolDetectionTimeout", "waypoints have a setting of their own: --detect-timeout"),
         silent("proxyHttpPort", ENVOY),
         silent("proxyInboundListenPort", ENVOY),
         silent("proxyListenPort", ENVOY),
@@ -177,6 +180,8 @@ pub struct MeshConfig {
     log: LogSettings,
     /// How many requests are traced where nobody says it.
     sampling: Option<Percent>,
+    /// When requests are tried again where their route says nothing of it, and how long a try may take.
+    retries: Option<(Retry, Option<Duration>)>,
 }
 
 /// What is set of waypoints' access logs.
@@ -210,6 +215,12 @@ impl MeshConfig {
     #[must_use]
     pub(super) fn log_format(&self) -> LogFormat {
         self.log.format.clone().unwrap_or_else(|| telling::istio_format(self.log.json))
+    }
+
+    /// When requests are tried again where their route says nothing of it, and how long a try may take.
+    #[must_use]
+    pub fn retries(&self) -> Option<&(Retry, Option<Duration>)> {
+        self.retries.as_ref()
     }
 
     /// How many requests are traced where no Telemetry says it.
@@ -303,6 +314,7 @@ fn read(mut spec: Fields<'_, '_>, config: &mut MeshConfig) {
     config.node_local = spec.take("nodeLocal").and_then(node_local::field);
     config.providers = providers::read(&mut spec);
     config.log = read_log(&mut spec);
+    config.retries = spec.object("defaultHttpRetryPolicy").map(|mut f| virtual_service::read_retries(&mut f));
     if let Some(cursor) = spec.take("defaultConfig") {
         // The rest of it configures Envoy. Of either of its spellings; upstream's parser takes both.
         cursor.entries(|name, cursor| match name {

@@ -583,6 +583,9 @@ impl Policies {
             effects.affected.push(Affected::Services(None));
             effects.findings.extend(self.telemetries.about_all(self.config()));
         }
+        if self.config().and_then(MeshConfig::retries) != told.retries() {
+            effects.affected.push(Affected::Services(None));
+        }
         let mut sources = self.configs.keys();
         if let Some(first) = sources.next() {
             let ignored = self.origin == Origin::Files && !self.discovery().is_empty();
