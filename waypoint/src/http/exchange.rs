@@ -276,7 +276,11 @@ impl Exchange<'_> {
         if let Some(cookie) = &picked.cookie {
             self.reply.fields.push(b"set-cookie", cookie.as_bytes());
         }
+        let later = self.is_told_at_the_end(&Ok(()));
         let after = Box::pin(self.relay(answer, how, more)).await;
+        if let Some(outcome) = self.outcome_at_the_end().filter(|_| later) {
+            picked.report(outcome);
+        }
         drop(picked);
         if let Some(more) = more {
             mirror::send(self.worker, self.request, self.connection, &self.upload, &more.mirrors);
@@ -294,7 +298,8 @@ impl Exchange<'_> {
             self.record.tries += 1;
             self.record.target = Some(Arc::clone(target));
             let result = self.attempt(target, &how.timeouts, stale).await;
-            if let Some(outcome) = outcome(&result, &self.reply) {
+            if let Some(outcome) = outcome(&result, &self.reply).filter(|_| !self.is_told_at_the_end(&result))
+            {
                 picked.report(outcome);
             }
             let left = retries.filter(|r| self.record.tries <= r.attempts);
@@ -337,6 +342,23 @@ impl Exchange<'_> {
             if let (Some(retries), false) = (left, is_free) {
                 self.pause(retries).await?;
             }
+        }
+    }
+
+    /// Whether how a call of gRPC went is in the trailers, which have not come.
+    fn is_told_at_the_end<T>(&self, result: &Result<T, Failure>) -> bool {
+        let head = &self.reply;
+        result.is_ok() && self.request.is_grpc() && head.status == 200 && grpc_status(&head.fields).is_none()
+    }
+
+    /// How such a call went, now that it has ended; nothing, where it is the client that has left.
+    fn outcome_at_the_end(&self) -> Option<Outcome> {
+        match (self.record.grpc_status, self.record.flag) {
+            (Some(code), _) => Some(Outcome::Status(http_of(code))),
+            (None, Flag::UpstreamConnectionTermination | Flag::UpstreamRemoteReset) => Some(Outcome::Failed),
+            (None, Flag::UpstreamRequestTimeout) => Some(Outcome::TimedOut),
+            (None, Flag::None | Flag::UpstreamOverflow) => Some(Outcome::Status(self.record.status)),
+            _ => None,
         }
     }
 
@@ -692,14 +714,18 @@ impl Exchange<'_> {
         self.record.status = self.reply.status;
         self.record.grpc_status = grpc_status(&self.reply.fields);
         let to_head = self.request.method() == "HEAD";
-        let framing = match body.len() {
+        // These have none, whatever was asked for (RFC 9110 sections 15.3.5, 15.3.6 and 15.4.5): a client would take it for
+        // the next response's.
+        let mut left =
+            if to_head || matches!(self.reply.status, 204 | 205 | 304) { Bytes::new() } else { body };
+        let framing = match left.len() {
             0 => Framing::None,
             length => Framing::Length(length as u64),
         };
-        let framing = if to_head { Framing::None } else { framing };
+        // Nor do some have a length (RFC 9110 section 8.6).
+        let says_none = !(to_head || matches!(self.reply.status, 204 | 304));
         let close = self.hop.close || self.worker.drain.is_cancelled() || !self.upload.is_read();
-        let sent = self.client.send_response(&self.reply, framing, !to_head, close, false);
-        let mut left = if to_head { Bytes::new() } else { body };
+        let sent = self.client.send_response(&self.reply, framing, says_none, close, false);
         self.record.sent = left.len() as u64;
         // A client that opens no window, or reads nothing, has as long for it as for anything else.
         (self.whole, self.this_try) = (Limit::default(), Limit::default());

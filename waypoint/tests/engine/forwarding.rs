@@ -167,6 +167,23 @@ async fn responses_without_a_body_have_none() {
 }
 
 #[tokio::test]
+async fn answers_of_our_own_that_may_have_no_body_have_none() {
+    let proxy = Proxy::to(lab::echo().await).await;
+    for (path, status, length) in
+        [("/nothing", 204, None), ("/empty", 205, Some("0")), ("/unchanged", 304, None)]
+    {
+        let mut client = proxy.connect().await;
+        client.send([get(path), get("/direct")].concat()).await;
+        let head = client.head().await.unwrap();
+        let answer = client.body(head, true).await.unwrap();
+        assert_eq!((answer.status(), answer.field("content-length")), (status, length));
+        // What comes next is the next answer.
+        let next = client.message().await.unwrap();
+        assert_eq!((next.status(), &*next.body), (418, &b"direct"[..]));
+    }
+}
+
+#[tokio::test]
 async fn a_response_that_ends_with_its_connection_is_passed_on_in_chunks() {
     let proxy = says("HTTP/1.1 200 OK\r\n\r\nuntil the end", true).await;
     let mut client = proxy.connect().await;

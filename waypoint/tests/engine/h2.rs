@@ -2,6 +2,7 @@
 
 use std::future::poll_fn;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use h2::client::SendRequest;
@@ -9,7 +10,7 @@ use h2::{Reason, RecvStream};
 use http::{HeaderMap, Request, Response};
 use tokio::net::{TcpListener, TcpStream};
 use waypoint::http::Settings;
-use waypoint::http::decide::{Forwarding, Protocol, Retries};
+use waypoint::http::decide::{Endpoints, Forwarding, Outcome, Protocol, Retries};
 
 use crate::lab::{self, Proxy, in_turn, target};
 
@@ -33,7 +34,8 @@ async fn data(recv: &mut RecvStream) -> Bytes {
     data
 }
 
-/// A server that sends each message back as it comes, and ends with trailers; `/refused` it refuses the first time.
+/// A server that sends each message back as it comes, and ends with trailers; `/refused` it refuses the first time,
+/// and the trailers of `/unavailable` say so.
 pub async fn echo() -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -53,6 +55,7 @@ pub async fn echo() -> SocketAddr {
                     continue;
                 }
                 tokio::spawn(async move {
+                    let status = if path == "/unavailable" { "14" } else { "0" };
                     let te = request.headers().get("te").cloned();
                     let mut body = request.into_body();
                     let response =
@@ -68,7 +71,7 @@ pub async fn echo() -> SocketAddr {
                         }
                     }
                     let mut trailers = HeaderMap::new();
-                    trailers.insert("grpc-status", "0".parse().unwrap());
+                    trailers.insert("grpc-status", status.parse().unwrap());
                     let _ = send.send_trailers(trailers);
                 });
             }
@@ -111,6 +114,30 @@ async fn a_response_that_is_all_trailers_stays_one() {
     assert_eq!(response.headers()["grpc-status"], "5");
     assert!(response.body().is_end_stream());
     assert_eq!(proxy.wait_records(1).await[0].grpc_status, Some(5));
+}
+
+#[tokio::test]
+async fn how_a_call_went_its_trailers_tell_of_its_endpoint() {
+    let endpoints = in_turn(vec![target(echo().await, Protocol::Http2)]);
+    let shared: Arc<dyn Endpoints> = endpoints.clone();
+    let proxy = Proxy::start(Forwarding::default(), shared, Settings::default()).await;
+    for path in ["/pkg.Service/Method", "/unavailable"] {
+        let mut send = client(proxy.address).await.ready().await.unwrap();
+        let request = Request::post(format!("http://{}{path}", proxy.address));
+        let request = request.header("content-type", "application/grpc").body(()).unwrap();
+        let (response, mut body) = send.send_request(request, false).unwrap();
+        body.send_data("message".into(), true).unwrap();
+        let response = response.await.unwrap();
+        assert_eq!(response.status(), 200);
+        let mut recv = response.into_body();
+        assert_eq!(data(&mut recv).await, "message");
+        assert!(recv.data().await.is_none());
+    }
+    let ended = lab::until(|| {
+        let ended = endpoints.ended.lock().unwrap();
+        (ended.len() == 2).then(|| ended.clone())
+    });
+    assert_eq!(ended.await, [200, 503].map(|status| Some(Outcome::Status(status))));
 }
 
 #[tokio::test]

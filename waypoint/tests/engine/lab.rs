@@ -59,7 +59,10 @@ pub fn in_turn(targets: Vec<Arc<Target>>) -> Arc<InTurn> {
     Arc::new(InTurn { targets, ended: Arc::default() })
 }
 
-/// Sends all to the same endpoints; `/direct` is answered here.
+/// Paths that are answered here.
+const DIRECT: [(&str, u16); 4] = [("/direct", 418), ("/nothing", 204), ("/empty", 205), ("/unchanged", 304)];
+
+/// Sends all to the same endpoints, but for [`DIRECT`].
 struct Fixed {
     how: Arc<Forwarding>,
     endpoints: Arc<dyn Endpoints>,
@@ -69,10 +72,10 @@ struct Fixed {
 
 impl Decide for Fixed {
     fn decide(&self, request: &mut RequestHead, _: &Connection, _: &mut Decided) -> Decision {
-        if request.path() == "/direct" {
-            let body = bytes::Bytes::from_static(b"direct");
+        if let Some((_, status)) = DIRECT.iter().find(|(path, _)| *path == request.path()) {
+            let (status, body) = (*status, bytes::Bytes::from_static(b"direct"));
             let flag = waypoint::http::decide::Flag::Decided("DI");
-            return Decision::Respond(Arc::new(Response { status: 418, fields: Box::default(), body, flag }));
+            return Decision::Respond(Arc::new(Response { status, fields: Box::default(), body, flag }));
         }
         let more = More { mirrors: self.mirrors.clone(), ..More::default() };
         let more = (!self.mirrors.is_empty()).then(|| Box::new(more));
