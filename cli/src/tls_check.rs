@@ -52,8 +52,18 @@ pub struct TlsCheckArgs {
 struct Pair {
     destination: String,
     source: String,
+    #[serde(flatten)]
+    counts: Counts,
+}
+
+/// Connections by what secured them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Counts {
     plaintext: u64,
     mtls: u64,
+    /// Within a node, without TLS and with an identity (`nodeLocal`): what `STRICT` lets in.
+    node_local: u64,
 }
 
 /// Runs the command.
@@ -88,12 +98,12 @@ pub fn run(args: &AuthnArgs) -> Result<ExitCode> {
     };
     let mut pairs: Vec<Pair> = counts
         .into_iter()
-        .map(|((destination, source), [plaintext, mtls])| Pair { destination, source, plaintext, mtls })
+        .map(|((destination, source), counts)| Pair { destination, source, counts })
         .filter(in_namespace)
         .collect();
-    let plaintext = pairs.iter().filter(|p| p.plaintext > 0).count();
+    let plaintext = pairs.iter().filter(|p| p.counts.plaintext > 0).count();
     let total = pairs.len();
-    pairs.retain(|p| args.all || p.plaintext > 0);
+    pairs.retain(|p| args.all || p.counts.plaintext > 0);
     match args.output.document(&pairs)? {
         Some(document) => print(&document)?,
         None => print(&text(&pairs, plaintext, total, asked, &silent)?)?,
@@ -103,10 +113,11 @@ pub fn run(args: &AuthnArgs) -> Result<ExitCode> {
 }
 
 fn text(pairs: &[Pair], plaintext: usize, total: usize, asked: usize, silent: &[String]) -> Result<String> {
-    let mut table = Table::new(&["DESTINATION", "SOURCE", "PLAINTEXT", "MTLS"]);
-    for pair in pairs {
-        let (plaintext, mtls) = (pair.plaintext.to_string(), pair.mtls.to_string());
-        table.row([pair.destination.clone(), pair.source.clone(), plaintext, mtls]);
+    let mut table = Table::new(&["DESTINATION", "SOURCE", "PLAINTEXT", "MTLS", "NODE-LOCAL"]);
+    for Pair { destination, source, counts } in pairs {
+        let [plaintext, mtls, local] =
+            [counts.plaintext, counts.mtls, counts.node_local].map(|count| count.to_string());
+        table.row([destination.clone(), source.clone(), plaintext, mtls, local]);
     }
     let mut text = if table.is_empty() { String::new() } else { format!("{table}\n") };
     writeln!(
@@ -126,8 +137,8 @@ fn text(pairs: &[Pair], plaintext: usize, total: usize, asked: usize, silent: &[
     Ok(text)
 }
 
-/// Adds the connections of one scrape, as the destination's ztunnel reported them: plaintext, and mTLS.
-fn count(metrics: &str, counts: &mut BTreeMap<(String, String), [u64; 2]>) {
+/// Adds the connections of one scrape, as the destination's ztunnel reported them.
+fn count(metrics: &str, counts: &mut BTreeMap<(String, String), Counts>) {
     for line in metrics.lines() {
         let Some((labels, value)) = sample(line, "istio_tcp_connections_opened_total") else { continue };
         let label = |name: &str| labels.get(name).map_or(UNKNOWN, String::as_str);
@@ -138,8 +149,11 @@ fn count(metrics: &str, counts: &mut BTreeMap<(String, String), [u64; 2]>) {
             format!("{}/{}", label(&format!("{side}_workload_namespace")), label(&format!("{side}_workload")))
         };
         let of = counts.entry((end("destination"), end("source"))).or_default();
-        let [plaintext, mtls] = of;
-        if label("connection_security_policy") == "mutual_tls" { *mtls += value } else { *plaintext += value }
+        match label("connection_security_policy") {
+            "mutual_tls" => of.mtls += value,
+            "node_local" => of.node_local += value,
+            _ => of.plaintext += value,
+        }
     }
 }
 
@@ -196,14 +210,37 @@ mod tests {
             "# TYPE istio_tcp_connections_opened counter".to_owned(),
             line("destination", "unknown", "old", 3),
             line("destination", "mutual_tls", "new", 5),
+            line("destination", "node_local", "near", 7),
             line("source", "unknown", "old", 100),
             "istio_tcp_connections_opened_total{broken".to_owned(),
         ];
         let mut counts = BTreeMap::new();
         count(&metrics.join("\n"), &mut counts);
         count(&line("destination", "unknown", "new", 1), &mut counts);
-        let found: Vec<_> = counts.into_iter().map(|((to, from), n)| format!("{from} {to} {n:?}")).collect();
-        assert_eq!(found, ["a/new shop/web [1, 5]", "a/old shop/web [3, 0]"]);
+        let found: Vec<_> = counts
+            .iter()
+            .map(|((to, from), n)| format!("{from} {to} {} {} {}", n.plaintext, n.mtls, n.node_local))
+            .collect();
+        assert_eq!(found, ["a/near shop/web 0 0 7", "a/new shop/web 1 5 0", "a/old shop/web 3 0 0"]);
+    }
+
+    /// What goes within a node without TLS has an identity, and `STRICT` lets it in.
+    #[test]
+    fn a_pair_within_a_node_is_not_told_to_join_the_mesh() {
+        let of = |plaintext, node_local| Pair {
+            destination: "shop/web".to_owned(),
+            source: "shop/near".to_owned(),
+            counts: Counts { plaintext, node_local, mtls: 0 },
+        };
+        let said = text(&[of(0, 7)], 0, 1, 1, &[]).unwrap();
+        assert!(!said.contains("STRICT") && said.contains("NODE-LOCAL"), "{said}");
+        assert!(text(&[of(2, 7)], 1, 1, 1, &[]).unwrap().contains("STRICT would refuse"));
+        let json = serde_json::to_value(of(2, 7)).unwrap();
+        assert_eq!(
+            json,
+            serde_json::json!({"destination": "shop/web", "source": "shop/near",
+                                            "plaintext": 2, "mtls": 0, "nodeLocal": 7})
+        );
     }
 
     #[test]
