@@ -1,6 +1,7 @@
 //! `culvert doctor`: what in a cluster is in the mesh's way, or will be: before an installation, and when something does
 //! not work.
 
+mod capture;
 mod network_policy;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,7 +17,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use crate::admin;
 use crate::cluster::{Cluster, ClusterArgs, Objects, PodName};
 use crate::health::{self, Check, State};
-use crate::status::{MODE, REDIRECTION};
+use crate::status::MODE;
 use crate::table::{Output, Table, print, printable};
 use crate::tag;
 
@@ -77,8 +78,8 @@ pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
     found.extend(certificates(&cluster, server)?);
     let namespaces = cluster.list("/api/v1/namespaces")?;
     let pods = cluster.list("/api/v1/pods")?;
-    found.extend(capture(&cluster, &namespaces, &pods)?);
-    found.extend(policies(&cluster, &namespaces)?);
+    found.extend(capture::findings(&cluster, &namespaces, &pods, server)?);
+    found.extend(policies(&cluster, &namespaces, &pods)?);
     found.extend(orphans(&cluster)?);
     found.extend(others(&cluster, &namespaces)?);
     found.extend(primary_plugin(&cluster)?);
@@ -292,65 +293,9 @@ fn certificates(cluster: &Cluster, now: SystemTime) -> Result<Vec<Finding>> {
     Ok(found)
 }
 
-/// Pods that ask to be in the mesh and aren't, which the node agent explains in events.
-fn capture(cluster: &Cluster, namespaces: &[Value], pods: &[Value]) -> Result<Vec<Finding>> {
-    let mut found = Vec::new();
-    let mut fine = 0;
-    for pod in pods.iter().filter(|p| text(p, "/status/phase") == "Running") {
-        let label = |o: &Value| {
-            o.pointer("/metadata/labels").and_then(|l| l.get(MODE)).and_then(Value::as_str).map(str::to_owned)
-        };
-        let namespace = text(pod, "/metadata/namespace");
-        let of_namespace = namespaces.iter().find(|n| name(n) == namespace).and_then(&label);
-        let asked = label(pod).or(of_namespace).as_deref() == Some("ambient");
-        let annotation =
-            |key: &str| pod.pointer("/metadata/annotations").and_then(|a| a.get(key)).and_then(Value::as_str);
-        let host = pod.pointer("/spec/hostNetwork").and_then(Value::as_bool) == Some(true);
-        if !asked || host {
-            continue;
-        }
-        let full = format!("{namespace}/{}", name(pod));
-        if annotation("sidecar.istio.io/status").is_some() {
-            let remedy =
-                "remove the namespace's istio-injection label and restart it to bring it into this mesh";
-            found.push(Finding::new(
-                "capture",
-                Grade::Note,
-                format!("{full} has a sidecar and is left alone"),
-                remedy,
-            ));
-        } else if annotation(REDIRECTION) == Some("enabled") {
-            fine += 1;
-        } else {
-            let path = format!(
-                "/api/v1/namespaces/{namespace}/events?fieldSelector=involvedObject.name%3D{}",
-                name(pod)
-            );
-            let events = cluster.list(&path)?;
-            let last = events.iter().max_by_key(|e| text(e, "/lastTimestamp").to_owned());
-            let why = last.map_or(String::new(), |e| format!(": {}", text(e, "/message")));
-            let remedy = format!(
-                "kubectl logs -n {} -l app=culvert-node says what its node agent did",
-                cluster.system
-            );
-            found.push(Finding::new(
-                "capture",
-                Grade::Problem,
-                format!("{full} is not captured{why}"),
-                remedy,
-            ));
-        }
-    }
-    found.push(Finding::new("capture", Grade::Ok, format!("{fine} pods are captured"), ""));
-    Ok(found)
-}
-
-fn policies(cluster: &Cluster, namespaces: &[Value]) -> Result<Vec<Finding>> {
+fn policies(cluster: &Cluster, namespaces: &[Value], pods: &[Value]) -> Result<Vec<Finding>> {
     let all = cluster.list("/apis/networking.k8s.io/v1/networkpolicies")?;
-    let label = |n: &Value| {
-        n.pointer("/metadata/labels").and_then(|l| l.get(MODE)).and_then(Value::as_str) == Some("ambient")
-    };
-    let meshed: BTreeSet<_> = namespaces.iter().filter(|n| label(n)).map(name).collect();
+    let meshed = meshed(namespaces, pods);
     let mut found: Vec<_> = network_policy::findings(&all, &|namespace| meshed.contains(namespace))
         .into_iter()
         .map(|f| Finding::new("networkpolicy", Grade::Problem, format!("{}: {}", f.policy, f.what), f.remedy))
@@ -364,6 +309,17 @@ fn policies(cluster: &Cluster, namespaces: &[Value]) -> Result<Vec<Finding>> {
         ));
     }
     Ok(found)
+}
+
+/// The namespaces that are in the mesh, or some of whose pods are.
+fn meshed<'v>(namespaces: &'v [Value], pods: &'v [Value]) -> BTreeSet<&'v str> {
+    let label = |object: &Value| {
+        let labels = object.pointer("/metadata/labels");
+        labels.and_then(|l| l.get(MODE)).and_then(Value::as_str) == Some("ambient")
+    };
+    let whole = namespaces.iter().filter(|n| label(n)).map(name);
+    let in_part = pods.iter().filter(|pod| label(pod)).map(|pod| text(pod, "/metadata/namespace"));
+    whole.chain(in_part).collect()
 }
 
 /// Objects for a revision that no control plane is, which nobody enforces.
@@ -483,6 +439,15 @@ mod tests {
         assert!(said.contains("works: ebpf on 1, nftables on 3; ebpf does not on b, c: no BTF"), "{said}");
         assert!(tried(&[], 0).detail.contains("there yet"));
         assert!(tried(&[("silent".to_owned(), None)], 1).detail.contains("no node agent says"));
+    }
+
+    #[test]
+    fn a_namespace_of_which_one_pod_asks_is_in_the_mesh_too() {
+        let object = |namespace: &str, name: &str, mode: &str| json!({"metadata": {"namespace": namespace, "name": name, "labels": {MODE: mode}}});
+        let namespaces =
+            [object("", "shop", "ambient"), object("", "other", "none"), object("", "third", "none")];
+        let pods = [object("other", "a", "ambient"), object("third", "b", "none")];
+        assert_eq!(meshed(&namespaces, &pods), BTreeSet::from(["other", "shop"]));
     }
 
     #[test]

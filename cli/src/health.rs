@@ -6,6 +6,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::cluster::Cluster;
+use crate::events::newest;
 use crate::install::crds::{self, Action};
 
 /// How something is.
@@ -183,8 +184,7 @@ fn pod_trouble(cluster: &Cluster, pod: &Value) -> Result<Option<Check>> {
         "/api/v1/namespaces/{namespace}/events?fieldSelector=involvedObject.name%3D{name},type%3DWarning"
     );
     let events = cluster.list(&path)?;
-    let last = events.iter().max_by_key(|e| text(e, "/lastTimestamp").to_owned());
-    Ok(last.map(|event| {
+    Ok(newest(&events).map(|event| {
         Check::new(what, State::Waiting, format!("{}: {}", text(event, "/reason"), text(event, "/message")))
             .remedy(format!("kubectl describe pod -n {namespace} {name}"))
     }))

@@ -10,6 +10,7 @@ mod cluster;
 mod connections;
 mod demo;
 mod doctor;
+mod events;
 mod files;
 mod health;
 mod install;
