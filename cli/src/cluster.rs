@@ -2,6 +2,7 @@
 //! reaches their loopback addresses too and needs no more than the right to do so (`pods/portforward`).
 
 mod objects;
+mod proxy;
 
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
@@ -126,7 +127,7 @@ impl Cluster {
             let mut config = args.config().await?;
             config.connect_timeout = Some(Duration::from_secs(10));
             let (url, namespace) = (config.cluster_url.to_string(), config.default_namespace.clone());
-            anyhow::Ok((Client::try_from(config)?, url, namespace))
+            anyhow::Ok((proxy::client(config)?, url, namespace))
         })?;
         Ok(Self { runtime, client, url, namespace, system: args.system_namespace.clone() })
     }

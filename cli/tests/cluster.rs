@@ -9,9 +9,12 @@
 )]
 
 use std::fs;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::thread::sleep;
+use std::sync::{Arc, Mutex};
+use std::thread::{sleep, spawn};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -138,12 +141,18 @@ impl Server {
 
     /// The exit code and all that was said.
     fn culvert(&self, arguments: &[&str]) -> (i32, String) {
+        self.culvert_in(&[], arguments)
+    }
+
+    /// The same with more variables in its environment.
+    fn culvert_in(&self, variables: &[(&str, &str)], arguments: &[&str]) -> (i32, String) {
         let path = format!("{}:{}", self.bin.display(), std::env::var("PATH").unwrap_or_default());
         let output = Command::new(env!("CARGO_BIN_EXE_culvert"))
             .args(arguments)
             .env("KUBECONFIG", self.path("kubeconfig"))
             .env("HOME", self.directory.path())
             .env("PATH", path)
+            .envs(variables.iter().copied())
             .output()
             .unwrap();
         let text =
@@ -178,6 +187,7 @@ fn pod(namespace: &str, name: &str, labels: &Value, annotations: &Value) -> Valu
 fn the_commands_work_on_a_real_api_server() {
     let Some(server) = Server::start() else { return };
     before_an_installation(&server);
+    through_proxies(&server);
     installing(&server);
     pods_in_trouble(&server);
     the_node_agent_is_held_to_its_node(&server);
@@ -199,6 +209,67 @@ fn before_an_installation(server: &Server) {
     server.expect(2, &["there is no nosuch", "--write-chart"], &["install", "--helm", "nosuch"]);
     server.expect(2, &["additional properties"], &["install", "--set", "nosuch=1", "--skip-crds"]);
     server.expect(2, &["context: nosuch", "get-contexts"], &["status", "--context", "nosuch"]);
+}
+
+/// A proxy that knows CONNECT, and who may use it: where it is, and the heads of what it was asked.
+fn connect_proxy() -> (u16, Arc<Mutex<Vec<String>>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (port, asked) = (listener.local_addr().unwrap().port(), Arc::<Mutex<Vec<String>>>::default());
+    let heads = asked.clone();
+    spawn(move || {
+        for mut client in listener.incoming().map_while(Result::ok) {
+            let mut head = Vec::new();
+            let mut byte = [0];
+            while !head.ends_with(b"\r\n\r\n") && client.read(&mut byte).is_ok_and(|read| read > 0) {
+                head.push(byte[0]);
+            }
+            let head = String::from_utf8(head).unwrap();
+            heads.lock().unwrap().push(head.clone());
+            // "me:p@ss"
+            if !head.contains("\r\nProxy-Authorization: Basic bWU6cEBzcw==\r\n") {
+                client.write_all(b"HTTP/1.1 407 Who are you\r\n\r\n").unwrap();
+                continue;
+            }
+            let mut server = TcpStream::connect(head.split(' ').nth(1).unwrap()).unwrap();
+            client.write_all(b"HTTP/1.1 200 Connection established\r\n\r\n").unwrap();
+            let (mut from, mut to) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+            spawn(move || std::io::copy(&mut from, &mut to));
+            spawn(move || std::io::copy(&mut server, &mut client));
+        }
+    });
+    (port, asked)
+}
+
+/// As kubectl takes the way through them.
+fn through_proxies(server: &Server) {
+    let (port, asked) = connect_proxy();
+    let kubeconfig: Value =
+        serde_json::from_str(&fs::read_to_string(server.path("kubeconfig")).unwrap()).unwrap();
+    let through = |proxy: &str| {
+        let mut changed = kubeconfig.clone();
+        changed["clusters"][0]["cluster"]["proxy-url"] = proxy.into();
+        fs::write(server.path("proxied"), changed.to_string()).unwrap();
+        server.culvert(&["version", "--kubeconfig", &server.path("proxied")])
+    };
+    let (code, text) = through(&format!("http://me:p%40ss@127.0.0.1:{port}"));
+    assert_eq!(code, 0, "{text}");
+    assert!(text.contains("control plane: none"), "{text}");
+    let target = kubeconfig["clusters"][0]["cluster"]["server"].as_str().unwrap().replace("https://", "");
+    let first = asked.lock().unwrap()[0].clone();
+    assert!(first.starts_with(&format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n")), "{first}");
+    for (proxy, words) in [
+        (format!("http://127.0.0.1:{port}"), "407 Who are you"),
+        ("socks5://127.0.0.1:1".to_owned(), "only http:// proxies are"),
+    ] {
+        let (code, text) = through(&proxy);
+        assert!(code == 2 && text.contains(words), "{proxy}: {text}");
+    }
+    // This machine is reached directly, whatever proxy there is for others.
+    let nowhere = format!("http://127.0.0.1:{}", harness::port::free());
+    for variable in ["HTTPS_PROXY", "https_proxy"] {
+        let (code, text) = server.culvert_in(&[(variable, &nowhere)], &["version"]);
+        assert_eq!(code, 0, "{variable}: {text}");
+    }
 }
 
 fn installing(server: &Server) {
@@ -340,6 +411,7 @@ fn looking_at_the_cluster(server: &Server) {
                         "spec": {"podSelector": {}, "ingress": [{"ports": [{"port": 80}]}]}});
     server.apply(&closed).unwrap();
     server.expect(1, &["shop/web", "15008"], &["doctor"]);
+    pods_that_are_not_captured(server);
     let (_, text) = server.culvert(&["status", "-o", "json"]);
     let status: Value = serde_json::from_str(&text).unwrap();
     assert_eq!(status["namespaces"]["shop"]["wanted"], 0);
@@ -359,6 +431,53 @@ fn looking_at_the_cluster(server: &Server) {
     assert!(Path::new(&out).join("shop/a-waypoint/log").exists());
     assert!(!Path::new(&out).join("shop/a-gateway").exists());
     server.expect(2, &["cannot make"], &["bug-report", "--out", &out]);
+}
+
+/// `doctor` says what the node agent said, in the form in which agents say it, and not what the kubelet said later.
+fn pods_that_are_not_captured(server: &Server) {
+    for name in ["late", "stuck"] {
+        let mut object = pod("other", name, &json!({"istio.io/dataplane-mode": "ambient"}), &json!({}));
+        object["spec"]["nodeName"] = "n1".into();
+        server
+            .apply(&json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "other"}}))
+            .unwrap();
+        server.apply(&object).unwrap();
+    }
+    let set = |name: &str, status: &Value| {
+        let (patch, object) = (json!({"status": status}).to_string(), format!("pod/{name}"));
+        let arguments =
+            ["-n", "other", "patch", &object, "--subresource=status", "--type=merge", "-p", &patch];
+        assert!(server.kubectl(&arguments).status.success());
+    };
+    set("late", &json!({"phase": "Running", "startTime": "2020-01-01T00:00:00Z"}));
+    let of = |name: &str| json!({"apiVersion": "v1", "kind": "Pod", "namespace": "other", "name": name});
+    let agents = json!({
+        "apiVersion": "events.k8s.io/v1", "kind": "Event", "metadata": {"name": "late.1", "namespace": "other"},
+        "regarding": of("late"), "reason": "EnrolmentFailed", "type": "Warning", "action": "Enrol",
+        "note": "redirection: no nft", "eventTime": "2026-01-01T00:00:00.000000Z",
+        "reportingController": "culvert-node", "reportingInstance": "n1",
+    });
+    let kubelets = |name: &str, pod: &str, reason: &str, message: &str| {
+        json!({"apiVersion": "v1", "kind": "Event", "metadata": {"name": name, "namespace": "other"},
+               "involvedObject": of(pod), "reason": reason, "message": message, "type": "Normal",
+               "lastTimestamp": "2026-01-01T00:00:09Z", "source": {"component": "kubelet"}})
+    };
+    let refused =
+        "plugin type=\"culvert-cni\" failed (add): pod other/stuck waits for the Culvert node agent";
+    server.apply(&agents).unwrap();
+    server.apply(&kubelets("late.2", "late", "Started", "Started container main")).unwrap();
+    server.apply(&kubelets("stuck.1", "stuck", "FailedCreatePodSandBox", refused)).unwrap();
+    let said = ["other/late is not captured: redirection: no nft", "other/stuck waits: plugin type="];
+    let text = server.expect(1, &said, &["doctor"]);
+    assert!(!text.contains("Started container"), "{text}");
+    for name in ["late", "stuck"] {
+        assert!(
+            server
+                .kubectl(&["-n", "other", "delete", "pod", name, "--force", "--grace-period=0"])
+                .status
+                .success()
+        );
+    }
 }
 
 fn waiting_until_it_works(server: &Server) {
