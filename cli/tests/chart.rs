@@ -232,6 +232,63 @@ fn ztunnel_reads_the_root_of_who_it_asks() {
     }
 }
 
+/// The pods' specifications and annotations of agent and ztunnel, as a cluster of this version gets them.
+fn on_nodes(helm: &Path, version: &str, set: &str) -> [Value; 2] {
+    let objects = rendered(helm, &["--kube-version", version, &format!("--set={set}")]);
+    ["DaemonSet/culvert-node", "DaemonSet/ztunnel"]
+        .map(|name| objects.iter().find(|o| id(o) == name).unwrap()["spec"]["template"].clone())
+}
+
+#[test]
+fn what_nodes_confine_containers_with_lets_agent_and_ztunnel_do_their_work() {
+    let Some(helm) = helm() else { return };
+    let old = "container.apparmor.security.beta.kubernetes.io/culvert-node";
+    let armor = |template: &Value| {
+        let field = &template["spec"]["securityContext"]["appArmorProfile"]["type"];
+        (
+            field.as_str().map(str::to_owned),
+            template["metadata"]["annotations"][old].as_str().map(str::to_owned),
+        )
+    };
+    let text = |text: &str| Some(text.to_owned());
+    for (version, profile, expected) in [
+        ("1.29.5", "Unconfined", (None, text("unconfined"))),
+        ("1.29.5-gke.1", "RuntimeDefault", (None, text("runtime/default"))),
+        ("1.30.0", "Unconfined", (text("Unconfined"), None)),
+        ("1.33.1-eks-1", "RuntimeDefault", (text("RuntimeDefault"), None)),
+    ] {
+        let [agent, _] = on_nodes(&helm, version, &format!("node.appArmorProfile={profile}"));
+        assert_eq!(armor(&agent), expected, "{version}");
+    }
+    let types = |set: &str| {
+        on_nodes(&helm, "1.33.0", set)
+            .map(|template| template["spec"]["securityContext"]["seLinuxOptions"]["type"].clone())
+    };
+    assert_eq!(types("node.enabled=true"), ["spc_t", "spc_t"]);
+    assert_eq!(types("node.seLinuxType=container_t"), ["container_t", "container_t"]);
+    assert_eq!(types("node.seLinuxType="), [Value::Null, Value::Null]);
+}
+
+#[test]
+fn waypoints_are_pulled_with_the_same_secrets() {
+    let Some(helm) = helm() else { return };
+    let overrides = |sets: &[&str]| -> Value {
+        let objects = rendered(&helm, sets);
+        let deployment = objects.iter().find(|o| id(o) == "Deployment/culvertd").unwrap();
+        let env = deployment["spec"]["template"]["spec"]["containers"][0]["env"].as_array().unwrap();
+        let found = env.iter().find(|variable| variable["name"] == "WAYPOINT_OVERRIDES").unwrap();
+        serde_json::from_str(found["value"].as_str().unwrap()).unwrap()
+    };
+    assert_eq!(overrides(&[]), serde_json::json!({}));
+    let secrets = |of: &Value| of["deployment"]["spec"]["template"]["spec"]["imagePullSecrets"].clone();
+    let both = overrides(&["--set=image.pullSecrets={a,b},waypoint.overrides.deployment.spec.replicas=2"]);
+    assert_eq!(secrets(&both), serde_json::json!([{"name": "a"}, {"name": "b"}]));
+    assert_eq!(both["deployment"]["spec"]["replicas"], 2);
+    let own = "--set=waypoint.overrides.deployment.spec.template.spec.imagePullSecrets[0].name=c";
+    let own = overrides(&["--set=image.pullSecrets={a}", own]);
+    assert_eq!(secrets(&own), serde_json::json!([{"name": "c"}]));
+}
+
 #[test]
 fn the_bpf_file_system_is_mounted_unless_nodes_have_none() {
     let Some(helm) = helm() else { return };

@@ -89,3 +89,23 @@ imagePullSecrets:
 {{- end }}
 {{- end }}
 {{- end }}
+
+{{/* What SELinux lets reach into the node, as part of a security context. */}}
+{{- define "culvert.seLinux" -}}
+{{- with .Values.node.seLinuxType -}}
+seLinuxOptions:
+  type: {{ . }}
+{{- end }}
+{{- end }}
+
+{{/* What waypoints are to have otherwise: the registry's credentials, and what the values say. */}}
+{{- define "culvert.waypointOverrides" -}}
+{{- $overrides := deepCopy .Values.waypoint.overrides -}}
+{{- with .Values.image.pullSecrets -}}
+{{- $secrets := list -}}
+{{- range . }}{{ $secrets = append $secrets (dict "name" .) }}{{ end -}}
+{{- $pod := dict "spec" (dict "imagePullSecrets" $secrets) -}}
+{{- $overrides = mergeOverwrite (dict "deployment" (dict "spec" (dict "template" $pod))) $overrides -}}
+{{- end -}}
+{{- toJson $overrides -}}
+{{- end }}
