@@ -131,6 +131,17 @@ fn given(signer: &MadeCa, root: &MadeCa) -> Value {
     ])
 }
 
+/// `cacerts` as cert-manager makes it: a Secret of the type `kubernetes.io/tls`.
+fn given_as_tls(signer: &MadeCa, root: &MadeCa) -> Value {
+    let mut secret = secret(&[
+        ("tls.crt", &certificates_to_pem(&signer.chain)),
+        ("tls.key", &key_to_pem(&signer.key)),
+        ("ca.crt", &certificates_to_pem(&root.chain)),
+    ]);
+    secret["type"] = json!("kubernetes.io/tls");
+    secret
+}
+
 fn text(object: &Value, key: &str) -> String {
     let data = object["data"][key].as_str().unwrap_or_else(|| panic!("{key}"));
     String::from_utf8(STANDARD.decode(data).unwrap()).unwrap()
@@ -514,6 +525,52 @@ async fn a_given_authority_waits_for_the_rotation_before_and_is_warned_of_before
     leader.advance(60 * day);
     leader.keeper.round().await;
     assert!(leader.error().contains("put a new one there"), "{}", leader.error());
+}
+
+#[tokio::test]
+async fn an_authority_that_cert_manager_gives_is_taken_and_its_renewal_and_its_faults_are_seen() {
+    let api = FakeApi::default();
+    let (first, second) = (root(), root());
+    let signer = intermediate(&first);
+    api.put(GIVEN, given_as_tls(&signer, &first));
+    let leader = Replica::new(&api, true);
+    leader.keeper.round().await;
+    let signing = || leader.current.get().unwrap().record.signer.chain[0].clone();
+    assert_eq!(
+        (leader.root(), leader.roots(), leader.error()),
+        (id(&first), vec![id(&first)], String::new())
+    );
+    let object = api.get(OWN).unwrap();
+    assert_eq!(text(&object, "ca-cert.pem"), certificates_to_pem(&signer.chain[..1]));
+    // Of the same root: at once.
+    let renewed = intermediate(&first);
+    api.put(GIVEN, given_as_tls(&renewed, &first));
+    leader.keeper.round().await;
+    assert_eq!((signing(), leader.roots()), (renewed.chain[0].clone(), vec![id(&first)]));
+    // What is wrong is said by the keys that the Secret has.
+    for (key, value, says) in [
+        ("tls.key", Some(key_to_pem(&second.key)), "is not the one of"),
+        ("tls.key", None, "missing"),
+        ("tls.crt", Some("hello".to_owned()), "no certificate"),
+        ("ca.crt", None, "missing"),
+        ("ca.crt", Some(certificates_to_pem(&second.chain)), "does not vouch"),
+    ] {
+        let mut broken = given_as_tls(&renewed, &first);
+        match value {
+            Some(text) => broken["data"][key] = json!(STANDARD.encode(text)),
+            None => drop(broken["data"].as_object_mut().unwrap().remove(key)),
+        }
+        api.put(GIVEN, broken);
+        leader.keeper.round().await;
+        let error = leader.error();
+        assert!(error.contains(&format!("cacerts, key {key}: ")) && error.contains(says), "{key}: {error}");
+        assert_eq!(signing(), renewed.chain[0], "{key}");
+    }
+    // Of another root: in stages.
+    api.put(GIVEN, given_as_tls(&intermediate(&second), &second));
+    leader.proxies(&[("n/p", &[id(&first)])]);
+    leader.keeper.round().await;
+    assert_eq!((signing(), leader.roots()), (renewed.chain[0].clone(), vec![id(&first), id(&second)]));
 }
 
 #[tokio::test]

@@ -32,7 +32,7 @@ use kube::{Api, Client};
 use tokio::sync::watch;
 
 use super::current::{Current, InForce, MAX_STALE};
-use super::record::{Record, SecretData, SecretError, SecretName, Signer};
+use super::record::{Record, SecretData, SecretError, SecretName, Signer, TlsForm};
 use super::rotation::{self, Gates, Ground, Proxy, Step, Target, Waiting};
 
 /// The Secret of our own.
@@ -167,7 +167,7 @@ impl Keeper {
                 GIVEN_SECRET,
                 "The authority in force goes on signing. Correct the Secret: ca-cert.pem, ca-key.pem, root-cert.pem and \
                  cert-chain.pem must fit together (openssl verify -CAfile root-cert.pem -untrusted cert-chain.pem \
-                 ca-cert.pem)",
+                 ca-cert.pem); or tls.crt, tls.key and ca.crt, where it has these",
             ),
             settings,
             current,
@@ -485,10 +485,19 @@ impl Keeper {
     /// What `cacerts` holds; `None` if it is not there.
     async fn given_target(&self) -> Result<Option<Target>, RoundError> {
         let Some(secret) = self.get(GIVEN_SECRET).await? else { return Ok(None) };
-        let record = Record::read(&self.given, secret.data.as_ref().unwrap_or(&SecretData::new()))?;
+        let data = secret.data.unwrap_or_default();
+        let read = match TlsForm::of(&data) {
+            Some(tls) => self.given(tls.data()).map_err(TlsForm::named),
+            None => self.given(&data),
+        };
+        Ok(Some(read?))
+    }
+
+    fn given(&self, data: &SecretData) -> Result<Target, SecretError> {
+        let record = Record::read(&self.given, data)?;
         let (signer, roots) = (record.signer.clone(), record.roots.clone());
         let root = self.check(&self.given, &Record { next: None, ..record })?;
-        Ok(Some(Target { signer, root, roots, given: true }))
+        Ok(Target { signer, root, roots, given: true })
     }
 
     fn check(&self, name: &SecretName, record: &Record) -> Result<identity::RootId, SecretError> {

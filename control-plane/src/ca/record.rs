@@ -10,6 +10,7 @@
 //! | `state.json`                                   | how far a rotation is, the longest lifetime that was given |
 //!
 //! The first four are those of Istio's `cacerts`, which is read by the same code; the others are in our own Secret only.
+//! A `cacerts` may have the keys of the type `kubernetes.io/tls` instead, as cert-manager writes it ([`TlsForm`]).
 //! A [`Record`] is such content that was read and checked, so that it can sign; what can't is a [`SecretError`], which
 //! names the Secret, the key in it, and what to do.
 
@@ -34,6 +35,10 @@ const NEXT_CERT: &str = "next-ca-cert.pem";
 const NEXT_KEY: &str = "next-ca-key.pem";
 const NEXT_CHAIN: &str = "next-cert-chain.pem";
 pub(super) const STATE: &str = "state.json";
+
+/// The keys of a Secret of the type `kubernetes.io/tls`, each behind the one whose place it takes.
+const TLS_KEYS: [(&str, &str); 4] =
+    [(CA_CERT, "tls.crt"), (CERT_CHAIN, "tls.crt"), (CA_KEY, "tls.key"), (ROOT_CERT, "ca.crt")];
 
 /// What a Secret holds: bytes by key.
 pub type SecretData = BTreeMap<String, ByteString>;
@@ -71,6 +76,35 @@ impl SecretName {
             reason: reason.to_string(),
             remedy: self.remedy.to_owned(),
         }
+    }
+}
+
+/// A Secret of the type `kubernetes.io/tls`, in the keys of a [`Record`]: `tls.crt` has the signing certificate and those
+/// above it, `ca.crt` the root.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct TlsForm(SecretData);
+
+impl TlsForm {
+    /// What a Secret holds, if it is of this form. Its keys go before the others, as Istio has it.
+    #[must_use]
+    pub fn of(data: &SecretData) -> Option<Self> {
+        data.contains_key("tls.crt").then_some(())?;
+        let known = TLS_KEYS.iter().filter(|(own, _)| *own != CERT_CHAIN);
+        let held = known.filter_map(|(own, key)| Some(((*own).to_owned(), data.get(*key)?.clone())));
+        Some(Self(held.collect()))
+    }
+
+    /// In the keys of a [`Record`].
+    #[must_use]
+    pub fn data(&self) -> &SecretData {
+        &self.0
+    }
+
+    /// An error about it, with the key that the Secret has.
+    #[must_use]
+    pub fn named(error: SecretError) -> SecretError {
+        let key = TLS_KEYS.iter().find(|(own, _)| *own == error.key).map_or(error.key, |(_, key)| key);
+        SecretError { key, ..error }
     }
 }
 
