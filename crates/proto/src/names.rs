@@ -34,6 +34,13 @@ pub const AUTHORIZER_TYPE_URL: &str = "type.googleapis.com/culvert.waypoint.v1.A
 /// The type of the workloads that a waypoint is sent.
 pub const REACHABLE_TYPE_URL: &str = "type.googleapis.com/culvert.waypoint.v1.Reachable";
 
+/// Whether resources of a type are to be put in force all at once: each changes what the others mean. An ALLOW without the
+/// DENY that was sent with it lets in what neither the state before nor the one after does.
+#[must_use]
+pub fn belongs_together(type_url: &str) -> bool {
+    [AUTHORIZATION_TYPE_URL, HTTP_POLICY_TYPE_URL].contains(&type_url)
+}
+
 /// What a waypoint is interested in: `namespace/name`. Namespaces, which other resources have, have no slash.
 #[must_use]
 pub fn waypoint_scope(waypoint: &WaypointKey) -> String {

@@ -39,7 +39,7 @@ const SHOWN: usize = 100;
 /// How it goes with the control plane, for metrics and the admin page.
 pub struct XdsStatus {
     link: watch::Receiver<Link>,
-    /// Whether the snapshot came from the control plane in this process's life, and not from the kept state alone.
+    /// Whether all of the snapshot came from the control plane in this process's life, and nothing is left of the kept state.
     is_fresh: AtomicBool,
     is_complete: AtomicBool,
     updates: AtomicU64,
@@ -59,6 +59,14 @@ impl XdsStatus {
     pub fn runs_from_kept_state(&self) -> bool {
         let is_fresh = self.is_fresh.load(Ordering::Relaxed) || self.is_connected();
         self.is_complete.load(Ordering::Relaxed) && !is_fresh
+    }
+
+    /// Notes what the control plane has told: with a part of a state the rest of it is still an older one.
+    fn came(&self, stale: &mut Missing, type_url: &str, complete: bool) {
+        if complete {
+            stale.came(type_url);
+        }
+        self.is_fresh.store(stale.0.is_empty(), Ordering::Relaxed);
     }
 
     /// Updates that were put in force.
@@ -112,6 +120,8 @@ pub struct Xds {
     /// What holds where the control plane says nothing of the mesh's settings.
     defaults: Settings,
     missing: Missing,
+    /// The same, of the control plane in this process's life.
+    stale: Missing,
     /// The update that is being put in force, and what of it is refused.
     open: Option<(Batch, Vec<Rejection>)>,
     /// Resources whose last version could not be read, and why.
@@ -159,6 +169,7 @@ impl Xds {
             unswept: 0,
             defaults,
             missing: Missing::of(types),
+            stale: Missing::of(types),
             open: None,
             unread: BTreeMap::new(),
         }
@@ -213,9 +224,11 @@ impl Xds {
         self.status.updates.fetch_add(1, Ordering::Relaxed);
         let is_complete = self.missing.0.is_empty();
         let began = is_complete && !self.status.is_complete.swap(is_complete, Ordering::Relaxed);
-        if matches!(batch.origin, Origin::Server) {
-            self.status.is_fresh.store(true, Ordering::Relaxed);
-        } else if began {
+        let is_of_server = matches!(batch.origin, Origin::Server);
+        if is_of_server {
+            self.status.came(&mut self.stale, batch.type_url, batch.complete);
+        }
+        if began && !is_of_server {
             tracing::warn!(
                 "the configuration that an earlier process kept is in force until the control plane is there"
             );
@@ -419,4 +432,33 @@ fn closed(key: PolicyKey, message: Option<&security::Authorization>, mesh: &Mesh
     let (action, rules) =
         if allows { (Action::Allow, Box::default()) } else { (Action::Deny, [Rule::default()].into()) };
     Some(Policy { key, scope, action, rules, dry_run: false })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_is_kept_until_all_of_it_has_come_anew() {
+        let link = watch::Sender::new(Link::Starting);
+        let status = XdsStatus {
+            link: link.subscribe(),
+            is_fresh: AtomicBool::new(false),
+            is_complete: AtomicBool::new(true),
+            updates: AtomicU64::new(0),
+            resources: AtomicU64::new(0),
+            rejected: AtomicU64::new(0),
+        };
+        let mut stale = Missing::of(&crate::NODE_TYPES);
+        for (type_url, complete) in
+            [(AUTHORIZATION_TYPE_URL, false), (AUTHORIZATION_TYPE_URL, true), (ADDRESS_TYPE_URL, false)]
+        {
+            status.came(&mut stale, type_url, complete);
+            assert!(status.runs_from_kept_state(), "{type_url}, {complete}");
+        }
+        status.came(&mut stale, ADDRESS_TYPE_URL, true);
+        assert!(!status.runs_from_kept_state());
+        status.came(&mut stale, ADDRESS_TYPE_URL, false);
+        assert!(!status.runs_from_kept_state(), "what comes now changes a state of this process's life");
+    }
 }

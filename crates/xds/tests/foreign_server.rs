@@ -232,7 +232,7 @@ async fn what_is_refused_is_named_and_not_held() {
     drop(stream);
     let mut stream = streams.recv().await.unwrap();
     let held: Vec<_> = stream.request().await.initial_resource_versions.into_keys().collect();
-    assert_eq!(held, ["good"]);
+    assert_eq!(held, ["good", "twice"], "what is in force, or a removal would be missed");
 }
 
 #[tokio::test]
@@ -319,4 +319,81 @@ async fn a_long_response_is_read_in_parts_and_answered_once() {
     drop(stream);
     let held = streams.recv().await.unwrap().request().await.initial_resource_versions;
     assert!(held.len() == 18 && held.contains_key("9") && !held.contains_key("old"), "{:?}", held.keys());
+}
+
+/// One that is of another type at the head of a part says nothing of those behind it.
+#[tokio::test]
+async fn a_foreign_resource_at_the_head_of_a_part_is_refused_alone() {
+    let (mut streams, mut updates, _) = start(|_| {}).await;
+    let mut stream = streams.recv().await.unwrap();
+    stream.request().await;
+    stream.request().await;
+    // A part is full with three: each begins with one that is not of the response's type.
+    let of = |n: usize| match n % 3 {
+        0 if n % 2 == 0 => B,
+        0 => "type.googleapis.com/test.Unknown",
+        _ => A,
+    };
+    let resources = (0..24).map(|n| resource(&format!("{n:02}"), of(n), &[7; 500_000])).collect();
+    stream.send(response("n-1", resources, &[])).await;
+    let (mut seen, mut parts) = (Vec::new(), 0);
+    loop {
+        let update = next(&mut updates).await;
+        assert_eq!(update.type_url, A);
+        seen.extend(update.resources.iter().map(|r| r.name.to_string()));
+        parts += 1;
+        let complete = update.complete;
+        update.ack();
+        if complete {
+            break;
+        }
+    }
+    let name = |n: usize| format!("{n:02}");
+    assert_eq!(seen, (0..24).filter(|n| n % 3 > 0).map(name).collect::<Vec<_>>());
+    assert!(parts > 5, "{parts}");
+    let named: Vec<_> = violations(&stream.request().await).into_iter().map(|(name, _)| name).collect();
+    assert_eq!(named, (0..24).step_by(3).map(name).collect::<Vec<_>>());
+}
+
+/// Policies in parts would let in, for a moment, what neither the state before nor the one after does.
+#[tokio::test]
+async fn what_belongs_together_is_handed_out_at_once() {
+    const POLICY: &str = proto::AUTHORIZATION_TYPE_URL;
+    let (mut streams, mut updates, _) = start(|settings| settings.types = vec![POLICY, A]).await;
+    let mut stream = streams.recv().await.unwrap();
+    stream.request().await;
+    stream.request().await;
+    let policies = |nonce: &str, resources, removed: &[&str]| DeltaDiscoveryResponse {
+        type_url: POLICY.into(),
+        ..response(nonce, resources, removed)
+    };
+    stream.send(policies("n-0", vec![resource("old", POLICY, b"1")], &[])).await;
+    next(&mut updates).await.ack();
+    stream.request().await;
+    let mut resources: Vec<_> = (0..20).map(|n| resource(&n.to_string(), POLICY, &[n; 600_000])).collect();
+    resources.insert(0, resource("other", A, b"1"));
+    stream.send(policies("n-1", resources.clone(), &["old"])).await;
+    let update = next(&mut updates).await;
+    let seen: Vec<_> = update.resources.iter().map(|r| r.name.to_string()).collect();
+    assert_eq!(seen, (0..20).map(|n: u8| n.to_string()).collect::<Vec<_>>());
+    assert_eq!((update.complete, update.removed.clone()), (true, vec!["old".to_owned()]));
+    update.ack();
+    let named: Vec<_> = violations(&stream.request().await).into_iter().map(|(name, _)| name).collect();
+    assert_eq!(named, ["other"]);
+
+    // More than may be held for it is refused, and nothing of it is in force.
+    let resources = (0..8).map(|n| resource(&format!("long-{n}"), POLICY, &vec![n; 9 << 20])).collect();
+    stream.send(policies("n-2", resources, &["0"])).await;
+    let nack = stream.request().await;
+    assert_eq!(nack.response_nonce, "n-2");
+    assert!(nack.error_detail.as_ref().unwrap().message.contains("64 MiB"), "{:?}", nack.error_detail);
+    // It goes on.
+    stream.send(policies("n-3", vec![resource("new", POLICY, b"1")], &[])).await;
+    let update = next(&mut updates).await;
+    assert_eq!((update.resources.len(), update.removed.len()), (1, 0));
+    update.ack();
+    assert!(stream.request().await.error_detail.is_none());
+    drop(stream);
+    let held = streams.recv().await.unwrap().request().await.initial_resource_versions;
+    assert!(held.len() == 21 && held.contains_key("0") && held.contains_key("new"), "{:?}", held.keys());
 }

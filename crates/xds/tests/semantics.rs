@@ -338,6 +338,18 @@ fn our_own_get_a_long_state_in_parts_and_others_at_once() {
 }
 
 #[test]
+fn what_belongs_together_comes_at_once() {
+    let mut world = World::with(Store::new(&[proto::AUTHORIZATION_TYPE_URL], 100));
+    world.limits = Limits { response_bytes: 1000, ..Limits::default() };
+    let long = "x".repeat(50);
+    world.apply((0..100).map(|n| set(proto::AUTHORIZATION_TYPE_URL, &format!("name-{n}"), &long)));
+    let own = world.connect(Extensions::Culvert, None);
+    world.request(own, subscribe(proto::AUTHORIZATION_TYPE_URL, &[])).unwrap();
+    let state = only(world.settle(own));
+    assert_eq!((state.resources.len(), state.system_version_info.as_str()), (100, "100"));
+}
+
+#[test]
 fn what_changes_while_a_state_goes_out_is_in_it() {
     let mut world = World::new();
     world.limits = Limits { response_bytes: 300, ..Limits::default() };

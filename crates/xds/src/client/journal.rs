@@ -7,8 +7,8 @@
 //!
 //! * An update costs what it is long. When the file is more than twice as long as what it says, it is written anew,
 //!   beside, and put in its place by a rename.
-//! * A frame that was not written to its end (the process or the node died) is cut off: what stands before it was
-//!   the state a moment earlier. A file that is damaged in another way, or of another mesh, is not used at all.
+//! * A frame that was not written to its end (the process or the node died) is cut off, with those before it that belong to
+//!   the same update: what stands before them was the state a moment earlier. A file that is damaged in another way, or of another mesh, is not used at all.
 //! * An update may have to last: it is on the disk when [`Journal::append`] returns. Others are there soon, and
 //!   before one that has to last.
 //! * A write that fails takes the file away: an old state that looks new is worse than none.
@@ -68,6 +68,9 @@ pub(super) struct Record {
     /// From here on the state of the type is whole.
     #[prost(bool, tag = "4")]
     pub(super) complete: bool,
+    /// The next one is of the same update: without that it says nothing.
+    #[prost(bool, tag = "5")]
+    pub(super) more: bool,
 }
 
 impl Record {
@@ -209,21 +212,22 @@ impl Journal {
                 found: format!("{} of {}", heading.magic, heading.mesh),
             });
         }
-        let mut good = at;
+        let (mut good, mut whole) = (at, at);
         while good < length {
             let Some(payload) = unframe(&mut input, length - good).map_err(|e| self.io(e))? else { break };
-            if Record::decode(payload.as_slice()).is_err() {
-                return Err(damaged(good));
-            }
+            let Ok(record) = Record::decode(payload.as_slice()) else { return Err(damaged(good)) };
             good += payload.len() as u64 + HEADER_BYTES;
-        }
-        if good < length {
-            if !self.torn(good, length).map_err(|e| self.io(e))? {
-                return Err(damaged(good));
+            if !record.more {
+                whole = good;
             }
-            self.file.set_len(good).map_err(|e| self.io(e))?;
         }
-        (self.end, self.read) = (good, at);
+        if good < length && !self.torn(good, length).map_err(|e| self.io(e))? {
+            return Err(damaged(good));
+        }
+        if whole < length {
+            self.file.set_len(whole).map_err(|e| self.io(e))?;
+        }
+        (self.end, self.read) = (whole, at);
         Ok(())
     }
 
@@ -369,13 +373,14 @@ impl Journal {
 
 /// Cuts an update into records of a size that is read and written at once.
 fn parts(update: Record) -> Vec<Record> {
-    let Record { type_url, resources, removed, complete } = update;
+    let Record { type_url, resources, removed, complete, .. } = update;
     // Removals come first, as in an update: a name may be removed and set in one.
     let mut parts = vec![Record { removed, ..Record::new(&type_url) }];
     let mut size = 0;
     for resource in resources {
         let bytes = resource.encoded_len();
         if size > 0 && size + bytes > RECORD_BYTES {
+            parts.last_mut().into_iter().for_each(|part| part.more = true);
             parts.push(Record::new(&type_url));
             size = 0;
         }
@@ -412,6 +417,7 @@ mod tests {
             resources: resources.iter().map(|(n, b)| saved(n, b)).collect(),
             removed: removed.iter().map(|n| (*n).to_owned()).collect(),
             complete,
+            more: false,
         }
     }
 
@@ -497,6 +503,42 @@ mod tests {
             }
         }
         assert_eq!(seen.into_iter().collect::<Vec<_>>(), [0, 1, 2]);
+    }
+
+    /// Half of a change of policies may let in what neither the state before nor the one after does.
+    #[test]
+    fn of_an_update_of_several_records_all_are_read_or_none() {
+        let directory = tempfile::tempdir().unwrap();
+        let before = written(&directory);
+        let start = before.end;
+        let long = "x".repeat(RECORD_BYTES / 2);
+        let bodies: Vec<(String, String)> =
+            (0..7).map(|n| (format!("name-{n}"), format!("{n}{long}"))).collect();
+        let bodies: Vec<(&str, &str)> = bodies.iter().map(|(n, b)| (n.as_str(), b.as_str())).collect();
+        drop(before.append(update(A, &bodies, &["a"], true), 0, false).unwrap());
+        let path = directory.path().join(NAME);
+        let whole = fs::read(&path).unwrap();
+        // Where each of its records ends.
+        let (mut ends, mut rest) = (Vec::new(), &whole[usize::try_from(start).unwrap()..]);
+        loop {
+            let left = rest.len() as u64;
+            let Some(payload) = unframe(&mut rest, left).unwrap() else { break };
+            assert!(payload.len() < 2 * RECORD_BYTES);
+            ends.push(whole.len() - rest.len());
+        }
+        assert!(ends.len() > 2 && rest.is_empty(), "{ends:?}");
+        for end in &ends {
+            for length in [end - 1, *end, end + 5] {
+                fs::write(&path, whole.get(..length).unwrap_or(&whole)).unwrap();
+                let (mut journal, problem) = open(&directory);
+                let (state, ..) = replay(&mut journal);
+                let is_whole = length >= whole.len();
+                assert_eq!((problem, state.len()), (None, if is_whole { 8 } else { 2 }), "of {length} bytes");
+                drop(journal.append(update(B, &[("new", "1")], &[], false), 0, false).unwrap());
+                let (state, ..) = replay(&mut open(&directory).0);
+                assert_eq!(state.len(), if is_whole { 9 } else { 3 }, "of {length} bytes, and more");
+            }
+        }
     }
 
     #[test]

@@ -8,7 +8,8 @@
 //! * An update is one response. The next is read only when the user has answered it: what the server is told is in
 //!   force is in force.
 //! * A long response comes as several updates ([`parts`]), and is answered when the last of them is: so a state of any length
-//!   needs the memory of a part.
+//!   needs the memory of a part. Not so one of a type of which all [belongs together](proto::belongs_together): that is one
+//!   update, of at most 64 MiB; a longer one is refused, and what was in force stays.
 //! * A user that refuses some resources applies the others: those are held from then on, and of what was refused
 //!   the last good version stays held. The server is told which were refused, and why. On disk are both: whoever
 //!   starts from there refuses the same again, and puts the same in its place.

@@ -27,6 +27,10 @@ use crate::inventory::NameKey;
 const NAMED: usize = 500;
 /// How many of them also stand in the text.
 const IN_TEXT: usize = 10;
+/// So much of a response is held for its last part, where all of it is put in force at once; and what a resource takes
+/// beside its bytes.
+const TOGETHER_BYTES: usize = 64 << 20;
+const RESOURCE_BYTES: usize = 200;
 
 /// How a stream ended.
 pub(super) struct Ended {
@@ -51,14 +55,32 @@ impl Ended {
     }
 }
 
-/// What is known of a response of which parts were handed out.
+/// What is known of a response of which parts came already.
 #[derive(Default)]
 struct Earlier {
     type_url: Option<&'static str>,
     bytes: usize,
     rejections: Vec<Rejection>,
-    /// The names that were in it.
+    /// The names that were in what was handed out.
     seen: HashSet<Arc<str>>,
+    /// What was not, since it [belongs together](proto::belongs_together): nothing, once it takes more than [`TOGETHER_BYTES`].
+    held_back: Vec<discovery::Resource>,
+    held_back_bytes: usize,
+}
+
+impl Earlier {
+    fn hold_back(&mut self, resources: Vec<discovery::Resource>) {
+        self.held_back_bytes += resources.iter().map(|r| r.encoded_len() + RESOURCE_BYTES).sum::<usize>();
+        if self.is_too_long() {
+            self.held_back = Vec::new();
+        } else {
+            self.held_back.extend(resources);
+        }
+    }
+
+    fn is_too_long(&self) -> bool {
+        self.held_back_bytes > TOGETHER_BYTES
+    }
 }
 
 /// A batch for the user, and what has to be known of it when it is answered.
@@ -260,25 +282,30 @@ impl Client {
         }
     }
 
-    /// Hands a part of a response out, of which only the last one says what type it is of.
+    /// Hands a part of a response out, of which only the last one says what type it is of; or holds it for that.
     async fn take_part(&mut self, response: DeltaDiscoveryResponse, earlier: &mut Earlier) {
         earlier.bytes += response.encoded_len();
-        let content = response.resources.iter().find_map(|r| r.resource.as_ref());
-        let type_url = content.map(|any| any.type_url.clone()).unwrap_or_default();
-        let rejections = match self.held.of(&type_url) {
-            Some((type_url, _)) if earlier.type_url.is_none_or(|earlier| earlier == type_url) => {
-                earlier.type_url = Some(type_url);
-                self.hand_out(batch(type_url, response, &mut earlier.seen)).await
-            }
-            _ => {
-                let refused = |resource: discovery::Resource| Rejection {
-                    name: resource.name.into(),
-                    reason: not_of_it(&type_url),
-                };
-                response.resources.into_iter().map(refused).collect()
-            }
+        earlier.type_url = earlier.type_url.or_else(|| self.type_of(&response));
+        let Some(type_url) = earlier.type_url else {
+            let refused = |resource: discovery::Resource| {
+                let of = resource.resource.map(|any| any.type_url).unwrap_or_default();
+                Rejection { name: resource.name.into(), reason: not_of_it(&of) }
+            };
+            return earlier.rejections.extend(response.resources.into_iter().map(refused));
         };
+        if proto::belongs_together(type_url) {
+            return earlier.hold_back(response.resources);
+        }
+        let rejections = self.hand_out(batch(type_url, response, &mut earlier.seen)).await;
         earlier.rejections.extend(rejections);
+    }
+
+    /// What most resources are of, among the types that are followed: single ones may be of another.
+    fn type_of(&self, response: &DeltaDiscoveryResponse) -> Option<&'static str> {
+        let contents = || response.resources.iter().filter_map(|r| r.resource.as_ref());
+        let count = |type_url: &&str| contents().filter(|any| any.type_url == **type_url).count();
+        let counted = self.settings.types.iter().map(|type_url| (count(type_url), *type_url));
+        counted.filter(|(count, _)| *count > 0).max().map(|(_, type_url)| type_url)
     }
 
     /// Hands a response out, or the last part of one, and makes the answer to it.
@@ -292,12 +319,20 @@ impl Client {
             response_nonce: response.nonce.clone(),
             ..DeltaDiscoveryRequest::default()
         };
-        let mut rejections = earlier.rejections;
+        let mut rejections = std::mem::take(&mut earlier.rejections);
         match self.held.of(&response.type_url) {
+            Some(_) if earlier.is_too_long() => {
+                let (limit, bytes) = (TOGETHER_BYTES >> 20, earlier.bytes >> 20);
+                let reason = format!(
+                    "it belongs together, and with {bytes} MiB takes more than the {limit} MiB that may be put in force at once"
+                );
+                rejections.push(Rejection { name: "".into(), reason });
+            }
             Some((type_url, held)) if earlier.type_url.is_none_or(|earlier| earlier == type_url) => {
                 name(&mut response.removed_resources, held);
                 // Removals come first: what is in another part as well is there.
                 response.removed_resources.retain(|name| !earlier.seen.contains(name.as_str()));
+                drop(response.resources.splice(..0, std::mem::take(&mut earlier.held_back)));
                 rejections.extend(self.hand_out(batch(type_url, response, &mut earlier.seen)).await);
             }
             Some(_) => {
@@ -339,8 +374,9 @@ impl Client {
             }
             return rejections;
         };
+        // Not what is malformed: of a name that is there twice, the first is in force.
+        let refused: BTreeSet<Arc<str>> = more.iter().map(|r| r.name.clone()).collect();
         rejections.extend(more);
-        let refused: BTreeSet<&str> = rejections.iter().map(|r| &*r.name).collect();
         let saved = |r: &Resource| Saved {
             name: r.name.to_string(),
             version: r.version.clone(),
@@ -351,7 +387,7 @@ impl Client {
         if let Some((_, held)) = self.held.of(type_url) {
             gone.iter().for_each(|name| held.remove(name));
             for (Resource { name, version, .. }, saved) in kept.into_iter().zip(&saved) {
-                match refused.contains(&*name) {
+                match refused.contains(&name) {
                     true => held.refuse(&name, &version, saved.encoded_len()),
                     false => held.set(&name, &version, saved.encoded_len()),
                 }
@@ -359,7 +395,8 @@ impl Client {
             held.complete |= complete;
         }
         if origin == Origin::Server {
-            let record = Record { type_url: type_url.to_owned(), resources: saved, removed: gone, complete };
+            let type_url = type_url.to_owned();
+            let record = Record { type_url, resources: saved, removed: gone, complete, more: false };
             self.keep(record, lasts).await;
         }
         rejections

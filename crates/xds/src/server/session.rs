@@ -25,7 +25,7 @@ use crate::inventory::Inventory;
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// How long a response to our own proxies may be, in bytes; a longer one goes in parts, but for a single
-    /// resource that is longer. Others don't know which part is the last, and get all at once.
+    /// resource that is longer, and for what [belongs together](proto::belongs_together). Others don't know which part is the last, and get all at once.
     pub response_bytes: usize,
     /// How many single names a client may follow of a type.
     pub names: usize,
@@ -39,6 +39,12 @@ impl Default for Limits {
     fn default() -> Self {
         // What a proxy reads at once it holds several times over meanwhile.
         Self { response_bytes: 1 << 20, names: 100_000, types: 16, rejections: 1000 }
+    }
+}
+
+impl Limits {
+    fn response_bytes(&self, type_url: &str) -> usize {
+        if proto::belongs_together(type_url) { usize::MAX } else { self.response_bytes }
     }
 }
 
@@ -231,7 +237,7 @@ impl Session {
             generation: store.generation().0,
             published: store.published().0,
             removals: u64::MAX,
-            response_bytes: self.limits.response_bytes,
+            response_bytes: self.limits.response_bytes(type_url),
             remembered: self.limits.rejections,
         }
     }
@@ -280,7 +286,7 @@ impl Session {
             generation: store.generation().0,
             published: store.published().0,
             removals: ordered_behind.map(Subscription::lets_remove).min().unwrap_or(u64::MAX),
-            response_bytes: self.limits.response_bytes,
+            response_bytes: self.limits.response_bytes(&subscription.type_url),
             remembered: self.limits.rejections,
         };
         let nonce = self.nonce + 1;
