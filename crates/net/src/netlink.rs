@@ -182,7 +182,8 @@ impl Netlink {
                     continue;
                 }
                 match kind {
-                    NLMSG_DONE => return Ok(()),
+                    // As a rule without an error; but a list that the kernel broke off ends with one.
+                    NLMSG_DONE => return done(payload),
                     NLMSG_ERROR => return error_of(payload),
                     _ => each(kind, payload),
                 }
@@ -257,6 +258,11 @@ fn next_message(bytes: &[u8]) -> Option<(u16, u32, &[u8], &[u8])> {
     let payload = bytes.get(HEADER..len)?;
     let after = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
     Some((kind, sequence, payload, after))
+}
+
+/// The end of a list, which may be too early (kernel net/netlink/af_netlink.c, `netlink_dump_done`).
+fn done(payload: &[u8]) -> io::Result<()> {
+    if payload.is_empty() { Ok(()) } else { error_of(payload) }
 }
 
 /// An `nlmsgerr`: zero is the acknowledgement.
@@ -338,6 +344,23 @@ mod tests {
         };
         tokio::time::timeout(Duration::from_secs(10), told).await.unwrap();
         watch.abort();
+    }
+
+    #[test]
+    fn a_list_that_the_kernel_breaks_off_is_an_error() {
+        let (ours, kernel) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        let netlink = Netlink { socket: ours.into(), sequence: 1 };
+        let answer = |error: i32| {
+            for (kind, payload) in [(20, [7; 4]), (NLMSG_DONE, error.to_ne_bytes())] {
+                kernel.send(&Message::new(kind, 0).body(&payload).finish(0, 1)).unwrap();
+            }
+            let mut seen = 0;
+            let outcome = netlink.receive(1, |_, _| seen += 1);
+            assert_eq!(seen, 1);
+            outcome.map_err(|error| error.raw_os_error())
+        };
+        assert_eq!(answer(0), Ok(()));
+        assert_eq!(answer(-libc::ENOMEM), Err(Some(libc::ENOMEM)));
     }
 
     #[test]
