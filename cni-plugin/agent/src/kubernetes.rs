@@ -1,9 +1,11 @@
 //! The API server: watches, questions, and what is written to it.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::path::Path;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -55,11 +57,16 @@ pub async fn client(kubeconfig: Option<&Path>) -> anyhow::Result<Client> {
     Ok(Client::try_from(config)?)
 }
 
+/// Texts of events that are known to have been written: the same again is counted in the event that is there.
+const NOTES: usize = 64;
+
 /// Questions to a real API server.
 #[derive(Clone)]
 pub struct Kubernetes {
     client: Client,
-    recorder: Recorder,
+    reporter: Reporter,
+    /// By the events' texts. A recorder goes by the reason alone: it would repeat its first text where another one has come.
+    recorders: Arc<Mutex<HashMap<String, Recorder>>>,
 }
 
 impl std::fmt::Debug for Kubernetes {
@@ -73,7 +80,18 @@ impl Kubernetes {
     #[must_use]
     pub fn new(client: Client, node: &str) -> Self {
         let reporter = Reporter { controller: NAME.to_owned(), instance: Some(node.to_owned()) };
-        Self { recorder: Recorder::new(client.clone(), reporter), client }
+        Self { client, reporter, recorders: Arc::default() }
+    }
+
+    /// What writes events with this text.
+    fn recorder(&self, note: &str) -> Recorder {
+        let mut all = self.recorders.lock().unwrap_or_else(PoisonError::into_inner);
+        if all.len() >= NOTES && !all.contains_key(note) {
+            // What is written again is then one more event.
+            all.clear();
+        }
+        let new = || Recorder::new(self.client.clone(), self.reporter.clone());
+        all.entry(note.to_owned()).or_insert_with(new).clone()
     }
 
     /// Follows the pods of `node`, for ever.
@@ -248,6 +266,7 @@ impl Api for Kubernetes {
         let mut note = notice.note;
         let end = (0..=NOTE_LIMIT).rev().find(|at| note.is_char_boundary(*at)).unwrap_or_default();
         note.truncate(end);
+        let recorder = self.recorder(&note);
         let event = KubeEvent {
             type_: if notice.warning { EventType::Warning } else { EventType::Normal },
             reason: notice.reason.to_owned(),
@@ -256,7 +275,7 @@ impl Api for Kubernetes {
             secondary: None,
         };
         Box::pin(async move {
-            if let Err(error) = bounded(self.recorder.publish(&event, &reference)).await {
+            if let Err(error) = bounded(recorder.publish(&event, &reference)).await {
                 tracing::warn!(pod = %format_args!("{}/{}", pod.namespace, pod.name), %error, "an event is lost");
             }
         })

@@ -247,6 +247,28 @@ async fn is_held(server: &Server, client: &kube::Client) {
     }
 }
 
+/// Each reason is an event of its own, and the same again is counted: what is read last is what is so.
+async fn says(server: &Server, api: &Kubernetes, pod: &PodIdentity) {
+    let notice = |note: &str| Notice { reason: "EnrolmentFailed", note: note.to_owned(), warning: true };
+    let long = format!("{} more", "it is said; ".repeat(200));
+    for note in [long.as_str(), "no ztunnel is connected", "ztunnel refuses it", "no ztunnel is connected"] {
+        api.notify(pod, notice(note)).await;
+    }
+    let events = server.get(&["events", "-n", "shop"]);
+    let mut said: Vec<_> = events["items"].as_array().unwrap().iter().collect();
+    said.sort_by_key(|event| event["eventTime"].as_str().unwrap().to_owned());
+    for event in &said {
+        assert_eq!(event["reason"], "EnrolmentFailed");
+        assert_eq!(event["involvedObject"]["uid"], pod.uid);
+    }
+    let told: Vec<_> = said
+        .iter()
+        .map(|event| (event["message"].as_str().unwrap(), event["series"]["count"].as_u64()))
+        .collect();
+    assert!(told[0].0.len() <= 1000 && long.starts_with(told[0].0), "{told:?}");
+    assert_eq!(told[1..], [("no ztunnel is connected", Some(2)), ("ztunnel refuses it", None)]);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_agent_does_with_the_charts_permissions_what_it_has_to() {
     let Some(server) = Server::start() else { return };
@@ -279,11 +301,7 @@ async fn the_agent_does_with_the_charts_permissions_what_it_has_to() {
     is_held(&server, &client).await;
     annotates(&server, &api, &cluster, &web).await;
     taints(&server, &api).await;
-    let note = format!("{} more", "it is said; ".repeat(200));
-    api.notify(&web, Notice { reason: "EnrolmentFailed", note, warning: true }).await;
-    let events = server.get(&["events", "-n", "shop"]);
-    assert_eq!(events["items"][0]["reason"], "EnrolmentFailed");
-    assert_eq!(events["items"][0]["involvedObject"]["uid"], web.uid);
+    says(&server, &api, &web).await;
 
     server.kubectl(&["delete", "pod", "web", "-n", "shop", "--force", "--grace-period=0"]);
     until(&cluster, "gone", |view| !view.pods.contains_key(&web.uid)).await;
