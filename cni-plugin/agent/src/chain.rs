@@ -1,6 +1,10 @@
 //! The plugin's place in the node's CNI configuration: a file of our own that names the primary plugin's plugins and then
 //! ours, and sorts before the primary's, so that the container runtime takes it. The primary's file is never touched.
 //!
+//! A primary that calls plugins of other files, as Multus does, takes ours for one of them: it may have our plugin in its own
+//! file then, or the name of ours. Ours stays out of its way, behind the plugins of the next primary: before it, each would
+//! take up the other for ever.
+//!
 //! A primary that can't be read leaves the last good file of ours in force: with it pods start, and start protected. Where
 //! there is none, ours goes behind the first that can be read: runtimes that pass over a broken file take that one.
 
@@ -19,6 +23,8 @@ const SUFFIX: &str = "-culvert.conflist";
 /// Names of our file, of which the first that sorts before the primary's is taken.
 const NAMES: [&str; 4] =
     ["02-culvert.conflist", "00-culvert.conflist", "00-00-culvert.conflist", "0-culvert.conflist"];
+/// The name of ours that is taken first before a primary of Multus: one that Multus does not take for a primary.
+const BEFORE_MULTUS: (&str, &str) = ("00-multus", "00-multus-culvert.conflist");
 /// The versions of the specification that our plugin speaks, the newest last.
 const VERSIONS: [&str; 4] = ["0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 /// The size of a configuration, bytes.
@@ -97,11 +103,14 @@ impl Chain {
     pub fn sync(&self) -> Result<Synced, ChainError> {
         let names = self.configurations()?;
         let (ours, others): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| name.ends_with(SUFFIX));
+        let leading = others.iter().take_while(|name| self.calls_ours(name)).count();
+        let (callers, others) = others.split_at(leading);
         let first = others.first().ok_or_else(|| ChainError::NoPrimary(self.directory.clone()))?;
-        let (name, wanted, mut warnings) = self.primary(&ours, &others)?;
+        let (name, wanted, mut warnings) = self.primary(&ours, others)?;
         let primary = self.directory.join(name);
-        // Before all of them: the runtime takes the first file.
-        let name = NAMES.into_iter().find(|name| *name < first.as_str());
+        // Before all of them, the runtime takes the first file; behind those that call it themselves.
+        let name =
+            name_of_ours(callers, first).or_else(|| ours.last().map(String::as_str).filter(|_| leading > 0));
         let first = || self.directory.join(first);
         let path = self.directory.join(name.ok_or_else(|| ChainError::SortsFirst(first()))?);
         let changed = !read(&path).is_ok_and(|there| there == wanted);
@@ -137,6 +146,11 @@ impl Chain {
                     Ok(wanted) => return Ok((name, wanted, broken)),
                     Err(problem) => problem,
                 },
+                Err(error) if path.is_symlink() => {
+                    format!(
+                        "it is a link whose end can't be read from here, put the file itself there: {error}"
+                    )
+                }
                 Err(error) => error.to_string(),
             };
             broken.push(format!("{}: {problem}", path.display()));
@@ -150,6 +164,18 @@ impl Chain {
             None => "pods start without the mesh's plugin until it is corrected",
         };
         Err(ChainError::Malformed { problems: broken.join("; "), kept })
+    }
+
+    /// Whether a primary calls our plugin by itself: it has it among the plugins that it calls in its turn, or names our file.
+    fn calls_ours(&self, name: &str) -> bool {
+        let content = read(&self.directory.join(name)).ok();
+        let value = content.and_then(|content| serde_json::from_slice(&content).ok());
+        value.is_some_and(|mut list: Value| {
+            // In its own list it is a copy of ours, see `compose`.
+            let plugins = list.get_mut("plugins").and_then(Value::as_array_mut);
+            plugins.into_iter().for_each(|plugins| plugins.retain(|plugin| !is_ours(plugin)));
+            names_ours(&list)
+        })
     }
 
     fn was_moved_away(&self) -> bool {
@@ -177,7 +203,10 @@ impl Chain {
             let entry = entry.map_err(failed)?;
             let Ok(name) = entry.file_name().into_string() else { continue };
             let known = [".conf", ".conflist", ".json"].iter().any(|ending| name.ends_with(ending));
-            if known && entry.path().is_file() {
+            let path = entry.path();
+            // What a link leads to on the node need not be there from here: it may be the runtime's first all the same.
+            let is_link = || path.is_symlink() && fs::metadata(&path).is_err();
+            if known && (path.is_file() || is_link()) {
                 names.push(name);
             }
         }
@@ -193,6 +222,28 @@ fn read(path: &Path) -> io::Result<Vec<u8>> {
         return Err(io::Error::new(io::ErrorKind::InvalidData, format!("more than {SIZE_LIMIT} bytes")));
     }
     Ok(content)
+}
+
+/// The name of our file: before all primaries but those that call it.
+fn name_of_ours(callers: &[String], first: &str) -> Option<&'static str> {
+    let (prefix, before_multus) = BEFORE_MULTUS;
+    let preferred = first.starts_with(prefix).then_some(before_multus);
+    let mut names = preferred.into_iter().chain(NAMES);
+    names.find(|name| *name < first && callers.iter().all(|caller| caller.as_str() < *name))
+}
+
+fn is_ours(plugin: &Value) -> bool {
+    plugin.get("type").and_then(Value::as_str) == Some(PLUGIN)
+}
+
+/// Whether something in here is our plugin, or the path of our file.
+fn names_ours(value: &Value) -> bool {
+    match value {
+        Value::String(text) => text.ends_with(SUFFIX),
+        Value::Array(items) => items.iter().any(names_ours),
+        Value::Object(fields) => is_ours(value) || fields.values().any(names_ours),
+        Value::Null | Value::Bool(_) | Value::Number(_) => false,
+    }
 }
 
 fn remove(path: &Path) -> Result<(), ChainError> {
@@ -231,7 +282,7 @@ fn compose(primary: &[u8], is_list: bool, plugin: &Value, name: &str) -> Result<
         return Err("one of its plugins has no type".to_owned());
     }
     // Somebody may have copied our file.
-    plugins.retain(|other| other.get("type").and_then(Value::as_str) != Some(PLUGIN));
+    plugins.retain(|other| !is_ours(other));
     if plugins.is_empty() {
         return Err("it has no plugins but ours".to_owned());
     }

@@ -198,6 +198,79 @@ fn behind_a_broken_primary_the_next_one_is_taken_and_the_broken_one_named() {
     assert!(error.contains("05-broken") && error.contains("10-calico") && error.contains("start without"));
 }
 
+/// What Multus writes: a plugin that calls those of the primary that it has found, and others that pods ask for.
+fn multus(delegates: &Value) -> String {
+    json!({ "cniVersion": "0.3.1", "name": "multus-cni-network", "type": "multus", "delegates": delegates })
+        .to_string()
+}
+
+#[test]
+fn ours_and_a_primary_that_takes_it_up_do_not_take_up_each_other_for_ever() {
+    // The mesh was there first: what Multus takes for the primary is ours.
+    let directory = Directory::with(&[("10-calico.conflist", CALICO)]);
+    let chain = directory.chain();
+    chain.sync().unwrap();
+    let ours = directory.json("02-culvert.conflist");
+    let by_name = json!({ "cniVersion": "0.3.1", "name": "x", "type": "multus",
+                          "clusterNetwork": "/host/etc/cni/net.d/02-culvert.conflist" });
+    let list = json!({ "cniVersion": "0.3.1", "name": "x",
+                       "plugins": [{ "type": "multus", "delegates": [ours] }] });
+    for takes_it_up in [multus(&json!([ours])), by_name.to_string(), list.to_string()] {
+        directory.write("00-multus.conf", &takes_it_up);
+        let synced = chain.sync().unwrap();
+        assert_eq!((synced.changed, synced.warnings), (false, Vec::new()), "{takes_it_up}");
+        assert!(synced.primary.ends_with("10-calico.conflist"), "{takes_it_up}");
+        assert_eq!(directory.names(), ["00-multus.conf", "02-culvert.conflist", "10-calico.conflist"]);
+    }
+    // Ours follows the primary behind it, by the name that Multus knows.
+    directory.write("10-calico.conflist", &CALICO.replace("true", "false"));
+    assert!(chain.sync().unwrap().changed);
+    assert_eq!(directory.json("02-culvert.conflist")["disableCheck"], false);
+    // It has let go of ours, and would lead past it.
+    directory.write("00-multus.conf", &multus(&json!([{ "type": "calico" }])));
+    assert!(chain.sync().unwrap().primary.ends_with("00-multus.conf"));
+    let names: Vec<String> = directory.names();
+    assert!(names[0].ends_with("-culvert.conflist") && names.len() == 3, "{names:?}");
+}
+
+#[test]
+fn before_multus_ours_has_a_name_that_it_does_not_take_for_a_primary() {
+    for name in ["00-multus.conf", "00-multus.conflist"] {
+        let list = json!({ "cniVersion": "1.0.0", "name": "x",
+                           "plugins": [{ "type": "multus", "delegates": [{ "type": "calico" }] }] });
+        let content = if name.ends_with("list") { list.to_string() } else { multus(&json!([])) };
+        let directory = Directory::with(&[("10-calico.conflist", CALICO), (name, &content)]);
+        let synced = directory.chain().sync().unwrap();
+        assert!(synced.primary.ends_with(name));
+        assert_eq!(directory.names(), ["00-multus-culvert.conflist", name, "10-calico.conflist"]);
+        let plugins = &directory.json("00-multus-culvert.conflist")["plugins"];
+        assert_eq!((&plugins[0]["type"], &plugins[1]["type"]), (&json!("multus"), &json!(PLUGIN)));
+    }
+}
+
+#[test]
+fn a_link_that_leads_out_of_the_directory_counts_as_the_runtime_counts_it() {
+    let link = |directory: &Directory, name: &str, to: &Path| {
+        std::os::unix::fs::symlink(to, directory.0.path().join(name)).unwrap();
+    };
+    // One that can be followed is a file like any other.
+    let directory = Directory::with(&[]);
+    let elsewhere = tempfile::tempdir().unwrap();
+    fs::write(elsewhere.path().join("calico"), CALICO).unwrap();
+    link(&directory, "10-calico.conflist", &elsewhere.path().join("calico"));
+    assert!(directory.chain().sync().unwrap().primary.ends_with("10-calico.conflist"));
+    // One that can't be from here may be the runtime's first: ours has to sort before it.
+    let directory = Directory::with(&[("10-calico.conflist", CALICO)]);
+    link(&directory, "01-a.conflist", Path::new("/nowhere/a"));
+    link(&directory, "00-directory.conf", elsewhere.path());
+    let synced = directory.chain().sync().unwrap();
+    assert!(synced.primary.ends_with("10-calico.conflist") && synced.ours.ends_with("00-culvert.conflist"));
+    assert!(synced.warnings[0].contains("01-a.conflist: it is a link"), "{synced:?}");
+    let directory = Directory::with(&[]);
+    link(&directory, "01-a.conflist", Path::new("/nowhere/a"));
+    assert!(directory.chain().sync().unwrap_err().to_string().contains("it is a link"));
+}
+
 #[test]
 fn versions_are_those_that_both_speak() {
     for (own, listed, expected, several) in [
