@@ -3,6 +3,7 @@
 
 mod capture;
 mod network_policy;
+mod platform;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::ExitCode;
@@ -72,7 +73,8 @@ pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
     let mut found = Vec::new();
     let server = cluster.server_time()?;
     found.extend(clocks(&cluster, server)?);
-    found.extend(nodes(&cluster.list("/api/v1/nodes")?));
+    let machines = cluster.list("/api/v1/nodes")?;
+    found.extend(nodes(&machines));
     found.extend(back_ends(&cluster)?);
     found.extend(installation(health::look(&cluster)?));
     found.extend(certificates(&cluster, server)?);
@@ -83,6 +85,7 @@ pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
     found.extend(orphans(&cluster)?);
     found.extend(others(&cluster, &namespaces)?);
     found.extend(primary_plugin(&cluster)?);
+    found.extend(platform::findings(&cluster, &machines)?);
     if let Some(document) = args.output.document(&found)? {
         print(&document)?;
     } else {
