@@ -209,6 +209,20 @@ fn before_an_installation(server: &Server) {
     server.expect(2, &["there is no nosuch", "--write-chart"], &["install", "--helm", "nosuch"]);
     server.expect(2, &["additional properties"], &["install", "--set", "nosuch=1", "--skip-crds"]);
     server.expect(2, &["context: nosuch", "get-contexts"], &["status", "--context", "nosuch"]);
+    // A mesh of one revision that has another name than the default's.
+    let metadata =
+        |name: &str| json!({"name": name, "namespace": "culvert-system", "labels": {"app": "culvertd"}});
+    server
+        .apply(&json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "culvert-system"}}))
+        .unwrap();
+    for (name, data) in [("culvert-1-2", json!({"mesh": "trustDomian: a.test"})), ("culvert-0", json!({}))] {
+        let settings =
+            json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata(name), "data": data});
+        server.apply(&settings).unwrap();
+    }
+    server.expect(1, &["culvert-system/culvert-1-2", "did you mean trustDomain?"], &["analyze"]);
+    let delete = ["-n", "culvert-system", "delete", "configmap", "culvert-1-2", "culvert-0"];
+    assert!(server.kubectl(&delete).status.success());
 }
 
 /// A proxy that knows CONNECT, and who may use it: where it is, and the heads of what it was asked.

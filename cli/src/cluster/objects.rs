@@ -81,10 +81,20 @@ impl Objects {
         Ok(found)
     }
 
-    /// The settings, under the name by which the compiler knows them.
+    /// The settings, under the name by which the compiler knows them: the default revision's, or where there is none, those of
+    /// the first by name.
     fn read_settings(&mut self, cluster: &Cluster, spec: &'static KindSpec) -> Result<()> {
-        let path = format!("/api/v1/namespaces/{}/configmaps/culvert", cluster.system);
-        let Some(mut settings) = cluster.find(&path)? else { return Ok(()) };
+        let maps = format!("/api/v1/namespaces/{}/configmaps", cluster.system);
+        let found = match cluster.find(&format!("{maps}/culvert"))? {
+            Some(settings) => Some(settings),
+            None => {
+                let all = cluster.list(&format!("{maps}?labelSelector=app%3Dculvertd"))?;
+                let name =
+                    |map: &Value| map.pointer("/metadata/name").and_then(Value::as_str).map(str::to_owned);
+                all.into_iter().filter(|map| map.pointer("/data/mesh").is_some()).min_by_key(name)
+            }
+        };
+        let Some(mut settings) = found else { return Ok(()) };
         let domain = settings.pointer("/data/clusterDomain").and_then(Value::as_str);
         self.cluster_domain = domain.map(str::to_owned);
         let origin = origin(spec.name, &settings).into();
