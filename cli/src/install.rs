@@ -258,29 +258,45 @@ pub fn verify(args: &VerifyArgs) -> Result<ExitCode> {
     wait(&cluster, args.waiting.timeout, args.output)
 }
 
+/// Looks again and again until all checks are fine, one has failed for good, or the time is over. A look that fails behind one
+/// that did not is repeated as well: the API server may be replaced meanwhile, or its way.
+fn settled(
+    mut look: impl FnMut() -> Result<Vec<Check>>,
+    limit: Duration,
+    period: Duration,
+    told: impl Fn(String),
+) -> Result<Vec<Check>> {
+    let end = Instant::now() + limit;
+    // A failure may be the moment between two steps of Helm or of a controller.
+    let patience = Instant::now() + Duration::from_secs(20).min(limit);
+    let mut is_known = false;
+    loop {
+        match look() {
+            Ok(checks) => {
+                is_known = true;
+                let open: Vec<&Check> = checks.iter().filter(|c| c.state != State::Ready).collect();
+                let now = Instant::now();
+                let hopeless = open.iter().any(|c| c.state == State::Failed) && now > patience;
+                if open.is_empty() || now >= end || hopeless {
+                    return Ok(checks);
+                }
+                let names: Vec<_> = open.iter().map(|c| c.what.as_str()).take(3).collect();
+                let ready = checks.len() - open.len();
+                told(format!("{ready} of {} ready; waiting for {}", checks.len(), names.join(", ")));
+            }
+            Err(error) if !is_known || Instant::now() >= end => return Err(error),
+            Err(error) => told(format!("{error:#}")),
+        }
+        std::thread::sleep(period);
+    }
+}
+
 /// Waits until all checks are fine, and shows them.
 fn wait(cluster: &Cluster, limit: Duration, output: Output) -> Result<ExitCode> {
     let progress = spinner();
     let end = Instant::now() + limit;
-    // A failure may be the moment between two steps of Helm or of a controller.
-    let patience = Instant::now() + Duration::from_secs(20).min(limit);
-    let checks = loop {
-        let checks = health::look(cluster)?;
-        let open: Vec<&Check> = checks.iter().filter(|c| c.state != State::Ready).collect();
-        let now = Instant::now();
-        let hopeless = open.iter().any(|c| c.state == State::Failed) && now > patience;
-        if open.is_empty() || now >= end || hopeless {
-            break checks;
-        }
-        let names: Vec<_> = open.iter().map(|c| c.what.as_str()).take(3).collect();
-        progress.set_message(format!(
-            "{} of {} ready; waiting for {}",
-            checks.len() - open.len(),
-            checks.len(),
-            names.join(", ")
-        ));
-        std::thread::sleep(PERIOD);
-    };
+    let checks = settled(|| health::look(cluster), limit, PERIOD, |message| progress.set_message(message));
+    let checks = checks.inspect_err(|_| progress.finish_and_clear())?;
     progress.finish_and_clear();
     let ready = checks.iter().all(|c| c.state == State::Ready);
     if let Some(document) = output.document(&json!({"ready": ready, "checks": checks}))? {
@@ -413,6 +429,28 @@ mod tests {
         for wrong in ["90", "m", "", "1d", "-1s"] {
             assert!(duration(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn an_api_server_that_is_away_for_a_moment_ends_no_waiting() {
+        let check = |state| Check { what: "a".into(), state, detail: String::new(), remedy: String::new() };
+        let (short, long) = (Duration::from_millis(1), Duration::from_secs(60));
+        let told = std::cell::RefCell::new(Vec::new());
+        let mut answers = vec![
+            Ok(vec![check(State::Ready)]),
+            Err(anyhow::anyhow!("it is away")),
+            Ok(vec![check(State::Waiting)]),
+        ];
+        let look = || answers.pop().unwrap();
+        let checks = settled(look, long, short, |message| told.borrow_mut().push(message)).unwrap();
+        assert_eq!(checks[0].state, State::Ready);
+        assert_eq!(told.take(), ["0 of 1 ready; waiting for a", "it is away"]);
+        // One that was never there, and one that stays away, are said.
+        let never = || Err(anyhow::anyhow!("nobody"));
+        assert_eq!(settled(never, long, short, |_| ()).unwrap_err().to_string(), "nobody");
+        let mut first = Some(vec![check(State::Waiting)]);
+        let away = || first.take().ok_or_else(|| anyhow::anyhow!("gone"));
+        assert_eq!(settled(away, 20 * short, short, |_| ()).unwrap_err().to_string(), "gone");
     }
 
     #[test]
