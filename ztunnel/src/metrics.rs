@@ -74,12 +74,17 @@ fn captured(registry: &Registry, node: &Arc<Node>) {
 /// What the threads of the data plane have to do.
 fn threads(registry: &Registry, proxy: &Arc<Proxy>, counter: Register<'_>) {
     type Number = fn(ThreadCounts) -> usize;
-    let gauges: [(&str, &str, Number); 2] = [
+    let gauges: [(&str, &str, Number); 3] = [
         ("culvert_thread_connections", "Connections that a thread of the data plane carries", |c| c.open),
         (
             "culvert_thread_waiting",
             "What others have given a thread of the data plane, and it has not looked at",
             |c| c.waiting,
+        ),
+        (
+            "culvert_thread_stalled",
+            "1 while a thread of the data plane does not get to what it is given, else 0",
+            |c| usize::from(c.is_stalled),
         ),
     ];
     for (name, help, number) in gauges {
@@ -99,6 +104,16 @@ fn threads(registry: &Registry, proxy: &Arc<Proxy>, counter: Register<'_>) {
         "culvert_accepts_moved",
         "Times that another thread went on to accept a pod's connections",
         Box::new(|p, _| p.threads.moved()),
+    );
+    counter(
+        "culvert_accepts_rescued",
+        "Listeners that were taken from a thread of the data plane that stood still",
+        Box::new(|p, _| p.threads.rescued()),
+    );
+    counter(
+        "culvert_thread_stalls",
+        "Times that a thread of the data plane was found to stand still",
+        Box::new(|p, _| p.threads.stalls()),
     );
 }
 

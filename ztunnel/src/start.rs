@@ -114,6 +114,7 @@ async fn serve(
     verdicts::keep(&proxy, move || looking.verify_soon()).context("the thread of verdicts")?;
     let pods = follow_pods(flags, mode, zds, (&node, &proxy.state), &work, enrolled, &shutdown);
     tokio::spawn(look_after(proxy.clone()));
+    tokio::spawn(proxy.threads.clone().watch());
     tokio::spawn(give_back(proxy.clone()));
     tokio::spawn(net::release_code_after(async move { readiness.settled().await }));
     tokio::spawn(follow_trust(proxy.clone(), workers.clone()));

@@ -4,8 +4,8 @@ use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -32,7 +32,7 @@ pub struct AcceptStats {
 /// meanwhile, and they are served as soon as there is room.
 #[derive(Debug)]
 pub struct AcceptLoop {
-    listener: TcpListener,
+    listener: Arc<TcpListener>,
     stats: Arc<AcceptStats>,
     pause: Duration,
 }
@@ -41,7 +41,13 @@ impl AcceptLoop {
     /// Accepts from `listener`. Several loops may share their `stats`.
     #[must_use]
     pub fn new(listener: TcpListener, stats: Arc<AcceptStats>) -> Self {
-        Self { listener, stats, pause: Duration::ZERO }
+        Self { listener: Arc::new(listener), stats, pause: Duration::ZERO }
+    }
+
+    /// Where the listener can be had from, by others too.
+    #[must_use]
+    pub fn reach(&self) -> Reach {
+        Reach { listener: Arc::downgrade(&self.listener), stats: self.stats.clone() }
     }
 
     /// The listener.
@@ -55,9 +61,7 @@ impl AcceptLoop {
     /// # Errors
     /// It can't; the listener stays where it is.
     pub fn move_to(&mut self, runtime: &Handle) -> io::Result<()> {
-        let same = self.listener.as_fd().try_clone_to_owned()?;
-        let _context = runtime.enter();
-        self.listener = TcpListener::from_std(same.into())?;
+        self.listener = Arc::new(watched_by(&self.listener, runtime)?);
         Ok(())
     }
 
@@ -145,6 +149,32 @@ impl AcceptLoop {
     fn address(&self) -> Option<SocketAddr> {
         self.listener.local_addr().ok()
     }
+}
+
+/// The listener of an [`AcceptLoop`] as others see it, who don't keep it open.
+#[derive(Clone, Debug, Default)]
+pub struct Reach {
+    listener: Weak<TcpListener>,
+    stats: Arc<AcceptStats>,
+}
+
+impl Reach {
+    /// Another loop over the same listener, woken by `runtime`: for the place of one whose task does not get to run. Until that
+    /// is dropped, both accept.
+    ///
+    /// # Errors
+    /// The listener can't be registered there, or has been closed.
+    pub fn again(&self, runtime: &Handle) -> io::Result<AcceptLoop> {
+        let listener = self.listener.upgrade().ok_or(io::ErrorKind::NotConnected)?;
+        Ok(AcceptLoop::new(watched_by(&listener, runtime)?, self.stats.clone()))
+    }
+}
+
+/// The same listener, of which `runtime` is told when a connection waits.
+fn watched_by(listener: &TcpListener, runtime: &Handle) -> io::Result<TcpListener> {
+    let same = listener.as_fd().try_clone_to_owned()?;
+    let _context = runtime.enter();
+    TcpListener::from_std(same.into())
 }
 
 /// Whether the next `accept` may well succeed: the errors of a connection that failed before it was accepted,

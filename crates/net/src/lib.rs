@@ -33,7 +33,7 @@ pub mod sysctl;
 mod thread_clock;
 mod udp;
 
-pub use accept::{AcceptLoop, AcceptStats};
+pub use accept::{AcceptLoop, AcceptStats, Reach};
 pub use code::{release_code_after, release_free};
 pub use conntrack::Conntrack;
 pub use copy::{ByteCounts, End, Side, copy};

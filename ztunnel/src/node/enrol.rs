@@ -194,7 +194,7 @@ impl Node {
         handle: F,
     ) -> Result<Accepting, EnrolError>
     where
-        F: Fn(Arc<Proxy>, Arc<LocalPod>, TcpStream, SocketAddr) -> Fut + Send + 'static,
+        F: Fn(Arc<Proxy>, Arc<LocalPod>, TcpStream, SocketAddr) -> Fut + Send + Sync + 'static,
         Fut: Future<Output = ()> + Send + 'static,
     {
         let threads = &self.proxy.threads;

@@ -9,7 +9,8 @@
 //! ```
 //!
 //! Which thread is the first differs from pod to pod. One thread accepts for all ([`accepting`]), the first that is not
-//! busy: known to all threads, a listener would wake each of them for every connection.
+//! busy: known to all threads, a listener would wake each of them for every connection. A thread that stands still counts as busy,
+//! and has what accepts on it taken away ([`watch`]).
 //!
 //! Invariants:
 //! * a connection stays where it is. So those that were opened while their thread had time share one processor, also when each of
@@ -18,15 +19,18 @@
 //! * what is counted here decides where something runs, never whether, so no order between threads is needed.
 
 pub mod accepting;
+mod watch;
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use net::ThreadClock;
 use process::runtimes::Workers;
 use tokio::runtime::Handle;
 use tokio::time::Instant;
+
+use watch::{Mark, Rescue};
 
 /// A pod with so many connections has all threads: each has an equal share of these, but no less than the other.
 const ON_ALL: usize = 48;
@@ -46,6 +50,10 @@ pub struct Threads {
     turn: AtomicUsize,
     kept: AtomicU64,
     moved: AtomicU64,
+    stalls: AtomicU64,
+    rescued: AtomicU64,
+    /// What accepts on a thread, and what may have ended since it was noted.
+    listeners: Mutex<Vec<Weak<dyn Rescue>>>,
 }
 
 struct Thread {
@@ -53,6 +61,7 @@ struct Thread {
     /// There as soon as the thread has run something.
     clock: Arc<OnceLock<ThreadClock>>,
     pace: Mutex<Pace>,
+    mark: Arc<Mark>,
     /// Connections of all pods.
     open: AtomicUsize,
 }
@@ -64,6 +73,8 @@ pub struct ThreadCounts {
     pub open: usize,
     /// What other threads have given it and it has not looked at.
     pub waiting: usize,
+    /// Whether it does not get to that.
+    pub is_stalled: bool,
 }
 
 impl Threads {
@@ -73,19 +84,30 @@ impl Threads {
             let clock = Arc::new(OnceLock::new());
             let own = clock.clone();
             runtime.spawn(async move { own.get_or_init(ThreadClock::of_this_thread).used() });
-            Thread { runtime: runtime.clone(), clock, pace: Mutex::default(), open: AtomicUsize::new(0) }
+            Thread {
+                runtime: runtime.clone(),
+                clock,
+                pace: Mutex::default(),
+                mark: Arc::default(),
+                open: AtomicUsize::new(0),
+            }
         };
         Self {
             all: workers.handles().iter().map(thread).collect(),
             turn: AtomicUsize::new(0),
             kept: AtomicU64::new(0),
             moved: AtomicU64::new(0),
+            stalls: AtomicU64::new(0),
+            rescued: AtomicU64::new(0),
+            listeners: Mutex::default(),
         }
     }
 
-    /// The thread that is to be a pod's first: each in turn.
+    /// The thread that is to be a pod's first: each in turn, but for those that stand still.
     pub fn next_first(&self) -> usize {
-        self.turn.fetch_add(1, Ordering::Relaxed) % self.all.len().max(1)
+        let (turn, count) = (self.turn.fetch_add(1, Ordering::Relaxed), self.all.len().max(1));
+        let moves = |thread: &usize| !self.thread(*thread).mark.is_overdue();
+        (0..count).map(|next| turn.wrapping_add(next) % count).find(moves).unwrap_or(turn % count)
     }
 
     /// The runtime of a thread.
@@ -103,6 +125,7 @@ impl Threads {
         self.all.iter().map(|thread| ThreadCounts {
             open: thread.open.load(Ordering::Relaxed),
             waiting: thread.waiting(),
+            is_stalled: thread.mark.is_overdue(),
         })
     }
 
@@ -116,6 +139,16 @@ impl Threads {
         self.moved.load(Ordering::Relaxed)
     }
 
+    /// How often a thread was found to stand still.
+    pub fn stalls(&self) -> u64 {
+        self.stalls.load(Ordering::Relaxed)
+    }
+
+    /// Listeners that were taken from a thread that stood still.
+    pub fn rescued(&self) -> u64 {
+        self.rescued.load(Ordering::Relaxed)
+    }
+
     // There is at least one thread, by construction of `Workers`.
     #[allow(clippy::indexing_slicing)]
     fn thread(&self, thread: usize) -> &Thread {
@@ -124,7 +157,13 @@ impl Threads {
 }
 
 impl Thread {
+    /// Whether others are to be asked first.
     fn is_busy(&self, now: Instant) -> bool {
+        self.mark.is_overdue() || self.pace(now)
+    }
+
+    /// Whether it has used much of a processor of late.
+    fn pace(&self, now: Instant) -> bool {
         let used = || self.clock.get().map_or(Duration::ZERO, |clock| clock.used());
         self.pace.lock().unwrap_or_else(PoisonError::into_inner).is_busy(now, used)
     }
@@ -198,7 +237,12 @@ impl Shares {
     /// The rank of the thread that is to accept what comes after this; `here` is that of the one that did so far.
     pub fn accepts_next(&self, here: usize) -> usize {
         let now = Instant::now();
-        self.0.ranks().find(|rank| !self.0.is_busy(*rank, now)).unwrap_or(here)
+        let mut ranks = self.0.ranks();
+        if let Some(rank) = ranks.find(|rank| !self.0.is_busy(*rank, now)) {
+            return rank;
+        }
+        let moves = |rank: &usize| !self.0.is_stalled(*rank);
+        Some(here).filter(moves).or_else(|| self.0.ranks().find(moves)).unwrap_or(here)
     }
 
     /// The runtime of a thread.
@@ -219,6 +263,10 @@ impl Listener {
     /// A thread that is the only one is never asked.
     fn is_busy(&self, rank: usize, now: Instant) -> bool {
         self.open.len() > 1 && self.thread(rank).is_busy(now)
+    }
+
+    fn is_stalled(&self, rank: usize) -> bool {
+        self.thread(rank).mark.is_overdue()
     }
 
     fn choose(&self) -> usize {

@@ -3,17 +3,21 @@
 //! One task at a time. It runs on the first thread that is not busy, and goes on as another task when that is another one: no
 //! connection waits for a thread that has much to do while others have time. What it accepts is registered with the
 //! runtime that carries it from the beginning.
+//!
+//! A task whose thread stands still can neither accept nor go on elsewhere. Another one takes its place then ([`Rescue`]), with
+//! the same listener; the old one ends when its thread gets to it, and accepts nothing more.
 
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures_util::FutureExt;
-use net::AcceptLoop;
-use process::shutdown::Shutdown;
+use net::{AcceptLoop, Reach};
+use process::shutdown::{Hold, Shutdown};
 use tokio::net::TcpStream;
 use tokio::task::AbortHandle;
 
+use super::watch::Rescue;
 use super::{OnThread, Shares};
 
 /// Accepts until the process drains or it is stopped. The listener goes first then: a successor, or a reset, takes over.
@@ -36,12 +40,19 @@ pub struct Accepting(Arc<Mutex<Task>>);
 #[derive(Default)]
 struct Task {
     current: Option<AbortHandle>,
+    /// Those before it whose threads stood still, as long as they do: no more than there are threads.
+    former: Vec<AbortHandle>,
     is_stopped: bool,
+    /// The rank of the thread, and what is accepted from.
+    rank: usize,
+    listener: Reach,
+    /// How many tasks there were before. One that is not the last has no successor.
+    turn: u64,
 }
 
 impl From<AbortHandle> for Accepting {
     fn from(task: AbortHandle) -> Self {
-        Self(Arc::new(Mutex::new(Task { current: Some(task), is_stopped: false })))
+        Self(Arc::new(Mutex::new(Task { current: Some(task), ..Task::default() })))
     }
 }
 
@@ -55,14 +66,8 @@ impl Accepting {
 
     /// Whether it has ended: the listener is closed then.
     pub fn is_over(&self) -> bool {
-        self.task().current.as_ref().is_none_or(AbortHandle::is_finished)
-    }
-
-    fn go_on(&self, begin: impl FnOnce() -> AbortHandle) {
-        let mut task = self.task();
-        if !task.is_stopped {
-            task.current = Some(begin());
-        }
+        let task = self.task();
+        task.current.iter().chain(&task.former).all(AbortHandle::is_finished)
     }
 
     fn task(&self) -> MutexGuard<'_, Task> {
@@ -72,51 +77,111 @@ impl Accepting {
 
 impl<H, Fut> Acceptor<H>
 where
-    H: Fn(TcpStream, SocketAddr) -> Fut + Send + 'static,
+    H: Fn(TcpStream, SocketAddr) -> Fut + Send + Sync + 'static,
     Fut: Future<Output = ()> + Send + 'static,
 {
-    /// Begins, on the first thread.
+    /// Begins, on the first thread that has time.
     ///
     /// # Errors
     /// The listener can't be registered with its runtime.
     pub fn start(self, mut listener: AcceptLoop) -> std::io::Result<Accepting> {
-        listener.move_to(self.shares.runtime(0))?;
-        let task = Accepting::default();
-        self.go_on(task.clone(), listener, 0);
-        Ok(task)
+        let first = self.shares.accepts_next(0);
+        listener.move_to(self.shares.runtime(first))?;
+        let accepting = Accepting::default();
+        let running = Arc::new(Running { acceptor: self, accepting: accepting.clone() });
+        let rescue: Arc<dyn Rescue> = running.clone();
+        running.acceptor.shares.0.threads.add(Arc::downgrade(&rescue));
+        let turn = accepting.task().turn;
+        running.go_on(listener, first, turn);
+        Ok(accepting)
+    }
+}
+
+/// What accepts, in one task after the other.
+struct Running<H> {
+    acceptor: Acceptor<H>,
+    accepting: Accepting,
+}
+
+impl<H, Fut> Running<H>
+where
+    H: Fn(TcpStream, SocketAddr) -> Fut + Send + Sync + 'static,
+    Fut: Future<Output = ()> + Send + 'static,
+{
+    /// The next task, on the thread of rank `here`, unless it was stopped, or another one took the place of `turn`.
+    fn go_on(self: &Arc<Self>, listener: AcceptLoop, here: usize, turn: u64) {
+        let mut task = self.accepting.task();
+        if !task.is_stopped && task.turn == turn {
+            self.begin_task(&mut task, listener, here);
+        }
     }
 
-    fn go_on(self, task: Accepting, listener: AcceptLoop, here: usize) {
-        let runtime = self.shares.runtime(here).clone();
-        task.clone().go_on(|| runtime.spawn(self.accept(task, listener, here)).abort_handle());
+    fn begin_task(self: &Arc<Self>, task: &mut Task, listener: AcceptLoop, here: usize) {
+        task.turn += 1;
+        (task.rank, task.listener) = (here, listener.reach());
+        // From here on, so that no drain is over before it has looked.
+        let hold = self.acceptor.shutdown.hold();
+        let accepts = self.clone().accept(listener, here, task.turn, hold);
+        task.current = Some(self.acceptor.shares.runtime(here).spawn(accepts).abort_handle());
     }
 
-    /// On the thread of rank `here`.
-    async fn accept(self, task: Accepting, mut listener: AcceptLoop, here: usize) {
-        let shutdown = self.shutdown.clone();
-        // Until all that waited has been taken.
-        let _hold = shutdown.hold();
+    /// On the thread of rank `here`, until all that waited has been taken.
+    async fn accept(self: Arc<Self>, mut listener: AcceptLoop, here: usize, turn: u64, _hold: Hold) {
+        let Acceptor { shares, shutdown, at_last, .. } = &self.acceptor;
         let mut draining = std::pin::pin!(shutdown.draining());
         loop {
             let accepted = tokio::select! {
                 biased;
                 () = &mut draining => break,
-                accepted = listener.next_for(|| self.shares.place(here)) => accepted,
+                accepted = listener.next_for(|| shares.place(here)) => accepted,
             };
-            self.begin(accepted);
-            let next = self.shares.accepts_next(here);
+            self.acceptor.begin(accepted);
+            let next = shares.accepts_next(here);
             // A thread that can't have the listener has to do without.
-            if next != here && listener.move_to(self.shares.runtime(next)).is_ok() {
-                self.shares.0.threads.moved.fetch_add(1, Ordering::Relaxed);
-                return self.go_on(task, listener, next);
+            if next != here && listener.move_to(shares.runtime(next)).is_ok() {
+                shares.0.threads.moved.fetch_add(1, Ordering::Relaxed);
+                return self.go_on(listener, next, turn);
             }
         }
-        for _ in 0..self.at_last {
-            let Some(accepted) = listener.take_waiting(|| self.shares.place(here)) else { return };
-            self.begin(accepted);
+        for _ in 0..*at_last {
+            let Some(accepted) = listener.take_waiting(|| shares.place(here)) else { return };
+            self.acceptor.begin(accepted);
         }
     }
+}
 
+impl<H, Fut> Rescue for Running<H>
+where
+    H: Fn(TcpStream, SocketAddr) -> Fut + Send + Sync + 'static,
+    Fut: Future<Output = ()> + Send + 'static,
+{
+    fn rescue(self: Arc<Self>) -> bool {
+        let shares = &self.acceptor.shares;
+        let mut task = self.accepting.task();
+        if task.is_stopped || !shares.0.is_stalled(task.rank) {
+            return false;
+        }
+        let next = shares.accepts_next(task.rank);
+        if shares.0.is_stalled(next) {
+            return false; // they all do
+        }
+        // Without a descriptor for it, the next look tries again.
+        let Ok(listener) = task.listener.again(shares.runtime(next)) else { return false };
+        if let Some(former) = task.current.take() {
+            former.abort();
+            task.former.retain(|former| !former.is_finished());
+            task.former.push(former);
+        }
+        self.begin_task(&mut task, listener, next);
+        true
+    }
+}
+
+impl<H, Fut> Acceptor<H>
+where
+    H: Fn(TcpStream, SocketAddr) -> Fut + Send + Sync + 'static,
+    Fut: Future<Output = ()> + Send + 'static,
+{
     fn begin(&self, (stream, peer, place): (TcpStream, SocketAddr, OnThread)) {
         let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
         let runtime = place.as_ref().clone();
@@ -268,6 +333,43 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_listener_leaves_a_thread_that_stands_still() {
+        let mut bench = Bench::start(2);
+        let (_open, thread) = bench.connect().await;
+        assert_eq!(thread, 1);
+        tokio::spawn(bench.threads.clone().watch());
+        // It uses no processor, so that by what it uses it has all the time.
+        let hold = bench.hang(1).await;
+        for _ in 0..3 {
+            assert_eq!(bench.connect().await.1, 0);
+        }
+        assert_eq!((bench.threads.stalls(), bench.threads.rescued()), (1, 1), "once, and for good");
+        // Who comes now begins elsewhere.
+        assert_eq!(bench.accepting.task().rank, 1);
+        drop(hold);
+        eventually("it moves again", || bench.threads.counts().all(|counts| !counts.is_stalled)).await;
+        assert_eq!(bench.connect().await.1, 1, "it is the first");
+        bench.accepting.stop();
+        eventually("it is over, with the task that was stuck", || bench.accepting.is_over()).await;
+        drop(StdListener::bind(bench.at).unwrap());
+    }
+
+    #[tokio::test]
+    async fn nothing_moves_while_all_threads_stand_still() {
+        let mut bench = Bench::start(2);
+        tokio::spawn(bench.threads.clone().watch());
+        let (hold, another) = (bench.hang(0).await, bench.hang(1).await);
+        eventually("both are found to", || bench.threads.stalls() == 2).await;
+        sleep(Duration::from_millis(500)).await;
+        assert_eq!(bench.threads.rescued(), 0);
+        let waiting = StdStream::connect(bench.at).unwrap();
+        drop(hold);
+        let carries = timeout(PATIENCE, bench.carried.recv()).await.unwrap();
+        assert_eq!((carries, bench.threads.rescued()), (Some(0), 1));
+        drop((another, waiting));
+    }
+
+    #[tokio::test]
     async fn a_listener_is_closed_when_it_is_stopped_wherever_it_is_by_then() {
         let mut bench = Bench::start(2);
         bench.set_busy(1, true);
@@ -281,8 +383,6 @@ mod tests {
             timeout(Duration::from_millis(100), open.read(&mut [0])).await.is_err(),
             "what is open goes on"
         );
-        // One that would go on meanwhile does not.
-        bench.accepting.go_on(|| unreachable!("it was stopped"));
     }
 
     #[tokio::test]
