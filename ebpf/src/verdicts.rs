@@ -21,6 +21,7 @@
 //!   take what another process attached ([`Verdicts::take`]) there is one at a time.
 
 mod device;
+mod ending;
 mod ends;
 mod links;
 mod node;
@@ -39,11 +40,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, Queue};
-use net::sock_diag::{self, DestroyError};
+use net::sock_diag::{self, DestroyError, Destroyer};
 use net::{MARK_MASK, Netns};
 use nix::fcntl::Flock;
 
 pub use device::{Qualified, Why};
+pub use ending::{Ended, EndedPairs, Ending};
 pub use node::Node;
 pub use offers::Offer;
 
@@ -124,15 +126,6 @@ pub struct Listing {
     pub open: Vec<Carried>,
     /// Those that are over and were not given out by [`Verdicts::closed`], since too many ended at once. Each is listed once.
     pub closed: Vec<Carried>,
-}
-
-/// What became of the sockets of a pair.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Ended {
-    /// So many were ended.
-    pub destroyed: usize,
-    /// So many are still there. If none is, the pair is forgotten.
-    pub left: usize,
 }
 
 /// What the programs count.
@@ -336,35 +329,6 @@ impl Verdicts {
     /// It can't be written.
     pub fn forget(&self, pair: Pair) -> Result<bool, Error> {
         held(&self.written).remove(pair)
-    }
-
-    /// Revokes a pair, ends its sockets at both ends, and forgets it if none is left. An end whose namespace is gone is `None`.
-    ///
-    /// # Errors
-    /// Sockets can't be listed or ended. The pair stays revoked.
-    pub fn end(
-        &self,
-        source: Option<&Netns>,
-        destination: Option<&Netns>,
-        pair: Pair,
-    ) -> Result<Ended, Error> {
-        self.revoke(pair)?;
-        let mut ended = Ended { destroyed: 0, left: 0 };
-        for _ in 0..END_ATTEMPTS {
-            ended.left = 0;
-            for (netns, side) in [(source, Side::Source), (destination, Side::Destination)] {
-                let Some(netns) = netns else { continue };
-                let found = destroy(netns, |socket| of_pair(socket, side, pair))?;
-                ended.destroyed += found;
-                ended.left += found;
-            }
-            // The last look found none.
-            if ended.left == 0 {
-                self.forget(pair)?;
-                break;
-            }
-        }
-        Ok(ended)
     }
 
     /// The pairs that there are.
@@ -603,17 +567,21 @@ impl Written {
 }
 
 /// Ends the sockets of a namespace that `wanted` says. How many it found.
-fn destroy(netns: &Netns, wanted: impl Fn(&sock_diag::Connection) -> bool) -> Result<usize, Error> {
-    let all = sock_diag::connections(netns).map_err(Error::io("list the connections of", netns))?;
-    let mut found = 0;
-    for socket in all.iter().filter(|socket| wanted(socket)) {
-        found += 1;
-        match sock_diag::destroy(netns, socket) {
+fn destroy(netns: &Netns, mut wanted: impl FnMut(&sock_diag::Connection) -> bool) -> Result<usize, Error> {
+    let mut all = sock_diag::connections(netns).map_err(Error::io("list the connections of", netns))?;
+    all.retain(|socket| wanted(socket));
+    if all.is_empty() {
+        return Ok(0);
+    }
+    let failed = |error| Error::io("end a connection of", netns)(error);
+    let mut destroyer = Destroyer::open(netns).map_err(failed)?;
+    for socket in &all {
+        match destroyer.destroy(socket) {
             Ok(()) | Err(DestroyError::Gone) => {}
-            Err(error) => return Err(Error::io("end a connection of", netns)(std::io::Error::other(error))),
+            Err(error) => return Err(failed(std::io::Error::other(error))),
         }
     }
-    Ok(found)
+    Ok(all.len())
 }
 
 /// Whether a socket belongs to a pair. ztunnel's connections, and those alive at enrolment, have the same addresses, and marks of

@@ -174,8 +174,38 @@ pub enum DestroyError {
 /// # Errors
 /// It is gone, the kernel can't, or we may not.
 pub fn destroy(netns: &Netns, connection: &Connection) -> Result<(), DestroyError> {
-    let Key { family, id } = &connection.key;
-    destroy_request(netns, *family, id)
+    Destroyer::open(netns).map_err(DestroyError::Io)?.destroy(connection)
+}
+
+/// Ends connections of a namespace, which it enters but once.
+pub struct Destroyer(Netlink);
+
+impl Destroyer {
+    /// For those of `netns`.
+    ///
+    /// # Errors
+    /// The namespace can't be entered.
+    pub fn open(netns: &Netns) -> io::Result<Self> {
+        Netlink::open(netns, SockProtocol::NetlinkSockDiag).map(Self)
+    }
+
+    /// See [`destroy`].
+    ///
+    /// # Errors
+    /// The same.
+    pub fn destroy(&mut self, connection: &Connection) -> Result<(), DestroyError> {
+        let Key { family, id } = &connection.key;
+        self.request(*family, id)
+    }
+
+    fn request(&mut self, family: u8, id: &[u8; 48]) -> Result<(), DestroyError> {
+        let request = diag_request(SOCK_DESTROY, (family, 0), u32::MAX, id);
+        self.0.acknowledged(request).map_err(|error| match error.raw_os_error() {
+            Some(libc::ENOENT) => DestroyError::Gone,
+            Some(libc::EOPNOTSUPP | libc::EINVAL) => DestroyError::Unsupported,
+            _ => DestroyError::Io(error),
+        })
+    }
 }
 
 /// Whether [`destroy`] works here: asks for the end of a connection that can't exist.
@@ -188,20 +218,10 @@ pub fn probe_destroy(netns: &Netns) -> Result<(), DestroyError> {
     if let Some(cookie) = id.get_mut(40..48) {
         cookie.copy_from_slice(&NO_COOKIE);
     }
-    match destroy_request(netns, low_byte(libc::AF_INET), &id) {
+    match Destroyer::open(netns).map_err(DestroyError::Io)?.request(low_byte(libc::AF_INET), &id) {
         Ok(()) | Err(DestroyError::Gone) => Ok(()),
         Err(error) => Err(error),
     }
-}
-
-fn destroy_request(netns: &Netns, family: u8, id: &[u8; 48]) -> Result<(), DestroyError> {
-    let mut netlink = Netlink::open(netns, SockProtocol::NetlinkSockDiag).map_err(DestroyError::Io)?;
-    let request = diag_request(SOCK_DESTROY, (family, 0), u32::MAX, id);
-    netlink.acknowledged(request).map_err(|error| match error.raw_os_error() {
-        Some(libc::ENOENT) => DestroyError::Gone,
-        Some(libc::EOPNOTSUPP | libc::EINVAL) => DestroyError::Unsupported,
-        _ => DestroyError::Io(error),
-    })
 }
 
 /// An `inet_diag_req_v2`.

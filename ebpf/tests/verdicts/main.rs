@@ -8,6 +8,7 @@
     reason = "a test, which waits for the kernel alone"
 )]
 
+mod ending;
 mod lab;
 mod node;
 mod offers;

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::{AcqRel, Relaxed};
 use std::time::Duration;
 
-use model::{Mesh, NodeLocal};
+use model::NodeLocal;
 use net::{Netns, NetnsId};
 use nix::time::{ClockId, clock_gettime};
 use process::shutdown::{Hold, Phase};
@@ -20,9 +20,9 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use super::judge::Ends;
-use super::kernel::{Kernel, Pair, Passed, Side, Way};
+use super::kernel::{Ending, Kernel, Pair, Passed, Side, Way};
 use super::records::Stories;
-use super::table::{Ends as _, Judge, Lead, Over};
+use super::table::{Judge, Lead, Over};
 use super::{Ask, Attach, Joined, Later, Verdicts, lock};
 use crate::proxy::Proxy;
 
@@ -44,6 +44,8 @@ const BATCH: usize = 1024;
 const BATCHES: usize = 16;
 /// How long pairs are ended at a time. No packet of the others passes meanwhile.
 const TURN: Duration = Duration::from_secs(1);
+/// Pods whose pairs are ended in one go, all that a node has as a rule: for each, the kernel walks the sockets of the machine.
+const TOGETHER: usize = 128;
 /// Pods that are looked at again at a time.
 const AGAIN: usize = 8;
 /// How often at least it is looked for what an earlier process left, where no namespace wants verdicts.
@@ -410,23 +412,21 @@ impl Keeper {
         }
         self.renew();
         self.enter();
-        let mut cut = 0;
-        for Over { pair, reason, .. } in over {
-            let Some(reason) = reason else { continue };
-            cut += lock(&self.verdicts().records).cut(pair, reason);
-        }
+        let reasons = over.iter().filter_map(|over| Some((over.pair, over.reason.as_deref()?))).collect();
+        let cut = lock(&self.verdicts().records).cut(&reasons);
         let (mut ended, began) = (Vec::new(), Instant::now());
-        for Over { pair, ends, .. } in over {
-            self.renew();
+        for group in groups(over.iter().map(Over::ending).collect()) {
             // The next round has what is left of them; the last one has to end all.
             if began.elapsed() > TURN && !self.verdicts().over.load(Relaxed) {
                 break;
             }
-            let (source, destination) = ends.netns();
-            match kernel.end((Some(source), Some(destination)), pair) {
-                Ok((_, 0)) => ended.push(pair),
-                Ok((_, left)) => tracing::debug!(?pair, left, "sockets of a revoked pair are still there"),
-                Err(error) => tracing::warn!(?pair, %error, "sockets of a revoked pair can't be ended"),
+            let outcomes = kernel.end(&group, &mut || self.renew());
+            for (Ending { pair, .. }, outcome) in group.iter().zip(outcomes) {
+                match outcome {
+                    Ok(true) => ended.push(*pair),
+                    Ok(false) => tracing::debug!(?pair, "sockets of a revoked pair are still there"),
+                    Err(error) => tracing::warn!(?pair, %error, "sockets of a revoked pair can't be ended"),
+                }
             }
         }
         self.verdicts().cut.fetch_add(cut, Relaxed);
@@ -435,7 +435,7 @@ impl Keeper {
         }
         self.hear();
         let mut table = lock(&self.verdicts().table);
-        ended.into_iter().for_each(|pair| table.ended(pair));
+        ended.iter().for_each(|pair| table.ended(pair));
     }
 
     /// Lets go of pods that have left the mesh.
@@ -536,39 +536,42 @@ impl Keeper {
         }
         // Until then their pods may be yet to come.
         let is_overdue = self.inherited_at.elapsed() > INHERITED_FOR && self.proxy.state.is_complete();
-        let (mesh, began, mut kept) = (self.proxy.state.mesh_owned(), Instant::now(), Vec::new());
-        let mut rest = self.inherited.iter().copied();
-        for pair in rest.by_ref() {
-            self.renew();
-            if !self.has_ended(&*kernel, &mesh, pair, is_overdue) {
-                kept.push(pair);
-            }
+        let (mesh, began) = (self.proxy.state.mesh_owned(), Instant::now());
+        let inherited = std::mem::take(&mut self.inherited);
+        let with_ends = inherited.into_iter().map(|pair| {
+            let ends = [pair.source, pair.to.ip()].map(|ip| self.proxy.locals.at(&mesh, ip));
+            (pair, ends.map(|pod| pod.map(|pod| pod.netns.clone())))
+        });
+        let (ready, waiting): (Vec<_>, Vec<_>) =
+            with_ends.partition(|(_, ends)| is_overdue || ends.iter().all(Option::is_some));
+        let mut kept: Vec<Pair> = waiting.into_iter().map(|(pair, _)| pair).collect();
+        let endings = ready
+            .iter()
+            .map(|(pair, ends)| Ending { pair: *pair, netns: ends.each_ref().map(Option::as_ref) });
+        for group in groups(endings.collect()) {
             if began.elapsed() > TURN {
-                break;
+                // In turns.
+                kept.extend(group.iter().map(|ending| ending.pair));
+            } else {
+                kept.extend(self.left_of(&*kernel, group));
             }
         }
-        // In turns.
-        self.inherited = rest.chain(kept).collect();
+        self.inherited = kept;
     }
 
-    /// Ends an earlier process's pair. Whether nothing is left of it, or it is one of this process.
-    fn has_ended(&self, kernel: &dyn Kernel, mesh: &Mesh, pair: Pair, is_overdue: bool) -> bool {
-        // It is allowed again, with the sockets that it has.
-        if lock(&self.verdicts().table).holds(&pair) {
-            return true;
-        }
-        let [source, destination] = [pair.source, pair.to.ip()].map(|ip| self.proxy.locals.at(mesh, ip));
-        if !is_overdue && (source.is_none() || destination.is_none()) {
-            return false;
-        }
-        let ends = (source.as_ref().map(|pod| &pod.netns), destination.as_ref().map(|pod| &pod.netns));
-        match kernel.end(ends, &pair) {
-            Ok((_, left)) => left == 0,
-            Err(error) => {
-                tracing::debug!(?pair, %error, "a pair of an earlier process can't be ended");
-                false
+    /// Ends an earlier process's pairs. Those of which something is left, but for what is this process's by now.
+    fn left_of(&self, kernel: &dyn Kernel, mut group: Vec<Ending<'_>>) -> Vec<Pair> {
+        // Under the lock nothing is written: what is allowed again stays, with the sockets that it has.
+        let table = lock(&self.verdicts().table);
+        group.retain(|ending| !table.holds(&ending.pair));
+        let outcomes = kernel.end(&group, &mut || self.renew());
+        let is_left = |(ending, outcome): (&Ending<'_>, io::Result<bool>)| {
+            if let Err(error) = &outcome {
+                tracing::debug!(pair = ?ending.pair, %error, "a pair of an earlier process can't be ended");
             }
-        }
+            (!outcome.unwrap_or(false)).then_some(ending.pair)
+        };
+        group.iter().zip(outcomes).filter_map(is_left).collect()
     }
 
     /// Takes back all, and ends what passes.
@@ -585,6 +588,23 @@ impl Keeper {
             tracing::warn!(%error, "the lease of verdicts ends by itself");
         }
     }
+}
+
+/// Pairs that are ended in one go, those of the same pods together as far as that goes.
+fn groups(mut over: Vec<Ending<'_>>) -> Vec<Vec<Ending<'_>>> {
+    over.sort_by_key(|ending| ending.netns.map(|netns| netns.map(Netns::id)));
+    let (mut groups, mut pods): (Vec<Vec<Ending<'_>>>, _) = (Vec::new(), HashSet::new());
+    for ending in over {
+        pods.extend(ending.netns.iter().flatten().map(|netns| netns.id()));
+        match groups.last_mut() {
+            Some(group) if pods.len() <= TOGETHER => group.push(ending),
+            _ => {
+                pods = ending.netns.iter().flatten().map(|netns| netns.id()).collect();
+                groups.push(vec![ending]);
+            }
+        }
+    }
+    groups
 }
 
 #[cfg(test)]

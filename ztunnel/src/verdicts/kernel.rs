@@ -19,6 +19,15 @@ pub struct Pair {
     pub to: SocketAddr,
 }
 
+/// A pair that is to end, with its source's namespace and its destination's; `None` is one that is gone.
+#[derive(Clone, Copy, Debug)]
+pub struct Ending<'n> {
+    /// Which.
+    pub pair: Pair,
+    /// Where its sockets are.
+    pub netns: [Option<&'n Netns>; 2],
+}
+
 /// What leads to pairs: an address that a pod dials, the destination's own or a service's.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Way {
@@ -94,12 +103,9 @@ pub trait Kernel: Send + Sync {
     /// The kernel refuses.
     fn revoke(&self, pair: &Pair) -> io::Result<()>;
 
-    /// Revokes the pair, destroys its sockets in both namespaces, and forgets it if none is left. How many were destroyed, and
-    /// are left. `None` is an end that is gone.
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    fn end(&self, ends: (Option<&Netns>, Option<&Netns>), pair: &Pair) -> io::Result<(usize, usize)>;
+    /// Revokes pairs, none of them twice, destroys their sockets in both namespaces, and forgets those of which none is left. Says
+    /// of each whether it did, in their order; an error where the kernel refuses. `between` is called time and again.
+    fn end(&self, over: &[Ending<'_>], between: &mut dyn FnMut()) -> Vec<io::Result<bool>>;
 
     /// Leads what the pod dials to where one of the pairs goes, past capture; to each as often as its weight says. They are of
     /// one source, and at most [`ENDPOINTS`].

@@ -9,11 +9,11 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use ebpf::Pins;
-use ebpf::verdicts::{Carried, Offer, Qualified, Side as Seen, Verdicts};
+use ebpf::verdicts::{Carried, EndedPairs, Offer, Qualified, Side as Seen, Verdicts};
 use net::sock_diag;
 use net::{MARK_MASK, Netns, NetnsId, ZTUNNEL_MARK};
 
-use super::kernel::{Kernel, Listing, Pair, Passed, Side};
+use super::kernel::{Ending, Kernel, Listing, Pair, Passed, Side};
 use super::{Attach, Later, Make};
 
 /// Where the machine's cgroups are.
@@ -175,13 +175,15 @@ impl Kernel for Programs {
         self.verdicts.revoke((*pair).into()).map(drop).map_err(io::Error::other)
     }
 
-    fn end(
-        &self,
-        (source, destination): (Option<&Netns>, Option<&Netns>),
-        pair: &Pair,
-    ) -> io::Result<(usize, usize)> {
-        let ended = self.verdicts.end(source, destination, (*pair).into()).map_err(io::Error::other)?;
-        Ok((ended.destroyed, ended.left))
+    fn end(&self, over: &[Ending<'_>], between: &mut dyn FnMut()) -> Vec<io::Result<bool>> {
+        let over = over.iter().map(|ending| {
+            let [source, destination] = ending.netns;
+            ebpf::verdicts::Ending { pair: ending.pair.into(), source, destination }
+        });
+        let over: Vec<_> = over.collect();
+        let EndedPairs { pairs, looks } = self.verdicts.end_all(&over, between);
+        tracing::debug!(pairs = over.len(), looks, "looked for the sockets of pairs that are to end");
+        pairs.into_iter().map(|ended| Ok(ended.map_err(io::Error::other)?.left == 0)).collect()
     }
 
     fn lead(&self, netns: &Netns, dialled: SocketAddr, to: &[(Pair, u32)]) -> io::Result<()> {

@@ -132,10 +132,11 @@ impl Records {
         }
     }
 
-    /// Notes why what is open of a pair comes to its end. Returns how many that are.
-    pub fn cut(&mut self, pair: &Pair, reason: &str) -> u64 {
+    /// Notes why what is open of pairs comes to its end. Returns how many that are.
+    pub fn cut(&mut self, over: &HashMap<Pair, &str>) -> u64 {
         let mut cut = 0;
-        for entry in self.open.values_mut().filter(|entry| entry.pair == *pair) {
+        for entry in self.open.values_mut() {
+            let Some(reason) = over.get(&entry.pair) else { continue };
             entry.view.failed(format!("cut: {reason}"));
             cut += 1;
         }

@@ -28,7 +28,7 @@ use std::time::Duration;
 use net::{Netns, NetnsId};
 use tokio::time::Instant;
 
-use super::kernel::{Kernel, Pair, Way};
+use super::kernel::{Ending, Kernel, Pair, Way};
 
 /// Looks so often at a pair without a way before it is forgotten: a connection may have been led here and not be made yet.
 const LOOKS: u8 = 2;
@@ -98,6 +98,14 @@ pub struct Over<E> {
     pub ends: Arc<E>,
     /// Why; nothing of it was open otherwise.
     pub reason: Option<Arc<str>>,
+}
+
+impl<E: Ends> Over<E> {
+    /// The same, for the kernel.
+    pub fn ending(&self) -> Ending<'_> {
+        let (source, destination) = self.ends.netns();
+        Ending { pair: self.pair, netns: [Some(source), Some(destination)] }
+    }
 }
 
 struct Held<E, S> {

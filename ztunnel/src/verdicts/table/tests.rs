@@ -13,7 +13,7 @@ use net::Netns;
 use proptest::prelude::*;
 
 use super::*;
-use crate::verdicts::kernel::{Kernel, Listing, Passed};
+use crate::verdicts::kernel::{Ending, Kernel, Listing, Passed};
 
 const PAIRS: u8 = 6;
 const WAYS: u8 = 10;
@@ -77,14 +77,17 @@ impl Kernel for Notes {
         Ok(())
     }
 
-    fn end(&self, _: (Option<&Netns>, Option<&Netns>), pair: &Pair) -> io::Result<(usize, usize)> {
-        self.revoke(pair)?;
-        let mut written = self.0.lock().unwrap();
-        if written.held.contains(pair) {
-            return Ok((0, 1));
-        }
-        written.pairs.remove(pair);
-        Ok((1, 0))
+    fn end(&self, over: &[Ending<'_>], _: &mut dyn FnMut()) -> Vec<io::Result<bool>> {
+        let end = |Ending { pair, .. }: &Ending<'_>| {
+            self.revoke(pair)?;
+            let mut written = self.0.lock().unwrap();
+            let is_over = !written.held.contains(pair);
+            if is_over {
+                written.pairs.remove(pair);
+            }
+            Ok(is_over)
+        };
+        over.iter().map(end).collect()
     }
 
     fn lead(&self, _: &Netns, dialled: SocketAddr, to: &[(Pair, u32)]) -> io::Result<()> {
@@ -232,10 +235,10 @@ impl Stand {
     }
 
     fn end(&mut self, over: &[Over<Here>]) {
-        for Over { pair, ends, .. } in over {
-            let (source, destination) = ends.netns();
-            if let Ok((_, 0)) = self.kernel.end((Some(source), Some(destination)), pair) {
-                self.table.ended(pair);
+        let endings: Vec<_> = over.iter().map(Over::ending).collect();
+        for (ending, outcome) in endings.iter().zip(self.kernel.end(&endings, &mut || ())) {
+            if let Ok(true) = outcome {
+                self.table.ended(&ending.pair);
             }
         }
     }
