@@ -113,7 +113,7 @@ async fn serve(
     tokio::spawn(follow(source, state, front.clone(), shown, configured, flags.clone()));
     tokio::spawn(prove(front.clone(), tunnels.clone(), certified));
     tokio::spawn(follow_trust(front.clone(), tunnels));
-    tokio::spawn(net::release_code_after(async move { readiness.settled().await }));
+    tokio::spawn(net::release_code_at_rest(async move { readiness.settled().await }));
     close_in_time(&front, flags.drain_delay).await;
     let left = shutdown.finished().await;
     if left > 0 {

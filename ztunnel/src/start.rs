@@ -116,7 +116,7 @@ async fn serve(
     tokio::spawn(look_after(proxy.clone()));
     tokio::spawn(proxy.threads.clone().watch());
     tokio::spawn(give_back(proxy.clone()));
-    tokio::spawn(net::release_code_after(async move { readiness.settled().await }));
+    tokio::spawn(net::release_code_at_rest(async move { readiness.settled().await }));
     tokio::spawn(follow_trust(proxy.clone(), workers.clone()));
     tokio::spawn(follow(source, proxy.clone(), node.clone(), work.clone(), configured));
 

@@ -117,7 +117,7 @@ async fn serve(flags: &Flags, settings: &Settings, logs: &Logs) -> anyhow::Resul
     }));
 
     let gone = follow_own(flags, &kubernetes);
-    tokio::spawn(net::release_code_after(async move {
+    tokio::spawn(net::release_code_at_rest(async move {
         // That it is over is all that is asked of it.
         let _ = surveyed.await;
         readiness.settled().await;

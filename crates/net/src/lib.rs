@@ -34,7 +34,7 @@ mod thread_clock;
 mod udp;
 
 pub use accept::{AcceptLoop, AcceptStats, Reach};
-pub use code::{release_code_after, release_free};
+pub use code::{release_code_at_rest, release_free};
 pub use conntrack::Conntrack;
 pub use copy::{ByteCounts, End, Side, copy};
 pub use handover::move_queues;
