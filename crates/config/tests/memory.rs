@@ -1,42 +1,14 @@
 //! What a proxy that reads files holds of a pod: its object, what it compiles to, and the snapshot.
 #![allow(unsafe_code, clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
-use std::alloc::{GlobalAlloc, Layout, System};
+mod heap;
+
 use std::fmt::Write;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use config::compile::Options;
 use config::repository::{Content, Repository};
 use model::Mesh;
-
-struct Counting;
-
-static LIVE: AtomicUsize = AtomicUsize::new(0);
-static MOST: AtomicUsize = AtomicUsize::new(0);
-
-/// What a block takes of glibc's heap.
-fn taken(size: usize) -> usize {
-    (size + 8).next_multiple_of(16).max(32)
-}
-
-// SAFETY: all calls go to the system's allocator as they come; only sizes are counted beside.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let live = LIVE.fetch_add(taken(layout.size()), Ordering::Relaxed) + taken(layout.size());
-        MOST.fetch_max(live, Ordering::Relaxed);
-        // SAFETY: the caller keeps to the contract of `alloc`, which is the same.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        LIVE.fetch_sub(taken(layout.size()), Ordering::Relaxed);
-        // SAFETY: as above.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 fn pod(text: &mut String, number: usize) {
     let (node, app) = (number % 400, number / 100);
@@ -77,8 +49,7 @@ fn a_pod_takes_little() {
     let mut services = String::new();
     (0..PODS / 100).for_each(|app| service(&mut services, app));
 
-    let before = LIVE.load(Ordering::Relaxed);
-    MOST.store(before, Ordering::Relaxed);
+    let before = heap::watch();
     let mut repository = Repository::new(Options::default());
     for (name, text) in &files {
         repository.stage(name, Content::Bytes(text.as_bytes()));
@@ -89,6 +60,6 @@ fn a_pod_takes_little() {
     let mesh = Mesh::default().apply(outcome.changes);
     assert_eq!(mesh.workload_count(), PODS);
     let of_one = |bytes: usize| (bytes - before) / PODS;
-    let (held, most) = (of_one(LIVE.load(Ordering::Relaxed)), of_one(MOST.load(Ordering::Relaxed)));
+    let (held, most) = (of_one(heap::live()), of_one(heap::most()));
     assert!(held < 410 && most < 455, "{held} bytes, {most} at most while they were read");
 }

@@ -19,6 +19,8 @@
 
 pub mod client;
 mod inventory;
+#[cfg(test)]
+mod pieces;
 pub mod server;
 
 /// The key in a node's metadata by which it says which extensions it knows.

@@ -1,43 +1,16 @@
 //! What a client holds of a resource, and what it needs while a server of another make sends it a whole state at once.
 #![allow(unsafe_code, clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
-use std::alloc::{GlobalAlloc, Layout, System};
+#[path = "../../config/tests/heap/mod.rs"]
+mod heap;
+
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use prost::Message;
 use proto::wire::discovery::{DeltaDiscoveryResponse, Resource};
 use tokio::net::TcpListener;
 use xds::client::{Client, Settings};
-
-struct Counting;
-
-static LIVE: AtomicUsize = AtomicUsize::new(0);
-static MOST: AtomicUsize = AtomicUsize::new(0);
-
-/// What a block takes of glibc's heap.
-fn taken(size: usize) -> usize {
-    (size + 8).next_multiple_of(16).max(32)
-}
-
-// SAFETY: all calls go to the system's allocator as they come; only sizes are counted beside.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let live = LIVE.fetch_add(taken(layout.size()), Ordering::Relaxed) + taken(layout.size());
-        MOST.fetch_max(live, Ordering::Relaxed);
-        // SAFETY: the caller keeps to the contract of `alloc`, which is the same.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        LIVE.fetch_sub(taken(layout.size()), Ordering::Relaxed);
-        // SAFETY: as above.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 const TYPE: &str = "type.googleapis.com/test.Address";
 const RESOURCES: usize = 50_000;
@@ -97,10 +70,9 @@ async fn a_whole_state_is_never_held_at_once() {
     let settings =
         Settings { addresses: vec![format!("http://{address}")], types: vec![TYPE], ..Settings::default() };
     let (client, mut updates) = Client::new(settings, Arc::new(())).unwrap();
-    let before = LIVE.load(Ordering::Relaxed);
+    let before = heap::watch();
     tokio::spawn(serve(listener));
     tokio::spawn(client.run());
-    MOST.store(before, Ordering::Relaxed);
     let (mut came, mut is_complete) = (0, false);
     while !is_complete {
         let update = updates.next().await.unwrap();
@@ -110,10 +82,10 @@ async fn a_whole_state_is_never_held_at_once() {
         update.ack();
     }
     assert_eq!(came, RESOURCES);
-    let most = MOST.load(Ordering::Relaxed) - before;
+    let most = heap::most() - before;
     // What it holds when the last update was answered: names, versions, and a connection with a buffer as long as a part or two.
     tokio::time::sleep(std::time::Duration::from_millis(500)).await;
-    let held = LIVE.load(Ordering::Relaxed) - before;
+    let held = heap::live() - before;
     let (names, buffers) = (held.saturating_sub(2 << 20) / RESOURCES, 9 << 20);
     assert!(names < 130, "{names} bytes a resource");
     assert!(most < held + buffers, "{held} bytes, {most} at most for {} of a state", RESOURCES * BODY);

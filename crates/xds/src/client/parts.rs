@@ -9,7 +9,8 @@
 //!   parts      resource … [`MARK`]   resource … [`MARK`]   resource … version, type, nonce, removed names
 //! ```
 //!
-//! * Resources keep their order; what is no resource comes with the last part.
+//! * Resources keep their order; what is no resource comes with the last part. Who reads them puts together again what
+//!   [belongs together](proto::belongs_together).
 //! * Short responses pass as they are. So do those of our own servers, which make parts themselves.
 //! * A part has at most [`PART`] bytes and one resource more.
 
@@ -258,28 +259,12 @@ where
 mod tests {
     #![allow(clippy::unwrap_used)]
 
-    use std::collections::VecDeque;
-    use std::convert::Infallible;
-
     use proptest::prelude::*;
     use prost::Message;
     use proto::wire::discovery::Resource;
 
     use super::*;
-
-    struct Pieces(VecDeque<Bytes>);
-
-    impl Body for Pieces {
-        type Data = Bytes;
-        type Error = Infallible;
-
-        fn poll_frame(
-            mut self: Pin<&mut Self>,
-            _: &mut Context<'_>,
-        ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-            Poll::Ready(self.0.pop_front().map(|piece| Ok(Frame::data(piece))))
-        }
-    }
+    use crate::pieces::Pieces;
 
     fn response(bodies: &[usize], nonce: &str) -> DeltaDiscoveryResponse {
         let resource = |(at, length): (usize, &usize)| Resource {

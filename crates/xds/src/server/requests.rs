@@ -95,29 +95,11 @@ impl Requests {
 mod tests {
     #![allow(clippy::unwrap_used)]
 
-    use std::collections::VecDeque;
-    use std::convert::Infallible;
-    use std::pin::Pin;
-
     use bytes::BufMut;
-    use http_body::Frame;
     use proptest::prelude::*;
 
     use super::*;
-
-    struct Pieces(VecDeque<Bytes>);
-
-    impl Body for Pieces {
-        type Data = Bytes;
-        type Error = Infallible;
-
-        fn poll_frame(
-            mut self: Pin<&mut Self>,
-            _: &mut Context<'_>,
-        ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-            Poll::Ready(self.0.pop_front().map(|piece| Ok(Frame::data(piece))))
-        }
-    }
+    use crate::pieces::Pieces;
 
     fn framed(names: &[String]) -> Vec<u8> {
         let mut wire = Vec::new();
