@@ -7,6 +7,7 @@
     clippy::indexing_slicing,
     clippy::print_stderr
 )]
+#![allow(clippy::disallowed_types, reason = "plays a proxy, on threads of its own")]
 
 use std::fs;
 use std::io::{Read, Write};

@@ -174,6 +174,7 @@ mod tests {
 
     use super::*;
 
+    #[expect(clippy::needless_pass_by_value, reason = "callers write it in place")]
     fn pod(namespace: &str, pod_name: &str, label: &str, annotations: Value) -> Value {
         json!({
             "metadata": {"namespace": namespace, "name": pod_name, "uid": "u", "labels": {MODE: label},
