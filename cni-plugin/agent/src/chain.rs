@@ -38,7 +38,7 @@ const MOVED_AWAY: &str = "-culvert.conflist.cilium_bak";
 #[derive(Debug, thiserror::Error)]
 pub enum ChainError {
     /// The directory or a file can't be read or written.
-    #[error("{path}: {source}")]
+    #[error("{path}: {source}{}", may_write(.source))]
     Io {
         /// Which.
         path: PathBuf,
@@ -60,6 +60,17 @@ pub enum ChainError {
     /// No name of ours comes first.
     #[error("{0} sorts before every name of ours; rename it, for example to 10-NAME.conflist")]
     SortsFirst(PathBuf),
+}
+
+/// What to do where a node does not let the agent write; empty where it is something else.
+pub(crate) fn may_write(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied => {
+            "; the agent has to be able to write there: node.cniConfDir and node.cniBinDir of the chart name the node's \
+             directories, node.seLinuxType how SELinux sees the agent"
+        }
+        _ => "",
+    }
 }
 
 /// The place of our plugin.

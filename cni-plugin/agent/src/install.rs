@@ -12,7 +12,7 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use process::readiness::Condition;
 use tokio::sync::Notify;
 
-use crate::chain::{Chain, ChainError, PLUGIN};
+use crate::chain::{Chain, ChainError, PLUGIN, may_write};
 use crate::metrics::Metrics;
 use crate::record::replace;
 
@@ -70,7 +70,7 @@ pub struct Installation {
 #[derive(Debug, thiserror::Error)]
 pub enum InstallError {
     /// The binary.
-    #[error("plugin {to}: {source}")]
+    #[error("plugin {to}: {source}{}", may_write(.source))]
     Binary {
         /// Where to.
         to: PathBuf,
@@ -241,6 +241,20 @@ mod tests {
         installation.remove().unwrap();
         assert!(!target.exists() && !dir.path().join("conf/02-culvert.conflist").exists());
         installation.remove().unwrap();
+    }
+
+    #[test]
+    fn a_directory_that_can_not_be_written_is_said_with_what_to_do() {
+        let io = |error: nix::errno::Errno| io::Error::from_raw_os_error(error as i32);
+        for error in [nix::errno::Errno::EROFS, nix::errno::Errno::EACCES] {
+            let of_binary = InstallError::Binary { to: "/opt/cni/bin/x".into(), source: io(error) };
+            let of_chain = ChainError::Io { path: "/etc/cni/net.d/x".into(), source: io(error) };
+            for (text, path) in [(of_binary.to_string(), "/opt/cni"), (of_chain.to_string(), "/etc/cni")] {
+                assert!(text.contains(path) && text.contains("node.cniBinDir"), "{text}");
+            }
+        }
+        let full = ChainError::Io { path: "/a".into(), source: io(nix::errno::Errno::ENOSPC) };
+        assert!(!full.to_string().contains("node."), "{full}");
     }
 
     #[tokio::test]
