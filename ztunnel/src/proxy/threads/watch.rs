@@ -24,8 +24,8 @@ use tokio::time::Instant;
 
 use super::Threads;
 
-/// The pause between two looks. It is also over how long it is measured whether a thread is busy while nobody asks.
-const LOOK: Duration = Duration::from_millis(200);
+/// The pause between two looks: each wakes every thread. It is also over how long it is measured whether a thread is busy while nobody asks.
+const LOOK: Duration = Duration::from_secs(1);
 /// A mark that is still out at so many looks says that the thread stands still.
 const LOOKS: u32 = 2;
 
