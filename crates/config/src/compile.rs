@@ -33,6 +33,7 @@ mod enrolment;
 mod halves;
 mod hosts;
 mod http;
+mod ids;
 mod index;
 mod instance;
 mod join;
@@ -66,7 +67,8 @@ use crate::routes::gateway::WaypointSpec;
 use crate::routes::{DestinationRules, Grants, Routes, VirtualServices};
 use halves::Halves;
 use hosts::Hosts;
-use index::{Addresses, Area, Id, Place, Uids};
+use ids::Id;
+use index::{Addresses, Area, Place, Uids};
 use record::{Natures, Record};
 
 /// Where the resources come from, which decides what some of them mean.

@@ -271,7 +271,7 @@ impl Store {
     fn keep_orphan(&mut self, key: &ObjectKey) -> bool {
         let Some(path) = self.suspects.first().cloned() else { return false };
         let Some(file) = self.files.get_mut(&path) else { return false };
-        file.orphans.push(key.clone());
+        file.orphans.insert(key.clone());
         let number = file.number;
         self.touched.insert(path);
         self.objects.insert(self.pack(key), number);
@@ -293,10 +293,11 @@ impl Store {
     fn adopt(&mut self, key: &ObjectKey) -> bool {
         let Some(path) = self.path_of(&self.pack(key)).cloned() else { return false };
         let Some(file) = self.files.get_mut(&path) else { return false };
-        let Some(index) = file.orphans.iter().position(|orphan| orphan == key) else { return false };
-        file.orphans.swap_remove(index);
-        self.touched.insert(path);
-        true
+        let is_one = file.orphans.remove(key);
+        if is_one {
+            self.touched.insert(path);
+        }
+        is_one
     }
 
     fn read(
@@ -391,7 +392,7 @@ impl Store {
         sink: &mut Sink<'_>,
     ) {
         // What stood in the documents that are gone.
-        let mut gone: HashSet<ObjectKey> = file.orphans.drain(..).collect();
+        let mut gone: HashSet<ObjectKey> = std::mem::take(&mut file.orphans).into_iter().collect();
         for document in std::mem::take(&mut file.documents) {
             for held in document.held() {
                 match held.state {

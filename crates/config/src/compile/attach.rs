@@ -4,7 +4,7 @@ use model::{
     GatewayAddress, PolicyKey, ServiceKey, ServiceMembership, ServiceSource, Str, TunnelProtocol, Workload,
 };
 
-use super::index::Id;
+use super::ids::Id;
 use super::join::key_of;
 use super::{Compiler, Definition, Record};
 use crate::policy::selector::{Target, TargetKind};

@@ -4,7 +4,7 @@
 
 use model::{PolicyKey, ServiceKey, Workload};
 
-use super::index::Id;
+use super::ids::Id;
 use super::{Compiler, Finding};
 use crate::diagnostic::Code;
 use crate::policy::Waypoint;

@@ -12,7 +12,7 @@ use std::collections::BTreeSet;
 
 use model::{NetworkAddress, Str, Vip};
 
-use super::index::Id;
+use super::ids::Id;
 use super::{Compiler, Rank, Record};
 
 /// See the module's documentation.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use hashbrown::{HashMap, HashSet};
 use model::{Change, Policy, PolicyKey, ServiceKey, Str, TunnelProtocol, Workload};
 
-use super::index::Id;
+use super::ids::Id;
 use super::{Compiler, Definition, Record};
 use crate::policy::Covered;
 use crate::policy::selector::{Target, TargetKind};

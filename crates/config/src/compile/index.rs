@@ -7,49 +7,10 @@ use std::sync::Arc;
 use hashbrown::{DefaultHashBuilder, HashMap, HashSet, HashTable};
 use model::{Locality, NetworkAddress, ServiceKey, Str};
 
+use super::ids::{Id, Ids};
 use crate::kinds::service::Distribution;
 use crate::labels::{Labels, Selector};
 use crate::policy::Binding;
-
-/// An instance's number in the compiler's table.
-pub(super) type Id = u32;
-
-/// A set of instances, in order. Half of what a hash set takes, and nearly always one is added at the end, since the numbers are
-/// given in order. One that leaves costs a look at a few, and moves those behind it.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Ids(Vec<Id>);
-
-impl Ids {
-    fn of<const N: usize>(mut ids: [Id; N]) -> Self {
-        ids.sort_unstable();
-        Self(ids.into())
-    }
-
-    pub(super) fn insert(&mut self, id: Id) {
-        if self.0.last().is_none_or(|last| *last < id) {
-            if self.0.len() == self.0.capacity() {
-                self.0.reserve_exact((self.0.len() / 8).max(4));
-            }
-            self.0.push(id);
-        } else if let Err(place) = self.0.binary_search(&id) {
-            self.0.insert(place, id);
-        }
-    }
-
-    pub(super) fn remove(&mut self, id: Id) {
-        if let Ok(place) = self.0.binary_search(&id) {
-            self.0.remove(place);
-        }
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    pub(super) fn iter(&self) -> impl Iterator<Item = Id> {
-        self.0.iter().copied()
-    }
-}
 
 /// A set of instances; most sets have one.
 #[derive(Debug, Clone)]
@@ -63,9 +24,7 @@ impl Members {
         match self {
             Self::One(one) if *one == id => {}
             Self::One(one) => *self = Self::Many(Box::new(Ids::of([*one, id]))),
-            Self::Many(many) => {
-                many.insert(id);
-            }
+            Self::Many(many) => many.insert(id),
         }
     }
 
@@ -83,7 +42,7 @@ impl Members {
     pub(super) fn len(&self) -> usize {
         match self {
             Self::One(_) => 1,
-            Self::Many(many) => many.0.len(),
+            Self::Many(many) => many.len(),
         }
     }
 

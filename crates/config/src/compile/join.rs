@@ -8,7 +8,8 @@ use model::{
 };
 
 use super::enrolment::{self, EnrolmentChange, Verdict};
-use super::index::{Id, Place};
+use super::ids::Id;
+use super::index::Place;
 use super::instance::{Definition, Finding, Instance, Membership, Names, PortRule, Rank, RuleTarget};
 use super::record::Record;
 use super::{Compiler, Source};

@@ -2,7 +2,7 @@
 
 use model::{ServiceKey, Str, StringMatch, TunnelProtocol};
 
-use super::index::Id;
+use super::ids::Id;
 use super::join::key_of;
 use super::{Compiler, Finding, Record};
 use crate::kinds::Capture;

@@ -1,5 +1,6 @@
 //! A file: its documents, and what there is to say about them.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::diagnostic::{Code, Diagnostic, Severity};
@@ -43,7 +44,7 @@ pub(super) struct File {
     pub(super) number: u32,
     pub(super) documents: Vec<Document>,
     /// Objects that stay in force though they are in no document, see the module above.
-    pub(super) orphans: Vec<ObjectKey>,
+    pub(super) orphans: BTreeSet<ObjectKey>,
     /// Why the file's content was not taken.
     pub(super) problems: Vec<Diagnostic>,
     /// What was said last, by hashes.
