@@ -369,6 +369,9 @@ impl Compiler {
         let entry = self.services.entry(key.clone()).or_default();
         let old = entry.definitions.first().map(|(_, d)| d.clone());
         let old_owner = entry.definitions.first().map(|(by, _)| by.clone());
+        if entry.definitions.is_empty() && definition.is_some() {
+            entry.definitions.reserve_exact(1); // nearly always there is one, of half a kilobyte
+        }
         let known = entry.definitions.iter_mut().find(|(owner, _)| owner == by);
         match (known, definition) {
             (Some(slot), Some(definition)) => slot.1 = definition,
