@@ -6,6 +6,7 @@ mod network_policy;
 mod platform;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
 
@@ -299,10 +300,13 @@ fn certificates(cluster: &Cluster, now: SystemTime) -> Result<Vec<Finding>> {
 fn policies(cluster: &Cluster, namespaces: &[Value], pods: &[Value]) -> Result<Vec<Finding>> {
     let all = cluster.list("/apis/networking.k8s.io/v1/networkpolicies")?;
     let meshed = meshed(namespaces, pods);
-    let mut found: Vec<_> = network_policy::findings(&all, &|namespace| meshed.contains(namespace))
-        .into_iter()
-        .map(|f| Finding::new("networkpolicy", Grade::Problem, format!("{}: {}", f.policy, f.what), f.remedy))
-        .collect();
+    let mut found: Vec<_> =
+        network_policy::findings(&all, &|namespace| meshed.contains(namespace), &addresses(pods))
+            .into_iter()
+            .map(|f| {
+                Finding::new("networkpolicy", Grade::Problem, format!("{}: {}", f.policy, f.what), f.remedy)
+            })
+            .collect();
     if found.is_empty() {
         found.push(Finding::new(
             "networkpolicy",
@@ -312,6 +316,13 @@ fn policies(cluster: &Cluster, namespaces: &[Value], pods: &[Value]) -> Result<V
         ));
     }
     Ok(found)
+}
+
+/// The addresses of pods, but for those that are the nodes'.
+fn addresses(pods: &[Value]) -> Vec<IpAddr> {
+    let own =
+        pods.iter().filter(|pod| pod.pointer("/spec/hostNetwork").and_then(Value::as_bool) != Some(true));
+    own.filter_map(|pod| text(pod, "/status/podIP").parse().ok()).collect()
 }
 
 /// The namespaces that are in the mesh, or some of whose pods are.

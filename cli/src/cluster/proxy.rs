@@ -21,6 +21,8 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tower::{Service, ServiceBuilder};
 
+use crate::ranges::is_within;
+
 /// For a proxy's answer.
 const LIMIT: Duration = Duration::from_secs(10);
 /// The head of a proxy's answer, bytes.
@@ -83,19 +85,6 @@ fn is_exempt(list: &str, server: &Uri) -> bool {
             None => host == name || host.strip_suffix(name).is_some_and(|rest| rest.ends_with('.')),
         }
     })
-}
-
-/// Whether an address is in a range as `10.0.0.0/8`.
-fn is_within(range: &str, ip: IpAddr) -> bool {
-    let Some((start, bits)) = range.split_once('/') else { return false };
-    let (Ok(start), Ok(bits)) = (start.parse::<IpAddr>(), bits.parse::<u32>()) else { return false };
-    let number = |ip: IpAddr| match ip {
-        IpAddr::V4(ip) => (u128::from(ip.to_bits()) << 96, 32),
-        IpAddr::V6(ip) => (ip.to_bits(), 128),
-    };
-    let ((start, length), (ip, length_of_ip)) = (number(start), number(ip));
-    let differ = (start ^ ip).leading_zeros();
-    length == length_of_ip && bits <= length && differ >= bits
 }
 
 /// Connections through a proxy (CONNECT, RFC 9110 section 9.3.6).

@@ -2,7 +2,11 @@
 //! destination, whatever port the client dialled; a policy that lists the application's ports lets none of them
 //! through. The kubelet's probes can come from the address 169.254.7.127.
 
+use std::net::IpAddr;
+
 use serde_json::Value;
+
+use crate::ranges::is_within;
 
 /// The port that a policy has to let through.
 const HBONE: i64 = 15008;
@@ -38,12 +42,21 @@ fn covers(rule: &Value) -> bool {
 
 /// Whether a rule can be about connections between pods of the mesh: about TCP other than DNS, and not only about
 /// addresses outside.
-fn concerns(rule: &Value, side: &str) -> bool {
+fn concerns(rule: &Value, side: &str, pods: &[IpAddr]) -> bool {
     let list = |key: &str| rule.get(key).and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
-    let outside = !list(side).is_empty() && list(side).iter().all(|peer| peer.get("ipBlock").is_some());
+    let is_outside = |peer: &Value| peer.get("ipBlock").is_some_and(|block| !has_pods(block, pods));
+    let outside = !list(side).is_empty() && list(side).iter().all(is_outside);
     let tcp = |p: &Value| p.get("protocol").and_then(Value::as_str).is_none_or(|protocol| protocol == "TCP");
     let dns = |p: &Value| p.get("port").and_then(Value::as_i64) == Some(53);
     !outside && list("ports").iter().any(|p| tcp(p) && !dns(p))
+}
+
+/// Whether a block of addresses is of pods. Who names all addresses means those outside, as a rule.
+fn has_pods(block: &Value, pods: &[IpAddr]) -> bool {
+    let range = names(block, "/cidr");
+    let but = block.get("except").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    let is_out = |ip: IpAddr| but.iter().filter_map(Value::as_str).any(|range| is_within(range, ip));
+    !range.ends_with("/0") && pods.iter().any(|ip| is_within(range, *ip) && !is_out(*ip))
 }
 
 fn names<'v>(policy: &'v Value, path: &str) -> &'v str {
@@ -73,9 +86,9 @@ fn made_good(policy: &Value, rule: &Value, side: &str, direction: &str, others: 
     })
 }
 
-/// What is in the way, among the policies of namespaces that are in the mesh.
+/// What is in the way, among the policies of namespaces that are in the mesh; `pods` are the addresses of pods.
 #[must_use]
-pub fn findings(policies: &[Value], in_mesh: &dyn Fn(&str) -> bool) -> Vec<Finding> {
+pub fn findings(policies: &[Value], in_mesh: &dyn Fn(&str) -> bool, pods: &[IpAddr]) -> Vec<Finding> {
     let mut found = Vec::new();
     for policy in policies.iter().filter(|p| in_mesh(names(p, "/metadata/namespace"))) {
         let name = format!("{}/{}", names(policy, "/metadata/namespace"), names(policy, "/metadata/name"));
@@ -84,7 +97,7 @@ pub fn findings(policies: &[Value], in_mesh: &dyn Fn(&str) -> bool) -> Vec<Findi
                 continue;
             }
             let closed = rules(policy, direction).iter().filter(|r| {
-                concerns(r, side) && !covers(r) && !made_good(policy, r, side, direction, policies)
+                concerns(r, side, pods) && !covers(r) && !made_good(policy, r, side, direction, policies)
             });
             let closed = closed.count();
             if closed > 0 {
@@ -114,7 +127,8 @@ mod tests {
     }
 
     fn found(policies: &[Value]) -> Vec<String> {
-        findings(policies, &|n| n == "shop").into_iter().map(|f| f.policy).collect()
+        let pods = ["10.244.1.7", "fd00:1::7"].map(|ip| ip.parse().unwrap());
+        findings(policies, &|n| n == "shop", &pods).into_iter().map(|f| f.policy).collect()
     }
 
     #[test]
@@ -149,6 +163,27 @@ mod tests {
         assert_eq!(found(&[web.clone(), same]), [""; 0]);
         assert_eq!(found(&[web.clone(), all]), [""; 0]);
         assert_eq!(found(&[web, others]), ["shop/web"]);
+    }
+
+    #[test]
+    fn a_block_of_addresses_counts_where_pods_have_them() {
+        let web = |block: Value| {
+            let rule = json!([{"from": [{"ipBlock": block}], "ports": [{"port": 80}]}]);
+            policy("web", json!({"podSelector": {}, "ingress": rule}))
+        };
+        for block in
+            [json!({"cidr": "10.244.0.0/16"}), json!({"cidr": "fd00:1::/64", "except": ["fd00:2::/64"]})]
+        {
+            assert_eq!(found(&[web(block.clone())]), ["shop/web"], "{block}");
+        }
+        for block in [
+            json!({"cidr": "192.0.2.0/24"}),
+            json!({"cidr": "10.0.0.0/8", "except": ["10.244.0.0/16"]}),
+            json!({"cidr": "0.0.0.0/0"}),
+            json!({}),
+        ] {
+            assert_eq!(found(&[web(block.clone())]), [""; 0], "{block}");
+        }
     }
 
     #[test]
