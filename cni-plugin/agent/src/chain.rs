@@ -194,16 +194,34 @@ impl Chain {
         entries.into_iter().any(|entry| entry.file_name().to_string_lossy().ends_with(MOVED_AWAY))
     }
 
-    /// Takes our plugin out of the node's configuration.
+    /// Takes our plugin out of the node's configuration. A file of ours that another primary leads to stays, without our plugin:
+    /// that primary takes it out of its own then, and goes on to find what it leads to.
     ///
     /// # Errors
-    /// A file can't be removed.
+    /// A file can't be removed, or written.
     pub fn remove(&self) -> Result<(), ChainError> {
+        let is_called = self.is_called()?;
+        for name in self.configurations()?.iter().filter(|name| name.ends_with(SUFFIX)) {
+            let path = self.directory.join(name);
+            match read(&path).ok().and_then(|content| without_ours(&content)).filter(|_| is_called) {
+                Some(rest) => {
+                    tracing::warn!(file = %path.display(), "another primary leads to this file: it stays, without our plugin");
+                    replace(&path, &rest, 0o600)
+                        .map_err(|source| ChainError::Io { path: path.clone(), source })?;
+                }
+                None => remove(&path)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a primary calls our plugin by itself, or leads to our file.
+    ///
+    /// # Errors
+    /// The directory can't be read.
+    pub fn is_called(&self) -> Result<bool, ChainError> {
         let names = self.configurations()?;
-        names
-            .iter()
-            .filter(|name| name.ends_with(SUFFIX))
-            .try_for_each(|name| remove(&self.directory.join(name)))
+        Ok(names.iter().any(|name| !name.ends_with(SUFFIX) && self.calls_ours(name)))
     }
 
     /// The names of the files that container runtimes read, in their order.
@@ -245,6 +263,17 @@ fn name_of_ours(callers: &[String], first: &str) -> Option<&'static str> {
 
 fn is_ours(plugin: &Value) -> bool {
     plugin.get("type").and_then(Value::as_str) == Some(PLUGIN)
+}
+
+/// What a file of ours is without our plugin; `None` if nothing of it is left.
+fn without_ours(ours: &[u8]) -> Option<Vec<u8>> {
+    let mut list: Value = serde_json::from_slice(ours).ok()?;
+    let plugins = list.get_mut("plugins")?.as_array_mut()?;
+    plugins.retain(|plugin| !is_ours(plugin));
+    (!plugins.is_empty()).then_some(())?;
+    let mut text = serde_json::to_vec_pretty(&list).ok()?;
+    text.push(b'\n');
+    Some(text)
 }
 
 /// Whether something in here is our plugin, or the path of our file.

@@ -19,6 +19,10 @@ use crate::record::replace;
 /// Between looks when nothing is heard of a change, milliseconds: not every file system tells of changes.
 const POLL_MS: u16 = 2000;
 
+/// When the plugin is taken away: how long others that call it are waited for, and how often they are looked at.
+const LOOK: std::time::Duration = std::time::Duration::from_millis(250);
+const LOOKS: u32 = 20;
+
 /// What of a file tells that it is another: its number, size and time of change.
 type Stamp = (u64, u64, i64, i64);
 
@@ -158,6 +162,13 @@ impl Installation {
     /// It is still there: why.
     pub fn remove(&self) -> Result<(), InstallError> {
         self.chain.remove()?;
+        // Whoever calls it by himself hears of it by the change of our file. Without the binary his pods would not start.
+        for _ in 0..LOOKS {
+            if !self.chain.is_called()? {
+                break;
+            }
+            std::thread::sleep(LOOK);
+        }
         match fs::remove_file(&self.binary.target) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
                 Err(InstallError::Binary { to: self.binary.target.clone(), source })

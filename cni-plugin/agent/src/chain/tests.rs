@@ -234,6 +234,28 @@ fn ours_and_a_primary_that_takes_it_up_do_not_take_up_each_other_for_ever() {
 }
 
 #[test]
+fn removal_leaves_those_that_call_ours_what_they_lead_to() {
+    let directory = Directory::with(&[("10-calico.conflist", CALICO)]);
+    let chain = directory.chain();
+    chain.sync().unwrap();
+    directory.write("00-multus.conf", &multus(&json!([directory.json("02-culvert.conflist")])));
+    assert!(chain.is_called().unwrap());
+    chain.remove().unwrap();
+    let mut left: Value = serde_json::from_str(CALICO).unwrap();
+    assert_eq!(directory.json("02-culvert.conflist"), left);
+    // As Multus does when what it leads to has changed.
+    directory.write("00-multus.conf", &multus(&json!([left])));
+    assert!(!chain.is_called().unwrap());
+    // Installed anew, it is ours again.
+    left["plugins"].as_array_mut().unwrap().truncate(1);
+    directory.write("10-calico.conflist", &left.to_string());
+    assert!(chain.sync().unwrap().changed);
+    directory.write("00-multus.conf", &multus(&json!([{ "type": "calico" }])));
+    chain.remove().unwrap();
+    assert_eq!(directory.names(), ["00-multus.conf", "10-calico.conflist"]);
+}
+
+#[test]
 fn before_multus_ours_has_a_name_that_it_does_not_take_for_a_primary() {
     for name in ["00-multus.conf", "00-multus.conflist"] {
         let list = json!({ "cniVersion": "1.0.0", "name": "x",
