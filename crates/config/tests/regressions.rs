@@ -680,7 +680,17 @@ spec: {defaultHttpRetryPolicy: {attempts: 4, perTryTimeout: 2s, retryOn: \"5xx\"
     assert_eq!(said(&world, "web"), [(Some(1), None), (Some(1), None), (Some(4), Some(2))]);
     assert_eq!(said(&world, "api"), [(Some(4), Some(2))]);
     assert_eq!(routes(&world, "web")[2].1.timeouts.request.map(|limit| limit.as_secs()), Some(3));
-    world.change(&[("mesh.yaml", None)]);
+    // A route of the Gateway API has limits for all of a response, and this is none.
+    world.set(
+        "route.yaml",
+        "apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: api, namespace: shop}
+spec: {parentRefs: [{group: '', kind: Service, name: api}], rules: [{backendRefs: [{name: api, port: 80}]}]}
+",
+    );
+    assert_eq!(said(&world, "api"), [(Some(4), None)]);
+    world.change(&[("mesh.yaml", None), ("route.yaml", None)]);
     assert_eq!(said(&world, "web"), without);
     assert_eq!(said(&world, "api"), []);
 }

@@ -134,7 +134,8 @@ fn forwarding(route: Option<&Route>, backend: Option<&HeaderEdits>) -> Forwardin
     if let Some(route) = route {
         response_edits.0.extend(rewrite::edits(&route.response_headers).0);
         let measured = match route.id.kind {
-            RouteKind::VirtualService => Measured::Response,
+            // Of a service without routes the limit is that of the mesh's settings, which are Istio's, too.
+            RouteKind::VirtualService | RouteKind::Default => Measured::Response,
             _ => Measured::Whole,
         };
         let model::http::Timeouts { request, per_try } = route.timeouts;
@@ -193,6 +194,18 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+
+    #[test]
+    fn a_try_by_the_meshs_settings_ends_with_the_responses_head() {
+        let measured = |kind| {
+            let mut route = Route::new(RouteAction::default());
+            route.id.kind = kind;
+            forwarding(Some(&route), None).timeouts.measured
+        };
+        assert_eq!(measured(RouteKind::Default), Measured::Response);
+        assert_eq!(measured(RouteKind::VirtualService), Measured::Response);
+        assert_eq!(measured(RouteKind::HttpRoute), Measured::Whole);
+    }
 
     #[test]
     fn each_word_of_retry_on_has_something_tried_again() {

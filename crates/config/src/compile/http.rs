@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use model::http::{
     Backend, BackendRef, Forward, HeaderEdits, HttpPort, HttpService, LedTo, Protocol, Retry, Route,
-    RouteAction, RouteMatch, RouteTable, WaypointKey,
+    RouteAction, RouteKind, RouteMatch, RouteTable, WaypointKey,
 };
 use model::{Change, ServiceKey};
 
@@ -288,7 +288,10 @@ fn with_retries(
             last.as_ref().filter(|(before, _)| Arc::ptr_eq(before, route)).map(|(_, new)| new.clone());
         let new = known.unwrap_or_else(|| {
             let mut new = Route { retry: Some(retry.clone()), ..Route::clone(route) };
-            new.timeouts.per_try = new.timeouts.per_try.or(*per_try);
+            // The limits of the Gateway API are for all of a response, which this one is not.
+            if matches!(route.id.kind, RouteKind::VirtualService | RouteKind::Default) {
+                new.timeouts.per_try = new.timeouts.per_try.or(*per_try);
+            }
             Arc::new(new)
         });
         last = Some((std::mem::replace(route, new.clone()), new));
