@@ -29,7 +29,9 @@ use identity::{CertificateAuthority, Validity};
 use k8s_openapi::api::core::v1::Secret;
 use kube::api::{ObjectMeta, PostParams};
 use kube::{Api, Client};
+use rustls_pki_types::CertificateDer;
 use tokio::sync::watch;
+use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::current::{Current, InForce, MAX_STALE};
 use super::record::{Record, SecretData, SecretError, SecretName, Signer, TlsForm};
@@ -48,8 +50,10 @@ pub const ABANDON: &str = "culvert.dev/abandon-rotation";
 /// How far a rotation is.
 pub const STATUS: &str = "culvert.dev/rotation";
 
-/// A given authority that has less left is warned of.
+/// A given authority that has less left is warned of; or less than a part of its life, where that is shorter: who renews it by
+/// himself, as cert-manager does in its last third or so, is not late before.
 const ENDS_SOON: Duration = Duration::from_secs(30 * 24 * 3600);
+const LAST_PART: u32 = 6;
 /// So long a replica may go on signing by what it read last; five minutes more for clocks that differ.
 const STALE: Duration = Duration::from_secs(MAX_STALE.as_secs() + 300);
 
@@ -313,7 +317,9 @@ impl Keeper {
     fn ends_soon(&self, record: &Record, in_force: &InForce) -> Option<String> {
         let end = in_force.authority.not_after();
         let left = end.as_secs().saturating_sub(self.current.clock().now().as_secs());
-        let soon = record.state.given && record.state.rotation.is_none() && left < ENDS_SOON.as_secs();
+        let life = record.signer.chain.first().and_then(lifetime);
+        let late = life.map_or(ENDS_SOON, |life| ENDS_SOON.min(life / LAST_PART));
+        let soon = record.state.given && record.state.rotation.is_none() && left < late.as_secs();
         soon.then(|| {
             format!(
                 "Secret {}/{GIVEN_SECRET}: the signing certificate, or one above it, expires at {}: put a new one there",
@@ -525,6 +531,14 @@ fn differs(record: &Record, given: &Target) -> bool {
     record.state.rotation.is_none()
         && (given.roots.iter().any(|root| !record.roots.contains(root))
             || record.root_ids().iter().any(|id| !kept.contains(id)))
+}
+
+/// For how long a certificate is valid, all in all.
+fn lifetime(certificate: &CertificateDer<'_>) -> Option<Duration> {
+    let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
+    let validity = certificate.validity();
+    let seconds = validity.not_after.timestamp().checked_sub(validity.not_before.timestamp())?;
+    u64::try_from(seconds).ok().map(Duration::from_secs)
 }
 
 fn unix(seconds: u64) -> rustls_pki_types::UnixTime {
