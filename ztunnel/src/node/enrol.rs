@@ -201,8 +201,8 @@ impl Node {
         let (unpaced, share) = match port {
             // The pod's own connections come from inside of it.
             OUTBOUND_PORT => (true, threads.share()),
-            // Each carries what the threads of a peer have for the pod.
-            HBONE_PORT => (!self.proxy.limits.pace_tunnels, 1),
+            // Each carries what a thread of a peer has for the pod: all threads, evenly.
+            HBONE_PORT => (!self.proxy.limits.pace_tunnels, 0),
             _ => (false, threads.share()),
         };
         let options = ListenOptions { unpaced, ..self.listen_options() };

@@ -8,6 +8,9 @@
 //!          └──────────────── is busy: those that are not, in the same order ───────────────┘
 //! ```
 //!
+//! HBONE connections, each of which carries many others, go to the thread with the fewest of the pod, of these to the one that has the
+//! fewest of all: so a tunnel within the node ends on another thread than the one that its connections are on.
+//!
 //! Which thread is the first differs from pod to pod. One thread accepts for all ([`accepting`]), the first that is not
 //! busy: known to all threads, a listener would wake each of them for every connection. A thread that stands still counts as busy,
 //! and has what accepts on it taken away ([`watch`]).
@@ -272,18 +275,19 @@ impl Listener {
     fn choose(&self) -> usize {
         let now = Instant::now();
         let open = |rank: usize| self.open.get(rank).map_or(0, |open| open.load(Ordering::Relaxed));
-        choose(self.ranks(), self.share, open, |rank| self.is_busy(rank, now))
+        let of_all = |rank: usize| self.thread(rank).open.load(Ordering::Relaxed);
+        choose(self.ranks(), self.share, |rank| (open(rank), of_all(rank)), |rank| self.is_busy(rank, now))
     }
 }
 
-/// Who takes the next connection.
+/// Who takes the next connection, where threads have so many `open` of the listener, and of all.
 fn choose(
     ranks: std::ops::Range<usize>,
     share: usize,
-    open: impl Fn(usize) -> usize,
+    open: impl Fn(usize) -> (usize, usize),
     is_busy: impl Fn(usize) -> bool,
 ) -> usize {
-    let with_room = ranks.clone().find(|rank| open(*rank) < share && !is_busy(*rank));
+    let with_room = ranks.clone().find(|rank| open(*rank).0 < share && !is_busy(*rank));
     with_room.or_else(|| ranks.min_by_key(|rank| (is_busy(*rank), open(*rank)))).unwrap_or(0)
 }
 
@@ -343,9 +347,24 @@ mod tests {
             ([3, 2, 2], "0 1 2", 1),
         ] {
             let is_busy = |rank: usize| busy.contains(&rank.to_string());
-            assert_eq!(choose(0..3, 24, |rank| open[rank], is_busy), rank, "{open:?}, busy: {busy}");
+            assert_eq!(choose(0..3, 24, |rank| (open[rank], 0), is_busy), rank, "{open:?}, busy: {busy}");
         }
-        assert_eq!(choose(0..1, 24, |_| 1000, |_| true), 0);
+        assert_eq!(choose(0..1, 24, |_| (1000, 1000), |_| true), 0);
+    }
+
+    #[test]
+    fn of_threads_that_have_as_many_of_a_listener_the_one_with_the_fewest_of_all_takes_the_next() {
+        for (open, busy, rank) in [
+            ([(0, 0), (0, 0), (0, 0)], "", 0),
+            // A tunnel of this node to this node: whose thread has the connections that it carries is not the one.
+            ([(0, 16), (0, 0), (0, 0)], "", 1),
+            ([(0, 16), (1, 0), (0, 3)], "", 2),
+            ([(0, 16), (0, 0), (0, 3)], "1", 2),
+            ([(2, 2), (1, 30), (2, 2)], "", 1),
+        ] {
+            let is_busy = |rank: usize| busy.contains(&rank.to_string());
+            assert_eq!(choose(0..3, 0, |rank| open[rank], is_busy), rank, "{open:?}, busy: {busy}");
+        }
     }
 
     #[test]
