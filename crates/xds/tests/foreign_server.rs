@@ -330,7 +330,7 @@ async fn a_foreign_resource_at_the_head_of_a_part_is_refused_alone() {
     stream.request().await;
     // A part is full with three: each begins with one that is not of the response's type.
     let of = |n: usize| match n % 3 {
-        0 if n % 2 == 0 => B,
+        0 if n.is_multiple_of(2) => B,
         0 => "type.googleapis.com/test.Unknown",
         _ => A,
     };

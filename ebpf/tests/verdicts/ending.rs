@@ -16,7 +16,7 @@ fn many_pairs_end_by_a_few_looks() {
     let Some(mesh) = Mesh::new("many pairs end by a few looks") else { return };
     let [client, server] = ["client", "server"].map(|name| mesh.lab.pod(name));
     let pair = |number: u16| {
-        let v6 = number % 2 > 0;
+        let v6 = !number.is_multiple_of(2);
         Pair { source: client.ip(v6), destination: (server.ip(v6), 9000 + number).into() }
     };
     assert!(mesh.verdicts.renew(LEASE).unwrap());
@@ -30,7 +30,7 @@ fn many_pairs_end_by_a_few_looks() {
         let (server, _) = accept(&listener).unwrap();
         connections.push((client, server));
     }
-    let stays = |number: &u16| number % (PAIRS / STAY) == 0;
+    let stays = |number: &u16| number.is_multiple_of(PAIRS / STAY);
     let over: Vec<Ending<'_>> = (0..PAIRS)
         .filter(|number| !stays(number))
         .map(|number| Ending {

@@ -186,7 +186,7 @@ mod tests {
                 ids.remove(id);
                 set.remove(&id);
             }
-            if id % 37 == 0 {
+            if id.is_multiple_of(37) {
                 assert!(ids.iter().eq(set.iter().copied()), "after {id}");
             }
             assert_eq!((ids.len(), ids.is_empty()), (set.len(), set.is_empty()));
@@ -195,7 +195,7 @@ mod tests {
         (0..COUNT / 2).for_each(|id| check(id, true));
         scattered(COUNT).for_each(|id| check(id, true));
         scattered(COUNT).filter(|id| id % 11 > 0).for_each(|id| check(id, false));
-        scattered(COUNT).filter(|id| id % 3 == 0).for_each(|id| check(id, true));
+        scattered(COUNT).filter(|id| id.is_multiple_of(3)).for_each(|id| check(id, true));
         scattered(COUNT).for_each(|id| check(id, false));
         (0..COUNT).rev().for_each(|id| check(id, true));
         (0..COUNT).for_each(|id| check(id, false));
@@ -209,15 +209,15 @@ mod tests {
         let mut most = 0;
         for id in 0..COUNT {
             ids.insert(id);
-            most = most.max(if id % 64 == 0 { steps(&ids) } else { 0 });
+            most = most.max(if id.is_multiple_of(64) { steps(&ids) } else { 0 });
         }
         for id in scattered(COUNT) {
             ids.remove(id);
-            most = most.max(if id % 64 == 0 { steps(&ids) } else { 0 });
+            most = most.max(if id.is_multiple_of(64) { steps(&ids) } else { 0 });
         }
         for id in (0..COUNT).rev() {
             ids.insert(id);
-            most = most.max(if id % 64 == 0 { steps(&ids) } else { 0 });
+            most = most.max(if id.is_multiple_of(64) { steps(&ids) } else { 0 });
         }
         // In one list each would have moved half of all: 65,536.
         assert!(most <= 2 * CHUNK, "{most} steps for one number");
