@@ -283,6 +283,21 @@ impl Cluster {
         method: Method,
         path: &str,
     ) -> Result<(http::StatusCode, Bytes)> {
+        self.ask_pod_within(LIMIT, pod, port, method, path)
+    }
+
+    /// The same, within this time.
+    ///
+    /// # Errors
+    /// As [`Cluster::ask_pod`].
+    pub fn ask_pod_within(
+        &self,
+        limit: Duration,
+        pod: &PodName,
+        port: u16,
+        method: Method,
+        path: &str,
+    ) -> Result<(http::StatusCode, Bytes)> {
         let pods: Api<Pod> = Api::namespaced(self.client.clone(), &pod.namespace);
         let place = || format!("port {port} of pod {}/{}", pod.namespace, pod.name);
         let exchange = async {
@@ -290,9 +305,9 @@ impl Cluster {
             let stream = forwarder.take_stream(port).context("no stream")?;
             admin::exchange(stream, &format!("localhost:{port}"), method, path).await
         };
-        match self.runtime.block_on(async { timeout(LIMIT, exchange).await }) {
+        match self.runtime.block_on(async { timeout(limit, exchange).await }) {
             Ok(answer) => answer.with_context(|| format!("{} can't be asked", place())),
-            Err(_) => bail!("{} did not answer {path} within {LIMIT:?}", place()),
+            Err(_) => bail!("{} did not answer {path} within {limit:?}", place()),
         }
     }
 

@@ -1,13 +1,23 @@
 //! Whether an installation is as it should be, and what to do where it isn't: what `status` shows, and what `install`,
 //! `upgrade` and `verify-install` wait for.
 
+use std::time::Duration;
+
 use anyhow::Result;
+use http::{Method, StatusCode};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::cluster::Cluster;
+use crate::admin::READINESS;
+use crate::cluster::{Cluster, PodName};
 use crate::events::newest;
 use crate::install::crds::{self, Action};
+
+/// Pods of a part that are asked what they wait for, and for how long each: the node of one may be away.
+const ASKED: usize = 3;
+const ASKING: Duration = Duration::from_secs(5);
+/// Characters of what one says.
+const SHOWN: usize = 500;
 
 /// How something is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
@@ -147,15 +157,17 @@ fn with_pods(cluster: &Cluster, app: &str, check: Check) -> Result<Vec<Check>> {
     let mut found = vec![check];
     if !ready {
         let path = format!("/api/v1/namespaces/{}/pods?labelSelector=app%3D{app}", cluster.system);
+        let mut left = ASKED;
         for pod in cluster.list(&path)? {
-            found.extend(pod_trouble(cluster, &pod)?);
+            found.extend(pod_trouble(cluster, &pod, &mut left)?);
         }
     }
     Ok(found)
 }
 
-/// Why a pod isn't ready; nothing for one that is, or is on its way without a word.
-fn pod_trouble(cluster: &Cluster, pod: &Value) -> Result<Option<Check>> {
+/// Why a pod isn't ready; nothing for one that is, or is on its way without a word. One that runs is asked itself, where so many
+/// are `left` to ask.
+fn pod_trouble(cluster: &Cluster, pod: &Value, left: &mut usize) -> Result<Option<Check>> {
     let (namespace, name) = (text(pod, "/metadata/namespace"), text(pod, "/metadata/name"));
     let what = format!("pod {name}");
     let conditions = pod.pointer("/status/conditions").and_then(Value::as_array).cloned().unwrap_or_default();
@@ -180,6 +192,17 @@ fn pod_trouble(cluster: &Cluster, pod: &Value) -> Result<Option<Check>> {
             return Ok(Some(Check::new(what, State::Waiting, detail).remedy(remedy)));
         }
     }
+    let runs = statuses.iter().any(|status| status.pointer("/state/running").is_some());
+    if runs && *left > 0 {
+        *left -= 1;
+        let pod = PodName { namespace: namespace.to_owned(), name: name.to_owned(), ..PodName::default() };
+        let answer =
+            cluster.ask_pod_within(ASKING, &pod, READINESS.port(), Method::GET, "/healthz/ready").ok();
+        if let Some(missing) = answer.and_then(|(status, bytes)| missing(status, &bytes)) {
+            let remedy = format!("kubectl logs -n {namespace} {name} has more of it");
+            return Ok(Some(Check::new(what, State::Waiting, missing).remedy(remedy)));
+        }
+    }
     let path = format!(
         "/api/v1/namespaces/{namespace}/events?fieldSelector=involvedObject.name%3D{name},type%3DWarning"
     );
@@ -188,6 +211,14 @@ fn pod_trouble(cluster: &Cluster, pod: &Value) -> Result<Option<Check>> {
         Check::new(what, State::Waiting, format!("{}: {}", text(event, "/reason"), text(event, "/message")))
             .remedy(format!("kubectl describe pod -n {namespace} {name}"))
     }))
+}
+
+/// What a program of ours says that it waits for, by its answer to the question whether it is ready.
+fn missing(status: StatusCode, answer: &[u8]) -> Option<String> {
+    let text = String::from_utf8_lossy(answer);
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let is_said = status == StatusCode::SERVICE_UNAVAILABLE && !lines.is_empty();
+    is_said.then(|| lines.join("; ").chars().take(SHOWN).collect())
 }
 
 fn remedy_of(reason: &str, namespace: &str, name: &str) -> Option<String> {
@@ -263,4 +294,19 @@ fn definitions(cluster: &Cluster) -> Result<Check> {
             "`culvert upgrade` installs and updates them; those of another mesh are updated with that mesh",
         )
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_program_waits_for_is_what_it_says_itself() {
+        let text = b"CNI plugin: no primary\nKubernetes: not yet\n";
+        let said = missing(StatusCode::SERVICE_UNAVAILABLE, text);
+        assert_eq!(said.as_deref(), Some("CNI plugin: no primary; Kubernetes: not yet"));
+        assert_eq!(missing(StatusCode::OK, b"ready\n"), None);
+        assert_eq!(missing(StatusCode::SERVICE_UNAVAILABLE, b"\n"), None);
+        assert_eq!(missing(StatusCode::SERVICE_UNAVAILABLE, &[b'a'; 9000]).unwrap().len(), SHOWN);
+    }
 }

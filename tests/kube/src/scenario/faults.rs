@@ -291,8 +291,20 @@ pub fn chain(stage: &Stage) -> Result<()> {
     let mtu = stage.exec("client", &["cat", "/sys/class/net/eth0/mtu"])?;
     ensure!(mtu == "1450", "the pod has the old configuration's MTU: {mtu}");
     stage.ok("a pod that is made then has the new configuration and is in the mesh from its start");
-    let back = format!("sed -i s/1450/1500/ {DIRECTORY}/10-bridge.conflist");
-    node::run(lab, &near, &["sh", "-c", &back]).map(drop)
+    // One that nobody can read: pods go on to start with the last good one, and who asks hears which file it is.
+    let spoil =
+        format!("cd {DIRECTORY} && cp 10-bridge.conflist /run/kept && echo '{{' > 10-bridge.conflist");
+    node::run(lab, &near, &["sh", "-c", &spoil])?;
+    wait_for("culvert status to name the file", PATIENCE, || {
+        let said = stage.culvert(&["status"])?;
+        let named =
+            said.output.contains("10-bridge.conflist: it is not JSON") && said.output.contains("last good");
+        Ok(if named && said.code == 1 { Ok(()) } else { Err(format!("{said:?}")) })
+    })?;
+    stage.ok("a configuration that can't be read is named by `culvert status`");
+    let back = format!("sed s/1450/1500/ /run/kept > {DIRECTORY}/10-bridge.conflist");
+    node::run(lab, &near, &["sh", "-c", &back])?;
+    stage.culvert(&["verify-install", "--timeout", "60s"])?.code(0).map(drop)
 }
 
 /// What changes when a pod's containers are started anew.
