@@ -51,8 +51,6 @@ type Answered = ((Lease, Framing), Picked, Retrying);
 
 /// Informational responses of an endpoint that are passed over.
 const MAX_INFORMATIONAL: u32 = 16;
-/// What is read of a request's body that nobody asked for.
-const DISCARDED: u64 = 64 * 1024;
 /// How often it is looked at whether a client has left whose body nobody takes.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -193,12 +191,6 @@ impl Exchange<'_> {
         loop {
             match decision {
                 Decision::Respond(response) => {
-                    // Here nothing was wrong with it: what was may not be read on.
-                    poll_fn(|cx| {
-                        self.upload.discard(cx, self.client, DISCARDED);
-                        Poll::Ready(())
-                    })
-                    .await;
                     let detail = self.decided.detail;
                     return self.respond(&response, detail).await;
                 }

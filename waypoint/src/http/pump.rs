@@ -124,21 +124,6 @@ impl Pump {
         Poll::Ready(Ok(()))
     }
 
-    /// Drops what has come of the body, up to `most` bytes: where that is all of it, the connection can be used again.
-    pub(crate) fn discard(&mut self, cx: &mut Context<'_>, from: &mut Channel, most: u64) {
-        while !self.read && self.bytes <= most {
-            match from.poll_frame(cx) {
-                Poll::Ready(Ok(Frame::Data(data))) => {
-                    self.bytes += data.len() as u64;
-                    from.consumed(data.len());
-                }
-                Poll::Ready(Ok(Frame::End(_))) => self.read = true,
-                // What is wrong with it is nobody's any more: the connection ends with it.
-                Poll::Ready(Err(_)) | Poll::Pending => return,
-            }
-        }
-    }
-
     /// The first `limit` bytes of what was read ahead.
     pub(crate) fn ahead(&self, limit: usize) -> Ahead {
         let size: usize = self.again.iter().map(Bytes::len).sum();
