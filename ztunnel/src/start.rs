@@ -113,9 +113,7 @@ async fn serve(
     let looking = node.clone();
     verdicts::keep(&proxy, move || looking.verify_soon()).context("the thread of verdicts")?;
     let pods = follow_pods(flags, mode, zds, (&node, &proxy.state), &work, enrolled, &shutdown);
-    tokio::spawn(look_after(proxy.clone()));
-    tokio::spawn(proxy.threads.clone().watch());
-    tokio::spawn(give_back(proxy.clone()));
+    keep_up(&proxy);
     tokio::spawn(net::release_code_at_rest(async move { readiness.settled().await }));
     tokio::spawn(follow_trust(proxy.clone(), workers.clone()));
     tokio::spawn(follow(source, proxy.clone(), node.clone(), work.clone(), configured));
@@ -135,6 +133,13 @@ async fn serve(
     }
     tracing::info!("stopped");
     Ok(())
+}
+
+/// What goes on beside the connections, as long as the process does.
+fn keep_up(proxy: &Arc<Proxy>) {
+    tokio::spawn(look_after(proxy.clone()));
+    tokio::spawn(proxy.threads.clone().watch());
+    tokio::spawn(give_back(proxy.clone()));
 }
 
 /// What differs between file mode and a cluster.

@@ -27,8 +27,9 @@ pub use features::Features;
 pub use names::{
     ADDRESS_TYPE_URL, AUTHENTICATION_TYPE_URL, AUTHORIZATION_TYPE_URL, AUTHORIZER_TYPE_URL,
     HTTP_POLICY_TYPE_URL, HTTP_SERVICE_TYPE_URL, MESH_SETTINGS_NAME, MESH_SETTINGS_TYPE_URL,
-    RATE_LIMIT_TYPE_URL, REACHABLE_TYPE_URL, ResourceName, TRAFFIC_TYPE_URL, WORKLOAD_TYPE_URL, belongs_together, policy_name,
-    service_aliases, service_name, waypoint_part, waypoint_scope, workload_aliases, workload_name,
+    RATE_LIMIT_TYPE_URL, REACHABLE_TYPE_URL, ResourceName, TRAFFIC_TYPE_URL, WORKLOAD_TYPE_URL,
+    belongs_together, policy_name, service_aliases, service_name, waypoint_part, waypoint_scope,
+    workload_aliases, workload_name,
 };
 
 /// The messages, generated from the `.proto` files of this crate, and the gRPC services: each in modules of its
