@@ -100,7 +100,7 @@ fn release_code() -> io::Result<usize> {
 }
 
 /// The addresses of all that is a program's or a library's and is as its file has it (proc_pid_smaps(5)): its code, and what else
-/// of a file with code can't be written and has no page of its own, which what the loader relocates has.
+/// of a file with code can't be written and has no page of its own, in memory or swapped out, which what the loader relocates has.
 fn images(smaps: &str) -> Vec<Range<usize>> {
     let mut programs = HashSet::new();
     let mut mappings = Vec::new();
@@ -109,15 +109,16 @@ fn images(smaps: &str) -> Vec<Range<usize>> {
             if permissions == "r-xp" && !path.is_empty() {
                 programs.insert(path);
             }
-            mappings.push((range, permissions, path, false));
-        } else if let Some(size) = line.strip_prefix("Anonymous:")
-            && let Some((.., is_the_files)) = mappings.last_mut()
+            mappings.push((range, permissions, path, Vec::new()));
+        } else if let Some(size) = line.strip_prefix("Anonymous:").or_else(|| line.strip_prefix("Swap:"))
+            && let Some((.., own)) = mappings.last_mut()
         {
-            *is_the_files = size.trim() == "0 kB";
+            own.push(size.trim());
         }
     }
     let is_image = |permissions, path| matches!(permissions, "r-xp" | "r--p") && programs.contains(path);
-    let image = |(range, permissions, path, is_the_files)| {
+    let image = |(range, permissions, path, own): (_, _, _, Vec<&str>)| {
+        let is_the_files = own == ["0 kB", "0 kB"];
         (is_the_files && is_image(permissions, path)).then_some(range)
     };
     mappings.into_iter().filter_map(image).collect()
@@ -141,7 +142,7 @@ fn mapping(line: &str) -> Option<(Range<usize>, &str, &str)> {
 )]
 fn release(range: Range<usize>) -> io::Result<()> {
     // SAFETY: MADV_DONTNEED on a mapping of a program or library, none of which is ever unloaded, that can't be written and has no
-    // page of its own: the pages are the file's, and are read from it again on the next access.
+    // page of its own, be it in swap: the pages are the file's, and are read from it again on the next access.
     let result = unsafe { libc::madvise(range.start as *mut libc::c_void, range.len(), libc::MADV_DONTNEED) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
@@ -154,26 +155,29 @@ mod tests {
 
     #[test]
     fn what_is_as_its_file_has_it_is_let_go_of() {
-        let of = |header: &str, anonymous: &str| {
-            format!("{header}\nSize: 8 kB\nAnonymous:      {anonymous}\nVmFlags: rd ex\n")
+        let of = |header: &str, (anonymous, swapped): (&str, &str)| {
+            format!(
+                "{header}\nSize: 8 kB\nAnonymous:      {anonymous}\nSwap:       {swapped}\nSwapPss:  0 kB\nVmFlags: rd\n"
+            )
         };
-        let program = of("1000-3000 r-xp 00002000 fe:00 123   /usr/bin/culvert", "0 kB");
-        for (header, anonymous, is_meant) in [
-            ("5000-6000 r--p 00000000 fe:00 123   /usr/bin/culvert", "0 kB", true),
-            ("5000-6000 r-xp 00000000 fe:00 123   /a b (deleted)", "0 kB", true),
-            ("5000-6000 r-xp 00000000 fe:00 123   /usr/bin/culvert", "4 kB", false),
-            ("5000-6000 r--p 00000000 fe:00 123   /usr/bin/culvert", "4 kB", false),
-            ("5000-6000 r--p 00000000 fe:00 124   /var/lib/a-file", "0 kB", false),
-            ("5000-6000 rw-p 00000000 fe:00 123   /usr/bin/culvert", "0 kB", false),
-            ("5000-6000 rwxp 00000000 fe:00 123   /usr/bin/culvert", "0 kB", false),
-            ("5000-6000 r--s 00000000 fe:00 123   /usr/bin/culvert", "0 kB", false),
-            ("5000-6000 r-xp 00000000 00:00 0     [vdso]", "0 kB", false),
-            ("5000-6000 r--p 00000000 00:00 0", "0 kB", false),
-            ("", "0 kB", false),
+        let program = of("1000-3000 r-xp 00002000 fe:00 123   /usr/bin/culvert", ("0 kB", "0 kB"));
+        for (header, own, is_meant) in [
+            ("5000-6000 r--p 00000000 fe:00 123   /usr/bin/culvert", ("0 kB", "0 kB"), true),
+            ("5000-6000 r-xp 00000000 fe:00 123   /a b (deleted)", ("0 kB", "0 kB"), true),
+            ("5000-6000 r-xp 00000000 fe:00 123   /usr/bin/culvert", ("4 kB", "0 kB"), false),
+            ("5000-6000 r--p 00000000 fe:00 123   /usr/bin/culvert", ("4 kB", "0 kB"), false),
+            ("5000-6000 r--p 00000000 fe:00 123   /usr/bin/culvert", ("0 kB", "4 kB"), false),
+            ("5000-6000 r--p 00000000 fe:00 124   /var/lib/a-file", ("0 kB", "0 kB"), false),
+            ("5000-6000 rw-p 00000000 fe:00 123   /usr/bin/culvert", ("0 kB", "0 kB"), false),
+            ("5000-6000 rwxp 00000000 fe:00 123   /usr/bin/culvert", ("0 kB", "0 kB"), false),
+            ("5000-6000 r--s 00000000 fe:00 123   /usr/bin/culvert", ("0 kB", "0 kB"), false),
+            ("5000-6000 r-xp 00000000 00:00 0     [vdso]", ("0 kB", "0 kB"), false),
+            ("5000-6000 r--p 00000000 00:00 0", ("0 kB", "0 kB"), false),
+            ("", ("0 kB", "0 kB"), false),
         ] {
             let expected: Vec<_> =
                 [Some(0x1000..0x3000), is_meant.then_some(0x5000..0x6000)].into_iter().flatten().collect();
-            assert_eq!(images(&(program.clone() + &of(header, anonymous))), expected, "{header}");
+            assert_eq!(images(&(program.clone() + &of(header, own))), expected, "{header}");
         }
     }
 
