@@ -92,9 +92,10 @@ impl Chunks {
 
     fn insert(&mut self, id: Id) {
         let mut place = self.place(id);
+        let is_last = place + 1 == self.lists.len();
         let Some(list) = self.lists.get_mut(place) else { return };
         if list.len() >= CHUNK {
-            let is_behind_all = list.last().is_some_and(|last| *last < id);
+            let is_behind_all = is_last && list.last().is_some_and(|last| *last < id);
             let second = list.split_off(if is_behind_all { CHUNK } else { SHORT });
             list.shrink_to_fit();
             let goes_there = is_behind_all || second.first().is_some_and(|first| *first <= id);
@@ -198,7 +199,13 @@ mod tests {
         scattered(COUNT).filter(|id| id.is_multiple_of(3)).for_each(|id| check(id, true));
         scattered(COUNT).for_each(|id| check(id, false));
         (0..COUNT).rev().for_each(|id| check(id, true));
+        // Numbers that were given back come in the other order, here between lists that are full.
+        (CHUNK as Id..COUNT - 1).for_each(|id| check(id, false));
+        (CHUNK as Id..COUNT - 1).rev().for_each(|id| check(id, true));
         (0..COUNT).for_each(|id| check(id, false));
+        (0..CHUNK as Id).chain([COUNT]).for_each(|id| check(id, true));
+        (CHUNK as Id..COUNT).rev().for_each(|id| check(id, true));
+        (0..=COUNT).for_each(|id| check(id, false));
         assert!(ids.is_empty());
     }
 
