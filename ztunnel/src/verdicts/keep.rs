@@ -44,8 +44,8 @@ const BATCH: usize = 1024;
 const BATCHES: usize = 16;
 /// How long pairs are ended at a time. No packet of the others passes meanwhile.
 const TURN: Duration = Duration::from_secs(1);
-/// Pods whose pairs are ended in one go, all that a node has as a rule: for each, the kernel walks the sockets of the machine.
-const TOGETHER: usize = 128;
+/// Pods whose pairs are ended in one go, in which nothing else gets its turn: for each, the kernel walks the sockets of the machine.
+const TOGETHER: usize = 16;
 /// Pods that are looked at again at a time.
 const AGAIN: usize = 8;
 /// How often at least it is looked for what an earlier process left, where no namespace wants verdicts.
