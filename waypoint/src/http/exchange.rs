@@ -356,8 +356,10 @@ impl Exchange<'_> {
         match (self.record.grpc_status, self.record.flag) {
             (Some(code), _) => Some(Outcome::Status(http_of(code))),
             (None, Flag::UpstreamConnectionTermination | Flag::UpstreamRemoteReset) => Some(Outcome::Failed),
-            (None, Flag::UpstreamRequestTimeout) => Some(Outcome::TimedOut),
-            (None, Flag::None | Flag::UpstreamOverflow) => Some(Outcome::Status(self.record.status)),
+            // A limit of the route's, in the middle of an answer: it says nothing of the endpoint (Envoy's onResponseTimeout).
+            (None, Flag::None | Flag::UpstreamOverflow | Flag::UpstreamRequestTimeout) => {
+                Some(Outcome::Status(self.record.status))
+            }
             _ => None,
         }
     }
