@@ -317,7 +317,9 @@ impl Keeper {
     fn ends_soon(&self, record: &Record, in_force: &InForce) -> Option<String> {
         let end = in_force.authority.not_after();
         let left = end.as_secs().saturating_sub(self.current.clock().now().as_secs());
-        let life = record.signer.chain.first().and_then(lifetime);
+        // Of one above the signing certificate, which others tend, the whole of the notice is given.
+        let signing = record.signer.chain.first().and_then(validity);
+        let life = signing.filter(|(_, until)| *until == end.as_secs()).map(|(life, _)| life);
         let late = life.map_or(ENDS_SOON, |life| ENDS_SOON.min(life / LAST_PART));
         let soon = record.state.given && record.state.rotation.is_none() && left < late.as_secs();
         soon.then(|| {
@@ -533,12 +535,13 @@ fn differs(record: &Record, given: &Target) -> bool {
             || record.root_ids().iter().any(|id| !kept.contains(id)))
 }
 
-/// For how long a certificate is valid, all in all.
-fn lifetime(certificate: &CertificateDer<'_>) -> Option<Duration> {
+/// For how long a certificate is valid, all in all, and until when, in seconds since 1970.
+fn validity(certificate: &CertificateDer<'_>) -> Option<(Duration, u64)> {
     let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
     let validity = certificate.validity();
+    let end = u64::try_from(validity.not_after.timestamp()).ok()?;
     let seconds = validity.not_after.timestamp().checked_sub(validity.not_before.timestamp())?;
-    u64::try_from(seconds).ok().map(Duration::from_secs)
+    Some((Duration::from_secs(u64::try_from(seconds).ok()?), end))
 }
 
 fn unix(seconds: u64) -> rustls_pki_types::UnixTime {
