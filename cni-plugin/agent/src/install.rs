@@ -163,11 +163,19 @@ impl Installation {
     pub fn remove(&self) -> Result<(), InstallError> {
         self.chain.remove()?;
         // Whoever calls it by himself hears of it by the change of our file. Without the binary his pods would not start.
+        let mut is_called = self.chain.is_called()?;
         for _ in 0..LOOKS {
-            if !self.chain.is_called()? {
+            if !is_called {
                 break;
             }
             std::thread::sleep(LOOK);
+            is_called = self.chain.is_called()?;
+        }
+        if is_called {
+            tracing::error!(
+                "another primary (Multus?) goes on naming our plugin or its file, and the plugin is taken away now: where it \
+                 names the plugin, no pod of this node starts until that primary is started anew"
+            );
         }
         match fs::remove_file(&self.binary.target) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
