@@ -9,7 +9,7 @@
 //! ```
 //!
 //! HBONE connections, each of which carries many others, go to the thread with the fewest of the pod, of these to the one that has the
-//! fewest of all: so a tunnel within the node ends on another thread than the one that its connections are on.
+//! fewest of all: so a tunnel within the node ends, as a rule, on another thread than the one that its connections are on.
 //!
 //! Which thread is the first differs from pod to pod. One thread accepts for all ([`accepting`]), the first that is not
 //! busy: known to all threads, a listener would wake each of them for every connection. A thread that stands still counts as busy,
