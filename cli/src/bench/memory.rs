@@ -12,7 +12,7 @@ use crate::lab::{NodeId, Ztunnel};
 use crate::load::{self, EXCHANGE_PORT, Plan, Shape, Talk};
 
 /// How many connections are held open.
-const IDLE_CONNECTIONS: usize = 5000;
+const IDLE_CONNECTIONS: usize = 2000;
 /// The workloads of the large mesh, and how many documents one file holds.
 const WORKLOADS: usize = 100_000;
 const DOCUMENTS_A_FILE: usize = 1000;
