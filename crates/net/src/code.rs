@@ -173,7 +173,6 @@ mod tests {
             ("5000-6000 r--s 00000000 fe:00 123   /usr/bin/culvert", ("0 kB", "0 kB"), false),
             ("5000-6000 r-xp 00000000 00:00 0     [vdso]", ("0 kB", "0 kB"), false),
             ("5000-6000 r--p 00000000 00:00 0", ("0 kB", "0 kB"), false),
-            ("", ("0 kB", "0 kB"), false),
         ] {
             let expected: Vec<_> =
                 [Some(0x1000..0x3000), is_meant.then_some(0x5000..0x6000)].into_iter().flatten().collect();
