@@ -3,6 +3,7 @@
 use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use h2::client::SendRequest;
@@ -10,7 +11,7 @@ use h2::{Reason, RecvStream};
 use http::{HeaderMap, Request, Response};
 use tokio::net::{TcpListener, TcpStream};
 use waypoint::http::Settings;
-use waypoint::http::decide::{Endpoints, Forwarding, Outcome, Protocol, Retries};
+use waypoint::http::decide::{Endpoints, Forwarding, Outcome, Protocol, Retries, Timeouts};
 
 use crate::lab::{self, Proxy, in_turn, target};
 
@@ -138,6 +139,25 @@ async fn how_a_call_went_its_trailers_tell_of_its_endpoint() {
         (ended.len() == 2).then(|| ended.clone())
     });
     assert_eq!(ended.await, [200, 503].map(|status| Some(Outcome::Status(status))));
+}
+
+#[tokio::test]
+async fn a_call_that_its_route_ends_in_the_middle_says_nothing_against_its_endpoint() {
+    let endpoints = in_turn(vec![target(echo().await, Protocol::Http2)]);
+    let shared: Arc<dyn Endpoints> = endpoints.clone();
+    let timeouts = Timeouts { request: Some(Duration::from_millis(300)), ..Timeouts::default() };
+    let proxy =
+        Proxy::start(Forwarding { timeouts, ..Forwarding::default() }, shared, Settings::default()).await;
+    let mut send = client(proxy.address).await.ready().await.unwrap();
+    let request = Request::post(format!("http://{}/pkg.Service/Watch", proxy.address));
+    let request = request.header("content-type", "application/grpc").body(()).unwrap();
+    let (response, mut body) = send.send_request(request, false).unwrap();
+    body.send_data("message".into(), false).unwrap();
+    let mut recv = response.await.unwrap().into_body();
+    assert_eq!(data(&mut recv).await, "message");
+    let ended = lab::until(|| endpoints.ended.lock().unwrap().first().copied());
+    assert_eq!(ended.await, Some(Outcome::Status(200)));
+    assert_eq!(proxy.wait_records(1).await[0].flag.to_string(), "UT");
 }
 
 #[tokio::test]
