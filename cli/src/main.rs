@@ -19,7 +19,6 @@ mod load;
 mod netns;
 mod proxy_config;
 mod proxy_status;
-mod ranges;
 mod schema;
 mod status;
 mod table;

@@ -14,14 +14,13 @@ use base64::engine::general_purpose::STANDARD;
 use http::Uri;
 use hyper_util::client::legacy;
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use ipnet::IpNet;
 use kube::client::{Body, ConfigExt};
 use kube::{Client, Config};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tower::{Service, ServiceBuilder};
-
-use crate::ranges::is_within;
 
 /// For a proxy's answer.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -67,7 +66,9 @@ fn is_exempt(list: &str, server: &Uri) -> bool {
         return true;
     }
     list.split(',').map(|entry| entry.trim().to_ascii_lowercase()).filter(|e| !e.is_empty()).any(|entry| {
-        if entry == "*" || address.is_some_and(|ip| is_within(&entry, ip)) {
+        if entry == "*"
+            || address.is_some_and(|ip| entry.parse::<IpNet>().is_ok_and(|range| range.contains(&ip)))
+        {
             return true;
         }
         let (name, wanted) = match entry.rsplit_once(':') {

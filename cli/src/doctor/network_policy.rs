@@ -4,9 +4,8 @@
 
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use serde_json::Value;
-
-use crate::ranges::is_within;
 
 /// The port that a policy has to let through.
 const HBONE: i64 = 15008;
@@ -53,10 +52,11 @@ fn concerns(rule: &Value, side: &str, pods: &[IpAddr]) -> bool {
 
 /// Whether a block of addresses is of pods. Who names all addresses means those outside, as a rule.
 fn has_pods(block: &Value, pods: &[IpAddr]) -> bool {
-    let range = names(block, "/cidr");
+    let Ok(range) = names(block, "/cidr").parse::<IpNet>() else { return false };
     let but = block.get("except").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
-    let is_out = |ip: IpAddr| but.iter().filter_map(Value::as_str).any(|range| is_within(range, ip));
-    !range.ends_with("/0") && pods.iter().any(|ip| is_within(range, *ip) && !is_out(*ip))
+    let but: Vec<IpNet> = but.iter().filter_map(|range| range.as_str()?.parse().ok()).collect();
+    let is_within = |ip: &IpAddr| range.contains(ip) && !but.iter().any(|out| out.contains(ip));
+    range.prefix_len() > 0 && pods.iter().any(is_within)
 }
 
 fn names<'v>(policy: &'v Value, path: &str) -> &'v str {
