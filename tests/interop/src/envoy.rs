@@ -151,5 +151,7 @@ fn run(command: &mut Command) -> Result<(), String> {
         return Ok(());
     }
     let said = String::from_utf8_lossy(&output.stderr);
-    Err(format!("{shown}: {}", said.lines().last().unwrap_or("failed without a word")))
+    // pip ends some of its errors with an empty line.
+    let last = said.lines().rev().find(|line| !line.trim().is_empty());
+    Err(format!("{shown}: {}", last.unwrap_or("failed without a word")))
 }
