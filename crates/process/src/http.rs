@@ -28,11 +28,15 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use connection::{Connections, StallGuard};
 
 pub use http::{Method, StatusCode};
 pub use routes::{HandlerFuture, Routes};
+
+/// So long a port that is taken is asked for again.
+const ENDING: Duration = Duration::from_secs(2);
 
 /// What a client may take up.
 #[derive(Clone, Copy, Debug)]
@@ -270,20 +274,34 @@ impl HttpBody for Body {
     }
 }
 
-/// Listens on `address`. Where the machine has no IPv6, `[::]` means all IPv4 addresses.
+/// Listens on `address`. Where the machine has no IPv6, `[::]` means all IPv4 addresses. A port that is taken may be that of a
+/// process which is just ending, and whose place this one takes: it is asked for again for [`ENDING`].
 ///
 /// # Errors
 /// The address can't be had; the error names it.
 pub async fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let named = |e: io::Error| io::Error::new(e.kind(), format!("listening on {address}: {e}"));
+    let until = Instant::now() + ENDING;
+    loop {
+        match bind(address).await {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < until => {
+                tokio::time::sleep(ENDING / 40).await;
+            }
+            result => {
+                return result.map_err(|e| io::Error::new(e.kind(), format!("listening on {address}: {e}")));
+            }
+        }
+    }
+}
+
+async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     match TcpListener::bind(address).await {
         Err(e)
             if address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED)
                 && matches!(e.raw_os_error(), Some(nix::libc::EAFNOSUPPORT | nix::libc::EADDRNOTAVAIL)) =>
         {
-            TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await.map_err(named)
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
         }
-        result => result.map_err(named),
+        result => result,
     }
 }
 
@@ -455,5 +473,20 @@ mod tests {
         ] {
             assert_eq!(decode(text), decoded, "{text}");
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_port_that_is_about_to_be_free_is_waited_for() {
+        let held = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let address = held.local_addr().unwrap();
+        let refused = listen(address).await.unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::AddrInUse);
+        assert!(refused.to_string().contains(&address.to_string()), "{refused}");
+        let ends = async {
+            tokio::time::sleep(ENDING / 2).await;
+            drop(held);
+        };
+        let (found, ()) = tokio::join!(listen(address), ends);
+        assert_eq!(found.unwrap().local_addr().unwrap(), address);
     }
 }
