@@ -532,6 +532,30 @@ async fn a_given_authority_waits_for_the_rotation_before_and_is_warned_of_before
 }
 
 #[tokio::test]
+async fn of_the_end_of_a_root_that_was_given_is_warned_a_month_before_whatever_the_signing_certificates_life()
+{
+    let day = Duration::from_secs(24 * 3600);
+    let of_days = |days| Validity { lifetime: days * day, backdate: Duration::ZERO };
+    let root =
+        CertificateAuthority::make_root(&TrustDomain::cluster_local(), of_days(90), UnixTime::now()).unwrap();
+    // Renewed by itself long before its own end; and then cut at the root's.
+    for (signing_days, advanced, warned) in [(35, 20, false), (90, 55, false), (90, 65, true)] {
+        let api = FakeApi::default();
+        let signer = authority(&root, &root)
+            .make_intermediate(&TrustDomain::cluster_local(), of_days(signing_days), UnixTime::now())
+            .unwrap();
+        api.put(GIVEN, given(&signer, &root));
+        let leader = Replica::new(&api, true);
+        leader.keeper.round().await;
+        assert_eq!(leader.error(), "");
+        leader.advance(advanced * day);
+        leader.keeper.round().await;
+        let error = leader.error();
+        assert_eq!(error.contains("put a new one there"), warned, "{signing_days} {advanced}: {error}");
+    }
+}
+
+#[tokio::test]
 async fn an_authority_that_cert_manager_gives_is_taken_and_its_renewal_and_its_faults_are_seen() {
     let api = FakeApi::default();
     let (first, second) = (root(), root());

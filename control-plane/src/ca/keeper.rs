@@ -317,9 +317,12 @@ impl Keeper {
     fn ends_soon(&self, record: &Record, in_force: &InForce) -> Option<String> {
         let end = in_force.authority.not_after();
         let left = end.as_secs().saturating_sub(self.current.clock().now().as_secs());
-        // Of one above the signing certificate, which others tend, the whole of the notice is given.
-        let signing = record.signer.chain.first().and_then(validity);
-        let life = signing.filter(|(_, until)| *until == end.as_secs()).map(|(life, _)| life);
+        // Of one above the signing certificate, which others tend, the whole of the notice is given; also where the signing
+        // certificate's end was cut to that one's.
+        let signing = record.signer.chain.first();
+        let above = record.signer.chain.iter().chain(&record.roots).filter(|other| Some(*other) != signing);
+        let from_above = above.filter_map(validity).any(|(_, until)| until == end.as_secs());
+        let life = signing.and_then(validity).filter(|_| !from_above).map(|(life, _)| life);
         let late = life.map_or(ENDS_SOON, |life| ENDS_SOON.min(life / LAST_PART));
         let soon = record.state.given && record.state.rotation.is_none() && left < late.as_secs();
         soon.then(|| {
