@@ -445,6 +445,12 @@ INLINE int is_anothers(struct __sk_buff *skb, struct packet *p)
 	return anothers;
 }
 
+/* Whether the settings are others by now: a socket that is astray by the old ones may be the right one. */
+INLINE int replaced(const struct Settings *s)
+{
+	return current() != s;
+}
+
 SEC("classifier")
 int arriving(struct __sk_buff *skb)
 {
@@ -505,6 +511,10 @@ int arriving(struct __sk_buff *skb)
 	if (!for_arriving(s, skb->ifindex, p.source, p.destination_port, &listener))
 		return TC_ACT_UNSPEC;
 	if (astray(skb, &p, 0)) {
+		if (replaced(s)) {
+			count(COUNT_UNDECIDED);
+			return TC_ACT_SHOT;
+		}
 		count(COUNT_ESCAPED_INBOUND);
 		return into_reset(skb, &p) ? TC_ACT_SHOT : bpf_redirect(skb->ifindex, 0);
 	}
@@ -582,11 +592,25 @@ int leaving(struct __sk_buff *skb)
 	if (!for_leaving(s, skb->ifindex, p.destination, p.destination_port))
 		return TC_ACT_UNSPEC;
 	if (!opens(&p)) {
+		/* While the pod comes or leaves also of one that has no mark yet: it is sent again. */
 		count(COUNT_UNKNOWN);
 		return TC_ACT_SHOT;
 	}
+	if (s->flags & CHANGING)
+		return TC_ACT_UNSPEC;
 	count(COUNT_ESCAPED_OUTBOUND);
 	return refuse(skb, &p);
+}
+
+/* Whether a packet that opens nothing meets no socket but a listener. */
+INLINE int meets_nobody(struct __sk_buff *skb, struct packet *p)
+{
+	struct bpf_sock *sk = find_socket(skb, p);
+	if (!sk)
+		return 1;
+	int listening = sk->state == LISTENING;
+	bpf_sk_release(sk);
+	return listening;
 }
 
 /* Whether a packet without data meets no socket but a listener. */
@@ -594,12 +618,7 @@ INLINE int ends_handshake(struct __sk_buff *skb, struct packet *p)
 {
 	if ((p->flags & (TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK)) != TCP_ACK || skb->len > ETH_HLEN + p->transport + 60)
 		return 0;
-	struct bpf_sock *sk = find_socket(skb, p);
-	if (!sk)
-		return 1;
-	int listening = sk->state == LISTENING;
-	bpf_sk_release(sk);
-	return listening;
+	return meets_nobody(skb, p);
 }
 
 /* From ztunnel to the pod: a connection to the application, or an answer of the DNS proxy, which leaves from the port that was
@@ -673,13 +692,23 @@ int inside(struct __sk_buff *skb)
 			return TC_ACT_UNSPEC;
 		return into_unreachable(skb, &p) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 	}
-	if (!opens(&p))
+	if (!opens(&p)) {
+		/* Of a connection that goes past ztunnel and has no mark yet: it is sent again, where a listener would end it. */
+		if (s->flags & CHANGING && !is_own(p.destination) && meets_nobody(skb, &p)) {
+			count(COUNT_UNKNOWN);
+			return TC_ACT_SHOT;
+		}
 		return TC_ACT_UNSPEC;
+	}
 	find_all(skb, s);
 	if (is_own(p.destination) || same(p.source, p.destination))
 		return TC_ACT_UNSPEC;
 	/* The kernel sends no reset from an address that isn't the pod's. */
 	if (astray(skb, &p, 1)) {
+		if (replaced(s)) {
+			count(COUNT_UNDECIDED);
+			return TC_ACT_SHOT;
+		}
 		count(COUNT_NO_LISTENER);
 		return into_reset(skb, &p) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 	}

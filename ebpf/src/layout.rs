@@ -35,6 +35,9 @@ pub const ONLY_OUTBOUND_RANGES: u32 = 0x10;
 pub const WITH_PROBES: u32 = 0x20;
 /// Some connections are to be reset.
 pub const WITH_REFUSED: u32 = 0x40;
+/// The pod comes or leaves: its routes and the marks of its connections are being changed. New connections are let out, and are
+/// captured where its routes lead to ztunnel already, or still. Of others what has no mark yet waits.
+pub const CHANGING: u32 = 0x80;
 
 /// The listener for outgoing connections, by its place in the map of listeners.
 pub const LISTENER_OUTBOUND: u32 = 0;
@@ -92,8 +95,11 @@ pub const COUNT_NOT_THE_PODS: u32 = 12;
 pub const COUNT_GRANTED: u32 = 13;
 /// Packets between two pods that have a verdict, which the node's programs did not let through. Dropped.
 pub const COUNT_UNPROVEN: u32 = 14;
+/// First packets that met another socket than the settings said which a program had just read: they were being changed. Dropped,
+/// and judged anew when they are sent again.
+pub const COUNT_UNDECIDED: u32 = 15;
 /// How many counters there are.
-pub const COUNTERS: u32 = 15;
+pub const COUNTERS: u32 = 16;
 
 /// Destinations at most, of both lists and families.
 pub const RANGES_LIMIT: u32 = 4096;

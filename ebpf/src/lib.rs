@@ -24,7 +24,7 @@ pub mod verdicts;
 
 pub use marks::mark;
 pub use pins::{Pins, bpf_file_system, forget, remember, remembered};
-pub use pod::{Contents, Drift, Pod, build, remove};
+pub use pod::{Contents, Drift, Pod, build, is_guarded, remove};
 
 use std::io;
 use std::path::PathBuf;

@@ -17,9 +17,10 @@ use ipnet::IpNet;
 use net::Netns;
 
 use crate::layout::{
-    Address, CAPTURING, COUNTERS, Connection, Control, DELIVERED_EACH, DELIVERED_LEAST, DELIVERED_LIMIT,
-    ENTRIES_LIMIT, INTERFACE_EXCLUDED, Interface, LISTENERS, Neighbours, ONLY_OUTBOUND_RANGES, PORT_WORDS,
-    PairKey, PortSets, RANGE_EXCLUDED, RANGE_INCLUDED, RANGE_V6, RANGES_LIMIT, Range, Settings, VerdictEntry,
+    Address, CAPTURING, CHANGING, COUNTERS, Connection, Control, DELIVERED_EACH, DELIVERED_LEAST,
+    DELIVERED_LIMIT, ENTRIES_LIMIT, INTERFACE_EXCLUDED, Interface, LISTENERS, Neighbours,
+    ONLY_OUTBOUND_RANGES, PORT_WORDS, PairKey, PortSets, RANGE_EXCLUDED, RANGE_INCLUDED, RANGE_V6,
+    RANGES_LIMIT, Range, Settings, VerdictEntry,
 };
 use crate::pins::{is_note, is_over};
 use crate::sys::{self, AttachType};
@@ -238,6 +239,20 @@ pub fn remove(pins: &Pins, netns: &Netns) -> Result<bool, Error> {
         }
         _ => Ok(found),
     }
+}
+
+/// Whether a pod is captured, or was and lacks some of what that takes: its guard lets nothing out that should be captured.
+#[must_use]
+pub fn is_guarded(pins: &Pins, netns: &Netns) -> bool {
+    let directory = pins.of(netns);
+    let is_linked = entries(&directory).is_ok_and(|entries| entries.iter().any(|path| is_link(path)));
+    if !is_linked || is_over(&directory) == Some(true) {
+        return false;
+    }
+    let settings: Result<HashMap<MapData, u32, Settings>, _> =
+        Pod::at(directory, pins.verdicts()).map("settings");
+    let current = settings.and_then(|map| map.get(&0, 0).map_err(Error::map("read", "settings")));
+    current.is_ok_and(|current| current.flags & (CAPTURING | CHANGING) == CAPTURING)
 }
 
 impl Pod {
@@ -501,12 +516,32 @@ impl Pod {
         M::try_from(map).map_err(Error::map("open", name))
     }
 
+    /// Lets the pod's new connections out, until [`Self::settle`] or the next [`Self::install`]: its routes may be taken away
+    /// without one being refused. Of connections that have no mark nothing but their first packet gets out.
+    ///
+    /// # Errors
+    /// It can't be written.
+    pub fn let_out(&self) -> Result<(), Error> {
+        self.change(|current| Settings { flags: current.flags | CHANGING, ..current })
+    }
+
+    /// The routes are what they are to be, and what lives has its mark: the end of [`CHANGING`].
+    ///
+    /// # Errors
+    /// It can't be written.
+    pub fn settle(&self) -> Result<(), Error> {
+        self.change(|current| Settings { flags: current.flags & !CHANGING, ..current })
+    }
+
     /// Says that the programs of all links are these.
     fn sign(&self) -> Result<(), Error> {
+        self.change(|current| Settings { build: build(), ..current })
+    }
+
+    fn change(&self, change: impl FnOnce(Settings) -> Settings) -> Result<(), Error> {
         let mut settings: HashMap<MapData, u32, Settings> = self.map("settings")?;
         let current = settings.get(&0, 0).map_err(Error::map("read", "settings"))?;
-        let signed = Settings { build: build(), ..current };
-        settings.insert(0, signed, 0).map_err(Error::map("write", "settings"))
+        settings.insert(0, change(current), 0).map_err(Error::map("write", "settings"))
     }
 
     fn write(&self, contents: &Contents, build: [u8; 8]) -> Result<(), Error> {

@@ -18,9 +18,9 @@ mod ends;
 mod network;
 mod routes;
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::collections::BTreeMap;
 use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use ebpf::layout;
 use ebpf::{Contents, Pins, Pod};
@@ -30,6 +30,7 @@ use net::{MARK_MASK, Netns, ZTUNNEL_MARK, sysctl};
 
 use crate::backend::{Backend, Capture, Drift, Installed, check};
 use crate::error::{Error, Missing};
+use crate::live;
 use crate::probe::privileges;
 use crate::routing::{self, Ipv6};
 use crate::rules::{Include, PortRange, Rules};
@@ -37,6 +38,10 @@ use crate::tool::Tools;
 use ends::{Ends, Wanted};
 use network::Network;
 
+/// So often, at enrolment, what lives is marked while connections are being made, and so long is waited between: together longer
+/// than an answer takes within a region.
+const LOOKS: u32 = 20;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(5);
 /// What has to be on, and is put back when the pod leaves: sockets take the mark of the packet that makes them; answers without
 /// a socket take that of what they answer; the mark counts when it is asked whether a source is to be believed.
 const SWITCHES: [&str; 4] =
@@ -153,6 +158,8 @@ pub enum Counter {
     Granted,
     /// Dropped: packets between two pods that have a verdict, which the node did not let through.
     Unproven,
+    /// Dropped: first packets that came while what is captured was being changed. They are sent again.
+    Undecided,
 }
 
 impl Counter {
@@ -173,6 +180,7 @@ impl Counter {
         Self::NotThePods,
         Self::Granted,
         Self::Unproven,
+        Self::Undecided,
     ];
 
     /// As a label's value.
@@ -194,6 +202,7 @@ impl Counter {
             Self::NotThePods => "not_the_pods",
             Self::Granted => "granted_inbound",
             Self::Unproven => "unproven",
+            Self::Undecided => "undecided",
         }
     }
 }
@@ -216,6 +225,7 @@ impl Capture for Programs {
         let network = Network::read(netns)?;
         let contents = contents(rules, &network);
         let routes = routes::wanted(rules, &network);
+        let guarded = ebpf::is_guarded(&self.pins, netns);
         let drift = match Pod::find(&self.pins, netns) {
             Some(pod) => pod.drift(netns, &contents)?,
             None => vec!["all".to_owned()],
@@ -229,22 +239,17 @@ impl Capture for Programs {
         self.remember_switches(netns)?;
         switch_on(netns, &switched)?;
         // What lives keeps its routes. Marked before the guard looks for marks, and again when nothing new needs them.
-        let enrols = !rules.leaving && !routes::captures(netns)?;
-        let leaves = rules.leaving && routes::captures(netns)?;
-        if enrols || leaves {
-            mark(netns, leaves)?;
-        }
-        Pod::install(&self.pins, netns, &contents)?;
-        match routes.apply(netns) {
-            // The loopback device of a new pod may still be down.
-            Err(Error::Netlink { source, .. }) if source.raw_os_error() == Some(nix::libc::ENETDOWN) => {
-                routing::loopback_up(netns)?;
-                routes.apply(netns)?;
+        match (rules.leaving, routes::captures(netns)?) {
+            (true, true) => {
+                self.leave(netns, &routes)?;
+                Pod::install(&self.pins, netns, &contents)?;
             }
-            applied => applied?,
-        }
-        if enrols {
-            mark(netns, false)?;
+            // One whose routes someone took away stays guarded.
+            (false, false) if !guarded => self.enrol(netns, contents, &routes)?,
+            _ => {
+                Pod::install(&self.pins, netns, &contents)?;
+                apply(&routes, netns)?;
+            }
         }
         self.follow(netns);
         Ok(Installed { changed: true, ipv6: network.ipv6 })
@@ -328,6 +333,35 @@ impl Programs {
         }
     }
 
+    /// Captures what is new of a pod that was not captured. What lives keeps its routes by a mark: also what was made after the
+    /// marks were set and before the routes were there, of which nothing reaches a listener meanwhile.
+    fn enrol(&self, netns: &Netns, mut contents: Contents, routes: &routes::Wanted) -> Result<(), Error> {
+        mark(netns, false)?;
+        contents.settings.flags |= layout::CHANGING;
+        Pod::install(&self.pins, netns, &contents)?;
+        apply(routes, netns)?;
+        for _ in 0..LOOKS {
+            mark(netns, false)?;
+            if !are_being_made(netns)? {
+                break;
+            }
+            std::thread::sleep(BETWEEN_LOOKS);
+        }
+        Pod::find(&self.pins, netns).map_or(Ok(()), |pod| pod.settle())?;
+        Ok(())
+    }
+
+    /// Gives a pod its own routes back for what is new. What ztunnel carries keeps its own by a mark: also what was made after the
+    /// marks were set and before the routes went, of which the guard, which still stands, has let nothing out meanwhile.
+    fn leave(&self, netns: &Netns, routes: &routes::Wanted) -> Result<(), Error> {
+        mark(netns, true)?;
+        if let Some(pod) = Pod::find(&self.pins, netns) {
+            pod.let_out()?;
+        }
+        routes.apply(netns)?;
+        mark(netns, true)
+    }
+
     /// Looks whether the pod may be an end of connections that no proxy carries.
     fn follow(&self, netns: &Netns) {
         if let Some(ends) = self.ends.get() {
@@ -355,6 +389,26 @@ impl Programs {
     }
 }
 
+/// The same where the loopback device of a new pod may still be down.
+fn apply(routes: &routes::Wanted, netns: &Netns) -> Result<(), Error> {
+    match routes.apply(netns) {
+        Err(Error::Netlink { source, .. }) if source.raw_os_error() == Some(nix::libc::ENETDOWN) => {
+            routing::loopback_up(netns)?;
+            routes.apply(netns)
+        }
+        applied => applied,
+    }
+}
+
+/// Whether there are connections without a mark of ours that are not there yet: such a socket is marked when it is.
+fn are_being_made(netns: &Netns) -> Result<bool, Error> {
+    let failed = |source| Error::Netlink { action: "list the connections", netns: netns.to_string(), source };
+    let all = sock_diag::connections(netns).map_err(failed)?;
+    Ok(all.iter().any(|socket| {
+        socket.mark.is_none() && matches!(socket.state, TcpState::SynSent | TcpState::SynReceived)
+    }))
+}
+
 /// Which of the switches there are, and are off.
 fn switched_off(netns: &Netns) -> Result<Vec<&'static str>, Error> {
     // One that can't be read is of a kernel without it.
@@ -376,9 +430,7 @@ fn switch_on(netns: &Netns, switches: &[&'static str]) -> Result<(), Error> {
 /// longer marks their packets, the application's ends of those that ztunnel carries.
 pub(crate) fn mark(netns: &Netns, carried: bool) -> Result<(), Error> {
     let failed = |source| Error::Netlink { action: "list the connections", netns: netns.to_string(), source };
-    let all = sock_diag::connections(netns).map_err(failed)?;
-    let ends: BTreeSet<(SocketAddr, SocketAddr)> =
-        all.iter().map(|socket| (socket.local, socket.peer)).collect();
+    let (all, ends) = live::with_ends(netns).map_err(failed)?;
     let wanted: Vec<_> = all
         .iter()
         .filter(|socket| {

@@ -1,8 +1,8 @@
 //! The iptables back-ends: the same rules for IPv4 and IPv6, in chains of our own in four tables.
 //!
 //! Each table is replaced in one step by `iptables-restore --noflush`. There is no step over all of them, so
-//! the guard in `filter` goes in first and comes out last. Our chains are the first of their hooks; a rule
-//! that someone puts before them is drift.
+//! the guard in `filter` goes in first and comes out last. Until the others are there too, it lets connections wait.
+//! Our chains are the first of their hooks; a rule that someone puts before them is drift.
 
 use std::collections::VecDeque;
 use std::fmt::Write;
@@ -17,7 +17,7 @@ use crate::error::{Error, Missing};
 use crate::nf_tables::{self, Chain};
 use crate::probe::{privileges, trial};
 use crate::routing::{self, REPLY_MARK};
-use crate::rules::{InterfaceName, Matcher, Plan, Rules, Step, Tuple, Verdict};
+use crate::rules::{Guard, InterfaceName, Matcher, Plan, Rules, Step, Tuple, Verdict};
 use crate::timeouts;
 use crate::tool::{Tools, run};
 
@@ -348,6 +348,8 @@ impl Table {
 /// Input for iptables-restore that brings our chains in, whatever of them is there.
 fn installation(plan: &Plan, v6: bool, saved: &Saved, made: &[Chain]) -> String {
     let mut text = String::new();
+    let enrols = !saved.ours().iter().any(|rule| rule.contains("REDIRECT"));
+    let guard = if enrols { Guard::OfEnrolment } else { Guard::Final };
     for (name, hooks) in TABLES {
         let table = saved.table(name);
         // Writing to a string can't fail.
@@ -365,13 +367,26 @@ fn installation(plan: &Plan, v6: bool, saved: &Saved, made: &[Chain]) -> String 
                 }
                 let _ = writeln!(text, "-I {hook} 1 -j {chain}");
             }
-            for rule in rules(plan, v6, name, chain) {
-                let _ = writeln!(text, "-A {chain} {rule}");
-            }
+            fill(&mut text, chain, rules(plan, v6, name, chain, guard));
+        }
+        text.push_str("COMMIT\n");
+    }
+    if enrols {
+        let [(name, hooks), ..] = TABLES;
+        let _ = writeln!(text, "*{name}");
+        for (_, chain) in hooks {
+            let _ = writeln!(text, ":{chain} - [0:0]");
+            fill(&mut text, chain, rules(plan, v6, name, chain, Guard::Final));
         }
         text.push_str("COMMIT\n");
     }
     text
+}
+
+fn fill(text: &mut String, chain: &str, rules: Vec<String>) {
+    for rule in rules {
+        let _ = writeln!(text, "-A {chain} {rule}");
+    }
 }
 
 /// Input for iptables-restore that takes our chains out, the guard last.
@@ -399,10 +414,13 @@ fn removal(saved: &Saved) -> String {
 }
 
 /// The rules of one of our chains.
-fn rules(plan: &Plan, v6: bool, table: &str, chain: &str) -> Vec<String> {
+fn rules(plan: &Plan, v6: bool, table: &str, chain: &str, guard: Guard) -> Vec<String> {
     let ports = plan.ports;
     let to = |port: u16| format!("REDIRECT --to-ports {port}");
-    let refuse = "REJECT --reject-with tcp-reset";
+    let (refuse, refuse_query) = match guard {
+        Guard::OfEnrolment => ("DROP", "RETURN"),
+        Guard::Final => ("REJECT --reject-with tcp-reset", "REJECT"),
+    };
     match (table, chain) {
         ("filter", "CULVERT_INPUT") => guard_input(plan, v6, refuse),
         ("filter", "CULVERT_FORWARD") => {
@@ -411,7 +429,8 @@ fn rules(plan: &Plan, v6: bool, table: &str, chain: &str) -> Vec<String> {
             lines
         }
         ("filter", _) => {
-            let dns = ("-m conntrack --ctstate NEW -j REJECT", format!("-j {refuse}"));
+            let query = format!("-m conntrack --ctstate NEW -j {refuse_query}");
+            let dns = (query.as_str(), format!("-j {refuse}"));
             let mut lines = refused(plan, Way::Out, v6);
             lines.extend(outbound(plan, v6, refuse, &dns));
             lines

@@ -72,8 +72,7 @@ fn decide(steps: &[Step], source: SocketAddr, destination: SocketAddr) -> Option
 pub fn live_connections(netns: &Netns, ports: &Ports) -> io::Result<Vec<LiveConnection>> {
     let listening: HashSet<u16> = sock_diag::listeners(netns)?.iter().map(SocketAddr::port).collect();
     let given = given_ports(netns)?;
-    let all = sock_diag::connections(netns)?;
-    let ends: HashSet<_> = all.iter().map(|socket| (socket.local, socket.peer)).collect();
+    let (all, ends) = with_ends(netns)?;
     // Peers of what ztunnel accepted on its redirect targets: the application's own ends.
     let redirected: HashSet<_> =
         all.iter().filter(|socket| is_target(ports, socket.local.port())).map(|socket| socket.peer).collect();
@@ -95,6 +94,22 @@ pub fn live_connections(netns: &Netns, ports: &Ports) -> io::Result<Vec<LiveConn
         LiveConnection { connection, direction }
     });
     Ok(directed.collect())
+}
+
+/// Local and peer address of one end of a connection.
+type End = (SocketAddr, SocketAddr);
+
+/// The connections of `netns`, and all of their ends that are in it.
+///
+/// # Errors
+/// As [`sock_diag::connections`].
+pub(crate) fn with_ends(netns: &Netns) -> io::Result<(Vec<Connection>, HashSet<End>)> {
+    let all = sock_diag::connections(netns)?;
+    // A list is not of one moment: of a connection within the pod that is being made it may have one end alone. A list that is
+    // begun later has the other.
+    let later = sock_diag::connections(netns)?;
+    let ends = all.iter().chain(&later).map(|socket| (socket.local, socket.peer)).collect();
+    Ok((all, ends))
 }
 
 /// The ports that the kernel gives to sockets that connect without one (kernel Documentation/networking/ip-sysctl.rst,

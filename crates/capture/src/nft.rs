@@ -12,7 +12,7 @@ use crate::backend::{Backend, Capture, Drift, Installed, check, compare};
 use crate::error::{Error, Missing};
 use crate::probe::{privileges, trial};
 use crate::routing::{self, REPLY_MARK};
-use crate::rules::{InterfaceName, Matcher, Plan, PortRange, Rules, Step, Tuple, Verdict};
+use crate::rules::{Guard, InterfaceName, Matcher, Plan, PortRange, Rules, Step, Tuple, Verdict};
 use crate::timeouts;
 use crate::tool::{Tools, refused, run, run_any};
 
@@ -76,7 +76,7 @@ impl Nftables {
         }
         let netns = Netns::new_empty()
             .map_err(|source| Error::Enter { netns: "an empty namespace".to_owned(), source })?;
-        self.load(&netns, rules)?;
+        self.load(&netns, rules, Guard::Final)?;
         let listing = self.listing(&netns)?;
         if let Ok(mut listings) = self.listings.lock() {
             listings.truncate(REMEMBERED - 1);
@@ -85,8 +85,8 @@ impl Nftables {
         Ok(listing)
     }
 
-    fn load(&self, netns: &Netns, rules: &Rules) -> Result<(), Error> {
-        self.run(netns, &["-f", "-"], &ruleset(&Plan::new(rules), self.by_socket)).map(drop)
+    fn load(&self, netns: &Netns, rules: &Rules, guard: Guard) -> Result<(), Error> {
+        self.run(netns, &["-f", "-"], &ruleset(&Plan::new(rules), self.by_socket, guard)).map(drop)
     }
 }
 
@@ -109,8 +109,12 @@ impl Capture for Nftables {
         let routing = routing::install(netns);
         let listing = self.listing(netns)?;
         let loaded = listing.is_empty() || listing != self.expected(rules)?;
+        // The kernel calls the chains one after the other: a packet that is under way may meet the guard alone.
+        if !rules.leaving && !listing.iter().any(|line| line.contains("redirect to")) {
+            self.load(netns, rules, Guard::OfEnrolment)?;
+        }
         if loaded {
-            self.load(netns, rules)?;
+            self.load(netns, rules, Guard::Final)?;
         }
         let raised = timeouts::raise(netns);
         let (routed, ipv6) = routing?;
@@ -147,11 +151,15 @@ enum Way {
 ///
 /// Priorities are numbers because nft 1.0.6 refuses the name `dstnat` in an output hook. The guard comes after
 /// the filters of others: their `accept` doesn't end our chains.
-fn ruleset(plan: &Plan, by_socket: bool) -> String {
+fn ruleset(plan: &Plan, by_socket: bool, guard: Guard) -> String {
     let mut text = format!("add table {TABLE}\ndelete table {TABLE}\ntable {TABLE} {{\n");
     let ports = plan.ports;
     let to = |port: u16| format!("meta l4proto tcp redirect to :{port}");
-    let refuse = "meta l4proto tcp reject with tcp reset";
+    let (refuse, refuse_query) = match guard {
+        Guard::OfEnrolment => ("drop", "accept"),
+        Guard::Final => ("reject with tcp reset", "reject"),
+    };
+    let refuse_all = format!("meta l4proto tcp {refuse}");
     if !plan.inbound.is_empty() {
         chain(
             &mut text,
@@ -159,12 +167,12 @@ fn ruleset(plan: &Plan, by_socket: bool) -> String {
             None,
             steps(&plan.inbound, Way::In, &to(ports.inbound_plaintext)),
         );
-        chain(&mut text, "inbound_refuse", None, steps(&plan.inbound, Way::In, refuse));
+        chain(&mut text, "inbound_refuse", None, steps(&plan.inbound, Way::In, &refuse_all));
     }
-    chain(&mut text, "forwarded_refuse", None, steps(&plan.forwarded, Way::Through, refuse));
+    chain(&mut text, "forwarded_refuse", None, steps(&plan.forwarded, Way::Through, &refuse_all));
     for (name, verdict, dns) in [
         ("outbound_redirect", to(ports.outbound), format!("redirect to :{}", ports.dns)),
-        ("outbound_refuse", refuse.to_owned(), "reject with tcp reset".to_owned()),
+        ("outbound_refuse", refuse_all, refuse.to_owned()),
     ] {
         let mut lines = steps(&plan.outbound_always, Way::Out, &verdict);
         if plan.dns {
@@ -175,7 +183,7 @@ fn ruleset(plan: &Plan, by_socket: bool) -> String {
     }
     if plan.dns {
         for (name, verdict) in
-            [("dns_redirect", format!("redirect to :{}", ports.dns)), ("dns_refuse", "reject".to_owned())]
+            [("dns_redirect", format!("redirect to :{}", ports.dns)), ("dns_refuse", refuse_query.to_owned())]
         {
             let mut lines = steps(&plan.outbound_always, Way::Out, &verdict);
             lines.push(format!("udp dport 53 {verdict}"));

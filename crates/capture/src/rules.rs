@@ -237,6 +237,16 @@ pub(crate) enum Matcher {
     Destination(Vec<IpNet>),
 }
 
+/// What becomes of new connections that should have been captured and were not.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Guard {
+    /// Nothing, so that they are sent again, for the moment in which some of the rules are in force: processes of the pod may be
+    /// making some. Queries for names over UDP, whose senders would be told of it, go on as before.
+    OfEnrolment,
+    /// They are refused.
+    Final,
+}
+
 /// What becomes of them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Verdict {

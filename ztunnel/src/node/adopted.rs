@@ -1,6 +1,6 @@
 //! Connections of before the enrolment: they go past ztunnel, until a policy refuses them.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -99,7 +99,8 @@ fn alive(netns: &Netns) -> std::io::Result<HashMap<(SocketAddr, SocketAddr), soc
     Ok(sock_diag::connections(netns)?.into_iter().map(|c| ((c.local, c.peer), c)).collect())
 }
 
-/// The connections that go past ztunnel because they are older than the rules, not because these exempt them.
+/// The connections that go past ztunnel because they are older than the rules, not because these exempt them. What a ztunnel
+/// that is being replaced has delivered is not among them: it had decided over the identity of its peer.
 pub(super) fn before(netns: &Netns, rules: &Rules) -> Vec<LiveConnection> {
     let mut found = match capture::live_connections(netns, &rules.ports) {
         Ok(found) => found,
@@ -108,13 +109,6 @@ pub(super) fn before(netns: &Netns, rules: &Rules) -> Vec<LiveConnection> {
             return Vec::new();
         }
     };
-    match sock_diag::connections(netns) {
-        Ok(all) => {
-            let ends = all.into_iter().map(|c| (c.local, c.peer)).collect();
-            found.retain(|live| !is_within((live.connection.local, live.connection.peer), &ends));
-        }
-        Err(error) => tracing::warn!(%netns, %error, "a predecessor's connections can't be told from others"),
-    }
     found.retain(|live| rules.capture(live.direction, live.connection.local, live.connection.peer));
     if found.len() > ADOPTED_LIMIT {
         tracing::warn!(%netns, connections = found.len(), kept = ADOPTED_LIMIT, "too many of before the enrolment");
@@ -122,28 +116,4 @@ pub(super) fn before(netns: &Netns, rules: &Rules) -> Vec<LiveConnection> {
         found.truncate(ADOPTED_LIMIT);
     }
     found
-}
-
-/// Whether both ends of a connection are in the namespace. Such a one has not come from outside: a ztunnel that is being
-/// replaced has delivered it there, by its peer's own address, and had decided over the identity of that peer.
-fn is_within((local, peer): (SocketAddr, SocketAddr), ends: &HashSet<(SocketAddr, SocketAddr)>) -> bool {
-    ends.contains(&(peer, local))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_a_predecessor_delivers_is_not_of_before_the_enrolment() {
-        let (server, near, far): (SocketAddr, SocketAddr, SocketAddr) = (
-            "10.0.0.1:8080".parse().unwrap(),
-            "10.0.0.2:40000".parse().unwrap(),
-            "10.0.0.3:40000".parse().unwrap(),
-        );
-        // The application's end of both, and the ztunnel's of one.
-        let ends = [(server, near), (near, server), (server, far)].into();
-        assert!(is_within((server, near), &ends));
-        assert!(!is_within((server, far), &ends));
-    }
 }

@@ -133,8 +133,18 @@ impl Node {
         }
     }
 
-    /// Removes the redirection that an earlier process has left in pods which are not in the mesh any more.
+    /// Removes what is left of pods that have ended while no ztunnel ran.
+    async fn sweep(&self) {
+        let redirection = self.redirection.clone();
+        let swept = tokio::task::spawn_blocking(move || redirection.sweep()).await.unwrap_or_default();
+        if swept > 0 {
+            tracing::info!(pods = swept, "what pods that are gone left in the kernel is taken away");
+        }
+    }
+
+    /// Removes the redirection that an earlier process has left in pods which are not in the mesh any more, or are no more.
     pub(super) async fn release_unclaimed(&self) {
+        self.sweep().await;
         let redirection = self.redirection.clone();
         let standing = tokio::task::spawn_blocking(move || redirection.standing()).await.unwrap_or_default();
         for (netns, entry) in standing {
@@ -189,5 +199,6 @@ impl Node {
             Ok(false) => {}
             Err(error) => tracing::error!(%error, "what is left of verdicts stays, without a lease"),
         }
+        self.sweep().await;
     }
 }

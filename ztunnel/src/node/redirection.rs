@@ -204,6 +204,15 @@ impl Redirection {
         }
     }
 
+    /// Removes what is kept outside of namespaces for pods whose namespace is gone: of an earlier process, which may have captured by
+    /// another back-end. Of how many that was.
+    pub fn sweep(&self) -> usize {
+        match self {
+            Self::Own { capture, .. } => capture.sweep(),
+            Self::Agent => 0,
+        }
+    }
+
     /// The namespaces that an earlier process has left redirected.
     pub fn standing(&self) -> Vec<(Netns, Entry)> {
         match self {

@@ -8,6 +8,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use capture::Capture;
 use harness::netns::{Host, Process, root_or_skip, skip_without_ebpf};
@@ -15,6 +17,7 @@ use model::{Action, NodeLocal, NodeLocalModes, Scope, Settings};
 use net::Netns;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::configuration::{policy, principal};
@@ -24,6 +27,8 @@ use crate::lab::{Cluster, Options, PATIENCE, eventually, within};
 use crate::verdicts::{CUT, ebpf, past, told};
 
 const PODS: [&str; 3] = ["client", "other", "web"];
+/// How many agents are killed one after the other.
+const AGENTS: u64 = 5;
 const LABEL: &str = "istio.io/dataplane-mode";
 const REDIRECTION: &str = "ambient.istio.io/redirection";
 
@@ -305,4 +310,52 @@ async fn connections_pass_while_agent_and_ztunnel_come_and_go() {
     world.take_out("client").await;
     timeout(PATIENCE, open.end()).await.expect("it goes on").unwrap_err();
     allowed.echo().await.unwrap();
+}
+
+/// Who connects all the while does not notice that agents are killed and come.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_connection_is_lost_as_agents_are_killed() {
+    let Some(mut world) = World::start("culvert-node is killed under connections within the node").await
+    else {
+        return;
+    };
+    let [client, other, web] = PODS.map(|name| world.pod(name).clone());
+    let _server = serve(&web, PORT);
+    let to = SocketAddr::new(web.ipv4.into(), PORT);
+    for pod in [&client, &other] {
+        drop(past(world.cluster.ztunnel("a"), pod, to).await);
+    }
+    let over = Arc::new(AtomicBool::new(false));
+    let callers = [&client, &other, &client, &other].map(|pod| {
+        let (pod, over) = (pod.clone(), over.clone());
+        tokio::spawn(async move {
+            let mut made = 0_u32;
+            while !over.load(Ordering::Relaxed) {
+                ask(&pod, to).await.map_err(|error| format!("{} after {made}: {error}", pod.name))?;
+                made += 1;
+                // There are not so many ports.
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            Ok::<_, String>(made)
+        })
+    });
+    for number in 0..AGENTS {
+        world.agent.as_ref().unwrap().signal(Signal::SIGKILL).unwrap();
+        world.agent = None;
+        world.run_agent();
+        eventually("the next agent is there", async || {
+            world.cluster.node("a").shell("curl -fsS -m 5 http://127.0.0.1:17021/healthz/ready").is_ok()
+        })
+        .await;
+        // At another point of what it does.
+        tokio::time::sleep(Duration::from_millis(number * 130 % 700)).await;
+        if callers.iter().any(JoinHandle::is_finished) {
+            break;
+        }
+    }
+    over.store(true, Ordering::Relaxed);
+    for caller in callers {
+        let made = caller.await.unwrap().unwrap();
+        assert!(made > 20, "{made} connections say little");
+    }
 }

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::symlink;
 use std::time::Duration;
 
-use harness::netns::{Host, root_or_skip};
+use harness::netns::{Host, Lab, root_or_skip};
 use nix::sys::signal::Signal;
 use tokio::time::sleep;
 
@@ -101,6 +101,36 @@ async fn another_back_end_takes_over() {
     for pod in &pods {
         assert_eq!(rules(pod), "", "{}", pod.name);
     }
+}
+
+#[tokio::test]
+async fn what_pods_that_are_gone_left_of_programs_goes_under_another_back_end() {
+    if !root_or_skip("programs of pods that are gone") {
+        return;
+    }
+    let programs = match capture::probe(capture::Backend::Ebpf, &capture::Tools::default()) {
+        Ok(programs) => programs,
+        Err(missing) => return println!("skipped: {missing}"),
+    };
+    let mut mesh = Mesh::build(&[("a", &["client"])]);
+    // It ends while no ztunnel runs.
+    let lab = Lab::builder().node("z", &["gone"]).build().unwrap();
+    let netns = lab.pod("gone").netns.clone();
+    programs.install(&netns, &capture::Rules::default()).unwrap();
+    let kept = std::path::Path::new("/sys/fs/bpf/culvert").join(netns.id().inode().to_string());
+    assert!(kept.exists());
+    drop((programs, netns, lab));
+    let options = Options::default().argument("--capture").argument("nftables").argument("--cleanup");
+    // The kernel takes its time to end a namespace.
+    for _ in 0..10 {
+        mesh.run("a", &options).await;
+        mesh.ztunnel("a").signal(Signal::SIGTERM);
+        mesh.ztunnel_mut("a").ended().await;
+        if !kept.exists() {
+            return;
+        }
+    }
+    panic!("{} is still there", kept.display());
 }
 
 #[tokio::test]

@@ -121,6 +121,11 @@ pub async fn clean_up(record: &Record, capture: Arc<dyn Capture>, api: Option<&i
             tracing::warn!(pod = name, %error, "the pod's annotation stays");
         }
     }
+    // Of pods that have ended while no agent ran: nobody comes after this one.
+    let swept = tokio::task::spawn_blocking(move || capture.sweep()).await.unwrap_or_default();
+    if swept > 0 {
+        tracing::info!(pods = swept, "what pods that are gone left in the kernel is taken away");
+    }
     left
 }
 

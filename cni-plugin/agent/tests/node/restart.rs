@@ -1,12 +1,14 @@
 //! The agent's restart, ztunnel's, and what the record is for.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 use capture::{Backend, Capture, Error, Rules, Tools};
-use harness::netns::root_or_skip;
+use harness::netns::{Lab, root_or_skip};
 use node_agent::record::Record;
 
 use super::lab::{Agent, Around, Container, FakeZtunnel, World, application, ip, who};
@@ -179,6 +181,7 @@ async fn cleaning_up_leaves_nothing_behind() {
     assert_eq!(ip(world.host("web")).len(), 2);
     let record = Record::open(&world.directory.path().join("state")).unwrap();
     let api = super::lab::TheApi(world.server.clone());
+    let of_dead = programs_of_a_pod_that_is_gone();
     assert_eq!(node_agent::node::clean_up(&record, world.capture.clone(), Some(&api)).await, 0);
     for name in ["web", "other"] {
         assert_eq!(world.rules_in(name), "");
@@ -187,4 +190,24 @@ async fn cleaning_up_leaves_nothing_behind() {
     assert_eq!(world.server.annotated.lock().unwrap().len(), 2);
     application(world.host("web"));
     assert_eq!(who(world.host("client"), world.address("web", false)).await, "app");
+    // The kernel takes its time to end a namespace.
+    for _ in 0..200 {
+        if !of_dead.as_ref().is_some_and(|kept| kept.exists()) {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert_eq!(node_agent::node::clean_up(&record, world.capture.clone(), Some(&api)).await, 0);
+    }
+    panic!("{of_dead:?} is still there");
+}
+
+/// Where the programs are that a pod had which ended while no agent ran; `None` where there is no capture by eBPF.
+fn programs_of_a_pod_that_is_gone() -> Option<PathBuf> {
+    let programs = capture::probe(Backend::Ebpf, &Tools::default()).ok()?;
+    let lab = Lab::builder().node("z", &["gone"]).build().unwrap();
+    let netns = lab.pod("gone").netns.clone();
+    programs.install(&netns, &Rules::default()).unwrap();
+    let kept = Path::new("/sys/fs/bpf/culvert").join(netns.id().inode().to_string());
+    assert!(kept.exists());
+    Some(kept)
 }

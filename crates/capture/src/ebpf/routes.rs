@@ -15,6 +15,7 @@
 //! The kernel looks for own addresses before all of these. Whatever is wrong here, the guard refuses what leaves without having
 //! been captured.
 
+use std::cmp::Reverse;
 use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
@@ -216,15 +217,12 @@ impl Wanted {
         Ok(drift)
     }
 
-    /// Makes it so. What is new comes before what is old goes, and routes before the rules that lead to them.
+    /// Makes it so. What is new comes before what is old goes, routes before the rules that lead to them and after those that
+    /// led to them. Rules come in [`Rule::order`], and go the other way round.
     pub(super) fn apply(&self, netns: &Netns) -> Result<(), Error> {
         let (rules, routes) = (present_rules(netns)?, present_routes(netns)?);
         let mut netlink = open(netns)?;
         let fail = |action| move |source| Error::Netlink { action, netns: netns.to_string(), source };
-        // A route with another source replaces the old one.
-        for route in routes.difference(&self.routes).filter(|old| !self.has(old)) {
-            gone(netlink.acknowledged(route.message(RTM_DELROUTE))).map_err(fail("remove a route"))?;
-        }
         for route in self.routes.difference(&routes) {
             match netlink.acknowledged(route.message(RTM_NEWROUTE)) {
                 Err(error)
@@ -232,15 +230,23 @@ impl Wanted {
                 added => added.map_err(fail("add a route"))?,
             }
         }
-        for rule in self.rules.difference(&rules) {
+        let mut new: Vec<&Rule> = self.rules.difference(&rules).collect();
+        new.sort_by_key(|rule| rule.order());
+        for rule in new {
             match netlink.acknowledged(rule.message(RTM_NEWRULE)) {
                 Err(error) if rule.v6 && is_absent(&error) => {}
                 Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {}
                 added => added.map_err(fail("add a policy rule"))?,
             }
         }
-        for rule in rules.difference(&self.rules) {
+        let mut old: Vec<&Rule> = rules.difference(&self.rules).collect();
+        old.sort_by_key(|rule| Reverse(rule.order()));
+        for rule in old {
             gone(netlink.acknowledged(rule.message(RTM_DELRULE))).map_err(fail("remove a policy rule"))?;
+        }
+        // A route with another source has replaced the old one.
+        for route in routes.difference(&self.routes).filter(|old| !self.has(old)) {
+            gone(netlink.acknowledged(route.message(RTM_DELROUTE))).map_err(fail("remove a route"))?;
         }
         Ok(())
     }
@@ -276,17 +282,16 @@ pub(super) fn captures(netns: &Netns) -> Result<bool, Error> {
 pub(super) fn remove(netns: &Netns) -> Result<bool, Error> {
     let nothing = Wanted { rules: BTreeSet::new(), routes: BTreeSet::new() };
     let drift = nothing.drift(netns)?;
-    // Rules first: none is to lead to a table that is empty.
-    let mut netlink = open(netns)?;
-    let fail = |action| move |source| Error::Netlink { action, netns: netns.to_string(), source };
-    for rule in present_rules(netns)? {
-        gone(netlink.acknowledged(rule.message(RTM_DELRULE))).map_err(fail("remove a policy rule"))?;
-    }
     nothing.apply(netns)?;
     Ok(!drift.is_none())
 }
 
 impl Rule {
+    /// When it comes: each is there for what those before it have left, and one that skips to the last does nothing without it.
+    fn order(&self) -> (bool, u32) {
+        (self.preference != LAST, self.preference)
+    }
+
     fn message(&self, kind: u16) -> Message {
         let (action, table) = match self.action {
             Action::Nothing => (FR_ACT_NOP, None),

@@ -270,6 +270,30 @@ fn rules_change_without_a_gap() {
     });
 }
 
+/// Unlike a pod that is enrolled, one that someone broke has no connections of before to be patient with.
+#[test]
+fn a_repair_lets_nothing_pass() {
+    each_case("a_repair_lets_nothing_pass", async |case: Case| {
+        let lab = two_nodes();
+        let (server, client) = (lab.pod("server"), lab.pod("client"));
+        start_app(&client.netns, 9090);
+        // No ztunnel: whoever is served got through a gap.
+        let capture = case.capture();
+        capture.install(&server.netns, &Rules::default()).unwrap();
+        let load = Load::start(&server.netns, case.addr(client, 9090));
+        for _ in 0..10 {
+            load.until(&load.refused, 5).await;
+            break_redirection(case, server);
+            load.until(&load.refused, 5).await;
+            let (capture, netns) = (capture.clone(), server.netns.clone());
+            let install = move || capture.install(&netns, &Rules::default()).unwrap().changed;
+            assert!(tokio::task::spawn_blocking(install).await.unwrap());
+        }
+        load.until(&load.refused, 5).await;
+        assert_eq!(load.served.load(Ordering::Relaxed), 0);
+    });
+}
+
 #[test]
 fn a_process_that_takes_the_ports_of_ztunnel_gets_nothing() {
     each_case("a_process_that_takes_the_ports_of_ztunnel_gets_nothing", async |case: Case| {

@@ -1,10 +1,14 @@
 //! Connections that are alive when capture comes and goes.
 
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use capture::{Ports, Rules};
-use net::ConnectOptions;
+use net::{ConnectOptions, Netns};
 use tokio::io::AsyncReadExt;
+use tokio::task::JoinHandle;
 
 use crate::fixture::{
     Case, FakeZtunnel, dial, each_case, echo, greeting, in_time, plain, start_app, two_nodes,
@@ -108,6 +112,79 @@ fn captured_connections_go_on_while_their_pod_leaves() {
         greeting(&mut captured).await;
         assert!(ztunnel.took().await.inbound);
     });
+}
+
+#[test]
+fn connections_made_while_their_pod_comes_and_leaves_are_not_lost() {
+    each_case("connections_made_while_their_pod_comes_and_leaves_are_not_lost", async |case: Case| {
+        let lab = two_nodes();
+        let (server, client) = (lab.pod("server"), lab.pod("client"));
+        let capture = case.capture();
+        start_app(&server.netns, 8080);
+        start_app(&client.netns, 9090);
+        let _ztunnel = FakeZtunnel::start(&server.netns);
+        let change = async |leaving| {
+            let (capture, netns) = (capture.clone(), server.netns.clone());
+            let rules = Rules { leaving, ..Rules::default() };
+            tokio::task::spawn_blocking(move || capture.install(&netns, &rules)).await.unwrap().unwrap();
+        };
+        for _ in 0..5 {
+            let ends = [(&server.netns, case.addr(client, 9090)), (&client.netns, case.addr(server, 8080))];
+            let talkers = Talkers::start(ends.repeat(4));
+            talkers.go_on().await;
+            change(false).await;
+            talkers.go_on().await;
+            change(true).await;
+            talkers.go_on().await;
+            talkers.end().await;
+        }
+    });
+}
+
+/// Some who connect again and again, and say something each time.
+struct Talkers {
+    over: Arc<AtomicBool>,
+    made: Vec<Arc<AtomicUsize>>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl Talkers {
+    /// One for each: from where to where.
+    fn start(ends: Vec<(&Netns, SocketAddr)>) -> Self {
+        let mut this = Self { over: Arc::default(), made: Vec::new(), tasks: Vec::new() };
+        for (from, to) in ends {
+            let (from, over, made) = (from.clone(), this.over.clone(), Arc::<AtomicUsize>::default());
+            this.made.push(made.clone());
+            this.tasks.push(tokio::spawn(async move {
+                while !over.load(Ordering::Relaxed) {
+                    let dialled = dial(&from, to).await;
+                    let mut stream = dialled.unwrap_or_else(|error| panic!("to {to}: {error}"));
+                    greeting(&mut stream).await;
+                    echo(&mut stream, "meanwhile").await;
+                    made.fetch_add(1, Ordering::Relaxed);
+                }
+            }));
+        }
+        this
+    }
+
+    /// Until each has made some more connections, or one has failed.
+    async fn go_on(&self) {
+        let made = || self.made.iter().map(|made| made.load(Ordering::Relaxed));
+        let enough: Vec<_> = made().map(|made| made + 5).collect();
+        let failed = || self.tasks.iter().any(JoinHandle::is_finished);
+        while !failed() && made().zip(&enough).any(|(made, enough)| made < *enough) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    /// Fails if one of them has lost a connection.
+    async fn end(self) {
+        self.over.store(true, Ordering::Relaxed);
+        for task in self.tasks {
+            task.await.unwrap();
+        }
+    }
 }
 
 /// ztunnel often closes first: the connection then lingers on its side for a minute, while the client's port is free.

@@ -214,9 +214,19 @@ async fn pass_on(netns: Netns, client: TcpStream, peer: SocketAddr, to: SocketAd
     if [15001, 15006, 15053].contains(&to.port()) {
         return net::reset(client);
     }
-    let source = inbound.then(|| SocketAddr::new(peer.ip(), 0));
-    let options = ConnectOptions { source, ..ConnectOptions::default() };
-    match net::connect(&netns, &options, to, Duration::from_secs(3)).await {
+    let connect = async |port: Option<u16>| {
+        let source = port.map(|port| SocketAddr::new(peer.ip(), port));
+        let options = ConnectOptions { source, ..ConnectOptions::default() };
+        net::connect(&netns, &options, to, Duration::from_secs(3)).await
+    };
+    let taken = |kind| matches!(kind, io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable);
+    // As ztunnel: with the port of another connection of the client's to the same address, which the kernel may well give,
+    // this one would be taken for that.
+    let connected = match connect(inbound.then(|| peer.port() ^ 1)).await {
+        Err(error) if taken(error.kind()) => connect(Some(0)).await,
+        other => other,
+    };
+    match connected {
         Ok(server) => drop(net::copy(client, server, &ByteCounts::default()).await),
         Err(_) => net::reset(client),
     }
