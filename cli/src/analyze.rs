@@ -11,7 +11,7 @@ use clap::{Args, ValueEnum};
 use config::diagnostic::{Diagnostic, Severity};
 use serde_json::json;
 
-use crate::files::{Files, Sources};
+use crate::files::{Compiled, Files, Sources};
 use crate::table::{Output, print, printable};
 
 /// Checks manifests, a cluster, or both: every field is enforced, refused or has no effect, and this says which
@@ -80,7 +80,7 @@ pub fn run(args: &AnalyzeArgs) -> Result<ExitCode> {
     let threshold = args.failure_threshold.severity();
     let failed = found.iter().any(|d| d.severity >= threshold);
     let text = match args.output {
-        Form::Text => text(found, &files, compiled.objects)?,
+        Form::Text => text(found, &files, &compiled)?,
         Form::Json | Form::Yaml => {
             let mut document = json!({
                 "files": files.count(),
@@ -90,6 +90,7 @@ pub fn run(args: &AnalyzeArgs) -> Result<ExitCode> {
             });
             if let (true, Some(map)) = (files.is_cluster(), document.as_object_mut()) {
                 map.insert("clusterObjects".to_owned(), files.cluster_count().into());
+                map.insert("leftOut".to_owned(), serde_json::to_value(&compiled.left_out)?);
             }
             let form = if args.output == Form::Yaml { Output::Yaml } else { Output::Json };
             form.document(&document)?.unwrap_or_default()
@@ -100,7 +101,7 @@ pub fn run(args: &AnalyzeArgs) -> Result<ExitCode> {
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-fn text(found: &[Diagnostic], files: &Files, objects: usize) -> Result<String> {
+fn text(found: &[Diagnostic], files: &Files, compiled: &Compiled) -> Result<String> {
     let mut text = String::new();
     for diagnostic in found {
         let mut shown = diagnostic.clone();
@@ -115,9 +116,14 @@ fn text(found: &[Diagnostic], files: &Files, objects: usize) -> Result<String> {
     }
     writeln!(
         text,
-        "{} files, {objects} objects in force: {errors} errors, {warnings} warnings, {notes} notes",
-        files.count()
+        "{} files, {} objects in force: {errors} errors, {warnings} warnings, {notes} notes",
+        files.count(),
+        compiled.objects
     )?;
+    let note = compiled.left_out.note();
+    if !note.is_empty() {
+        writeln!(text, "{}", printable(&note))?;
+    }
     if errors > 0 {
         writeln!(
             text,

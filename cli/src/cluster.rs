@@ -1,29 +1,30 @@
 //! The cluster as the commands see it: the API server by a kubeconfig, and what runs in pods by port forwarding, which
 //! reaches their loopback addresses too and needs no more than the right to do so (`pods/portforward`).
 
+mod kubeconfig;
 mod objects;
 mod proxy;
 
-use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, anyhow, bail};
-use clap::Args;
 use http::{Method, Request, header};
 use hyper::body::Bytes;
 use k8s_openapi::api::core::v1::Pod;
-use kube::config::{KubeConfigOptions, Kubeconfig};
-use kube::{Api, Client, Config};
+use kube::{Api, Client};
 use serde_json::Value;
 use tokio::runtime::Runtime;
 use tokio::time::timeout;
 
 use crate::admin;
 
-pub use objects::{Objects, origin};
+pub use kubeconfig::ClusterArgs;
+pub use objects::{LeftOut, NamespaceLabels, Objects, labels_of, origin};
 
-/// An answer of the API server, and a way to one of its pods and back.
+/// An answer of the API server, where --request-timeout says nothing, and a way to one of its pods and back.
 const LIMIT: Duration = Duration::from_secs(30);
+/// A connection to the API server.
+const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// Objects that are asked for at once.
 const PAGE: usize = 500;
 /// The label of what is deployed for a Gateway.
@@ -33,62 +34,13 @@ const OWN: &str = "app.kubernetes.io%2Fmanaged-by%3Dculvertd";
 /// Who changes what these commands change, in the server's records.
 const MANAGER: &str = "culvert";
 
-/// Which cluster, in kubectl's words.
-#[derive(Args, Clone, Debug)]
-pub struct ClusterArgs {
-    /// The kubeconfig file [default: $KUBECONFIG, ~/.kube/config, or this pod's service account]
-    #[arg(long, value_name = "FILE", global = true)]
-    pub kubeconfig: Option<PathBuf>,
-    /// The context of the kubeconfig
-    #[arg(long, value_name = "NAME", global = true)]
-    pub context: Option<String>,
-    /// The namespace that the mesh is installed in
-    #[arg(
-        long,
-        env = "CULVERT_NAMESPACE",
-        value_name = "NAMESPACE",
-        default_value = "culvert-system",
-        global = true
-    )]
-    pub system_namespace: String,
-}
-
-impl ClusterArgs {
-    /// Whether a cluster was named, or there is a usual one.
-    pub fn is_any(&self) -> bool {
-        let file = || std::env::home_dir().is_some_and(|home| home.join(".kube/config").is_file());
-        self.kubeconfig.is_some()
-            || self.context.is_some()
-            || std::env::var_os("KUBECONFIG").is_some_and(|v| !v.is_empty())
-            || std::env::var_os("KUBERNETES_SERVICE_HOST").is_some()
-            || file()
-    }
-
-    async fn config(&self) -> Result<Config> {
-        let options = KubeConfigOptions { context: self.context.clone(), ..KubeConfigOptions::default() };
-        let chosen = match (&self.kubeconfig, &self.context) {
-            (Some(path), _) => {
-                let file =
-                    Kubeconfig::read_from(path).with_context(|| format!("cannot use {}", path.display()))?;
-                Config::from_custom_kubeconfig(file, &options).await
-            }
-            (None, Some(_)) => Config::from_kubeconfig(&options).await,
-            (None, None) => {
-                // Its text has its causes in it.
-                return Config::infer().await.map_err(|error| {
-                    anyhow!("which cluster? Name a kubeconfig with --kubeconfig or $KUBECONFIG: {error}")
-                });
-            }
-        };
-        chosen.context("the kubeconfig can't be used (kubectl config get-contexts lists its contexts)")
-    }
-}
-
 /// A connection to a cluster.
 pub struct Cluster {
     runtime: Runtime,
     client: Client,
     url: String,
+    /// For an answer.
+    limit: Duration,
     /// The namespace of the kubeconfig's context.
     pub namespace: String,
     /// The namespace that the mesh is installed in.
@@ -125,11 +77,12 @@ impl Cluster {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (client, url, namespace) = runtime.block_on(async {
             let mut config = args.config().await?;
-            config.connect_timeout = Some(Duration::from_secs(10));
+            config.connect_timeout = Some(CONNECT_LIMIT);
             let (url, namespace) = (config.cluster_url.to_string(), config.default_namespace.clone());
             anyhow::Ok((proxy::client(config)?, url, namespace))
         })?;
-        Ok(Self { runtime, client, url, namespace, system: args.system_namespace.clone() })
+        let limit = Some(args.request_timeout).filter(|limit| !limit.is_zero()).unwrap_or(LIMIT);
+        Ok(Self { runtime, client, url, limit, namespace, system: args.system_namespace.clone() })
     }
 
     /// `GET path`; `None` when there is no such thing.
@@ -220,7 +173,7 @@ impl Cluster {
     /// As [`Cluster::find`], and when it does not tell.
     pub fn server_time(&self) -> Result<SystemTime> {
         let request = Request::get("/version").body(kube::client::Body::empty())?;
-        let answer = self.runtime.block_on(async { timeout(LIMIT, self.client.send(request)).await });
+        let answer = self.runtime.block_on(async { timeout(self.limit, self.client.send(request)).await });
         let answer = answer.with_context(|| self.unreachable())?.with_context(|| self.unreachable())?;
         let date = answer.headers().get(header::DATE).and_then(|d| d.to_str().ok());
         date.and_then(|d| httpdate::parse_http_date(d).ok())
@@ -247,7 +200,8 @@ impl Cluster {
         }
         let body = body.map(serde_json::to_vec).transpose()?.unwrap_or_default();
         let request = request.body(body)?;
-        let answer = self.runtime.block_on(async { timeout(LIMIT, self.client.request_text(request)).await });
+        let answer =
+            self.runtime.block_on(async { timeout(self.limit, self.client.request_text(request)).await });
         match answer {
             Ok(Ok(text)) => Ok(Some(text)),
             Ok(Err(kube::Error::Api(status))) if status.code == 404 => Ok(None),
@@ -264,7 +218,7 @@ impl Cluster {
                 bail!("the API server refused {method} {path}: {} ({}){next}", status.message, status.code)
             }
             Ok(Err(error)) => Err(anyhow!(error)).with_context(|| self.unreachable()),
-            Err(_) => bail!("{}: no answer within {LIMIT:?}", self.unreachable()),
+            Err(_) => bail!("{}: no answer within {:?}", self.unreachable(), self.limit),
         }
     }
 

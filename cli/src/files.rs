@@ -18,7 +18,7 @@ use config::resource::KINDS;
 use model::Mesh;
 use serde_json::Value;
 
-use crate::cluster::{Cluster, ClusterArgs, Objects, origin};
+use crate::cluster::{Cluster, ClusterArgs, LeftOut, NamespaceLabels, Objects, labels_of, origin};
 use crate::yaml;
 
 /// As [`config::directory::Options`] has them.
@@ -36,6 +36,9 @@ pub struct Sources {
     /// The cluster's objects too; those of the files take the place of theirs of the same names
     #[arg(long)]
     with_cluster: bool,
+    /// The revision of the cluster's control plane that is asked about, or a tag of it [default: the one without a name]
+    #[arg(long, value_name = "NAME")]
+    revision: Option<String>,
     #[command(flatten)]
     cluster: ClusterArgs,
 }
@@ -51,7 +54,7 @@ impl Sources {
             if !self.cluster.is_any() {
                 bail!("name directories or files, or a cluster with --kubeconfig or $KUBECONFIG");
             }
-            files.cluster = Some(Objects::read(&Cluster::connect(&self.cluster)?)?);
+            files.cluster = Some(Objects::read(&Cluster::connect(&self.cluster)?, self.revision.as_deref())?);
         }
         Ok(files)
     }
@@ -91,7 +94,7 @@ impl Files {
     /// # Errors
     /// The cluster can't be read.
     pub fn of_cluster(cluster: &ClusterArgs) -> Result<Self> {
-        let objects = Objects::read(&Cluster::connect(cluster)?)?;
+        let objects = Objects::read(&Cluster::connect(cluster)?, None)?;
         Ok(Self { cluster: Some(objects), ..Self::default() })
     }
 
@@ -190,9 +193,13 @@ impl Files {
         mut changes: Vec<model::Change>,
         changed: Option<&Self>,
     ) -> Result<Compiled> {
+        let mut left_out = LeftOut::default();
         if let Some(objects) = &self.cluster {
             changes.extend(repository.commit().changes);
-            objects.stage(repository, &self.origins(changed))?;
+            let labels = self.namespace_labels(objects, changed);
+            let (more, out) = objects.stage(repository, &self.origins(changed), &labels)?;
+            changes.extend(more);
+            left_out = out;
         }
         changes.extend(repository.commit().changes);
         let diagnostics = repository.review();
@@ -201,7 +208,21 @@ impl Files {
             diagnostics,
             objects: repository.object_count(),
             captures: repository.captures().map(|(uid, c)| (uid.clone(), c.clone())).collect(),
+            left_out,
         })
+    }
+
+    /// The labels of the cluster's namespaces, with those of the files in their place.
+    fn namespace_labels(&self, objects: &Objects, changed: Option<&Self>) -> NamespaceLabels {
+        let mut labels = objects.namespace_labels();
+        let all = self.files.values().chain(changed.into_iter().flat_map(|c| c.files.values()));
+        for object in all.flat_map(|bytes| objects_of(bytes).unwrap_or_default()) {
+            let name = object.pointer("/metadata/name").and_then(Value::as_str);
+            if let (Some("Namespace"), Some(name)) = (object.get("kind").and_then(Value::as_str), name) {
+                labels.insert(name.to_owned(), labels_of(&object));
+            }
+        }
+        labels
     }
 
     /// The objects of the files, as the cluster's are called. What can't be read is none: it is said elsewhere.
@@ -263,4 +284,6 @@ pub struct Compiled {
     pub objects: usize,
     /// What of their traffic pods have captured, by their uids, where they say so.
     pub captures: HashMap<model::Str, Capture>,
+    /// What of the cluster is not for this mesh.
+    pub left_out: LeftOut,
 }

@@ -27,7 +27,7 @@ use crate::table::{Output, print};
 use crds::Action;
 use helm::Helm;
 
-/// How often the cluster is looked at while waiting.
+/// How often the cluster is looked at while waiting; at first more often.
 const PERIOD: Duration = Duration::from_secs(2);
 
 /// Installs the mesh in the cluster, and waits until it works
@@ -266,7 +266,8 @@ fn settled(
     period: Duration,
     told: impl Fn(String),
 ) -> Result<Vec<Check>> {
-    let end = Instant::now() + limit;
+    let began = Instant::now();
+    let end = began + limit;
     // A failure may be the moment between two steps of Helm or of a controller.
     let patience = Instant::now() + Duration::from_secs(20).min(limit);
     let mut is_known = false;
@@ -287,7 +288,8 @@ fn settled(
             Err(error) if !is_known || Instant::now() >= end => return Err(error),
             Err(error) => told(format!("{error:#}")),
         }
-        std::thread::sleep(period);
+        // What takes long is asked for seldom.
+        std::thread::sleep((began.elapsed() / 5).clamp(period / 8, period));
     }
 }
 

@@ -37,7 +37,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 
 /// A service mesh without sidecars: look at it, ask it why, and try it out.
 #[derive(Parser, Debug)]
@@ -90,23 +90,43 @@ enum LabService {
     Load { ip: IpAddr },
 }
 
-/// What says which cluster, each with a value.
-const WHICH_CLUSTER: [&str; 3] = ["--kubeconfig", "--context", "--system-namespace"];
+/// The command whose `--token` is another than the API server's, which is `--api-token` there.
+const WITH_A_TOKEN: &str = "what-if";
 
 /// The arguments with those that say which cluster behind the command, where they stand before it, as kubectl takes them.
 fn in_order(arguments: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    let known = cluster::ClusterArgs::augment_args(clap::Command::new("culvert"));
+    // Whether the argument has its value, or needs none.
+    let is_of_cluster = |argument: &OsString| {
+        let text = argument.to_str()?;
+        let (name, value) = text.split_once('=').map_or((text, None), |(name, value)| (name, Some(value)));
+        known.get_arguments().find_map(|flag| {
+            let is_long =
+                name.strip_prefix("--").is_some_and(|long| !long.is_empty() && flag.get_long() == Some(long));
+            let short = text.strip_prefix('-').zip(flag.get_short());
+            let behind = short.and_then(|(text, letter)| text.strip_prefix(letter));
+            if is_long {
+                Some(value.is_some() || flag.is_require_equals_set())
+            } else {
+                behind.map(|b| !b.is_empty())
+            }
+        })
+    };
     let mut arguments = arguments.into_iter().peekable();
     let mut ordered: Vec<OsString> = arguments.next().into_iter().collect();
     let mut cluster = Vec::new();
-    let is_of_cluster = |argument: &OsString| {
-        let (name, value) = argument.to_str().map(|text| text.split_once('=').unzip())?;
-        let name = name.or(argument.to_str())?;
-        WHICH_CLUSTER.contains(&name).then_some(value.is_some())
-    };
     while let Some(with_value) = arguments.peek().and_then(is_of_cluster) {
         cluster.extend(arguments.by_ref().take(if with_value { 1 } else { 2 }));
     }
     let mut rest: Vec<OsString> = arguments.collect();
+    if rest.first().is_some_and(|command| command == WITH_A_TOKEN) {
+        for word in &mut cluster {
+            let named = word.to_str().and_then(|text| text.strip_prefix("--token"));
+            if let Some(value) = named.filter(|value| value.is_empty() || value.starts_with('=')) {
+                *word = format!("--api-token{value}").into();
+            }
+        }
+    }
     let end = rest.iter().position(|argument| argument == "--").unwrap_or(rest.len());
     // Without a command they are left where they were, for the error to name them.
     let at = if rest.is_empty() { 0 } else { end };
@@ -121,10 +141,22 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(e) => {
             // Nothing is left to tell it to when that fails too.
-            let _ = writeln!(io::stderr(), "culvert: {e:#}");
+            let _ = writeln!(io::stderr(), "culvert: {}", said(&e));
             ExitCode::from(2)
         }
     }
+}
+
+/// An error with its causes, each once: some libraries have their cause in their own words, too.
+fn said(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.ends_with(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+    }
+    text
 }
 
 fn run(command: Command) -> Result<ExitCode> {
@@ -189,6 +221,14 @@ mod tests {
             ("culvert --context one why -- 1", "culvert why --context one -- 1"),
             ("culvert status --context one", "culvert status --context one"),
             ("culvert --context", "culvert --context"),
+            ("culvert -s u --as=me status", "culvert status -s u --as=me"),
+            (
+                "culvert -shttp://u --as-group a --as-group b status",
+                "culvert status -shttp://u --as-group a --as-group b",
+            ),
+            ("culvert --insecure-skip-tls-verify status", "culvert status --insecure-skip-tls-verify"),
+            ("culvert --token t what-if --token jwt", "culvert what-if --token jwt --api-token t"),
+            ("culvert --server-name u status", "culvert --server-name u status"),
             ("culvert --help", "culvert --help"),
             ("culvert", "culvert"),
         ] {
@@ -197,6 +237,22 @@ mod tests {
         assert!(
             Cli::try_parse_from(in_order(["culvert", "--context", "a", "tag", "list"].map(OsString::from)))
                 .is_ok()
+        );
+        // Flags of the same name would be found here.
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn each_cause_is_said_once() {
+        let error = |words: &'static [&'static str]| {
+            let (first, rest) = words.split_last().unwrap();
+            rest.iter().rev().fold(anyhow::anyhow!(*first), |error, word| error.context(*word))
+        };
+        assert_eq!(said(&error(&["can't", "refused"])), "can't: refused");
+        assert_eq!(said(&error(&["can't", "no file: none (2)", "none (2)"])), "can't: no file: none (2)");
+        assert_eq!(
+            said(&error(&["asked", "service: connect", "connect", "refused"])),
+            "asked: service: connect: refused"
         );
     }
 }

@@ -29,7 +29,9 @@ const LISTED: usize = 20;
 
 /// What would be decided over a connection, or a request where a waypoint decides, by the manifests or the cluster as they
 /// are, or with a changed file; the exit code is 1 where it would be refused
+// `--token` is the request's here.
 #[derive(Args, Debug)]
+#[command(mut_arg("api_token", |token| token.long("api-token")))]
 pub struct WhatIfArgs {
     #[command(flatten)]
     sources: Sources,
@@ -106,8 +108,13 @@ pub fn run(args: &WhatIfArgs) -> Result<ExitCode> {
     Ok(if allowed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// A decision by files of which a part is not in force is said to be one.
+/// A decision by files of which a part is not in force is said to be one, and what of a cluster it is not by.
 fn warn(compiled: &Compiled) -> Result<()> {
+    let note = compiled.left_out.note();
+    if !note.is_empty() {
+        use std::io::Write;
+        writeln!(std::io::stderr(), "note: {}", printable(&note))?;
+    }
     let errors = compiled.diagnostics.iter().filter(|d| d.severity == Severity::Error).count();
     if errors > 0 {
         use std::io::Write;

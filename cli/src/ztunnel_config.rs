@@ -182,8 +182,16 @@ fn capture(pod: &Value) -> Vec<String> {
     row.push(sum(&["captured_outbound", "captured_dns"]));
     row.push(sum(&["escaped_inbound", "escaped_outbound"]));
     row.push(sum(&["no_listener", "refused"]));
-    let dropped =
-        ["unreadable", "astray", "unknown", "dns_outside", "undelivered", "not_the_pods", "unproven"];
+    let dropped = [
+        "unreadable",
+        "astray",
+        "unknown",
+        "dns_outside",
+        "undelivered",
+        "not_the_pods",
+        "unproven",
+        "undecided",
+    ];
     row.push(sum(&dropped));
     row
 }

@@ -189,6 +189,7 @@ fn the_commands_work_on_a_real_api_server() {
     let Some(server) = Server::start() else { return };
     before_an_installation(&server);
     through_proxies(&server);
+    as_whom_kubectl_would(&server);
     installing(&server);
     pods_in_trouble(&server);
     the_node_agent_is_held_to_its_node(&server);
@@ -284,6 +285,71 @@ fn through_proxies(server: &Server) {
     for variable in ["HTTPS_PROXY", "https_proxy"] {
         let (code, text) = server.culvert_in(&[(variable, &nowhere)], &["version"]);
         assert_eq!(code, 0, "{variable}: {text}");
+    }
+}
+
+/// kubectl's flags and files, for the commands and for the Helm that they run.
+fn as_whom_kubectl_would(server: &Server) {
+    let known: Value = serde_json::from_str(&fs::read_to_string(server.path("kubeconfig")).unwrap()).unwrap();
+    let url = known["clusters"][0]["cluster"]["server"].as_str().unwrap();
+    let more = json!({
+        "apiVersion": "v1", "kind": "Config", "current-context": "",
+        "clusters": [{"name": "nowhere", "cluster": {"server": "https://127.0.0.1:1"}}],
+        "users": [{"name": "nobody", "user": {"token": "wrong"}}],
+        "contexts": [{"name": "broken", "context": {"cluster": "nowhere", "user": "nobody"}}],
+    });
+    fs::write(server.path("more"), more.to_string()).unwrap();
+    fs::write(server.path("nothing"), "").unwrap();
+    let list = ["missing", "more", "kubeconfig"].map(|name| server.path(name)).join(":");
+    let authority = server.path("certificates/apiserver.crt");
+    let nothing = server.path("nothing");
+    let alone = ["--kubeconfig", &nothing, "-s", url, "--token", "secret"];
+    let known_by = ["--certificate-authority", &authority];
+    // It takes connections, and says nothing.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let silent = format!("http://{}", silent.local_addr().unwrap());
+    let masters = ["--as", "me", "--as-uid", "7", "--as-group", "system:masters", "--as-group", "other"];
+    let cases: &[(i32, &str, &[&str])] = &[
+        // Which files: one that is missing is left out, and an empty current-context does not count.
+        (0, "control plane: none", &["version"]),
+        (2, "127.0.0.1:1", &["status", "--context", "broken"]),
+        (1, "no culvertd", &["status", "--context", "broken", "--cluster", "test", "--user", "test"]),
+        (2, "credentials are not valid", &["status", "--user", "nobody"]),
+        (2, "there is no user nosuch", &["status", "--user", "nosuch"]),
+        (1, "no culvertd", &["status", "--user", "nobody", "--token", "secret"]),
+        (2, "credentials are not valid", &["status", "--token", "wrong"]),
+        (2, "no answer within 1s", &["status", "-s", &silent, "--request-timeout", "1"]),
+        // As whom.
+        (2, "User \"me\" cannot", &["status", "--as", "me"]),
+        (1, "no culvertd", &[&["status"][..], &masters].concat()),
+        (1, "no culvertd", &[&masters[..], &["status"]].concat()),
+        // Helm asks the same server as the same user.
+        (2, "User \"me\" cannot", &["upgrade", "--as", "me"]),
+        (2, "culvert install", &["upgrade", "--as", "me", "--as-group", "system:masters"]),
+        (2, "no release", &["upgrade", "--context", "broken", "--cluster", "test", "--user", "test"]),
+        (2, "no release", &["upgrade", "--user", "nobody", "--token", "secret"]),
+        (2, "Helm, which applies the chart", &["upgrade", "--as", "me", "--as-uid", "7"]),
+        (2, "no release", &[&["upgrade", "--insecure-skip-tls-verify"][..], &alone].concat()),
+        (2, "no release", &[&["upgrade"][..], &known_by, &alone].concat()),
+        // Without any context.
+        (1, "no culvertd", &[&["status", "--insecure-skip-tls-verify"][..], &alone].concat()),
+        (1, "no culvertd", &[&["status"][..], &known_by, &alone].concat()),
+        (1, "no culvertd", &[&["status", "--tls-server-name", "kubernetes"][..], &known_by, &alone].concat()),
+        (2, "can't be asked", &[&["status", "--tls-server-name", "other"][..], &known_by, &alone].concat()),
+        (2, "can't be asked", &[&["status"][..], &alone].concat()),
+        (2, "which cluster?", &["status", "--kubeconfig", &nothing]),
+    ];
+    for (code, words, arguments) in cases {
+        let (found, text) = server.culvert_in(&[("KUBECONFIG", &list)], arguments);
+        assert!(found == *code && text.contains(words), "{arguments:?}: {found}, {text}");
+    }
+    // `--token` of what-if is the request's, in whatever place.
+    let asked = ["--source", "a/a", "--destination", "a/b", "--port", "1"];
+    for (token, words) in [("secret", "a/a"), ("wrong", "credentials are not valid")] {
+        for line in [vec!["what-if", "--api-token", token], vec!["--token", token, "what-if"]] {
+            let (_, text) = server.culvert(&[&line[..], &asked].concat());
+            assert!(text.contains(words), "{line:?}: {text}");
+        }
     }
 }
 
@@ -546,9 +612,14 @@ fn tags(server: &Server) {
         server.apply(&policy).unwrap();
     };
     labelled("prod");
+    let left_out = |label: &str| format!("left out: 1 objects of other revisions ({label})");
+    assert!(!server.culvert(&["analyze"]).1.contains("left out"), "the tag is its own");
+    server.expect(1, &[&left_out("prod")], &["analyze", "--revision", "next"]);
+    server.expect(2, &["there is no revision nosuch"], &["analyze", "--revision", "nosuch"]);
     let text = server.culvert(&["doctor"]).1;
     assert!(!text.contains("shop/orphan"), "{text}");
     labelled("old");
+    server.expect(1, &[&left_out("old")], &["analyze"]);
     server.expect(1, &["AuthorizationPolicy shop/orphan", "old"], &["doctor"]);
     server.expect(0, &["removed"], &["tag", "remove", "stable"]);
     server.expect(2, &["there is no tag"], &["tag", "remove", "stable"]);

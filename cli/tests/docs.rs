@@ -31,7 +31,7 @@ fn help(program: &Path, arguments: &[&str]) -> String {
 fn flags(help: &str) -> Vec<String> {
     let mut found = Vec::new();
     for line in help.lines().map(str::trim).filter(|l| l.starts_with('-') && !l.starts_with("- ")) {
-        let long = line.split([' ', ',']).find(|w| w.starts_with("--")).unwrap();
+        let long = line.split([' ', ',', '[']).find(|w| w.starts_with("--")).unwrap();
         if !["--help", "--version"].contains(&long) {
             found.push(long.to_owned());
         }

@@ -1,21 +1,50 @@
 //! Helm as a program: it renders the chart and keeps the release.
 
+use std::ffi::OsString;
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use tempfile::NamedTempFile;
 
 use crate::cluster::ClusterArgs;
 
 /// The oldest that keeps values as an upgrade has to (`--reset-then-reuse-values`).
 const OLDEST: (u32, u32) = (3, 14);
+/// The context that is made where --cluster or --user names another than the context's.
+const CONTEXT: &str = "culvert-of-this-command";
 
 /// Major and minor number of a version such as `v3.14.0+gc309b6f`.
 fn number(version: &str) -> Option<(u32, u32)> {
     let mut parts = version.trim().trim_start_matches('v').split(['.', '+', '-']);
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+/// kubectl's flags in Helm's words, but for those that choose a context.
+fn as_whom(cluster: &ClusterArgs) -> Result<Vec<String>> {
+    if cluster.act_as_uid.is_some() || cluster.client_certificate.is_some() || cluster.client_key.is_some() {
+        bail!(
+            "Helm, which applies the chart, knows no --as-uid, --client-certificate and --client-key: give them to a user of a \
+             kubeconfig (kubectl config set-credentials), and name it with --user"
+        );
+    }
+    let authority = cluster.certificate_authority.as_ref().map(|path| path.display().to_string());
+    let said = [
+        ("--kube-apiserver", cluster.server.as_ref()),
+        ("--kube-ca-file", authority.as_ref()),
+        ("--kube-tls-server-name", cluster.tls_server_name.as_ref()),
+        ("--kube-as-user", cluster.act_as.as_ref()),
+    ];
+    let said = said.into_iter().filter_map(|(flag, value)| value.map(|value| (flag, value)));
+    let groups = cluster.act_as_group.iter().map(|group| ("--kube-as-group", group));
+    let mut flags: Vec<String> = said.chain(groups).flat_map(|(f, v)| [f.to_owned(), v.clone()]).collect();
+    if cluster.insecure_skip_tls_verify {
+        flags.push("--kube-insecure-skip-tls-verify".to_owned());
+    }
+    Ok(flags)
 }
 
 /// A Helm that works.
@@ -24,6 +53,10 @@ pub struct Helm {
     program: PathBuf,
     /// Arguments that say which cluster and namespace.
     place: Vec<String>,
+    /// And variables, for what is in no list of processes.
+    variables: Vec<(&'static str, OsString)>,
+    /// A context of our own, while it is needed.
+    _context: Option<NamedTempFile>,
 }
 
 impl Helm {
@@ -33,13 +66,33 @@ impl Helm {
     /// It is not there; the text says what else there is to do.
     pub fn find(program: &Path, cluster: &ClusterArgs) -> Result<Self> {
         let mut place = vec!["--namespace".to_owned(), cluster.system_namespace.clone()];
-        if let Some(file) = &cluster.kubeconfig {
-            place.extend(["--kubeconfig".to_owned(), file.display().to_string()]);
+        place.extend(as_whom(cluster)?);
+        let mut variables = Vec::new();
+        if let Some(token) = &cluster.token {
+            variables.push(("HELM_KUBETOKEN", token.into()));
         }
-        if let Some(context) = &cluster.context {
-            place.extend(["--kube-context".to_owned(), context.clone()]);
-        }
-        let helm = Self { program: program.to_owned(), place };
+        let context = match cluster.as_a_context(CONTEXT)? {
+            Some((text, others)) => {
+                let file = NamedTempFile::new()?;
+                fs::write(file.path(), text)?;
+                let mut list = file.path().as_os_str().to_owned();
+                list.push(":");
+                list.push(others);
+                variables.push(("KUBECONFIG", list));
+                place.extend(["--kube-context".to_owned(), CONTEXT.to_owned()]);
+                Some(file)
+            }
+            None => {
+                if let Some(file) = &cluster.kubeconfig {
+                    place.extend(["--kubeconfig".to_owned(), file.display().to_string()]);
+                }
+                if let Some(context) = &cluster.context {
+                    place.extend(["--kube-context".to_owned(), context.clone()]);
+                }
+                None
+            }
+        };
+        let helm = Self { program: program.to_owned(), place, variables, _context: context };
         match Command::new(program).args(["version", "--short"]).output() {
             Ok(output) => {
                 let version = helm.checked("version", &output)?;
@@ -62,6 +115,7 @@ impl Helm {
         Command::new(&self.program)
             .args(arguments)
             .args(&self.place)
+            .envs(self.variables.iter().map(|(name, value)| (name, value)))
             .output()
             .with_context(|| format!("cannot run {}", self.program.display()))
     }

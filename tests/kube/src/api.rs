@@ -171,15 +171,25 @@ impl Api {
         }
         let path = path_of(object)?;
         let whole = format!("{path}?fieldManager={MANAGER}&force=true&fieldValidation=Strict");
-        self.request("PATCH", &whole, Some(object)).map(drop)
+        self.request("PATCH", &whole, Some((object, "application/apply-patch+yaml"))).map(drop)
     }
 
-    fn request(&self, method: &str, path: &str, body: Option<&Value>) -> Result<Option<Value>> {
+    /// Merges `change` into the object at a path (RFC 7386).
+    ///
+    /// # Errors
+    /// It is not there, or the server refuses or can't be reached.
+    pub fn merge(&self, path: &str, change: &Value) -> Result<()> {
+        let whole = format!("{path}?fieldManager={MANAGER}");
+        self.request("PATCH", &whole, Some((change, "application/merge-patch+json"))).map(drop)
+    }
+
+    fn request(&self, method: &str, path: &str, body: Option<(&Value, &str)>) -> Result<Option<Value>> {
         let mut request = http::Request::builder().method(method).uri(path);
-        if body.is_some() {
-            request = request.header("content-type", "application/apply-patch+yaml");
+        if let Some((_, form)) = body {
+            request = request.header("content-type", form);
         }
-        let request = request.body(body.map(serde_json::to_vec).transpose()?.unwrap_or_default())?;
+        let body = body.map(|(body, _)| serde_json::to_vec(body)).transpose()?;
+        let request = request.body(body.unwrap_or_default())?;
         let (client, what) = (self.client.clone(), format!("{method} {path}"));
         wait(&self.runtime, async move {
             match tokio::time::timeout(LIMIT, client.request::<Value>(request)).await {
