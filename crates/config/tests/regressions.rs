@@ -4,6 +4,7 @@
 use std::net::IpAddr;
 
 use config::compile::{EnrolmentChange, Options};
+use config::diagnostic::Code;
 use config::repository::{Content, Repository};
 use model::{Connection, Mesh};
 
@@ -300,6 +301,50 @@ fn a_policy_for_a_service_with_endpoints_outside_the_mesh_closes_it() {
     assert_eq!(said.iter().filter(|code| *code == "outside-the-mesh").count(), 4, "{said:?}");
     world.change(&[("left.yaml", None)]);
     assert!(!world.is_closed(cart));
+}
+
+#[test]
+fn of_what_a_waypoint_stands_before_nothing_is_said_to_be_refused() {
+    let policies = [deny("shop", "Service", "web"), deny("shop", "ServiceEntry", "outside")];
+    let slice = slice("shop", "web", "192.0.2.77");
+    let world = World::of(&file(&[TWO_BEHIND_A_WAYPOINT, &slice, &policies[0], &policies[1]]));
+    let said: Vec<String> = world.repository.review().iter().map(ToString::to_string).collect();
+    assert!(said.iter().all(|one| !one.contains("outside-the-mesh")), "{said:?}");
+}
+
+#[test]
+fn a_service_that_counts_and_is_not_there_is_said() {
+    let limit = |service: &str, on_failure: &str| {
+        format!(
+            "apiVersion: culvert.dev/v1alpha1
+kind: RateLimit
+metadata: {{name: limits, namespace: shop}}
+spec:
+  targetRefs: [{{group: '', kind: Service, name: web}}]
+  global: {{service: {service}, domain: shop, onFailure: {on_failure}}}
+  limits: [{{name: all, by: [{{type: Path}}], global: {{}}}}]
+"
+        )
+    };
+    let said = |limit: &str| {
+        let world = World::of(&file(&[TWO_BEHIND_A_WAYPOINT, limit]));
+        let said = world.repository.review().into_iter().filter(|d| d.code == Code::NamesNothing);
+        said.map(|d| d.message).collect::<Vec<_>>()
+    };
+    assert_eq!(said(&limit("web.shop.svc.cluster.local, port: 80", "Deny")), [""; 0]);
+    let gone = "there is no service counts, which spec.global names: requests are refused";
+    assert_eq!(said(&limit("counts, port: 80", "Deny")), [gone]);
+    let port =
+        "the service outside.example.com has no port 81, which spec.global names: requests pass uncounted";
+    assert_eq!(said(&limit("outside.example.com, port: 81", "Allow")), [port]);
+    // What is wrong with the service is said, and not that there is none.
+    let mut repository = Repository::new(Options::default());
+    let text = file(&[TWO_BEHIND_A_WAYPOINT, &limit("counts, port: 0", "Deny")]);
+    repository.stage(&"all.yaml".into(), Content::Bytes(text.as_bytes()));
+    repository.commit();
+    let errors = repository.diagnostics().into_iter().filter(|d| d.code != Code::FailsClosed);
+    let errors: Vec<_> = errors.map(|d| d.message).collect();
+    assert!(matches!(&errors[..], [one] if one.contains("port")), "{errors:?}");
 }
 
 #[test]
@@ -632,6 +677,32 @@ fn what_a_delegate_writes_stands_whole_in_the_place_of_what_delegates() {
 }
 
 #[test]
+fn a_delegate_has_the_host_that_headers_set_where_it_writes_none_and_a_rewrite_goes_first() {
+    let (by_headers, by_rewrite) =
+        ("headers: {request: {set: {Host: h.NAME}}}", "rewrite: {authority: r.NAME}");
+    let (path, field) = ("rewrite: {uri: /d}", "headers: {request: {set: {x-d: d}}}");
+    let both = format!("{by_headers}, {by_rewrite}");
+    for (root, part, wanted) in [
+        // As each is written whole, or not at all.
+        (by_headers, path, Some("h.root")),
+        (by_headers, field, None),
+        (by_headers, by_rewrite, Some("r.part")),
+        (by_rewrite, by_headers, Some("r.root")),
+        (by_rewrite, field, Some("r.root")),
+        (by_rewrite, path, None),
+        (&both, path, Some("h.root")),
+        (&both, field, Some("r.root")),
+        (&both, "timeout: 1s", Some("r.root")),
+    ] {
+        let (root, part) = (root.replace("NAME", "root"), part.replace("NAME", "part"));
+        let found = delegated(&root, &format!("[{{{part}, route: [{{destination: {{host: web}}}}]}}]"));
+        let [(_, route)] = &found[..] else { panic!("{found:#?}") };
+        let wanted = wanted.and_then(model::http::Authority::new).map(model::http::HostRewrite::To);
+        assert_eq!(route.host, wanted, "{part} of {root}");
+    }
+}
+
+#[test]
 fn a_delegate_takes_what_both_matches_hold_for() {
     let entry = |when: &str| format!("[{{match: [{{{when}}}], route: [{{destination: {{host: web}}}}]}}]");
     let root = "match: [{authority: {prefix: web}, sourceNamespace: web, sourceLabels: {app: front}}]";
@@ -693,4 +764,14 @@ spec: {parentRefs: [{group: '', kind: Service, name: api}], rules: [{backendRefs
     world.change(&[("mesh.yaml", None), ("route.yaml", None)]);
     assert_eq!(said(&world, "web"), without);
     assert_eq!(said(&world, "api"), []);
+}
+
+#[test]
+fn a_dry_run_of_custom_is_said_to_have_no_effect() {
+    let custom = "{action: CUSTOM, provider: {name: p}, rules: [{}]}";
+    let custom = policy("AuthorizationPolicy", "shop", "ask", custom);
+    let dry = custom.replace("namespace: shop", "namespace: shop, annotations: {istio.io/dry-run: 'true'}");
+    assert_ne!(custom, dry);
+    let said = |text: &str| World::of(text).said().contains(&"without-effect".to_owned());
+    assert_eq!((said(&custom), said(&dry)), (false, true));
 }

@@ -1,5 +1,6 @@
 //! What is said of policies on request, see [`crate::policy::review`].
 
+use model::http::ProviderAddress;
 use model::{ServiceKey, Str, StringMatch, TunnelProtocol};
 
 use super::ids::Id;
@@ -60,16 +61,27 @@ impl World for Compiler {
         self.made_services.contains_key(object)
     }
 
-    fn has_host(&self, namespace: Option<&Str>, host: &str) -> bool {
-        let of = |key: &ServiceKey| &*key.hostname == host && namespace.is_none_or(|n| *n == key.namespace);
-        self.services.keys().any(of)
+    fn away(&self, address: &ProviderAddress) -> Option<String> {
+        let ProviderAddress { namespace, host, port } = address;
+        let of = |key: &ServiceKey| {
+            key.hostname == *host && namespace.as_ref().is_none_or(|n| *n == key.namespace)
+        };
+        let found: Vec<_> = self.services.iter().filter(|(key, _)| of(key)).map(|(_, entry)| entry).collect();
+        if found.is_empty() {
+            return Some(format!("there is no service {host}"));
+        }
+        let mut ports =
+            found.iter().filter_map(|e| e.definitions.first()).flat_map(|(_, d)| &d.service.ports);
+        (!ports.any(|p| p.port == *port)).then(|| format!("the service {host} has no port {port}"))
     }
 
     fn is_closed(&self, object: &ObjectKey) -> bool {
         let services = self.made_services.get(object).into_iter().flatten();
         services.filter_map(|key| self.services.get(key)).any(|entry| {
-            let owner = entry.definitions.first().map(|(by, _)| by);
-            owner == Some(object) && entry.emitted.as_ref().is_some_and(|s| s.waypoint.is_some())
+            // One that is bound leads to its waypoint; what is the matter with that is said of the binding.
+            let own = entry.definitions.first().filter(|(by, _)| by == object);
+            own.is_some_and(|(by, definition)| self.waypoint_of(by, definition).is_none())
+                && entry.emitted.as_ref().is_some_and(|s| s.waypoint.is_some())
         })
     }
 

@@ -171,6 +171,19 @@ impl External {
                 });
             }
         }
+        let mut seen = HashSet::with_capacity(entry.endpoints.len());
+        for endpoint in &entry.endpoints {
+            let Some(Address::Ip(ip)) = &endpoint.address else { continue };
+            if !seen.insert(ip) {
+                findings.push(Finding {
+                    code: Code::WithoutEffect,
+                    message: format!(
+                        "an endpoint {ip} is not in force: of one address the first counts, with its ports and labels"
+                    ),
+                    remedy: "give it an address of its own".to_owned(),
+                });
+            }
+        }
         findings
     }
 

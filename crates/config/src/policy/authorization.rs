@@ -230,6 +230,11 @@ fn parse(fields: &mut Fields<'_, '_>, metadata: &Metadata<'_>) -> Option<Resourc
 
 fn read(mut spec: Fields<'_, '_>, namespace: &Str, dry_run: bool) -> AuthorizationPolicy {
     let action = read_action(&mut spec);
+    if dry_run && action == RequestedAction::Custom {
+        let message =
+            "a dry run of CUSTOM has no effect: the provider is not asked, and nothing is counted of it";
+        spec.report(Code::WithoutEffect, message, "remove the annotation, and the provider decides");
+    }
     let provider = read_provider(&mut spec, action);
     let scope = read_scope(&mut spec, action);
     let rules = read_rules(&mut spec, namespace, action);

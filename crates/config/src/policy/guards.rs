@@ -187,6 +187,11 @@ impl Guards {
         self.authentications.attached.selecting(namespace, labels)
     }
 
+    /// A RateLimit.
+    pub(super) fn limit(&self, key: &PolicyKey) -> Option<&RateLimit> {
+        self.limits.all.get(key)
+    }
+
     /// The RateLimits for what reaches an object through its waypoint, sorted.
     pub(super) fn limits(&self, object: &ObjectKey, waypoint: &Waypoint, root: &str) -> Vec<PolicyKey> {
         self.limits.attached.through(object, waypoint, root).into_iter().collect()

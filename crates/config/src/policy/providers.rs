@@ -17,6 +17,7 @@ use model::{Change, Str, StringMatch};
 
 pub(super) use takers::{log_format, log_path};
 
+use super::review::World;
 use crate::compile::Finding;
 use crate::diagnostic::Code;
 use crate::external::host::is_host;
@@ -84,6 +85,10 @@ pub struct Defaults {
     pub access_logging: Vec<Str>,
 }
 
+/// What to do where something else is asked of a service that there is not.
+pub(super) const REMEDY: &str = "write the host name of a Service (NAME.NAMESPACE.svc.cluster.local) or of a \
+     ServiceEntry, and a port that it has";
+
 /// Providers that there are without being defined, as upstream has them.
 const BUILT_IN: [&str; 3] = ["prometheus", "stackdriver", "envoy"];
 
@@ -144,9 +149,8 @@ impl Providers {
         Some(Finding { code: Code::NamesNothing, message, remedy })
     }
 
-    /// What to say of the settings themselves in the light of what is defined; `has_host` says whether there is a
-    /// service of a host name, of whatever namespace or of one.
-    pub(super) fn review(&self, has_host: &dyn Fn(Option<&Str>, &str) -> bool) -> Vec<Finding> {
+    /// What to say of the settings themselves in the light of what is defined.
+    pub(super) fn review(&self, world: &dyn World) -> Vec<Finding> {
         let defaults = [&self.defaults.tracing, &self.defaults.metrics, &self.defaults.access_logging];
         let unknown = |name: &&Str| self.get(name).is_none() && !BUILT_IN.contains(&&***name);
         let unknown = defaults.into_iter().flatten().filter(unknown).map(|name| Finding {
@@ -156,14 +160,10 @@ impl Providers {
         });
         let away = self.all.iter().filter_map(|provider| {
             let backend = provider.backend.as_ref()?;
-            let message =
-                format!("there is no service {} for the extension provider {}", backend.host, provider.name);
-            let remedy =
-                "write the host name of a Service (NAME.NAMESPACE.svc.cluster.local) or of a ServiceEntry";
-            (!has_host(backend.namespace.as_ref(), &backend.host)).then(|| Finding {
+            Some(Finding {
                 code: Code::NamesNothing,
-                message,
-                remedy: remedy.to_owned(),
+                message: format!("{} for the extension provider {}", world.away(backend)?, provider.name),
+                remedy: REMEDY.to_owned(),
             })
         });
         unknown.chain(away).collect()

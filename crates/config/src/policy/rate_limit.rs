@@ -12,7 +12,10 @@ use model::{Str, StringMatch};
 
 use super::authorization::PolicyScope;
 use super::pattern;
+use super::providers::REMEDY;
+use super::review::World;
 use super::selector::{TARGET_REF, non_empty, read_targets};
+use crate::compile::Finding;
 use crate::diagnostic::Code;
 use crate::fields::{Cursor, Fields, Schema, enforced, nested, silent};
 use crate::form::{Form, words_of};
@@ -137,6 +140,16 @@ enum Part {
     Constant,
 }
 
+/// What a resource says of the service that counts.
+enum Global {
+    /// Nothing.
+    Unsaid,
+    /// What has errors, which are reported.
+    Wrong,
+    /// Which it is, and how it is asked.
+    Said(Arc<GlobalLimit>),
+}
+
 /// How long a service that counts is waited for, unless it is said.
 const TIMEOUT: Duration = Duration::from_millis(100);
 /// How many values are counted at a time, unless it is said.
@@ -166,6 +179,26 @@ impl RateLimit {
     pub(crate) fn closed(scope: PolicyScope) -> Self {
         Self { scope, headers: LimitHeaders::None, limits: None }
     }
+
+    /// What to say of it in the light of what is defined.
+    pub(super) fn review(&self, world: &dyn World) -> Vec<Finding> {
+        let counted = self.limits.iter().flatten().find_map(|limit| match &limit.count {
+            Count::Global(global) => Some(global),
+            Count::Local(_) => None,
+        });
+        // All of a resource are counted by one service.
+        let away =
+            counted.and_then(|global| world.away(&global.address).map(|away| (away, global.fail_open)));
+        let finding = |(away, fail_open)| Finding {
+            code: Code::NamesNothing,
+            message: format!(
+                "{away}, which spec.global names: requests {}",
+                if fail_open { "pass uncounted" } else { "are refused" }
+            ),
+            remedy: REMEDY.to_owned(),
+        };
+        away.map(finding).into_iter().collect()
+    }
 }
 
 fn parse(fields: &mut Fields<'_, '_>, _: &Metadata<'_>) -> Option<Resource> {
@@ -176,7 +209,10 @@ fn parse(fields: &mut Fields<'_, '_>, _: &Metadata<'_>) -> Option<Resource> {
         spec.report(Code::MissingField, message, "name what it is for");
     }
     let headers = spec.take("headers").and_then(|cursor| word(cursor, &HEADERS));
-    let global = spec.object("global").and_then(|fields| read_global(fields.without_nulls())).map(Arc::new);
+    let global = match spec.object("global") {
+        Some(fields) => read_global(fields.without_nulls()).map_or(Global::Wrong, |g| Global::Said(g.into())),
+        None => Global::Unsaid,
+    };
     let mut limits: Vec<Arc<Limit>> = Vec::new();
     if let Some(cursor) = spec.required("limits") {
         cursor.each(|mut item| {
@@ -184,7 +220,7 @@ fn parse(fields: &mut Fields<'_, '_>, _: &Metadata<'_>) -> Option<Resource> {
                 item.invalid(format_args!("is one of more than {MAX_LIMITS} limits"), "split the resource");
                 return;
             }
-            let limit = item.fields().and_then(|f| read_limit(f.without_nulls(), global.as_ref(), &limits));
+            let limit = item.fields().and_then(|f| read_limit(f.without_nulls(), &global, &limits));
             limits.extend(limit.map(Arc::new));
         });
     }
@@ -210,11 +246,7 @@ fn read_global(mut fields: Fields<'_, '_>) -> Option<GlobalLimit> {
     })
 }
 
-fn read_limit(
-    mut fields: Fields<'_, '_>,
-    global: Option<&Arc<GlobalLimit>>,
-    others: &[Arc<Limit>],
-) -> Option<Limit> {
+fn read_limit(mut fields: Fields<'_, '_>, global: &Global, others: &[Arc<Limit>]) -> Option<Limit> {
     let name = fields.required("name").and_then(|mut cursor| {
         let text = cursor.node().as_str();
         let good = |name: &str| crate::metadata::is_label(name) && others.iter().all(|o| &*o.name != name);
@@ -239,7 +271,7 @@ fn read_limit(
     let dry_run = fields.boolean("dryRun").unwrap_or(false);
     let count = match (local, hits, global) {
         (Some(bucket), None, _) => Count::Local(bucket?),
-        (None, Some(hits), Some(global)) => {
+        (None, Some(hits), Global::Said(global)) => {
             let limit = GlobalLimit { hits, ..(**global).clone() };
             if by.is_empty() {
                 let message = "a global limit needs something in `by`: its service knows limits by it";
@@ -247,7 +279,8 @@ fn read_limit(
             }
             Count::Global(if hits == 1 { global.clone() } else { Arc::new(limit) })
         }
-        (None, Some(_), None) => {
+        (None, Some(_), Global::Wrong) => return None,
+        (None, Some(_), Global::Unsaid) => {
             let message = "the limit is counted by a service, and spec.global names none";
             fields.report(Code::MissingField, message, "name it, or write local");
             return None;

@@ -2,6 +2,7 @@
 //! Such policies are in order, and often are written before what they are for; so this is said on request, and has
 //! no part in what is in force.
 
+use model::http::ProviderAddress;
 use model::{Str, StringMatch};
 
 use super::authorization::{AuthorizationPolicy, PolicyScope};
@@ -19,8 +20,8 @@ pub trait World {
     /// Whether there is such an object.
     fn has_object(&self, object: &ObjectKey) -> bool;
 
-    /// Whether there is a service of a host name, of whatever namespace or of one.
-    fn has_host(&self, namespace: Option<&Str>, host: &str) -> bool;
+    /// Why nothing can be asked of a service: there is none of this host name, or it has no such port.
+    fn away(&self, address: &ProviderAddress) -> Option<String>;
 
     /// Whether connections to what an object defines are refused, because not all that is behind it enforces the
     /// policies for it.

@@ -373,8 +373,11 @@ impl Policies {
                 let source =
                     ConfigSource::of(key).filter(|source| self.configs.keys().next() == Some(source));
                 let config = source.and_then(|source| self.configs.get(&source));
-                let has_host = |namespace: Option<&Str>, host: &str| world.has_host(namespace, host);
-                config.map(|config| config.providers().review(&has_host)).unwrap_or_default()
+                config.map(|config| config.providers().review(world)).unwrap_or_default()
+            }
+            Kind::RateLimit => {
+                let limit = self.guards.limit(&policy_key(key));
+                limit.map(|limit| limit.review(world)).unwrap_or_default()
             }
             _ => Vec::new(),
         }

@@ -21,8 +21,10 @@ use crate::policy::selector::non_empty;
 use crate::resource::{Kind, KindSpec, Resource};
 use crate::tree::Value;
 
+mod hosts;
 mod streams;
 
+pub use hosts::SetHosts;
 pub use streams::{StreamEntry, StreamMatchDraft};
 
 /// The kind.
@@ -209,6 +211,8 @@ pub struct HttpEntry {
     pub delegate: Option<(Str, Str)>,
     /// Which of [`INHERITED`] are written.
     pub written: Box<[&'static str]>,
+    /// What the host becomes.
+    pub hosts: SetHosts,
 }
 
 /// What of an entry is as the one has it that delegates to it, where it is not written.
@@ -373,8 +377,10 @@ fn read_http(entry: &mut Fields<'_, '_>, id: RouteId, namespace: &Str, mesh: boo
     route.id = id;
     let authority;
     (route.request_headers, route.response_headers, authority) = headers(entry);
-    (route.path, route.host) = read_rewrite(entry);
-    route.host = route.host.or(authority.map(HostRewrite::To));
+    let rewrite;
+    (route.path, rewrite) = read_rewrite(entry);
+    let hosts = SetHosts { rewrite, headers: authority.map(HostRewrite::To) };
+    route.host = hosts.in_force();
     route.fault = read_fault(entry);
     route.cors = entry.object("corsPolicy").map(|mut f| Box::new(read_cors(&mut f)));
     route.timeouts.request = entry.take("timeout").and_then(go_duration).filter(|d| !d.is_zero());
@@ -384,7 +390,7 @@ fn read_http(entry: &mut Fields<'_, '_>, id: RouteId, namespace: &Str, mesh: boo
     let mirrors = read_mirrors(entry, namespace);
     let rule = RuleDraft { matches: matches.into(), route, backends, mirrors };
     let written = INHERITED.into_iter().filter(|name| entry.take(name).is_some()).collect();
-    (!rule.matches.is_empty()).then(|| HttpEntry { ports: ports.into(), rule, delegate, written })
+    (!rule.matches.is_empty()).then(|| HttpEntry { ports: ports.into(), rule, delegate, written, hosts })
 }
 
 /// The back ends: a single one needs no weight, and of several those without one get nothing (Istio).

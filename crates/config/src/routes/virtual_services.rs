@@ -244,9 +244,10 @@ fn inherit(root: &HttpEntry, entry: &HttpEntry) -> super::http_route::RuleDraft 
     let mut rule = entry.rule.clone();
     let (own, outer) = (&mut rule.route, &root.rule.route);
     let is_written = |name: &str| entry.written.contains(&name);
+    let mut hosts = entry.hosts.clone();
     if !is_written("rewrite") {
         own.path.clone_from(&outer.path);
-        own.host = own.host.take().or_else(|| outer.host.clone());
+        hosts.rewrite.clone_from(&root.hosts.rewrite);
     }
     if !is_written("timeout") {
         own.timeouts.request = outer.timeouts.request;
@@ -261,7 +262,9 @@ fn inherit(root: &HttpEntry, entry: &HttpEntry) -> super::http_route::RuleDraft 
     if !is_written("headers") {
         own.request_headers.clone_from(&outer.request_headers);
         own.response_headers.clone_from(&outer.response_headers);
+        hosts.headers.clone_from(&root.hosts.headers);
     }
+    own.host = hosts.in_force();
     own.cors = own.cors.take().or_else(|| outer.cors.clone());
     if rule.mirrors.is_empty() {
         rule.mirrors.clone_from(&root.rule.mirrors);

@@ -75,6 +75,8 @@ pub enum Command {
     Route,
     /// `HOSTNAME`: that of the proxy.
     Host,
+    /// `TRACE_ID`: that of the request's trace, where it has one.
+    Trace,
 }
 
 /// A field that a format asks for.
@@ -198,6 +200,7 @@ fn command_of(text: &str) -> Option<Command> {
         "UPSTREAM_REQUEST_ATTEMPT_COUNT" => Command::Attempts,
         "ROUTE_NAME" => Command::Route,
         "HOSTNAME" => Command::Host,
+        "TRACE_ID" => Command::Trace,
         "UPSTREAM_TRANSPORT_FAILURE_REASON"
         | "CONNECTION_TERMINATION_DETAILS"
         | "UPSTREAM_LOCAL_ADDRESS"

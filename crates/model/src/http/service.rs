@@ -102,8 +102,20 @@ impl Protocol {
             "" => Self::Detect,
             "http" | "kubernetes.io/ws" => Self::Http,
             "http2" | "grpc" | "grpc-web" | "kubernetes.io/h2c" => Self::Http2,
-            "https" | "tls" => Self::Tls,
+            "https" | "tls" | "kubernetes.io/wss" => Self::Tls,
             _ => Self::Tcp,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Protocol;
+
+    #[test]
+    fn websocket_is_requests_in_the_clear_and_bytes_within_tls() {
+        assert_eq!(Protocol::of("kubernetes.io/ws"), Protocol::Http);
+        assert_eq!(Protocol::of("kubernetes.io/wss"), Protocol::of("https"));
+        assert_eq!(Protocol::of("https"), Protocol::Tls);
     }
 }
