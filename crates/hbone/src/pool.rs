@@ -498,10 +498,16 @@ impl<C: Connector> Inner<C> {
         self.counters.connecting_now.up();
         // The task can't look at the slot before this function's caller lets go of it.
         let task = tokio::spawn(async move {
-            let result = attempt.run(seat).await;
-            let outcome =
-                result.map_or_else(|error| Verdict::Failed(Arc::new(error)), |()| Verdict::Connected);
+            let (outcome, driving) = match attempt.run(seat).await {
+                Ok(driving) => (Verdict::Connected, driving),
+                Err(error) => (Verdict::Failed(Arc::new(error)), None),
+            };
             attempt.verdict.get_or_init(|| outcome);
+            // Those who wait are woken before the driver is there, so that their requests go with its first words.
+            drop(attempt);
+            if let Some(driving) = driving {
+                tokio::spawn(driving);
+            }
         });
         state.attempt = Some(Attempt { verdict: Arc::clone(&verdict), task: task.abort_handle() });
         Ok(verdict)
@@ -544,7 +550,11 @@ struct Making<C: Connector> {
 }
 
 impl<C: Connector> Making<C> {
-    async fn run(&self, seat: Seat<C>) -> Result<(), ConnectError<C::Error>> {
+    /// Makes the connection; what drives it, unless nobody is to use it.
+    async fn run(
+        &self,
+        seat: Seat<C>,
+    ) -> Result<Option<impl Future<Output = ()> + Send + use<C>>, ConnectError<C::Error>> {
         let limit = self.inner.settings.connect_timeout;
         let result = timeout(limit, self.connect()).await.unwrap_or_else(|_| {
             self.inner.counters.connects_timed_out.up();
@@ -554,14 +564,13 @@ impl<C: Connector> Making<C> {
         let mut state = self.slot.state();
         if !self.is_current(&state) {
             // Retired while it was being made.
-            return Ok(());
+            return Ok(None);
         }
         state.members.push(Member { link: Arc::clone(&link), meter: Meter::new() });
         drop(state);
         self.inner.counters.connections.up();
         self.inner.counters.connections_now.up();
-        tokio::spawn(drive(driver, link, Arc::clone(&self.slot), seat));
-        Ok(())
+        Ok(Some(drive(driver, link, Arc::clone(&self.slot), seat)))
     }
 
     async fn connect(&self) -> Result<(Arc<Link<C::Peer>>, Driver<C::Io>), ConnectError<C::Error>> {

@@ -132,8 +132,10 @@ async fn begin<T: Io>(
             return Poll::Ready(Err(Closed::Aborted));
         }
         let result = handshake.as_mut().poll(cx);
-        // Our SETTINGS go out whether or not the peer has begun.
-        if let Poll::Ready(Err(error)) = wire.poll_flush_now(cx) {
+        // Our SETTINGS go out whether or not the peer has begun; if it has, with what the driver has to say.
+        if result.is_pending()
+            && let Poll::Ready(Err(error)) = wire.poll_flush_now(cx)
+        {
             return Poll::Ready(Err(Closed::Io(error)));
         }
         result.map_err(|error| Closed::NotHttp2(error.to_string()))
@@ -209,6 +211,8 @@ struct Driver<T: Io> {
     idle_since: Option<Instant>,
     /// Why we end the connection; it stands over what `h2` says at the end.
     verdict: Option<Closed>,
+    /// Nothing was sent yet.
+    silent: bool,
 }
 
 impl<T: Io> Driver<T> {
@@ -233,6 +237,7 @@ impl<T: Io> Driver<T> {
             timer: Box::pin(sleep(settings.idle_timeout)),
             idle_since: None,
             verdict: None,
+            silent: true,
         }
     }
 
@@ -248,13 +253,22 @@ impl<T: Io> Driver<T> {
 
     fn step(&mut self, cx: &mut Context<'_>, handler: &mut impl FnMut(Incoming)) -> Step {
         self.obey(cx);
+        let mut accepted = false;
         loop {
             match self.connection.poll_accept(cx) {
-                Poll::Ready(Some(Ok((request, respond)))) => self.accept(request, respond, handler),
+                Poll::Ready(Some(Ok((request, respond)))) => {
+                    self.accept(request, respond, handler);
+                    accepted = true;
+                }
                 Poll::Ready(Some(Err(error))) => return Step::Done(closed_by(error)),
                 Poll::Ready(None) => return Step::Done(Closed::Finished),
                 Poll::Pending => break,
             }
+        }
+        if std::mem::take(&mut self.silent) && accepted {
+            // The first answer, which as a rule is there as soon as its task has run, goes with the first words.
+            cx.waker().wake_by_ref();
+            return Step::Wait;
         }
         if self.phase != Phase::Ending
             && let Some(flood) = self.flood()

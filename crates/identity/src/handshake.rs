@@ -7,6 +7,7 @@
 
 use std::fmt;
 use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -153,7 +154,7 @@ pub async fn accept<IO: AsyncRead + AsyncWrite + Unpin>(
         let config =
             server_config(own.key(), verifier.clone(), certificates.clock()).map_err(HandshakeError::Tls)?;
         let connection = UnbufferedServerConnection::new(config).map_err(HandshakeError::Tls)?;
-        Handshake::new(connection, verifier).run(io).await
+        Handshake::new(connection, verifier, Last::Sent).run(io).await
     });
     within(limits, attempt).await
 }
@@ -170,8 +171,33 @@ pub async fn connect<IO: AsyncRead + AsyncWrite + Unpin>(
     expected: ExpectedPeers,
     limits: HandshakeLimits,
 ) -> Result<TlsStream<IO>, HandshakeError> {
-    // Boxed: a handshake's state is large and short-lived, its caller's is neither.
-    let attempt = Box::pin(async {
+    within(limits, connecting(io, certificates, local, expected, Last::Sent)).await
+}
+
+/// As [`connect`], for a caller that speaks first: what ends the handshake is not sent by itself, but with the first bytes
+/// that the caller writes and flushes. Until then the peer does not know that there is a connection.
+///
+/// # Errors
+/// As [`connect`].
+pub async fn connect_corked<IO: AsyncRead + AsyncWrite + Unpin>(
+    io: IO,
+    certificates: &Certificates,
+    local: &SpiffeId,
+    expected: ExpectedPeers,
+    limits: HandshakeLimits,
+) -> Result<TlsStream<IO>, HandshakeError> {
+    within(limits, connecting(io, certificates, local, expected, Last::Kept)).await
+}
+
+/// Boxed: a handshake's state is large and short-lived, its caller's is neither.
+fn connecting<'a, IO: AsyncRead + AsyncWrite + Unpin + 'a>(
+    io: IO,
+    certificates: &'a Certificates,
+    local: &'a SpiffeId,
+    expected: ExpectedPeers,
+    last: Last,
+) -> Pin<Box<impl Future<Output = Result<TlsStream<IO>, HandshakeError>>>> {
+    Box::pin(async move {
         let own = certificates.get(local).await?;
         let algorithms = crypto_provider().signature_verification_algorithms;
         let verifier = HandshakeVerifier::new(certificates.bundle(), algorithms, expected);
@@ -180,9 +206,8 @@ pub async fn connect<IO: AsyncRead + AsyncWrite + Unpin>(
         // Neither sent (no SNI) nor verified: the verifier goes by the SPIFFE ID.
         let nobody = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::from([0; 4])));
         let connection = UnbufferedClientConnection::new(config, nobody).map_err(HandshakeError::Tls)?;
-        Handshake::new(connection, verifier).run(io).await
-    });
-    within(limits, attempt).await
+        Handshake::new(connection, verifier, last).run(io).await
+    })
 }
 
 async fn within<T>(
@@ -204,7 +229,6 @@ trait Side {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Step {
     Again,
-    Write,
     Read,
     Done,
 }
@@ -262,7 +286,7 @@ fn step<D>(
         },
         Ok(ConnectionState::TransmitTlsData(data)) => {
             data.done();
-            Ok(Step::Write)
+            Ok(Step::Again)
         }
         Ok(ConnectionState::BlockedHandshake) => Ok(Step::Read),
         Ok(ConnectionState::WriteTraffic(_)) => Ok(Step::Done),
@@ -273,8 +297,18 @@ fn step<D>(
     (status.discard, step)
 }
 
+/// What becomes of the last that a handshake has to send.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Last {
+    /// It is sent at once.
+    Sent,
+    /// It goes with what the stream sends first.
+    Kept,
+}
+
 struct Handshake<C> {
     connection: C,
+    last: Last,
     verifier: Arc<HandshakeVerifier>,
     /// Received and not processed.
     incoming: Vec<u8>,
@@ -290,9 +324,10 @@ struct Handshake<C> {
 }
 
 impl<C: Side> Handshake<C> {
-    fn new(connection: C, verifier: Arc<HandshakeVerifier>) -> Self {
+    fn new(connection: C, verifier: Arc<HandshakeVerifier>, last: Last) -> Self {
         Self {
             connection,
+            last,
             verifier,
             incoming: Vec::new(),
             shown: 0,
@@ -320,8 +355,10 @@ impl<C: Side> Handshake<C> {
             let step = self.step().map_err(|error| self.explain(error))?;
             match step {
                 Step::Again => {}
-                Step::Write => self.write(io).await,
                 Step::Done if !self.connection.common().is_handshaking() => {
+                    if self.last == Last::Sent {
+                        self.write(io).await;
+                    }
                     return self.write_error.take().map_or(Ok(()), |e| Err(HandshakeError::Transport(e)));
                 }
                 Step::Done | Step::Read => self.show_more(io).await?,
@@ -341,8 +378,12 @@ impl<C: Side> Handshake<C> {
         step
     }
 
-    /// Shows rustls the next record, or all there is of it, reading more if it was shown everything.
-    async fn show_more<IO: AsyncRead + Unpin>(&mut self, io: &mut IO) -> Result<(), HandshakeError> {
+    /// Shows rustls the next record, or all there is of it, reading more if it was shown everything. What is to be sent is sent
+    /// before that, and not earlier: for a record of six bytes (a client's ChangeCipherSpec) nobody is to be woken.
+    async fn show_more<IO: AsyncRead + AsyncWrite + Unpin>(
+        &mut self,
+        io: &mut IO,
+    ) -> Result<(), HandshakeError> {
         loop {
             let next = self.incoming.get(self.boundary..).unwrap_or_default();
             if let [_, _, _, high, low, ..] = next {
@@ -358,6 +399,7 @@ impl<C: Side> Handshake<C> {
                 self.shown = self.incoming.len();
                 return Ok(());
             }
+            self.write(io).await;
             self.read(io).await?;
         }
     }
@@ -379,8 +421,11 @@ impl<C: Side> Handshake<C> {
         }
     }
 
-    /// An error is kept until all is read: a peer that hung up may have said why.
+    /// Sends all that there is. An error is kept until all is read: a peer that hung up may have said why.
     async fn write<IO: AsyncWrite + Unpin>(&mut self, io: &mut IO) {
+        if self.outgoing.is_empty() {
+            return;
+        }
         let flight = std::mem::take(&mut self.outgoing);
         let written = async {
             io.write_all(&flight).await?;
@@ -465,7 +510,7 @@ impl<C: Side> Handshake<C> {
         };
         let info = PeerInfo { id: peer.id, not_after: peer.not_after, root: peer.root, group, suite };
         let keys = self.connection.into_keys().map_err(HandshakeError::Tls)?;
-        let mut stream = TlsStream::new(io, keys, self.incoming, info);
+        let mut stream = TlsStream::new(io, keys, self.incoming, self.outgoing, info);
         if !agreed {
             let alert = stream.abort(AlertDescription::NoApplicationProtocol);
             // Best effort, as above.

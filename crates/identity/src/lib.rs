@@ -47,7 +47,7 @@ pub use certificates::{
     Certificates, WorkloadCertificate,
 };
 pub use clock::{Clock, Timestamp};
-pub use handshake::{HandshakeError, HandshakeLimits, NotTls, PeerInfo, accept, connect};
+pub use handshake::{HandshakeError, HandshakeLimits, NotTls, PeerInfo, accept, connect, connect_corked};
 pub use issuer::{IssueError, IssueFuture, Issued, Issuer};
 pub use key_store::KeyStore;
 pub use local_issuer::{CaStatus, LocalIssuer, LocalIssuerSettings, SignerStatus};

@@ -18,7 +18,7 @@ use webpki::KeyUsage;
 
 use crate::clock::Timestamp;
 use crate::trust::{TrustBundle, TrustSnapshot};
-use crate::x509::{Facts, RootId, shown, spiffe_id};
+use crate::x509::{Facts, RootId, not_after, shown, svid};
 
 /// A chain longer than this is refused unread.
 const MAX_CHAIN: usize = 8;
@@ -259,11 +259,12 @@ pub(crate) fn verify_chain(
             now: Timestamp(now),
         });
     }
-    let used = path.intermediate_certificates().map(webpki::Cert::der).chain([leaf.clone()]);
-    let not_after = used.filter_map(|der| Facts::read(&der)).fold(root.not_after, |first, facts| {
-        if facts.not_after.as_secs() < first.as_secs() { facts.not_after } else { first }
-    });
-    let peer = VerifiedPeer { id: spiffe_id(leaf)?, root: root.id, not_after };
+    let (id, leaf_ends) = svid(leaf)?;
+    let between = path.intermediate_certificates().filter_map(|certificate| not_after(&certificate.der()));
+    let not_after = between
+        .chain([leaf_ends])
+        .fold(root.not_after, |first, end| if end.as_secs() < first.as_secs() { end } else { first });
+    let peer = VerifiedPeer { id, root: root.id, not_after };
     if !trust.trust_domains().includes(peer.id.trust_domain()) {
         return Err(PeerError::WrongTrustDomain { id: peer.id, own: trust.trust_domains().own.clone() });
     }

@@ -135,9 +135,9 @@ fn writable(oid: &Oid<'_>) -> bool {
     oid.as_bytes().first().is_some_and(|first| *first < 120)
 }
 
-/// The SPIFFE ID of an X.509-SVID: its one URI SAN (X509-SVID specification, section 2). Certificates with several
-/// URIs are refused whichever of them is the right one, as it says.
-pub(crate) fn spiffe_id(der: &CertificateDer<'_>) -> Result<SpiffeId, PeerError> {
+/// The SPIFFE ID of an X.509-SVID: its one URI SAN (X509-SVID specification, section 2); and when it ceases to be valid.
+/// Certificates with several URIs are refused whichever of them is the right one, as it says.
+pub(crate) fn svid(der: &CertificateDer<'_>) -> Result<(SpiffeId, UnixTime), PeerError> {
     let (_, certificate) =
         X509Certificate::from_der(der).map_err(|e| PeerError::Malformed(shown(&e.to_string())))?;
     let names = certificate
@@ -151,8 +151,17 @@ pub(crate) fn spiffe_id(der: &CertificateDer<'_>) -> Result<SpiffeId, PeerError>
     match (uris.next(), uris.next()) {
         (None, _) => Err(PeerError::NoSpiffeId { subject: shown(&certificate.subject().to_string()) }),
         (Some(_), Some(_)) => Err(PeerError::SeveralUris { count: 2 + uris.count() }),
-        (Some(uri), None) => uri.parse().map_err(PeerError::InvalidSpiffeId),
+        (Some(uri), None) => match uri.parse() {
+            Ok(id) => Ok((id, unix(certificate.validity().not_after.timestamp()))),
+            Err(error) => Err(PeerError::InvalidSpiffeId(error)),
+        },
     }
+}
+
+/// When a certificate ceases to be valid; `None` if it is not one.
+pub(crate) fn not_after(der: &CertificateDer<'_>) -> Option<UnixTime> {
+    let (_, certificate) = X509Certificate::from_der(der).ok()?;
+    Some(unix(certificate.validity().not_after.timestamp()))
 }
 
 /// A text from a certificate, fit for a log line.

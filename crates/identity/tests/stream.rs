@@ -8,7 +8,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use identity::{ExpectedPeers, HandshakeLimits, TlsError, TlsStream, accept, connect};
+use identity::{ExpectedPeers, HandshakeLimits, TlsError, TlsStream, accept, connect, connect_corked};
 use mesh::*;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf, duplex};
 use tokio::net::{TcpListener, TcpStream};
@@ -428,4 +428,55 @@ async fn futures_that_hold_a_handshake_or_a_stream_stay_small() {
     let sizes = (size_of_val(&connecting), size_of_val(&accepting));
     assert!(sizes.0 < 600 && sizes.1 < 600, "{sizes:?}");
     assert_eq!(size_of::<TlsStream<DuplexStream>>(), size_of::<DuplexStream>() + size_of::<usize>());
+}
+
+#[tokio::test]
+async fn the_end_of_a_corked_handshake_goes_with_the_first_bytes() {
+    let mesh = Mesh::start();
+    let (web, db, limits) = (id("shop/sa/web"), id("shop/sa/db"), HandshakeLimits::default());
+    let (a, b) = duplex(256 * 1024);
+    let (certificates, own) = (mesh.certificates.clone(), db.clone());
+    let server = tokio::spawn(async move { accept(b, &certificates, &own, limits).await });
+    let mut client = connect_corked(a, &mesh.certificates, &web, db.into(), limits).await.unwrap();
+    client.write_all(b"first").await.unwrap();
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+    assert!(!server.is_finished(), "nothing was flushed");
+    client.flush().await.unwrap();
+    let mut server = server.await.unwrap().unwrap();
+    let mut got = [0; 5];
+    // All of it is there already: the server has read it behind the handshake.
+    let read = std::future::poll_fn(|cx| {
+        let mut buffer = ReadBuf::new(&mut got);
+        Pin::new(&mut server).poll_read(cx, &mut buffer)
+    });
+    tokio::time::timeout(Duration::ZERO, read).await.unwrap().unwrap();
+    assert_eq!(&got, b"first");
+    server.write_all(b"second").await.unwrap();
+    server.shutdown().await.unwrap();
+    let mut got = Vec::new();
+    client.read_to_end(&mut got).await.unwrap();
+    assert_eq!(got, b"second");
+}
+
+#[tokio::test]
+async fn the_end_of_a_corked_handshake_goes_also_with_nothing() {
+    let mesh = Mesh::start();
+    let (web, db, limits) = (id("shop/sa/web"), id("shop/sa/db"), HandshakeLimits::default());
+    for flushed in [true, false] {
+        let (a, b) = duplex(256 * 1024);
+        let (certificates, own) = (mesh.certificates.clone(), db.clone());
+        let server = tokio::spawn(async move { accept(b, &certificates, &own, limits).await });
+        let connected = connect_corked(a, &mesh.certificates, &web, db.clone().into(), limits).await;
+        let mut client = connected.unwrap();
+        if flushed {
+            client.flush().await.unwrap();
+        } else {
+            client.shutdown().await.unwrap();
+        }
+        let mut server = server.await.unwrap().unwrap();
+        client.shutdown().await.unwrap();
+        assert_eq!(server.read(&mut [0]).await.unwrap(), 0, "a good end");
+    }
 }

@@ -99,7 +99,8 @@ impl Tls {
         own: &SpiffeId,
         expected: ExpectedPeers,
     ) -> Result<TlsStream<TcpStream>, HandshakeError> {
-        let connected = identity::connect(stream, &self.0.certificates, own, expected, self.0.limits).await;
+        let connected =
+            identity::connect_corked(stream, &self.0.certificates, own, expected, self.0.limits).await;
         self.counted(to, connected)
     }
 

@@ -110,8 +110,10 @@ impl Tls {
 }
 
 impl<IO> TlsStream<IO> {
-    pub(crate) fn new(io: IO, keys: Keys, ahead: Vec<u8>, peer: PeerInfo) -> Self {
-        let tls = Tls { keys, inbound: Inbound::new(ahead), outbound: Outbound::new(), writer: None, peer };
+    /// `ahead` was read behind the handshake, `last` is what of it is still to be sent.
+    pub(crate) fn new(io: IO, keys: Keys, ahead: Vec<u8>, last: Vec<u8>, peer: PeerInfo) -> Self {
+        let (inbound, outbound) = (Inbound::new(ahead), Outbound::new(last));
+        let tls = Tls { keys, inbound, outbound, writer: None, peer };
         Self { io, tls: Box::new(tls) }
     }
 

@@ -55,8 +55,11 @@ pub(super) struct Outbound {
 }
 
 impl Outbound {
-    pub(super) fn new() -> Self {
-        Self { staged: Vec::new(), store: Store::None, sealed: 0..0, closing: false, lost: false }
+    /// Starts with the records of a handshake that are to go first.
+    pub(super) fn new(first: Vec<u8>) -> Self {
+        let sealed = 0..first.len();
+        let store = if first.is_empty() { Store::None } else { Store::Exact(first) };
+        Self { staged: Vec::new(), store, sealed, closing: false, lost: false }
     }
 
     /// Takes what fits of `input`; waits while there is a whole batch that the transport has not taken.
