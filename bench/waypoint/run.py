@@ -284,6 +284,8 @@ class Bench:
                             time.sleep(self.args.seconds / (EDITIONS + 1))
                             self.files(which, replace(setup, edition=edition))
                         moved = loaded.result()
+                    # Requests that come while the last one is still being read say nothing of it.
+                    time.sleep(self.args.seconds)
                     ask(1, path="/r0/x", headers=[f"x-route: r0-{EDITIONS}"], connections=1)
                 finally:
                     stop(process)

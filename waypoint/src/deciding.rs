@@ -185,8 +185,12 @@ impl Deciding {
         let port = service.port(decided.port).ok_or_else(no_route)?;
         let client = self.client(rules, connection);
         let source = source(connection, client.as_deref());
-        let found = port.find(&view(request, connection, decided.claims.as_deref()), &source);
-        let found = found.ok_or_else(no_route)?;
+        let mut seen = view(request, connection, decided.claims.as_deref());
+        if request.is_server_wide() {
+            // What takes the service's root answers for the service.
+            seen.path = "/";
+        }
+        let found = port.find(&seen, &source).ok_or_else(no_route)?;
         let (route, matched) = (found.rules, found.matched);
         decided.route.clone_from(&route.route);
         decided.matched = found.position;
@@ -247,7 +251,7 @@ impl Deciding {
         route.request_edits.apply_to_request(request, connection, decided);
         backend.request_edits.apply_to_request(request, connection, decided);
         if let Some(of) = of {
-            if let Some(to) = &of.path {
+            if let Some(to) = of.path.as_ref().filter(|_| !request.is_server_wide()) {
                 rewrite::path(to, matched, request, decided)?;
                 // What comes after compares it, and the back end reads it, as any other.
                 path::apply(request, rules.mesh.settings().path_normalization)?;

@@ -4,6 +4,7 @@
 //!   serve      a client's connection ─▶ requests, each with a Channel
 //!   exchange   one request: hygiene ─▶ Decide ─▶ endpoint ─▶ pool ─▶ response
 //!   channel    a connection of HTTP/1.1 (wire) or a stream of HTTP/2, on either side
+//!   mirror     copies of requests, whose bodies wait in copies
 //!   h1, body   what HTTP/1.1 is in bytes          head, h2_heads   heads in our own form
 //! ```
 //!
@@ -17,6 +18,7 @@ pub mod alarm;
 pub mod body;
 pub mod carriers;
 pub mod channel;
+mod copies;
 pub mod decide;
 pub mod edits;
 pub mod exchange;
@@ -28,6 +30,7 @@ pub mod head;
 pub mod held;
 pub(crate) mod hygiene;
 pub mod io;
+mod limit;
 pub(crate) mod messages;
 mod mirror;
 mod pump;

@@ -17,6 +17,7 @@ pub mod dump;
 mod endpoint;
 mod hashing;
 pub mod metrics;
+mod offer;
 mod original;
 pub mod pool;
 pub(crate) mod tls;

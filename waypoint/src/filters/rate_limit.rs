@@ -236,8 +236,9 @@ impl RateLimits {
                             reset,
                             headers: limits.headers,
                         };
-                        if over && limit.dry_run {
-                            self.stats.would_refuse.inc();
+                        // What is not in force yet is not told of.
+                        if limit.dry_run {
+                            self.stats.would_refuse.add(u64::from(over));
                             continue;
                         }
                         told.push(one);

@@ -23,13 +23,16 @@ pub fn response(redirect: &Redirect, matched: Option<&RouteMatch>, request: &Req
         None => port.and_then(|port| port.parse().ok()),
     };
     let port = port.filter(|port| *port != implied).map(|port| format!(":{port}")).unwrap_or_default();
+    // What is meant for the whole of a server has no path that an address could have.
+    let (path, whole) =
+        if request.is_server_wide() { ("/", "/") } else { (request.path(), request.target()) };
     let target = match &redirect.path {
-        Some(rewriting) => match rewrite::rewritten(rewriting, matched, request.path()) {
+        Some(rewriting) => match rewrite::rewritten(rewriting, matched, path) {
             // A query of its own takes the place of the request's, as in Envoy.
             target if target.contains('?') => target,
             path => path::with_query(path, request.query()),
         },
-        None => request.target().to_owned(),
+        None => whole.to_owned(),
     };
     let location = format!("{scheme}://{host}{port}{target}");
     if !crate::http::head::is_field_value(location.as_bytes()) {

@@ -240,7 +240,23 @@ impl Channel {
         }
     }
 
-    /// Reads a response's head.
+    /// Tells a client something before its response. A failure shows when that is sent.
+    pub(crate) fn send_informational(&mut self, head: &ResponseHead) {
+        match self {
+            Self::H1(wire) => {
+                let out = wire.head_output();
+                head.write(out);
+                out.extend_from_slice(b"\r\n");
+            }
+            Self::H2(stream) => {
+                if let Some(respond) = &mut stream.respond {
+                    let _ = respond.send_informational(h2_heads::to_response(head, Framing::None));
+                }
+            }
+        }
+    }
+
+    /// Reads a response's head, or that of an informational response before it.
     pub(crate) fn poll_response(
         &mut self,
         cx: &mut Context<'_>,
@@ -252,6 +268,10 @@ impl Channel {
             Self::H2(stream) => stream,
         };
         let Some(response) = &mut stream.response else { return Poll::Ready(Err(ReadError::Ended)) };
+        if let Poll::Ready(Some(Ok(word))) = response.poll_informational(cx) {
+            let (parts, ()) = word.into_parts();
+            return Poll::Ready(Ok(h2_heads::response(&parts, true, head)));
+        }
         let response = ready!(Pin::new(response).poll(cx))?;
         stream.response = None;
         let (parts, recv) = response.into_parts();

@@ -71,6 +71,13 @@ impl Edits {
         plain.collect()
     }
 
+    /// Takes out of an informational response what is removed from the response, or has another value there.
+    pub(crate) fn withhold(&self, fields: &mut Fields) {
+        for edit in self.0.iter().filter(|edit| !matches!(edit, Edit::Add(..))) {
+            fields.remove(edit.name());
+        }
+    }
+
     /// Makes the changes in a request.
     pub fn apply_to_request(&self, request: &mut RequestHead, connection: &Connection, decided: &Decided) {
         for edit in &self.0 {
@@ -199,6 +206,11 @@ pub fn command_value(command: &Command, facts: &Facts<'_>, response: Option<&Fie
             }
         }
         Command::Host => show_some(out, hostname()),
+        Command::Trace => {
+            if let Some(span) = &facts.decided.trace {
+                show(out, &format_args!("{:032x}", span.trace));
+            }
+        }
         Command::Backend => show_some(out, backend(facts.decided)),
         Command::Duration
         | Command::Status

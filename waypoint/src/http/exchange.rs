@@ -10,6 +10,8 @@
 //! The response's body and what is left of the request's pass at the same time, so an endpoint may answer early, and
 //! both may stream for as long as they like.
 
+mod switch;
+
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -22,14 +24,15 @@ use crate::http::alarm::Alarm;
 use crate::http::channel::Channel;
 use crate::http::decide::{
     Call, Connection, Decided, Decision, Endpoints, Facts, Flag, Forwarding, Measured, More, Outcome, Picked,
-    Protocol, Reading, Record, Response, Retries, Retrying, Target, Timeouts, Waiting,
+    Protocol, Reading, Record, Response, Retries, Retrying, Target, Waiting,
 };
-use crate::http::failure::{CONNECT_TIMEOUT, Class, Failure};
+use crate::http::failure::{Class, Failure, is_good, local_head, outcome};
 use crate::http::h1::Framing;
-use crate::http::head::{Known, RequestHead, ResponseHead};
+use crate::http::head::{RequestHead, ResponseHead};
 use crate::http::held::{OfClient, Share, TooMuch};
 use crate::http::hygiene::{self, Hop};
-use crate::http::messages::{self, Messages, grpc_status, http_of};
+use crate::http::limit::Limit;
+use crate::http::messages::{Messages, grpc_status, http_of};
 use crate::http::mirror;
 use crate::http::pump::{Pump, PumpError};
 use crate::http::worker::Worker;
@@ -49,10 +52,22 @@ pub enum After {
 /// A response's way, the endpoint that it is of, and the leave for the try that it is of.
 type Answered = ((Lease, Framing), Picked, Retrying);
 
-/// Informational responses of an endpoint that are passed over.
+/// Informational responses of an endpoint that are taken.
 const MAX_INFORMATIONAL: u32 = 16;
+/// What is read of a request's body that nobody takes.
+const DISCARDED: u64 = 64 * 1024;
 /// How often it is looked at whether a client has left whose body nobody takes.
 const LOOK: Duration = Duration::from_secs(1);
+
+/// The informational responses before a try's response.
+struct Words<'a> {
+    how: &'a Forwarding,
+    more: Option<&'a More>,
+    /// How many may still come.
+    left: u32,
+    /// Whether one was passed on.
+    passed: bool,
+}
 
 /// A request under way.
 pub(crate) struct Exchange<'a> {
@@ -74,35 +89,6 @@ pub(crate) struct Exchange<'a> {
     idle_deadline: Instant,
     /// When it is looked at next whether a client has left whose body nobody takes.
     next_look: Instant,
-}
-
-/// A time limit.
-#[derive(Clone, Copy, Default)]
-struct Limit {
-    /// What is left from when all of the request has come, which it has not.
-    after_request: Option<Duration>,
-    deadline: Option<Instant>,
-}
-
-impl Limit {
-    /// One of `limit`, which begins at `from`, or when all of the request has come.
-    fn new(limit: Option<Duration>, from: Instant, measured: Measured) -> Self {
-        match measured {
-            Measured::Whole => Self { after_request: None, deadline: limit.map(|limit| from + limit) },
-            Measured::Response => Self { after_request: limit, deadline: None },
-        }
-    }
-
-    /// All of the request has come.
-    fn begin(&mut self) {
-        if let Some(limit) = self.after_request.take() {
-            self.deadline = Some(Instant::now() + limit);
-        }
-    }
-
-    fn is_over_at(self, now: Instant) -> bool {
-        self.deadline.is_some_and(|deadline| deadline <= now)
-    }
 }
 
 /// Takes a request, whose head has come, to its end.
@@ -191,6 +177,7 @@ impl Exchange<'_> {
         loop {
             match decision {
                 Decision::Respond(response) => {
+                    self.discard().await;
                     let detail = self.decided.detail;
                     return self.respond(&response, detail).await;
                 }
@@ -247,14 +234,14 @@ impl Exchange<'_> {
     }
 
     async fn forward(&mut self, how: &Forwarding, endpoints: &dyn Endpoints, more: Option<&More>) -> After {
-        self.whole = Limit::new(how.timeouts.request, self.record.started, how.timeouts.measured);
+        self.whole = Limit::of_call(how.timeouts, self.request, self.record.started);
         self.upload.barred = std::mem::take(&mut self.decided.own_fields);
         if let Some(idle) = how.timeouts.idle {
             self.idle = idle;
             self.idle_deadline = self.record.started + idle;
         }
         if self.framing != Framing::None {
-            if how.retries.is_some() || more.is_some_and(|more| !more.mirrors.is_empty()) {
+            if how.retries.is_some() {
                 self.upload.keep(self.worker.settings.replay_limit);
             }
             if self.hop.expects_continue {
@@ -264,10 +251,14 @@ impl Exchange<'_> {
                 }
             }
         }
-        let (answer, picked, _retrying) = match self.tries(how, endpoints).await {
+        let (answer, picked, _retrying) = match self.tries(how, endpoints, more).await {
             Ok(answered) => answered,
             Err(failure) if failure.status == 0 => return self.gone(),
             Err(failure) => {
+                // What is wrong with a body is not read on.
+                if failure.flag != Flag::DownstreamProtocolError {
+                    self.discard().await;
+                }
                 // Pages of other origins can read it by these alone, and limits are told whoever answers.
                 let edits = more.map(|more| more.response_edits.plain_fields()).unwrap_or_default();
                 return self.respond(&failure.response(edits), failure.detail).await;
@@ -282,14 +273,16 @@ impl Exchange<'_> {
             picked.report(outcome);
         }
         drop(picked);
-        if let Some(more) = more {
-            mirror::send(self.worker, self.request, self.connection, &self.upload, &more.mirrors);
-        }
         after
     }
 
     /// Sends the request until there is a response to pass on; its head is in `reply` then.
-    async fn tries(&mut self, how: &Forwarding, endpoints: &dyn Endpoints) -> Result<Answered, Failure> {
+    async fn tries(
+        &mut self,
+        how: &Forwarding,
+        endpoints: &dyn Endpoints,
+        more: Option<&More>,
+    ) -> Result<Answered, Failure> {
         let (mut tried, mut stale, mut retrying) = (Vec::new(), false, Retrying::default());
         let retries = how.retries.as_ref();
         loop {
@@ -297,7 +290,7 @@ impl Exchange<'_> {
             let target = &picked.target;
             self.record.tries += 1;
             self.record.target = Some(Arc::clone(target));
-            let result = self.attempt(target, &how.timeouts, stale).await;
+            let result = self.attempt(target, (how, more), stale).await;
             if let Some(outcome) = outcome(&result, &self.reply).filter(|_| !self.is_told_at_the_end(&result))
             {
                 picked.report(outcome);
@@ -390,7 +383,7 @@ impl Exchange<'_> {
             let deadline = self.whole.deadline;
             ready!(self.alarm.poll(cx, deadline.map_or(until, |deadline| deadline.min(until))));
             if deadline.is_some_and(|deadline| deadline < until) {
-                return Poll::Ready(Err(Failure::TIMEOUT));
+                return Poll::Ready(Err(self.whole.failure()));
             }
             Poll::Ready(Ok(()))
         })
@@ -401,9 +394,10 @@ impl Exchange<'_> {
     async fn attempt(
         &mut self,
         target: &Arc<Target>,
-        timeouts: &Timeouts,
+        (how, more): (&Forwarding, Option<&More>),
         fresh: bool,
     ) -> Result<(Lease, Framing), Failure> {
+        let timeouts = how.timeouts;
         self.this_try = Limit::new(timeouts.per_try, Instant::now(), timeouts.measured);
         let idle =
             if target.protocol == Protocol::Http1 && !fresh { self.worker.pool.idle(target) } else { None };
@@ -411,14 +405,18 @@ impl Exchange<'_> {
             Some(lease) => lease,
             None => Box::pin(self.connect(target, fresh)).await?,
         };
+        if let Some(more) = more.filter(|more| !more.mirrors.is_empty() && !self.upload.is_copied()) {
+            let request = (&*self.request, self.framing);
+            self.upload.copy_to(mirror::begin(self.worker, request, self.connection, &more.mirrors));
+        }
         if let (Some(protocol), Channel::H1(_)) = (&self.hop.upgrade, &lease.channel) {
             lease.channel.send_upgrade(self.request, self.framing, protocol);
         } else {
             lease.channel.send_request(self.request, self.framing);
         }
-        let to_head = self.request.method() == "HEAD";
-        let mut words = MAX_INFORMATIONAL;
-        let framing = poll_fn(|cx| self.poll_head(cx, &mut lease, (to_head, &mut words))).await?;
+        let mut words = Words { how, more, left: MAX_INFORMATIONAL, passed: false };
+        let framing = poll_fn(|cx| self.poll_head(cx, &mut lease, &mut words)).await?;
+        self.take_switch(&lease)?;
         if timeouts.measured == Measured::Response {
             self.this_try = Limit::default();
         }
@@ -429,7 +427,7 @@ impl Exchange<'_> {
         let worker = Arc::clone(self.worker);
         let mut request = std::mem::take(self.request);
         let result = {
-            let mut getting = Box::pin(worker.pool.get(target, &request, self.framing, fresh));
+            let mut getting = Box::pin(self.way(&worker.pool, target, &request, fresh));
             poll_fn(|cx| {
                 if let Poll::Ready(result) = getting.as_mut().poll(cx) {
                     return Poll::Ready(result.map_err(|error| Failure::of_pool(&error)));
@@ -447,29 +445,27 @@ impl Exchange<'_> {
     }
 
     /// One step towards the response's head: sends what there is of the request, reads, looks after the client and the
-    /// time. `words` are how many informational responses may still come.
+    /// time.
     fn poll_head(
         &mut self,
         cx: &mut Context<'_>,
         lease: &mut Lease,
-        (to_head, words): (bool, &mut u32),
+        words: &mut Words<'_>,
     ) -> Poll<Result<Framing, Failure>> {
+        let to_head = self.request.method() == "HEAD";
         match self.upload.poll(cx, self.client, &mut lease.channel) {
             Poll::Ready(Err(PumpError::From(error))) => return Poll::Ready(Err(Failure::of_request(&error))),
             // The endpoint takes no more: perhaps it has answered, which reading tells.
             Poll::Ready(Err(PumpError::To(_)) | Ok(())) | Poll::Pending => {}
         }
-        while *words > 0 {
+        while words.left > 0 {
             match lease.channel.poll_response(cx, &mut self.reply, to_head) {
                 Poll::Ready(Ok(framing)) if self.is_final() => return Poll::Ready(Ok(framing)),
                 Poll::Ready(Ok(_)) if self.reply.status == 101 => {
                     let detail = "a switch to a protocol that was not asked for";
                     return Poll::Ready(Err(Failure::of_protocol(detail)));
                 }
-                Poll::Ready(Ok(_)) => {
-                    self.reply.clear();
-                    *words -= 1;
-                }
+                Poll::Ready(Ok(_)) => self.inform(words),
                 Poll::Ready(Err(error)) => {
                     // Of HTTP/2, what its server has not looked at is told otherwise.
                     let stale =
@@ -478,7 +474,8 @@ impl Exchange<'_> {
                     return Poll::Ready(Err(Failure::of_response(&error, stale)));
                 }
                 Poll::Pending => {
-                    if self.poll_gone(cx).is_ready() {
+                    let failed = words.passed && matches!(self.client.poll_flush(cx), Poll::Ready(Err(_)));
+                    if failed || self.poll_gone(cx).is_ready() {
                         return Poll::Ready(Err(Failure::CLIENT_GONE));
                     }
                     self.hold(Some(&mut lease.channel), 0)?;
@@ -489,16 +486,25 @@ impl Exchange<'_> {
         Poll::Ready(Err(Failure::of_protocol("too many informational responses")))
     }
 
+    /// Passes on the informational response in `reply` (RFC 9110 section 15.2), but for what the route changes in a response. That a
+    /// client may go on with its body it was told already.
+    fn inform(&mut self, words: &mut Words<'_>) {
+        words.left -= 1;
+        if self.reply.status != 100 {
+            hygiene::response(&mut self.reply, false);
+            let edits = words.more.map(|more| &more.response_edits).into_iter();
+            for edits in edits.chain([&words.how.response_edits]) {
+                edits.withhold(&mut self.reply.fields);
+            }
+            self.client.send_informational(&self.reply);
+            words.passed = true;
+        }
+        self.reply.clear();
+    }
+
     /// Whether the head in `reply` is the response, not a word before it.
     fn is_final(&self) -> bool {
         self.reply.status >= 200 || (self.reply.status == 101 && self.is_asked_for())
-    }
-
-    /// Whether the endpoint switches to the protocol that it was asked for.
-    fn is_asked_for(&self) -> bool {
-        let Some(asked) = &self.hop.upgrade else { return false };
-        let mut chosen = self.reply.fields.members(Known::Upgrade);
-        chosen.next().is_some_and(|chosen| chosen.eq_ignore_ascii_case(asked)) && chosen.next().is_none()
     }
 
     /// Counts what waits here for somebody to take it: of the request, and of the response, which `server` brings and of which
@@ -543,7 +549,7 @@ impl Exchange<'_> {
                 continue;
             }
             if self.whole.is_over_at(first) {
-                return Poll::Ready(Failure::TIMEOUT);
+                return Poll::Ready(self.whole.failure());
             }
             if self.this_try.is_over_at(first) {
                 return Poll::Ready(Failure::TRY_TIMEOUT);
@@ -634,7 +640,7 @@ impl Exchange<'_> {
         both: bool,
     ) -> Poll<Result<(), Failure>> {
         let uploaded = match self.upload.poll(cx, self.client, &mut lease.channel) {
-            Poll::Ready(Err(PumpError::From(error))) if !both => {
+            Poll::Ready(Err(PumpError::From(error))) => {
                 return Poll::Ready(Err(Failure::of_request(&error)));
             }
             // The endpoint reads no more, but may still be answering.
@@ -651,28 +657,16 @@ impl Exchange<'_> {
                 return Poll::Ready(Err(failure));
             }
         }
-        if !both && self.poll_gone(cx).is_ready() {
+        if both {
+            if let Poll::Ready(failure) = self.poll_reset(cx, lease, download) {
+                return Poll::Ready(Err(failure));
+            }
+        } else if self.poll_gone(cx).is_ready() {
             return Poll::Ready(Err(Failure::CLIENT_GONE));
         }
         self.hold(Some(&mut lease.channel), download.held())?;
         self.upload.moved |= std::mem::take(&mut download.moved);
         self.poll_late(cx).map(Err)
-    }
-
-    /// Passes a switch of protocols on: from here on both connections carry bytes (RFC 9110 section 7.8).
-    fn switch(&mut self, lease: &mut Lease) {
-        let protocol = self.hop.upgrade.take().unwrap_or_default();
-        self.reply.fields.push(b"connection", b"upgrade");
-        self.reply.fields.push(b"upgrade", &protocol);
-        if let (Channel::H1(client), Channel::H1(server)) = (&mut *self.client, &mut lease.channel) {
-            self.reply.write(client.head_output());
-            client.end_head(Framing::None, false, false);
-            client.switch();
-            server.switch();
-        }
-        self.upload = Pump::new(false);
-        // They were for a response, and there is none that could end.
-        (self.whole, self.this_try) = (Limit::default(), Limit::default());
     }
 
     fn gone(&mut self) -> After {
@@ -700,6 +694,18 @@ impl Exchange<'_> {
         self.client.poll_flush(cx)
     }
 
+    /// Drops what has come of a request's body that nobody takes any more: where that is all of it, the connection goes on after
+    /// the answer. Nothing is waited for.
+    async fn discard(&mut self) {
+        if matches!(self.client, Channel::H1(_)) {
+            poll_fn(|cx| {
+                self.upload.discard(cx, self.client, DISCARDED);
+                Poll::Ready(())
+            })
+            .await;
+        }
+    }
+
     async fn fail(&mut self, failure: Failure) -> After {
         if failure.status == 0 {
             return self.gone();
@@ -712,7 +718,12 @@ impl Exchange<'_> {
         self.record.flag = response.flag;
         self.record.detail = detail;
         self.reply.clear();
-        let body = local_head(&mut self.reply, response, self.request.is_grpc());
+        let extended = self.request.extended;
+        let body = local_head(&mut self.reply, response, self.request.is_grpc() && !extended);
+        if extended && matches!(self.reply.status, 200..=299) {
+            // To the client that would be the switch itself (RFC 8441 section 5).
+            self.reply.status = 501;
+        }
         self.record.status = self.reply.status;
         self.record.grpc_status = grpc_status(&self.reply.fields);
         let to_head = self.request.method() == "HEAD";
@@ -744,40 +755,4 @@ impl Exchange<'_> {
         }
         if close { After::Close } else { After::Next }
     }
-}
-
-/// Makes the head of an answer of our own; returns its body. What goes to gRPC is a status of gRPC.
-fn local_head(head: &mut ResponseHead, response: &Response, grpc: bool) -> Bytes {
-    head.status = response.status;
-    for (name, value) in &response.fields {
-        head.fields.push(name.as_bytes(), value.as_bytes());
-    }
-    let date = httpdate::fmt_http_date(std::time::SystemTime::now());
-    head.fields.push(b"date", date.as_bytes());
-    if grpc {
-        head.status = 200;
-        head.fields.set(b"content-type", b"application/grpc");
-        messages::put_status(&mut head.fields, response.status, &response.body);
-        return Bytes::new();
-    }
-    if !response.body.is_empty() && head.fields.values(b"content-type").next().is_none() {
-        head.fields.push(b"content-type", b"text/plain");
-    }
-    response.body.clone()
-}
-
-/// What a try says of its endpoint.
-fn outcome(result: &Result<(Lease, Framing), Failure>, reply: &ResponseHead) -> Option<Outcome> {
-    match result {
-        Ok(_) => Some(Outcome::Status(grpc_status(&reply.fields).map_or(reply.status, http_of))),
-        Err(Failure { flag: Flag::UpstreamRequestTimeout, .. }) => Some(Outcome::TimedOut),
-        Err(failure) if failure.detail == CONNECT_TIMEOUT => Some(Outcome::TimedOut),
-        Err(Failure { class: Class::Stale, .. }) => None,
-        Err(failure) if failure.class != Class::Final || failure.status == 502 => Some(Outcome::Failed),
-        Err(_) => None,
-    }
-}
-
-fn is_good(result: &Result<(Lease, Framing), Failure>, reply: &ResponseHead) -> bool {
-    result.is_ok() && reply.status < 500
 }

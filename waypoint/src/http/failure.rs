@@ -2,14 +2,15 @@
 
 use bytes::Bytes;
 
-use crate::http::decide::{Flag, Response, Retries};
+use crate::http::decide::{Flag, Outcome, Response, Retries};
+use crate::http::h1::Framing;
 use crate::http::head::ResponseHead;
-use crate::http::messages::grpc_status;
+use crate::http::messages::{self, grpc_status, http_of};
 use crate::http::wire::ReadError;
-use crate::upstream::pool::PoolError;
+use crate::upstream::pool::{Lease, PoolError};
 
 /// What the log says where a connection was not made in time.
-pub(super) const CONNECT_TIMEOUT: &str = "connection_timeout";
+const CONNECT_TIMEOUT: &str = "connection_timeout";
 
 /// Why a try came to nothing.
 #[derive(Clone, Copy, Debug)]
@@ -43,9 +44,15 @@ impl Failure {
         Self::new(0, Flag::DownstreamConnectionTermination, "the client has gone", Class::Final);
     pub(super) const TIMEOUT: Self =
         Self::new(504, Flag::UpstreamRequestTimeout, "response_timeout", Class::Final);
+    /// The client's own limit for a call of gRPC.
+    pub(super) const DEADLINE: Self =
+        Self::new(504, Flag::UpstreamRequestTimeout, "grpc_timeout", Class::Final);
     pub(super) const TRY_TIMEOUT: Self =
         Self::new(504, Flag::UpstreamRequestTimeout, "upstream_per_try_timeout", Class::TryTimeout);
     pub(super) const HELD: Self = Self::new(503, Flag::Decided("OM"), "too_much_is_held", Class::Final);
+    /// A client of HTTP/2 asked for a switch that was not made: what is no error would be one to it (RFC 8441 section 5).
+    pub(super) const NO_SWITCH: Self =
+        Self::new(501, Flag::DownstreamProtocolError, "no_switch_of_protocols", Class::Final);
     pub(super) const IDLE: Self =
         Self::new(504, Flag::StreamIdleTimeout, "stream_idle_timeout", Class::Final);
 
@@ -61,6 +68,7 @@ impl Failure {
             PoolError::Connect(_) | PoolError::Http2(_) => {
                 Self::new(503, Flag::UpstreamConnectionFailure, "connection_failure", Class::Connect)
             }
+            PoolError::NoSwitch => Self::NO_SWITCH,
             PoolError::Unsendable => {
                 Self::new(400, Flag::DownstreamProtocolError, "unsendable", Class::Final)
             }
@@ -101,7 +109,12 @@ impl Failure {
     /// The answer to the client.
     pub(super) fn response(self, fields: Box<[(Box<str>, Box<str>)]>) -> Response {
         let body = Bytes::from_static(self.detail.as_bytes());
-        Response { status: self.status, fields, body, flag: self.flag }
+        let mut fields = fields.into_vec();
+        if self.detail == Self::DEADLINE.detail {
+            // What the client says itself then (DEADLINE_EXCEEDED), not that something is unavailable and worth another try.
+            fields.push(("grpc-status".into(), "4".into()));
+        }
+        Response { status: self.status, fields: fields.into_boxed_slice(), body, flag: self.flag }
     }
 
     /// What the endpoint says is no HTTP, or not what was asked for.
@@ -132,4 +145,41 @@ impl Retries {
             || (!self.grpc_codes.is_empty()
                 && grpc_status(&reply.fields).is_some_and(|code| self.grpc_codes.contains(&code)))
     }
+}
+
+/// What a try says of its endpoint.
+pub(super) fn outcome(result: &Result<(Lease, Framing), Failure>, reply: &ResponseHead) -> Option<Outcome> {
+    match result {
+        Ok(_) => Some(Outcome::Status(grpc_status(&reply.fields).map_or(reply.status, http_of))),
+        Err(Failure { flag: Flag::UpstreamRequestTimeout, .. }) => Some(Outcome::TimedOut),
+        Err(failure) if failure.detail == CONNECT_TIMEOUT => Some(Outcome::TimedOut),
+        Err(Failure { class: Class::Stale, .. }) => None,
+        Err(failure) if failure.class != Class::Final || failure.status == 502 => Some(Outcome::Failed),
+        Err(_) => None,
+    }
+}
+
+/// Whether a try has come to what it was made for.
+pub(super) fn is_good(result: &Result<(Lease, Framing), Failure>, reply: &ResponseHead) -> bool {
+    result.is_ok() && reply.status < 500
+}
+
+/// Makes the head of an answer of our own; returns its body. What goes to gRPC is a status of gRPC.
+pub(super) fn local_head(head: &mut ResponseHead, response: &Response, grpc: bool) -> Bytes {
+    head.status = response.status;
+    for (name, value) in &response.fields {
+        head.fields.push(name.as_bytes(), value.as_bytes());
+    }
+    let date = httpdate::fmt_http_date(std::time::SystemTime::now());
+    head.fields.push(b"date", date.as_bytes());
+    if grpc {
+        head.status = 200;
+        head.fields.set(b"content-type", b"application/grpc");
+        messages::put_status(&mut head.fields, response.status, &response.body);
+        return Bytes::new();
+    }
+    if !response.body.is_empty() && head.fields.values(b"content-type").next().is_none() {
+        head.fields.push(b"content-type", b"text/plain");
+    }
+    response.body.clone()
 }

@@ -107,6 +107,9 @@ impl HeadParser {
         let Some(end) = end else { return Ok(None) };
         head.fields.set_text(input.get(..end).unwrap_or_default());
         head.version = Version::Http1;
+        if head.target().is_empty() {
+            head.set_target("*");
+        }
         finish_request(head).map(|framing| Some((end, framing)))
     }
 
@@ -236,6 +239,7 @@ struct RequestLine {
     method: Range<usize>,
     /// Of a target in absolute form.
     authority: Option<Range<usize>>,
+    /// Empty for what is meant as the asterisk, and not written so.
     target: Range<usize>,
 }
 
@@ -263,10 +267,11 @@ fn request_line(line: &[u8]) -> Result<RequestLine, Refusal> {
     let length = rest.iter().position(|b| matches!(b, b'/' | b'?')).unwrap_or(rest.len());
     let start = first + 1 + scheme;
     // `http://host` without a path is passed on as `/`: the last of the scheme's slashes, which stands for it only where
-    // there is nothing else; a query without a path has no such place.
+    // there is nothing else; a query without a path has no such place. With OPTIONS it is the asterisk (RFC 9112 section 3.2.4).
     let path = match rest.get(length) {
         Some(b'/') => start + length..last,
         Some(_) => return Err(Refusal::Malformed("a target with a query and no path")),
+        None if method == b"OPTIONS" => start..start,
         None => start - 1..start,
     };
     Ok(RequestLine { method: 0..first, authority: Some(start..start + length), target: path })

@@ -11,6 +11,9 @@ use model::http::is_authority;
 use crate::http::h1::{Framing, Refusal, check_target, parse_length};
 use crate::http::head::{Fields, Known, MAX_FIELDS, RequestHead, ResponseHead, Version};
 
+/// The protocol that a stream of HTTP/2 may be switched to.
+pub(crate) const WEBSOCKET: &str = "websocket";
+
 /// Reads a request's head; `ended` says that no body follows.
 ///
 /// # Errors
@@ -26,13 +29,16 @@ pub(crate) fn request(
         return Err(Refusal::HeadTooLarge);
     }
     head.set_method(parts.method.as_str());
+    let protocol = parts.extensions.get::<h2::ext::Protocol>();
+    let is_websocket = protocol.is_some_and(|protocol| protocol.as_str().eq_ignore_ascii_case(WEBSOCKET));
+    let has_target = parts.method != Method::CONNECT || is_websocket;
     let target = parts.uri.path_and_query().map_or("", PathAndQuery::as_str);
-    if parts.method != Method::CONNECT {
+    if has_target {
         check_target(target.as_bytes())?;
     }
     // What begins with no slash is in no rule for paths, and no target of HTTP/1.1.
     let is_server_wide = target == "*" && parts.method == Method::OPTIONS;
-    if parts.method != Method::CONNECT && !target.starts_with('/') && !is_server_wide {
+    if has_target && !target.starts_with('/') && !is_server_wide {
         return Err(Refusal::Malformed(
             "a path that begins with no slash, and is not the asterisk of OPTIONS",
         ));
@@ -57,7 +63,21 @@ pub(crate) fn request(
     }
     copy(&parts.headers, &mut head.fields);
     head.fields.remove_known(|known| known == Known::Host);
+    if is_websocket {
+        as_switch(head);
+        // What comes on the stream is of the other protocol.
+        return framing(&parts.headers, ended).map(|_| Framing::None);
+    }
     framing(&parts.headers, ended)
+}
+
+/// Makes a request for WebSocket by HTTP/2 what it is by HTTP/1.1 (RFC 8441 section 5), as it is decided about and sent on.
+fn as_switch(head: &mut RequestHead) {
+    head.extended = true;
+    head.set_method("GET");
+    head.fields.remove_known(|known| known == Known::ContentLength);
+    head.fields.push(b"connection", b"upgrade");
+    head.fields.push(b"upgrade", WEBSOCKET.as_bytes());
 }
 
 /// Copies fields. Cookies, which HTTP/2 may split, become one again (RFC 9113 section 8.2.3).
@@ -146,6 +166,15 @@ pub(crate) fn to_request(head: &RequestHead, framing: Framing) -> Option<Request
     *message.headers_mut() = map(&head.fields);
     put_length(message.headers_mut(), framing);
     *message.version_mut() = http::Version::HTTP_2;
+    Some(message)
+}
+
+/// The head of the request for WebSocket that `head` is by HTTP/1.1, for a server of HTTP/2 (RFC 8441 section 5). The key,
+/// which has no meaning there, stays: a server that is a proxy needs it for one of HTTP/1.1 behind it.
+pub(crate) fn to_switch(head: &RequestHead) -> Option<Request<()>> {
+    let mut message = to_request(head, Framing::None)?;
+    *message.method_mut() = Method::CONNECT;
+    message.extensions_mut().insert(h2::ext::Protocol::from_static(WEBSOCKET));
     Some(message)
 }
 

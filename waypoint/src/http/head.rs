@@ -336,6 +336,8 @@ pub struct RequestHead {
     pub version: Version,
     /// Whether the client speaks TLS to us, so that the scheme is `https`.
     pub secure: bool,
+    /// Whether it came as HTTP/2's request for a switch of protocols (RFC 8441), and is in the form of HTTP/1.1's.
+    pub(crate) extended: bool,
     pub(crate) method: Span,
     pub(crate) authority: Span,
     pub(crate) target: Span,
@@ -345,6 +347,7 @@ impl RequestHead {
     /// Empties it; the buffers stay.
     pub fn clear(&mut self) {
         self.fields.clear();
+        self.extended = false;
         self.method = Span::default();
         self.authority = Span::default();
         self.target = Span::default();
@@ -384,6 +387,12 @@ impl RequestHead {
     #[must_use]
     pub fn query(&self) -> &str {
         self.target().split_once('?').map_or("", |(_, query)| query)
+    }
+
+    /// Whether it asks about the server as a whole, not about anything on it (`OPTIONS *`, RFC 9110 section 9.3.7).
+    #[must_use]
+    pub fn is_server_wide(&self) -> bool {
+        self.target() == "*"
     }
 
     /// `http` or `https`.

@@ -64,6 +64,8 @@ pub struct Held {
     pub refused: Counter,
     /// Requests that were ended, because they held too much.
     pub cut: Counter,
+    /// What waits for those who get copies of requests.
+    copies: AtomicUsize,
 }
 
 /// What the exchanges of one client hold.
@@ -85,6 +87,31 @@ impl Held {
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.bytes.load(Relaxed)
+    }
+
+    /// Bytes that wait for those who get copies of requests.
+    #[must_use]
+    pub fn bytes_of_copies(&self) -> usize {
+        self.copies.load(Relaxed)
+    }
+
+    /// Takes room for copies. They have an eighth of what requests have, beside that: who asked for no copy loses nothing by it.
+    ///
+    /// # Errors
+    /// There is no room.
+    pub(crate) fn take_for_copies(&self, bytes: usize) -> Result<(), TooMuch> {
+        if self.copies.fetch_add(bytes, Relaxed) + bytes > self.limits.all / 8 {
+            self.give_back_of_copies(bytes);
+            return Err(TooMuch);
+        }
+        Ok(())
+    }
+
+    /// Gives back what copies have taken.
+    pub(crate) fn give_back_of_copies(&self, bytes: usize) {
+        if bytes > 0 {
+            self.copies.fetch_sub(bytes, Relaxed);
+        }
     }
 
     /// What the client of a connection holds.

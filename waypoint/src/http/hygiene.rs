@@ -2,6 +2,8 @@
 
 use std::net::IpAddr;
 
+use base64::Engine as _;
+
 use crate::http::decide::Connection;
 use crate::http::h1::Refusal;
 use crate::http::head::{Fields, Known, RequestHead, ResponseHead, Version};
@@ -66,7 +68,7 @@ pub(crate) fn request(
             named.push(member.to_ascii_lowercase());
         }
     }
-    if upgrade && head.version == Version::Http1 {
+    if upgrade && (head.version == Version::Http1 || head.extended) {
         hop.upgrade =
             fields.members(Known::Upgrade).find(|protocol| may_be_switched_to(protocol)).map(Box::from);
     }
@@ -75,6 +77,10 @@ pub(crate) fn request(
     remove_named(fields, &named);
     if hop.trailers {
         fields.push(b"te", b"trailers");
+    }
+    if head.extended {
+        // HTTP/2 has none of it (RFC 8441 section 5); servers of HTTP/1.1 ask for it.
+        fields.set(b"sec-websocket-key", &websocket_key(worker.random(), worker.random()));
     }
     underscores(fields, worker.settings.underscores)?;
     forwarded(head, connection, &worker.settings);
@@ -147,6 +153,12 @@ fn forwarded(head: &mut RequestHead, connection: &Connection, settings: &Setting
     if !fields.has(Known::ForwardedProto) {
         fields.push(b"x-forwarded-proto", scheme.as_bytes());
     }
+}
+
+/// What a client of WebSocket makes up (RFC 6455 section 4.1).
+fn websocket_key(high: u64, low: u64) -> Vec<u8> {
+    let random = (u128::from(high) << 64) | u128::from(low);
+    base64::engine::general_purpose::STANDARD.encode(random.to_be_bytes()).into_bytes()
 }
 
 /// A random UUID (RFC 9562 section 5.4).

@@ -8,6 +8,7 @@ use std::task::{Context, Poll, ready};
 use bytes::{Bytes, BytesMut};
 
 use crate::http::channel::Channel;
+use crate::http::copies::Feed;
 use crate::http::decide::Ahead;
 use crate::http::head::{Fields, Known};
 use crate::http::hygiene::CLIENT_CERT;
@@ -34,7 +35,9 @@ struct Kept {
 }
 
 /// A piece below this size is copied to be kept: a few bytes must not keep all of the buffer that they were read into.
-const SMALL: usize = 2048;
+pub(crate) const SMALL: usize = 2048;
+/// After so much those who get copies, who are on the same thread, have their turn.
+const TURN: usize = 256 * 1024;
 
 impl Kept {
     fn push(&mut self, data: &Bytes) {
@@ -66,6 +69,8 @@ pub(crate) struct Pump {
     /// What is being read ahead.
     gathered: BytesMut,
     kept: Option<Kept>,
+    /// Those who get copies, once these have begun.
+    copies: Option<Vec<Feed>>,
     /// The body's end was read.
     read: bool,
     trailers: Option<Box<Fields>>,
@@ -124,6 +129,19 @@ impl Pump {
         Poll::Ready(Ok(()))
     }
 
+    /// Drops what has come of the body, up to `most` bytes: where that is all of it, its connection can be used again.
+    pub(crate) fn discard(&mut self, cx: &mut Context<'_>, from: &mut Channel, most: u64) {
+        let most = self.bytes + most;
+        while !self.read && self.bytes <= most {
+            match from.poll_frame(cx) {
+                Poll::Ready(Ok(Frame::Data(data))) => self.bytes += data.len() as u64,
+                Poll::Ready(Ok(Frame::End(_))) => self.read = true,
+                // What is wrong with it ends the connection.
+                Poll::Ready(Err(_)) | Poll::Pending => return,
+            }
+        }
+    }
+
     /// The first `limit` bytes of what was read ahead.
     pub(crate) fn ahead(&self, limit: usize) -> Ahead {
         let size: usize = self.again.iter().map(Bytes::len).sum();
@@ -155,11 +173,23 @@ impl Pump {
         self.done = empty;
     }
 
-    /// The whole body, if it was read and kept.
-    pub(crate) fn whole(&self) -> Option<Vec<Bytes>> {
-        let kept = self.kept.as_ref().filter(|_| self.read)?;
-        let small = (!kept.small.is_empty()).then(|| Bytes::copy_from_slice(&kept.small));
-        Some(kept.parts.iter().cloned().chain(small).collect())
+    /// Whether copies have begun.
+    pub(crate) fn is_copied(&self) -> bool {
+        self.copies.is_some()
+    }
+
+    /// Gives a copy of all of the body, of which nothing was sent yet, to `copies`.
+    pub(crate) fn copy_to(&mut self, copies: Vec<Feed>) {
+        // What was read ahead is the beginning of it.
+        copies.iter().for_each(|copy| copy.begin(self.again.iter()));
+        self.copies = Some(copies);
+        if self.read {
+            self.end_copies();
+        }
+    }
+
+    fn end_copies(&self) {
+        self.copies.iter().flatten().for_each(|copy| copy.end(self.trailers.as_deref()));
     }
 
     /// Whether what was read waits for the other side to take it.
@@ -179,6 +209,7 @@ impl Pump {
         from: &mut Channel,
         to: &mut Channel,
     ) -> Poll<Result<(), PumpError>> {
+        let turn = self.bytes + TURN as u64;
         loop {
             if !self.pending.is_empty() {
                 let room = ready!(to.poll_room(cx, self.pending.len())).map_err(PumpError::To)?;
@@ -187,6 +218,7 @@ impl Pump {
                 if self.pending.is_empty() && self.again.is_empty() && !self.read && from.is_read() {
                     to.send_last(data).map_err(PumpError::To)?;
                     (self.read, self.done) = (true, true);
+                    self.end_copies();
                 } else {
                     to.send(data).map_err(PumpError::To)?;
                 }
@@ -202,6 +234,9 @@ impl Pump {
             } else if self.read {
                 to.send_end(self.trailers.as_deref()).map_err(PumpError::To)?;
                 self.done = true;
+            } else if self.bytes > turn && self.copies.is_some() {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
             } else {
                 match from.poll_frame(cx) {
                     Poll::Ready(frame) => self.take(frame.map_err(PumpError::From)?, from),
@@ -225,6 +260,7 @@ impl Pump {
                 if let Some(messages) = &mut self.messages {
                     messages.pass(&data);
                 }
+                self.copies.iter().flatten().for_each(|copy| copy.push(&data));
                 if let Some(kept) = &mut self.kept {
                     kept.size += data.len();
                     if kept.size > kept.limit {
@@ -248,6 +284,7 @@ impl Pump {
                     trailers.remove_all_like(CLIENT_CERT);
                     self.barred.iter().for_each(|name| trailers.remove_all_like(name.as_bytes()));
                 }
+                self.end_copies();
             }
         }
     }
@@ -329,10 +366,8 @@ mod tests {
             let mut to = Channel::H1(Wire::new(Io::Layered(Box::new(io.0)), &Buffers::default()));
             poll_fn(|cx| pump.poll(cx, &mut from, &mut to)).await.unwrap();
             assert_eq!((pump.can_restart(), pump.held()), (kept, if kept { 5000 } else { 0 }));
-            let parts = pump.whole().map(|parts| parts.iter().map(Bytes::len).collect::<Vec<_>>());
-            assert_eq!(parts, kept.then(|| vec![5000]));
             pump.restart(false);
-            assert_eq!(pump.again.len(), usize::from(kept));
+            assert_eq!(pump.again.iter().map(Bytes::len).collect::<Vec<_>>(), vec![5000; usize::from(kept)]);
         }
     }
 }

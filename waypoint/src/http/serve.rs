@@ -230,7 +230,8 @@ async fn serve_h2(worker: &Arc<Worker>, io: Input, connection: Connection) {
         .max_header_list_size(u32::try_from(MAX_HEAD).unwrap_or(u32::MAX))
         .max_send_buffer_size(256 * 1024)
         .max_pending_accept_reset_streams(64)
-        .max_concurrent_reset_streams(256);
+        .max_concurrent_reset_streams(256)
+        .enable_connect_protocol();
     let handshake = tokio::time::timeout(settings.head_timeout, builder.handshake::<_, Bytes>(io)).await;
     let Ok(Ok(mut server)) = handshake else { return };
     let connection = Arc::new((worker.held.of(&connection), connection));

@@ -33,8 +33,12 @@ pub struct Stats {
     pub retries_over_budget: Counter,
     /// Copies sent.
     pub mirrored: Counter,
-    /// Copies that were not sent: too many under way, or a body too large to be kept.
+    /// Copies that were not sent, because too many were under way.
     pub mirrors_dropped: Counter,
+    /// Copies that were given up, because their destination took them too slowly.
+    pub mirrors_cut: Counter,
+    /// Copies that were not answered.
+    pub mirrors_failed: Counter,
     /// Copies under way.
     pub mirrors_now: Gauge,
     /// Connections made to endpoints.

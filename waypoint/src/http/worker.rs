@@ -55,6 +55,8 @@ pub struct Settings {
     pub replay_limit: usize,
     /// Copies of requests under way.
     pub max_mirrors: i64,
+    /// What may wait of a request's body for one that gets a copy.
+    pub mirror_limit: usize,
     /// Streams at a time on a client's connection of HTTP/2.
     pub max_streams: u32,
     /// What a client may send ahead on a stream.
@@ -84,6 +86,7 @@ impl Default for Settings {
             linger: Duration::from_secs(1),
             replay_limit: 64 * 1024,
             max_mirrors: 1024,
+            mirror_limit: 4 << 20,
             max_streams: 128,
             stream_window: 256 * 1024,
             connection_window: 16 << 20,

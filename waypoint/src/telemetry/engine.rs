@@ -15,6 +15,8 @@ pub fn register_engine(registry: &Registry, threads: &[Arc<Stats>], held: &Arc<H
     };
     let help = "Bytes of requests and responses that wait for somebody to take them";
     of_all("culvert_held_bytes", help, Kind::Gauge, |held| held.bytes() as u64);
+    let help = "Bytes of requests that wait for those who get copies";
+    of_all("culvert_mirrors_held_bytes", help, Kind::Gauge, |held| held.bytes_of_copies() as u64);
     of_all(
         "culvert_requests_refused_for_memory",
         "Requests refused because too much of their client, or of all, waits in memory",
@@ -53,7 +55,9 @@ pub fn register_engine(registry: &Registry, threads: &[Arc<Stats>], held: &Arc<H
         "culvert_retries_without_body" "Retries not made because the body was too large to be kept" retries_without_body;
         "culvert_retries_over_budget" "Retries not made because there were as many as may be" retries_over_budget;
         "culvert_mirrored" "Copies of requests that were sent" mirrored;
-        "culvert_mirrors_dropped" "Copies of requests that were not sent, for a limit" mirrors_dropped;
+        "culvert_mirrors_dropped" "Copies of requests that were not sent, because too many were under way" mirrors_dropped;
+        "culvert_mirrors_cut" "Copies of requests that were given up, because their destination took them too slowly" mirrors_cut;
+        "culvert_mirrors_failed" "Copies of requests that were not answered" mirrors_failed;
         "culvert_upstream_connections" "Connections made to endpoints" upstream_connections;
         "culvert_upstream_connects_failed" "Attempts to connect to an endpoint that failed" connects_failed;
         "culvert_upstream_overflows" "Requests refused because of a limit of connections or requests" pool_overflows;

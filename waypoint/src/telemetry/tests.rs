@@ -276,9 +276,15 @@ fn formats_and_filters_are_those_of_the_service() {
     let fields = fields.map(|(name, text)| (name.into(), LogText::new(text).unwrap()));
     lab.end(&log(LogFormat::JsonOf(Box::new(fields)), None), nothing);
     assert_eq!(lab.lines()[1], r#"{"code":200,"who":"curl \"8\"","none":null}"#);
+    let trace = log(LogFormat::TextOf(LogText::new("trace %TRACE_ID%").unwrap()), None);
+    lab.end(&trace, nothing);
+    let told = Told { logs: trace.logs, ..tracing_to(SpanProtocol::OtlpGrpc, Percent::of(1, 1)) };
+    let mut id = String::new();
+    lab.end(&told, |_, _, decided| id = format!("trace {:032x}", decided.trace.as_ref().unwrap().trace));
+    assert_eq!(lab.lines()[2..], ["trace -".to_owned(), id]);
     // Nobody wants a line.
     lab.end(&Told { logs: Some(Box::default()), ..Told::default() }, nothing);
-    assert_eq!(lab.lines().len(), 2);
+    assert_eq!(lab.lines().len(), 4);
 }
 
 #[test]

@@ -30,6 +30,7 @@ use crate::http::stats::Stats;
 use crate::http::wire::Wire;
 use crate::upstream::circuit::{Circuit, Entered};
 use crate::upstream::dial::tcp;
+use crate::upstream::offer::Offer;
 
 /// Limits of a pool.
 #[derive(Clone, Copy, Debug)]
@@ -85,6 +86,9 @@ pub enum PoolError {
     /// What is asked for can't be said in HTTP/2.
     #[error("the request can't be sent by HTTP/2")]
     Unsendable,
+    /// The server of HTTP/2 takes no WebSocket (RFC 8441).
+    #[error("the server takes no WebSocket by HTTP/2")]
+    NoSwitch,
 }
 
 thread_local! {
@@ -178,13 +182,14 @@ struct Streams {
     idle_since: AtomicU64,
     /// The slot's.
     freed: Arc<Notify>,
+    offer: Offer,
 }
 
 impl Streams {
     /// With one.
-    fn new(freed: Arc<Notify>) -> Arc<Self> {
+    fn new(freed: Arc<Notify>, offer: Offer) -> Arc<Self> {
         let (now, opened) = (AtomicUsize::new(1), AtomicU64::new(1));
-        Arc::new(Self { now, opened, made: Instant::now(), idle_since: AtomicU64::new(0), freed })
+        Arc::new(Self { now, opened, made: Instant::now(), idle_since: AtomicU64::new(0), freed, offer })
     }
 
     fn millis(&self) -> u64 {
@@ -265,6 +270,8 @@ pub struct Lease {
     pub channel: Channel,
     /// Whether the connection has carried requests before.
     pub reused: bool,
+    /// Whether it is a stream on which the server was asked for WebSocket.
+    pub switches: bool,
     age: Age,
     hold: Hold,
 }
@@ -360,12 +367,17 @@ impl Pool {
         drop(gone);
         let Idle { wire, seat, mut age, .. } = found?;
         age.requests = age.requests.saturating_add(1);
-        Some(Lease { channel: Channel::H1(wire), reused: true, age, hold: Hold::Seat(seat) })
+        let channel = Channel::H1(wire);
+        Some(Lease { channel, reused: true, switches: false, age, hold: Hold::Seat(seat) })
     }
 
     /// Keeps a connection of HTTP/1.1 on which nothing is under way.
     pub fn put(&self, lease: Lease) {
         let Lease { channel: Channel::H1(wire), mut hold, age, .. } = lease else { return };
+        // An endpoint that has answered may not have read all of the request: the next head would get into its body.
+        if wire.held() > 0 {
+            return;
+        }
         let Hold::Seat(seat) = &mut hold else { return };
         if !age.may_go_on(seat.target.circuit.as_ref()) {
             return;
@@ -399,7 +411,8 @@ impl Pool {
         fresh: bool,
     ) -> Result<Lease, PoolError> {
         if target.protocol == Protocol::Http2 {
-            return self.stream(target, request, framing).await;
+            let message = h2_heads::to_request(request, framing).ok_or(PoolError::Unsendable)?;
+            return self.stream(target, message, framing == Framing::None).await;
         }
         if !fresh && let Some(lease) = self.idle(target) {
             return Ok(lease);
@@ -415,8 +428,17 @@ impl Pool {
             }
         };
         let io = self.connect(target).await?;
-        let wire = Wire::new(io, &self.0.buffers);
-        Ok(Lease { channel: Channel::H1(wire), reused: false, age: Age::new(), hold: Hold::Seat(seat) })
+        let channel = Channel::H1(Wire::new(io, &self.0.buffers));
+        Ok(Lease { channel, reused: false, switches: false, age: Age::new(), hold: Hold::Seat(seat) })
+    }
+
+    /// A stream of HTTP/2 to `target`, on which it is asked for WebSocket by `request`, in the form of HTTP/1.1's.
+    ///
+    /// # Errors
+    /// See [`PoolError`].
+    pub async fn websocket(&self, target: &Arc<Target>, request: &RequestHead) -> Result<Lease, PoolError> {
+        let message = h2_heads::to_switch(request).ok_or(PoolError::Unsendable)?;
+        self.stream(target, message, false).await
     }
 
     /// Waits until a connection to `target` is idle or has ended.
@@ -462,21 +484,24 @@ impl Pool {
     async fn stream(
         &self,
         target: &Arc<Target>,
-        request: &RequestHead,
-        framing: Framing,
+        message: http::Request<()>,
+        ends: bool,
     ) -> Result<Lease, PoolError> {
-        let message = h2_heads::to_request(request, framing).ok_or(PoolError::Unsendable)?;
+        let switches = message.method() == http::Method::CONNECT;
         loop {
             let (mut shared, reused) = match self.with_room(target) {
                 Some(shared) => (shared, true),
                 None => (self.share(target).await?, false),
             };
             let hold = Hold::Stream { streams: Arc::clone(&shared.streams) };
+            if switches && !shared.streams.offer.is_made(&shared.send, self.connect_timeout(target)).await {
+                return Err(PoolError::NoSwitch);
+            }
             let ready = std::future::poll_fn(|cx| shared.send.poll_ready(cx)).await;
-            match ready.and_then(|()| shared.send.send_request(message.clone(), framing == Framing::None)) {
+            match ready.and_then(|()| shared.send.send_request(message.clone(), ends)) {
                 Ok((response, send)) => {
                     let channel = Channel::H2(Stream::of_server(response, send));
-                    return Ok(Lease { channel, reused, age: Age::new(), hold });
+                    return Ok(Lease { channel, reused, switches, age: Age::new(), hold });
                 }
                 // It has ended, or its server said that it will: nothing was sent, another will do.
                 Err(error) if reused => {
@@ -543,9 +568,10 @@ impl Pool {
             .max_concurrent_reset_streams(256);
         let limit = self.connect_timeout(target);
         let begun = timeout(limit, builder.handshake(io)).await;
-        let (send, connection) = begun.map_err(|_| PoolError::Timeout(limit))??;
+        let (send, mut connection) = begun.map_err(|_| PoolError::Timeout(limit))??;
         let freed = self.0.slots().get(target).map(|slot| Arc::clone(&slot.freed)).unwrap_or_default();
-        let shared = Shared { send, streams: Streams::new(freed), ended: Arc::default() };
+        let streams = Streams::new(freed, Offer::new(connection.ping_pong()));
+        let shared = Shared { send, streams, ended: Arc::default() };
         if let Some(slot) = self.0.slots().get_mut(target) {
             slot.shared.push(shared.clone());
         }

@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-use bytes::Bytes;
-use waypoint::http::decide::{Edit, Edits, Forwarding, Mirror, Protocol, Timeouts, Value};
+use waypoint::http::decide::{Edit, Edits, Forwarding, Protocol, Timeouts, Value};
 use waypoint::http::{ForwardedFor, Settings, Underscores};
 
 use crate::lab::{self, Client, Proxy, get, in_turn, target, until};
@@ -153,7 +152,7 @@ async fn responses_without_a_body_have_none() {
     for (bytes, status) in [
         ("HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n", 204),
         ("HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n", 304),
-        ("HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 204 x\r\n\r\n", 204),
+        ("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 204 x\r\n\r\n", 204),
     ] {
         let proxy = says(bytes, false).await;
         let mut client = proxy.connect().await;
@@ -181,6 +180,101 @@ async fn answers_of_our_own_that_may_have_no_body_have_none() {
         let next = client.message().await.unwrap();
         assert_eq!((next.status(), &*next.body), (418, &b"direct"[..]));
     }
+}
+
+#[tokio::test]
+async fn a_connection_goes_on_where_an_answer_of_our_own_needs_no_body_that_has_come() {
+    let nobody = Proxy::start(Forwarding::default(), in_turn(Vec::new()), Settings::default()).await;
+    for (proxy, path, status) in [(Proxy::to(lab::echo().await).await, "/direct", 418), (nobody, "/", 503)] {
+        let ask = |body: &str| format!("POST {path} HTTP/1.1\r\nHost: a\r\n{body}");
+        let chunks = "Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n";
+        let mut client = proxy.connect().await;
+        for body in ["Content-Length: 2\r\n\r\nhi", chunks] {
+            let answer = client.ask(ask(body)).await;
+            assert_eq!((answer.status(), answer.field("connection")), (status, None), "{body}");
+        }
+        // What comes next is the next request, also where it has come with the body.
+        client.send([ask(chunks), get("/direct")].concat()).await;
+        assert_eq!(client.message().await.unwrap().status(), status);
+        assert_eq!(client.message().await.unwrap().status(), 418);
+        // What has not come is not waited for, what is wrong is not read on, and what is much is not read.
+        let much = format!("Content-Length: 200000\r\n\r\n{}", "x".repeat(200_000));
+        for body in
+            ["Content-Length: 2\r\n\r\nh", "Transfer-Encoding: chunked\r\n\r\n2\r\nhi0\r\n\r\n", &much]
+        {
+            let mut client = proxy.connect().await;
+            let answer = client.ask(ask(body)).await;
+            let seen = (answer.status(), answer.field("connection"));
+            assert_eq!(seen, (status, Some("close")), "{}", &body[..30]);
+            assert_eq!(client.rest().await, b"");
+        }
+    }
+}
+
+#[tokio::test]
+async fn informational_responses_are_passed_on_but_for_what_is_of_one_connection_or_changed() {
+    let hints = "HTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\nConnection: x-hop\r\nX-Hop: 1\r\nX-Gone: 1\r\nX-Set: theirs\r\n\r\n";
+    let address = lab::server(move |_, mut client: Client| async move {
+        while client.head().await.is_some() {
+            client.send("HTTP/1.1 100 Continue\r\n\r\n").await;
+            client.send(hints).await;
+            // It is not waited for what comes after it.
+            assert_eq!(client.exactly(1).await.unwrap(), b"x");
+            client.send([hints, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"].concat()).await;
+        }
+    })
+    .await;
+    let edits = Edits(vec![
+        Edit::Remove("x-gone".into()),
+        Edit::Set("x-set".into(), Value::of(b"ours")),
+        Edit::Add("x-added".into(), Value::of(b"1")),
+    ]);
+    let how = Forwarding { response_edits: edits, ..Forwarding::default() };
+    let endpoints = in_turn(vec![target(address, Protocol::Http1)]);
+    let proxy = Proxy::start(how, endpoints, Settings::default()).await;
+    let mut client = proxy.connect().await;
+    for _ in 0..2 {
+        client.send("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\n").await;
+        let passed = "HTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\n";
+        assert_eq!(client.head().await.unwrap(), passed);
+        client.send("x").await;
+        assert_eq!(client.head().await.unwrap(), passed);
+        let answer = client.message().await.unwrap();
+        assert_eq!((answer.status(), &*answer.body), (200, &b"ok"[..]));
+        assert_eq!((answer.field("x-set"), answer.field("x-added")), (Some("ours"), Some("1")));
+    }
+    assert_eq!(proxy.worker.stats.upstream_connections.get(), 1);
+}
+
+#[tokio::test]
+async fn informational_responses_without_end_are_refused() {
+    let address = lab::server(|_, mut client: Client| async move {
+        client.head().await;
+        while tokio::io::AsyncWriteExt::write_all(&mut client.stream, b"HTTP/1.1 102 Processing\r\n\r\n")
+            .await
+            .is_ok()
+        {}
+    })
+    .await;
+    let proxy = Proxy::to(address).await;
+    let mut client = proxy.connect().await;
+    client.send(get("/")).await;
+    for _ in 0..16 {
+        assert!(client.head().await.unwrap().starts_with("HTTP/1.1 102 "));
+    }
+    assert_eq!(client.message().await.unwrap().status(), 502);
+}
+
+#[tokio::test]
+async fn what_is_asked_of_the_server_as_a_whole_is_asked_so() {
+    let proxy = Proxy::to(lab::echo().await).await;
+    for target in ["*", "http://a"] {
+        let request = format!("OPTIONS {target} HTTP/1.1\r\nHost: a\r\nMax-Forwards: 3\r\n\r\n");
+        let got = seen(&proxy, &request).await;
+        assert!(got.starts_with("OPTIONS * HTTP/1.1\r\nhost: a\r\n"), "{target}: {got}");
+    }
+    let got = seen(&proxy, "OPTIONS http://a/ HTTP/1.1\r\nHost: a\r\n\r\n").await;
+    assert!(got.starts_with("OPTIONS / HTTP/1.1\r\n"), "{got}");
 }
 
 #[tokio::test]
@@ -340,28 +434,6 @@ async fn a_drain_ends_connections_after_what_is_under_way() {
     assert_eq!(idle.rest().await, b"");
     busy.send("k").await;
     assert!(busy.message().await.unwrap().body.ends_with(b"ok"));
-}
-
-#[tokio::test]
-async fn a_copy_goes_to_another_whose_failures_nobody_sees() {
-    let (got, mut copies) = tokio::sync::mpsc::unbounded_channel();
-    let mirror = lab::server(move |_, mut client: Client| {
-        let got = got.clone();
-        async move {
-            let _ = got.send(client.message().await.unwrap());
-        }
-    })
-    .await;
-    let mirrors = vec![Mirror { endpoints: in_turn(vec![target(mirror, Protocol::Http1)]), request: None }];
-    let endpoints = in_turn(vec![target(lab::echo().await, Protocol::Http1)]);
-    let proxy = Proxy::start_mirrored(mirrors, endpoints).await;
-    let response =
-        proxy.connect().await.ask("POST /m HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nbody").await;
-    assert_eq!(response.status(), 200);
-    let copy = tokio::time::timeout(lab::LONG, copies.recv()).await.unwrap().unwrap();
-    assert!(copy.head.starts_with("POST /m HTTP/1.1"));
-    assert_eq!(Bytes::from(copy.body), "body");
-    until(|| (proxy.worker.stats.mirrors_now.get() == 0).then_some(())).await;
 }
 
 #[tokio::test]

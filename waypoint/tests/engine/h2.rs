@@ -15,7 +15,7 @@ use waypoint::http::decide::{Endpoints, Forwarding, Outcome, Protocol, Retries, 
 
 use crate::lab::{self, Proxy, in_turn, target};
 
-async fn client(address: SocketAddr) -> SendRequest<Bytes> {
+pub async fn client(address: SocketAddr) -> SendRequest<Bytes> {
     let stream = TcpStream::connect(address).await.unwrap();
     let (send, connection) = h2::client::handshake(stream).await.unwrap();
     tokio::spawn(async move {
@@ -29,7 +29,7 @@ fn grpc(address: SocketAddr) -> Request<()> {
     request.header("content-type", "application/grpc").header("te", "trailers").body(()).unwrap()
 }
 
-async fn data(recv: &mut RecvStream) -> Bytes {
+pub async fn data(recv: &mut RecvStream) -> Bytes {
     let data = tokio::time::timeout(lab::LONG, recv.data()).await.unwrap().unwrap().unwrap();
     recv.flow_control().release_capacity(data.len()).unwrap();
     data
@@ -50,6 +50,17 @@ pub async fn echo() -> SocketAddr {
                     respond.send_reset(Reason::REFUSED_STREAM);
                     continue;
                 }
+                if path == "/hints" {
+                    let hints = Response::builder().status(103).header("link", "</a.css>").body(()).unwrap();
+                    respond.send_informational(hints).unwrap();
+                }
+                if path == "/silent" {
+                    tokio::spawn(async move {
+                        std::future::pending::<()>().await;
+                        drop(respond);
+                    });
+                    continue;
+                }
                 if path == "/trailers-only" {
                     let response = Response::builder().header("grpc-status", "5").body(()).unwrap();
                     respond.send_response(response, true).unwrap();
@@ -59,8 +70,8 @@ pub async fn echo() -> SocketAddr {
                     let status = if path == "/unavailable" { "14" } else { "0" };
                     let te = request.headers().get("te").cloned();
                     let mut body = request.into_body();
-                    let response =
-                        Response::builder().header("x-te", te.unwrap_or_else(|| "-".parse().unwrap()));
+                    let response = Response::builder().header("x-path", path);
+                    let response = response.header("x-te", te.unwrap_or_else(|| "-".parse().unwrap()));
                     let mut send = respond.send_response(response.body(()).unwrap(), false).unwrap();
                     while let Some(Ok(data)) = body.data().await {
                         body.flow_control().release_capacity(data.len()).unwrap();
@@ -103,6 +114,135 @@ async fn both_sides_stream_at_the_same_time_and_trailers_arrive() {
     assert_eq!(recv.trailers().await.unwrap().unwrap()["grpc-status"], "0");
     let record = &proxy.wait_records(1).await[0];
     assert_eq!((record.grpc_status, record.received, record.sent), (Some(0), 11, 11));
+}
+
+#[tokio::test]
+async fn informational_responses_are_passed_on() {
+    let proxy = proxy(Forwarding::default()).await;
+    let mut send = client(proxy.address).await.ready().await.unwrap();
+    let request = Request::post(format!("http://{}/hints", proxy.address)).body(()).unwrap();
+    let (mut response, mut body) = send.send_request(request, false).unwrap();
+    let hints = tokio::time::timeout(lab::LONG, poll_fn(|cx| response.poll_informational(cx)));
+    let hints = hints.await.unwrap().expect("a word before the response").unwrap();
+    assert_eq!((hints.status().as_u16(), &hints.headers()["link"]), (103, &"</a.css>".parse().unwrap()));
+    body.send_data(Bytes::new(), true).unwrap();
+    assert_eq!(tokio::time::timeout(lab::LONG, response).await.unwrap().unwrap().status(), 200);
+}
+
+/// A server of HTTP/1.1 that switches to `websocket`, or what else the path asks for, and sends back what comes.
+async fn switching() -> SocketAddr {
+    lab::server(|_, mut client: lab::Client| async move {
+        while let Some(head) = client.head().await {
+            let answer = match head.split(' ').nth(1).unwrap() {
+                "/no" => "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nno",
+                "/away" => "HTTP/1.1 404 Not Found\r\nContent-Length: 4\r\n\r\nnone",
+                _ => {
+                    let head = head.to_lowercase();
+                    assert!(head.starts_with("get /chat?a http/1.1\r\nhost: a\r\n"), "{head}");
+                    assert!(head.contains("upgrade: websocket\r\n") && head.contains("connection: upgrade\r\n"));
+                    let key = head.split("sec-websocket-key: ").nth(1).unwrap().lines().next().unwrap();
+                    assert!(key.len() == 24 && !key.contains("theirs"), "{head}");
+                    assert!(!head.contains("transfer-encoding") && !head.contains("content-length"), "{head}");
+                    client.send("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: x\r\nSec-WebSocket-Protocol: chat\r\n\r\nhello").await;
+                    let all = client.rest().await;
+                    client.send([b"got ", &all[..]].concat()).await;
+                    return;
+                }
+            };
+            client.send(answer).await;
+        }
+    })
+    .await
+}
+
+/// A request for a switch on a stream.
+pub fn switch_to(protocol: &str, path: &str) -> Request<()> {
+    let uri = http::Uri::builder().scheme("http").authority("a").path_and_query(path).build().unwrap();
+    let request = Request::builder().method("CONNECT").uri(uri);
+    let request = request.header("sec-websocket-version", "13").header("sec-websocket-key", "theirs");
+    request.extension(h2::ext::Protocol::from(protocol)).body(()).unwrap()
+}
+
+#[tokio::test]
+async fn a_websocket_on_a_stream_carries_bytes_both_ways_and_ends_on_each_side_alone() {
+    let proxy = Proxy::to(switching().await).await;
+    let mut send = client(proxy.address).await.ready().await.unwrap();
+    let mut plain = send.clone();
+    let (response, mut body) = send.send_request(switch_to("websocket", "/chat?a"), false).unwrap();
+    body.send_data("early ".into(), false).unwrap();
+    let response = tokio::time::timeout(lab::LONG, response).await.unwrap().unwrap();
+    let fields = response.headers();
+    assert_eq!(
+        (response.status().as_u16(), &fields["sec-websocket-protocol"]),
+        (200, &"chat".parse().unwrap())
+    );
+    for gone in ["connection", "upgrade", "sec-websocket-accept", "content-length"] {
+        assert!(!fields.contains_key(gone), "{fields:?}");
+    }
+    let mut recv = response.into_body();
+    assert_eq!(data(&mut recv).await, "hello");
+    body.send_data("late".into(), true).unwrap();
+    let (mut all, whole) = (Vec::new(), b"got early late");
+    while !recv.is_end_stream() {
+        let data = tokio::time::timeout(lab::LONG, recv.data()).await.unwrap();
+        all.extend_from_slice(&data.transpose().unwrap().unwrap_or_default());
+    }
+    assert_eq!(all, whole);
+    assert_eq!(proxy.wait_records(1).await[0].status, 101);
+    // What is no switch is told from one.
+    for (protocol, path, status) in [
+        ("websocket", "/no", 501),
+        ("websocket", "/away", 404),
+        ("connect-udp", "/chat?a", 405),
+        ("websocket", "/direct", 418),
+        ("websocket", "/nothing", 501),
+    ] {
+        plain = plain.ready().await.unwrap();
+        let (response, _body) = plain.send_request(switch_to(protocol, path), false).unwrap();
+        let response = tokio::time::timeout(lab::LONG, response).await.unwrap().unwrap();
+        assert_eq!(response.status().as_u16(), status, "{protocol} {path}");
+    }
+}
+
+#[tokio::test]
+async fn a_websocket_ends_when_its_stream_is_reset_and_is_not_for_servers_of_http2() {
+    let (ended, mut end) = tokio::sync::mpsc::unbounded_channel();
+    let server = lab::server(move |_, mut client: lab::Client| {
+        let ended = ended.clone();
+        async move {
+            client.head().await;
+            client.send("HTTP/1.1 101 x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n").await;
+            client.rest().await;
+            let _ = ended.send(());
+        }
+    })
+    .await;
+    let to_h1 = Proxy::to(server).await;
+    let mut send = client(to_h1.address).await.ready().await.unwrap();
+    let (response, mut body) = send.send_request(switch_to("websocket", "/"), false).unwrap();
+    assert_eq!(response.await.unwrap().status(), 200);
+    body.send_reset(Reason::CANCEL);
+    tokio::time::timeout(lab::LONG, end.recv()).await.unwrap().unwrap();
+    assert_eq!(to_h1.wait_records(1).await[0].flag.to_string(), "DC");
+
+    let to_h2 = proxy(Forwarding::default()).await;
+    let mut send = client(to_h2.address).await.ready().await.unwrap();
+    let (response, _body) = send.send_request(switch_to("websocket", "/"), false).unwrap();
+    assert_eq!(response.await.unwrap().status(), 501);
+}
+
+#[tokio::test]
+async fn what_is_asked_of_the_server_as_a_whole_is_asked_so() {
+    let whole = || http::Uri::builder().scheme("http").authority("a").path_and_query("*").build().unwrap();
+    let ask = async |proxy: &Proxy| {
+        let mut send = client(proxy.address).await.ready().await.unwrap();
+        let request = Request::options(whole()).body(()).unwrap();
+        let (response, _) = send.send_request(request, true).unwrap();
+        tokio::time::timeout(lab::LONG, response).await.unwrap().unwrap()
+    };
+    assert_eq!(ask(&proxy(Forwarding::default()).await).await.headers()["x-path"], "*");
+    let mut answer = ask(&Proxy::to(lab::echo().await).await).await.into_body();
+    assert!(data(&mut answer).await.starts_with(b"OPTIONS * HTTP/1.1\r\nhost: a\r\n"));
 }
 
 #[tokio::test]
@@ -158,6 +298,26 @@ async fn a_call_that_its_route_ends_in_the_middle_says_nothing_against_its_endpo
     let ended = lab::until(|| endpoints.ended.lock().unwrap().first().copied());
     assert_eq!(ended.await, Some(Outcome::Status(200)));
     assert_eq!(proxy.wait_records(1).await[0].flag.to_string(), "UT");
+}
+
+#[tokio::test]
+async fn a_call_takes_no_longer_than_its_client_says() {
+    let minute = Timeouts { request: Some(Duration::from_mins(1)), ..Timeouts::default() };
+    for timeouts in [Timeouts::default(), minute] {
+        let proxy = proxy(Forwarding { timeouts, ..Forwarding::default() }).await;
+        let mut send = client(proxy.address).await.ready().await.unwrap();
+        let request = Request::post(format!("http://{}/silent", proxy.address));
+        let request = request.header("content-type", "application/grpc").header("grpc-timeout", "100m");
+        let (response, _) = send.send_request(request.body(()).unwrap(), true).unwrap();
+        let response = tokio::time::timeout(lab::LONG, response).await.unwrap().unwrap();
+        // DEADLINE_EXCEEDED, which is not worth another try.
+        assert_eq!(
+            (response.status().as_u16(), &response.headers()["grpc-status"]),
+            (200, &"4".parse().unwrap())
+        );
+        let record = &proxy.wait_records(1).await[0];
+        assert_eq!((record.flag.to_string().as_str(), record.detail), ("UT", "grpc_timeout"));
+    }
 }
 
 #[tokio::test]

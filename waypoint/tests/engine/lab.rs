@@ -100,9 +100,17 @@ impl Proxy {
         Self::of(Fixed { how: Arc::new(how), endpoints, mirrors, records }, settings).await
     }
 
-    pub async fn start_mirrored(mirrors: Vec<Mirror>, endpoints: Arc<dyn Endpoints>) -> Self {
-        let (how, records) = (Arc::default(), Mutex::default());
-        Self::of(Fixed { how, endpoints, mirrors, records }, Settings::default()).await
+    /// With copies to `mirror`, a server of HTTP/1.1.
+    pub async fn start_mirrored(
+        mirror: SocketAddr,
+        how: Forwarding,
+        endpoints: Arc<dyn Endpoints>,
+        settings: Settings,
+    ) -> Self {
+        let mirror = in_turn(vec![target(mirror, Protocol::Http1)]);
+        let mirrors = vec![Mirror { endpoints: mirror, request: None }];
+        let (how, records) = (Arc::new(how), Mutex::default());
+        Self::of(Fixed { how, endpoints, mirrors, records }, settings).await
     }
 
     async fn of(decide: Fixed, settings: Settings) -> Self {
@@ -241,6 +249,16 @@ impl Client {
     pub async fn message(&mut self) -> Option<Message> {
         let head = self.head().await?;
         self.body(head, false).await
+    }
+
+    /// The same of the response itself, without the informational ones before it.
+    pub async fn answer(&mut self) -> Option<Message> {
+        loop {
+            let head = self.head().await?;
+            if !head.starts_with("HTTP/1.1 1") {
+                return self.body(head, false).await;
+            }
+        }
     }
 
     pub async fn body(&mut self, head: String, no_body: bool) -> Option<Message> {

@@ -10,6 +10,7 @@
 mod bad_input;
 mod carriers;
 mod clusters;
+mod copies;
 mod floods;
 mod forwarding;
 mod h2;
@@ -21,3 +22,4 @@ mod raw_h2;
 mod retries;
 mod smuggling;
 mod upstreams;
+mod websocket;

@@ -3,8 +3,10 @@
 
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use tempfile::TempDir;
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
 use crate::bad_input::corpus;
@@ -282,5 +284,63 @@ async fn the_length_of_a_stream_is_what_it_says_or_it_is_none() {
         assert!(!witness.heads().contains("x-late"), "trailers are no fields of a request of HTTP/1.1");
         assert_eq!(proxy.connect().await.ask(get("/marker")).await.status(), 200);
         assert_eq!(witness.take().len(), 1);
+    }
+}
+
+/// An endpoint may answer before it has read the request. As long as any of that waits to be sent, the next request is not to be sent
+/// on its connection: its head would get into the body, and what of the body is left would be read as a request.
+#[tokio::test]
+async fn no_request_is_sent_into_the_body_of_one_that_was_answered_early() {
+    const STEP: usize = 48 << 10;
+    // Of some length the last part waits in the proxy, whatever the system takes on the way.
+    let lengths = (1..96).map(|steps| steps * STEP);
+    let checks: Vec<_> = lengths.map(|length| tokio::spawn(answered_early(length))).collect();
+    for check in checks {
+        check.await.unwrap();
+    }
+}
+
+async fn answered_early(length: usize) {
+    let heads = Arc::<Mutex<Vec<String>>>::default();
+    let seen = Arc::clone(&heads);
+    let server = lab::server(move |_, mut end: Client| {
+        let seen = Arc::clone(&seen);
+        async move {
+            while let Some(head) = end.head().await {
+                let is_early = head.starts_with("POST /early ");
+                seen.lock().unwrap().push(head);
+                if is_early {
+                    // All that the proxy can send is on its way by then.
+                    tokio::time::sleep(Duration::from_millis(300)).await;
+                }
+                end.send("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").await;
+                if is_early {
+                    // The next request has come to the proxy by then.
+                    tokio::time::sleep(Duration::from_millis(300)).await;
+                    if end.exactly(length).await.is_none() {
+                        return;
+                    }
+                }
+            }
+        }
+    })
+    .await;
+    let proxy = Proxy::to(server).await;
+    let head = format!("POST /early HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\n");
+    let request = [head.into_bytes(), vec![b'x'; length]].concat();
+    let stream = TcpStream::connect(proxy.address).await.unwrap().into_std().unwrap();
+    let mut writing = TcpStream::from_std(stream.try_clone().unwrap()).unwrap();
+    // Of a long one the proxy does not take all.
+    let sending = tokio::spawn(async move { writing.write_all(&request).await });
+    let mut early = Client::new(TcpStream::from_std(stream).unwrap());
+    assert_eq!(early.message().await.unwrap().status(), 200);
+    let next = proxy.connect().await.ask(get("/next")).await;
+    assert_eq!(next.status(), 200, "{length}");
+    sending.abort();
+    for head in heads.lock().unwrap().iter() {
+        assert!(
+            ["POST /early ", "GET /next "].iter().any(|start| head.starts_with(start)),
+            "{length}: {head}"
+        );
     }
 }

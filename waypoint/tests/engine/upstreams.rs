@@ -50,10 +50,7 @@ async fn a_server_of_http1_that_ends_is_told_apart_by_its_stage() {
             let proxy = Proxy::to(sends(bytes, reset).await).await;
             let mut client = proxy.connect().await;
             client.send(get("/")).await;
-            let answer = match client.head().await {
-                Some(head) => client.body(head, status == 204).await,
-                None => None,
-            };
+            let answer = client.answer().await;
             let record = proxy.wait_records(1).await[0].clone();
             // A reset may overtake what was sent before it.
             let early = reset && record.status == 503;
@@ -173,10 +170,7 @@ async fn a_server_of_http2_that_ends_is_told_apart_by_its_stage() {
         // To a client of HTTP/1.1 ...
         let mut client = proxy.connect().await;
         client.send(get("/")).await;
-        let answer = match client.head().await {
-            Some(head) => client.body(head, false).await,
-            None => None,
-        };
+        let answer = client.answer().await;
         assert_eq!(answer.map(|answer| answer.status()), whole.then_some(status), "{first:?}");
         let record = proxy.wait_records(1).await[0].clone();
         assert_eq!((record.status, &*record.flag.to_string()), (status, flag), "{first:?}: {record:?}");

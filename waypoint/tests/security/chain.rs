@@ -126,15 +126,19 @@ async fn requests_are_counted_here_and_by_a_service_of_others() {
 #[tokio::test]
 async fn a_service_that_is_away_does_as_the_resource_says() {
     let Some(checks) = checks().await else { return };
-    for (on_failure, wanted) in [("Deny", 500), ("Allow", 200)] {
+    // What is only tried refuses nobody, whatever it says; nor does it where no such service is defined.
+    let cases = [("Deny", false, 500), ("Allow", false, 200), ("Deny", true, 200)];
+    for (service, (on_failure, dry_run, wanted)) in
+        ["away", "gone"].into_iter().flat_map(|service| cases.map(|case| (service, case)))
+    {
         let spec = format!(
             "
-  global: {{service: away.example, port: 80, domain: shop, onFailure: {on_failure}}}
-  limits: [{{name: all, by: [{{type: Path}}], global: {{}}}}]
+  global: {{service: {service}.example, port: 80, domain: shop, onFailure: {on_failure}}}
+  limits: [{{name: all, by: [{{type: Path}}], global: {{}}, dryRun: {dry_run}}}]
 "
         );
         let lab = Lab::with(checks.grpc, checks.http, &limits(&spec)).await;
-        assert_eq!(lab.ask("GET", "/", &[], "").await.0, wanted, "{on_failure}");
+        assert_eq!(lab.ask("GET", "/", &[], "").await.0, wanted, "{service} {on_failure} {dry_run}");
         assert_eq!(lab.guards.limits.stats().failed.get(), 1);
     }
 }

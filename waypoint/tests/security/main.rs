@@ -12,6 +12,7 @@ mod beyond;
 mod chain;
 mod fetch;
 mod lab;
+mod mixed;
 mod peers;
 mod redis;
 mod routes;

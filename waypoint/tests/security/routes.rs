@@ -35,6 +35,36 @@ spec:
 ";
 
 #[tokio::test]
+async fn what_is_asked_of_the_server_as_a_whole_goes_where_its_root_does() {
+    let shop = external("shop", VIP, "http", echo().await);
+    let route = |http: &str| {
+        let head = "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {name: shop, namespace: shop}\n";
+        format!("\n---\n{head}spec:\n  hosts: [shop.example]\n  http:\n  - {http}\n")
+    };
+    let to = "route: [{destination: {host: shop.example}}]";
+    for (routes, status, wanted) in [
+        (String::new(), 200, "options * http/1.1"),
+        (route(to), 200, "options * http/1.1"),
+        (
+            route(&format!("match: [{{uri: {{prefix: /}}, method: {{exact: OPTIONS}}}}]\n    {to}")),
+            200,
+            "options * http/1.1",
+        ),
+        // It is no path that could be another.
+        (route(&format!("rewrite: {{uri: /new}}\n    {to}")), 200, "options * http/1.1"),
+        (route(&format!("match: [{{uri: {{prefix: /api}}}}]\n    {to}")), 404, ""),
+        (route("redirect: {authority: b.example}"), 301, "location: http://b.example/\r\n"),
+        (route("redirect: {uri: /new}"), 301, "location: http://shop.example/new\r\n"),
+        (route("directResponse: {status: 204}"), 204, ""),
+    ] {
+        let lab = Lab::new(&[shop.clone(), routes.clone()].concat(), Settings::default()).await;
+        let (got, head, body) = lab.ask("OPTIONS", "*", &[], "").await;
+        let all = format!("{head}\r\n\r\n{}", body.to_ascii_lowercase());
+        assert!(got == status && all.contains(wanted), "{routes}: {all}");
+    }
+}
+
+#[tokio::test]
 async fn routes_change_the_answers_that_are_their_own() {
     let resources = [external("shop", VIP, "http", echo().await), ROUTES.to_owned()].concat();
     let lab = Lab::new(&resources, Settings::default()).await;

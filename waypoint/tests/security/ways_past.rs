@@ -125,17 +125,27 @@ async fn each_request_of_a_connection_is_decided_and_none_hides_in_another() {
     );
     let answer = lab.tell(row.as_bytes()).await;
     assert_eq!((statuses(&answer), answer.contains("GET /ok ")), (2, true), "{answer}");
-    // In the body of one that is refused, or that waits to send it.
+    // In the body of one that is refused, or that waits to send it: dropped where all of it has come, else not read on.
     let hidden = format!("GET /ok HTTP/1.1\r\n{host}\r\n");
-    for more in [
-        format!("Content-Length: {}\r\n", hidden.len()),
-        "Expect: 100-continue\r\nContent-Length: 9999\r\n".into(),
+    let chunks = format!("{:x}\r\n{hidden}\r\n0\r\n\r\n", hidden.len());
+    for (more, body, ends) in [
+        (format!("Content-Length: {}\r\n", hidden.len()), &hidden, false),
+        ("Transfer-Encoding: chunked\r\n".into(), &chunks, false),
+        (format!("Expect: 100-continue\r\nContent-Length: {}\r\n", hidden.len()), &hidden, false),
+        ("Expect: 100-continue\r\nContent-Length: 9999\r\n".into(), &hidden, true),
+        // Of what is wrong nobody knows where it ends.
+        ("Transfer-Encoding: chunked\r\n".into(), &hidden, true),
+        (format!("Content-Length: 3\r\nContent-Length: {}\r\n", hidden.len()), &hidden, true),
     ] {
-        let answer = lab.tell(format!("POST /admin HTTP/1.1\r\n{host}{more}\r\n{hidden}").as_bytes()).await;
-        assert!(
-            statuses(&answer) == 1 && !answer.contains("GET /ok") && answer.contains("connection: close"),
-            "{answer}"
-        );
+        let answer = lab.tell(format!("POST /admin HTTP/1.1\r\n{host}{more}\r\n{body}").as_bytes()).await;
+        let answers = answer.matches("HTTP/1.1 ").count();
+        assert!(answers == 1 && !answer.contains("GET /ok"), "{more}: {answer}");
+        assert_eq!(answer.contains("connection: close"), ends, "{more}: {answer}");
+        // And what comes after it is one of its own.
+        let after = format!("GET /admin HTTP/1.1\r\n{host}\r\n");
+        let answer =
+            lab.tell(format!("POST /admin HTTP/1.1\r\n{host}{more}\r\n{body}{after}").as_bytes()).await;
+        assert_eq!(answer.matches("HTTP/1.1 ").count(), if ends { 1 } else { 2 }, "{more}: {answer}");
     }
     // Behind a switch that is none: to HTTP/2, and to one that the server does not make.
     for protocol in ["h2c", "websocket", "HTTP/1.1", "TLS/1.2"] {

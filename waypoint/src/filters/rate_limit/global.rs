@@ -75,7 +75,7 @@ impl Asking {
                 Err(error) => {
                     tracing::warn!(limit = &*limit.name, error, "a rate-limit service can't be reached");
                     stats.failed.inc();
-                    if global.fail_open {
+                    if global.fail_open || limit.dry_run {
                         stats.failed_open.inc();
                         continue;
                     }
@@ -124,9 +124,11 @@ impl Asking {
 
     fn failed(&self, one: &One, error: &str) -> Result<(), Checked> {
         self.stats.failed.inc();
-        let (service, fail_open) = (&*one.global.address.host, one.global.fail_open);
+        // What is only tried refuses nobody.
+        let fail_open = one.global.fail_open || one.limits.iter().all(|(limit, _)| limit.dry_run);
+        let service = &*one.global.address.host;
         tracing::warn!(service, error, fail_open, "a rate-limit service has not answered");
-        if one.global.fail_open {
+        if fail_open {
             self.stats.failed_open.inc();
             return Ok(());
         }
@@ -147,8 +149,8 @@ impl Asking {
             let status = answer.statuses.get(place);
             // A service that says nothing of each means all of them.
             let code = status.map_or(answer.overall_code(), DescriptorStatus::code);
-            if code == Code::OverLimit && limit.dry_run {
-                self.stats.would_refuse.inc();
+            if limit.dry_run {
+                self.stats.would_refuse.add(u64::from(code == Code::OverLimit));
                 continue;
             }
             over |= code == Code::OverLimit;
