@@ -114,12 +114,13 @@ impl Cluster {
             if let Err(error) = node::run(&self.lab, node, &healthy) {
                 return Ok(Err(format!("its kubelet: {error:#}")));
             }
-            let ready = "jsonpath={.status.conditions[?(@.type==\"Ready\")].status}";
-            Ok(match self.kubectl.run(&["get", "node", node.name, "-o", ready]) {
-                Ok(status) if status == "True" => Ok(()),
-                Ok(status) => Err(format!("its condition Ready is {status:?}")),
-                Err(error) => Err(error.to_string()),
-            })
+            Ok(self.kubectl.get(&["node", node.name]).map_err(|e| format!("{e:#}")).and_then(|found| {
+                let conditions = found["status"]["conditions"].as_array().cloned().unwrap_or_default();
+                match conditions.iter().find(|c| c["type"] == "Ready") {
+                    Some(ready) if ready["status"] == "True" => Ok(()),
+                    other => Err(format!("its condition Ready is {other:?}")),
+                }
+            }))
         })
     }
 
@@ -127,7 +128,7 @@ impl Cluster {
         self.kubectl.apply(&include_str!("../manifests/dns.yaml").replace("@DNS_IP@", DNS_IP))?;
         self.kubectl.rolled_out("kube-system", "deployment/coredns", Duration::from_secs(90))?;
         wait_for("the ServiceAccount of the default namespace", Duration::from_secs(30), || {
-            Ok(self.kubectl.run(&["get", "serviceaccount", "default"]).map_err(|e| e.to_string()))
+            Ok(self.kubectl.get(&["serviceaccount", "default"]).map_err(|e| format!("{e:#}")))
         })
         .map(drop)
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 
 use crate::lab::{API_PORT, CLUSTER_CIDR, CONTROL_PLANE_IP, CONTROL_PLANE_IP6, Lab, SERVICE_CIDR};
-use crate::process::{Recorded, finish, in_netns, output};
+use crate::process::{Recorded, WITH_FEW_COLLECTIONS, finish, in_netns, output};
 use crate::report::wait_for;
 
 const ETCD: &str = "http://127.0.0.1:2379";
@@ -85,7 +85,7 @@ pub fn start_controllers(lab: &Lab) -> Result<()> {
 fn run(lab: &Lab, name: &str, program: &str, arguments: &[String]) -> Result<Recorded> {
     let program = lab.bin(program);
     let mut command: Command = in_netns(&lab.control_plane_netns(), &program);
-    command.args(arguments);
+    command.args(arguments).envs(WITH_FEW_COLLECTIONS);
     Recorded::start(lab, name, &command).with_context(|| format!("starting {}", program.display()))
 }
 

@@ -59,11 +59,13 @@ pub fn build(lab: &Lab, profile: &str, prebuilt: bool) -> Result<Vec<PathBuf>> {
 pub fn install(cluster: &Cluster, settings: &[&str]) -> Result<()> {
     let clock = Clock::start();
     release(cluster, "culvert", settings)?;
+    let applied = clock.seconds();
     ready(cluster, Duration::from_secs(120))?;
+    let rolled_out = clock.seconds();
     // That the API server can ask for admission, too.
     let words = ["verify-install", "--timeout", "60s"];
     finish(&mut cluster.kubectl.culvert(&words)).context("verifying the installation")?;
-    say(&format!("   mesh: installed and ready, {}", clock.seconds()));
+    say(&format!("   mesh: Helm {applied}, rolled out {rolled_out}, verified {}", clock.seconds()));
     Ok(())
 }
 

@@ -139,6 +139,32 @@ pub fn run(lab: &Lab, node: &Node, words: &[&str]) -> Result<String> {
     finish(&mut shell(lab, node, words)?)
 }
 
+/// A command in a pod's network namespace and outside of its containers, which costs neither the API server nor the node's daemons
+/// anything.
+///
+/// # Errors
+/// No process of the pod runs on the node.
+pub fn beside_pod(lab: &Lab, node: &Node, uid: &str, program: &Path) -> Result<Command> {
+    let pod = format!("pod{uid}");
+    let found = cgroup_trees().into_iter().find_map(|tree| {
+        // The pod's group is one of these, or below that of its quality of service.
+        let pods = tree.join(lab.cgroup(node)).join("kubepods");
+        ["", "burstable", "besteffort"].map(|of| pods.join(of).join(&pod)).into_iter().find_map(|group| {
+            // A container's group is below it. The oldest process is the one that keeps the namespace.
+            let containers =
+                fs::read_dir(group).ok()?.flatten().map(|entry| entry.path().join("cgroup.procs"));
+            let listed = containers.filter_map(|procs| fs::read_to_string(procs).ok());
+            listed
+                .flat_map(|text| text.lines().filter_map(|pid| pid.parse::<u32>().ok()).collect::<Vec<_>>())
+                .min()
+        })
+    });
+    let pid = found.with_context(|| format!("no process of {pod} runs on {}", node.name))?;
+    let mut command = Command::new("nsenter");
+    command.arg(format!("--net=/proc/{pid}/ns/net")).arg(program);
+    Ok(command)
+}
+
 /// Kills one of the node's daemons (`containerd`, `kubelet`, `kube-proxy`); the node starts it again. Returns whether it
 /// ran.
 ///

@@ -15,7 +15,7 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use serde_json::json;
 
 use crate::lab::{CLUSTER_CIDR, DNS_IP, Lab, Node};
-use crate::process::output;
+use crate::process::{WITH_FEW_COLLECTIONS, output};
 use crate::report::{say, wait_for};
 
 /// What Kubernetes and the mesh keep on a node's disk: private to the node, and still there after a reboot.
@@ -323,6 +323,7 @@ impl Supervisor<'_> {
         let path = self.lab.log(&format!("{}-{daemon}.log", self.node.name));
         let log = File::options().create(true).append(true).open(&path)?;
         let child = command
+            .envs(WITH_FEW_COLLECTIONS)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)

@@ -37,6 +37,10 @@ impl Clock {
     }
 }
 
+/// Between two questions: a tenth of the time that has passed, within these.
+const LEAST_PAUSE: Duration = Duration::from_millis(50);
+const MOST_PAUSE: Duration = Duration::from_millis(800);
+
 /// Asks until there is an answer, for at most `limit`. `Ok(Err(why))` means not yet; an error ends it at once.
 ///
 /// # Errors
@@ -47,7 +51,6 @@ pub fn wait_for<T>(
     mut ask: impl FnMut() -> Result<Result<T, String>>,
 ) -> Result<T> {
     let clock = Clock::start();
-    let mut pause = Duration::from_millis(50);
     loop {
         let why = match ask()? {
             Ok(answer) => return Ok(answer),
@@ -56,8 +59,8 @@ pub fn wait_for<T>(
         if clock.elapsed() > limit {
             bail!("waited {} for {what}: {why}", clock.seconds());
         }
-        thread::sleep(pause);
-        pause = (pause * 2).min(Duration::from_millis(200));
+        // What is asked takes some of the processors that the answer needs.
+        thread::sleep((clock.elapsed() / 10).clamp(LEAST_PAUSE, MOST_PAUSE));
     }
 }
 

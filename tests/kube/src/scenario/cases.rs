@@ -1,20 +1,23 @@
 //! The list.
 
 use super::{
-    Scenario, Way, commands, conformance, dual_stack, ebpf, enrolment, faults, node_local, plugin, policy,
-    release, smoke, upgrade, waypoint, workloads,
+    Run, Scenario, Way, commands, conformance, dual_stack, ebpf, enrolment, faults, node_local, plugin,
+    policy, release, smoke, upgrade, waypoint, workloads,
 };
-
-type Run = fn(&super::Stage) -> anyhow::Result<()>;
 
 /// Keeps to its namespace.
 const fn beside(name: &'static str, shows: &'static str, run: Run) -> Scenario {
-    Scenario { name, shows, way: Way::Beside, long: false, asked: false, run }
+    Scenario { name, shows, way: Way::Beside, long: false, asked: false, run, after: None, gentle: false }
 }
 
 /// Changes or breaks what others need.
 const fn alone(name: &'static str, shows: &'static str, run: Run) -> Scenario {
     Scenario { way: Way::Alone, ..beside(name, shows, run) }
+}
+
+/// Changes what others need, and breaks nothing.
+const fn gentle(name: &'static str, shows: &'static str, run: Run) -> Scenario {
+    Scenario { gentle: true, ..alone(name, shows, run) }
 }
 
 /// In the order in which they begin: the longest first.
@@ -88,14 +91,17 @@ pub const ALL: &[Scenario] = &[
         "two minutes without a control plane: pods come and go, a ztunnel is killed, admission is closed",
         faults::control_plane_away,
     ),
-    alone("root", "the root is exchanged under load, until the old one is gone", upgrade::root),
+    gentle("root", "the root is exchanged under load, until the old one is gone", upgrade::root),
     alone("ebpf", "captured by eBPF: in and out, under load, with agent and ztunnel killed", ebpf::run),
-    alone(
-        "node-local",
-        "within a node past ztunnel (nodeLocal: kernel): denied, with agent and ztunnel killed and replaced",
-        node_local::run,
-    ),
-    alone(
+    Scenario {
+        after: Some(node_local::forgotten),
+        ..alone(
+            "node-local",
+            "within a node past ztunnel (nodeLocal: kernel): denied, with agent and ztunnel killed and replaced",
+            node_local::run,
+        )
+    },
+    gentle(
         "revision",
         "a second revision's control plane gets the proxies under load, and gives them back",
         upgrade::revision,
@@ -106,7 +112,7 @@ pub const ALL: &[Scenario] = &[
         faults::kills,
     ),
     alone("reboot", "a node loses power and comes back, and nothing of it is plaintext", faults::reboot),
-    alone("ztunnel-upgrade", "ztunnel is replaced under load, and no request fails", upgrade::ztunnel),
+    gentle("ztunnel-upgrade", "ztunnel is replaced under load, and no request fails", upgrade::ztunnel),
     alone(
         "plugin",
         "the CNI plugin is killed inside ADD, and no pod starts outside the mesh",

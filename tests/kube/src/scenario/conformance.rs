@@ -5,7 +5,7 @@ use serde_json::json;
 
 use super::Stage;
 use super::stage::{MODE, PATIENCE};
-use crate::conformance::{self, NAMESPACES, Outcome, Run};
+use crate::conformance::{self, IN_A_ROW, NAMESPACES, Outcome, Run};
 use crate::tools;
 
 /// What passes without a mesh, too: it asks for no more than that a Service answers.
@@ -52,7 +52,9 @@ pub fn with_a_mesh(stage: &Stage) -> Result<()> {
     ensure!(failed.is_empty(), "failed: {}; see {}", failed.join(", "), run.log.display());
     conformance::successful(&std::fs::read_to_string(&run.report)?)?;
     run.keep(&stage.cluster.lab, "report")?;
-    stage.ok(&format!("all {TESTS} mesh tests pass, 20 right answers in a row each, and none is skipped"));
+    stage.ok(&format!(
+        "all {TESTS} mesh tests pass, {IN_A_ROW} right answers in a row each, and none is skipped"
+    ));
     Ok(())
 }
 

@@ -22,11 +22,7 @@ const TALK: [&str; 4] = ["-hold", "10@server:9000", "-load", "10@http://server:8
 /// See [`super::ALL`].
 pub fn run(stage: &Stage) -> Result<()> {
     let outcome = to_programs(stage).and_then(|()| captured(stage)).and_then(|()| to_rules(stage));
-    if outcome.is_err() {
-        // As the others expect it.
-        mesh::install(&stage.cluster, &[])?;
-    }
-    outcome
+    outcome.or_else(|error| stage.put_back(Err(error)))
 }
 
 /// From rules of netfilter to programs, under pods that talk.

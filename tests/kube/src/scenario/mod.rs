@@ -46,8 +46,15 @@ pub struct Scenario {
     /// Whether it runs only where it is named.
     pub asked: bool,
     /// It.
-    pub run: fn(&Stage) -> Result<()>,
+    pub run: Run,
+    /// What is merely waited for when it is over: beside the next of its cluster that are `gentle`.
+    pub after: Option<Run>,
+    /// Stops no node and none of its daemons, and looks at its own pods alone.
+    pub gentle: bool,
 }
+
+/// What a scenario does on its stage.
+type Run = fn(&Stage) -> Result<()>;
 
 /// How a scenario gets on with others.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

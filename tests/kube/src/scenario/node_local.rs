@@ -31,10 +31,12 @@ pub fn run(stage: &Stage) -> Result<()> {
         // All the while: what crosses the nodes is in tunnels, whatever happens within one.
         stage.nothing_in_plaintext(&NODES[1], || played(stage))
     });
-    // As the others expect it.
-    let back = mesh::install(&stage.cluster, &[]);
-    outcome.and(back)?;
-    unasked_for(stage)?;
+    stage.put_back(outcome)?;
+    unasked_for(stage)
+}
+
+/// That the nodes keep nothing of it: once its last connections have been over for a minute (TIME_WAIT).
+pub fn forgotten(stage: &Stage) -> Result<()> {
     NODES.iter().try_for_each(|node| kept(stage, node, 0))?;
     stage.ok(
         "capture by netfilter again: what passed ztunnel by is carried, and nothing is kept on the nodes",

@@ -2,12 +2,12 @@
 //! others need alone, each on the cluster that is free first.
 
 use std::sync::{Mutex, PoisonError};
-use std::thread;
+use std::thread::{self, ScopedJoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
-use super::{Scenario, Stage, Way};
+use super::{Run, Scenario, Stage, Way};
 use crate::cluster::Cluster;
 use crate::mesh;
 use crate::report::{Clock, say};
@@ -27,6 +27,13 @@ struct Played {
     name: &'static str,
     took: Duration,
     failed: bool,
+}
+
+/// One that plays.
+struct Begun {
+    name: &'static str,
+    clock: Clock,
+    stage: Stage,
 }
 
 impl Schedule {
@@ -75,38 +82,74 @@ impl Schedule {
         })
     }
 
-    /// Runs one after the other of those that must be alone on their cluster, as many as no other cluster takes. One that leaves
-    /// no mesh is the cluster's last.
+    /// The next that must be alone. While another one is `waited` for, one that leaves alone what that looks at.
+    fn take_alone(&self, waited: bool) -> Option<Scenario> {
+        let mut waiting = self.waiting();
+        let at = waiting.iter().position(|s| s.way == Way::Alone && (s.gentle || !waited))?;
+        Some(waiting.remove(at))
+    }
+
+    /// Runs one after the other of those that must be alone on their cluster, as many as no other cluster takes; what one merely
+    /// waits for at its end, beside the next. One that leaves no mesh is the cluster's last.
     ///
     /// # Errors
     /// One can't even be set up.
     pub fn run_alone(&self, cluster: &Cluster) -> Result<()> {
-        while let Some(scenario) = self.take(Way::Alone) {
-            self.play(cluster, &scenario)?;
-        }
-        match self.take(Way::Last) {
-            Some(scenario) => self.play(cluster, &scenario),
-            None => Ok(()),
-        }
+        thread::scope(|scope| {
+            let mut waited: Option<ScopedJoinHandle<'_, ()>> = None;
+            loop {
+                let is_waited = waited.as_ref().is_some_and(|thread| !thread.is_finished());
+                if let Some(scenario) = self.take_alone(is_waited) {
+                    if let Some((begun, after)) = self.begin(cluster, &scenario)? {
+                        waited = Some(scope.spawn(move || self.end(&begun, &after(&begun.stage))));
+                    }
+                } else if let Some(thread) = waited.take() {
+                    thread.join().ok().context("a scenario panicked")?;
+                } else {
+                    break;
+                }
+            }
+            match self.take(Way::Last) {
+                Some(scenario) => self.play(cluster, &scenario),
+                None => Ok(()),
+            }
+        })
     }
 
     fn play(&self, cluster: &Cluster, scenario: &Scenario) -> Result<()> {
+        if let Some((begun, after)) = self.begin(cluster, scenario)? {
+            self.end(&begun, &after(&begun.stage));
+        }
+        Ok(())
+    }
+
+    /// Plays one. If it went well and something of it is left to be waited for, returns that.
+    fn begin(&self, cluster: &Cluster, scenario: &Scenario) -> Result<Option<(Begun, Run)>> {
         say(&format!("== {}: {}", scenario.name, scenario.shows));
-        let clock = Clock::start();
-        let stage = Stage::new(cluster, scenario.name)?;
-        let outcome = (scenario.run)(&stage);
-        let took = clock.elapsed();
-        match &outcome {
-            Ok(()) => say(&format!("== {}: ok, {}", scenario.name, clock.seconds())),
+        let begun =
+            Begun { name: scenario.name, clock: Clock::start(), stage: Stage::new(cluster, scenario.name)? };
+        let outcome = (scenario.run)(&begun.stage);
+        match scenario.after.filter(|_| outcome.is_ok()) {
+            Some(after) => Ok(Some((begun, after))),
+            None => {
+                self.end(&begun, &outcome);
+                Ok(None)
+            }
+        }
+    }
+
+    fn end(&self, begun: &Begun, outcome: &Result<()>) {
+        let Begun { name, clock, stage } = begun;
+        match outcome {
+            Ok(()) => say(&format!("== {name}: ok, {}", clock.seconds())),
             Err(error) => {
                 let left = stage.keep_evidence(error);
-                say(&format!("== {}: FAILED after {}: {error:#}", scenario.name, clock.seconds()));
+                say(&format!("== {name}: FAILED after {}: {error:#}", clock.seconds()));
                 say(&format!("   see {}", left.display()));
             }
         }
-        let played = Played { name: scenario.name, took, failed: outcome.is_err() };
+        let played = Played { name, took: clock.elapsed(), failed: outcome.is_err() };
         self.played.lock().unwrap_or_else(PoisonError::into_inner).push(played);
-        Ok(())
     }
 
     /// Says what came of all, with their times, and what the clusters have used; whether all went well.
@@ -146,5 +189,10 @@ mod tests {
         let taken: Vec<_> = std::iter::from_fn(|| schedule.take(Way::Alone)).map(|s| s.name).collect();
         let wanted: Vec<_> = ALL.iter().filter(|s| s.way == Way::Alone).map(|s| s.name).collect();
         assert_eq!(taken, wanted, "in the order of the list");
+        let schedule = Schedule::new(ALL);
+        let beside: Vec<_> = std::iter::from_fn(|| schedule.take_alone(true)).collect();
+        assert!(beside.len() > 1 && beside.iter().all(|s| s.gentle && s.after.is_none()));
+        let rest = std::iter::from_fn(|| schedule.take_alone(false)).count();
+        assert_eq!(beside.len() + rest, wanted.len(), "the others come when nothing is waited for");
     }
 }

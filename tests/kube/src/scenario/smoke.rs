@@ -22,6 +22,9 @@ pub fn run(stage: &Stage) -> Result<()> {
     let mut both = super::apps::service("servers");
     both["spec"]["selector"] = json!({"group": "servers"});
     stage.apply(&[both])?;
+    // kube-proxy refuses connections to a service until it has read of its pods.
+    stage.start(&[App::idle("other").on(&near)])?;
+    stage.reaches("other", "http://two:8080/")?;
     stage.start(&[App::client("client", &["-hold", "2@two:9000"]).on(&near)])?;
     stage.ok("pods run on both nodes, probed by the kubelet");
 
@@ -64,7 +67,6 @@ pub fn run(stage: &Stage) -> Result<()> {
 }
 
 fn network_policies(stage: &Stage) -> Result<()> {
-    stage.start(&[App::idle("other").on(&NODES[0])])?;
     stage.apply(&[json!({
         "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": {"name": "two"},
         "spec": {

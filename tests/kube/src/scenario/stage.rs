@@ -15,6 +15,7 @@ use crate::cluster::Cluster;
 use crate::kubectl::Kubectl;
 use crate::lab::Node;
 use crate::mesh;
+use crate::node;
 use crate::process::finish;
 use crate::report::{Clock, say, wait_for};
 
@@ -221,7 +222,14 @@ impl Stage {
     /// # Errors
     /// It does not say.
     pub fn jobs(&self, pod: &str) -> Result<Vec<Job>> {
-        let text = self.exec(pod, &["app", "stats"])?;
+        // Asked so often that a process in the container for each would take a tenth of the processors.
+        let (lab, found) = (&self.cluster.lab, self.kubectl().get(&["pod", "-n", &self.namespace, pod])?);
+        let text = |value: &Value| {
+            value.as_str().map(str::to_owned).with_context(|| format!("{pod} is not placed yet"))
+        };
+        let (node, uid) = (text(&found["spec"]["nodeName"])?, text(&found["metadata"]["uid"])?);
+        let mut ask = node::beside_pod(lab, Node::named(&node)?, &uid, &lab.bin("app"))?;
+        let text = finish(ask.arg("stats"))?;
         serde_json::from_str(&text).with_context(|| format!("reading what {pod} has seen: {text}"))
     }
 
@@ -384,6 +392,19 @@ impl Stage {
         }
         self.ok(&format!("{tunnel} packets of tunnels between the nodes, no plaintext"));
         Ok(done)
+    }
+
+    /// Installs the mesh as the others expect it, after a scenario that had it otherwise. Of one that failed, what the agents and
+    /// ztunnels said is kept first: they are replaced.
+    ///
+    /// # Errors
+    /// The scenario's, or that of the installation.
+    pub fn put_back(&self, outcome: Result<()>) -> Result<()> {
+        if let Err(error) = &outcome {
+            self.keep_evidence(error);
+        }
+        let back = mesh::install(&self.cluster, &[]);
+        outcome.and(back)
     }
 
     /// Writes down what is known after a failure; returns the directory.

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Error, Result, ensure};
 use serde_json::{Value, json};
 
 use super::stage::PATIENCE;
@@ -101,6 +101,8 @@ pub fn root(stage: &Stage) -> Result<()> {
     stage.start(&[client("first", "server")])?;
     stage.enrolled(true)?;
     let before = stage.talking("first")?;
+    let certificates = ["ztunnel-config", "certificate", "-o", "json"];
+    let old_id = of_one_root(&stage.culvert(&certificates)?.output, 1).map_err(Error::msg)?;
     let signer = |secret: &Value| secret["data"]["ca-cert.pem"].clone();
     let (old, old_root) = (signer(&stage.kubectl().get(&SECRET)?), roots(stage, 1)?);
     annotate_root(stage, "culvert.dev/rotate-root=now")?;
@@ -126,9 +128,8 @@ pub fn root(stage: &Stage) -> Result<()> {
     calm(stage)?;
     stage.ok("certificates of both roots talk to each other, and nothing was lost");
 
-    let certificates = ["ztunnel-config", "certificate", "-o", "json"];
     wait_for("every certificate to be of the new root", PATIENCE * 4, || {
-        Ok(of_one_root(&stage.culvert(&certificates)?.output, 2))
+        Ok(of_another_root(&stage.culvert(&certificates)?.output, &old_id))
     })?;
     calm(stage)?;
     stage.ok("every certificate has been renewed, and is of the new root");
@@ -138,7 +139,7 @@ pub fn root(stage: &Stage) -> Result<()> {
     ensure!(both.contains(new.trim()) && new != old_root, "the root that is left is not the new one");
     stage.ok("the old root is dropped");
     wait_for("every ztunnel to trust the new root only, with certificates of it", PATIENCE * 4, || {
-        Ok(of_one_root(&stage.culvert(&certificates)?.output, 1))
+        Ok(of_one_root(&stage.culvert(&certificates)?.output, 1).map(drop))
     })?;
     stage.ok("every ztunnel trusts the new root only, and has certificates of it only");
     stage.pass(Duration::from_secs(3));
@@ -153,9 +154,16 @@ pub fn root(stage: &Stage) -> Result<()> {
     Ok(())
 }
 
-/// Whether what the ztunnels of both nodes say of their certificates (as JSON) is that all are valid and of one root, and
+/// Whether all certificates are of one root, beside the old one that is trusted too. A replica that has not read the Secret yet
+/// signs with the old one for a moment: all may be of that.
+fn of_another_root(text: &str, old: &str) -> Result<(), String> {
+    let root = of_one_root(text, 2)?;
+    if root == old { Err(format!("all are of {root}")) } else { Ok(()) }
+}
+
+/// The root of all certificates, where what the ztunnels of both nodes say of them (as JSON) is that all are valid and of one, and
 /// that so many roots are trusted.
-fn of_one_root(text: &str, roots: usize) -> Result<(), String> {
+fn of_one_root(text: &str, roots: usize) -> Result<String, String> {
     let all: Value = serde_json::from_str(text).map_err(|e| e.to_string())?;
     let nodes = all.as_array().cloned().unwrap_or_default();
     let trusted: BTreeSet<String> = nodes.iter().map(|node| node["roots"].to_string()).collect();
@@ -164,10 +172,10 @@ fn of_one_root(text: &str, roots: usize) -> Result<(), String> {
     let signed: BTreeSet<String> = certificates.iter().map(|c| c["root"].to_string()).collect();
     let so_many = nodes.iter().all(|node| node["roots"].as_array().is_some_and(|all| all.len() == roots));
     let valid = !certificates.is_empty() && certificates.iter().all(|c| c["valid"] == true);
-    if nodes.len() == NODES.len() && so_many && valid && signed.len() == 1 {
-        return Ok(());
+    match signed.first() {
+        Some(root) if nodes.len() == NODES.len() && so_many && valid && signed.len() == 1 => Ok(root.clone()),
+        _ => Err(format!("trusted: {trusted:?}, signed by: {signed:?}, valid: {valid}")),
     }
-    Err(format!("trusted: {trusted:?}, signed by: {signed:?}, valid: {valid}"))
 }
 
 /// See [`super::ALL`].
@@ -191,8 +199,7 @@ pub fn revision(stage: &Stage) -> Result<()> {
         stage.ok("a second control plane is ready beside the first");
         moved(stage, &outside)
     });
-    let back = mesh::install(&stage.cluster, &[]);
-    let outcome = outcome.and(back).and_then(|()| moved_back(stage, &outside));
+    let outcome = stage.put_back(outcome).and_then(|()| moved_back(stage, &outside));
     mesh::remove(&stage.cluster, CANARY)?;
     mesh::ready(&stage.cluster, PATIENCE)?;
     outcome?;
