@@ -54,6 +54,19 @@ pub async fn all_is_acknowledged(cluster: &Cluster) {
     }
 }
 
+fn only_client_at_8080() -> Value {
+    policy(
+        "AuthorizationPolicy",
+        "shop",
+        "only-client",
+        &json!({
+            "selector": { "matchLabels": { "app": "web" } },
+            "rules": [{ "from": [{ "source": { "principals": ["cluster.local/ns/shop/sa/client"] } }],
+                        "to": [{ "operation": { "ports": ["8080"] } }] }],
+        }),
+    )
+}
+
 #[tokio::test]
 async fn pods_of_two_nodes_talk_and_policies_hold_as_istiod_says() {
     let nodes: [(&str, &[&str]); 2] = [("a", &["client", "other"]), ("b", &["web", "outside"])];
@@ -84,16 +97,9 @@ async fn pods_of_two_nodes_talk_and_policies_hold_as_istiod_says() {
     let refused = async || ask(outside, to).await.is_err();
     eventually("plaintext is refused", refused).await;
 
-    cluster.kubernetes.apply(&[policy(
-        "AuthorizationPolicy",
-        "shop",
-        "only-client",
-        &json!({
-            "selector": { "matchLabels": { "app": "web" } },
-            "rules": [{ "from": [{ "source": { "principals": ["cluster.local/ns/shop/sa/client"] } }],
-                        "to": [{ "operation": { "ports": ["8080"] } }] }],
-        }),
-    )]);
+    cluster.kubernetes.apply(&[only_client_at_8080()]);
+    // Until it has the policy that the workload names, a ztunnel refuses everybody.
+    has_policies(&cluster, &["istio_converted_static_strict", "only-client"]).await;
     eventually("the policy is in force", async || ask(other, to).await.is_err()).await;
     let mut open = talk(client, to).await.unwrap();
     ask(client, SocketAddr::new(web.ipv4.into(), 9090)).await.unwrap_err();
