@@ -342,7 +342,7 @@ class Bench:
                 scenarios[name](name)
             except Exception as error:  # Whatever it is, the others have their figures.
                 print(f"{name}: not measured: {error}", file=sys.stderr, flush=True)
-                self.skipped.append((name, str(error).strip().split("\n")[0] or repr(error)))
+                self.skipped.append((name, " ".join(str(error).split()) or repr(error)))
             self.write()
 
     def write(self):

@@ -126,6 +126,8 @@ struct Request {
 struct Asked {
     policy: String,
     provider: String,
+    /// Of an older waypoint there is none.
+    answer: Option<String>,
 }
 
 impl Request {
@@ -229,7 +231,8 @@ fn explain(r: &Request) -> String {
     }
     let _ = writeln!(text, "  why   {}", r.decision);
     for asked in &r.asked {
-        let _ = writeln!(text, "  asked {} by policy {}", asked.provider, asked.policy);
+        let answer = asked.answer.as_ref().map(|answer| format!(": {answer}")).unwrap_or_default();
+        let _ = writeln!(text, "  ask   {}, by policy {}{answer}", asked.provider, asked.policy);
     }
     for dry in &r.dry_run {
         let _ = writeln!(text, "  dry   {dry}");
@@ -275,7 +278,8 @@ mod tests {
             "source": "10.0.0.5:40000", "source_identity": "spiffe://cluster.local/ns/shop/sa/web",
             "destination": "10.1.0.1:80", "destination_service": "shop/cart.shop.svc.cluster.local",
             "status": 503, "flags": "UF,URX", "details": "upstream_connection_failure",
-            "decision": "allowed by policy shop/cart rule 0 clause 1.0", "route": "HTTPRoute shop/r rule 1",
+            "decision": "allowed by policy shop/cart rule 0 clause 1.0",
+            "asked": [{ "policy": "shop/opa", "provider": "opa", "answer": "allowed" }], "route": "HTTPRoute shop/r rule 1",
             "match": "path /items/*", "backend": "shop/cart.shop.svc.cluster.local:80",
             "endpoint": "10.0.0.9:8080", "hop": "HBONE", "attempts": 3
         }))

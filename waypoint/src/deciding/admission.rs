@@ -171,7 +171,10 @@ impl Admission {
         let clusters = &self.deciding.0.clusters;
         let questions = match Questions::new(&self.rules.mesh, clusters, &asked, request, &there) {
             Ok(questions) => questions,
-            Err(refusal) => return refused(refusal, "ext_authz_error", decided),
+            Err((refusal, said)) => {
+                decided.authorizers.push(said);
+                return refused(refusal, "ext_authz_error", decided);
+            }
         };
         match questions.body() {
             None => self.wait_for(questions, Shown::default()),
@@ -186,12 +189,16 @@ impl Admission {
 
     fn wait_for(self, questions: Questions, body: Shown) -> Decision {
         Decision::Later(Box::pin(async move {
-            let verdict = questions.ask(body, &self.deciding.0.guards.authorizers).await;
-            let then: Then = Box::new(move |request, connection, decided| match verdict {
-                Verdict::Refused(refusal, detail) => refused(refusal, detail, decided),
-                Verdict::Allowed(changes) => {
-                    changes.apply(request);
-                    self.limit(request, connection, decided, changes.response_edits().0)
+            let mut said = Vec::new();
+            let verdict = questions.ask(body, &self.deciding.0.guards.authorizers, &mut said).await;
+            let then: Then = Box::new(move |request, connection, decided| {
+                decided.authorizers.append(&mut said);
+                match verdict {
+                    Verdict::Refused(refusal, detail) => refused(refusal, detail, decided),
+                    Verdict::Allowed(changes) => {
+                        changes.apply(request);
+                        self.limit(request, connection, decided, changes.response_edits().0)
+                    }
                 }
             });
             then

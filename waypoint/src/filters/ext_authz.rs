@@ -10,6 +10,7 @@
 
 mod grpc;
 mod http;
+mod said;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,6 +26,8 @@ use crate::http::head::{Known, RequestHead, is_field_name, is_field_value, reads
 use crate::http::hygiene::CLIENT_CERT;
 use crate::upstream::call::CallError;
 use crate::upstream::{Backend, Clusters};
+
+pub use said::{Outcome, Said};
 
 /// How long an answer is waited for, unless it is said (Istio's default).
 const TIMEOUT: Duration = Duration::from_secs(600);
@@ -45,8 +48,8 @@ pub struct AuthorizerStats {
 /// What is to be asked about a request, of whom.
 pub struct Questions {
     all: Vec<Question>,
-    /// Those who can't be reached, and need not be.
-    passed_over: u64,
+    /// Of those who can't be reached, and need not be.
+    passed_over: Vec<Said>,
     request: RequestHead,
     connection: Connection,
 }
@@ -98,32 +101,33 @@ impl Questions {
     /// What is to be asked where these policies matched. An authorizer that several name is asked once.
     ///
     /// # Errors
-    /// 403 where one of them is not known, or can't be reached and has to be.
+    /// 403 where one of them is not known, or can't be reached and has to be; with that.
     pub fn new(
         mesh: &Arc<Mesh>,
         clusters: &Clusters,
         asked: &[(PolicyKey, Str)],
         request: &RequestHead,
         connection: &Connection,
-    ) -> Result<Self, Refusal> {
-        let (mut all, mut passed_over) = (Vec::<Question>::new(), 0);
+    ) -> Result<Self, (Refusal, Said)> {
+        let (mut all, mut passed_over) = (Vec::<Question>::new(), Vec::new());
         for (policy, name) in asked {
             if all.iter().any(|known| known.authorizer.name == *name) {
                 continue;
             }
             let Some(authorizer) = mesh.authorizer(name) else {
                 tracing::warn!(%policy, provider = &**name, "a policy names an authorizer that there is not");
-                return Err(answer(403, "ext_authz_error", Flag::Decided("UAEX")));
+                let said = Said::nothing(name, "there is no such provider", false);
+                return Err((answer(403, "ext_authz_error", Flag::Decided("UAEX")), said));
             };
             match endpoints(mesh, clusters, &authorizer.address) {
                 Ok(endpoints) => all.push(Question { authorizer: authorizer.clone(), endpoints }),
                 Err(error) if authorizer.fail_open => {
                     tracing::warn!(%policy, provider = &**name, error, "an authorizer that can't be reached is passed over");
-                    passed_over += 1;
+                    passed_over.push(Said::nothing(name, &error, true));
                 }
                 Err(error) => {
                     tracing::warn!(%policy, provider = &**name, error, "an authorizer can't be reached");
-                    return Err(failure(authorizer));
+                    return Err((failure(authorizer), Said::nothing(name, &error, false)));
                 }
             }
         }
@@ -141,11 +145,12 @@ impl Questions {
         })
     }
 
-    /// Asks them, one after the other.
-    pub async fn ask(self, body: Shown, stats: &AuthorizerStats) -> Verdict {
+    /// Asks them, one after the other, until one refuses. What each of them said is added to `said`.
+    pub async fn ask(mut self, body: Shown, stats: &AuthorizerStats, said: &mut Vec<Said>) -> Verdict {
         let mut changes = Changes::default();
-        stats.failed.add(self.passed_over);
-        stats.failed_open.add(self.passed_over);
+        stats.failed.add(self.passed_over.len() as u64);
+        stats.failed_open.add(self.passed_over.len() as u64);
+        said.append(&mut self.passed_over);
         for question in &self.all {
             let authorizer = &question.authorizer;
             let shown = match authorizer.body {
@@ -153,6 +158,7 @@ impl Questions {
                     Some(shown) => Some((check, shown)),
                     None => {
                         stats.denied.inc();
+                        said.push(Said::of(&authorizer.name, Outcome::TooLong));
                         let response = answer(413, "Payload Too Large", Flag::None);
                         return Verdict::Refused(response, "request_payload_too_large");
                     }
@@ -160,15 +166,20 @@ impl Questions {
                 None => None,
             };
             match self.one(question, shown).await {
-                Answer::Allowed(more) => changes.add(more),
+                Answer::Allowed(more) => {
+                    said.push(Said::of(&authorizer.name, Outcome::Allowed));
+                    changes.add(more);
+                }
                 Answer::Denied(response) => {
                     stats.denied.inc();
+                    said.push(Said::of(&authorizer.name, Outcome::Denied(response.status)));
                     return Verdict::Refused(Arc::new(response), "ext_authz_denied");
                 }
                 Answer::Failed(error) => {
                     stats.failed.inc();
                     let (provider, fail_open) = (&*authorizer.name, authorizer.fail_open);
                     tracing::warn!(provider, error, fail_open, "an authorizer has not answered");
+                    said.push(Said::nothing(&authorizer.name, &error, fail_open));
                     if !fail_open {
                         return Verdict::Refused(failure(authorizer), "ext_authz_error");
                     }

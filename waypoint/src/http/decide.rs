@@ -132,6 +132,8 @@ pub struct Decided {
     pub claims: Option<Arc<model::http::Claims>>,
     /// Whether the policies let it in, and why; with what dry-run policies would have changed.
     pub verdict: Option<Arc<model::RequestDecision>>,
+    /// What those said whom CUSTOM policies name, in the order in which they were asked.
+    pub authorizers: Vec<crate::filters::ext_authz::Said>,
     /// The request's span, where somebody takes spans.
     pub trace: Option<Box<crate::telemetry::Span>>,
     /// Authority, path and query as they came, where they are sent in another form.

@@ -12,13 +12,14 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use model::Workload;
 use model::http::{Claims, HttpService, Route, StreamRoute};
 use model::telemetry::{Facts, Headers};
+use model::{PolicyKey, Str, Workload};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use super::ended::{Ended, protocol};
+use crate::filters::ext_authz::Said;
 use crate::http::decide::{Connection, Target};
 
 /// Lists, of which a thread adds to one.
@@ -61,6 +62,7 @@ struct Kept {
     port: u16,
     claims: Option<Arc<Claims>>,
     verdict: Option<Arc<model::RequestDecision>>,
+    authorizers: Vec<Said>,
     route: Option<Arc<Route>>,
     stream: Option<Arc<StreamRoute>>,
     matched: Option<usize>,
@@ -158,6 +160,7 @@ impl Recent {
             port: ended.connection.destination.port(),
             claims: decided.claims.clone(),
             verdict: decided.verdict.clone(),
+            authorizers: decided.authorizers.clone(),
             route: decided.route.clone(),
             stream: decided.stream.clone(),
             matched: decided.matched,
@@ -246,16 +249,14 @@ impl Kept {
         let claim = |name: &str| self.claims.as_ref()?.payload().get(name).cloned();
         let about = self.target.as_ref().and_then(|target| target.about.as_ref());
         let workload = about.and_then(|about| about.workload.as_ref());
-        let ask = self.verdict.iter().flat_map(|verdict| &verdict.ask);
-        let ask: Vec<_> =
-            ask.map(|(policy, who)| json!({"policy": policy.to_string(), "provider": who})).collect();
+        let asked = self.asked();
         let route = self.route.as_ref().map(|route| route.id.to_string());
         let tunnelled = about.is_some_and(|about| about.tunnelled);
         json!({
             "token": self.claims.as_ref().map(|_| json!({ "iss": claim("iss"), "sub": claim("sub") })),
             "decision": self.said(),
             "policy": self.policy(),
-            "asked": (!ask.is_empty()).then_some(ask),
+            "asked": (!asked.is_empty()).then_some(asked),
             "dry_run": self.trials(),
             "route": route.or_else(|| self.stream.as_ref().map(|route| route.id.to_string())),
             "match": self.matched(),
@@ -284,6 +285,18 @@ impl Kept {
                 "no policy was asked: nothing of this address is bound to this waypoint".to_owned()
             }
         }
+    }
+
+    /// Whom CUSTOM policies name, and what they said.
+    fn asked(&self) -> Vec<Value> {
+        let named = self.verdict.iter().flat_map(|verdict| &verdict.ask);
+        let one = |(policy, provider): &(PolicyKey, Str)| {
+            // Of one that was asked again, since the route had changed the request, the last answer.
+            let said = self.authorizers.iter().rfind(|said| said.provider == *provider);
+            let answer = said.map_or_else(|| "not asked".to_owned(), |said| said.outcome.to_string());
+            json!({ "policy": policy.to_string(), "provider": provider, "answer": answer })
+        };
+        named.map(one).collect()
     }
 
     fn policy(&self) -> Option<String> {

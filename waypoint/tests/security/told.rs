@@ -297,6 +297,64 @@ spec:
 }
 
 #[tokio::test]
+async fn what_each_authorizer_said_is_remembered() {
+    const YES: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+    const NO: &[u8] = b"HTTP/1.1 401 Unauthorized\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+    let ends = [("agrees", server(YES, false).await), ("refuses", server(NO, false).await), ("away", free())];
+    let provider = |(name, host, more): (&str, &str, &str)| {
+        format!("\n  - name: {name}\n    envoyExtAuthzHttp: {{service: {host}.example, port: 80{more}}}\n")
+    };
+    let providers = [
+        ("a-yes", "agrees", ""),
+        ("b-open", "away", ", failOpen: true"),
+        ("c-no", "refuses", ""),
+        ("d-away", "away", ""),
+        ("e-yes", "agrees", ", includeRequestBodyInCheck: {maxRequestBytes: 4}"),
+        ("f-nowhere", "nowhere", ""),
+    ];
+    let paths = ["/ask*", "/ask*", "/ask/no", "/ask/away", "/ask/no, /ask/long", "/ask/nowhere"];
+    let policies =
+        providers.iter().zip(paths).map(|((name, ..), path)| custom(name).replace("\"/ask*\"", path));
+    let mut resources = vec![external("shop", VIP, "http", echo().await)];
+    resources.extend(ends.iter().zip(30_u8..).map(|((name, to), place)| hidden(name, place, *to)));
+    resources.push(mesh_config(&providers.map(provider).concat()));
+    resources.extend(policies);
+    let lab = Lab::new(&resources.concat(), Settings::default()).await;
+
+    let (yes, open) = (("a-yes", "allowed"), ("b-open", "no answer, passed over (failOpen): "));
+    for (path, status, answers) in [
+        ("/ask", 200, vec![yes, open]),
+        ("/ask/no", 401, vec![yes, open, ("c-no", "denied with 401"), ("e-yes", "not asked")]),
+        ("/ask/away", 403, vec![yes, open, ("d-away", "no answer, so denied: ")]),
+        (
+            "/ask/nowhere",
+            403,
+            vec![("f-nowhere", "no answer, so denied: there is no service nowhere.example")],
+        ),
+    ] {
+        assert_eq!(lab.get(path, path).await, status, "{path}");
+        lab.line(path).await;
+        let why = lab.why(path);
+        let asked = why["asked"].as_array().unwrap();
+        for (provider, answer) in answers {
+            let one = asked.iter().find(|one| one["provider"] == provider).unwrap();
+            assert_eq!(one["policy"], format!("shop/{provider}"), "{why:#}");
+            let said = one["answer"].as_str().unwrap();
+            assert!(
+                said == answer || (answer.len() > 9 && said.starts_with(answer)),
+                "{path} {provider}: {said}"
+            );
+        }
+    }
+    let text = "POST /ask/long HTTP/1.1\r\nHost: shop.example\r\nX-Request-Id: long\r\nContent-Length: 5\r\nConnection: close\r\n\r\nabcde";
+    assert_eq!(lab.send(text).await, 413);
+    lab.line("long").await;
+    let why = lab.why("long");
+    let last = &why["asked"].as_array().unwrap().last().unwrap()["answer"];
+    assert_eq!(*last, "not asked: the request's body is longer than it may be shown", "{why:#}");
+}
+
+#[tokio::test]
 async fn refused_requests_are_remembered_when_many_others_came_after_them() {
     let shop = echo().await;
     let lab = Lab::new(&external("shop", VIP, "http", shop), Settings::default()).await;
