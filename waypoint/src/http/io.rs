@@ -48,9 +48,14 @@ impl Io {
         }
     }
 
-    /// Writes all of `output`.
-    pub(crate) fn poll_drain(&mut self, cx: &mut Context<'_>, output: &mut Output) -> Poll<io::Result<()>> {
-        let mut wrote = false;
+    /// Writes all of `output`. `unflushed` is whether a layer may hold something of what was written, which it says from one
+    /// call to the next: a layer that the connection below has no room for is to be asked again.
+    pub(crate) fn poll_drain(
+        &mut self,
+        cx: &mut Context<'_>,
+        output: &mut Output,
+        unflushed: &mut bool,
+    ) -> Poll<io::Result<()>> {
         while !output.is_empty() {
             let written = ready!(match self {
                 // The kernel takes one piece for less than a list of one.
@@ -66,14 +71,16 @@ impl Io {
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
-            wrote = true;
+            *unflushed = true;
         }
         match self {
             // What was written to it is on its way.
-            Self::Tcp(_) | Self::Tunnel(_) => Poll::Ready(Ok(())),
-            Self::Layered(_) if !wrote => Poll::Ready(Ok(())),
-            Self::Layered(stream) => Pin::new(stream).poll_flush(cx),
+            Self::Tcp(_) | Self::Tunnel(_) => {}
+            Self::Layered(stream) if *unflushed => ready!(Pin::new(stream).poll_flush(cx))?,
+            Self::Layered(_) => {}
         }
+        *unflushed = false;
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -190,12 +197,68 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
 
     use std::future::poll_fn;
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
     use std::time::Duration;
 
+    use bytes::Bytes;
     use tokio::io::AsyncWriteExt;
     use tokio::net::TcpListener;
 
     use super::*;
+
+    /// A layer that keeps what is written to it until it may pass it on, as TLS does where the connection below has no room.
+    #[derive(Default)]
+    struct Layer {
+        kept: usize,
+        passed: Arc<AtomicUsize>,
+        full: Arc<AtomicBool>,
+    }
+
+    impl AsyncRead for Layer {
+        fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+    }
+
+    impl AsyncWrite for Layer {
+        fn poll_write(mut self: Pin<&mut Self>, _: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+            self.kept += buf.len();
+            Poll::Ready(Ok(buf.len()))
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            if self.full.load(Relaxed) {
+                return Poll::Pending;
+            }
+            let kept = std::mem::take(&mut self.kept);
+            self.passed.fetch_add(kept, Relaxed);
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            self.poll_flush(cx)
+        }
+    }
+
+    #[tokio::test]
+    async fn what_a_layer_has_not_passed_on_is_asked_for_again() {
+        let layer = Layer { full: Arc::new(AtomicBool::new(true)), ..Layer::default() };
+        let (passed, full) = (layer.passed.clone(), layer.full.clone());
+        let mut io = Io::Layered(Box::new(layer));
+        let (mut output, mut unflushed) = (Output::default(), false);
+        output.push(Bytes::from_static(b"the end of a message"));
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        for _ in 0..2 {
+            assert!(io.poll_drain(&mut cx, &mut output, &mut unflushed).is_pending());
+            assert!(output.is_empty());
+        }
+        full.store(false, Relaxed);
+        assert!(matches!(io.poll_drain(&mut cx, &mut output, &mut unflushed), Poll::Ready(Ok(()))));
+        assert_eq!(passed.load(Relaxed), 20);
+        // And no more than that.
+        full.store(true, Relaxed);
+        assert!(io.poll_drain(&mut cx, &mut output, &mut unflushed).is_ready());
+    }
 
     #[tokio::test]
     async fn who_has_no_more_to_say_has_not_left_and_who_resets_the_connection_has() {

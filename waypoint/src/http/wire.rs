@@ -75,6 +75,8 @@ pub struct Wire {
     io: Io,
     input: BytesMut,
     output: Output,
+    /// Whether a layer below may hold something of what was written.
+    unflushed: bool,
     buffers: Buffers,
     parser: HeadParser,
     body: BodyReader,
@@ -102,6 +104,7 @@ impl Wire {
             io,
             input,
             output: Output::default(),
+            unflushed: false,
             buffers: buffers.clone(),
             parser: HeadParser::default(),
             body: BodyReader::default(),
@@ -351,7 +354,7 @@ impl Wire {
     }
 
     pub(crate) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let result = ready!(self.io.poll_drain(cx, &mut self.output));
+        let result = ready!(self.io.poll_drain(cx, &mut self.output, &mut self.unflushed));
         if self.output.front.capacity() > 0 {
             self.buffers.put(std::mem::take(&mut self.output.front));
         }
