@@ -151,6 +151,8 @@ impl Retries {
 pub(super) fn outcome(result: &Result<(Lease, Framing), Failure>, reply: &ResponseHead) -> Option<Outcome> {
     match result {
         Ok(_) => Some(Outcome::Status(grpc_status(&reply.fields).map_or(reply.status, http_of))),
+        // How long a client waits says nothing of who answers: with short limits one could have endpoints ejected for all.
+        Err(failure) if failure.detail == Failure::DEADLINE.detail => None,
         Err(Failure { flag: Flag::UpstreamRequestTimeout, .. }) => Some(Outcome::TimedOut),
         Err(failure) if failure.detail == CONNECT_TIMEOUT => Some(Outcome::TimedOut),
         Err(Failure { class: Class::Stale, .. }) => None,
@@ -182,4 +184,23 @@ pub(super) fn local_head(head: &mut ResponseHead, response: &Response, grpc: boo
         head.fields.push(b"content-type", b"text/plain");
     }
     response.body.clone()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn how_long_a_client_waits_is_not_its_endpoints_fault() {
+        let reply = ResponseHead::default();
+        for (failure, expected) in [
+            (Failure::DEADLINE, None),
+            (Failure::TIMEOUT, Some(Outcome::TimedOut)),
+            (Failure::TRY_TIMEOUT, Some(Outcome::TimedOut)),
+            (Failure::CLIENT_GONE, None),
+            (Failure::of_protocol("no HTTP"), Some(Outcome::Failed)),
+        ] {
+            assert_eq!(outcome(&Err(failure), &reply), expected, "{failure:?}");
+        }
+    }
 }
