@@ -185,11 +185,7 @@ impl Deciding {
         let port = service.port(decided.port).ok_or_else(no_route)?;
         let client = self.client(rules, connection);
         let source = source(connection, client.as_deref());
-        let mut seen = view(request, connection, decided.claims.as_deref());
-        if request.is_server_wide() {
-            // What takes the service's root answers for the service.
-            seen.path = "/";
-        }
+        let seen = view(request, connection, decided.claims.as_deref());
         let found = port.find(&seen, &source).ok_or_else(no_route)?;
         let (route, matched) = (found.rules, found.matched);
         decided.route.clone_from(&route.route);

@@ -44,7 +44,8 @@ pub fn answer(status: u16, text: &'static str, flag: Flag) -> Refusal {
     Arc::new(Response { status, fields: Box::default(), body, flag })
 }
 
-/// A request as decisions see it.
+/// A request as decisions see it. One about the service as a whole has the path that is above all others: what takes that
+/// answers for the service, and what is kept from all of it is kept from this, too.
 #[must_use]
 pub fn view<'a>(
     request: &'a RequestHead,
@@ -55,7 +56,7 @@ pub fn view<'a>(
         method: request.method(),
         scheme: request.scheme(),
         authority: request.authority(),
-        path: request.path(),
+        path: if request.is_server_wide() { "/" } else { request.path() },
         query: request.query(),
         headers: &request.fields,
         claims,

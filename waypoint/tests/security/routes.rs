@@ -65,6 +65,22 @@ async fn what_is_asked_of_the_server_as_a_whole_goes_where_its_root_does() {
 }
 
 #[tokio::test]
+async fn what_is_kept_from_all_paths_is_kept_from_the_server_as_a_whole() {
+    let deny = |path: &str| {
+        let head = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: shut, namespace: shop}";
+        let to = "targetRefs: [{group: networking.istio.io, kind: ServiceEntry, name: shop}]";
+        format!(
+            "\n---\n{head}\nspec:\n  {to}\n  action: DENY\n  rules: [{{to: [{{operation: {{paths: ['{path}']}}}}]}}]\n"
+        )
+    };
+    let shop = external("shop", VIP, "http", echo().await);
+    for (path, status) in [("/*", 403), ("/", 403), ("*", 403), ("/admin*", 200)] {
+        let lab = Lab::new(&[shop.clone(), deny(path)].concat(), Settings::default()).await;
+        assert_eq!(lab.ask("OPTIONS", "*", &[], "").await.0, status, "{path}");
+    }
+}
+
+#[tokio::test]
 async fn routes_change_the_answers_that_are_their_own() {
     let resources = [external("shop", VIP, "http", echo().await), ROUTES.to_owned()].concat();
     let lab = Lab::new(&resources, Settings::default()).await;
