@@ -30,7 +30,7 @@ use crate::http::stats::Stats;
 use crate::http::wire::Wire;
 use crate::upstream::circuit::{Circuit, Entered};
 use crate::upstream::dial::tcp;
-use crate::upstream::offer::Offer;
+use crate::upstream::offer::{Offer, Unknown};
 
 /// Limits of a pool.
 #[derive(Clone, Copy, Debug)]
@@ -494,8 +494,20 @@ impl Pool {
                 None => (self.share(target).await?, false),
             };
             let hold = Hold::Stream { streams: Arc::clone(&shared.streams) };
-            if switches && !shared.streams.offer.is_made(&shared.send, self.connect_timeout(target)).await {
-                return Err(PoolError::NoSwitch);
+            if switches {
+                let limit = self.connect_timeout(target);
+                match shared.streams.offer.is_made(&shared.send, limit).await {
+                    Ok(true) => {}
+                    Ok(false) => return Err(PoolError::NoSwitch),
+                    Err(Unknown::Silent) => return Err(PoolError::Timeout(limit)),
+                    Err(Unknown::Ended) => {
+                        shared.ended.store(true, Ordering::Relaxed);
+                        if reused {
+                            continue;
+                        }
+                        return Err(PoolError::Connect(io::ErrorKind::ConnectionReset.into()));
+                    }
+                }
             }
             let ready = std::future::poll_fn(|cx| shared.send.poll_ready(cx)).await;
             match ready.and_then(|()| shared.send.send_request(message.clone(), ends)) {

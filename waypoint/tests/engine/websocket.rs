@@ -141,6 +141,26 @@ async fn a_server_that_does_not_offer_it_is_not_asked() {
 }
 
 #[tokio::test]
+async fn a_server_that_ends_before_it_says_what_it_takes_has_failed() {
+    // Its first connection ends before its first frame.
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            stream.readable().await.unwrap();
+        }
+    });
+    let endpoints = in_turn(vec![target(address, Protocol::Http2)]);
+    let proxy = Proxy::start(Forwarding::default(), endpoints, Settings::default()).await;
+    let mut send = client(proxy.address).await.ready().await.unwrap();
+    let (response, _body) = send.send_request(switch_to("websocket", "/chat"), false).unwrap();
+    assert_eq!(tokio::time::timeout(lab::LONG, response).await.unwrap().unwrap().status(), 503);
+    assert_eq!(proxy.connect().await.ask(upgrade("/chat")).await.status(), 503);
+    let flags: Vec<_> = proxy.wait_records(2).await.iter().map(|record| record.flag.to_string()).collect();
+    assert_eq!(flags, ["UF", "UF"]);
+}
+
+#[tokio::test]
 async fn other_protocols_are_not_asked_for() {
     let proxy = proxy(true).await;
     let other = upgrade("/").replace("WebSocket\r\nSec", "other\r\nSec");
