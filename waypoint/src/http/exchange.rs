@@ -235,7 +235,7 @@ impl Exchange<'_> {
 
     async fn forward(&mut self, how: &Forwarding, endpoints: &dyn Endpoints, more: Option<&More>) -> After {
         self.whole = Limit::of_call(how.timeouts, self.request, self.record.started);
-        self.upload.barred = std::mem::take(&mut self.decided.own_fields);
+        self.upload.bar(std::mem::take(&mut self.decided.own_fields));
         if let Some(idle) = how.timeouts.idle {
             self.idle = idle;
             self.idle_deadline = self.record.started + idle;

@@ -83,13 +83,25 @@ pub(crate) struct Pump {
     /// Whether anything moved since it was last asked.
     pub moved: bool,
     /// Fields that trailers may not have.
-    pub barred: Vec<model::Str>,
+    barred: Vec<model::Str>,
 }
 
 impl Pump {
     /// For a body that is there or not.
     pub(crate) fn new(empty: bool) -> Self {
         Self { read: empty, done: empty, ..Self::default() }
+    }
+
+    /// Trailers may not have these fields, also if they have been read already.
+    pub(crate) fn bar(&mut self, fields: Vec<model::Str>) {
+        self.barred = fields;
+        self.take_barred();
+    }
+
+    fn take_barred(&mut self) {
+        if let Some(trailers) = &mut self.trailers {
+            self.barred.iter().for_each(|name| trailers.remove_all_like(name.as_bytes()));
+        }
     }
 
     /// Keeps the body, up to `limit` bytes.
@@ -282,8 +294,8 @@ impl Pump {
                         known.is_hop_by_hop() || matches!(known, Known::Host | Known::ContentLength)
                     });
                     trailers.remove_all_like(CLIENT_CERT);
-                    self.barred.iter().for_each(|name| trailers.remove_all_like(name.as_bytes()));
                 }
+                self.take_barred();
                 self.end_copies();
             }
         }
@@ -350,12 +362,18 @@ mod tests {
     #[tokio::test]
     async fn trailers_say_nothing_that_is_ours_to_say() {
         let said = "x_forwarded_client_cert: a\r\nX-Forwarded-Client-Cert: b\r\nx_SUB: c\r\nx-subject: d\r\n";
-        let (mut from, mut pump, io) = (in_bytes_before(1, said).await, Pump::new(false), duplex(1000));
-        pump.barred = vec!["x-sub".into()];
-        let mut to = Channel::H1(Wire::new(Io::Layered(Box::new(io.0)), &Buffers::default()));
-        poll_fn(|cx| pump.poll(cx, &mut from, &mut to)).await.unwrap();
-        let trailers: Vec<_> = pump.trailers().unwrap().iter().collect();
-        assert_eq!(trailers, [(&b"x-subject"[..], &b"d"[..])]);
+        // Whether an authorizer was shown the body before is no difference.
+        for ahead in [false, true] {
+            let (mut from, mut pump, io) = (in_bytes_before(1, said).await, Pump::new(false), duplex(1000));
+            if ahead {
+                poll_fn(|cx| pump.poll_ahead(cx, &mut from, 100)).await.unwrap();
+            }
+            pump.bar(vec!["x-sub".into()]);
+            let mut to = Channel::H1(Wire::new(Io::Layered(Box::new(io.0)), &Buffers::default()));
+            poll_fn(|cx| pump.poll(cx, &mut from, &mut to)).await.unwrap();
+            let trailers: Vec<_> = pump.trailers().unwrap().iter().collect();
+            assert_eq!(trailers, [(&b"x-subject"[..], &b"d"[..])], "{ahead}");
+        }
     }
 
     #[tokio::test]
