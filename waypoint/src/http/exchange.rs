@@ -460,6 +460,11 @@ impl Exchange<'_> {
         }
         while words.left > 0 {
             match lease.channel.poll_response(cx, &mut self.reply, to_head) {
+                Poll::Ready(Ok(_)) if self.reply.status == 101 && !self.upload.done => {
+                    // The connection would carry two things at once (RFC 9110 section 7.8).
+                    let detail = "a switch of protocols before all of the request";
+                    return Poll::Ready(Err(Failure::of_protocol(detail)));
+                }
                 Poll::Ready(Ok(framing)) if self.is_final() => return Poll::Ready(Ok(framing)),
                 Poll::Ready(Ok(_)) if self.reply.status == 101 => {
                     let detail = "a switch to a protocol that was not asked for";

@@ -333,6 +333,26 @@ async fn a_websocket_carries_bytes_both_ways_and_ends_on_each_side_alone() {
 }
 
 #[tokio::test]
+async fn nothing_switches_before_all_of_the_request() {
+    for (body, status) in [("", 101), ("Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n", 502)] {
+        let address = lab::server(|_, mut client: Client| async move {
+            client.head().await.unwrap();
+            client.send("HTTP/1.1 101 x\r\nConnection: Upgrade\r\nUpgrade: other\r\n\r\n").await;
+            client.rest().await;
+        })
+        .await;
+        let proxy = Proxy::to(address).await;
+        let mut client = proxy.connect().await;
+        let end = if body.is_empty() { "\r\n" } else { body };
+        client
+            .send(format!("POST / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: other\r\n{end}"))
+            .await;
+        let head = client.head().await.unwrap();
+        assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{body}: {head}");
+    }
+}
+
+#[tokio::test]
 async fn a_switch_is_made_to_the_protocol_that_was_sent_on_only() {
     for (asked, sent, chosen, status) in [
         ("h2c, websocket, HTTP/2.0", Some("websocket"), "WebSocket", 101),
