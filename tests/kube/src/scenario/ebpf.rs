@@ -205,8 +205,9 @@ fn left(stage: &Stage) -> Result<()> {
 
 /// Waits until programs of so many pods are kept on a node.
 pub fn kept(stage: &Stage, node: &Node, pods: usize) -> Result<()> {
-    // A pod is let go of once nothing of ztunnel's connections is left in it: a minute of TIME_WAIT, too.
-    wait_for(&format!("programs of {pods} pods on {}", node.name), PATIENCE * 2, || {
+    // A pod is let go of once nothing of ztunnel's connections is left in it: a minute of TIME_WAIT, too. A pod of another scenario
+    // may have ended under an idle tunnel: its peer's silence is noticed by a ping, and then the kernel tries for 100 s to tell it.
+    wait_for(&format!("programs of {pods} pods on {}", node.name), PATIENCE * 4, || {
         let listed = format!("ls {PINS} 2>/dev/null | wc -l");
         let found = node::run(&stage.cluster.lab, node, &["sh", "-c", &listed])?;
         Ok(if found.trim() == pods.to_string() { Ok(()) } else { Err(format!("of {}", found.trim())) })
