@@ -41,7 +41,7 @@ pub use handover::move_queues;
 pub use io::Io;
 pub use netns::{Netns, NetnsId};
 pub use original_dst::{canonical, original_dst};
-pub use own_address::has_address;
+pub use own_address::{has_address, is_cut_off};
 pub use pipe::{PipeCounts, pipes};
 pub use scratch::{SCRATCH_SIZE, Scratch};
 pub use socket::{

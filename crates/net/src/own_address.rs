@@ -1,7 +1,10 @@
-//! Whether an address is a namespace's own.
+//! Whether an address is a namespace's own, and whether anybody can be reached from there.
 
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 
+use nix::ifaddrs::getifaddrs;
+use nix::net::if_::InterfaceFlags;
 use socket2::Type;
 
 use crate::netns::Netns;
@@ -18,4 +21,17 @@ pub fn has_address(netns: &Netns, ip: IpAddr) -> bool {
     // Nothing is sent, and the port is given back at once.
     let made = new_bound(netns, address, Type::STREAM, |_, _| Ok(()));
     made.is_ok_and(|(socket, address)| socket.bind(&address.into()).is_ok())
+}
+
+/// Whether `netns` has no device that is up, other than loopback: nothing gets out of it or into it. That of a pod is left like
+/// this by the network plugin's DEL, for as long as something holds it.
+///
+/// # Errors
+/// It can't be entered, or not be asked.
+pub fn is_cut_off(netns: &Netns) -> io::Result<bool> {
+    let is_way = |flags: InterfaceFlags| {
+        flags.contains(InterfaceFlags::IFF_UP) && !flags.contains(InterfaceFlags::IFF_LOOPBACK)
+    };
+    let has_way = netns.run(|| Ok::<_, io::Error>(getifaddrs()?.any(|device| is_way(device.flags))))??;
+    Ok(!has_way)
 }

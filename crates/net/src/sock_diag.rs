@@ -177,6 +177,24 @@ pub fn destroy(netns: &Netns, connection: &Connection) -> Result<(), DestroyErro
     Destroyer::open(netns).map_err(DestroyError::Io)?.destroy(connection)
 }
 
+/// Ends all connections in `netns`, also those that no process holds any more. Returns how many. Needs `CAP_NET_ADMIN`.
+///
+/// # Errors
+/// As [`connections`]; the kernel can't, or we may not.
+pub fn destroy_all(netns: &Netns) -> Result<usize, DestroyError> {
+    let there = connections(netns).map_err(DestroyError::Io)?;
+    let mut destroyer = Destroyer::open(netns).map_err(DestroyError::Io)?;
+    let mut destroyed = 0;
+    for connection in &there {
+        match destroyer.destroy(connection) {
+            Ok(()) => destroyed += 1,
+            Err(DestroyError::Gone) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(destroyed)
+}
+
 /// Ends connections of a namespace, which it enters but once.
 pub struct Destroyer(Netlink);
 

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use super::enrol::flatten;
 use super::slot::{PodState, Slot};
 use super::{Node, RECONCILE_INTERVAL};
+use crate::proxy::peers::Peers;
 use crate::proxy::pod::{LocalPod, Subject};
 
 /// A pod that left the mesh and still has our redirection.
@@ -31,9 +32,15 @@ impl Leaving {
         Self { pod, netns, local, trouble: None, failures: 0, retry_at: Instant::now() }
     }
 
-    fn is_due(&self, now: Instant) -> bool {
-        self.retry_at <= now && self.local.as_ref().is_none_or(|local| local.open() == 0)
+    fn is_due(&self, now: Instant, peers: &Peers) -> bool {
+        let is_over = |local: &Arc<LocalPod>| local.open() == 0 && peers.of(number(&self.netns)) == 0;
+        self.retry_at <= now && self.local.as_ref().is_none_or(is_over)
     }
+}
+
+/// What [`Peers`] know a pod by.
+fn number(netns: &Netns) -> u64 {
+    netns.id().inode()
 }
 
 impl Node {
@@ -62,6 +69,8 @@ impl Node {
         let leaving = Leaving::new(pod, local.netns.clone(), Some(local.clone()));
         self.leave(leaving, rules, local.open()).await;
         enrolled.close().await;
+        // What is accepted from here on sees for itself that the pod has left.
+        self.proxy.peers.leave(number(&local.netns));
     }
 
     /// Captures nothing new of a pod that left, and keeps up what its open connections need. The redirection is removed
@@ -126,10 +135,43 @@ impl Node {
 
     /// Removes what is left of the redirection of pods that left the mesh and have no open connections any more.
     pub(super) async fn release_left(&self) {
-        let now = Instant::now();
-        let over: Vec<_> = self.leaving().extract_if(.., |leaving| leaving.is_due(now)).collect();
+        self.end_cut_off().await;
+        let (now, peers) = (Instant::now(), &self.proxy.peers);
+        let over: Vec<_> = self.leaving().extract_if(.., |leaving| leaving.is_due(now, peers)).collect();
         for leaving in over {
             self.release(leaving).await;
+        }
+    }
+
+    /// Ends what is left of connections in namespaces that have lost their devices, as those of pods that have ended do. Nobody can
+    /// be told any more; the kernel would try for minutes, and keep each of the namespaces for as long.
+    async fn end_cut_off(&self) {
+        let left: Vec<(Arc<str>, Netns)> =
+            self.leaving().iter().map(|leaving| (leaving.pod.clone(), leaving.netns.clone())).collect();
+        if left.is_empty() {
+            return;
+        }
+        let look = tokio::task::spawn_blocking(move || {
+            let is_cut_off = |(_, netns): &(_, Netns)| net::is_cut_off(netns).unwrap_or(false);
+            let ended = |(pod, netns): (Arc<str>, Netns)| {
+                let outcome = net::sock_diag::destroy_all(&netns);
+                (pod, netns, outcome)
+            };
+            left.into_iter().filter(is_cut_off).map(ended).collect::<Vec<_>>()
+        });
+        for (pod, netns, outcome) in look.await.unwrap_or_default() {
+            match outcome {
+                Ok(0) => {}
+                Ok(connections) => {
+                    tracing::info!(%pod, connections, "the pod is gone; what was open of it has ended");
+                }
+                // Those of this process end below, and the kernel forgets them in its own time.
+                Err(error) => {
+                    tracing::debug!(%pod, %error, "the pod is gone; its connections can't be ended at once");
+                }
+            }
+            self.proxy.peers.abort(number(&netns));
+            self.proxy.tunnels.abort(|key| key.netns == netns);
         }
     }
 

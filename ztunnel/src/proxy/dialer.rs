@@ -106,6 +106,11 @@ impl Tunnels {
         self.0.iter().map(|pool| pool.retire(&matches)).sum()
     }
 
+    /// See [`Pool::abort`].
+    pub fn abort(&self, matches: impl Fn(&TunnelKey) -> bool) -> usize {
+        self.0.iter().map(|pool| pool.abort(&matches)).sum()
+    }
+
     /// The sum of a counter of all pools.
     pub fn count(&self, counter: fn(&PoolCounters) -> &Counter) -> u64 {
         self.0.iter().map(|pool| counter(pool.counters()).get()).sum()

@@ -42,12 +42,16 @@ pub async fn handle(proxy: Arc<Proxy>, pod: Arc<LocalPod>, stream: TcpStream, pe
     };
     let info = Arc::new(tls.peer().clone());
     let control = Control::default();
-    let seat = match proxy.peers.admit(&pod.subject.uid, peer.ip(), control.clone()) {
+    let seat = match proxy.peers.admit(pod.netns.id().inode(), peer.ip(), control.clone()) {
         Ok(seat) => Arc::new(seat),
         Err(no_room) => {
             return proxy.refused_early(Direction::Inbound, peer, local, &Failure::NoRoom(no_room));
         }
     };
+    if !proxy.locals.serves(&pod) {
+        // It left during the handshake, or is about to be enrolled; its peers are told as those of before are.
+        control.retire();
+    }
     let session = Arc::new(Session { proxy: proxy.clone(), pod, peer, local, info: info.clone(), seat });
     let serving = hbone::serve(tls, &proxy.server, &control, &proxy.server_counters, |incoming| {
         tokio::spawn(session.clone().tunnel(incoming));

@@ -4,6 +4,8 @@
 //! and for all, and one source has a share of a pod's. When there is no more room, the oldest without a tunnel makes some
 //! (its peer is told with GOAWAY, and connects anew when it needs to); if there is none, a new one is refused.
 //!
+//! The peers of a pod that leaves the mesh are told in the same way.
+//!
 //! Invariants:
 //! * a source has closed, for its own sake, no connection of one that has fewer;
 //! * connections that leave count until they are gone, and only an eighth of a limit may be on its way.
@@ -14,7 +16,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hbone::Control;
-use model::Str;
 use tokio::time::Instant;
 
 /// One whose connections are counted together: an IPv4 address, or a /64 of IPv6, whose addresses a single host may use
@@ -75,12 +76,15 @@ pub struct Peers {
     started: Instant,
 }
 
-type Key = (Str, Source);
+/// A pod, by the number of its network namespace: no other has it as long as the pod has connections, which hold it.
+type Pod = u64;
+
+type Key = (Pod, Source);
 
 #[derive(Debug, Default)]
 struct Guests {
     of: HashMap<Key, Vec<Arc<Guest>>>,
-    per_pod: HashMap<Str, Count>,
+    per_pod: HashMap<Pod, Count>,
     all: Count,
 }
 
@@ -125,13 +129,13 @@ impl Peers {
         }
     }
 
-    /// A place for a connection from `ip` to `pod`, which `control` ends.
+    /// A place for a connection from `ip` to the pod of this number, which `control` ends.
     ///
     /// # Errors
     /// See [`NoRoom`].
-    pub fn admit(self: &Arc<Self>, pod: &Str, ip: IpAddr, control: Control) -> Result<Seat, NoRoom> {
+    pub fn admit(self: &Arc<Self>, pod: Pod, ip: IpAddr, control: Control) -> Result<Seat, NoRoom> {
         let guest = Arc::new(Guest {
-            key: (pod.clone(), Source::of(ip)),
+            key: (pod, Source::of(ip)),
             control,
             tunnels: AtomicUsize::new(0),
             idle_since: AtomicU64::new(self.now()),
@@ -145,6 +149,27 @@ impl Peers {
         guests.enter(guest.clone());
         drop(guests);
         Ok(Seat { peers: self.clone(), guest })
+    }
+
+    /// Tells the peers of a pod that it leaves: they open no more tunnels on their connections, which end when they have none.
+    pub fn leave(&self, pod: Pod) {
+        let mut guests = self.guests();
+        for guest in guests.of_all(pod) {
+            if !guest.leaving.load(Ordering::Relaxed) {
+                guests.leaves(&guest);
+                guest.control.retire();
+            }
+        }
+    }
+
+    /// Ends the connections of a pod, with their tunnels.
+    pub fn abort(&self, pod: Pod) {
+        self.guests().of_all(pod).iter().for_each(|guest| guest.control.abort());
+    }
+
+    /// How many connections a pod has.
+    pub fn of(&self, pod: Pod) -> usize {
+        self.guests().of_pod(pod).open
     }
 
     /// Connections that were closed, without tunnels, so that others have room.
@@ -168,7 +193,7 @@ impl Peers {
         let own = guests.of_source(key);
         self.make_room_for(guests, own, per_source, |other, _| other == key)
             .ok_or(NoRoom::Source(per_source))?;
-        self.make_room_for(guests, guests.of_pod(&key.0), per_pod, |(pod, _), count| {
+        self.make_room_for(guests, guests.of_pod(key.0), per_pod, |(pod, _), count| {
             *pod == key.0 && count >= own.open
         })
         .ok_or(NoRoom::Pod(per_pod))?;
@@ -219,8 +244,12 @@ impl Guests {
         Count { open: list.len(), leaving }
     }
 
-    fn of_pod(&self, pod: &Str) -> Count {
-        self.per_pod.get(pod).copied().unwrap_or_default()
+    fn of_pod(&self, pod: Pod) -> Count {
+        self.per_pod.get(&pod).copied().unwrap_or_default()
+    }
+
+    fn of_all(&self, pod: Pod) -> Vec<Arc<Guest>> {
+        self.of.iter().filter(|((of, _), _)| *of == pod).flat_map(|(_, list)| list).cloned().collect()
     }
 
     /// The oldest idle connection of the source that has the most to one pod, of those that have an idle one.
@@ -235,9 +264,9 @@ impl Guests {
     }
 
     fn enter(&mut self, guest: Arc<Guest>) {
-        self.per_pod.entry(guest.key.0.clone()).or_default().open += 1;
+        self.per_pod.entry(guest.key.0).or_default().open += 1;
         self.all.open += 1;
-        self.of.entry(guest.key.clone()).or_default().push(guest);
+        self.of.entry(guest.key).or_default().push(guest);
     }
 
     fn leaves(&mut self, guest: &Guest) {
@@ -298,6 +327,9 @@ mod tests {
 
     use super::*;
 
+    const WEB: Pod = 1;
+    const DB: Pod = 2;
+    const MQ: Pod = 3;
     const MOST: Most = Most { per_source: 3, per_pod: 5, all: 7 };
 
     fn ip(n: u8) -> IpAddr {
@@ -308,9 +340,9 @@ mod tests {
     struct World(Arc<Peers>);
 
     impl World {
-        async fn admit(&self, pod: &str, source: u8) -> Result<Arc<Seat>, NoRoom> {
+        async fn admit(&self, pod: u64, source: u8) -> Result<Arc<Seat>, NoRoom> {
             advance(Duration::from_millis(10)).await;
-            self.0.admit(&Str::from(pod), ip(source), Control::default()).map(Arc::new)
+            self.0.admit(pod, ip(source), Control::default()).map(Arc::new)
         }
 
         fn is_leaving(seat: &Seat) -> bool {
@@ -321,15 +353,15 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_oldest_idle_connection_of_a_source_makes_room_for_its_next() {
         let world = World(Arc::new(Peers::new(MOST)));
-        let other = world.admit("web", 9).await.unwrap();
-        let first = world.admit("web", 1).await.unwrap();
+        let other = world.admit(WEB, 9).await.unwrap();
+        let first = world.admit(WEB, 1).await.unwrap();
         let tunnel = first.busy();
-        let second = world.admit("web", 1).await.unwrap();
+        let second = world.admit(WEB, 1).await.unwrap();
         drop(second.busy());
-        let third = world.admit("web", 1).await.unwrap();
+        let third = world.admit(WEB, 1).await.unwrap();
         advance(Duration::from_secs(1)).await;
         drop(second.busy());
-        let _fourth = world.admit("web", 1).await.unwrap();
+        let _fourth = world.admit(WEB, 1).await.unwrap();
         let leaving = [&first, &second, &third, &other].map(|seat| World::is_leaving(seat));
         assert_eq!(
             leaving,
@@ -337,17 +369,17 @@ mod tests {
             "first is busy, second was used later, other is another's"
         );
         // One may be on its way out of three.
-        assert_eq!(world.admit("web", 1).await.err(), Some(NoRoom::Source(3)));
+        assert_eq!(world.admit(WEB, 1).await.err(), Some(NoRoom::Source(3)));
         drop(third);
-        let fifth = world.admit("web", 1).await.unwrap();
+        let fifth = world.admit(WEB, 1).await.unwrap();
         assert!(World::is_leaving(&second));
         drop((second, tunnel));
         let busy = [first.busy(), fifth.busy(), _fourth.busy()];
-        assert_eq!(world.admit("web", 1).await.err(), Some(NoRoom::Source(3)));
+        assert_eq!(world.admit(WEB, 1).await.err(), Some(NoRoom::Source(3)));
         assert_eq!((world.0.closed(), world.0.refused()), (2, 2));
         // To another pod, and from another source, there is room.
-        world.admit("db", 1).await.unwrap();
-        world.admit("web", 2).await.unwrap();
+        world.admit(DB, 1).await.unwrap();
+        world.admit(WEB, 2).await.unwrap();
         drop((busy, first, fifth, _fourth, other));
         let guests = world.0.guests();
         assert!(guests.of.is_empty() && guests.per_pod.is_empty(), "{guests:?}");
@@ -359,41 +391,57 @@ mod tests {
         let world = World(Arc::new(Peers::new(MOST)));
         let mut seats = Vec::new();
         for source in [1, 2, 2, 2, 3] {
-            seats.push(world.admit("web", source).await.unwrap());
+            seats.push(world.admit(WEB, source).await.unwrap());
         }
-        seats.push(world.admit("web", 4).await.unwrap());
+        seats.push(world.admit(WEB, 4).await.unwrap());
         let leaving = |seats: &[Arc<Seat>]| seats.iter().map(|s| World::is_leaving(s)).collect::<Vec<_>>();
         assert_eq!(leaving(&seats), [false, true, false, false, false, false]);
         drop(seats.remove(1));
-        for pod in ["db", "mq"] {
+        for pod in [DB, MQ] {
             seats.push(world.admit(pod, 1).await.unwrap());
         }
-        seats.push(world.admit("db", 5).await.unwrap());
+        seats.push(world.admit(DB, 5).await.unwrap());
         assert_eq!(leaving(&seats)[..3], [false, true, false]);
         drop(seats.remove(1));
         // While all are in use, nobody is cut.
         let busy: Vec<_> = seats.iter().map(Seat::busy).collect();
-        assert_eq!(world.admit("mq", 7).await.err(), Some(NoRoom::All(7)));
+        assert_eq!(world.admit(MQ, 7).await.err(), Some(NoRoom::All(7)));
         assert!(!leaving(&seats).contains(&true));
         drop(busy);
-        world.admit("mq", 7).await.unwrap();
+        world.admit(MQ, 7).await.unwrap();
     }
 
     #[tokio::test(start_paused = true)]
     async fn who_has_much_closes_nothing_of_who_has_little() {
         let world = World(Arc::new(Peers::new(Most { per_source: 5, ..MOST })));
-        let small = world.admit("web", 1).await.unwrap();
-        let large: Vec<_> = [world.admit("web", 2).await, world.admit("web", 2).await]
+        let small = world.admit(WEB, 1).await.unwrap();
+        let large: Vec<_> = [world.admit(WEB, 2).await, world.admit(WEB, 2).await]
             .into_iter()
-            .chain([world.admit("web", 2).await, world.admit("web", 2).await])
+            .chain([world.admit(WEB, 2).await, world.admit(WEB, 2).await])
             .collect::<Result<_, _>>()
             .unwrap();
         let busy: Vec<_> = large.iter().map(Seat::busy).collect();
-        assert_eq!(world.admit("web", 2).await.err(), Some(NoRoom::Pod(5)));
+        assert_eq!(world.admit(WEB, 2).await.err(), Some(NoRoom::Pod(5)));
         assert!(!World::is_leaving(&small));
         drop(busy);
-        let _next = world.admit("web", 2).await.unwrap();
+        let _next = world.admit(WEB, 2).await.unwrap();
         assert!(!World::is_leaving(&small));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_that_leaves_counts_its_connections_until_they_are_gone() {
+        let world = World(Arc::new(Peers::new(MOST)));
+        let seats = [world.admit(WEB, 1).await.unwrap(), world.admit(WEB, 2).await.unwrap()];
+        let other = world.admit(DB, 1).await.unwrap();
+        let tunnel = seats[0].busy();
+        world.0.leave(WEB);
+        world.0.leave(WEB);
+        assert!(seats.iter().all(|seat| World::is_leaving(seat)) && !World::is_leaving(&other));
+        assert_eq!((world.0.of(WEB), world.0.of(DB), world.0.closed()), (2, 1, 0));
+        drop((tunnel, seats));
+        assert_eq!((world.0.of(WEB), world.0.of(DB)), (0, 1));
+        let guests = world.0.guests();
+        assert_eq!((guests.all.open, guests.all.leaving), (1, 0));
     }
 
     #[test]

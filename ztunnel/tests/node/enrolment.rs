@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::symlink;
 
 use harness::netns::{Host, root_or_skip};
+use net::sock_diag;
 use nix::sys::signal::Signal;
 
 use crate::lab::manifests::{mtls, namespace};
@@ -172,6 +173,58 @@ async fn a_pod_that_leaves_keeps_its_open_connections() {
         })
         .await;
     }
+}
+
+/// The HBONE connections of a namespace, in its state, whoever holds them.
+fn tunnels_at(host: &Host) -> Vec<sock_diag::Connection> {
+    let all = sock_diag::connections(&host.netns).unwrap();
+    all.into_iter().filter(|c| c.local.port() == 15008 || c.peer.port() == 15008).collect()
+}
+
+#[tokio::test]
+async fn peers_of_a_pod_that_leaves_give_up_their_tunnels() {
+    if !root_or_skip("tunnels of a pod that leaves") {
+        return;
+    }
+    let mesh = Mesh::start(&[("a", &["client"]), ("b", &["web"])]).await;
+    let (client, web) = (mesh.pod("client"), mesh.pod("web"));
+    let _server = serve(web, PORT);
+    let mut open = talk(client, address(web, PORT)).await.unwrap();
+    assert_eq!((tunnels_at(client).len(), tunnels_at(web).len()), (1, 1));
+    mesh.apply("pod-web", &mesh.manifest("web").label(MODE, "none").to_string()).await;
+    mesh.ztunnel("b").says(&["pod leaves", "shop/web"]).await;
+    open.echo().await.unwrap();
+    assert_eq!(tunnels_at(web).len(), 1, "the tunnel of what is open goes on");
+    drop(open);
+    eventually("the tunnel is gone at both ends", async || {
+        tunnels_at(client).is_empty() && tunnels_at(web).is_empty()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn nothing_of_a_pod_that_is_gone_keeps_its_namespace() {
+    if !root_or_skip("connections of a pod that is gone") {
+        return;
+    }
+    let mesh = Mesh::start(&[("a", &["client", "near"]), ("b", &["web"])]).await;
+    let (client, near, web) = (mesh.pod("client"), mesh.pod("near"), mesh.pod("web"));
+    let servers = [serve(web, PORT), serve(client, PORT)];
+    // In and out, over tunnels; one that is idle.
+    ask(near, address(web, PORT)).await.unwrap();
+    let _open =
+        [talk(client, address(web, PORT)).await.unwrap(), talk(web, address(client, PORT)).await.unwrap()];
+    assert_eq!(tunnels_at(web).len(), 3);
+    // Its processes end, its device goes, and then the mesh hears of it.
+    web.shell("ip link del eth0").unwrap();
+    drop(servers);
+    mesh.remove("pod-web").await;
+    eventually("no connection holds the namespace", async || {
+        sock_diag::connections(&web.netns).unwrap().is_empty()
+    })
+    .await;
+    let left = mesh.ztunnel("b").metric("istio_tcp_sockets_open").await;
+    assert!(left == 0.0, "{left} are open");
 }
 
 #[tokio::test]
