@@ -206,6 +206,11 @@ INLINE int for_arriving(const struct Settings *s, __u32 interface, const __u8 *f
 }
 
 /* Whether a new connection that leaves by a device should have been captured. */
+INLINE int is_changing(const struct Settings *s)
+{
+	return s->changing_until && bpf_ktime_get_ns() < s->changing_until;
+}
+
 INLINE int for_leaving(const struct Settings *s, __u32 interface, const __u8 *to, __u32 port)
 {
 	__u32 kind = kind_of(s, interface);
@@ -586,6 +591,9 @@ int leaving(struct __sk_buff *skb)
 	if (p.protocol == IPPROTO_UDP) {
 		if (!(s->flags & WITH_DNS) || p.destination_port != 53 || !for_leaving(s, skb->ifindex, p.destination, 53))
 			return TC_ACT_UNSPEC;
+		/* Nobody sends a query again soon. */
+		if (is_changing(s))
+			return TC_ACT_UNSPEC;
 		count(COUNT_ESCAPED_OUTBOUND);
 		return TC_ACT_SHOT;
 	}
@@ -596,7 +604,7 @@ int leaving(struct __sk_buff *skb)
 		count(COUNT_UNKNOWN);
 		return TC_ACT_SHOT;
 	}
-	if (s->flags & CHANGING)
+	if (is_changing(s))
 		return TC_ACT_UNSPEC;
 	count(COUNT_ESCAPED_OUTBOUND);
 	return refuse(skb, &p);
@@ -694,7 +702,7 @@ int inside(struct __sk_buff *skb)
 	}
 	if (!opens(&p)) {
 		/* Of a connection that goes past ztunnel and has no mark yet: it is sent again, where a listener would end it. */
-		if (s->flags & CHANGING && !is_own(p.destination) && meets_nobody(skb, &p)) {
+		if (is_changing(s) && !is_own(p.destination) && meets_nobody(skb, &p)) {
 			count(COUNT_UNKNOWN);
 			return TC_ACT_SHOT;
 		}

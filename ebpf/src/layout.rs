@@ -35,9 +35,6 @@ pub const ONLY_OUTBOUND_RANGES: u32 = 0x10;
 pub const WITH_PROBES: u32 = 0x20;
 /// Some connections are to be reset.
 pub const WITH_REFUSED: u32 = 0x40;
-/// The pod comes or leaves: its routes and the marks of its connections are being changed. New connections are let out, and are
-/// captured where its routes lead to ztunnel already, or still. Of others what has no mark yet waits.
-pub const CHANGING: u32 = 0x80;
 
 /// The listener for outgoing connections, by its place in the map of listeners.
 pub const LISTENER_OUTBOUND: u32 = 0;
@@ -127,6 +124,10 @@ pub struct Settings {
     pub half: u32,
     /// Which programs wrote it.
     pub build: [u8; 8],
+    /// Until then (`CLOCK_MONOTONIC`, nanoseconds) the pod comes or leaves: its routes and the marks of its connections are being
+    /// changed. New connections are let out, and are captured where its routes lead to ztunnel already, or still. Of others what has
+    /// no mark yet waits. 0 or in the past as a rule: it ends by itself, also where who began it has.
+    pub changing_until: u64,
     /// Where outgoing connections go.
     pub outbound: u16,
     /// Where incoming ones go.
@@ -140,7 +141,7 @@ pub struct Settings {
     /// A source of probes, IPv6.
     pub probe6: [u8; 16],
 }
-const _: () = assert!(size_of::<Settings>() == 56);
+const _: () = assert!(size_of::<Settings>() == 64);
 
 /// Sets of ports, a bit for each.
 #[repr(C)]

@@ -7,6 +7,7 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use aya::Ebpf;
 use aya::maps::lpm_trie::Key;
@@ -15,12 +16,12 @@ use aya::programs::{SchedClassifier, SkLookup};
 use aya::util::nr_cpus;
 use ipnet::IpNet;
 use net::Netns;
+use nix::time::{ClockId, clock_gettime};
 
 use crate::layout::{
-    Address, CAPTURING, CHANGING, COUNTERS, Connection, Control, DELIVERED_EACH, DELIVERED_LEAST,
-    DELIVERED_LIMIT, ENTRIES_LIMIT, INTERFACE_EXCLUDED, Interface, LISTENERS, Neighbours,
-    ONLY_OUTBOUND_RANGES, PORT_WORDS, PairKey, PortSets, RANGE_EXCLUDED, RANGE_INCLUDED, RANGE_V6,
-    RANGES_LIMIT, Range, Settings, VerdictEntry,
+    Address, CAPTURING, COUNTERS, Connection, Control, DELIVERED_EACH, DELIVERED_LEAST, DELIVERED_LIMIT,
+    ENTRIES_LIMIT, INTERFACE_EXCLUDED, Interface, LISTENERS, Neighbours, ONLY_OUTBOUND_RANGES, PORT_WORDS,
+    PairKey, PortSets, RANGE_EXCLUDED, RANGE_INCLUDED, RANGE_V6, RANGES_LIMIT, Range, Settings, VerdictEntry,
 };
 use crate::pins::{is_note, is_over};
 use crate::sys::{self, AttachType};
@@ -172,6 +173,16 @@ impl Contents {
     }
 }
 
+/// The longest that a pod may be between what it was and what it is to be. Who changes it needs some milliseconds, and as a rule
+/// ends it.
+const CHANGE: Duration = Duration::from_secs(3);
+
+/// When a change that begins now ends at the latest, as the programs' clock has it.
+fn change_limit() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
+    u64::try_from((now + CHANGE).as_nanos()).unwrap_or(u64::MAX)
+}
+
 /// How many connections may be on their way to the application: the same number of each processor that this machine may have, as
 /// the kernel would make it.
 fn in_delivery() -> u32 {
@@ -252,7 +263,7 @@ pub fn is_guarded(pins: &Pins, netns: &Netns) -> bool {
     let settings: Result<HashMap<MapData, u32, Settings>, _> =
         Pod::at(directory, pins.verdicts()).map("settings");
     let current = settings.and_then(|map| map.get(&0, 0).map_err(Error::map("read", "settings")));
-    current.is_ok_and(|current| current.flags & (CAPTURING | CHANGING) == CAPTURING)
+    current.is_ok_and(|current| current.flags & CAPTURING != 0)
 }
 
 impl Pod {
@@ -331,7 +342,8 @@ impl Pod {
         Ok(older)
     }
 
-    /// Makes the pod's maps say `contents`, and attaches the programs to its interfaces. Whether anything was changed.
+    /// Makes the pod's maps say `contents`, and attaches the programs to its interfaces. Whether anything was changed. With a
+    /// [`Settings::changing_until`] that is not 0 a change begins now, which [`Self::settle`] is to end.
     ///
     /// # Errors
     /// What could not be done. What was done of it captures or refuses.
@@ -516,21 +528,21 @@ impl Pod {
         M::try_from(map).map_err(Error::map("open", name))
     }
 
-    /// Lets the pod's new connections out, until [`Self::settle`] or the next [`Self::install`]: its routes may be taken away
-    /// without one being refused. Of connections that have no mark nothing but their first packet gets out.
+    /// Lets the pod's new connections out, until [`Self::settle`] or the next [`Self::install`], and for [`CHANGE`] at most: its
+    /// routes may be taken away without one being refused. Of connections that have no mark nothing but their first packet gets out.
     ///
     /// # Errors
     /// It can't be written.
     pub fn let_out(&self) -> Result<(), Error> {
-        self.change(|current| Settings { flags: current.flags | CHANGING, ..current })
+        self.change(|current| Settings { changing_until: change_limit(), ..current })
     }
 
-    /// The routes are what they are to be, and what lives has its mark: the end of [`CHANGING`].
+    /// The routes are what they are to be, and what lives has its mark: the end of the change.
     ///
     /// # Errors
     /// It can't be written.
     pub fn settle(&self) -> Result<(), Error> {
-        self.change(|current| Settings { flags: current.flags & !CHANGING, ..current })
+        self.change(|current| Settings { changing_until: 0, ..current })
     }
 
     /// Says that the programs of all links are these.
@@ -565,7 +577,8 @@ impl Pod {
             |key| wanted.contains(key),
             |map| wanted.iter().try_for_each(|key| map.insert(key, 1, 0)),
         )?;
-        let value = Settings { half, build, ..contents.settings };
+        let changing_until = if contents.settings.changing_until == 0 { 0 } else { change_limit() };
+        let value = Settings { half, build, changing_until, ..contents.settings };
         settings.insert(0, value, 0).map_err(Error::map("write", "settings"))
     }
 

@@ -337,8 +337,17 @@ impl Programs {
     /// marks were set and before the routes were there, of which nothing reaches a listener meanwhile.
     fn enrol(&self, netns: &Netns, mut contents: Contents, routes: &routes::Wanted) -> Result<(), Error> {
         mark(netns, false)?;
-        contents.settings.flags |= layout::CHANGING;
-        Pod::install(&self.pins, netns, &contents)?;
+        contents.settings.changing_until = 1;
+        let outcome = Pod::install(&self.pins, netns, &contents)
+            .map_err(Error::from)
+            .and_then(|_| self.redirect(netns, routes));
+        // Also where it failed: what should be captured and is not is refused from here on.
+        let settled = Pod::find(&self.pins, netns).map_or(Ok(()), |pod| pod.settle());
+        outcome.and(settled.map_err(Error::from))
+    }
+
+    /// Gives a pod that is being changed the routes to ztunnel, and what was made meanwhile its mark.
+    fn redirect(&self, netns: &Netns, routes: &routes::Wanted) -> Result<(), Error> {
         apply(routes, netns)?;
         for _ in 0..LOOKS {
             mark(netns, false)?;
@@ -347,7 +356,6 @@ impl Programs {
             }
             std::thread::sleep(BETWEEN_LOOKS);
         }
-        Pod::find(&self.pins, netns).map_or(Ok(()), |pod| pod.settle())?;
         Ok(())
     }
 
@@ -404,9 +412,14 @@ fn apply(routes: &routes::Wanted, netns: &Netns) -> Result<(), Error> {
 fn are_being_made(netns: &Netns) -> Result<bool, Error> {
     let failed = |source| Error::Netlink { action: "list the connections", netns: netns.to_string(), source };
     let all = sock_diag::connections(netns).map_err(failed)?;
-    Ok(all.iter().any(|socket| {
-        socket.mark.is_none() && matches!(socket.state, TcpState::SynSent | TcpState::SynReceived)
-    }))
+    Ok(all
+        .iter()
+        .any(|socket| !is_ours(socket) && matches!(socket.state, TcpState::SynSent | TcpState::SynReceived)))
+}
+
+/// Whether it has a mark of ours already. Applications may have given it one of their own.
+fn is_ours(socket: &sock_diag::Connection) -> bool {
+    socket.mark.unwrap_or(0) & MARK_MASK & layout::MARK_DIRECT_MASK == layout::MARK_DIRECT
 }
 
 /// Which of the switches there are, and are off.
@@ -435,9 +448,9 @@ pub(crate) fn mark(netns: &Netns, carried: bool) -> Result<(), Error> {
         .iter()
         .filter(|socket| {
             let internal = ends.contains(&(socket.peer, socket.local));
-            let known =
-                socket.mark.unwrap_or(0) & MARK_MASK & layout::MARK_DIRECT_MASK == layout::MARK_DIRECT;
-            !known && internal == carried && !matches!(socket.state, TcpState::SynSent | TcpState::Listen)
+            !is_ours(socket)
+                && internal == carried
+                && !matches!(socket.state, TcpState::SynSent | TcpState::Listen)
         })
         .map(|socket| {
             let mark = if carried { layout::MARK_REPLY } else { layout::MARK_DIRECT };

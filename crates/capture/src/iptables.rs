@@ -234,7 +234,13 @@ impl Programs {
             let new = builtin.map(|(table, hook)| Chain { table: table.to_owned(), name: hook.to_owned() });
             made.extend(new.filter(|chain| !there.contains(chain)));
         }
-        run(netns, &self.restore, &RESTORE, &installation(plan, self.v6, saved, &made)).map(drop)
+        let loaded = run(netns, &self.restore, &RESTORE, &installation(plan, self.v6, saved, &made));
+        if loaded.is_err() && is_enrolment(saved) {
+            // What was loaded of it is a guard that waits for the rest: it is to refuse, and queries too. If not even the guard is
+            // there, this fails.
+            let _ = run(netns, &self.restore, &RESTORE, &final_guard(plan, self.v6));
+        }
+        loaded.map(drop)
     }
 
     /// Deletes the built-in chains that came with us, and tables that are empty then, unless someone else uses
@@ -345,10 +351,28 @@ impl Table {
     }
 }
 
+/// Whether nothing was captured so far.
+fn is_enrolment(saved: &Saved) -> bool {
+    !saved.ours().iter().any(|rule| rule.contains("REDIRECT"))
+}
+
+/// Input for iptables-restore that has the guard refuse.
+fn final_guard(plan: &Plan, v6: bool) -> String {
+    let [(name, hooks), ..] = TABLES;
+    let mut text = format!("*{name}\n");
+    for (_, chain) in hooks {
+        // Writing to a string can't fail.
+        let _ = writeln!(text, ":{chain} - [0:0]");
+        fill(&mut text, chain, rules(plan, v6, name, chain, Guard::Final));
+    }
+    text.push_str("COMMIT\n");
+    text
+}
+
 /// Input for iptables-restore that brings our chains in, whatever of them is there.
 fn installation(plan: &Plan, v6: bool, saved: &Saved, made: &[Chain]) -> String {
     let mut text = String::new();
-    let enrols = !saved.ours().iter().any(|rule| rule.contains("REDIRECT"));
+    let enrols = is_enrolment(saved);
     let guard = if enrols { Guard::OfEnrolment } else { Guard::Final };
     for (name, hooks) in TABLES {
         let table = saved.table(name);
@@ -372,13 +396,7 @@ fn installation(plan: &Plan, v6: bool, saved: &Saved, made: &[Chain]) -> String 
         text.push_str("COMMIT\n");
     }
     if enrols {
-        let [(name, hooks), ..] = TABLES;
-        let _ = writeln!(text, "*{name}");
-        for (_, chain) in hooks {
-            let _ = writeln!(text, ":{chain} - [0:0]");
-            fill(&mut text, chain, rules(plan, v6, name, chain, Guard::Final));
-        }
-        text.push_str("COMMIT\n");
+        text.push_str(&final_guard(plan, v6));
     }
     text
 }

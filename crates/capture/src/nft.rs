@@ -110,7 +110,7 @@ impl Capture for Nftables {
         let listing = self.listing(netns)?;
         let loaded = listing.is_empty() || listing != self.expected(rules)?;
         // The kernel calls the chains one after the other: a packet that is under way may meet the guard alone.
-        if !rules.leaving && !listing.iter().any(|line| line.contains("redirect to")) {
+        if loaded && !rules.leaving && !listing.iter().any(|line| line.contains("redirect to")) {
             self.load(netns, rules, Guard::OfEnrolment)?;
         }
         if loaded {

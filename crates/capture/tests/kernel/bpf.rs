@@ -9,8 +9,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use capture::{Backend, Capture, Counter, Programs, Rules, Tools};
+use ebpf::{Pins, Pod};
 use harness::netns::{Host, Lab, root_or_skip};
 use net::Netns;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::fixture::{
@@ -257,6 +259,47 @@ fn settings_are_put_back_whatever_was_broken_meanwhile() {
         assert!(capture.remove(&server.netns).unwrap());
         assert_eq!(server.shell(settings).unwrap(), before);
         assert!(!std::fs::exists(pins).unwrap());
+    });
+}
+
+/// What a process leaves that is killed while it enrols a pod: programs that let new connections out, and no routes to ztunnel.
+fn break_off(server: &Host) {
+    let pins = Pins::of_others(ebpf::bpf_file_system());
+    Pod::find(&pins, &server.netns).unwrap().let_out().unwrap();
+    server.shell("for pref in 52 55 57; do ip rule del pref $pref; ip -6 rule del pref $pref; done").unwrap();
+}
+
+#[test]
+fn an_enrolment_that_breaks_off_lets_nothing_go_on_in_plaintext() {
+    each_family("an_enrolment_that_breaks_off_lets_nothing_go_on_in_plaintext", async |case| {
+        let lab = two_nodes();
+        let (server, client) = (lab.pod("server"), lab.pod("client"));
+        let capture = case.capture();
+        start_app(&client.netns, 9090);
+        let ztunnel = FakeZtunnel::start(&server.netns);
+        capture.install(&server.netns, &Rules::default()).unwrap();
+        let to = case.addr(client, 9090);
+        break_off(server);
+        let mut begun = dial(&server.netns, to).await.unwrap();
+        // Whoever goes on with it takes that for none of before the enrolment.
+        assert!(capture.install(&server.netns, &Rules::default()).unwrap().changed);
+        begun.write_all(b"in plaintext\n").await.unwrap();
+        let mut answer = Vec::new();
+        let _ = tokio::time::timeout(Duration::from_secs(1), begun.read_to_end(&mut answer)).await;
+        let answer = String::from_utf8_lossy(&answer);
+        assert!(!answer.contains("in plaintext"), "{answer}");
+        assert_eq!(ztunnel.taken(), []);
+        let mut captured = dial(&server.netns, to).await.unwrap();
+        greeting(&mut captured).await;
+        assert_eq!(ztunnel.took().await.original_dst, to);
+        // Nobody goes on with it: it ends by itself.
+        break_off(server);
+        in_time(async {
+            while dial(&server.netns, to).await.is_ok() {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        })
+        .await;
     });
 }
 
