@@ -114,16 +114,23 @@ pub struct VerifyArgs {
 }
 
 pub fn duration(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("{text:?} is not a time such as 90s or 10m");
-    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?);
-    let number: u64 = number.parse().map_err(|_| wrong())?;
-    let seconds = match unit {
-        "s" => 1,
-        "m" => 60,
-        "h" => 3600,
-        _ => return Err(wrong()),
-    };
-    Ok(Duration::from_secs(number.saturating_mul(seconds)))
+    let wrong = || format!("{text:?} is not a time such as 90s, 10m or 1m30s");
+    let (mut left, mut sum) = (text, Duration::ZERO);
+    while !left.is_empty() || text.is_empty() {
+        let (number, rest) = left.split_at(left.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?);
+        let (unit, rest) = rest.split_at(rest.find(|c: char| c.is_ascii_digit()).unwrap_or(rest.len()));
+        let number: u64 = number.parse().map_err(|_| wrong())?;
+        let millis = match unit {
+            "ms" => 1,
+            "s" => 1000,
+            "m" => 60_000,
+            "h" => 3_600_000,
+            _ => return Err(wrong()),
+        };
+        sum = sum.saturating_add(Duration::from_millis(number.saturating_mul(millis)));
+        left = rest;
+    }
+    Ok(sum)
 }
 
 /// Runs `install`.

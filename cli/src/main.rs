@@ -95,7 +95,9 @@ const WITH_A_TOKEN: &str = "what-if";
 
 /// The arguments with those that say which cluster behind the command, where they stand before it, as kubectl takes them.
 fn in_order(arguments: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
-    let known = cluster::ClusterArgs::augment_args(clap::Command::new("culvert"));
+    // The namespace, too, where the command knows one.
+    let namespace = clap::Arg::new("namespace").short('n').long("namespace").num_args(1);
+    let known = cluster::ClusterArgs::augment_args(clap::Command::new("culvert")).arg(namespace);
     // Whether the argument has its value, or needs none.
     let is_of_cluster = |argument: &OsString| {
         let text = argument.to_str()?;
@@ -112,7 +114,7 @@ fn in_order(arguments: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
             }
         })
     };
-    let mut arguments = arguments.into_iter().peekable();
+    let mut arguments = without_empty(arguments, &is_of_cluster).into_iter().peekable();
     let mut ordered: Vec<OsString> = arguments.next().into_iter().collect();
     let mut cluster = Vec::new();
     while let Some(with_value) = arguments.peek().and_then(is_of_cluster) {
@@ -133,6 +135,30 @@ fn in_order(arguments: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
     rest.splice(at..at, cluster);
     ordered.extend(rest);
     ordered
+}
+
+/// The arguments without flags of which the value is empty, as of a script's variable: kubectl takes these as not given.
+fn without_empty(
+    arguments: impl IntoIterator<Item = OsString>,
+    is_of_cluster: &impl Fn(&OsString) -> Option<bool>,
+) -> Vec<OsString> {
+    let mut arguments = arguments.into_iter().peekable();
+    let mut kept = Vec::new();
+    while let Some(argument) = arguments.next() {
+        if argument == "--" {
+            kept.push(argument);
+            break;
+        }
+        let of_cluster = is_of_cluster(&argument);
+        let is_empty = argument.to_str().is_some_and(|text| text.ends_with('='));
+        match of_cluster {
+            Some(true) if is_empty => {}
+            Some(false) if arguments.next_if(|value| value.is_empty()).is_some() => {}
+            _ => kept.push(argument),
+        }
+    }
+    kept.extend(arguments);
+    kept
 }
 
 fn main() -> ExitCode {
@@ -228,12 +254,16 @@ mod tests {
             ),
             ("culvert --insecure-skip-tls-verify status", "culvert status --insecure-skip-tls-verify"),
             ("culvert --token t what-if --token jwt", "culvert what-if --token jwt --api-token t"),
+            ("culvert -n shop --context one waypoint list", "culvert waypoint list -n shop --context one"),
+            ("culvert --context= status --server= --as=", "culvert status"),
             ("culvert --server-name u status", "culvert --server-name u status"),
             ("culvert --help", "culvert --help"),
             ("culvert", "culvert"),
         ] {
             assert_eq!(ordered(given), wanted);
         }
+        let empty = ["culvert", "status", "--context", "", "-s", "", "-o", "json", "--", "--as", ""];
+        assert_eq!(in_order(empty.map(OsString::from)).len(), 7, "what follows -- is left alone");
         assert!(
             Cli::try_parse_from(in_order(["culvert", "--context", "a", "tag", "list"].map(OsString::from)))
                 .is_ok()

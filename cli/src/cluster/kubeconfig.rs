@@ -95,7 +95,7 @@ pub struct ClusterArgs {
     pub system_namespace: String,
 }
 
-/// As kubectl reads it: a number is of seconds.
+/// As kubectl reads it: a number without a unit is of seconds.
 fn request_timeout(text: &str) -> Result<Duration, String> {
     match text.parse() {
         Ok(seconds) => Ok(Duration::from_secs(seconds)),
@@ -173,8 +173,8 @@ impl ClusterArgs {
         }
         let cluster = self.with_server(cluster)?;
         let user = self.with_credentials(found.and_then(|named| named.auth_info.clone()).unwrap_or_default());
-        if user.impersonate.is_none() && (user.impersonate_groups.is_some() || user.impersonate_uid.is_some())
-        {
+        let groups = user.impersonate_groups.as_ref().is_some_and(|groups| !groups.is_empty());
+        if user.impersonate.is_none() && (groups || user.impersonate_uid.is_some()) {
             bail!("--as-group and --as-uid say more of the user that --as names; name it");
         }
         // Without TLS anybody could read them.
@@ -200,24 +200,44 @@ impl ClusterArgs {
         Ok(found.context.clone().unwrap_or_default())
     }
 
+    /// Whether any of the files is there.
+    pub fn has_files(&self) -> bool {
+        self.list().iter().any(|path| path.is_file())
+    }
+
     /// For a program that knows files and contexts, and no other cluster or user than a context's: a file with a context of this
-    /// name, for the head of `$KUBECONFIG`, and what else is to stand there. It has names and no secrets. `None` where none are given.
+    /// name, for the head of `$KUBECONFIG`, and what else is to stand there. It has names, and no secret but a token that is given:
+    /// beside the credentials of the context's user it would not count. `None` where none are given.
     ///
     /// # Errors
     /// The files can't be read, or have no such context.
     pub fn as_a_context(&self, name: &str) -> Result<Option<(String, OsString)>> {
-        if self.cluster.is_none() && self.user.is_none() {
+        let token = self.token.as_ref().filter(|_| self.has_files());
+        if self.cluster.is_none() && self.user.is_none() && token.is_none() {
             return Ok(None);
         }
-        let mut context = self.context_of(&self.files()?)?;
+        let all = self.files()?;
+        let mut context = self.context_of(&all)?;
         if let Some(cluster) = &self.cluster {
             context.cluster.clone_from(cluster);
         }
         if self.user.is_some() {
             context.user.clone_from(&self.user);
         }
+        let mut file = Kubeconfig::default();
+        if let Some(token) = token {
+            let of_context = context.user.replace(name.to_owned());
+            let user = all.auth_infos.into_iter().find(|named| Some(&named.name) == of_context.as_ref());
+            let user = without_credentials(user.and_then(|named| named.auth_info).unwrap_or_default());
+            let user = AuthInfo { token: Some(token.clone().into()), ..user };
+            file.auth_infos.push(NamedAuthInfo {
+                name: name.to_owned(),
+                auth_info: Some(user),
+                ..NamedAuthInfo::default()
+            });
+        }
         let named = NamedContext { name: name.to_owned(), context: Some(context), ..NamedContext::default() };
-        let file = Kubeconfig { contexts: vec![named], ..Kubeconfig::default() };
+        file.contexts.push(named);
         Ok(Some((serde_json::to_string(&file)?, std::env::join_paths(self.list())?)))
     }
 
@@ -249,13 +269,15 @@ impl ClusterArgs {
                 self.certificate_authority.as_ref().map(|path| path.display().to_string());
         }
         if let Some(server) = &self.server {
-            let is_tls = cluster.insecure_skip_tls_verify == Some(true)
-                || cluster.certificate_authority.is_some()
-                || cluster.certificate_authority_data.is_some()
-                || self.client_certificate.is_some();
-            let scheme = if is_tls { "https://" } else { "http://" };
-            let with_scheme = server.contains("://");
-            cluster.server = Some(if with_scheme { server.clone() } else { format!("{scheme}{server}") });
+            cluster.server = Some(server.clone());
+        }
+        // Without a scheme, as client-go completes it.
+        let is_tls = cluster.insecure_skip_tls_verify == Some(true)
+            || cluster.certificate_authority.is_some()
+            || cluster.certificate_authority_data.is_some()
+            || self.client_certificate.is_some();
+        if let Some(server) = cluster.server.as_mut().filter(|s| !s.is_empty() && !s.contains("://")) {
+            server.insert_str(0, if is_tls { "https://" } else { "http://" });
         }
         if cluster.server.as_ref().is_none_or(String::is_empty) {
             bail!(
@@ -337,7 +359,11 @@ fn merged(files: &[PathBuf]) -> Result<Kubeconfig> {
     let mut all = Kubeconfig::default();
     for path in files {
         match read(path) {
-            Ok(file) => all = all.merge(file)?,
+            Ok(file) => {
+                let merged = all.merge(file);
+                all = merged
+                    .with_context(|| format!("cannot use {} beside the files before it", path.display()))?;
+            }
             Err(KubeconfigError::ReadConfig(error, _)) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(error).with_context(|| format!("cannot use {}", path.display())),
         }
@@ -507,6 +533,25 @@ users:
         let file = alone.chosen(&Kubeconfig::default()).unwrap();
         let server = file.clusters[0].cluster.clone().unwrap().server;
         assert_eq!(server.as_deref(), Some("http://127.0.0.1:8001"));
+        let mut bare = merged(&[]).unwrap();
+        let cluster = Cluster {
+            server: Some("d.test".into()),
+            certificate_authority: Some("/ca".into()),
+            ..Cluster::default()
+        };
+        bare.clusters.push(NamedCluster {
+            name: "d".into(),
+            cluster: Some(cluster),
+            ..NamedCluster::default()
+        });
+        let file =
+            Line::try_parse_from(["culvert", "--cluster", "d"]).unwrap().cluster.chosen(&bare).unwrap();
+        let server = file.clusters[0].cluster.clone().unwrap().server;
+        assert_eq!(
+            server.as_deref(),
+            Some("https://d.test"),
+            "a file's is completed as one of the command line"
+        );
         assert!(
             Line::try_parse_from(["culvert"]).unwrap().cluster.chosen(&Kubeconfig::default()).is_err(),
             "no server"
@@ -545,9 +590,38 @@ users:
     }
 
     #[test]
+    fn helm_acts_as_the_command_does() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        let context = |more: &[&str]| {
+            let words = ["culvert", "--kubeconfig", file.to_str().unwrap()];
+            let line = Line::try_parse_from(words.iter().chain(more)).unwrap().cluster;
+            let made = line.as_a_context("made").unwrap();
+            made.map(|(text, list)| (serde_json::from_str::<serde_json::Value>(&text).unwrap(), list))
+        };
+        assert!(context(&["--token", "t"]).is_none(), "there is no file");
+        fs::write(&file, format!("{FIRST}\n").replace("context: ''", "context: one")).unwrap();
+        assert!(context(&[]).is_none());
+        let (made, list) = context(&["--token", "t"]).unwrap();
+        assert_eq!(list, file);
+        let said = &made["contexts"][0];
+        assert_eq!((&said["name"], &said["context"]["cluster"]), (&"made".into(), &"a".into()));
+        // Beside the certificate of the file's user the token would not count.
+        assert_eq!((&said["context"]["user"], &made["users"][0]["name"]), (&"made".into(), &"made".into()));
+        let user = made["users"][0]["user"].as_object().unwrap();
+        let said: Vec<_> = user.iter().filter(|(_, value)| !value.is_null()).map(|(key, _)| &**key).collect();
+        assert_eq!((said, &user["token"]), (vec!["as", "as-groups", "token"], &"t".into()));
+        let (made, _) = context(&["--cluster", "b"]).unwrap();
+        assert_eq!(made["contexts"][0]["context"]["user"], "me");
+        assert!(!made.to_string().contains("aw=="));
+    }
+
+    #[test]
     fn times_are_read_as_kubectl_reads_them() {
         assert_eq!(request_timeout("7"), Ok(Duration::from_secs(7)));
         assert_eq!(request_timeout("2m"), Ok(Duration::from_secs(120)));
-        assert!(request_timeout("soon").is_err());
+        assert_eq!(request_timeout("1m30s"), Ok(Duration::from_secs(90)));
+        assert_eq!(request_timeout("500ms"), Ok(Duration::from_millis(500)));
+        assert!(["soon", "", "5x", "5m3"].iter().all(|wrong| request_timeout(wrong).is_err()));
     }
 }

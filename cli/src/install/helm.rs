@@ -14,8 +14,20 @@ use crate::cluster::ClusterArgs;
 
 /// The oldest that keeps values as an upgrade has to (`--reset-then-reuse-values`).
 const OLDEST: (u32, u32) = (3, 14);
-/// The context that is made where --cluster or --user names another than the context's.
+/// The context that is made where --cluster, --user or --token names another than the context's.
 const CONTEXT: &str = "culvert-of-this-command";
+
+/// What Helm would take in the place of what is said here, of the environment: it must act on the cluster that is looked at.
+const OVERRIDES: [&str; 8] = [
+    "HELM_KUBEAPISERVER",
+    "HELM_KUBEASGROUPS",
+    "HELM_KUBEASUSER",
+    "HELM_KUBECAFILE",
+    "HELM_KUBECONTEXT",
+    "HELM_KUBEINSECURE_SKIP_TLS_VERIFY",
+    "HELM_KUBETLS_SERVER_NAME",
+    "HELM_KUBETOKEN",
+];
 
 /// Major and minor number of a version such as `v3.14.0+gc309b6f`.
 fn number(version: &str) -> Option<(u32, u32)> {
@@ -68,7 +80,8 @@ impl Helm {
         let mut place = vec!["--namespace".to_owned(), cluster.system_namespace.clone()];
         place.extend(as_whom(cluster)?);
         let mut variables = Vec::new();
-        if let Some(token) = &cluster.token {
+        // Where there is no file to name a user in.
+        if let Some(token) = cluster.token.as_ref().filter(|_| !cluster.has_files()) {
             variables.push(("HELM_KUBETOKEN", token.into()));
         }
         let context = match cluster.as_a_context(CONTEXT)? {
@@ -112,7 +125,11 @@ impl Helm {
     }
 
     fn run(&self, arguments: &[String]) -> Result<Output> {
-        Command::new(&self.program)
+        let mut command = Command::new(&self.program);
+        OVERRIDES.iter().for_each(|name| {
+            command.env_remove(name);
+        });
+        command
             .args(arguments)
             .args(&self.place)
             .envs(self.variables.iter().map(|(name, value)| (name, value)))
