@@ -314,7 +314,7 @@ fn of_what_a_waypoint_stands_before_nothing_is_said_to_be_refused() {
 
 #[test]
 fn a_service_that_counts_and_is_not_there_is_said() {
-    let limit = |service: &str, on_failure: &str| {
+    let limit = |service: &str, on_failure: &str, first: &str| {
         format!(
             "apiVersion: culvert.dev/v1alpha1
 kind: RateLimit
@@ -322,24 +322,29 @@ metadata: {{name: limits, namespace: shop}}
 spec:
   targetRefs: [{{group: '', kind: Service, name: web}}]
   global: {{service: {service}, domain: shop, onFailure: {on_failure}}}
-  limits: [{{name: all, by: [{{type: Path}}], global: {{}}}}]
+  limits: [{first}{{name: all, by: [{{type: Path}}], global: {{}}}}]
 "
         )
     };
+    let only_tried =
+        |service: &str| limit(service, "Deny", "").replace("name: all,", "name: all, dryRun: true,");
+    let tried_first = "{name: tried, by: [{type: Path}], dryRun: true, global: {}}, ";
     let said = |limit: &str| {
         let world = World::of(&file(&[TWO_BEHIND_A_WAYPOINT, limit]));
         let said = world.repository.review().into_iter().filter(|d| d.code == Code::NamesNothing);
         said.map(|d| d.message).collect::<Vec<_>>()
     };
-    assert_eq!(said(&limit("web.shop.svc.cluster.local, port: 80", "Deny")), [""; 0]);
-    let gone = "there is no service counts, which spec.global names: requests are refused";
-    assert_eq!(said(&limit("counts, port: 80", "Deny")), [gone]);
-    let port =
-        "the service outside.example.com has no port 81, which spec.global names: requests pass uncounted";
-    assert_eq!(said(&limit("outside.example.com, port: 81", "Allow")), [port]);
+    assert_eq!(said(&limit("web.shop.svc.cluster.local, port: 80", "Deny", "")), [""; 0]);
+    let gone =
+        "there is no service counts, which spec.global names: requests that are to be counted are refused";
+    assert_eq!(said(&limit("counts, port: 80", "Deny", "")), [gone]);
+    assert_eq!(said(&limit("counts, port: 80", "Deny", tried_first)), [gone]);
+    assert_eq!(said(&only_tried("counts, port: 80")), [gone.replace("are refused", "pass uncounted")]);
+    let port = "the service outside.example.com has no port 81, which spec.global names: requests that are to be counted pass uncounted";
+    assert_eq!(said(&limit("outside.example.com, port: 81", "Allow", "")), [port]);
     // What is wrong with the service is said, and not that there is none.
     let mut repository = Repository::new(Options::default());
-    let text = file(&[TWO_BEHIND_A_WAYPOINT, &limit("counts, port: 0", "Deny")]);
+    let text = file(&[TWO_BEHIND_A_WAYPOINT, &limit("counts, port: 0", "Deny", "")]);
     repository.stage(&"all.yaml".into(), Content::Bytes(text.as_bytes()));
     repository.commit();
     let errors = repository.diagnostics().into_iter().filter(|d| d.code != Code::FailsClosed);

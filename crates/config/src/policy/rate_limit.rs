@@ -182,18 +182,20 @@ impl RateLimit {
 
     /// What to say of it in the light of what is defined.
     pub(super) fn review(&self, world: &dyn World) -> Vec<Finding> {
-        let counted = self.limits.iter().flatten().find_map(|limit| match &limit.count {
-            Count::Global(global) => Some(global),
+        let global = |limit: &Arc<Limit>| match &limit.count {
+            Count::Global(global) => Some((global.address.clone(), limit.dry_run, global.fail_open)),
             Count::Local(_) => None,
+        };
+        // All of a resource are counted by one service. One that is in force says what becomes of requests.
+        let counted = self.limits.iter().flatten().filter_map(global).min_by_key(|(_, dry_run, _)| *dry_run);
+        let away = counted.and_then(|(address, dry_run, fail_open)| {
+            world.away(&address).map(|away| (away, dry_run || fail_open))
         });
-        // All of a resource are counted by one service.
-        let away =
-            counted.and_then(|global| world.away(&global.address).map(|away| (away, global.fail_open)));
-        let finding = |(away, fail_open)| Finding {
+        let finding = |(away, pass)| Finding {
             code: Code::NamesNothing,
             message: format!(
-                "{away}, which spec.global names: requests {}",
-                if fail_open { "pass uncounted" } else { "are refused" }
+                "{away}, which spec.global names: requests that are to be counted {}",
+                if pass { "pass uncounted" } else { "are refused" }
             ),
             remedy: REMEDY.to_owned(),
         };
