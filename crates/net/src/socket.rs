@@ -62,8 +62,6 @@ pub struct ListenOptions {
     pub nodelay: bool,
     /// Keep-alive for accepted connections.
     pub keepalive: Option<Keepalive>,
-    /// `TCP_USER_TIMEOUT` for accepted connections: how long sent data may stay unacknowledged.
-    pub user_timeout: Option<Duration>,
     /// Accepted connections don't pace what they send, whatever the system's congestion control does.
     pub unpaced: bool,
 }
@@ -78,7 +76,6 @@ impl Default for ListenOptions {
             only_v6: false,
             nodelay: true,
             keepalive: Some(Keepalive::default()),
-            user_timeout: None,
             unpaced: false,
         }
     }
@@ -98,8 +95,6 @@ pub struct ConnectOptions {
     pub nodelay: bool,
     /// Keep-alive probes.
     pub keepalive: Option<Keepalive>,
-    /// `TCP_USER_TIMEOUT`: how long sent data may stay unacknowledged.
-    pub user_timeout: Option<Duration>,
     /// Don't pace what is sent, whatever the system's congestion control does.
     pub unpaced: bool,
 }
@@ -111,7 +106,6 @@ impl Default for ConnectOptions {
             mark: Some(ZTUNNEL_MARK),
             nodelay: true,
             keepalive: Some(Keepalive::default()),
-            user_timeout: None,
             unpaced: false,
         }
     }
@@ -228,7 +222,7 @@ pub fn listen(
             if options.unpaced {
                 send_unpaced(socket);
             }
-            set_common(socket, options.mark, options.nodelay, options.keepalive, options.user_timeout)
+            set_common(socket, options.mark, options.nodelay, options.keepalive)
         })?;
         socket.bind(&address.into()).at(Step::Bind)?;
         let backlog = i32::try_from(options.backlog).unwrap_or(i32::MAX);
@@ -308,7 +302,7 @@ fn begin(socket: &Socket, target: SocketAddr) -> io::Result<bool> {
 /// A socket with all its options and its source, ready to connect to `target`.
 fn outgoing(netns: &Netns, options: &ConnectOptions, target: SocketAddr) -> Result<Socket, Failure> {
     let socket = netns.tcp_socket(Domain::for_address(target)).at(Step::Enter)?.at(Step::Socket)?;
-    set_common(&socket, options.mark, options.nodelay, options.keepalive, options.user_timeout)?;
+    set_common(&socket, options.mark, options.nodelay, options.keepalive)?;
     if options.unpaced {
         send_unpaced(&socket);
     }
@@ -364,7 +358,6 @@ fn set_common(
     mark: Option<u32>,
     nodelay: bool,
     keepalive: Option<Keepalive>,
-    user_timeout: Option<Duration>,
 ) -> Result<(), Failure> {
     if let Some(mark) = mark {
         socket.set_mark(mark).at(Step::Option("SO_MARK"))?;
@@ -375,9 +368,6 @@ fn set_common(
     if let Some(Keepalive { time, interval, retries }) = keepalive {
         let keepalive = TcpKeepalive::new().with_time(time).with_interval(interval).with_retries(retries);
         socket.set_tcp_keepalive(&keepalive).at(Step::Option("SO_KEEPALIVE"))?;
-    }
-    if user_timeout.is_some() {
-        socket.set_tcp_user_timeout(user_timeout).at(Step::Option("TCP_USER_TIMEOUT"))?;
     }
     Ok(())
 }

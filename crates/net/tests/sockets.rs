@@ -65,18 +65,11 @@ async fn accepted_connections_inherit_the_listeners_options() {
     }
     let lab = pair();
     let (one, two) = (lab.pod("one"), lab.pod("two"));
-    let options = ListenOptions {
-        transparent: true,
-        mark: Some(0x539),
-        user_timeout: Some(Duration::from_secs(77)),
-        ..ListenOptions::default()
-    };
+    let options = ListenOptions { transparent: true, mark: Some(0x539), ..ListenOptions::default() };
     let listener = net::listen(&one.netns, wildcard(80), &options).unwrap();
-    let connecting =
-        ConnectOptions { user_timeout: Some(Duration::from_secs(77)), ..ConnectOptions::default() };
     for v6 in [false, true] {
         let to = SocketAddr::new(one.ip(v6), 80);
-        let (client, server, _) = accepted(&listener, &two.netns, &connecting, to).await;
+        let (client, server, _) = accepted(&listener, &two.netns, &ConnectOptions::default(), to).await;
         for stream in [&client, &server] {
             let socket = SockRef::from(stream);
             let Keepalive { time, interval, retries } = Keepalive::default();
@@ -86,7 +79,6 @@ async fn accepted_connections_inherit_the_listeners_options() {
             assert_eq!(socket.tcp_keepalive_time().unwrap(), time);
             assert_eq!(socket.tcp_keepalive_interval().unwrap(), interval);
             assert_eq!(socket.tcp_keepalive_retries().unwrap(), retries);
-            assert_eq!(socket.tcp_user_timeout().unwrap(), Some(Duration::from_secs(77)));
         }
         assert!(SockRef::from(&server).ip_transparent_v6().unwrap());
     }
