@@ -219,13 +219,16 @@ class Bench:
                     if client.returncode != 0:
                         raise Broken("no answer: " + failed[-500:])
                     time.sleep(2)
-                    size = resident_kb(process.pid) / 1000
-                    found[which].append({"first_answer_ms": (float(said) - began) * 1000, "rss_mb_idle": size})
+                    begun = resident_kb(process.pid) / 1000
+                    time.sleep(8)
+                    rested = resident_kb(process.pid) / 1000
+                    first = (float(said) - began) * 1000
+                    found[which].append({"first_answer_ms": first, "rss_mb_2s": begun, "rss_mb_idle": rested})
                 finally:
                     stop(process)
                     if client.poll() is None:
                         stop(client)
-        self.middle(scenario, found, [("first_answer_ms", "ms"), ("rss_mb_idle", "MB")], "hbone")
+        self.middle(scenario, found, [("first_answer_ms", "ms"), ("rss_mb_2s", "MB"), ("rss_mb_idle", "MB")], "hbone")
 
     def idle(self, scenario, carry):
         """Memory after a little load, and what each idle connection, or tunnel, adds."""

@@ -16,6 +16,8 @@ const IDLE_CONNECTIONS: usize = 2000;
 /// The workloads of the large mesh, and how many documents one file holds.
 const WORKLOADS: usize = 100_000;
 const DOCUMENTS_A_FILE: usize = 1000;
+/// How the names of the files begin.
+const MANY: &str = "many-";
 /// Reading them must not take longer.
 const READY_LIMIT: Duration = Duration::from_secs(120);
 
@@ -60,9 +62,18 @@ pub(super) fn idle(bench: &mut Bench<'_>) -> Result<()> {
     Ok(())
 }
 
-/// A ztunnel that knows of 100,000 pods in 1,000 services.
+/// A ztunnel that knows of 100,000 pods in 1,000 services, which are gone again afterwards.
 pub(super) fn large_mesh(bench: &mut Bench<'_>) -> Result<()> {
-    write_pods(bench)?;
+    let measured = write_pods(bench).and_then(|()| measure_large_mesh(bench));
+    for file in fs::read_dir(bench.manifests.dir())?.flatten() {
+        if file.file_name().to_string_lossy().starts_with(MANY) {
+            fs::remove_file(file.path())?;
+        }
+    }
+    measured
+}
+
+fn measure_large_mesh(bench: &mut Bench<'_>) -> Result<()> {
     bench.lab.ztunnel_mut(NodeId::Two)?.terminate();
     let options = bench.options.clone();
     bench.lab.start_ztunnel_within(NodeId::Two, &options, READY_LIMIT)?;
@@ -91,7 +102,7 @@ fn write_pods(bench: &Bench<'_>) -> Result<()> {
         for i in 0..DOCUMENTS_A_FILE {
             pod(&mut text, file * DOCUMENTS_A_FILE + i)?;
         }
-        let path = dir.join(format!("many-{file:03}.yaml"));
+        let path = dir.join(format!("{MANY}{file:03}.yaml"));
         fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
     }
     let mut text = String::new();
@@ -104,7 +115,7 @@ fn write_pods(bench: &Bench<'_>) -> Result<()> {
             app % 250 + 1
         )?;
     }
-    fs::write(dir.join("many-services.yaml"), text)?;
+    fs::write(dir.join(format!("{MANY}services.yaml")), text)?;
     Ok(())
 }
 

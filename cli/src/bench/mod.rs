@@ -27,7 +27,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// How often each figure is measured; the median counts
-    #[arg(long, default_value_t = 5, value_name = "N")]
+    #[arg(long, default_value_t = 3, value_name = "N")]
     repetitions: usize,
     /// How long one measurement lasts
     #[arg(long, default_value_t = 4, value_name = "S")]
@@ -38,10 +38,10 @@ pub struct BenchArgs {
     /// Only these scenarios; `closed` stands for all whose name goes on with a dash
     #[arg(long, value_delimiter = ',', value_name = "SCENARIO")]
     only: Vec<String>,
-    /// What captures the pods' traffic: auto, nftables, iptables-nft, iptables-legacy or ebpf. The path same-node-kernel is
-    /// measured with ebpf alone, which knows verdicts
-    #[arg(long, default_value = "auto", value_name = "BACKEND")]
-    capture: String,
+    /// What captures the pods' traffic: auto, nftables, iptables-nft, iptables-legacy or ebpf [default: what auto takes, and
+    /// then ebpf, on paths of that name]
+    #[arg(long, value_name = "BACKEND")]
+    capture: Option<String>,
     /// The ztunnel to measure [default: the one beside this program]
     #[arg(long, value_name = "FILE")]
     ztunnel: Option<PathBuf>,
@@ -74,6 +74,9 @@ const PODS: &[PodPlan] = &[
     PodPlan { name: "xnear", namespace: OUTSIDE, node: NodeId::One },
     PodPlan { name: "xfar", namespace: OUTSIDE, node: NodeId::Two },
 ];
+
+/// The back-end that is measured beside the one that `auto` takes.
+const EBPF: &str = "ebpf";
 
 /// What is measured on.
 struct Bench<'a> {
@@ -117,7 +120,8 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
         program: ztunnel,
         config_dir: manifests.dir().to_owned(),
         ca_dir: lab.dir().join("ca"),
-        more: vec!["--capture".to_owned(), args.capture.clone()],
+        more: Vec::new(),
+        with_mounts: false,
     };
     let results = Results::new(machine(args.repetitions)?);
     if let Some(load) = busy().filter(|load| *load > 0.5) {
@@ -126,7 +130,6 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
         ));
     }
     let mut bench = Bench { args, lab, manifests, options, results, failures: Vec::new() };
-    bench.start_ztunnels()?;
     bench.measure()?;
     if let Some(out) = args.out() {
         bench.results.write(out)?;
@@ -138,21 +141,47 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
 }
 
 impl Bench<'_> {
-    fn start_ztunnels(&mut self) -> Result<()> {
-        for node in NodeId::ALL {
-            self.lab.start_ztunnel(node, &self.options)?;
-        }
-        Ok(())
-    }
-
     fn measure(&mut self) -> Result<()> {
+        let capture = self.args.capture.as_deref();
+        self.capture_by(capture.unwrap_or("auto"));
+        self.start_ztunnels()?;
         if self.args.wants("memory") {
             // First: nothing has been carried yet.
             self.attempt("memory", memory::idle)?;
         }
-        scenarios::measure(self)?;
+        let paths = if capture == Some(EBPF) { scenarios::ALL_BY_EBPF } else { scenarios::PATHS };
+        scenarios::measure(self, paths)?;
         if self.args.wants("memory") {
             self.attempt("memory of a large mesh", memory::large_mesh)?;
+        }
+        if capture.is_none() && scenarios::any_is_wanted(self.args) {
+            self.measure_ebpf()?;
+        }
+        Ok(())
+    }
+
+    /// What differs with capture by eBPF, where the kernel has it.
+    fn measure_ebpf(&mut self) -> Result<()> {
+        self.capture_by(EBPF);
+        match self.start_ztunnels() {
+            Err(error) if error.is::<Interrupted>() => Err(error),
+            Err(error) => {
+                self.results.note(&format!("not measured with capture by eBPF: {error:#}"));
+                Ok(())
+            }
+            Ok(()) => scenarios::measure(self, scenarios::BY_EBPF),
+        }
+    }
+
+    /// For ztunnels that are started from now on.
+    fn capture_by(&mut self, backend: &str) {
+        self.options.more = vec!["--capture".to_owned(), backend.to_owned()];
+        self.options.with_mounts = backend == EBPF;
+    }
+
+    fn start_ztunnels(&mut self) -> Result<()> {
+        for node in NodeId::ALL {
+            self.lab.start_ztunnel(node, &self.options)?;
         }
         Ok(())
     }

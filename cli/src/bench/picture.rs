@@ -25,7 +25,7 @@ pub fn draw(records: &[Record]) -> Result<String> {
     for (i, record) in rates.iter().enumerate() {
         let y = 36.0 + ROW * i as f64;
         let ratio = record.ratio.unwrap_or_default();
-        let fill = if record.path == "across" { "#2b6cb0" } else { "#63b3ed" };
+        let fill = if record.path.starts_with("across") { "#2b6cb0" } else { "#63b3ed" };
         writeln!(svg, "<text x=\"10\" y=\"{:.0}\">{}, {}</text>", y + 15.0, record.scenario, record.path)?;
         writeln!(
             svg,

@@ -134,7 +134,7 @@ impl Istio {
 /// Its figure for a record, where there is one.
 pub fn istio(scenario: &str, path: &str, metric: &str) -> Option<Istio> {
     use Istio::{Ratio, Value};
-    Some(match (scenario, path, metric) {
+    Some(match (scenario, path.strip_suffix("-ebpf").unwrap_or(path), metric) {
         ("throughput-1", "across", "gbps") => Ratio(0.36),
         ("throughput-1", "same-node", "gbps") => Ratio(0.34),
         ("throughput-8", "across", "gbps") => Ratio(0.22),

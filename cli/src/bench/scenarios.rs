@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::Bench;
 use super::results::median;
+use super::{Bench, BenchArgs};
 use crate::lab::{NodeId, Ztunnel};
 use crate::load::{self, EXCHANGE_PORT, Outcome, Plan, SINK_PORT, Shape, Talk};
 
@@ -113,45 +113,46 @@ const SCENARIOS: &[Scenario] = &[
 
 /// The way from a client to a server in the mesh, and the server outside that stands where that one does.
 #[derive(Clone, Copy)]
-struct Path {
+pub(super) struct Path {
     name: &'static str,
     client: &'static str,
     server: &'static str,
     outside: &'static str,
 }
 
-const PATHS: [Path; 4] = [
-    Path { name: "across", client: "client", server: "far", outside: "xfar" },
-    Path { name: "same-node", client: "client", server: "near", outside: "xnear" },
-    // As it is, by the namespace's `nodeLocal: direct`.
-    Path { name: "same-node-direct", client: "dclient", server: "dnear", outside: "xnear" },
-    // Past ztunnel, by `nodeLocal: kernel`.
-    Path { name: KERNEL_PATH, client: "kclient", server: "knear", outside: "xnear" },
-];
+const ACROSS: Path = Path { name: "across", client: "client", server: "far", outside: "xfar" };
+const SAME_NODE: Path = Path { name: "same-node", client: "client", server: "near", outside: "xnear" };
+/// As it is, by the namespace's `nodeLocal: direct`.
+const DIRECT: Path = Path { name: "same-node-direct", client: "dclient", server: "dnear", outside: "xnear" };
+/// Past ztunnel, by `nodeLocal: kernel`, which only capture by eBPF has.
+const KERNEL: Path = Path { name: "same-node-kernel", client: "kclient", server: "knear", outside: "xnear" };
+
+/// With any capture; with that by eBPF; and with that, beside another.
+pub(super) const PATHS: &[Path] = &[ACROSS, SAME_NODE, DIRECT];
+pub(super) const ALL_BY_EBPF: &[Path] = &[ACROSS, SAME_NODE, DIRECT, KERNEL];
+pub(super) const BY_EBPF: &[Path] =
+    &[Path { name: "across-ebpf", ..ACROSS }, Path { name: "same-node-direct-ebpf", ..DIRECT }, KERNEL];
 
 /// How often, and how long, connections are made before those that are measured.
 const PRIMED: usize = 3;
 const PRIMING: Duration = Duration::from_millis(300);
 
-/// What only capture by eBPF has.
-const KERNEL_PATH: &str = "same-node-kernel";
-
-fn paths(bench: &Bench<'_>) -> Vec<Path> {
-    let has_verdicts = bench.args.capture == "ebpf";
-    PATHS.into_iter().filter(|path| has_verdicts || path.name != KERNEL_PATH).collect()
+/// Whether any of the scenarios here is wanted.
+pub(super) fn any_is_wanted(args: &BenchArgs) -> bool {
+    SCENARIOS.iter().map(|scenario| scenario.name).chain(["cold-start"]).any(|name| args.wants(name))
 }
 
-/// Measures all scenarios on all paths.
-pub(super) fn measure(bench: &mut Bench<'_>) -> Result<()> {
+/// Measures all scenarios on these paths.
+pub(super) fn measure(bench: &mut Bench<'_>, paths: &[Path]) -> Result<()> {
     for scenario in SCENARIOS {
-        for path in paths(bench) {
+        for &path in paths {
             if bench.args.wants(scenario.name) {
                 bench.attempt(&format!("{} {}", scenario.name, path.name), |b| one(b, scenario, path))?;
             }
         }
     }
     if bench.args.wants("cold-start") {
-        for path in paths(bench) {
+        for &path in paths {
             bench.attempt(&format!("cold-start {}", path.name), |b| cold_start(b, path))?;
         }
     }
@@ -162,7 +163,7 @@ fn one(bench: &mut Bench<'_>, scenario: &Scenario, path: Path) -> Result<()> {
     let mut direct = Vec::new();
     let mut mesh = Vec::new();
     let mut cpu = Vec::new();
-    if path.name == KERNEL_PATH {
+    if path.name == KERNEL.name {
         prime(bench, scenario, path)?;
     }
     for _ in 0..bench.args.repetitions {

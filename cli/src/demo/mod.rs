@@ -155,6 +155,7 @@ impl Demo {
             config_dir: manifests.dir().to_owned(),
             ca_dir: lab.dir().join("ca"),
             more: Vec::new(),
+            with_mounts: false,
         };
         let mut demo = Self { lab, report, manifests, options, waypoint, culvert };
         demo.start_ztunnels()?;

@@ -22,7 +22,13 @@ pub struct Options {
     pub ca_dir: PathBuf,
     /// Further arguments.
     pub more: Vec<String>,
+    /// With a bpf file system and the cgroups, which `ip netns exec` hides, in mounts of its own.
+    pub with_mounts: bool,
 }
+
+/// Mounts what capture by eBPF needs, and becomes the program that is named after it.
+const MOUNT: &str =
+    r#"mount -t bpf bpf /sys/fs/bpf && mount -t cgroup2 none /sys/fs/cgroup && exec "$0" "$@""#;
 
 /// A running one.
 #[derive(Debug)]
@@ -50,7 +56,9 @@ pub struct Usage {
 impl Ztunnel {
     pub(super) fn start(lab: &Lab, node: NodeId, options: &Options) -> Result<Self> {
         let text = |path: &Path| path.to_string_lossy().into_owned();
-        let mut argv = vec![
+        let mount: &[&str] = if options.with_mounts { &["sh", "-c", MOUNT] } else { &[] };
+        let mut argv: Vec<String> = mount.iter().map(|word| (*word).to_owned()).collect();
+        argv.extend([
             text(&options.program),
             "--config-dir".to_owned(),
             text(&options.config_dir),
@@ -58,7 +66,7 @@ impl Ztunnel {
             node.name().to_owned(),
             "--ca-dir".to_owned(),
             text(&options.ca_dir),
-        ];
+        ]);
         // A tmpfs, as the lab's folder is: certificates outlive a restart.
         let keys = lab.dir().join(format!("keys-{}", node.name()));
         DirBuilder::new().mode(0o700).recursive(true).create(&keys)?;
