@@ -64,12 +64,12 @@ impl Cluster {
         })
     }
 
-    /// Starts a second cluster beside the first, which has built what it is made of.
+    /// Starts another cluster, of this number, beside the first, which has built what it is made of.
     ///
     /// # Errors
     /// As for [`Cluster::up`].
-    pub fn up_beside(&self) -> Result<Self> {
-        let lab = self.lab.other();
+    pub fn up_beside(&self, number: u8) -> Result<Self> {
+        let lab = self.lab.nth(number);
         Self::bring_up(&lab).inspect_err(|_| {
             if let Err(error) = end(&lab) {
                 say(&format!("   and it can't be taken down: {error:#}"));
@@ -150,18 +150,15 @@ impl Cluster {
     }
 }
 
-/// Ends what is recorded of the first cluster and of a second, and removes what they left; the logs stay in
+/// Ends what is recorded of the first cluster and of others, and removes what they left; the logs stay in
 /// `target/kube/log`.
 ///
 /// # Errors
 /// Something does not end or can't be removed, or what is there is another checkout's.
 pub fn down(lab: &Lab) -> Result<()> {
     owner::check(Path::new(owner::NOTE), lab)?;
-    let other = lab.other();
-    // The directories that both are mounted on are the first one's.
-    let (first, second) = if lab.second { (&other, lab) } else { (lab, &other) };
-    end(second)?;
-    end(first)?;
+    // The directories that all are mounted on are the first one's, which is the last to go.
+    lab.all().rev().try_for_each(|lab| end(&lab))?;
     owner::release(Path::new(owner::NOTE), lab)
 }
 

@@ -70,16 +70,19 @@ impl Node {
     }
 }
 
-/// What a cluster's things are called, and its directories, below `target/kube`. There may be a second cluster beside the
-/// first: its addresses are the same, in namespaces of its own.
+/// How many clusters there may be beside each other.
+pub const CLUSTERS: u8 = 3;
+
+/// What a cluster's things are called, and its directories, below `target/kube`. There may be others beside the
+/// first: their addresses are the same, in namespaces of their own.
 #[derive(Clone, Debug)]
 pub struct Lab {
     /// The workspace.
     pub workspace: PathBuf,
     /// `target/kube`.
     pub root: PathBuf,
-    /// Whether it is the second.
-    pub second: bool,
+    /// Which of the clusters, from 1.
+    pub number: u8,
 }
 
 impl Lab {
@@ -98,23 +101,28 @@ impl Lab {
         };
         let workspace =
             workspace.canonicalize().with_context(|| format!("finding {}", workspace.display()))?;
-        Ok(Self { root: workspace.join("target/kube"), workspace, second: false })
+        Ok(Self { root: workspace.join("target/kube"), workspace, number: 1 })
     }
 
-    /// That of the other cluster.
+    /// That of the cluster with this number.
     #[must_use]
-    pub fn other(&self) -> Self {
-        Self { second: !self.second, ..self.clone() }
+    pub fn nth(&self, number: u8) -> Self {
+        Self { number, ..self.clone() }
+    }
+
+    /// Those of all clusters that there may be, the first one first.
+    pub fn all(&self) -> impl DoubleEndedIterator<Item = Self> {
+        (1..=CLUSTERS).map(|number| self.nth(number))
     }
 
     /// What all of the cluster's things on the machine begin with.
-    fn prefix(&self) -> &'static str {
-        if self.second { "culvert-kube2-" } else { "culvert-kube-" }
+    fn prefix(&self) -> String {
+        if self.number == 1 { "culvert-kube-".to_owned() } else { format!("culvert-kube{}-", self.number) }
     }
 
     /// The directory of what is this cluster's alone.
     fn own(&self) -> PathBuf {
-        if self.second { self.root.join("second") } else { self.root.clone() }
+        if self.number == 1 { self.root.clone() } else { self.root.join(format!("cluster{}", self.number)) }
     }
 
     /// A node's network namespace.

@@ -41,9 +41,9 @@ enum Command {
     NodeInit {
         /// The node
         node: String,
-        /// Of the second cluster
+        /// Of the cluster with this number
         #[arg(long)]
-        second: bool,
+        cluster: u8,
     },
 }
 
@@ -144,7 +144,7 @@ struct E2e {
     /// Leaves the cluster up, and uses the one that is up
     #[arg(long)]
     keep: bool,
-    /// Only one cluster: by default those scenarios that must be alone have a second
+    /// Only one cluster: by default those scenarios that must be alone have two more
     #[arg(long)]
     one: bool,
     /// With --keep: the mesh as it is installed
@@ -177,8 +177,8 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Cluster(command) => on_cluster(&lab, command)?,
         Command::Images(arguments) => images(&lab, &arguments)?,
         Command::E2e(arguments) => return e2e(&lab, &arguments),
-        Command::NodeInit { node, second } => {
-            let lab = if second { lab.other() } else { lab };
+        Command::NodeInit { node, cluster } => {
+            let lab = lab.nth(cluster);
             node_init::run(&lab, Node::named(&node)?)?;
         }
     }
@@ -310,7 +310,7 @@ fn play(
     })
 }
 
-/// Runs all: those that must be alone on a second cluster, too, where there are some. `equip` installs the product.
+/// Runs all: those that must be alone on other clusters, too, where there are some. `equip` installs the product.
 fn on_clusters(
     first: &Cluster,
     schedule: &Schedule,
@@ -318,15 +318,25 @@ fn on_clusters(
     equip: impl Fn(&Cluster) -> Result<()> + Sync,
 ) -> Result<Vec<Cluster>> {
     thread::scope(|scope| {
-        let is_worth_it = schedule.left(Way::Alone) + schedule.left(Way::Last) > 2;
-        let beside = (is_worth_it && !arguments.keep && !arguments.one).then(|| {
-            scope.spawn(|| {
-                let second = first.up_beside()?;
-                equip(&second)?;
-                schedule.run_alone(&second)?;
-                anyhow::Ok(second)
+        let alone = schedule.left(Way::Alone) + schedule.left(Way::Last);
+        let others = match alone {
+            _ if arguments.keep || arguments.one => 0,
+            0..=2 => 0,
+            _ if arguments.short => 1,
+            3..=6 => 1,
+            _ => 2,
+        };
+        let (first_of, equip, schedule) = (first, &equip, schedule);
+        let beside: Vec<_> = (2..2 + others)
+            .map(|number| {
+                scope.spawn(move || {
+                    let cluster = first_of.up_beside(number)?;
+                    equip(&cluster)?;
+                    schedule.run_alone(&cluster)?;
+                    anyhow::Ok(cluster)
+                })
             })
-        });
+            .collect();
         schedule.run_beside(first, Way::Before)?;
         if schedule.needs_a_mesh() {
             equip(first)?;
@@ -334,8 +344,8 @@ fn on_clusters(
         schedule.run_beside(first, Way::Beside)?;
         schedule.run_alone(first)?;
         let mut clusters = vec![first.clone()];
-        if let Some(beside) = beside {
-            clusters.push(beside.join().unwrap_or_else(|_| bail!("the second cluster's thread panicked"))?);
+        for thread in beside {
+            clusters.push(thread.join().unwrap_or_else(|_| bail!("a cluster's thread panicked"))?);
         }
         Ok(clusters)
     })

@@ -30,9 +30,7 @@ pub fn start(lab: &Lab, node: &Node) -> Result<()> {
         .args(["unshare", "--mount", "--uts", "--pid", "--ipc", "--fork", "--kill-child"])
         .arg(this)
         .args(["node-init", node.name]);
-    if lab.second {
-        command.arg("--second");
-    }
+    command.args(["--cluster", &lab.number.to_string()]);
     Recorded::start(lab, node.name, &command).map(drop)
 }
 

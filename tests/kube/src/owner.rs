@@ -25,7 +25,7 @@ pub fn check(note: &Path, lab: &Lab) -> Result<()> {
         return Ok(());
     }
     let other = Lab { root: root.clone(), ..lab.clone() };
-    let recorded = [Recorded::all(&other), Recorded::all(&other.other())].concat();
+    let recorded: Vec<_> = other.all().flat_map(|lab| Recorded::all(&lab)).collect();
     if let Some(process) = recorded.iter().find(|process| process.pid().is_some()) {
         bail!(
             "a cluster of another checkout is up, in {} ({} runs), and a machine has room for one checkout's: wait for its \
@@ -70,14 +70,14 @@ mod tests {
         let note = directory.path().join("note");
         let [one, two] = ["one", "two"].map(|name| {
             let workspace = directory.path().join(name);
-            Lab { root: workspace.clone(), workspace, second: false }
+            Lab { root: workspace.clone(), workspace, number: 1 }
         });
         claim(&note, &one).unwrap();
         check(&note, &one).unwrap();
         // Nothing of it runs: it was killed, and its names are free.
         claim(&note, &two).unwrap();
         // Of its second cluster.
-        let process = Recorded::start(&two.other(), "node1", Command::new("sleep").arg("1000")).unwrap();
+        let process = Recorded::start(&two.nth(2), "node1", Command::new("sleep").arg("1000")).unwrap();
         let error = claim(&note, &one).unwrap_err().to_string();
         assert!(error.contains("two (node1 runs)"), "{error}");
         release(&note, &one).unwrap();

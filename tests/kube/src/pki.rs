@@ -149,7 +149,7 @@ mod tests {
     #[test]
     fn everything_that_the_programs_are_given_is_made() {
         let directory = tempfile::tempdir().unwrap();
-        let lab = Lab { workspace: directory.path().into(), root: directory.path().into(), second: false };
+        let lab = Lab { workspace: directory.path().into(), root: directory.path().into(), number: 1 };
         make(&lab).unwrap();
         for file in ["ca.crt", "ca.key", "sa.pub", "apiserver.key", "node2.kubeconfig", "admin.kubeconfig"] {
             assert!(lab.pki(file).exists(), "{file}");

@@ -265,7 +265,7 @@ mod tests {
     #[test]
     fn only_the_recorded_process_is_ended() {
         let directory = tempfile::tempdir().unwrap();
-        let lab = Lab { workspace: directory.path().into(), root: directory.path().into(), second: false };
+        let lab = Lab { workspace: directory.path().into(), root: directory.path().into(), number: 1 };
         let sleeper = Recorded::start(&lab, "sleeper", Command::new("sleep").arg("1000")).unwrap();
         let pid = sleeper.pid().unwrap();
         assert!(Recorded::start(&lab, "sleeper", &Command::new("true")).is_err(), "it runs already");
