@@ -12,7 +12,7 @@
 //! The control plane has a network namespace, each node one of each kind but users'; what Kubernetes keeps below
 //! `/var`, `/etc`, `/opt` and `/run` is private to a node. [`tools`] builds the programs from Go modules, [`image`]
 //! makes images without a container daemon, [`cluster`] starts and stops it all, and [`scenario`] has the
-//! scenarios. Everything is kept below `target/kube`. A second cluster may be beside the first, in namespaces of its own.
+//! scenarios. Everything is kept below `target/kube`. Two more clusters may be beside the first, in namespaces of their own.
 //!
 //! Whatever is started is recorded first with its process id and start time ([`process`]), and only what is
 //! recorded is ever ended: an `up` that is killed half way is cleared by the next `down`.

@@ -76,7 +76,7 @@ mod tests {
         check(&note, &one).unwrap();
         // Nothing of it runs: it was killed, and its names are free.
         claim(&note, &two).unwrap();
-        // Of its second cluster.
+        // Of another of its clusters.
         let process = Recorded::start(&two.nth(2), "node1", Command::new("sleep").arg("1000")).unwrap();
         let error = claim(&note, &one).unwrap_err().to_string();
         assert!(error.contains("two (node1 runs)"), "{error}");

@@ -8,7 +8,7 @@
 //!
 //! Invariants:
 //! * a source has closed, for its own sake, no connection of one that has fewer;
-//! * connections that leave count until they are gone, and only an eighth of a limit may be on its way.
+//! * connections that leave count until they are gone, whatever they leave for: there are never more than a limit and an eighth of it.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
