@@ -3,9 +3,8 @@
 //! * A file is taken whole or not at all: while it is not YAML, or cannot be read, all that it last held stays in
 //!   force. So a half-written file changes nothing.
 //! * An object with errors keeps its last good version in force; a new one with errors is not in force.
-//! * In the first batch nobody can tell what was in force before. There, a policy with errors is represented by one
-//!   that fails closed for its scope, for those who go on at all: a proxy does not start on such files. So is a namespace:
-//!   its connections are encrypted, whatever the mesh says of those within a node.
+//! * A policy with errors of which nothing is known is represented by one that fails closed for its scope. So is a
+//!   namespace: its connections are encrypted, whatever the mesh says of those within a node.
 //! * An object that is gone from its file is removed, unless something might be it: in the file a document whose name
 //!   cannot be read; in any file an object of its name with errors; in the files that changed with it, one that cannot
 //!   be taken, or that holds a document whose name cannot be read. So what moves to another file, and breaks on the
@@ -13,8 +12,7 @@
 //! * Of two objects with one kind, namespace and name the first stays in force until it is gone.
 //!
 //! Objects can also come one by one from a server ([`Store::set_object`]), which knows their names: then nothing else can
-//! be one that is gone, and a policy with errors of which nothing is known fails closed whenever it comes, since there
-//! is no first batch that everybody saw.
+//! be one that is gone.
 //!
 //! A document whose text did not change is not parsed again. Positions are kept relative to the document, so one
 //! that only moved is not either.
@@ -30,7 +28,7 @@ use std::sync::Arc;
 use hashbrown::{DefaultHashBuilder, HashMap};
 use model::Str;
 
-use crate::compile::{Options, Origin};
+use crate::compile::Options;
 use crate::diagnostic::{Code, Diagnostic};
 use crate::labels::Pool;
 use crate::resource::{ObjectKey, Reading, Resource};
@@ -95,10 +93,6 @@ pub(crate) struct Store {
     shadows: HashMap<ObjectKey, Vec<Shadow>>,
     /// Those of them that represent an object with errors, of which there was no good version.
     stand_ins: HashSet<ObjectKey>,
-    /// Whether the first batch is over.
-    settled: bool,
-    /// Whether policies with errors fail closed after it too.
-    always_closes: bool,
     /// Objects to be removed unless they turn up in another file of the same batch.
     pending: HashSet<ObjectKey>,
     /// In which files there are objects with errors, of which nothing is in force there ([`State::Nothing`]).
@@ -132,10 +126,9 @@ enum New {
 }
 
 impl Store {
-    /// A store without objects; see the module's documentation for policies with errors.
+    /// A store without objects.
     pub(crate) fn new(options: &Options) -> Self {
-        let always_closes = options.origin == Origin::Cluster;
-        Self { always_closes, cluster: options.cluster.clone(), ..Self::default() }
+        Self { cluster: options.cluster.clone(), ..Self::default() }
     }
 
     fn pack(&self, key: &ObjectKey) -> Packed {
@@ -240,7 +233,6 @@ impl Store {
 
     /// Gives the objects that are gone to `sink`, at the end of a batch.
     pub(crate) fn settle(&mut self, pool: &mut Pool, sink: &mut Sink<'_>) {
-        self.settled = true;
         let mut gone: Vec<ObjectKey> = std::mem::take(&mut self.pending).into_iter().collect();
         gone.sort_unstable();
         for key in gone {
@@ -454,7 +446,7 @@ impl Store {
             Reading::Invalid(key, stand_in) => {
                 let packed = self.pack(&key);
                 let known = self.objects.contains_key(&packed) || self.pending.contains(&key);
-                let state = match stand_in.filter(|_| (self.always_closes || !self.settled) && !known) {
+                let state = match stand_in.filter(|_| !known) {
                     Some(stand_in) => {
                         self.objects.insert(packed.clone(), spot.number);
                         self.stand_ins.insert(key.clone());

@@ -10,7 +10,7 @@ use std::time::Duration;
 use config::diagnostic::Code;
 use config::directory::{Directory, OpenError, Options};
 use config::repository::Outcome;
-use model::{Change, Mesh};
+use model::{Change, Connection, Mesh};
 use tempfile::TempDir;
 use tokio::time::timeout;
 
@@ -215,6 +215,32 @@ async fn a_broken_file_changes_nothing_and_is_said_once() {
     write(dir.path().join("a.yaml"), &pod("a", "10.0.0.1"));
     let outcome = watched.next().await;
     assert!(outcome.changes.is_empty() && watched.directory.diagnostics().is_empty());
+}
+
+#[tokio::test]
+async fn a_new_policy_with_errors_closes_what_it_is_for_while_all_runs() {
+    let dir = directory();
+    write(dir.path().join("b.yaml"), &pod("b", "10.0.0.2"));
+    let mut watched = Watched::open(dir.path());
+    let lets_in = |mesh: &Mesh, name: &str| {
+        let workload = mesh.workloads().find(|w| w.name() == name).expect("the pod");
+        let connection =
+            Connection::new(None, "10.0.0.9".parse().unwrap(), (workload.addresses[0], 80).into());
+        mesh.authorize(workload, &connection).outcome.is_ok()
+    };
+    assert!(lets_in(&watched.mesh, "a") && lets_in(&watched.mesh, "b"));
+    let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p}\nspec:\n  selector: \
+                  {matchLabels: {app: a}}\n  rules: [{from: [{source: {namespaces: [x]}}]}]\n";
+    write(dir.path().join("a.yaml"), &pod("a", "10.0.0.1").replace("name: a", "name: a, labels: {app: a}"));
+    watched.next().await;
+    write(dir.path().join("p.yaml"), &policy.replace("source:", "sauce:"));
+    let outcome = watched.next().await;
+    assert!(outcome.diagnostics.iter().any(|d| d.code == Code::FailsClosed), "{:?}", outcome.diagnostics);
+    assert!(!lets_in(&watched.mesh, "a"), "nobody knows whom it was to let in");
+    assert!(lets_in(&watched.mesh, "b"), "it is not for this one");
+    fs::remove_file(dir.path().join("p.yaml")).unwrap();
+    watched.next().await;
+    assert!(lets_in(&watched.mesh, "a"));
 }
 
 #[tokio::test]
