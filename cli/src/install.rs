@@ -113,24 +113,10 @@ pub struct VerifyArgs {
     output: Output,
 }
 
+/// Parses a time such as `90s`, `10m` or `1m30s`.
 pub fn duration(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("{text:?} is not a time such as 90s, 10m or 1m30s");
-    let (mut left, mut sum) = (text, Duration::ZERO);
-    while !left.is_empty() || text.is_empty() {
-        let (number, rest) = left.split_at(left.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?);
-        let (unit, rest) = rest.split_at(rest.find(|c: char| c.is_ascii_digit()).unwrap_or(rest.len()));
-        let number: u64 = number.parse().map_err(|_| wrong())?;
-        let millis = match unit {
-            "ms" => 1,
-            "s" => 1000,
-            "m" => 60_000,
-            "h" => 3_600_000,
-            _ => return Err(wrong()),
-        };
-        sum = sum.saturating_add(Duration::from_millis(number.saturating_mul(millis)));
-        left = rest;
-    }
-    Ok(sum)
+    config::routes::parse_go_duration(text)
+        .ok_or_else(|| format!("{text:?} is not a time such as 90s, 10m or 1m30s"))
 }
 
 /// Runs `install`.

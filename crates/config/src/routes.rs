@@ -30,5 +30,6 @@ pub use reference::{BackendDraft, ParentKind, ParentRef, Reference, Unresolved, 
 pub use reference_grant::{Grants, ReferenceGrant};
 pub use state::{Parent, RouteDraft, Routes};
 pub use stream_route::StreamRoute;
+pub use value::parse_go_duration;
 pub use virtual_service::VirtualService;
 pub use virtual_services::VirtualServices;

@@ -71,7 +71,10 @@ fn at_least(mut cursor: Cursor<'_, '_>, least: Duration) -> Option<Duration> {
     read.filter(|read| *read >= least)
 }
 
-fn parse_go_duration(text: &str) -> Option<Duration> {
+/// Reads a duration as Go writes it, such as `1m30s` or `0.5s`; what is over ten years is ten years. `None` where it is written in
+/// another way, also without a unit.
+#[must_use]
+pub fn parse_go_duration(text: &str) -> Option<Duration> {
     const UNITS: [(&str, f64); 6] =
         [("ns", 1e-9), ("us", 1e-6), ("ms", 1e-3), ("h", 3600.0), ("m", 60.0), ("s", 1.0)];
     let mut rest = text;
