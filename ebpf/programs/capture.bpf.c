@@ -205,12 +205,13 @@ INLINE int for_arriving(const struct Settings *s, __u32 interface, const __u8 *f
 	return 1;
 }
 
-/* Whether a new connection that leaves by a device should have been captured. */
+/* Whether a running pod is being enrolled, or leaves: what began before is not known yet. */
 INLINE int is_changing(const struct Settings *s)
 {
 	return s->changing_until && bpf_ktime_get_ns() < s->changing_until;
 }
 
+/* Whether a new connection that leaves by a device should have been captured. */
 INLINE int for_leaving(const struct Settings *s, __u32 interface, const __u8 *to, __u32 port)
 {
 	__u32 kind = kind_of(s, interface);

@@ -80,6 +80,11 @@ impl Bench {
     }
 
     fn set(&mut self, flags: u32, ports: impl FnOnce(&mut PortSets)) {
+        self.set_until(flags, 0, ports);
+    }
+
+    /// With the end of a change, by the kernel's clock.
+    fn set_until(&mut self, flags: u32, changing_until: u64, ports: impl FnOnce(&mut PortSets)) {
         let mut sets = PortSets::empty();
         ports(&mut sets);
         let mut map: HashMap<_, u32, PortSets> =
@@ -91,6 +96,7 @@ impl Bench {
             plaintext: 15006,
             hbone: 15008,
             dns: 15053,
+            changing_until,
             ..Settings::default()
         };
         let mut map: HashMap<_, u32, Settings> =
@@ -447,6 +453,19 @@ fn queries_leave_by_the_proxy_alone() {
     assert_eq!((verdict, error.len(), error[23], error[34], error[35]), (PASS, 14 + 28 + 28, 1, 3, 3));
     assert_eq!((ones(&error[14..34]), ones(&error[34..])), (0xffff, 0xffff));
     assert_eq!(error[42 + 20..], query("198.51.100.1:53")[34..42]);
+}
+
+#[test]
+fn while_a_pod_is_enrolled_queries_and_connections_leave_until_that_is_over() {
+    let Some(mut bench) = Bench::new("while a pod is enrolled") else { return };
+    let query = packet(17, "10.0.0.1:4000", "198.51.100.1:53", Extra::default(), &[0, 12, 0, 0, 1, 2, 3, 4]);
+    let syn = tcp("10.0.0.1:4000", "198.51.100.1:80", SYN, Extra::default());
+    let far = u64::MAX;
+    // 1 ns after the machine's start: long over.
+    for (until, verdicts) in [(0, [DROP, REDIRECT]), (far, [PASS, PASS]), (1, [DROP, REDIRECT])] {
+        bench.set_until(layout::CAPTURING | layout::WITH_DNS, until, |_| {});
+        assert_eq!([&query, &syn].map(|packet| bench.run("leaving", 0, packet).0), verdicts, "{until}");
+    }
 }
 
 #[test]

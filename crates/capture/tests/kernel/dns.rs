@@ -11,7 +11,7 @@ use tokio::net::UdpSocket;
 use crate::fixture::{Case, dial, each_case, in_time, two_nodes, wildcard, ztunnel_listener};
 
 /// A resolver's socket: connected, so that an answer from anyone else is no answer.
-async fn resolver(netns: &Netns, to: SocketAddr, from_port: u16, mark: bool) -> UdpSocket {
+pub async fn resolver(netns: &Netns, to: SocketAddr, from_port: u16, mark: bool) -> UdpSocket {
     let any: IpAddr = if to.is_ipv4() { [0, 0, 0, 0].into() } else { [0_u16; 8].into() };
     let bind = || {
         let socket = std::net::UdpSocket::bind((any, from_port))?;
@@ -37,7 +37,7 @@ async fn resolver(netns: &Netns, to: SocketAddr, from_port: u16, mark: bool) -> 
     socket
 }
 
-async fn ask(socket: &UdpSocket, question: &str) -> io::Result<String> {
+pub async fn ask(socket: &UdpSocket, question: &str) -> io::Result<String> {
     socket.send(question.as_bytes()).await?;
     let mut answer = [0; 512];
     let len = tokio::time::timeout(Duration::from_millis(500), socket.recv(&mut answer)).await??;
@@ -45,7 +45,7 @@ async fn ask(socket: &UdpSocket, question: &str) -> io::Result<String> {
 }
 
 /// A server that answers with its name, the question, and where it was addressed as far as it can tell.
-fn start_server(netns: &Netns, port: u16, name: &'static str) {
+pub fn start_server(netns: &Netns, port: u16, name: &'static str) {
     let ours = port == 15053;
     let mark = ours.then_some(net::ZTUNNEL_MARK);
     let options = DatagramOptions { mark, transparent: ours, ..DatagramOptions::default() };

@@ -43,6 +43,16 @@ fn rows(client: &[IpNet], v6: bool) -> Vec<(Rules, &'static str)> {
             "abd",
         ),
         (Rules { exclude_interfaces: interfaces("eth0"), ..all() }, ""),
+        // Without any redirection in the rules.
+        (
+            Rules {
+                bypass_inbound: true,
+                include_outbound_ranges: Include::Only(Vec::new()),
+                dns: false,
+                ..all()
+            },
+            "",
+        ),
         (Rules { exclude_interfaces: interfaces("eth7"), ..all() }, "abcde"),
     ]
 }
@@ -63,6 +73,8 @@ fn rules_exempt_what_they_say() {
             assert_eq!(captured(case, &lab, &ztunnel).await, expected, "{case:?} {rules:?}");
             let drift = capture.verify(&lab.pod("server").netns, &rules).unwrap();
             assert!(drift.is_none(), "{drift}");
+            let again = capture.install(&lab.pod("server").netns, &rules).unwrap();
+            assert!(!again.changed, "{case:?} {rules:?}");
         }
     });
 }

@@ -1,13 +1,16 @@
 //! What is missing is named, with the package or capability to add.
 
 use std::ffi::OsString;
-use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
+use std::{fs, io};
 
 use caps::{CapSet, Capability};
 use capture::{Backend, Error, Include, Missing, PortRange, Rules, Tools, probe, select};
-use harness::netns::{Lab, root_or_skip};
+use harness::netns::{Host, Lab, root_or_skip};
+
+use crate::dns::{ask, resolver, start_server};
+use crate::fixture::{Case, block_on, dial, start_app, two_nodes};
 
 /// A directory with links to some programs, and the programs that those run.
 fn only(programs: &[&str]) -> (tempfile::TempDir, Tools) {
@@ -71,6 +74,57 @@ fn the_choice_is_explained() {
     let (_directory, tools) = only(&["iptables-nft-save", "iptables-nft-restore"]);
     let half = select(Some(Backend::IptablesNft), &tools).unwrap_err();
     assert!(half.to_string().contains("ip6tables-nft-save"), "{half}");
+}
+
+/// Tools of which iptables-restore does not know the table `nat`, from the moment when the file `broken` is in the directory.
+fn without_nat(flavour: &str) -> (tempfile::TempDir, Tools) {
+    let programs = ["iptables", "ip6tables"]
+        .map(|name| ["save", "restore"].map(|end| format!("{name}-{flavour}-{end}")));
+    let programs: Vec<_> = programs.as_flattened().iter().map(String::as_str).collect();
+    let (directory, tools) = only(&programs);
+    let restore = directory.path().join(format!("iptables-{flavour}-restore"));
+    let real = fs::read_link(&restore).unwrap();
+    fs::remove_file(&restore).unwrap();
+    let broken = directory.path().join("broken");
+    let (real, broken) = (real.display(), broken.display());
+    let script = format!(
+        "#!/bin/sh\n[ -e {broken} ] || exec {real} \"$@\"\nsed 's/^[*]nat$/*none/' | {real} \"$@\"\n"
+    );
+    fs::write(&restore, script).unwrap();
+    fs::set_permissions(&restore, fs::Permissions::from_mode(0o755)).unwrap();
+    (directory, tools)
+}
+
+#[test]
+fn rules_that_load_in_part_refuse_and_are_loaded_whole_by_the_next_try() {
+    if !root_or_skip("rules_that_load_in_part_refuse_and_are_loaded_whole_by_the_next_try") {
+        return;
+    }
+    for (backend, flavour) in [(Backend::IptablesNft, "nft"), (Backend::IptablesLegacy, "legacy")] {
+        let (directory, tools) = without_nat(flavour);
+        block_on(async {
+            let lab = two_nodes();
+            let (server, client) = (lab.pod("server"), lab.pod("client"));
+            start_app(&client.netns, 9090);
+            start_app(&server.netns, 8080);
+            start_server(&client.netns, 53, "upstream");
+            let capture = probe(backend, &tools).unwrap();
+            fs::write(directory.path().join("broken"), "").unwrap();
+            let error = capture.install(&server.netns, &Rules::default()).unwrap_err();
+            assert!(error.to_string().contains("none"), "{error}");
+            let refused = Err(io::ErrorKind::ConnectionRefused);
+            let case = Case { backend, v6: false };
+            let outcome = async |from: &Host, to| dial(&from.netns, to).await.map(drop);
+            assert_eq!(outcome(server, case.addr(client, 9090)).await, refused);
+            assert_eq!(outcome(client, case.addr(server, 8080)).await, refused);
+            let query = resolver(&server.netns, case.addr(client, 53), 0, false).await;
+            let error = ask(&query, "1").await.unwrap_err();
+            assert_ne!(error.kind(), io::ErrorKind::TimedOut, "{error}");
+            fs::remove_file(directory.path().join("broken")).unwrap();
+            assert!(capture.install(&server.netns, &Rules::default()).unwrap().changed);
+            assert!(capture.verify(&server.netns, &Rules::default()).unwrap().is_none());
+        });
+    }
 }
 
 #[test]
