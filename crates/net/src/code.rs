@@ -8,9 +8,9 @@ use std::time::Duration;
 use nix::time::{ClockId, clock_gettime};
 
 /// How often a process is looked at.
-const LOOK: Duration = Duration::from_secs(30);
+const LOOK: Duration = Duration::from_secs(10);
 /// A process that took less of a processor's time than this between two looks is at rest.
-const AT_REST: Duration = Duration::from_millis(150);
+const AT_REST: Duration = Duration::from_millis(50);
 /// Less than this is left alone: what comes back costs a fault for each 64 KiB.
 const WORTH: u64 = 1 << 20;
 
