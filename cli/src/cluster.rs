@@ -4,6 +4,7 @@
 mod kubeconfig;
 mod objects;
 mod proxy;
+mod settings;
 
 use std::time::{Duration, SystemTime};
 
@@ -20,6 +21,7 @@ use crate::admin;
 
 pub use kubeconfig::ClusterArgs;
 pub use objects::{LeftOut, NamespaceLabels, Objects, labels_of, origin};
+pub use settings::{MeshSettings, name_settings};
 
 /// An answer of the API server, where --request-timeout says nothing, and a way to one of its pods and back.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -270,7 +272,21 @@ impl Cluster {
     /// # Errors
     /// As [`Cluster::ask_pod`], and when the answer is another.
     pub fn pod_json(&self, pod: &PodName, port: u16, path: &str) -> Result<Option<Value>> {
-        let (status, bytes) = self.ask_pod(pod, port, Method::GET, path)?;
+        self.pod_json_within(LIMIT, pod, port, path)
+    }
+
+    /// The same, within this time.
+    ///
+    /// # Errors
+    /// As [`Cluster::pod_json`].
+    pub fn pod_json_within(
+        &self,
+        limit: Duration,
+        pod: &PodName,
+        port: u16,
+        path: &str,
+    ) -> Result<Option<Value>> {
+        let (status, bytes) = self.ask_pod_within(limit, pod, port, Method::GET, path)?;
         match status {
             http::StatusCode::OK => Ok(Some(
                 serde_json::from_slice(&bytes).with_context(|| format!("{} {path}: not JSON", pod.name))?,

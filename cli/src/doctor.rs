@@ -1,6 +1,7 @@
 //! `culvert doctor`: what in a cluster is in the mesh's way, or will be: before an installation, and when something does
 //! not work.
 
+mod authority;
 mod capture;
 mod network_policy;
 mod platform;
@@ -10,14 +11,13 @@ use std::net::IpAddr;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
 use serde_json::Value;
-use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::admin;
-use crate::cluster::{Cluster, ClusterArgs, Objects, PodName};
+use crate::cluster::{Cluster, ClusterArgs, MeshSettings, Objects, PodName};
 use crate::health::{self, Check, State};
 use crate::status::MODE;
 use crate::table::{Output, Table, print, printable};
@@ -31,8 +31,6 @@ const LEASE_PERIOD: Duration = Duration::from_secs(10);
 const OLDEST_KERNEL: (u32, u32) = (5, 10);
 /// Node agents are asked, one after the other, for so many nodes.
 const NODES_ASKED: usize = 50;
-/// A root that ends sooner is worth a word.
-const ROOT_LEFT: Duration = Duration::from_secs(90 * 86_400);
 
 /// Looks for what is in the mesh's way: nodes, clocks, certificates, NetworkPolicies, other meshes; the exit code is 1
 /// where something is
@@ -78,10 +76,11 @@ pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
     found.extend(nodes(&machines));
     found.extend(back_ends(&cluster)?);
     found.extend(installation(health::look(&cluster)?));
-    found.extend(certificates(&cluster, server)?);
+    found.extend(authority::findings(&cluster, server)?);
     let namespaces = cluster.list("/api/v1/namespaces")?;
     let pods = cluster.list("/api/v1/pods")?;
     found.extend(capture::findings(&cluster, &namespaces, &pods, server)?);
+    found.extend(capture::unselected(&MeshSettings::all(&cluster)?, &namespaces, &pods));
     found.extend(policies(&cluster, &namespaces, &pods)?);
     found.extend(orphans(&cluster)?);
     found.extend(others(&cluster, &namespaces)?);
@@ -267,34 +266,6 @@ fn tried(answers: &[(String, Option<Value>)], agents: usize) -> Finding {
 fn version(kernel: &str) -> Option<(u32, u32)> {
     let mut parts = kernel.split(|c: char| !c.is_ascii_digit());
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
-}
-
-/// When the roots that proxies trust end.
-fn certificates(cluster: &Cluster, now: SystemTime) -> Result<Vec<Finding>> {
-    let path = format!("/api/v1/namespaces/{}/configmaps/culvert-ca-root-cert", cluster.system);
-    let Some(map) = cluster.find(&path)? else { return Ok(Vec::new()) };
-    let mut found = Vec::new();
-    let pem = text(&map, "/data/root-cert.pem");
-    let blocks = x509_parser::pem::Pem::iter_from_buffer(pem.as_bytes());
-    for block in blocks {
-        let block = block.context("ConfigMap culvert-ca-root-cert: root-cert.pem is not PEM")?;
-        let (_, root) = X509Certificate::from_der(&block.contents)
-            .context("ConfigMap culvert-ca-root-cert: root-cert.pem holds no certificate")?;
-        let end = u64::try_from(root.validity().not_after.timestamp()).unwrap_or_default();
-        let left =
-            (SystemTime::UNIX_EPOCH + Duration::from_secs(end)).duration_since(now).unwrap_or_default();
-        let (subject, days) = (root.subject().to_string(), left.as_secs() / 86_400);
-        found.push(if left.is_zero() {
-            let remedy = "rotate the root: nothing that it signed is trusted any more";
-            Finding::new("certificates", Grade::Problem, format!("root {subject} has expired"), remedy)
-        } else if left < ROOT_LEFT {
-            let detail = format!("root {subject} ends in {days} days");
-            Finding::new("certificates", Grade::Note, detail, "rotate the root in time")
-        } else {
-            Finding::new("certificates", Grade::Ok, format!("root {subject} is good for {days} days"), "")
-        });
-    }
-    Ok(found)
 }
 
 fn policies(cluster: &Cluster, namespaces: &[Value], pods: &[Value]) -> Result<Vec<Finding>> {

@@ -18,7 +18,9 @@ use config::resource::KINDS;
 use model::Mesh;
 use serde_json::Value;
 
-use crate::cluster::{Cluster, ClusterArgs, LeftOut, NamespaceLabels, Objects, labels_of, origin};
+use crate::cluster::{
+    Cluster, ClusterArgs, LeftOut, NamespaceLabels, Objects, labels_of, name_settings, origin,
+};
 use crate::yaml;
 
 /// As [`config::directory::Options`] has them.
@@ -202,7 +204,10 @@ impl Files {
             left_out = out;
         }
         changes.extend(repository.commit().changes);
-        let diagnostics = repository.review();
+        let mut diagnostics = repository.review();
+        if let Some(map) = self.cluster.as_ref().and_then(Objects::settings_origin) {
+            name_settings(&mut diagnostics, map);
+        }
         Ok(Compiled {
             mesh: Mesh::default().apply(changes),
             diagnostics,

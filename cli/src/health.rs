@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::admin::READINESS;
-use crate::cluster::{Cluster, PodName};
+use crate::cluster::{Cluster, MeshSettings, PodName};
 use crate::events::newest;
 use crate::install::crds::{self, Action};
 
@@ -100,6 +100,7 @@ pub fn look(cluster: &Cluster) -> Result<Vec<Check>> {
         }
     }
     if !deployments.is_empty() {
+        found.extend(settings(&deployments, &MeshSettings::all(cluster)?));
         found.push(root(cluster)?);
         found.extend(webhooks(cluster)?);
     }
@@ -232,6 +233,25 @@ fn remedy_of(reason: &str, namespace: &str, name: &str) -> Option<String> {
         }
         _ => None,
     }
+}
+
+/// The mesh's settings of each control plane, as it would read them now.
+fn settings(deployments: &[Value], all: &[MeshSettings]) -> Vec<Check> {
+    let of = |deployment: &Value| {
+        // The chart names both by the revision.
+        let name = text(deployment, "/metadata/name").replacen("culvertd", "culvert", 1);
+        let what = format!("mesh settings, ConfigMap {name}");
+        let stays = "what was read last stays in force, and a control plane that starts waits";
+        match all.iter().find(|settings| settings.name == name) {
+            None => Check::new(what, State::Failed, format!("not there: {stays}"))
+                .remedy("`culvert upgrade` makes it anew, with the release's values"),
+            Some(found) if found.errors.is_empty() => Check::new(what, State::Ready, "without errors"),
+            Some(found) => Check::new(what, State::Failed, format!("{}; {stays}", found.errors.join("; "))).remedy(
+                "correct it where it came from: the values meshConfig and `culvert upgrade`, or whoever edited the ConfigMap",
+            ),
+        }
+    };
+    deployments.iter().map(of).collect()
 }
 
 /// The root that pods of the mesh's own need before they can start.

@@ -8,6 +8,7 @@
 pub mod chart;
 pub mod crds;
 mod helm;
+mod plan;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -19,13 +20,14 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::cluster::{Cluster, ClusterArgs};
+use crate::cluster::{Cluster, ClusterArgs, MeshSettings};
 use crate::doctor;
 use crate::health::{self, Check, State};
 use crate::status::{self, MODE};
 use crate::table::{Output, print};
 use crds::Action;
 use helm::Helm;
+use plan::Plan;
 
 /// How often the cluster is looked at while waiting; at first more often.
 const PERIOD: Duration = Duration::from_secs(2);
@@ -65,6 +67,9 @@ struct ChangeArgs {
     /// Show what would be done, and what would be applied
     #[arg(long)]
     dry_run: bool,
+    /// Take back what someone else has edited of the release's objects since (as Helm 4 has it; Helm 3 leaves it)
+    #[arg(long)]
+    force_conflicts: bool,
     #[command(flatten)]
     release: ReleaseArgs,
 }
@@ -169,7 +174,17 @@ fn change(cluster: &Cluster, helm: &Helm, args: &ChangeArgs, more: &[&str]) -> R
     for file in &args.values {
         arguments.extend(["--values".to_owned(), file.display().to_string()]);
     }
-    helm.check(&args.release.release, directory.path(), &arguments)?;
+    let planned = helm.check(&args.release.release, directory.path(), &arguments)?;
+    let planned = Plan::read(&planned)?;
+    planned.check_settings(&cluster.system)?;
+    planned.check_nodes(&nodes_parts(cluster, &args.release.release)?, || all_captured(cluster))?;
+    if helm.refuses_conflicts() {
+        if args.force_conflicts {
+            arguments.push("--force-conflicts".to_owned());
+        } else {
+            planned.check_edits(&MeshSettings::all(cluster)?)?;
+        }
+    }
     if !args.skip_crds {
         install_crds(cluster, args.dry_run)?;
     }
@@ -335,7 +350,7 @@ pub fn uninstall(args: &UninstallArgs) -> Result<ExitCode> {
             cluster.system
         );
     }
-    if carries_traffic(&cluster, &args.release.release)? {
+    if !nodes_parts(&cluster, &args.release.release)?.is_empty() {
         leave(&cluster, args)?;
     }
     helm.uninstall(&args.release.release, args.release.waiting.timeout)?;
@@ -353,14 +368,15 @@ pub fn uninstall(args: &UninstallArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Whether a release has the nodes' parts, without which captured pods are cut off; a second control plane has not.
-fn carries_traffic(cluster: &Cluster, release: &str) -> Result<bool> {
+/// The nodes' parts of a release, without which captured pods are cut off or in plaintext; a second control plane has none.
+fn nodes_parts(cluster: &Cluster, release: &str) -> Result<Vec<String>> {
     let instance = "app.kubernetes.io%2Finstance";
     let path = format!(
         "/apis/apps/v1/namespaces/{}/daemonsets?labelSelector={instance}%3D{release}",
         cluster.system
     );
-    Ok(!cluster.list(&path)?.is_empty())
+    let name = |set: &Value| set.pointer("/metadata/name").and_then(Value::as_str).map(str::to_owned);
+    Ok(cluster.list(&path)?.iter().filter_map(name).collect())
 }
 
 /// Makes sure that no pod is in the mesh: what it says would be in plaintext without anybody's word, or, where no agent runs to
@@ -373,6 +389,14 @@ fn leave(cluster: &Cluster, args: &UninstallArgs) -> Result<()> {
         .filter_map(|n| n.pointer("/metadata/name").and_then(Value::as_str).map(str::to_owned))
         .collect();
     if args.remove_labels {
+        let with_own = plan::by_own_label(cluster, captured)?;
+        if !with_own.is_empty() {
+            bail!(
+                "pods are in the mesh by a label of their own, which --remove-labels does not take off: {}. Nothing was changed; \
+                 kubectl label pod NAME {MODE}- takes one out",
+                with_own.join(", ")
+            );
+        }
         for name in &names {
             let labels = json!({"metadata": {"labels": {MODE: null}}});
             cluster.merge(&format!("/api/v1/namespaces/{name}"), &labels)?;
@@ -382,25 +406,25 @@ fn leave(cluster: &Cluster, args: &UninstallArgs) -> Result<()> {
     let progress = spinner();
     let end = Instant::now() + if args.remove_labels { args.release.waiting.timeout } else { Duration::ZERO };
     loop {
-        let captured: Vec<String> = cluster.list("/api/v1/pods")?.iter().filter_map(captured).collect();
+        let captured = all_captured(cluster)?;
         if captured.is_empty() && (names.is_empty() || args.remove_labels) {
             return Ok(());
         }
         if Instant::now() >= end {
             progress.finish_and_clear();
-            let shown: Vec<_> = captured.iter().take(10).map(String::as_str).collect();
             bail!(
-                "namespaces in the mesh: {}; pods whose traffic is captured: {} ({}). Without the mesh they go \
-                 on in plaintext, and are refused on a node whose agent does not run. Take them out first: remove the label {MODE} from namespaces and pods, or let \
-                 --remove-labels do it for the namespaces",
+                "namespaces in the mesh: {}; {}, or let --remove-labels do it for the namespaces",
                 if names.is_empty() || args.remove_labels { "none".to_owned() } else { names.join(", ") },
-                captured.len(),
-                shown.join(", ")
+                plan::in_need(&captured)
             );
         }
         progress.set_message(format!("{} pods are still captured", captured.len()));
         std::thread::sleep(PERIOD);
     }
+}
+
+fn all_captured(cluster: &Cluster) -> Result<Vec<String>> {
+    Ok(cluster.list("/api/v1/pods")?.iter().filter_map(captured).collect())
 }
 
 /// The name of a pod whose traffic is captured.

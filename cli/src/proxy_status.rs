@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 use clap::Args;
@@ -10,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::cluster::{Cluster, ClusterArgs, PodName};
-use crate::table::{Output, Table, print};
+use crate::table::{Output, Table, print, printable};
 
 /// culvertd's monitoring port.
 pub const MONITORING: u16 = 15014;
@@ -31,6 +32,10 @@ pub struct ProxyStatusArgs {
     #[arg(short, long, value_enum, default_value_t)]
     output: Output,
 }
+
+/// An answer of a replica; and of one that is not ready, which may not run.
+const ASKING: Duration = Duration::from_secs(10);
+const ASKING_UNREADY: Duration = Duration::from_secs(3);
 
 /// A proxy, as a control plane lists it. What this version does not know is kept.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -56,6 +61,9 @@ struct Proxy {
     /// Its node is gone or not ready.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     node_away: bool,
+    /// Not all replicas could be asked, so that it may be connected to one that was not.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    unknown: bool,
     #[serde(flatten)]
     more: serde_json::Map<String, Value>,
 }
@@ -64,12 +72,12 @@ struct Proxy {
 pub fn run(args: &ProxyStatusArgs) -> Result<ExitCode> {
     let cluster = Cluster::connect(&args.cluster)?;
     let wanted = |node: &str| args.node.as_deref().is_none_or(|wanted| wanted == node);
-    let mut proxies = connected(&cluster)?;
+    let (mut proxies, silent) = connected(&cluster)?;
     // A proxy that no replica knows is what most needs to be seen.
     for pod in cluster.pods("ztunnel")? {
         if !proxies.iter().any(|p| is_pod(p, &pod)) {
             let id = format!("{}.{}", pod.name, pod.namespace);
-            proxies.push(Proxy { id, node: pod.node, ..Proxy::default() });
+            proxies.push(Proxy { id, node: pod.node, unknown: !silent.is_empty(), ..Proxy::default() });
         }
     }
     // Who may not see nodes is told of the proxy all the same.
@@ -94,33 +102,48 @@ pub fn run(args: &ProxyStatusArgs) -> Result<ExitCode> {
     proxies.sort_by(|a, b| (&a.node, &a.id).cmp(&(&b.node, &b.id)));
     match args.output.document(&proxies)? {
         Some(document) => print(&document)?,
-        None => print(&table(&proxies, args.output == Output::Wide).to_string())?,
+        None => {
+            print(&table(&proxies, args.output == Output::Wide).to_string())?;
+            for said in &silent {
+                print(&format!("not asked: {}\n", printable(said)))?;
+            }
+        }
     }
     let fine = |p: &Proxy| p.node_away || p.connected && p.types.values().all(|t| state(t) != "NACKED");
-    Ok(if proxies.iter().all(fine) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if proxies.iter().all(fine) && silent.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// The proxies of all replicas.
-fn connected(cluster: &Cluster) -> Result<Vec<Proxy>> {
-    let replicas: Vec<_> = cluster.pods("culvertd")?.into_iter().filter(|p| p.ready).collect();
-    if replicas.is_empty() {
-        bail!("no culvertd is ready in namespace {}: `culvert status` says why", cluster.system);
-    }
-    let mut all = Vec::new();
+/// The proxies of all replicas that answer, and what is to be said of the others. One on a node that is not ready serves on,
+/// and is asked too.
+fn connected(cluster: &Cluster) -> Result<(Vec<Proxy>, Vec<String>)> {
+    let replicas = cluster.pods("culvertd")?;
+    let (mut all, mut silent, mut answered) = (Vec::new(), Vec::new(), false);
     for replica in &replicas {
-        let Some(list) = cluster.pod_json(replica, MONITORING, "/debug/syncz")? else {
-            bail!(
+        let limit = if replica.ready { ASKING } else { ASKING_UNREADY };
+        let list = match cluster.pod_json_within(limit, replica, MONITORING, "/debug/syncz") {
+            Ok(Some(list)) => list,
+            Ok(None) => bail!(
                 "culvertd in pod {} has no /debug/syncz: it is of another version than this culvert",
                 replica.name
-            );
+            ),
+            Err(error) => {
+                silent.push(format!("{error:#}"));
+                continue;
+            }
         };
+        answered = true;
         for mut proxy in Vec::<Proxy>::deserialize(list)? {
             proxy.control_plane.clone_from(&replica.name);
             proxy.connected = true;
             all.push(proxy);
         }
     }
-    Ok(all)
+    if !answered {
+        let why = if silent.is_empty() { String::new() } else { format!(" ({})", silent.join("; ")) };
+        let is = if replicas.iter().any(|r| r.ready) { "answers" } else { "is ready" };
+        bail!("no culvertd {is} in namespace {}{why}: `culvert status` says more", cluster.system);
+    }
+    Ok((all, silent))
 }
 
 /// Whether a proxy's id, `ztunnel~IP~POD.NAMESPACE~…`, names a pod.
@@ -159,10 +182,11 @@ fn table(proxies: &[Proxy], wide: bool) -> Table {
     for p in proxies {
         let shown = |names: &[&str]| {
             let found = names.iter().find_map(|name| p.types.get(*name));
-            let word = match (p.connected, p.node_away) {
-                (true, _) => found.map_or("NOT SENT", state),
-                (false, true) => "NODE NOT READY",
-                (false, false) => "NOT CONNECTED",
+            let word = match (p.connected, p.unknown, p.node_away) {
+                (true, ..) => found.map_or("NOT SENT", state),
+                (false, true, _) => "NOT KNOWN",
+                (false, false, true) => "NODE NOT READY",
+                (false, false, false) => "NOT CONNECTED",
             };
             match found.and_then(|of| of.get("sent")).filter(|_| wide) {
                 Some(Value::String(version)) => format!("{word} {version}"),
@@ -227,6 +251,7 @@ mod tests {
             ..Proxy::default()
         });
         proxies.push(Proxy { id: "ztunnel-c.culvert-system".into(), node_away: true, ..Proxy::default() });
+        proxies.push(Proxy { id: "ztunnel-d.culvert-system".into(), unknown: true, ..Proxy::default() });
         let text = table(&proxies, true).to_string();
         let lines: Vec<_> = text.lines().collect();
         assert!(
@@ -235,6 +260,7 @@ mod tests {
         );
         assert!(lines[2].contains("NOT CONNECTED"), "{text}");
         assert!(lines[3].contains("NODE NOT READY"), "{text}");
+        assert!(lines[4].contains("NOT KNOWN"), "{text}");
         assert_eq!(serde_json::to_value(&proxies[0]).unwrap()["future"], 1);
     }
 

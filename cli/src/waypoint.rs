@@ -46,7 +46,7 @@ pub struct WaypointArgs {
 #[derive(Args, Debug)]
 struct Wanted {
     /// Its name
-    #[arg(long, default_value = "waypoint")]
+    #[arg(long, default_value = "waypoint", value_parser = generate::name)]
     name: String,
     /// Which traffic passes it: to services, to pods by their own addresses, or both [default: service]
     #[arg(long = "for", value_enum, value_name = "TRAFFIC")]
@@ -227,15 +227,20 @@ fn serve(cluster: &Cluster, namespace: &str, name: &str, limit: Duration) -> Res
 
 fn delete(cluster: &Cluster, namespace: &str, names: &[String], all: bool) -> Result<ExitCode> {
     let there = Waypoint::all(cluster, Some(namespace))?;
-    let listed = || there.iter().map(|w| w.name.as_str()).collect::<Vec<_>>().join(", ");
+    let listed = || match &there[..] {
+        [] => "there is none".to_owned(),
+        there => {
+            format!("there are: {}", there.iter().map(|w| w.name.as_str()).collect::<Vec<_>>().join(", "))
+        }
+    };
     let chosen: Vec<&Waypoint> = match (names, all) {
-        ([], false) => bail!("which? Name them, or say --all; there are: {}", listed()),
+        ([], false) => bail!("which? Name them, or say --all; {}", listed()),
         (_, true) => there.iter().collect(),
         (names, false) => {
             let mut chosen = Vec::new();
             for name in names {
                 let Some(found) = there.iter().find(|waypoint| waypoint.name == *name) else {
-                    bail!("there is no waypoint {name} in namespace {namespace}; there are: {}", listed());
+                    bail!("there is no waypoint {name} in namespace {namespace}; {}", listed());
                 };
                 chosen.push(found);
             }

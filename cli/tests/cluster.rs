@@ -197,6 +197,7 @@ fn the_commands_work_on_a_real_api_server() {
     definitions::of_other_versions_are_left_alone(&server);
     looking_at_the_cluster(&server);
     waiting_until_it_works(&server);
+    changes_that_break(&server);
     tags(&server);
     removing(&server);
 }
@@ -586,6 +587,46 @@ fn waiting_until_it_works(server: &Server) {
     server.expect(1, &["has expired"], &["doctor"]);
 }
 
+/// What an upgrade would break is found before anything is changed, and what somebody broke is said.
+fn changes_that_break(server: &Server) {
+    let upgrade = |set: &'static str| ["upgrade", "--timeout", "1s", "--set", set];
+    server.expect(2, &["nothing was changed", "meshConfig", "nope"], &upgrade("meshConfig.nope=1"));
+    server.expect(2, &["nothing was changed", "log"], &upgrade("log.filter=loud"));
+    let captured = json!({"ambient.istio.io/redirection": "enabled"});
+    server.apply(&pod("shop", "kept", &json!({}), &captured)).unwrap();
+    let gone = ["nothing was changed", "DaemonSet culvert-node would go", "shop/kept"];
+    server.expect(2, &gone, &upgrade("node.enabled=false"));
+
+    let kubectl = |arguments: &[&str]| {
+        let output = server.kubectl(&[&["-n", "culvert-system"][..], arguments].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    let edit = |mesh: &str| {
+        let patch = json!({"data": {"mesh": mesh}}).to_string();
+        kubectl(&["patch", "configmap", "culvert", "--type=merge", "-p", &patch]);
+    };
+    edit("outboundTrafficPolicy: {mode: SOMETIMES}");
+    let text = server.expect(1, &["ConfigMap culvert-system/culvert: error", "SOMETIMES"], &["analyze"]);
+    assert!(!text.contains("istio-system"), "{text}");
+    server.expect(1, &["SOMETIMES"], &["analyze", "-n", "culvert-system"]);
+    server.expect(1, &["mesh settings, ConfigMap culvert", "SOMETIMES"], &["status"]);
+    edit("discoverySelectors: [{matchLabels: {mesh: \"yes\"}}]");
+    server.expect(1, &["1 pods of namespace shop are captured", "discoverySelectors"], &["doctor"]);
+    // Helm 4 would change the half, and then refuse.
+    server.expect(2, &["nothing was changed", "edited by kubectl-patch"], &upgrade("log.filter=warn"));
+    server.expect(
+        0,
+        &["applied release"],
+        &[&upgrade("log.filter=warn")[..], &["--force-conflicts"]].concat(),
+    );
+    kubectl(&["delete", "configmap", "culvert"]);
+    server.expect(1, &["mesh settings, ConfigMap culvert", "not there", "makes it anew"], &["status"]);
+    server.expect(0, &["applied release"], &upgrade("log.filter=info"));
+    server.expect(0, &["mesh settings, ConfigMap culvert   ready"], &["status"]);
+    let delete = ["-n", "shop", "delete", "pod", "kept", "--force", "--grace-period=0"];
+    assert!(server.kubectl(&delete).status.success());
+}
+
 fn tags(server: &Server) {
     server.expect(2, &["is not installed", "default"], &["tag", "set", "stable", "--revision", "next"]);
     server.expect(2, &["is no name for a tag"], &["tag", "set", "default", "--revision", "default"]);
@@ -633,6 +674,13 @@ fn removing(server: &Server) {
     let captured = json!({"ambient.istio.io/redirection": "enabled"});
     server.apply(&pod("shop", "web", &json!({}), &captured)).unwrap();
     server.expect(2, &["shop", "shop/web", "--remove-labels"], &["uninstall"]);
+    let own = json!({"istio.io/dataplane-mode": "ambient"});
+    server.apply(&pod("shop", "own", &own, &captured)).unwrap();
+    // Nothing is taken out where a pod would stay.
+    let refused = server.expect(2, &["label of their own", "shop/own"], &["uninstall", "--remove-labels"]);
+    assert!(!refused.contains("took namespace"), "{refused}");
+    let delete = ["-n", "shop", "delete", "pod", "own", "--force", "--grace-period=0"];
+    assert!(server.kubectl(&delete).status.success());
     server.expect(
         2,
         &["took namespace shop out", "shop/web"],

@@ -15,7 +15,7 @@ use serde::Serialize;
 use serde::de::DeserializeSeed;
 use serde_json::Value;
 
-use super::Cluster;
+use super::{Cluster, settings};
 use crate::tag::REVISION;
 
 /// The revision of a control plane that has no name.
@@ -108,16 +108,14 @@ impl Objects {
         Ok(found)
     }
 
-    /// The settings of the revision, under the name by which the compiler knows them.
+    /// The settings of the revision.
     fn read_settings(
         &mut self,
         cluster: &Cluster,
         spec: &'static KindSpec,
         revision: Option<&str>,
     ) -> Result<()> {
-        let maps = format!("/api/v1/namespaces/{}/configmaps", cluster.system);
-        let mut all = cluster.list(&format!("{maps}?labelSelector=app%3Dculvertd"))?;
-        all.retain(|map| map.pointer("/data/mesh").is_some());
+        let mut all = settings::maps(cluster)?;
         all.sort_by_key(|map| (revision_of(map) != DEFAULT_REVISION, name_of(map).to_owned()));
         let position = match revision {
             None => (!all.is_empty()).then_some(0),
@@ -135,7 +133,23 @@ impl Objects {
             }
         };
         DEFAULT_REVISION.clone_into(&mut self.revision);
-        let Some(mut settings) = position.map(|at| all.swap_remove(at)) else { return Ok(()) };
+        if let Some(at) = position {
+            self.add_settings(spec, all.swap_remove(at));
+        }
+        Ok(())
+    }
+
+    /// The settings alone, as they stand in this ConfigMap of the mesh's namespace.
+    pub(super) fn of_settings(system: &str, map: Value) -> Self {
+        let mut found = Self { system: system.to_owned(), ..Self::default() };
+        if let Some(spec) = KINDS.iter().find(|spec| spec.kind == Kind::ConfigMap) {
+            found.add_settings(spec, map);
+        }
+        found
+    }
+
+    /// Adds them under the name by which the compiler knows them.
+    fn add_settings(&mut self, spec: &'static KindSpec, mut settings: Value) {
         (self.revision, self.tags) = (revision_of(&settings).to_owned(), tags_of(&settings));
         let domain = settings.pointer("/data/clusterDomain").and_then(Value::as_str);
         self.cluster_domain = domain.map(str::to_owned);
@@ -147,7 +161,11 @@ impl Objects {
             }
         }
         self.all.push(Object { spec, origin, value: settings });
-        Ok(())
+    }
+
+    /// What the ConfigMap with the settings is called in the cluster.
+    pub fn settings_origin(&self) -> Option<&str> {
+        self.all.iter().find(|object| object.spec.kind == Kind::ConfigMap).map(|object| &*object.origin)
     }
 
     /// The objects of istio.io that have a label, each with the label's value.
@@ -270,13 +288,22 @@ impl Scope<'_> {
     }
 
     fn selects(&self, namespace: &str) -> bool {
-        if self.selectors.is_empty() || namespace == self.root || namespace == self.of.system {
-            return true;
-        }
-        let labels = self.labels.get(namespace);
-        let label = |key: &str| labels.and_then(|labels| labels.get(key)).map(String::as_str);
-        self.selectors.iter().any(|selector| selector.matches(label))
+        selects(&self.selectors, [&self.root, &self.of.system], namespace, self.labels)
     }
+}
+
+/// Whether one of the selectors, if there are any, takes a namespace, or it is one of those that are always read.
+pub(super) fn selects(
+    selectors: &[NamespaceSelector],
+    always: [&str; 2],
+    namespace: &str,
+    labels: &NamespaceLabels,
+) -> bool {
+    let labels = labels.get(namespace);
+    let label = |key: &str| labels.and_then(|labels| labels.get(key)).map(String::as_str);
+    selectors.is_empty()
+        || always.contains(&namespace)
+        || selectors.iter().any(|selector| selector.matches(label))
 }
 
 /// How many objects of a cluster are not for the mesh that is asked about.
@@ -308,7 +335,7 @@ impl LeftOut {
     }
 }
 
-fn name_of(object: &Value) -> &str {
+pub(super) fn name_of(object: &Value) -> &str {
     object.pointer("/metadata/name").and_then(Value::as_str).unwrap_or_default()
 }
 

@@ -8,7 +8,7 @@ use anyhow::Result;
 use serde_json::Value;
 
 use super::{Finding, Grade, name, text, time_of};
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, MeshSettings, NamespaceLabels, labels_of};
 use crate::events::newest;
 use crate::status::{MODE, REDIRECTION};
 
@@ -85,7 +85,11 @@ pub(super) fn findings(
     for (namespace, count) in &asking.excluded {
         let detail =
             format!("{count} pods of namespace {namespace} ask for it, and the namespace is left out");
-        let remedy = "remove it from the value node.excludeNamespaces, or its label istio.io/dataplane-mode";
+        let remedy = if *namespace == cluster.system {
+            "remove its label istio.io/dataplane-mode: the mesh's own namespace is never in the mesh"
+        } else {
+            "remove it from the value node.excludeNamespaces, or its label istio.io/dataplane-mode"
+        };
         found.push(Finding::new("capture", Grade::Note, detail, remedy));
     }
     let log = format!("kubectl logs -n {} -l app={AGENT} says what its node agent did", cluster.system);
@@ -106,6 +110,31 @@ pub(super) fn findings(
     let detail = format!("{} pods are captured", asking.captured);
     found.push(Finding::new("capture", Grade::Ok, detail, ""));
     Ok(found)
+}
+
+/// Namespaces with pods of the mesh of which no control plane reads anything: their pods have no identity, and nobody lets them in.
+pub(super) fn unselected(settings: &[MeshSettings], namespaces: &[Value], pods: &[Value]) -> Vec<Finding> {
+    let labels: NamespaceLabels = namespaces.iter().map(|n| (name(n).to_owned(), labels_of(n))).collect();
+    let captured = |pod: &&Value| {
+        let annotations = pod.pointer("/metadata/annotations");
+        annotations.and_then(|all| all.get(REDIRECTION)).and_then(Value::as_str) == Some("enabled")
+    };
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    for pod in pods.iter().filter(captured) {
+        *counts.entry(text(pod, "/metadata/namespace")).or_default() += 1;
+    }
+    counts.retain(|namespace, _| {
+        !settings.is_empty() && !settings.iter().any(|s| s.selects(namespace, &labels))
+    });
+    let finding = |(namespace, count): (&str, usize)| {
+        let detail = format!(
+            "{count} pods of namespace {namespace} are captured, and discoverySelectors (mesh settings) leave the namespace out: \
+             their connections are refused, or leave the mesh"
+        );
+        let remedy = "give the namespace a label that discoverySelectors select, or take it out of the mesh";
+        Finding::new("capture", Grade::Problem, detail, remedy)
+    };
+    counts.into_iter().map(finding).collect()
 }
 
 fn full(pod: &Value) -> String {
@@ -142,9 +171,13 @@ fn waiting(system: &str, pods: &[Value], failed: &[Value]) -> Vec<Finding> {
             continue;
         }
         let node = text(pod, "/spec/nodeName");
-        let remedy = format!(
-            "kubectl get pods -n {system} -o wide --field-selector spec.nodeName={node} shows the mesh's pods of its node"
-        );
+        let remedy = if said.contains("metadata.annotations") {
+            "correct the annotation: the pod then starts by itself".to_owned()
+        } else {
+            format!(
+                "kubectl get pods -n {system} -o wide --field-selector spec.nodeName={node} shows the mesh's pods of its node"
+            )
+        };
         found.push(Finding::new("capture", Grade::Problem, format!("{} waits: {said}", full(pod)), remedy));
     }
     if more > 0 {

@@ -67,6 +67,8 @@ pub struct Helm {
     place: Vec<String>,
     /// And variables, for what is in no list of processes.
     variables: Vec<(&'static str, OsString)>,
+    /// The first number of its version.
+    major: u32,
     /// A context of our own, while it is needed.
     _context: Option<NamedTempFile>,
 }
@@ -105,13 +107,14 @@ impl Helm {
                 None
             }
         };
-        let helm = Self { program: program.to_owned(), place, variables, _context: context };
+        let mut helm = Self { program: program.to_owned(), place, variables, major: 0, _context: context };
         match Command::new(program).args(["version", "--short"]).output() {
             Ok(output) => {
                 let version = helm.checked("version", &output)?;
-                if number(&version).is_none_or(|found| found < OLDEST) {
+                let Some(found) = number(&version).filter(|found| *found >= OLDEST) else {
                     bail!("{} is of version {}; 3.14 or newer is needed", program.display(), version.trim());
-                }
+                };
+                helm.major = found.0;
                 Ok(helm)
             }
             Err(e) if e.kind() == io::ErrorKind::NotFound => bail!(
@@ -159,17 +162,22 @@ impl Helm {
         Ok(true)
     }
 
-    /// That Helm would take the chart with these values, before anything is changed.
+    /// Whether it refuses to change fields that someone else manages by now, which it finds out one object after the other.
+    pub fn refuses_conflicts(&self) -> bool {
+        self.major >= 4
+    }
+
+    /// That Helm would take the chart with these values, before anything is changed: the release that it would make, as JSON.
     ///
     /// # Errors
     /// It would not; with Helm's words.
-    pub fn check(&self, release: &str, chart: &Path, more: &[String]) -> Result<()> {
+    pub fn check(&self, release: &str, chart: &Path, more: &[String]) -> Result<String> {
         let mut arguments: Vec<String> =
-            ["upgrade", "--install", "--dry-run=client", release].map(str::to_owned).into();
+            ["upgrade", "--install", "--dry-run=client", "--output=json", release].map(str::to_owned).into();
         arguments.push(chart.display().to_string());
         arguments.extend(more.iter().cloned());
         let output = self.run(&arguments)?;
-        self.checked("upgrade --dry-run", &output).map(drop).with_context(|| {
+        self.checked("upgrade --dry-run", &output).with_context(|| {
             format!(
                 "nothing was changed, since Helm refuses the release {release}; where it names a value, `culvert install \
                  --write-chart DIR` writes the chart, with its values in values.yaml and README.md; where it names the \

@@ -34,6 +34,20 @@ impl For {
     }
 }
 
+/// Reads a waypoint's name: its Service has it too (RFC 1035, section 2.3.1).
+pub fn name(text: &str) -> Result<String, &'static str> {
+    let begins = text.bytes().next().is_some_and(|b| b.is_ascii_lowercase());
+    let ends = text.bytes().last().is_some_and(|b| b != b'-');
+    let rest = text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+    if begins && ends && rest && text.len() <= 63 {
+        Ok(text.to_owned())
+    } else {
+        Err(
+            "a name has at most 63 lower-case letters, digits and hyphens, begins with a letter and does not end in a hyphen",
+        )
+    }
+}
+
 /// The Gateway that is wanted.
 pub fn gateway(wanted: &Wanted, namespace: Option<&str>) -> Value {
     let mut labels = Map::new();
@@ -69,6 +83,16 @@ mod tests {
     use serde::de::DeserializeSeed;
 
     use super::*;
+
+    #[test]
+    fn names_are_those_of_services() {
+        for good in ["waypoint", "w1", "a-b"] {
+            assert!(name(good).is_ok(), "{good}");
+        }
+        for bad in ["", "Bad_Name", "1a", "a-", "a.b", &"a".repeat(64)] {
+            assert!(name(bad).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn what_is_generated_is_a_waypoint() {

@@ -169,7 +169,7 @@ impl Keeper {
             ),
             given: named(
                 GIVEN_SECRET,
-                "The authority in force goes on signing. Correct the Secret: ca-cert.pem, ca-key.pem, root-cert.pem and \
+                "The authority in force, if there is one, goes on signing. Correct the Secret: ca-cert.pem, ca-key.pem, root-cert.pem and \
                  cert-chain.pem must fit together (openssl verify -CAfile root-cert.pem -untrusted cert-chain.pem \
                  ca-cert.pem); or tls.crt, tls.key and ca.crt, where it has these",
             ),
