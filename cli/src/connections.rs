@@ -222,10 +222,13 @@ fn is(who: &str, addresses: &[Option<SocketAddr>], names: &[&Option<String>]) ->
     names.iter().any(|name| name.as_deref().is_some_and(|name| is_named(name, who)))
 }
 
-/// Whether `who` is this name, or the workload (Deployment, StatefulSet, Job, …) of the pod of this name, or `namespace/name` of
-/// the service.
+/// Whether `who` is this name, or the workload (Deployment, StatefulSet, Job, …) of the pod of this name, or a pod of the workload of
+/// this name, or `namespace/name` of the service.
 fn is_named(name: &str, who: &str) -> bool {
-    let Some(rest) = name.strip_prefix(who) else { return false };
+    let Some(rest) = name.strip_prefix(who) else {
+        // A waypoint knows a client by what made its pod.
+        return who.contains('/') && is_generated_for(who, name);
+    };
     let Some((namespace, _)) = who.split_once('/').filter(|_| !who.contains("://")) else {
         return rest.is_empty();
     };
@@ -335,6 +338,8 @@ mod tests {
         {
             assert!(!is_named(pod, "shop/web"), "{pod}");
         }
+        // A waypoint has the name of what made the pod.
+        assert!(is_named("shop/web", "shop/web-5dc6c6bd59-v8fkf") && !is_named("shop/web", "shop/web-admin"));
         let service = "shop/web.shop.svc.cluster.local";
         assert!(is_named(service, "shop/web"));
         assert!(!is_named(service, "shop/we") && !is_named("shop/web.other.svc.cluster.local", "shop/web"));

@@ -231,7 +231,7 @@ impl Kept {
             "protocol": self.request.as_ref().map_or("TCP", |request| request.protocol),
             "server_name": self.connection.server_name.as_deref(),
             "source": self.connection.client.to_string(),
-            "source_workload": self.source.as_ref().map(|w| format!("{}/{}", w.namespace, w.name())),
+            "source_workload": self.source.as_deref().map(name_of),
             "source_identity": self.connection.identity.as_ref().map(ToString::to_string),
             "destination": self.connection.destination.to_string(),
             "destination_service": self.service.as_ref().map(|service| service.service.to_string()),
@@ -262,7 +262,7 @@ impl Kept {
             "match": self.matched(),
             "backend": self.backend(),
             "endpoint": self.target.as_ref().map(|target| target.address.to_string()),
-            "endpoint_workload": workload.map(|w| format!("{}/{}", w.namespace, w.name())),
+            "endpoint_workload": workload.map(|w| name_of(w)),
             "hop": self.target.as_ref().map(|_| if tunnelled { "HBONE" } else { "TCP" }),
             "attempts": self.tries,
         })
@@ -341,4 +341,10 @@ impl Kept {
             BackendRef::Unresolved { reason } => format!("none: {reason}"),
         })
     }
+}
+/// `namespace/name`; of a client that its node tells of, of what made its pod, which is all that baggage says.
+fn name_of(workload: &Workload) -> String {
+    let name =
+        Some(workload.name()).filter(|name| !name.is_empty()).unwrap_or_else(|| workload.workload_name());
+    format!("{}/{name}", workload.namespace)
 }

@@ -122,6 +122,22 @@ pub fn run(stage: &Stage) -> Result<()> {
     answered(stage, &["-X", "DELETE"], "403")?;
     answered(stage, &[], "one ")?;
     stage.ok("a policy on methods refuses with 403, and lets the others in");
+    let client = format!("{}/client", stage.namespace);
+    let refused = [
+        "why",
+        "--waypoint",
+        &format!("{}/waypoint", stage.namespace),
+        "--source",
+        &client,
+        "--status",
+        "403",
+    ];
+    let why = stage.culvert(&refused)?.code(0)?.output;
+    ensure!(
+        why.contains(&format!("from  {client} ")) && why.contains("get-only"),
+        "why of a waypoint: {why}"
+    );
+    stage.ok("why knows the request by its client's name, and by which policy it was refused");
 
     let address = format!("http://{}:8080/", stage.address("one")?);
     stage.cannot_reach("client", &address)?;
