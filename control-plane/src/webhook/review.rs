@@ -128,11 +128,28 @@ pub fn answer(body: &[u8], options: &Options, settings: Option<&MeshConfig>) -> 
         response.insert("status".to_owned(), status);
     }
     if !verdict.warnings.is_empty() {
-        let cut = |text: &String| text.chars().take(WARNING_CHARACTERS).collect::<String>();
-        let warnings: Value = verdict.warnings.iter().take(MOST_WARNINGS).map(cut).collect();
+        let warnings: Value =
+            verdict.warnings.iter().flat_map(|text| lines(text)).take(MOST_WARNINGS).collect();
         response.insert("warnings".to_owned(), warnings);
     }
     Ok(Reviewed { body: written(&response)?, allowed, kind })
+}
+
+/// A warning in pieces that the API server passes on whole: it ends in the remedy, which nobody would see otherwise.
+fn lines(text: &str) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for word in text.split(' ') {
+        let word: String = word.chars().take(WARNING_CHARACTERS).collect();
+        match lines.last_mut() {
+            Some(line) if line.is_empty() => line.push_str(&word),
+            Some(line) if line.chars().count() + 1 + word.chars().count() <= WARNING_CHARACTERS => {
+                line.push(' ');
+                line.push_str(&word);
+            }
+            _ => lines.push(word),
+        }
+    }
+    lines
 }
 
 fn is_going(object: &Value) -> bool {
@@ -204,4 +221,18 @@ fn text(diagnostic: &Diagnostic) -> String {
     let remedy =
         if diagnostic.remedy.is_empty() { String::new() } else { format!(" ({})", diagnostic.remedy) };
     format!("{field}{}{remedy} [{}]", diagnostic.message, diagnostic.code)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_word_of_a_warning_is_lost() {
+        let text = format!("{} correct it [code] {}", "word ".repeat(120).trim_end(), "x".repeat(400));
+        let lines = lines(&text);
+        assert!(lines.iter().all(|line| line.chars().count() <= WARNING_CHARACTERS), "{lines:?}");
+        assert!(lines.join(" ").starts_with(&text[..620]) && lines.len() == 4, "{lines:?}");
+        assert_eq!(super::lines("short (do this) [code]"), ["short (do this) [code]"]);
+    }
 }
