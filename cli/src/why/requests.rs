@@ -32,8 +32,17 @@ pub struct RequestFilter {
     #[arg(long, value_name = "METHOD")]
     method: Option<String>,
     /// Requests that were answered so; 4xx and 5xx are all of them
-    #[arg(long, value_name = "STATUS")]
+    #[arg(long, value_name = "STATUS", value_parser = status)]
     status: Option<String>,
+}
+
+/// Reads a status, or a class of them; 0 is of a request that got no answer.
+fn status(text: &str) -> Result<String, &'static str> {
+    let first = text.bytes().next().is_some_and(|b| (b'1'..=b'5').contains(&b));
+    let rest = text.get(1..).unwrap_or_default();
+    let is =
+        text == "0" || first && (rest == "xx" || rest.len() == 2 && rest.bytes().all(|b| b.is_ascii_digit()));
+    if is { Ok(text.to_owned()) } else { Err("write a status such as 503, or a class of them such as 5xx") }
 }
 
 impl RequestFilter {
@@ -298,6 +307,16 @@ mod tests {
         assert!(!is(RequestFilter { request_id: some("r-2"), ..RequestFilter::default() }));
         assert_eq!(RequestFilter::default().waypoints(), None, "a ztunnel is asked");
         assert_eq!(RequestFilter { waypoint: some(""), ..RequestFilter::default() }.waypoints(), Some(None));
+    }
+
+    #[test]
+    fn a_status_is_one_or_a_class_of_them() {
+        assert!(["200", "503", "4xx", "0"].iter().all(|text| status(text).is_ok()));
+        assert!(
+            ["", "banana", "700", "2x", "20", "2000", "xxx", "5\u{e9}"]
+                .iter()
+                .all(|text| status(text).is_err())
+        );
     }
 
     #[test]
