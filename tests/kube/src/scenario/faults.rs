@@ -234,6 +234,11 @@ fn recovered(stage: &Stage, clients: &[&str]) -> Result<()> {
     for (client, before) in clients.iter().zip(&before) {
         stage.undisturbed(client, before)?;
     }
+    // A proxy may not know yet that its control plane's machine was gone; new pods would be strangers to it.
+    wait_for("all proxies to be told all there is", Duration::from_secs(20), || {
+        let said = stage.culvert(&["proxy-status"])?;
+        Ok(if said.code == 0 { Ok(()) } else { Err(said.output) })
+    })?;
     stage.ok(&format!("all is as before, {} after the last fault", clock.seconds()));
     Ok(())
 }

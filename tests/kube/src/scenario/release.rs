@@ -96,8 +96,7 @@ fn taken_away(stage: &Stage) -> Result<()> {
     stage.reaches("idle", "http://server:8080/")?;
     stage.start(&[App::idle("comer").on(&NODES[0])])?;
     stage.reaches("comer", "http://server:8080/")?;
-    stage.pass(Duration::from_secs(2));
-    let before = stage.jobs("client")?;
+    let before = stage.gets_through("client")?;
     let (seen, ()) = stage.watch(far, || {
         stage.pass(Duration::from_secs(2));
         Ok(())

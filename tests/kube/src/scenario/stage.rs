@@ -247,6 +247,19 @@ impl Stage {
         })
     }
 
+    /// Waits until every job of a client gets through again: a name query that was lost is asked again after five seconds.
+    ///
+    /// # Errors
+    /// One does not.
+    pub fn gets_through(&self, pod: &str) -> Result<Vec<Job>> {
+        let before = self.jobs(pod)?;
+        wait_for(&format!("{pod} to get through"), PATIENCE, || {
+            let jobs = self.jobs(pod)?;
+            let all = jobs.iter().zip(&before).all(|(job, before)| job.good > before.good);
+            Ok(if all { Ok(jobs) } else { Err(format!("{jobs:?}")) })
+        })
+    }
+
     /// Says what a client has seen, if nothing of it failed, since it was asked the first time (`before`).
     ///
     /// # Errors
