@@ -728,6 +728,19 @@ fn a_delegate_takes_what_both_matches_hold_for() {
 }
 
 #[test]
+fn an_answer_is_not_asked_for_again_unasked_and_a_claim_is_no_header() {
+    let web = service("shop", "web", "10.1.0.1", "");
+    let of = |entry: &str| {
+        let entry = format!("[{{{entry}, route: [{{destination: {{host: web}}}}]}}]");
+        World::of(&file(&[BEHIND_A_WAYPOINT, &web, &virtual_service("web", "hosts: [web], ", &entry)]))
+    };
+    let retry = routes(&of("retries: {attempts: 2}"), "web")[0].1.retry.clone().unwrap();
+    assert_eq!((retry.attempts, retry.statuses.len()), (2, 0));
+    let claim = "match: [{headers: {\"@request.auth.claims.sub\": {exact: me}}}]";
+    assert_eq!(of(claim).said(), ["invalid-value"]);
+}
+
+#[test]
 fn the_meshs_retries_are_those_of_routes_that_say_nothing_of_them() {
     let [web, api] =
         [("web", "10.1.0.1"), ("api", "10.1.0.2")].map(|(name, ip)| service("shop", name, ip, ""));

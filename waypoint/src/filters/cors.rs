@@ -78,7 +78,9 @@ fn granted(cors: &Cors, origin: &str) -> Vec<Edit> {
     if cors.credentials {
         edits.push(set("access-control-allow-credentials", "true"));
     }
-    let exposed = joined(&cors.expose);
+    // With credentials an asterisk would be the name of a field, which the Gateway API forbids.
+    let names = cors.expose.iter().map(|name| &**name).filter(|name| !(cors.credentials && *name == "*"));
+    let exposed = names.collect::<Vec<_>>().join(",");
     if !exposed.is_empty() && is_field_value(exposed.as_bytes()) {
         edits.push(set("access-control-expose-headers", &exposed));
     }
@@ -88,4 +90,32 @@ fn granted(cors: &Cors, origin: &str) -> Vec<Edit> {
 
 fn joined(list: &[model::Str]) -> String {
     list.iter().map(|one| &**one).collect::<Vec<_>>().join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_asterisk_is_not_exposed_to_pages_with_credentials() {
+        let exposed = |credentials| {
+            let cors = Cors {
+                origins: Box::default(),
+                methods: Box::default(),
+                headers: Box::default(),
+                expose: ["*".into(), "x-a".into()].into(),
+                max_age: None,
+                credentials,
+                forward_unmatched: false,
+            };
+            let edits = granted(&cors, "https://a.example");
+            edits.into_iter().find_map(|edit| match edit {
+                Edit::Set(name, Value::Plain(value)) if &*name == "access-control-expose-headers" => {
+                    Some(String::from_utf8_lossy(&value).into_owned())
+                }
+                _ => None,
+            })
+        };
+        assert_eq!((exposed(false).as_deref(), exposed(true).as_deref()), (Some("*,x-a"), Some("x-a")));
+    }
 }

@@ -110,6 +110,18 @@ pub(super) fn number(mut cursor: Cursor<'_, '_>, least: f64, most: f64) -> Optio
     valid.then_some(value)
 }
 
+/// Whether the key of a match is a field's name, or a pseudo-header's; says that it is not.
+pub(super) fn is_field_name(key: &str, value: &mut Cursor<'_, '_>) -> bool {
+    let is = key.starts_with(':') || HeaderName::from_bytes(key.as_bytes()).is_ok();
+    if !is {
+        let claim =
+            "claims are matched by an AuthorizationPolicy, or as a header that outputClaimToHeaders sets";
+        let remedy = if key.starts_with('@') { claim } else { "" };
+        value.invalid(format_args!("{key:?} is no name of a header field"), remedy);
+    }
+    is
+}
+
 /// A header field's name, in lower case.
 pub(super) fn header_name(mut cursor: Cursor<'_, '_>) -> Option<HeaderName> {
     let node = cursor.node();

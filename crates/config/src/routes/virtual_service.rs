@@ -13,7 +13,7 @@ use model::http::{
 use super::destination_rule::read_export;
 use super::http_route::RuleDraft;
 use super::reference::{BackendDraft, Reference};
-use super::value::{go_duration, listed, number, regex, some_time, word};
+use super::value::{go_duration, is_field_name, listed, number, regex, some_time, word};
 use crate::diagnostic::Code;
 use crate::fields::{Cursor, Fields, Schema, enforced, nested, refused, silent};
 use crate::metadata::{METADATA, Metadata};
@@ -477,7 +477,10 @@ fn read_match(cursor: Cursor<'_, '_>, mesh: bool) -> Option<(RouteMatch, Option<
     let mut headers = Vec::new();
     for (list, negated) in [("headers", false), ("withoutHeaders", true)] {
         let Some(cursor) = fields.take(list) else { continue };
-        cursor.entries(|key, value| {
+        cursor.entries(|key, mut value| {
+            if !is_field_name(key, &mut value) {
+                return;
+            }
             let name = Str::from(key.to_ascii_lowercase().as_str());
             headers.extend(text_or_present(value).map(|value| HeaderMatch { name, value, negated }));
         });
@@ -762,7 +765,7 @@ fn read_cors(fields: &mut Fields<'_, '_>) -> Cors {
     Cors { origins: origins.into(), methods, headers, expose, max_age, credentials, forward_unmatched }
 }
 
-/// What Istio tries again where `retryOn` says nothing.
+/// What Istio tries again where `retryOn` says nothing. It names no status, so that no answer of an application is.
 const RETRY_ON: &str = "connect-failure,refused-stream,unavailable,cancelled,retriable-status-codes";
 
 /// Reads `retries`: when a request is tried again, and how long a try may take.
@@ -788,9 +791,6 @@ pub(crate) fn read_retries(fields: &mut Fields<'_, '_>) -> (Retry, Option<Durati
         let message = format!("{} is nothing that could be tried again", unknown.join(", "));
         let known = RetryOn::words().collect::<Vec<_>>().join(", ");
         cursor.invalid(message, format!("write some of {known}, and statuses, separated by commas"));
-    }
-    if written.is_none() {
-        statuses.push(503);
     }
     let remote_localities = fields.boolean("retryRemoteLocalities").unwrap_or(false);
     let other_hosts = fields.boolean("retryIgnorePreviousHosts").unwrap_or(true);
