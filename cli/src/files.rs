@@ -10,7 +10,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use config::compile::Options;
-use config::diagnostic::Diagnostic;
+use config::diagnostic::{Code, Diagnostic};
 use config::directory::manifests;
 use config::kinds::Capture;
 use config::repository::{Content, Repository};
@@ -159,8 +159,11 @@ impl Files {
         Some(found)
     }
 
-    fn repository(&self) -> Repository {
-        self.cluster.as_ref().map_or_else(|| Repository::new(Options::default()), Objects::repository)
+    fn repository(&self, changed: Option<&Self>) -> Result<Repository> {
+        match &self.cluster {
+            Some(objects) => objects.repository(&self.origins(changed)),
+            None => Ok(Repository::new(Options::default())),
+        }
     }
 
     /// What they come to.
@@ -168,7 +171,7 @@ impl Files {
     /// # Errors
     /// The cluster has something that is not an object.
     pub fn compile(&self) -> Result<Compiled> {
-        let mut repository = self.repository();
+        let mut repository = self.repository(None)?;
         self.stage(&mut repository, |_| true);
         self.finish(&mut repository, Vec::new(), None)
     }
@@ -179,7 +182,7 @@ impl Files {
     /// # Errors
     /// As [`Files::compile`].
     pub fn compile_with(&self, changed: &Self) -> Result<Compiled> {
-        let mut repository = self.repository();
+        let mut repository = self.repository(Some(changed))?;
         changed.stage(&mut repository, |_| true);
         // What is committed first stays in force; later objects of the same names are only reported.
         let changes = repository.commit().changes;
@@ -205,6 +208,10 @@ impl Files {
         }
         changes.extend(repository.commit().changes);
         let mut diagnostics = repository.review();
+        if self.cluster.is_some() {
+            // What is new gets one of the server.
+            diagnostics.retain(|diagnostic| diagnostic.code != Code::ServiceWithoutAddress);
+        }
         if let Some(map) = self.cluster.as_ref().and_then(Objects::settings_origin) {
             name_settings(&mut diagnostics, map);
         }

@@ -466,6 +466,52 @@ fn the_node_agent_is_held_to_its_node(server: &Server) {
     }
 }
 
+/// Of a Service and a Pod, as their author writes them, and of a Service that there is not yet.
+fn what_the_server_gave(server: &Server) {
+    let object = |kind: &str, name: &str, spec: Value| {
+        json!({"apiVersion": "v1", "kind": kind, "metadata": {"name": name, "namespace": "shop", "labels": {"app": name}},
+               "spec": spec})
+    };
+    let service = |name: &str| {
+        object(
+            "Service",
+            name,
+            json!({"selector": {"app": "given"}, "ports": [{"name": "http", "port": 80}]}),
+        )
+    };
+    let pod = object("Pod", "given", json!({"nodeName": "n1", "containers": [{"name": "a", "image": "a"}]}));
+    let running = json!({"phase": "Running", "podIP": "10.0.9.9", "podIPs": [{"ip": "10.0.9.9"}],
+                         "conditions": [{"type": "Ready", "status": "True"}]});
+    server.apply(&service("given")).unwrap();
+    server.apply(&pod).unwrap();
+    let patch = json!({"status": running}).to_string();
+    let patched = server.kubectl(&[
+        "patch",
+        "-n",
+        "shop",
+        "pod/given",
+        "--subresource=status",
+        "--type=merge",
+        "-p",
+        &patch,
+    ]);
+    assert!(patched.status.success(), "{}", String::from_utf8_lossy(&patched.stderr));
+    let file = server.path("given.yaml");
+    let all = [service("given"), service("later"), pod].map(|object| object.to_string()).join("\n---\n");
+    fs::write(&file, all).unwrap();
+    // An error of the cluster's own policy is all that there is.
+    let text = server.expect(1, &["1 files", "2 errors"], &["analyze", &file, "--with-cluster"]);
+    assert!(!text.contains("service-without-address"), "{text}");
+    let asked = ["what-if", &file, "--with-cluster", "--source", "shop/given", "--destination"];
+    for destination in ["shop/given", "given.shop.svc.cluster.local"] {
+        server.expect(0, &["10.0.9.9"], &[&asked[..], &[destination, "--port", "80"]].concat());
+    }
+    for gone in ["service/given", "pod/given"] {
+        let arguments = ["delete", "-n", "shop", gone, "--grace-period=0", "--force"];
+        assert!(server.kubectl(&arguments).status.success(), "{gone}");
+    }
+}
+
 fn looking_at_the_cluster(server: &Server) {
     let words = ["unknown-field", "did you mean principals?", "AuthorizationPolicy shop/typo"];
     server.expect(1, &words, &["analyze"]);
@@ -488,6 +534,7 @@ fn looking_at_the_cluster(server: &Server) {
     let fixed = json!({"rules": [{"from": [{"source": {"principals": ["cluster.local/ns/shop/sa/a"]}}]}]});
     fs::write(&file, policy("typo", &fixed).to_string()).unwrap();
     server.expect(0, &["1 files"], &["analyze", &file, "--with-cluster"]);
+    what_the_server_gave(server);
     let closed = json!({"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
                         "metadata": {"name": "web", "namespace": "shop"},
                         "spec": {"podSelector": {}, "ingress": [{"ports": [{"port": 80}]}]}});

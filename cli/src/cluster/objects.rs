@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use config::compile::{Options, Origin};
-use config::json::ObjectSeed;
+use config::json::{Decoded, ObjectSeed};
 use config::policy::NamespaceSelector;
 use config::policy::mesh_config;
 use config::policy::state::SYSTEM_NAMESPACE;
@@ -39,11 +39,14 @@ impl Object {
         Self { spec, origin: origin(spec.name, &value).into(), value }
     }
 
-    fn stage(&self, repository: &mut Repository) -> Result<()> {
-        let Self { spec, origin, value } = self;
+    fn decoded(&self) -> Result<Decoded> {
         // The server has checked its own kinds; what it has and the table lacks does not concern the mesh.
-        let seed = ObjectSeed { kind: spec.kind, unknown: &|_, _| {} };
-        let decoded = seed.deserialize(value).with_context(|| format!("the API server's {origin}"))?;
+        let seed = ObjectSeed { kind: self.spec.kind, unknown: &|_, _| {} };
+        seed.deserialize(&self.value).with_context(|| format!("the API server's {}", self.origin))
+    }
+
+    fn stage(&self, repository: &mut Repository) -> Result<()> {
+        let (Self { origin, value, .. }, decoded) = (self, self.decoded()?);
         let version = value.pointer("/metadata/resourceVersion").and_then(Value::as_str).unwrap_or_default();
         repository.stage_object(origin, ObjectContent::Node { node: &decoded.node, version, text: "" });
         Ok(())
@@ -210,14 +213,21 @@ impl Objects {
         all.filter_map(|object| object.value.pointer("/metadata/name")?.as_str().map(str::to_owned))
     }
 
-    /// A repository for objects of a cluster.
-    pub fn repository(&self) -> Repository {
+    /// A repository for objects of a cluster, in which those of files whose [`origin`] is in `replaced` have what the server gave them.
+    ///
+    /// # Errors
+    /// One of them is not an object.
+    pub fn repository(&self, replaced: &BTreeSet<String>) -> Result<Repository> {
         let mut options = Options { origin: Origin::Cluster, ..Options::default() };
         options.root_namespace = self.system.as_str().into();
         if let Some(domain) = &self.cluster_domain {
             options.cluster_domain = domain.as_str().into();
         }
-        Repository::new(options)
+        let mut repository = Repository::new(options);
+        for object in self.all.iter().filter(|object| replaced.contains(&*object.origin)) {
+            repository.assign(object.decoded()?.node);
+        }
+        Ok(repository)
     }
 
     /// The labels of the namespaces.
@@ -423,7 +433,7 @@ mod tests {
             system: "mesh".to_owned(),
             cluster_domain: None,
         };
-        let mut repository = objects.repository();
+        let mut repository = objects.repository(&BTreeSet::new()).unwrap();
         let (_, left_out) = objects.stage(&mut repository, &BTreeSet::new(), labels).unwrap();
         repository.commit();
         (left_out, repository.object_count())

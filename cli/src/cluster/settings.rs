@@ -43,7 +43,7 @@ impl MeshSettings {
     pub fn of(system: &str, map: Value) -> Result<Self> {
         let (name, edited_by) = (name_of(&map).to_owned(), edited_by(&map));
         let objects = Objects::of_settings(system, map);
-        let mut repository = objects.repository();
+        let mut repository = objects.repository(&BTreeSet::new())?;
         objects.stage(&mut repository, &BTreeSet::new(), &NamespaceLabels::default())?;
         repository.commit();
         let root = repository.settings().root_namespace.to_string();

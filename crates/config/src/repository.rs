@@ -13,6 +13,7 @@ use crate::labels::Pool;
 use crate::policy::{MeshConfig, NamespaceSelector};
 use crate::resource::{Kind, ObjectKey, Resource};
 use crate::store::{More, Store};
+use crate::tree;
 
 pub use crate::store::{Content, ObjectContent};
 
@@ -42,6 +43,12 @@ impl Repository {
     pub fn new(options: Options) -> Self {
         let store = Store::new(&options);
         Self { store, compiler: Compiler::new(options), pool: Pool::default() }
+    }
+
+    /// Takes what a server has given to this object, such as the address of a Service, for what a file that is staged from now on leaves
+    /// out of it, as who applies it does.
+    pub fn assign(&mut self, object: tree::Node<'static>) {
+        self.store.assign(object);
     }
 
     /// Takes what a file holds now, as a part of a batch that [`Repository::commit`] ends.

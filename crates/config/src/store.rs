@@ -17,6 +17,7 @@
 //! A document whose text did not change is not parsed again. Positions are kept relative to the document, so one
 //! that only moved is not either.
 
+mod assigned;
 mod file;
 mod key;
 mod paths;
@@ -33,6 +34,7 @@ use crate::diagnostic::{Code, Diagnostic};
 use crate::labels::Pool;
 use crate::resource::{ObjectKey, Reading, Resource};
 use crate::tree::{self, Limits, Position, Problem, SyntaxError};
+use assigned::Assigned;
 use file::{Document, File, Held, Room, State};
 use key::Packed;
 use paths::Paths;
@@ -103,6 +105,8 @@ pub(crate) struct Store {
     touched: BTreeSet<Arc<str>>,
     /// Files about which there is something to say.
     diagnosed: BTreeSet<Arc<str>>,
+    /// What a server has given to objects that files may hold.
+    assigned: Assigned,
     limits: Limits,
     hasher: DefaultHashBuilder,
 }
@@ -129,6 +133,11 @@ impl Store {
     /// A store without objects.
     pub(crate) fn new(options: &Options) -> Self {
         Self { cluster: options.cluster.clone(), ..Self::default() }
+    }
+
+    /// Takes what a server has given to this object for what a file that is read from now on leaves out of it.
+    pub(crate) fn assign(&mut self, object: tree::Node<'static>) {
+        self.assigned.add(object);
     }
 
     fn pack(&self, key: &ObjectKey) -> Packed {
@@ -349,7 +358,8 @@ impl Store {
             }
             match tree::parse(text, &self.limits) {
                 Ok(None) => {}
-                Ok(Some(node)) => {
+                Ok(Some(mut node)) => {
+                    self.assigned.complete(&mut node);
                     let parsed = Document::read(path, text, &node, hash, pool, &mut room);
                     plan.push((None, text.lines_before, Some(parsed)));
                 }

@@ -362,6 +362,52 @@ fn mesh_config(version: &str, spec: &Value) -> Value {
 }
 
 #[test]
+fn what_a_file_leaves_out_of_an_object_is_what_the_server_gave_it() {
+    let text = "\
+apiVersion: v1
+kind: List
+items:
+- apiVersion: v1
+  kind: Service
+  metadata: {name: web, namespace: shop}
+  spec: {selector: {app: web}, ports: [{port: 80}]}
+- apiVersion: v1
+  kind: Service
+  metadata: {name: alias, namespace: shop}
+  spec: {type: ExternalName, externalName: a.example}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: web, namespace: shop, labels: {app: web}}
+spec: {containers: [{name: web}]}
+";
+    let service = |name: &str, ip: &str| {
+        json!({
+            "metadata": { "name": name, "namespace": "shop", "resourceVersion": "1" },
+            "spec": { "clusterIP": ip, "clusterIPs": [ip], "ports": [{ "port": 81 }] },
+        })
+    };
+    let mut repository = Repository::new(options(Origin::Cluster));
+    for (kind, object) in [
+        (Kind::Service, service("web", "10.9.0.1")),
+        (Kind::Service, service("alias", "10.9.0.2")),
+        (Kind::Pod, pod("web", "enabled", "1")),
+    ] {
+        repository.assign(decode(kind, &object).0.node);
+    }
+    let outcome = repository.apply(&"shop.yaml".into(), Content::Bytes(text.as_bytes()));
+    let said: Vec<_> = outcome.diagnostics.iter().map(|d| d.code).collect();
+    assert_eq!(said, [Code::ExternalName]);
+    let mesh = model::Mesh::default().apply(outcome.changes);
+    let services: Vec<_> = mesh.services().collect();
+    assert_eq!(services.len(), 1, "{services:?}");
+    // The address is the server's, the port that of the file.
+    assert_eq!(services[0].ports[0].port, 80);
+    assert!(format!("{:?}", services[0].vips).contains("10.9.0.1"), "{:?}", services[0].vips);
+    assert_eq!(mesh.workloads().count(), 1);
+}
+
+#[test]
 fn a_policy_learns_that_its_provider_is_defined_and_that_it_is_gone() {
     let mut server = Server::new();
     let policy = json!({
@@ -392,6 +438,44 @@ fn a_policy_learns_that_its_provider_is_defined_and_that_it_is_gone() {
     assert!(!nobody(&server));
     server.set(Kind::MeshConfig, &mesh_config("2", &json!({})));
     assert!(server.codes(origin).contains(&Code::NamesNothing));
+}
+
+/// What a review says of a VirtualService without hosts that leads to services of one port and of two.
+fn of_a_delegate(route: &str) -> Vec<String> {
+    let service = |name: &str, ip: &str, ports: &str| {
+        format!(
+            "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: shop}}\nspec: {{clusterIP: {ip}, ports: {ports}}}\n"
+        )
+    };
+    let text = [
+        service("web", "10.9.0.1", "[{port: 80}]"),
+        service("two", "10.9.0.2", "[{name: a, port: 80}, {name: b, port: 81}]"),
+        "---\napiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {name: part, namespace: shop}\n".into(),
+        format!("spec: {{http: [{{route: [{{destination: {route}}}]}}]}}\n"),
+    ]
+    .concat();
+    let mut repository = Repository::new(options(Origin::Files));
+    repository.apply(&"shop.yaml".into(), Content::Bytes(text.as_bytes()));
+    let said = repository.review().into_iter().filter(|d| d.code == Code::NamesNothing);
+    said.map(|d| d.message).collect()
+}
+
+#[test]
+fn a_delegate_without_a_port_has_that_of_the_request_whatever_it_is() {
+    for fine in ["{host: web}", "{host: two}", "{host: two, port: {number: 81}}"] {
+        assert!(of_a_delegate(fine).is_empty(), "{fine}: {:?}", of_a_delegate(fine));
+    }
+    for (wrong, words) in [
+        ("{host: none}", "there is no service shop/none.shop.svc.cluster.local"),
+        ("{host: two, port: {number: 82}}", "has no port 82"),
+        ("{host: two, subset: v1}", "no DestinationRule makes the subset v1"),
+    ] {
+        assert!(
+            of_a_delegate(wrong).iter().any(|m| m.contains(words)),
+            "{wrong}: {:?}",
+            of_a_delegate(wrong)
+        );
+    }
 }
 
 #[test]
