@@ -180,7 +180,23 @@ impl Compiler {
         parent: Option<&Parent>,
         port: u16,
     ) -> Result<BackendRef, Unresolved> {
-        let wrong = |why, text: String| Unresolved { why, message: text.as_str().into() };
+        let (key, ports) = self.referred(draft, route, parent)?;
+        // Where no port is named, it is the only one, or the one that the request came to (VirtualService).
+        let only = || ports.first().filter(|_| ports.len() == 1).map_or(port, |p| p.port);
+        let port = draft.port.unwrap_or_else(only);
+        if !ports.iter().any(|p| p.port == port) {
+            return Err(unresolved(Why::NotFound, &format!("the service {key} has no port {port}")));
+        }
+        Ok(BackendRef::Service { service: key, port, subset: draft.subset.clone() })
+    }
+
+    /// The service that a back end's reference means, with its ports.
+    pub(super) fn referred(
+        &self,
+        draft: &BackendDraft,
+        route: &ObjectKey,
+        parent: Option<&Parent>,
+    ) -> Result<(ServiceKey, &[model::ServicePort]), Unresolved> {
         let key = match &draft.to {
             Reference::Unknown(reason) => {
                 return Err(Unresolved { why: Why::InvalidKind, message: reason.clone() });
@@ -191,7 +207,7 @@ impl Compiler {
                     let from = &route.namespace;
                     let text =
                         format!("no ReferenceGrant lets {from} refer to the Service {namespace}/{name}");
-                    return Err(wrong(Why::NotPermitted, text));
+                    return Err(unresolved(Why::NotPermitted, &text));
                 }
                 let service =
                     ObjectKey { kind: Kind::Service, namespace: namespace.clone(), name: name.clone() };
@@ -204,22 +220,15 @@ impl Compiler {
                     here
                 } else {
                     let first = self.hosts.named(host).next().cloned();
-                    first.ok_or_else(|| wrong(Why::NotFound, format!("there is no host {host}")))?
+                    first.ok_or_else(|| unresolved(Why::NotFound, &format!("there is no host {host}")))?
                 }
             }
         };
         let definition = self.services.get(&key).and_then(|e| e.definitions.first());
         let Some((_, definition)) = definition else {
-            return Err(wrong(Why::NotFound, format!("there is no service {key}")));
+            return Err(unresolved(Why::NotFound, &format!("there is no service {key}")));
         };
-        // Where no port is named, it is the only one, or the one that the request came to (VirtualService).
-        let ports = &definition.service.ports;
-        let only = || ports.first().filter(|_| ports.len() == 1).map_or(port, |p| p.port);
-        let port = draft.port.unwrap_or_else(only);
-        if !ports.iter().any(|p| p.port == port) {
-            return Err(wrong(Why::NotFound, format!("the service {key} has no port {port}")));
-        }
-        Ok(BackendRef::Service { service: key, port, subset: draft.subset.clone() })
+        Ok((key, &definition.service.ports))
     }
 
     /// Follows a change of how a service is spoken to.
@@ -297,6 +306,10 @@ fn with_retries(
         last = Some((std::mem::replace(route, new.clone()), new));
     }
     Some(RouteTable::new(entries))
+}
+
+fn unresolved(why: Why, text: &str) -> Unresolved {
+    Unresolved { why, message: text.into() }
 }
 
 /// The services that the routes of a port lead to, copies of requests included.

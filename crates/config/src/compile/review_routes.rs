@@ -107,10 +107,13 @@ impl Compiler {
             found.push(finding(Code::NamesNothing, message, "what it would take is answered with 404"));
         }
         for backend in self.virtual_services.backends(key) {
-            // Without a port it is that of the request, which may be any of the host's.
+            // Without a port it is that of the request, which may be any of the host's; of a delegate, who asks has the host.
             let port =
                 services.iter().find_map(|s| self.in_force(s)?.1.service.ports.first().map(|p| p.port));
-            let to = self.resolve(backend, key, None, backend.port.or(port).unwrap_or_default());
+            let to = match backend.port.or(port) {
+                Some(port) => self.resolve(backend, key, None, port).map(drop),
+                None => self.referred(backend, key, None).map(drop),
+            };
             match to {
                 Err(unresolved) => found.push(finding(
                     Code::NamesNothing,
@@ -218,11 +221,7 @@ impl Compiler {
     /// Whether a back end names a subset that no DestinationRule makes.
     fn missing_subset(&self, backend: &BackendDraft, key: &ObjectKey) -> Option<Finding> {
         let subset = backend.subset.as_ref()?;
-        let model::http::BackendRef::Service { service, .. } =
-            self.resolve(backend, key, None, backend.port.unwrap_or_default()).ok()?
-        else {
-            return None;
-        };
+        let (service, _) = self.referred(backend, key, None).ok()?;
         let root = &self.policies.settings().root_namespace;
         let traffic = self.destinations.traffic(&service, root);
         let known = traffic.is_some_and(|t| t.subsets.iter().any(|s| s.name == *subset));
