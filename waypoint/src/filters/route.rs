@@ -144,13 +144,9 @@ fn forwarding(route: Option<&Route>, backend: Option<&HeaderEdits>) -> Forwardin
     let retries = match route.and_then(|route| route.retry.as_ref()) {
         Some(retry) => (retry.attempts > 0).then(|| retries(retry)),
         // Where nothing is said: what has not reached an endpoint goes to another.
-        None => Some(Retries {
-            attempts: 2,
-            connect_failure: true,
-            refused_stream: true,
-            backoff: std::time::Duration::from_millis(25),
-            ..Retries::default()
-        }),
+        None => {
+            Some(Retries { attempts: 2, connect_failure: true, refused_stream: true, ..Retries::default() })
+        }
     };
     Forwarding { timeouts, retries, response_edits }
 }
@@ -191,8 +187,6 @@ fn retries(retry: &Retry) -> Retries {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]
@@ -214,7 +208,7 @@ mod tests {
                 attempts: 1,
                 on,
                 statuses: [418].into(),
-                backoff: Duration::ZERO,
+                backoff: None,
                 remote_localities: true,
                 other_hosts: true,
             })

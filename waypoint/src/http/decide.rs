@@ -274,8 +274,10 @@ pub struct Retries {
     pub statuses: Vec<u16>,
     /// These codes of gRPC, where the response has no body.
     pub grpc_codes: Vec<u8>,
-    /// The first pause is random up to this; each further one up to twice as long, ten times at most.
-    pub backoff: Duration,
+    /// The least pause before a further try. To it comes a random part, up to as long before the first of them and twice as long before
+    /// each that follows, nine times at most. Without it a pause is random from nothing up to 25 ms, twice that and so on, 250 ms at
+    /// most (Envoy's).
+    pub backoff: Option<Duration>,
     /// Whether the answer says that a rate limit was reached (`x-envoy-ratelimited`).
     pub rate_limited: bool,
     /// Whether further tries go to another locality, where there is one.

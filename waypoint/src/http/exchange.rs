@@ -370,12 +370,9 @@ impl Exchange<'_> {
         endpoints.pick(&call).map_err(|none| Failure::new(503, none.flag, none.detail, Class::Final))
     }
 
-    /// A random pause, which grows with each try.
+    /// A pause before a further try, see [`Retries::backoff`].
     async fn pause(&mut self, retries: &Retries) -> Result<(), Failure> {
-        let grown = retries.backoff.saturating_mul(1 << self.record.tries.saturating_sub(1).min(10));
-        let most = grown.min(retries.backoff.saturating_mul(10));
-        let nanos = u64::try_from(most.as_nanos()).unwrap_or(u64::MAX).max(1);
-        let until = Instant::now() + Duration::from_nanos(self.worker.random() % nanos);
+        let until = Instant::now() + retries.pause(self.record.tries, self.worker.random());
         poll_fn(|cx| {
             if self.poll_gone(cx).is_ready() {
                 return Poll::Ready(Err(Failure::CLIENT_GONE));

@@ -1,5 +1,7 @@
 //! Why a try of a request comes to nothing, what the client and the log are told of it, and when it is worth another try.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 
 use crate::http::decide::{Flag, Outcome, Response, Retries};
@@ -11,6 +13,11 @@ use crate::upstream::pool::{Lease, PoolError};
 
 /// What the log says where a connection was not made in time.
 const CONNECT_TIMEOUT: &str = "connection_timeout";
+
+/// How long the first pause is at most, where nothing is said (Envoy's `base_interval`).
+const BACKOFF: Duration = Duration::from_millis(25);
+/// No clock counts to what durations can be; no request lives so long.
+const LONGEST_PAUSE: Duration = Duration::from_secs(86_400);
 
 /// Why a try came to nothing.
 #[derive(Clone, Copy, Debug)]
@@ -124,6 +131,15 @@ impl Failure {
 }
 
 impl Retries {
+    /// The pause before the next try, after `tries` of them. `random` is any number.
+    pub(super) fn pause(&self, tries: u32, random: u64) -> Duration {
+        let (base, most) = self.backoff.map_or((BACKOFF, 10), |least| (least, 9));
+        let times = (1_u32 << tries.saturating_sub(1).min(10)).min(most);
+        let range = u64::try_from(base.saturating_mul(times).as_nanos()).unwrap_or(u64::MAX).max(1);
+        let part = Duration::from_nanos(random % range);
+        self.backoff.unwrap_or_default().saturating_add(part).min(LONGEST_PAUSE)
+    }
+
     pub(super) fn take(&self, class: Class) -> bool {
         match class {
             Class::Final => false,
@@ -202,5 +218,28 @@ mod tests {
         ] {
             assert_eq!(outcome(&Err(failure), &reply), expected, "{failure:?}");
         }
+    }
+
+    fn pauses(backoff: Option<Duration>, tries: u32) -> (Duration, Duration) {
+        let retries = Retries { backoff, ..Retries::default() };
+        let all: Vec<Duration> =
+            (0..10_000_u64).map(|n| retries.pause(tries, n.wrapping_mul(0x9e37_79b9_7f4a_7c15))).collect();
+        (all.iter().copied().min().unwrap_or_default(), all.iter().copied().max().unwrap_or_default())
+    }
+
+    #[test]
+    fn no_pause_is_shorter_than_was_written_and_each_may_be_longer_than_the_one_before() {
+        let millis = Duration::from_millis;
+        for (tries, most) in [(1, 200), (2, 300), (3, 500), (4, 900), (5, 1_000), (50, 1_000)] {
+            let (least, longest) = pauses(Some(millis(100)), tries);
+            assert!(least >= millis(100) && least < millis(110), "{tries}: {least:?}");
+            assert!(longest < millis(most) && longest > millis(most * 9 / 10), "{tries}: {longest:?}");
+        }
+        for (tries, most) in [(1, 25), (2, 50), (4, 200), (5, 250), (50, 250)] {
+            let (least, longest) = pauses(None, tries);
+            assert!(least < millis(1), "{tries}: {least:?}");
+            assert!(longest < millis(most) && longest > millis(most * 9 / 10), "{tries}: {longest:?}");
+        }
+        assert_eq!(pauses(Some(Duration::MAX), 3), (LONGEST_PAUSE, LONGEST_PAUSE));
     }
 }

@@ -625,7 +625,7 @@ async fn another_try_goes_to_another_locality_where_that_is_said() {
         let retries = Retries {
             attempts: 1,
             gateway_errors: true,
-            backoff: Duration::from_millis(1),
+            backoff: Some(Duration::from_millis(1)),
             remote_localities,
             ..Retries::default()
         };

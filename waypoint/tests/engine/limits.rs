@@ -22,7 +22,7 @@ fn by_default() -> Retries {
         attempts: 2,
         connect_failure: true,
         refused_stream: true,
-        backoff: Duration::from_millis(1),
+        backoff: Some(Duration::from_millis(1)),
         ..Retries::default()
     }
 }

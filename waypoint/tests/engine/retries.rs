@@ -17,7 +17,7 @@ fn retries(attempts: u32) -> Retries {
         connect_failure: true,
         reset: true,
         gateway_errors: true,
-        backoff: Duration::from_millis(1),
+        backoff: Some(Duration::from_millis(1)),
         ..Retries::default()
     }
 }
@@ -176,7 +176,7 @@ async fn the_free_try_after_a_dead_connection_has_no_pause() {
         attempts: 2,
         connect_failure: true,
         refused_stream: true,
-        backoff: Duration::MAX,
+        backoff: Some(Duration::MAX),
         ..Retries::default()
     };
     let proxy = through(in_turn(vec![target(once_each().await, Protocol::Http1)]), Some(default)).await;

@@ -402,7 +402,7 @@ fn read_retry(fields: &mut Fields<'_, '_>) -> Retry {
         attempts,
         on: if statuses.is_empty() { on } else { on.and(RetryOn::STATUSES).and(RetryOn::RESET) },
         statuses: statuses.into(),
-        backoff: backoff.unwrap_or(Duration::from_millis(25)),
+        backoff,
         remote_localities: true,
         other_hosts: true,
     }

@@ -794,6 +794,6 @@ pub(crate) fn read_retries(fields: &mut Fields<'_, '_>) -> (Retry, Option<Durati
     }
     let remote_localities = fields.boolean("retryRemoteLocalities").unwrap_or(false);
     let other_hosts = fields.boolean("retryIgnorePreviousHosts").unwrap_or(true);
-    let backoff = fields.take("backoff").and_then(go_duration).unwrap_or(Duration::from_millis(25));
+    let backoff = fields.take("backoff").and_then(go_duration);
     (Retry { attempts, on, statuses: statuses.into(), backoff, remote_localities, other_hosts }, per_try)
 }

@@ -493,8 +493,9 @@ pub struct Retry {
     pub on: RetryOn,
     /// Statuses that are.
     pub statuses: Box<[u16]>,
-    /// The shortest wait before the second try; it grows from there, with jitter. Envoy has 25 ms.
-    pub backoff: Duration,
+    /// The shortest wait before each further try; beyond it the wait is random, and grows with each. Without it a wait is random
+    /// from nothing on.
+    pub backoff: Option<Duration>,
     /// Whether tries may go to another locality than the first.
     pub remote_localities: bool,
     /// Whether a try goes to a host that was not tried before, where there is one.

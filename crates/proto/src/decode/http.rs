@@ -422,7 +422,7 @@ fn retry(r: &wire::Retry) -> Result<Retry, Fault> {
         // What is not known could be all that was asked for.
         on: RetryOn(on.ok_or_else(|| Fault::new("on", Problem::Number(r.on)))?),
         statuses: each(&r.statuses, "statuses", |status| port(*status, "value"))?,
-        backoff: needed_duration(r.backoff.as_ref(), "backoff")?,
+        backoff: duration(r.backoff.as_ref(), "backoff")?,
         remote_localities: r.remote_localities,
         other_hosts: r.other_hosts,
     })

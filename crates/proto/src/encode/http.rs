@@ -391,7 +391,7 @@ fn retries(retry: &Retry) -> wire::Retry {
         attempts: *attempts,
         on: on.0.into(),
         statuses: statuses.iter().map(|status| (*status).into()).collect(),
-        backoff: Some(duration(*backoff)),
+        backoff: backoff.map(duration),
         remote_localities: *remote_localities,
         other_hosts: *other_hosts,
     }

@@ -198,7 +198,7 @@ fn cors() -> BoxedStrategy<Cors> {
 
 fn retry() -> BoxedStrategy<Retry> {
     let flags = (any::<bool>(), any::<bool>());
-    (any::<u32>(), 0..1u16 << 14, list(any::<u16>()), duration(), flags)
+    (any::<u32>(), 0..1u16 << 14, list(any::<u16>()), option::of(duration()), flags)
         .prop_map(|(attempts, on, statuses, backoff, flags)| Retry {
             attempts,
             on: RetryOn(on),
