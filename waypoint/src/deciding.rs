@@ -188,6 +188,9 @@ impl Deciding {
         let seen = view(request, connection, decided.claims.as_deref());
         let found = port.find(&seen, &source).ok_or_else(no_route)?;
         let (route, matched) = (found.rules, found.matched);
+        if route.route.as_ref().is_some_and(|route| route.is_for_the_rest()) {
+            return Err(no_route());
+        }
         decided.route.clone_from(&route.route);
         decided.matched = found.position;
         let Some(of) = &route.route else {

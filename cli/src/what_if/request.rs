@@ -147,7 +147,8 @@ fn request(
         hop.route = Some("no routes: to the service itself".to_owned());
         return Ok(Some(itself(http, port)));
     }
-    let Some(selected) = port.routes.select(&request, &facts.view()) else {
+    let selected = port.routes.select(&request, &facts.view());
+    let Some(selected) = selected.filter(|selected| !selected.route.is_for_the_rest()) else {
         (hop.allowed, hop.route) = (false, Some("no route takes it: 404".to_owned()));
         return Ok(None);
     };

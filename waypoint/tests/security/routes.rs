@@ -115,3 +115,31 @@ async fn routes_change_the_answers_that_are_their_own() {
     // A fault is that of no request where it says no share of them.
     assert_eq!(get("/spared").await.0, 200);
 }
+
+#[tokio::test]
+async fn what_a_consumers_route_leaves_is_told_as_having_no_route() {
+    let route = "
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: mine, namespace: web}
+spec:
+  parentRefs: [{group: networking.istio.io, kind: ServiceEntry, name: shop, namespace: shop}]
+  rules:
+  - matches: [{path: {type: PathPrefix, value: /mine}}]
+    backendRefs: [{group: networking.istio.io, kind: Hostname, name: shop.example, port: 80}]
+";
+    let shop = external("shop", VIP, "http", echo().await);
+    let lab = Lab::new(&[&shop, route].concat(), Settings::default()).await;
+    assert_eq!(lab.ask("GET", "/mine", &[], "").await.0, 200);
+    assert_eq!(lab.ask("GET", "/other", &[], "").await.0, 404);
+    let lines = || String::from_utf8(lab.kept.0.lock().unwrap().clone()).unwrap();
+    let begin = tokio::time::Instant::now();
+    while lines().lines().count() < 2 {
+        assert!(begin.elapsed() < crate::lab::LONG, "{}", lines());
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    let line = lines().lines().find(|line| line.contains("/other")).unwrap().to_owned();
+    assert!(line.contains(r#""flags":"NR""#) && line.contains(r#""details":"route_not_found""#), "{line}");
+    assert!(!line.contains(r#""route":"#), "{line}");
+}

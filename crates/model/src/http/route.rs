@@ -54,6 +54,12 @@ impl Route {
             retry: None,
         }
     }
+
+    /// Whether it is no route that somebody wrote, but stands at a table's end for what none of them takes.
+    #[must_use]
+    pub fn is_for_the_rest(&self) -> bool {
+        self.id.kind == RouteKind::Default && matches!(self.action, RouteAction::Respond(_))
+    }
 }
 
 /// The place where a route is written: what logs, `why` and metrics name.
