@@ -62,7 +62,7 @@ pub async fn carry(
     mut input: BytesMut,
     mut connection: Connection,
 ) {
-    let mut record = record();
+    let mut record = Record::begun(tokio::time::Instant::now());
     let changed = front.deciding.changes();
     let hello = if asks_for_tls(front, &connection) {
         detect::hello(&mut tunnel, &mut input, front.detect_timeout).await
@@ -108,6 +108,9 @@ pub async fn carry(
             );
             let (failure, flag, detail) = refused.told();
             (record.flag, record.detail) = (flag, detail);
+            if let Refused::NoEndpoint(Flag::UpstreamConnectionFailure, why) = refused {
+                record.unconnected = Some(why.into());
+            }
             let carried =
                 Carried { mesh: &mesh, connection: &connection, decided: &decided, record: &record };
             telemetry.connection_failed(&carried, failure);
@@ -160,24 +163,6 @@ async fn pass(
         (Flag::DownstreamConnectionTermination, "downstream_remote_disconnect")
     } else {
         (Flag::UpstreamConnectionTermination, "upstream_reset")
-    }
-}
-
-/// The record of a connection that begins.
-fn record() -> Record {
-    Record {
-        started: tokio::time::Instant::now(),
-        status: 0,
-        flag: Flag::None,
-        detail: "",
-        retries_exhausted: false,
-        tries: 0,
-        target: None,
-        received: 0,
-        sent: 0,
-        grpc_status: None,
-        request_messages: 0,
-        response_messages: 0,
     }
 }
 

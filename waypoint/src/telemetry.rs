@@ -313,20 +313,8 @@ impl Telemetry {
         };
         self.refused.with(&[("status", label)]).inc();
         let decided = Decided { service, port: connection.destination.port(), ..Decided::default() };
-        let record = Record {
-            started: tokio::time::Instant::now(),
-            status,
-            flag: Flag::DownstreamProtocolError,
-            detail,
-            retries_exhausted: false,
-            tries: 0,
-            target: None,
-            received: 0,
-            sent: 0,
-            grpc_status: None,
-            request_messages: 0,
-            response_messages: 0,
-        };
+        let started = tokio::time::Instant::now();
+        let record = Record { status, flag: Flag::DownstreamProtocolError, detail, ..Record::begun(started) };
         let (request, response) = (RequestHead::default(), Fields::default());
         self.request_ended(mesh, (&request, &response), connection, &decided, &record);
     }

@@ -117,6 +117,7 @@ struct Request {
     endpoint: Option<SocketAddr>,
     endpoint_workload: Option<String>,
     hop: Option<String>,
+    upstream_error: Option<String>,
     #[serde(default)]
     attempts: u32,
     #[serde(default)]
@@ -264,7 +265,8 @@ fn explain(r: &Request) -> String {
     if let (Some(endpoint), Some(hop)) = (&r.endpoint, &r.hop) {
         let workload = r.endpoint_workload.as_deref().unwrap_or("(unknown workload)");
         let tries = if r.attempts > 1 { format!(", after {} attempts", r.attempts) } else { String::new() };
-        let _ = writeln!(text, "  hop   {workload} {endpoint} over {hop}{tries}");
+        let why = r.upstream_error.as_ref().map(|why| format!(": {why}")).unwrap_or_default();
+        let _ = writeln!(text, "  hop   {workload} {endpoint} over {hop}{tries}{why}");
     }
     if let Some(trace) = &r.trace {
         let _ = writeln!(text, "  trace {trace}");
@@ -290,7 +292,7 @@ mod tests {
             "decision": "allowed by policy shop/cart rule 0 clause 1.0",
             "asked": [{ "policy": "shop/opa", "provider": "opa", "answer": "allowed" }], "route": "HTTPRoute shop/r rule 1",
             "match": "path /items/*", "backend": "shop/cart.shop.svc.cluster.local:80",
-            "endpoint": "10.0.0.9:8080", "hop": "HBONE", "attempts": 3
+            "endpoint": "10.0.0.9:8080", "hop": "HBONE", "upstream_error": "connecting failed: refused", "attempts": 3
         }))
         .unwrap()
     }
@@ -327,7 +329,7 @@ mod tests {
             "GET cart.shop/items?id=7 HTTP/2, request ID r-1",
             "allowed by policy shop/cart rule 0 clause 1.0",
             "HTTPRoute shop/r rule 1: path /items/*",
-            "10.0.0.9:8080 over HBONE, after 3 attempts",
+            "10.0.0.9:8080 over HBONE, after 3 attempts: connecting failed: refused",
         ] {
             assert!(text.contains(part), "{part} is not in\n{text}");
         }

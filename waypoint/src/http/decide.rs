@@ -548,4 +548,28 @@ pub struct Record {
     pub request_messages: u64,
     /// Messages of gRPC in the response.
     pub response_messages: u64,
+    /// Why the last try got no connection to its endpoint, for instance what was wrong with the server's certificate.
+    pub unconnected: Option<Box<str>>,
+}
+
+impl Record {
+    /// Of a request or connection that began at `started`, and of which nothing has happened yet.
+    #[must_use]
+    pub fn begun(started: tokio::time::Instant) -> Self {
+        Self {
+            started,
+            status: 0,
+            flag: Flag::None,
+            detail: "",
+            retries_exhausted: false,
+            tries: 0,
+            target: None,
+            received: 0,
+            sent: 0,
+            grpc_status: None,
+            request_messages: 0,
+            response_messages: 0,
+            unconnected: None,
+        }
+    }
 }

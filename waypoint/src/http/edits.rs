@@ -215,6 +215,7 @@ pub fn command_value(command: &Command, facts: &Facts<'_>, response: Option<&Fie
         Command::Duration
         | Command::Status
         | Command::StatusDetails
+        | Command::Unconnected
         | Command::Flags
         | Command::GrpcStatus
         | Command::BytesReceived
@@ -235,6 +236,7 @@ fn recorded(command: &Command, record: &Record, out: &mut Vec<u8>) {
         Command::Duration => show(out, &record.started.elapsed().as_millis()),
         Command::Status => show(out, &record.status),
         Command::StatusDetails => out.extend_from_slice(record.detail.as_bytes()),
+        Command::Unconnected => show_some(out, record.unconnected.as_deref()),
         Command::Flags => show(out, &record.flag),
         Command::GrpcStatus => show_some(out, record.grpc_status),
         Command::BytesReceived => show(out, &record.received),

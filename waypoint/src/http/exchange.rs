@@ -104,20 +104,6 @@ pub(crate) async fn exchange(
     worker.stats.requests.inc();
     worker.stats.requests_now.inc();
     let idle = worker.settings.stream_idle_timeout;
-    let record = Record {
-        started,
-        status: 0,
-        flag: Flag::None,
-        detail: "",
-        retries_exhausted: false,
-        tries: 0,
-        target: None,
-        received: 0,
-        sent: 0,
-        grpc_status: None,
-        request_messages: 0,
-        response_messages: 0,
-    };
     let mut exchange = Exchange {
         worker,
         connection,
@@ -127,7 +113,7 @@ pub(crate) async fn exchange(
         framing,
         hop: Hop::default(),
         decided: Decided::default(),
-        record,
+        record: Record::begun(started),
         upload: Pump::new(framing == Framing::None),
         held: None,
         reply: ResponseHead::default(),
@@ -396,6 +382,7 @@ impl Exchange<'_> {
     ) -> Result<(Lease, Framing), Failure> {
         let timeouts = how.timeouts;
         self.this_try = Limit::new(timeouts.per_try, Instant::now(), timeouts.measured);
+        self.record.unconnected = None;
         let idle =
             if target.protocol == Protocol::Http1 && !fresh { self.worker.pool.idle(target) } else { None };
         let mut lease = match idle {
@@ -423,11 +410,15 @@ impl Exchange<'_> {
     async fn connect(&mut self, target: &Arc<Target>, fresh: bool) -> Result<Lease, Failure> {
         let worker = Arc::clone(self.worker);
         let mut request = std::mem::take(self.request);
+        let mut unconnected = None;
         let result = {
             let mut getting = Box::pin(self.way(&worker.pool, target, &request, fresh));
             poll_fn(|cx| {
                 if let Poll::Ready(result) = getting.as_mut().poll(cx) {
-                    return Poll::Ready(result.map_err(|error| Failure::of_pool(&error)));
+                    return Poll::Ready(result.map_err(|error| {
+                        unconnected = Some(error.to_string().into());
+                        Failure::of_pool(&error)
+                    }));
                 }
                 if self.poll_gone(cx).is_ready() {
                     return Poll::Ready(Err(Failure::CLIENT_GONE));
@@ -438,6 +429,7 @@ impl Exchange<'_> {
             .await
         };
         std::mem::swap(self.request, &mut request);
+        self.record.unconnected = unconnected;
         result
     }
 

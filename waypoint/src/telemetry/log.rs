@@ -276,6 +276,9 @@ fn own_line(text: &mut String, format: Format, ended: &Ended<'_>) {
     }
     line.text("flags", &ended.flags());
     line.text("details", ended.details());
+    if let Some(why) = &record.unconnected {
+        line.text("upstream_error", why);
+    }
     if let Some(route) = ended.route() {
         line.text("route", &route);
     }

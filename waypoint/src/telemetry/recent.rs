@@ -31,6 +31,8 @@ const YOUNG: Duration = Duration::from_secs(1);
 const ONE_IN: u64 = 16;
 /// The longest method, authority, path and request ID that are kept, in bytes.
 const LONGEST: [usize; 4] = [16, 256, 512, 128];
+/// Bytes of why an endpoint could not be reached, which may quote a certificate.
+const MOST_OF_A_REASON: usize = 512;
 
 /// The records.
 #[derive(Debug, Default)]
@@ -73,6 +75,8 @@ struct Kept {
     grpc_status: Option<u8>,
     flags: Cow<'static, str>,
     details: &'static str,
+    /// Why its endpoint could not be reached.
+    unconnected: Option<Box<str>>,
     bytes: (u64, u64),
     trace: Option<u128>,
 }
@@ -109,6 +113,11 @@ impl Request {
         let mut begin = 0;
         self.ends.map(|end| self.text.get(std::mem::replace(&mut begin, end)..end).unwrap_or_default())
     }
+}
+
+/// As much of a reason as is kept.
+fn short(why: &str) -> Box<str> {
+    why.get(..why.floor_char_boundary(MOST_OF_A_REASON)).unwrap_or_default().into()
 }
 
 fn own_shard() -> usize {
@@ -171,6 +180,7 @@ impl Recent {
             grpc_status: record.grpc_status,
             flags: ended.flags(),
             details: ended.details(),
+            unconnected: record.unconnected.as_deref().map(short),
             bytes: (record.received, record.sent),
             trace: decided.trace.as_ref().map(|trace| trace.trace),
         }
@@ -264,6 +274,7 @@ impl Kept {
             "endpoint": self.target.as_ref().map(|target| target.address.to_string()),
             "endpoint_workload": workload.map(|w| name_of(w)),
             "hop": self.target.as_ref().map(|_| if tunnelled { "HBONE" } else { "TCP" }),
+            "upstream_error": self.unconnected,
             "attempts": self.tries,
         })
     }

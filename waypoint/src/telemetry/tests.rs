@@ -128,20 +128,9 @@ fn record() -> Record {
         About { service: Some(service().service), port: 80, subset: None, workload: None, tunnelled: false };
     let target =
         Target { about: Some(Arc::new(about)), ..Target::new(address, Protocol::Http1, Carrier::Tcp) };
-    Record {
-        started: tokio::time::Instant::now(),
-        status: 200,
-        flag: Flag::None,
-        detail: "",
-        retries_exhausted: false,
-        tries: 1,
-        target: Some(Arc::new(target)),
-        received: 7,
-        sent: 1000,
-        grpc_status: None,
-        request_messages: 0,
-        response_messages: 0,
-    }
+    let target = Some(Arc::new(target));
+    let begun = Record::begun(tokio::time::Instant::now());
+    Record { status: 200, tries: 1, target, received: 7, sent: 1000, ..begun }
 }
 
 fn connection() -> Connection {

@@ -189,14 +189,14 @@ impl Origination {
         let [certificate, key, roots] = self.paths()?;
         let provider = Arc::new(aws_lc_rs::default_provider());
         let verifier: Arc<dyn ServerCertVerifier> = if self.settings.insecure_skip_verify {
-            Arc::new(Verifier { roots: None, names: Box::default(), provider: Arc::clone(&provider) })
+            Arc::new(Verifier { trusted: None, names: Box::default(), provider: Arc::clone(&provider) })
         } else {
-            let roots = match roots {
-                Some(path) if path.as_os_str() != SYSTEM => roots_of(&path)?,
-                _ => system_roots()?,
+            let trusted = match roots {
+                Some(path) if path.as_os_str() != SYSTEM => Trusted::read(&path)?,
+                _ => Trusted { roots: system_roots()?, written: Vec::new() },
             };
             let names = self.settings.subject_alt_names.clone();
-            Arc::new(Verifier { roots: Some(roots), names, provider: Arc::clone(&provider) })
+            Arc::new(Verifier { trusted: Some(trusted), names, provider: Arc::clone(&provider) })
         };
         let builder = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(versions(only_tls13))?
@@ -255,12 +255,44 @@ fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, Unusable> {
     file(path, PrivateKeyDer::from_pem_slice(&text))
 }
 
-fn roots_of(path: &Path) -> Result<RootCertStore, Unusable> {
-    let mut store = RootCertStore::empty();
-    for certificate in chain(path)? {
-        file(path, store.add(certificate))?;
+/// Who vouches for servers.
+#[derive(Debug)]
+struct Trusted {
+    roots: RootCertStore,
+    /// The certificates of a file, as they stand there. One of them may be the server's own: then it needs nobody to vouch for it,
+    /// also if it is one of a CA, as `openssl req -x509` makes them (OpenSSL, and so Envoy, take such).
+    written: Vec<CertificateDer<'static>>,
+}
+
+impl Trusted {
+    fn read(path: &Path) -> Result<Self, Unusable> {
+        let (mut roots, written) = (RootCertStore::empty(), chain(path)?);
+        for certificate in &written {
+            file(path, roots.add(certificate.clone()))?;
+        }
+        Ok(Self { roots, written })
     }
-    Ok(store)
+
+    /// Whether a server's certificate is one that is written, and in its time.
+    fn is_written(&self, certificate: &CertificateDer<'_>, now: UnixTime) -> Result<bool, rustls::Error> {
+        if !self.written.iter().any(|written| written == certificate) {
+            return Ok(false);
+        }
+        let malformed = CertificateError::BadEncoding;
+        let (_, parsed) = X509Certificate::from_der(certificate).map_err(|_| malformed.clone())?;
+        let (now, validity) = (i64::try_from(now.as_secs()).unwrap_or(i64::MAX), parsed.validity());
+        if now < validity.not_before.timestamp() {
+            return Err(CertificateError::NotValidYet.into());
+        }
+        if now > validity.not_after.timestamp() {
+            return Err(CertificateError::Expired.into());
+        }
+        let usage = parsed.extended_key_usage().map_err(|_| malformed)?;
+        if usage.is_some_and(|usage| !(usage.value.any || usage.value.server_auth)) {
+            return Err(CertificateError::InvalidPurpose.into());
+        }
+        Ok(true)
+    }
 }
 
 fn system_roots() -> Result<RootCertStore, Unusable> {
@@ -278,7 +310,7 @@ fn system_roots() -> Result<RootCertStore, Unusable> {
 #[derive(Debug)]
 struct Verifier {
     /// Whom we trust; `None` is anybody.
-    roots: Option<RootCertStore>,
+    trusted: Option<Trusted>,
     /// Names of which the certificate has to have one; empty is the name that was sent.
     names: Box<[Str]>,
     provider: Arc<CryptoProvider>,
@@ -293,10 +325,13 @@ impl ServerCertVerifier for Verifier {
         _ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        let Some(roots) = &self.roots else { return Ok(ServerCertVerified::assertion()) };
+        let Some(trusted) = &self.trusted else { return Ok(ServerCertVerified::assertion()) };
         let certificate = ParsedCertificate::try_from(end_entity)?;
         let algorithms = self.provider.signature_verification_algorithms.all;
-        verify_server_cert_signed_by_trust_anchor(&certificate, roots, intermediates, now, algorithms)?;
+        if !trusted.is_written(end_entity, now)? {
+            let roots = &trusted.roots;
+            verify_server_cert_signed_by_trust_anchor(&certificate, roots, intermediates, now, algorithms)?;
+        }
         if self.names.is_empty() {
             verify_server_name(&certificate, server_name)?;
         } else if !self.names.iter().any(|name| has_name(&certificate, end_entity, name)) {

@@ -6,7 +6,10 @@ use std::time::Duration;
 
 use model::http::{TlsOrigination, TrafficPolicy};
 use model::{Change, Settings, Str, TlsVersion};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, SanType};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair, SanType,
+    date_time_ymd,
+};
 use rustls::ServerConfig;
 use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use tempfile::TempDir;
@@ -58,27 +61,88 @@ impl Authority {
             true => builder.unwrap().with_client_cert_verifier(verifier.build().unwrap()),
             false => builder.unwrap().with_no_client_auth(),
         };
-        let mut config = builder.with_single_cert(vec![certificate.der().clone()], key).unwrap();
-        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        tokio::spawn(async move {
-            while let Ok((tcp, _)) = listener.accept().await {
-                let Ok(mut stream) = acceptor.accept(tcp).await else { continue };
-                let facts = stream.get_ref().1;
-                let sni = facts.server_name().unwrap_or("-").to_owned();
-                let alpn = String::from_utf8_lossy(facts.alpn_protocol().unwrap_or(b"-")).into_owned();
-                let body = format!("{sni} {alpn} {}", facts.peer_certificates().is_some());
-                let mut request = [0; 1024];
-                if stream.read(&mut request).await.is_ok() {
-                    let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len());
-                    let _ = stream.write_all((head + &body).as_bytes()).await;
-                    let _ = stream.shutdown().await;
-                }
+        serving(builder.with_single_cert(vec![certificate.der().clone()], key).unwrap()).await
+    }
+}
+
+/// A server that says what it was asked for, and whether by somebody with a certificate.
+async fn serving(mut config: ServerConfig) -> SocketAddr {
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((tcp, _)) = listener.accept().await {
+            let Ok(mut stream) = acceptor.accept(tcp).await else { continue };
+            let facts = stream.get_ref().1;
+            let sni = facts.server_name().unwrap_or("-").to_owned();
+            let alpn = String::from_utf8_lossy(facts.alpn_protocol().unwrap_or(b"-")).into_owned();
+            let body = format!("{sni} {alpn} {}", facts.peer_certificates().is_some());
+            let mut request = [0; 1024];
+            if stream.read(&mut request).await.is_ok() {
+                let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len());
+                let _ = stream.write_all((head + &body).as_bytes()).await;
+                let _ = stream.shutdown().await;
             }
-        });
-        address
+        }
+    });
+    address
+}
+
+/// A certificate that has signed itself, one of a CA as `openssl req -x509` makes them; and a server that shows it.
+async fn self_signed(name: &str, change: impl FnOnce(&mut CertificateParams)) -> (String, SocketAddr) {
+    let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    change(&mut params);
+    let key = KeyPair::generate().unwrap();
+    let certificate = params.self_signed(&key).unwrap();
+    let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let builder = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+    let chain = vec![certificate.der().clone()];
+    let config = builder.unwrap().with_no_client_auth().with_single_cert(chain, key).unwrap();
+    (certificate.pem(), serving(config).await)
+}
+
+#[tokio::test]
+async fn a_servers_own_certificate_may_be_written_and_why_another_is_refused_is_recorded() {
+    let directory = tempfile::tempdir().unwrap();
+    let written = directory.path().join("server.crt");
+    let (pem, address) = self_signed("cart.test", |_| {}).await;
+    let (other, _) = self_signed("cart.test", |_| {}).await;
+    let (misnamed, elsewhere) = self_signed("other.test", |_| {}).await;
+    let (expired, past) = self_signed("cart.test", |params| {
+        (params.not_before, params.not_after) = (date_time_ymd(2020, 1, 1), date_time_ymd(2020, 2, 1));
+    })
+    .await;
+    let (unready, future) = self_signed("cart.test", |params| {
+        (params.not_before, params.not_after) = (date_time_ymd(2090, 1, 1), date_time_ymd(2090, 2, 1));
+    })
+    .await;
+    let (of_clients, misused) = self_signed("cart.test", |params| {
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+    })
+    .await;
+    for (pem, address, refusal) in [
+        (&pem, address, None),
+        (&(other.clone() + &pem), address, None),
+        (&other, address, Some("invalid peer certificate")),
+        (&misnamed, elsewhere, Some("other.test")),
+        (&expired, past, Some("Expired")),
+        (&unready, future, Some("NotValidYet")),
+        (&of_clients, misused, Some("InvalidPurpose")),
+    ] {
+        std::fs::write(&written, pem).unwrap();
+        let files = Some((None, None, Some(Str::from(written.to_str().unwrap()))));
+        let tls = TlsOrigination { files, ..TlsOrigination::default() };
+        let world = World::new(&[address], TrafficPolicy { tls: Some(Box::new(tls)), ..round_robin() });
+        let proxy = world.proxy().await;
+        let status = proxy.connect().await.ask(get("/")).await.status();
+        assert_eq!(status, if refusal.is_some() { 503 } else { 200 }, "{refusal:?}");
+        let records = proxy.wait_records(1).await;
+        let said = records[0].unconnected.as_deref();
+        assert_eq!(said.is_some(), refusal.is_some(), "{said:?}");
+        assert!(said.unwrap_or_default().contains(refusal.unwrap_or_default()), "{said:?}, not {refusal:?}");
     }
 }
 

@@ -55,6 +55,8 @@ pub enum Command {
     Status,
     /// `RESPONSE_CODE_DETAILS`
     StatusDetails,
+    /// `UPSTREAM_TRANSPORT_FAILURE_REASON`: why there was no connection to the endpoint.
+    Unconnected,
     /// `RESPONSE_FLAGS`
     Flags,
     /// `GRPC_STATUS`, and `GRPC_STATUS_NUMBER`
@@ -201,8 +203,8 @@ fn command_of(text: &str) -> Option<Command> {
         "ROUTE_NAME" => Command::Route,
         "HOSTNAME" => Command::Host,
         "TRACE_ID" => Command::Trace,
-        "UPSTREAM_TRANSPORT_FAILURE_REASON"
-        | "CONNECTION_TERMINATION_DETAILS"
+        "UPSTREAM_TRANSPORT_FAILURE_REASON" => Command::Unconnected,
+        "CONNECTION_TERMINATION_DETAILS"
         | "UPSTREAM_LOCAL_ADDRESS"
         | "DOWNSTREAM_PEER_SUBJECT"
         | "DOWNSTREAM_PEER_FINGERPRINT_256"

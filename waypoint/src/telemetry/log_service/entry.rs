@@ -58,6 +58,8 @@ struct Common {
     upstream_cluster: String,
     #[prost(bytes = "vec", optional, tag = "16")]
     response_flags: Option<Vec<u8>>,
+    #[prost(string, tag = "18")]
+    upstream_transport_failure_reason: String,
     #[prost(string, tag = "19")]
     route_name: String,
     #[prost(message, optional, tag = "20")]
@@ -198,6 +200,7 @@ fn common(ended: &Ended<'_>) -> Common {
         upstream_remote_address: record.target.as_ref().map(|target| address(target.address)),
         upstream_cluster: ended.cluster().unwrap_or_default(),
         response_flags: flags(&ended.flags()),
+        upstream_transport_failure_reason: record.unconnected.as_deref().map(cut).unwrap_or_default(),
         route_name: ended.route().unwrap_or_default(),
         downstream_direct_remote_address: Some(client),
         duration: duration(ended.duration),
