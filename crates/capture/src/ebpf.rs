@@ -18,7 +18,8 @@ mod ends;
 mod network;
 mod routes;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
+use std::net::SocketAddr;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -38,9 +39,9 @@ use crate::tool::Tools;
 use ends::{Ends, Wanted};
 use network::Network;
 
-/// So often, at enrolment, what lives is marked while connections are being made, and so long is waited between: together longer
-/// than an answer takes within a region.
-const LOOKS: u32 = 20;
+/// So often what lives is marked, when a pod comes or leaves, while connections are being made, and so long is waited between:
+/// together longer than an answer takes within a region, or a packet waits for a busy processor.
+const LOOKS: u32 = 50;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(5);
 /// What has to be on, and is put back when the pod leaves: sockets take the mark of the packet that makes them; answers without
 /// a socket take that of what they answer; the mark counts when it is asked whether a source is to be believed.
@@ -349,14 +350,7 @@ impl Programs {
     /// Gives a pod that is being changed the routes to ztunnel, and what was made meanwhile its mark.
     fn redirect(&self, netns: &Netns, routes: &routes::Wanted) -> Result<(), Error> {
         apply(routes, netns)?;
-        for _ in 0..LOOKS {
-            mark(netns, false)?;
-            if !are_being_made(netns)? {
-                break;
-            }
-            std::thread::sleep(BETWEEN_LOOKS);
-        }
-        Ok(())
+        mark_made(netns, false)
     }
 
     /// Gives a pod its own routes back for what is new. What ztunnel carries keeps its own by a mark: also what was made after the
@@ -367,7 +361,7 @@ impl Programs {
             pod.let_out()?;
         }
         routes.apply(netns)?;
-        mark(netns, true)
+        mark_made(netns, true)
     }
 
     /// Looks whether the pod may be an end of connections that no proxy carries.
@@ -408,13 +402,31 @@ fn apply(routes: &routes::Wanted, netns: &Netns) -> Result<(), Error> {
     }
 }
 
-/// Whether there are connections without a mark of ours that are not there yet: such a socket is marked when it is.
-fn are_being_made(netns: &Netns) -> Result<bool, Error> {
+/// [`mark`] after a change of routes, as soon as what was being made by the old ones is there; what is begun meanwhile goes by the
+/// new ones. Until it has its mark the guard drops what a connection says, which is sent again.
+fn mark_made(netns: &Netns, carried: bool) -> Result<(), Error> {
+    let mut begun = being_made(netns)?;
+    for _ in 0..LOOKS {
+        mark(netns, carried)?;
+        if begun.is_empty() {
+            return Ok(());
+        }
+        std::thread::sleep(BETWEEN_LOOKS);
+        // Looked at before they are marked: one that is made in between has its mark by the next look.
+        let now = being_made(netns)?;
+        begun.retain(|connection| now.contains(connection));
+    }
+    mark(netns, carried)
+}
+
+/// The connections without a mark of ours that are not there yet: such a socket is marked when it is.
+fn being_made(netns: &Netns) -> Result<HashSet<(SocketAddr, SocketAddr)>, Error> {
     let failed = |source| Error::Netlink { action: "list the connections", netns: netns.to_string(), source };
     let all = sock_diag::connections(netns).map_err(failed)?;
-    Ok(all
-        .iter()
-        .any(|socket| !is_ours(socket) && matches!(socket.state, TcpState::SynSent | TcpState::SynReceived)))
+    let is_being_made =
+        |socket: &&sock_diag::Connection| matches!(socket.state, TcpState::SynSent | TcpState::SynReceived);
+    let open = all.iter().filter(|socket| !is_ours(socket)).filter(is_being_made);
+    Ok(open.map(|socket| (socket.local, socket.peer)).collect())
 }
 
 /// Whether it has a mark of ours already. Applications may have given it one of their own.

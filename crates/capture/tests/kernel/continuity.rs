@@ -1,11 +1,12 @@
 //! Connections that are alive when capture comes and goes.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use capture::{Ports, Rules};
+use net::sock_diag::{self, TcpState};
 use net::{ConnectOptions, Netns};
 use tokio::io::AsyncReadExt;
 use tokio::task::JoinHandle;
@@ -138,6 +139,55 @@ fn connections_made_while_their_pod_comes_and_leaves_are_not_lost() {
             talkers.go_on().await;
             talkers.end().await;
         }
+    });
+}
+
+/// A machine so busy that the handshake with ztunnel takes longer than the change of routes: here packets wait on the loopback device.
+#[test]
+fn a_connection_that_is_being_made_while_its_pod_leaves_is_not_lost() {
+    each_case("a_connection_that_is_being_made_while_its_pod_leaves_is_not_lost", async |case: Case| {
+        let lab = two_nodes();
+        let (server, client) = (lab.pod("server"), lab.pod("client"));
+        let capture = case.capture();
+        start_app(&client.netns, 9090);
+        let ztunnel = FakeZtunnel::start(&server.netns);
+        let leaving = Rules { leaving: true, ..Rules::default() };
+        let tbf = |action: &str, rate: &str| {
+            server
+                .shell(&format!("tc qdisc {action} dev lo root tbf rate {rate} burst 1600 latency 5s"))
+                .unwrap();
+        };
+        let (mut carried, to) = (0, case.addr(client, 9090));
+        for _ in 0..12 {
+            capture.install(&server.netns, &Rules::default()).unwrap();
+            // Two milliseconds for a byte, once a long packet has taken what may pass at once: the first packet of the handshake passes,
+            // and the second, of 74 or 94 bytes, waits.
+            tbf("add", "4kbit");
+            let long = || {
+                let socket = UdpSocket::bind("127.0.0.1:0")?;
+                socket.send_to(&[0; 1540], socket.local_addr()?)
+            };
+            server.netns.run(long).unwrap().unwrap();
+            tokio::time::sleep(Duration::from_millis(if case.v6 { 190 } else { 150 })).await;
+            let netns = server.netns.clone();
+            let dialled = tokio::spawn(async move { dial(&netns, to).await });
+            tokio::time::sleep(Duration::from_millis(2)).await;
+            let all = sock_diag::connections(&server.netns).unwrap();
+            let is_begun = all.iter().any(|socket| socket.peer == to && socket.state == TcpState::SynSent);
+            capture.install(&server.netns, &leaving).unwrap();
+            let mut stream = dialled.await.unwrap().unwrap();
+            tbf("change", "100mbit");
+            greeting(&mut stream).await;
+            echo(&mut stream, "made meanwhile").await;
+            server.shell("tc qdisc del dev lo root").unwrap();
+            let port = stream.local_addr().unwrap().port();
+            let is_carried = ztunnel.taken().iter().any(|taken| taken.peer.port() == port);
+            carried += u32::from(is_begun && is_carried);
+            if carried == 2 {
+                return;
+            }
+        }
+        panic!("no connection was being made with ztunnel: {carried}");
     });
 }
 
