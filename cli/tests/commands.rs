@@ -226,6 +226,34 @@ fn what_if_decides_over_requests_where_a_waypoint_does() {
 }
 
 #[test]
+fn what_if_tells_tls_that_a_waypoint_begins_from_plaintext() {
+    let outside = "apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {name: front, namespace: shop, labels: {istio.io/use-waypoint: gate}}
+spec:
+  hosts: [front.example]
+  addresses: [10.96.0.201]
+  location: MESH_EXTERNAL
+  resolution: STATIC
+  ports: [{number: 80, name: http, protocol: HTTP, targetPort: 443}, {number: 81, name: http-b, protocol: HTTP}]
+  endpoints: [{address: 192.0.2.9}]
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: front, namespace: shop}
+spec:
+  host: front.example
+  trafficPolicy: {portLevelSettings: [{port: {number: 80}, tls: {mode: SIMPLE}}]}
+";
+    let files = Files::new(&[("mesh.yaml", MESH), ("routed.yaml", ROUTED), ("outside.yaml", outside)]);
+    for (port, carried, to) in [("80", "tls", "192.0.2.9:443"), ("81", "plaintext", "192.0.2.9:81")] {
+        let (code, answers) = what_if(&files.dir(), "shop/batch", "front.example", port, &["--path", "/"]);
+        let hop = answers[0]["endpoints"].as_array().unwrap().last().unwrap();
+        assert_eq!((code, &hop["address"], &hop["carried"]), (0, &to.into(), &carried.into()), "{answers:?}");
+    }
+}
+
+#[test]
 fn what_if_says_what_a_changed_file_changes() {
     let files = Files::new(&[("mesh.yaml", MESH), ("policy.yaml", &policy("batch"))]);
     // The same object in a file of another name takes its place; so does a file of the same name.

@@ -316,9 +316,13 @@ fn endpoints(compiled: &Compiled, http: &HttpService, forward: &Forward) -> Vec<
         let found = set.as_slice().iter().filter(|e| of_subset(mesh, service, subset.as_ref(), &e.workload));
         let found = found.filter_map(|e| Some((&e.workload, set.target_port(e, port)?)));
         let before = verdicts.len();
-        verdicts.extend(found.map(|(workload, target)| Verdict {
-            route: Some(format!("{service}:{port}, {share}")),
-            ..decide(compiled, &waypoint, workload, target)
+        let begins_tls =
+            mesh.traffic(service).is_some_and(|t| t.policy(port, subset.as_deref()).tls.is_some());
+        verdicts.extend(found.map(|(workload, target)| {
+            let decided = decide(compiled, &waypoint, workload, target);
+            // The waypoint's own, as a DestinationRule says.
+            let carried = if begins_tls && decided.carried == "plaintext" { "tls" } else { decided.carried };
+            Verdict { route: Some(format!("{service}:{port}, {share}")), carried, ..decided }
         }));
         if verdicts.len() == before {
             let subset = subset.as_ref().map(|s| format!(" in subset {s}")).unwrap_or_default();
