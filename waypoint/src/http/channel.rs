@@ -131,6 +131,14 @@ impl Channel {
         }
     }
 
+    /// Ready when so little of what was sent waits that more should be read for it.
+    pub(crate) fn poll_wanting(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Self::H1(wire) => wire.poll_room(cx),
+            Self::H2(_) => Poll::Ready(Ok(())),
+        }
+    }
+
     /// Sends data that [`Channel::poll_room`] has allowed.
     pub(crate) fn send(&mut self, data: Bytes) -> io::Result<()> {
         match self {

@@ -158,8 +158,9 @@ impl AsyncWrite for Io {
 
 /// What is read at a time, where nothing says that more will come.
 pub(crate) const BUFFER: usize = 16 * 1024;
-/// What is read at a time from a peer that fills its buffer.
-pub(crate) const LARGE_BUFFER: usize = 64 * 1024;
+/// The most that is read at a time: four times as much after each read that filled its buffer. Each piece that is passed on
+/// wakes who it is for, so that large ones cost both ends less.
+pub(crate) const LARGE_BUFFER: usize = 256 * 1024;
 /// Buffers that a thread keeps: more than are ever read into at a time; 1 MiB at the most.
 const KEPT: usize = 64;
 

@@ -82,6 +82,8 @@ pub(crate) struct Pump {
     pub messages: Option<Messages>,
     /// Whether anything moved since it was last asked.
     pub moved: bool,
+    /// Whether it waits for the other side to take what was read.
+    blocked: bool,
     /// Fields that trailers may not have.
     barred: Vec<model::Str>,
 }
@@ -182,6 +184,7 @@ impl Pump {
         self.kept.iter_mut().for_each(Kept::close);
         self.again = self.kept.iter().flat_map(|kept| kept.parts.iter().cloned()).collect();
         self.pending = Bytes::new();
+        self.blocked = false;
         self.done = empty;
     }
 
@@ -204,9 +207,9 @@ impl Pump {
         self.copies.iter().flatten().for_each(|copy| copy.end(self.trailers.as_deref()));
     }
 
-    /// Whether what was read waits for the other side to take it.
+    /// Whether it waits for the other side to take what was read.
     pub(crate) fn is_blocked(&self) -> bool {
-        !self.pending.is_empty()
+        self.blocked
     }
 
     /// Whether the end was read.
@@ -223,6 +226,7 @@ impl Pump {
     ) -> Poll<Result<(), PumpError>> {
         let turn = self.bytes + TURN as u64;
         loop {
+            self.blocked = true;
             if !self.pending.is_empty() {
                 let room = ready!(to.poll_room(cx, self.pending.len())).map_err(PumpError::To)?;
                 let data = self.pending.split_to(room);
@@ -250,6 +254,9 @@ impl Pump {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             } else {
+                // What was sent goes first: nothing is read for a peer that does not take what there is.
+                ready!(to.poll_wanting(cx)).map_err(PumpError::To)?;
+                self.blocked = false;
                 match from.poll_frame(cx) {
                     Poll::Ready(frame) => self.take(frame.map_err(PumpError::From)?, from),
                     Poll::Pending => {
@@ -313,12 +320,12 @@ mod tests {
 
     use std::future::poll_fn;
 
-    use tokio::io::{AsyncWriteExt, duplex};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 
     use super::*;
     use crate::http::head::RequestHead;
-    use crate::http::io::{Buffers, Io};
-    use crate::http::wire::Wire;
+    use crate::http::io::{Buffers, Io, LARGE_BUFFER};
+    use crate::http::wire::{OUTPUT_LIMIT, Wire};
 
     /// A request whose body comes byte by byte.
     async fn in_bytes(count: usize) -> Channel {
@@ -342,6 +349,29 @@ mod tests {
         let mut head = RequestHead::default();
         poll_fn(|cx| wire.poll_request(cx, &mut head)).await.unwrap();
         Channel::H1(wire)
+    }
+
+    #[tokio::test]
+    async fn reads_grow_and_nothing_is_read_for_who_takes_nothing() {
+        let (mut client, io) = duplex(4 * LARGE_BUFFER);
+        client.write_all(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n").await.unwrap();
+        client.write_all(&[b'x'; 1_000_000]).await.unwrap();
+        let mut wire = Wire::new(Io::Layered(Box::new(io)), &Buffers::default());
+        poll_fn(|cx| wire.poll_request(cx, &mut RequestHead::default())).await.unwrap();
+        let (mut from, mut pump) = (Channel::H1(wire), Pump::new(false));
+        let (to, mut server) = duplex(1000);
+        let mut to = Channel::H1(Wire::new(Io::Layered(Box::new(to)), &Buffers::default()));
+        let mut most = 0;
+        let passed = poll_fn(|cx| {
+            let polled = pump.poll(cx, &mut from, &mut to);
+            most = most.max(pump.held() + from.held() + to.held());
+            polled
+        });
+        let mut taken = vec![0; 1_000_000];
+        let (passed, read) = tokio::join!(passed, server.read_exact(&mut taken));
+        assert!(passed.is_ok() && read.is_ok());
+        assert!(most < LARGE_BUFFER + OUTPUT_LIMIT, "{most}");
+        assert!(most > LARGE_BUFFER - 1000, "{most}");
     }
 
     #[tokio::test]

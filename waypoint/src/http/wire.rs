@@ -15,7 +15,7 @@ use crate::http::head::{Fields, MAX_HEAD, RequestHead, ResponseHead, write_line}
 use crate::http::io::{BUFFER, Buffers, Io, LARGE_BUFFER};
 
 /// What may wait to be written before no more is taken.
-const OUTPUT_LIMIT: usize = 64 * 1024;
+pub(crate) const OUTPUT_LIMIT: usize = 64 * 1024;
 
 /// Why a message did not come.
 #[derive(Debug, thiserror::Error)]
@@ -135,7 +135,7 @@ impl Wire {
             self.ended = count == 0;
             self.received += count as u64;
             if count == room {
-                self.read_size = LARGE_BUFFER;
+                self.read_size = (self.read_size * 4).min(LARGE_BUFFER);
             }
         }
         if self.input.is_empty() {
