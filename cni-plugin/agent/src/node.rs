@@ -29,20 +29,19 @@ mod slot;
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use capture::Capture;
 use serde_json::{Value, json};
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, Semaphore, watch};
 
 pub use self::add::{AddRequest, Answer, Refusal};
 pub use self::release::clean_up;
 use self::slot::{Slot, State};
 use crate::cluster::{Api, Cluster};
 use crate::metrics::Metrics;
-use crate::pod::Places;
+use crate::pod::{Places, Pod};
 use crate::probes::KubeletProbes;
 use crate::record::Record;
 use crate::zds::Ztunnels;
@@ -115,10 +114,11 @@ pub struct Parts {
 pub struct Node {
     parts: Parts,
     slots: Mutex<HashMap<String, Arc<Slot>>>,
-    /// Those of pods that are being added, by uid.
-    starting: Mutex<HashMap<String, Weak<Slot>>>,
+    /// These and those that somebody still works on, by uid: what is forgotten meanwhile, or is not among them yet. So all who
+    /// work on a pod take turns.
+    living: Mutex<HashMap<String, Weak<Slot>>>,
     /// The sandboxes that are being added, by id, and whether they have ended meanwhile.
-    adding: Mutex<HashMap<String, Arc<AtomicBool>>>,
+    adding: Mutex<HashMap<String, Arc<watch::Sender<bool>>>>,
     /// When annotations are written again, by uid.
     annotations: Mutex<HashMap<String, reconcile::Writing>>,
     /// Excluded namespaces with labels, which users were told of.
@@ -140,7 +140,7 @@ impl Node {
         Self {
             parts,
             slots: Mutex::default(),
-            starting: Mutex::default(),
+            living: Mutex::default(),
             adding: Mutex::default(),
             annotations: Mutex::default(),
             said_excluded: Mutex::default(),
@@ -161,7 +161,7 @@ impl Node {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn adding(&self) -> MutexGuard<'_, HashMap<String, Arc<AtomicBool>>> {
+    fn adding(&self) -> MutexGuard<'_, HashMap<String, Arc<watch::Sender<bool>>>> {
         self.adding.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -171,6 +171,18 @@ impl Node {
 
     fn slot(&self, uid: &str) -> Option<Arc<Slot>> {
         self.slots().get(uid).cloned()
+    }
+
+    /// A slot for a pod that has none, unless somebody still works on one: then that.
+    fn new_slot(&self, pod: &Pod, state: State) -> Result<Arc<Slot>, Arc<Slot>> {
+        let mut living = self.living.lock().unwrap_or_else(PoisonError::into_inner);
+        living.retain(|_, slot| slot.strong_count() > 0);
+        if let Some(slot) = living.get(&pod.identity.uid).and_then(Weak::upgrade) {
+            return Err(slot);
+        }
+        let slot = Arc::new(Slot::new(pod.clone(), state));
+        living.insert(slot.uid.clone(), Arc::downgrade(&slot));
+        Ok(slot)
     }
 
     /// Whether this is what is known of its pod, and has not been let go of.

@@ -2,11 +2,12 @@
 
 use std::net::IpAddr;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use net::Netns;
 use serde::Deserialize;
+use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::Node;
 use super::enrol::{EnrolError, Manner, Target};
@@ -95,13 +96,13 @@ impl Refusal {
 struct Adding {
     node: Arc<Node>,
     container: String,
-    is_ended: Arc<AtomicBool>,
+    is_ended: Arc<watch::Sender<bool>>,
 }
 
 impl Adding {
     /// Of this sandbox, which ends where a DEL of it comes from now on.
     fn begin(node: &Arc<Node>, container: &str) -> Self {
-        let is_ended = Arc::<AtomicBool>::default();
+        let is_ended = Arc::new(watch::Sender::new(false));
         if !container.is_empty() {
             node.adding().insert(container.to_owned(), is_ended.clone());
         }
@@ -109,7 +110,13 @@ impl Adding {
     }
 
     fn is_ended(&self) -> bool {
-        self.is_ended.load(Ordering::SeqCst)
+        *self.is_ended.borrow()
+    }
+
+    /// Until the sandbox has ended.
+    async fn ended(&self) {
+        // The sender is `self`'s.
+        let _ = self.is_ended.subscribe().wait_for(|is_ended| *is_ended).await;
     }
 }
 
@@ -177,8 +184,19 @@ impl Node {
             return Err(ended());
         }
         let container = (!request.container_id.is_empty()).then(|| request.container_id.clone());
+        if container.is_some() {
+            // A DEL of an earlier sandbox, which comes late, is none of this one.
+            let mut inner = slot.inner();
+            (inner.container, inner.added) = (container.clone(), Some(Instant::now()));
+        }
         let target = Target { pod, netns, addresses, container };
-        if let Err(error) = self.enrol(&slot, target, Manner::Starting).await {
+        let enrolled = tokio::select! {
+            biased;
+            enrolled = self.enrol(&slot, target, Manner::Starting) => enrolled,
+            // Another sandbox of the pod may wait for its turn.
+            () = adding.ended() => return Err(ended()),
+        };
+        if let Err(error) = enrolled {
             let code = if matches!(error, EnrolError::Annotation(_)) { INVALID } else { TRY_AGAIN_LATER };
             return Err(Refusal { code, ..waits(&error) });
         }
@@ -250,19 +268,10 @@ impl Node {
         Ok(self.parts.cluster.note_namespace(namespace, known.as_ref(), mode))
     }
 
-    /// The slot of a pod. A new one is not among the others yet, but one for all who add the pod: of two sandboxes the
-    /// earlier one's may still be at work.
+    /// The slot of a pod. A new one is not among the others yet.
     fn slot_for(&self, pod: &Pod) -> Arc<Slot> {
-        let mut starting = self.starting.lock().unwrap_or_else(PoisonError::into_inner);
-        starting.retain(|_, slot| slot.strong_count() > 0);
-        let known = self.slot(&pod.identity.uid);
-        let known = known.or_else(|| starting.get(&pod.identity.uid)?.upgrade());
-        known.unwrap_or_else(|| {
-            let state = State::failed(0, "it is about to start".to_owned(), self.parts.times.served);
-            let slot = Arc::new(Slot::new(pod.clone(), state));
-            starting.insert(slot.uid.clone(), Arc::downgrade(&slot));
-            slot
-        })
+        let state = State::failed(0, "it is about to start".to_owned(), self.parts.times.served);
+        self.new_slot(pod, state).unwrap_or_else(|known| known)
     }
 
     /// Checks that a pod that is to be in the mesh is captured as ADD left it.

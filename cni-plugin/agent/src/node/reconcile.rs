@@ -86,9 +86,11 @@ impl Node {
             match (wanted, slot) {
                 (true, None) if !pod.addresses.is_empty() => {
                     let state = State::Waiting { failures: 0, reason: "not yet".to_owned(), retry_at: now };
-                    let slot = Arc::new(Slot::new(pod.clone(), state));
-                    self.slots().entry(pod.identity.uid.clone()).or_insert_with(|| slot.clone());
-                    to_adopt.push((slot, pod.clone()));
+                    // One that is being added, or let go of, is looked at after that.
+                    if let Ok(slot) = self.new_slot(pod, state) {
+                        self.slots().insert(slot.uid.clone(), slot.clone());
+                        to_adopt.push((slot, pod.clone()));
+                    }
                 }
                 (true, Some(slot)) => match slot.state() {
                     State::Waiting { retry_at, .. } if retry_at <= now && !pod.addresses.is_empty() => {

@@ -3,7 +3,6 @@
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use capture::Capture;
 use net::Netns;
@@ -20,8 +19,8 @@ impl Node {
     /// Lets go of a pod whose sandbox ends. Its rules go with its network namespace. Twice is as good as once.
     pub fn del(&self, request: &AddRequest) {
         if let Some(is_ended) = self.adding().get(&request.container_id) {
-            // By who adds it, once that has come to its end.
-            is_ended.store(true, Ordering::SeqCst);
+            // By who adds it.
+            is_ended.send_replace(true);
         }
         let netns =
             (!request.netns.is_empty()).then(|| Netns::open(Path::new(&request.netns)).ok()).flatten();

@@ -8,7 +8,7 @@ use net::netns::OpenError;
 use tokio::time::Instant;
 
 use super::Node;
-use super::slot::{Slot, State};
+use super::slot::State;
 use crate::netns::{self, NetnsError, Processes};
 use crate::pod::Pod;
 use crate::record::Entry;
@@ -99,7 +99,7 @@ impl Node {
             probe_ports: entry.probe_ports.clone(),
             resource_version: String::new(),
         };
-        let slot = Arc::new(Slot::new(pod, state));
+        let slot = self.new_slot(&pod, state).unwrap_or_else(|known| known);
         if let Some(netns) = &netns {
             self.watch_devices(&slot, netns);
         }

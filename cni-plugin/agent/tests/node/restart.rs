@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use capture::{Backend, Capture, Error, Rules, Tools};
 use harness::netns::{Lab, root_or_skip};
+use node_agent::node::{AddRequest, Answer};
 use node_agent::record::Record;
 
 use super::lab::{Agent, Around, Container, FakeZtunnel, World, application, ip, who};
@@ -59,6 +60,47 @@ async fn rules_that_are_gone_come_back_before_anything_is_asked() {
     // DEL of a sandbox that an earlier agent added.
     agent.node.del(&world.request("web"));
     assert_eq!(agent.state(&uid), None);
+}
+
+#[tokio::test]
+async fn an_add_that_comes_too_late_takes_nothing_from_the_next_one() {
+    if !root_or_skip("an ADD that comes too late takes nothing from the next one") {
+        return;
+    }
+    let world = World::labelled();
+    {
+        let agent = world.agent().await;
+        let _ztunnel = FakeZtunnel::start(&world.socket()).await;
+        for name in ["web", "other"] {
+            agent.add(world.request(name)).await.unwrap();
+        }
+    }
+    application(world.host("web"));
+    let agent = world.agent().await;
+    let sandbox = |name, id: &str| AddRequest { container_id: id.to_owned(), ..world.request(name) };
+    let of = |id| sandbox("web", id);
+    let begun = async |request| {
+        let node = agent.node.clone();
+        let adding = tokio::spawn(async move { node.add(request).await });
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        adding
+    };
+    // Each waits for a ztunnel, and the sandbox before it ends meanwhile.
+    let second = begun(of("second")).await;
+    agent.node.del(&world.request("web"));
+    let third = begun(of("third")).await;
+    agent.node.del(&of("second"));
+    let others = begun(sandbox("other", "second")).await;
+    agent.node.del(&world.request("other"));
+    let _ztunnel = FakeZtunnel::start(&world.socket()).await;
+    let refusal = second.await.unwrap().unwrap_err();
+    assert!(refusal.message.contains("its sandbox ended while it was added"), "{}", refusal.message);
+    for (name, adding) in [("web", third), ("other", others)] {
+        assert_eq!(adding.await.unwrap(), Ok(Answer::Enrolled), "{name}");
+        assert_eq!(agent.ztunnels.served(&world.uid(name)), Ok(()), "{name}");
+        assert_eq!(agent.state(&world.uid(name)).as_deref(), Some("enrolled"), "{name}");
+    }
+    assert_eq!(who(world.host("client"), world.address("web", false)).await, "ztunnel");
 }
 
 #[tokio::test]
