@@ -64,6 +64,11 @@ const CLIENT_RESPONSE_TIMEOUT: Duration = Duration::from_millis(1800);
 /// After upstreams failed, a stale answer serves without asking them for this long (RFC 8767, section 5).
 const FAILURE_RECHECK: Duration = Duration::from_secs(30);
 
+/// Whose end has come goes on for so long: queries are on their way, or wait for the thread. Who loses one asks again seconds later.
+const LAST_QUERIES: Duration = Duration::from_millis(100);
+/// And for so long at the most, while upstreams have not answered.
+const LAST_ANSWERS: Duration = Duration::from_millis(700);
+
 /// Limits of the proxy.
 #[derive(Clone, Debug)]
 pub struct DnsSettings {
@@ -286,59 +291,90 @@ impl DnsProxy {
         })
     }
 
-    /// Answers the datagrams that come to `socket`, until the future is dropped.
-    pub async fn serve_udp(self: Arc<Self>, socket: ProxyUdpSocket, client: Arc<Client>) {
-        let port = socket.local_addr().map_or(0, |address| address.port());
+    /// Answers the datagrams that come to `socket`, until shortly after `ending`, or the future is dropped.
+    pub async fn serve_udp(
+        self: Arc<Self>,
+        socket: ProxyUdpSocket,
+        client: Arc<Client>,
+        ending: impl Future<Output = ()>,
+    ) {
+        let mut ending = std::pin::pin!(ending);
+        let mut ended: Option<Instant> = None;
         let socket = Arc::new(socket);
         // Ended with this future: each holds the socket, whose port the pod's next proxy wants.
         let mut forwarding = JoinSet::new();
         let mut buffer = vec![0; QUERY_LIMIT].into_boxed_slice();
         loop {
-            let datagram = match socket.recv(&mut buffer).await {
-                Ok(datagram) => datagram,
+            while forwarding.try_join_next().is_some() {}
+            let since = ended.map_or(Duration::ZERO, |at| at.elapsed());
+            if since >= LAST_ANSWERS || (since >= LAST_QUERIES && forwarding.is_empty()) {
+                return;
+            }
+            let received = tokio::select! {
+                biased;
+                () = &mut ending, if ended.is_none() => {
+                    ended = Some(Instant::now());
+                    continue;
+                }
+                received = socket.recv(&mut buffer) => received,
+                () = tokio::time::sleep(LAST_QUERIES / 4), if ended.is_some() => continue,
+            };
+            match received {
+                Ok(datagram) => {
+                    let message = buffer.get(..datagram.len).unwrap_or_default();
+                    self.take(message, &datagram, &socket, &client, &mut forwarding).await;
+                }
                 Err(error) => {
                     tracing::warn!(error = &error as &dyn std::error::Error, "receiving DNS queries failed");
                     tokio::time::sleep(Duration::from_millis(100)).await;
-                    continue;
                 }
-            };
-            if datagram.interface != LOOPBACK && !client.owns(datagram.peer.ip()) {
-                self.metrics.dropped("stranger");
-                continue;
             }
-            let message = buffer.get(..datagram.len).unwrap_or_default();
-            if datagram.truncated {
-                self.metrics.dropped("too_long");
-                continue;
-            }
-            let original = || {
-                let local = SocketAddr::new(datagram.local, port);
-                client.original_of_datagram(datagram.peer, local, datagram.header_dst)
-            };
-            let started = Instant::now();
-            let next = self.next(message, Transport::Udp, &client, original);
-            let spent = started.elapsed();
-            match next {
-                Next::Drop => {}
-                Next::Reply(reply) => send(&socket, &reply, datagram.peer, datagram.local).await,
-                Next::Forward(forward) => {
-                    let Ok(place) = client.limits.queries.clone().try_acquire_owned() else {
-                        self.metrics.dropped("too_many");
-                        let reply = overloaded(&forward);
-                        send(&socket, &reply, datagram.peer, datagram.local).await;
-                        self.pace(&client, spent).await;
-                        continue;
-                    };
-                    while forwarding.try_join_next().is_some() {}
+        }
+    }
+
+    /// Answers one datagram; what has to be forwarded, in a task of its own.
+    async fn take(
+        self: &Arc<Self>,
+        message: &[u8],
+        datagram: &net::Datagram,
+        socket: &Arc<ProxyUdpSocket>,
+        client: &Arc<Client>,
+        forwarding: &mut JoinSet<()>,
+    ) {
+        if datagram.interface != LOOPBACK && !client.owns(datagram.peer.ip()) {
+            self.metrics.dropped("stranger");
+            return;
+        }
+        if datagram.truncated {
+            self.metrics.dropped("too_long");
+            return;
+        }
+        let (peer, local) = (datagram.peer, datagram.local);
+        let original = || {
+            let port = socket.local_addr().map_or(0, |address| address.port());
+            client.original_of_datagram(peer, SocketAddr::new(local, port), datagram.header_dst)
+        };
+        let started = Instant::now();
+        let next = self.next(message, Transport::Udp, client, original);
+        let spent = started.elapsed();
+        match next {
+            Next::Drop => {}
+            Next::Reply(reply) => send(socket, &reply, peer, local).await,
+            Next::Forward(forward) => match client.limits.queries.clone().try_acquire_owned() {
+                Ok(place) => {
                     let (proxy, client, socket) = (self.clone(), client.clone(), socket.clone());
                     forwarding.spawn(async move {
                         let reply = proxy.forward(forward, &client, place).await;
-                        send(&socket, &reply, datagram.peer, datagram.local).await;
+                        send(&socket, &reply, peer, local).await;
                     });
                 }
-            }
-            self.pace(&client, spent).await;
+                Err(_) => {
+                    self.metrics.dropped("too_many");
+                    send(socket, &overloaded(&forward), peer, local).await;
+                }
+            },
         }
+        self.pace(client, spent).await;
     }
 
     /// Answers the connections that come to `listener`, until the future is dropped.

@@ -125,6 +125,8 @@ struct Lab {
     address: SocketAddr,
     registry: Registry,
     serving: [tokio::task::JoinHandle<()>; 2],
+    /// Dropped, it ends what serves datagrams.
+    told: Option<tokio::sync::oneshot::Sender<()>>,
 }
 
 impl Lab {
@@ -153,9 +155,11 @@ impl Lab {
             })
             .expect("no port is free for both UDP and TCP");
         let address = listener.local_addr().unwrap();
-        let udp = tokio::spawn(proxy.clone().serve_udp(socket, client.clone()));
+        let (told, stopped) = tokio::sync::oneshot::channel();
+        let ending = async { drop(stopped.await) };
+        let udp = tokio::spawn(proxy.clone().serve_udp(socket, client.clone(), ending));
         let tcp = tokio::spawn(proxy.serve_tcp(listener, client));
-        Self { address, registry, serving: [udp, tcp] }
+        Self { address, registry, serving: [udp, tcp], told: Some(told) }
     }
 
     /// Without an upstream.

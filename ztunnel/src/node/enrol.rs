@@ -146,7 +146,18 @@ impl Node {
             let udp = ProxyUdpSocket::bind(&pod.netns, any, &options)?;
             let tcp = net::listen(&pod.netns, any, &listen)?;
             let client = self.dns_client(enrolment);
-            tasks.push(worker.spawn(self.dns.clone().serve_udp(udp, client.clone())).abort_handle().into());
+            let (told, stopped) = tokio::sync::oneshot::channel();
+            let (shutdown, hold) = (self.proxy.shutdown.clone(), self.proxy.shutdown.hold());
+            let ending = async move {
+                let mut draining = std::pin::pin!(shutdown.draining());
+                tokio::select! { () = &mut draining => {} _ = stopped => {} }
+            };
+            let serving = self.dns.clone().serve_udp(udp, client.clone(), ending);
+            let serving = worker.spawn(async move {
+                serving.await;
+                drop(hold);
+            });
+            tasks.push(Accepting::told(serving.abort_handle(), told));
             tasks.push(worker.spawn(self.dns.clone().serve_tcp(tcp, client)).abort_handle().into());
         }
         Ok(())

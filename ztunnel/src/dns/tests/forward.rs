@@ -604,3 +604,27 @@ fn resolv_conf_is_read_as_the_c_library_does() {
     let many = "nameserver 10.0.0.1\n".repeat(100);
     assert_eq!(Upstreams::from_resolv_conf(&many).to_string().matches("10.0.0.1:53").count(), 8);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn an_end_loses_no_query() {
+    let upstream = Upstream::start(|query, _| {
+        std::thread::sleep(Duration::from_millis(300));
+        vec![reply(query, "192.0.2.1", 60)]
+    })
+    .await;
+    let mut lab = Lab::start(mesh(), [upstream.address], DnsSettings::default());
+    let (slow, ours) =
+        (query("slow.example.com", RecordType::A), query("cart.shop.svc.cluster.local", RecordType::A));
+    let told = lab.told.take();
+    let (waited, late) = tokio::join!(lab.udp_within(&slow, SOON), async {
+        while upstream.count() == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        drop(told);
+        lab.udp_within(&ours, SOON).await
+    });
+    assert_eq!(addresses(&Message::from_vec(&waited.unwrap()).unwrap()), ["192.0.2.1"]);
+    assert_eq!(addresses(&Message::from_vec(&late.unwrap()).unwrap()), ["10.96.0.1"]);
+    // Then it is over.
+    timeout(SOON, &mut lab.serving[0]).await.unwrap().unwrap();
+}

@@ -105,7 +105,7 @@ fn serve_inside(pod: &Netns, ask_original: bool) -> (Registry, [tokio::task::Joi
     let address = "[::]:15053".parse().unwrap();
     let socket = ProxyUdpSocket::bind(pod, address, &DatagramOptions::default()).unwrap();
     let listener = net::listen(pod, address, &ListenOptions::default()).unwrap();
-    let udp = tokio::spawn(proxy.clone().serve_udp(socket, client.clone()));
+    let udp = tokio::spawn(proxy.clone().serve_udp(socket, client.clone(), std::future::pending()));
     (registry, [udp, tokio::spawn(proxy.serve_tcp(listener, client))])
 }
 

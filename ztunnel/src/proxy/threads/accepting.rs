@@ -15,6 +15,7 @@ use futures_util::FutureExt;
 use net::{AcceptLoop, Reach};
 use process::shutdown::{Hold, Shutdown};
 use tokio::net::TcpStream;
+use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 
 use super::watch::Rescue;
@@ -48,6 +49,8 @@ struct Task {
     listener: Reach,
     /// How many tasks there were before. One that is not the last has no successor.
     turn: u64,
+    /// Dropped, it tells a task that ends by itself to do so.
+    told: Option<oneshot::Sender<()>>,
 }
 
 impl From<AbortHandle> for Accepting {
@@ -57,11 +60,18 @@ impl From<AbortHandle> for Accepting {
 }
 
 impl Accepting {
+    /// A task that ends by itself, soon after `told` is dropped.
+    pub fn told(task: AbortHandle, told: oneshot::Sender<()>) -> Self {
+        Self(Arc::new(Mutex::new(Task { current: Some(task), told: Some(told), ..Task::default() })))
+    }
+
     /// Has it accept no more.
     pub fn stop(&self) {
         let mut task = self.task();
         task.is_stopped = true;
-        task.current.iter().for_each(AbortHandle::abort);
+        if task.told.take().is_none() {
+            task.current.iter().for_each(AbortHandle::abort);
+        }
     }
 
     /// Whether it has ended: the listener is closed then.
