@@ -326,6 +326,7 @@ fn on_clusters(
             3..=6 => 1,
             _ => 2,
         };
+        schedule.on(1 + usize::from(others));
         let (first_of, equip, schedule) = (first, &equip, schedule);
         let beside: Vec<_> = (2..2 + others)
             .map(|number| {

@@ -106,6 +106,14 @@ pub const ALL: &[Scenario] = &[
         "a second revision's control plane gets the proxies under load, and gives them back",
         upgrade::revision,
     ),
+    Scenario {
+        way: Way::Last,
+        ..alone(
+            "release",
+            "uninstalled under pods of the mesh, installed, upgraded and uninstalled by the command line",
+            release::comes_and_goes,
+        )
+    },
     alone(
         "kills",
         "agent, ztunnel, containerd and kubelet killed at random, and never plaintext",
@@ -119,12 +127,4 @@ pub const ALL: &[Scenario] = &[
         plugin::killed,
     ),
     alone("chain", "the primary CNI's configuration is rewritten without the plugin", faults::chain),
-    Scenario {
-        way: Way::Last,
-        ..alone(
-            "release",
-            "uninstalled under pods of the mesh, installed, upgraded and uninstalled by the command line",
-            release::comes_and_goes,
-        )
-    },
 ];

@@ -39,9 +39,10 @@ fn to_programs(stage: &Stage) -> Result<()> {
     let then = stage.jobs("early")?;
     stage.pass(Duration::from_secs(2));
     for ((now, then), before) in stage.jobs("early")?.iter().zip(&then).zip(&before) {
-        // What netfilter redirected is ended, and once more where it was made again before the rules were gone.
+        // What netfilter redirected is ended, and once more where it was made again before the rules were gone; and both nodes'
+        // ztunnels are replaced, each of which ends what it still carries.
         let lost = now.failed - before.failed;
-        ensure!(lost <= 20 && now.failed == then.failed && now.good > then.good, "{now:?} after {before:?}");
+        ensure!(lost <= 40 && now.failed == then.failed && now.good > then.good, "{now:?} after {before:?}");
     }
     stage.ok("another back-end takes over under load: what it can't take over ends at once, nothing is in plaintext");
     stage.delete_pods(&["early"])?;

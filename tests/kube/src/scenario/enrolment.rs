@@ -93,7 +93,8 @@ pub fn leave(stage: &Stage) -> Result<()> {
     let later = glimpse(stage, &far)?;
     ensure!(
         !later.plaintext.is_empty(),
-        "requests are not in plaintext after the label's removal: {later:?}"
+        "requests are not in plaintext after the label's removal: {later:?}; they were {now:?}, and are {:?}",
+        stage.jobs("client")?
     );
     stage.ok("new connections leave as they are");
     Ok(())

@@ -20,6 +20,8 @@ const SIDE_BY_SIDE: usize = 4;
 pub struct Schedule {
     waiting: Mutex<Vec<Scenario>>,
     played: Mutex<Vec<Played>>,
+    /// Clusters that have a mesh, or will have.
+    staying: Mutex<usize>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -40,7 +42,12 @@ impl Schedule {
     /// Of these, in this order.
     #[must_use]
     pub fn new(scenarios: &[Scenario]) -> Self {
-        Self { waiting: Mutex::new(scenarios.to_vec()), played: Mutex::default() }
+        Self { waiting: Mutex::new(scenarios.to_vec()), played: Mutex::default(), staying: Mutex::new(1) }
+    }
+
+    /// On so many clusters.
+    pub fn on(&self, clusters: usize) {
+        *self.staying.lock().unwrap_or_else(PoisonError::into_inner) = clusters;
     }
 
     /// How many are left that run in this way.
@@ -82,11 +89,20 @@ impl Schedule {
         })
     }
 
-    /// The next that must be alone. While another one is `waited` for, one that leaves alone what that looks at.
+    /// The next that must be alone. While another one is `waited` for, one that leaves alone what that looks at. One that leaves
+    /// no mesh has its turn where there is another cluster for the rest, and else when nothing else is left.
     fn take_alone(&self, waited: bool) -> Option<Scenario> {
         let mut waiting = self.waiting();
-        let at = waiting.iter().position(|s| s.way == Way::Alone && (s.gentle || !waited))?;
-        Some(waiting.remove(at))
+        let mut staying = self.staying.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_left = waiting.iter().any(|s| s.way == Way::Alone);
+        let at = waiting.iter().position(|s| match s.way {
+            Way::Alone => s.gentle || !waited,
+            Way::Last => !waited && (*staying > 1 || !is_left),
+            Way::Before | Way::Beside => false,
+        })?;
+        let taken = waiting.remove(at);
+        *staying -= usize::from(taken.way == Way::Last);
+        Some(taken)
     }
 
     /// Runs one after the other of those that must be alone on their cluster, as many as no other cluster takes; what one merely
@@ -103,15 +119,14 @@ impl Schedule {
                     if let Some((begun, after)) = self.begin(cluster, &scenario)? {
                         waited = Some(scope.spawn(move || self.end(&begun, &after(&begun.stage))));
                     }
+                    if scenario.way == Way::Last {
+                        return Ok(());
+                    }
                 } else if let Some(thread) = waited.take() {
                     thread.join().ok().context("a scenario panicked")?;
                 } else {
-                    break;
+                    return Ok(());
                 }
-            }
-            match self.take(Way::Last) {
-                Some(scenario) => self.play(cluster, &scenario),
-                None => Ok(()),
             }
         })
     }
@@ -182,14 +197,23 @@ mod tests {
     use crate::scenario::ALL;
 
     #[test]
-    fn what_leaves_no_mesh_comes_last() {
+    fn what_leaves_no_mesh_comes_last_unless_others_can_take_the_rest() {
         let schedule = Schedule::new(ALL);
         assert!(schedule.needs_a_mesh() && schedule.left(Way::Alone) > 1);
         assert_eq!(schedule.left(Way::Last), 1, "a cluster can have one only");
-        let taken: Vec<_> = std::iter::from_fn(|| schedule.take(Way::Alone)).map(|s| s.name).collect();
-        let wanted: Vec<_> = ALL.iter().filter(|s| s.way == Way::Alone).map(|s| s.name).collect();
-        assert_eq!(taken, wanted, "in the order of the list");
+        let taken: Vec<_> = std::iter::from_fn(|| schedule.take_alone(false)).collect();
+        let (last, before) = taken.split_last().unwrap();
+        assert!(last.way == Way::Last && before.iter().all(|s| s.way == Way::Alone));
+        // Side by side, in the order of the list.
         let schedule = Schedule::new(ALL);
+        schedule.on(2);
+        let taken: Vec<_> = std::iter::from_fn(|| schedule.take_alone(false)).map(|s| s.name).collect();
+        let wanted: Vec<_> =
+            ALL.iter().filter(|s| matches!(s.way, Way::Alone | Way::Last)).map(|s| s.name).collect();
+        assert_eq!(taken, wanted);
+        assert_eq!(*schedule.staying.lock().unwrap(), 1);
+        let schedule = Schedule::new(ALL);
+        schedule.on(2);
         let beside: Vec<_> = std::iter::from_fn(|| schedule.take_alone(true)).collect();
         assert!(beside.len() > 1 && beside.iter().all(|s| s.gentle && s.after.is_none()));
         let rest = std::iter::from_fn(|| schedule.take_alone(false)).count();
