@@ -24,7 +24,7 @@ mod slot;
 mod work;
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -57,6 +57,8 @@ pub struct Node {
     leaving: Mutex<Vec<Leaving>>,
     started: AtomicU64,
     stopped: AtomicU64,
+    /// Connections of before an enrolment wait to be judged.
+    put_off: AtomicBool,
     diagnostics: Mutex<Value>,
 }
 
@@ -77,6 +79,7 @@ impl Node {
             leaving: Mutex::default(),
             started: AtomicU64::new(0),
             stopped: AtomicU64::new(0),
+            put_off: AtomicBool::new(false),
             diagnostics: Mutex::new(Value::Array(Vec::new())),
         }
     }
@@ -200,7 +203,7 @@ impl Node {
         while let Some(found) = tasks.join_next().await {
             found_connections |= found.unwrap_or(false);
         }
-        if found_connections {
+        if found_connections || self.put_off.swap(false, Ordering::Relaxed) {
             // What a pod's policies refuse they refuse from its first moment in the mesh.
             self.recheck_adopted().await;
         }

@@ -23,7 +23,8 @@ mod programs;
 mod records;
 mod table;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
 use std::sync::atomic::Ordering::{Relaxed, Release};
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -67,9 +68,14 @@ pub struct Attach {
     is_left: fn() -> bool,
 }
 
+/// Connections that pass, by the server's end and the client's.
+pub type Passing = HashSet<(SocketAddr, SocketAddr)>;
+
 /// Why there is no kernel's side yet.
 pub struct Later {
     why: String,
+    /// Whether another process has it, or may have: what passes by it is that one's.
+    is_taken: bool,
     /// When it is tried again.
     after: Duration,
     /// Whether that is no failure: it is another's turn.
@@ -78,7 +84,7 @@ pub struct Later {
 
 impl From<String> for Later {
     fn from(why: String) -> Self {
-        Self { why, after: ATTACH_AGAIN, is_turn: false }
+        Self { why, after: ATTACH_AGAIN, is_turn: false, is_taken: false }
     }
 }
 
@@ -110,6 +116,8 @@ enum Ask {
     Recheck(oneshot::Sender<()>),
     /// To look what is open.
     Look(oneshot::Sender<()>),
+    /// To look, and say what.
+    Passing(oneshot::Sender<Option<Passing>>),
     /// To take back everything.
     End(oneshot::Sender<()>),
 }
@@ -129,6 +137,8 @@ pub struct Verdicts {
     stuck: AtomicBool,
     /// The thread did not answer in time: it renews nothing before it has judged again what stands.
     late: AtomicBool,
+    /// Another process has the kernel's side, or may have.
+    elsewhere: AtomicBool,
     /// All is taken back, and nothing is written any more.
     over: AtomicBool,
     cut: AtomicU64,
@@ -189,6 +199,7 @@ impl Verdicts {
             asked: Mutex::new(Some(asked)),
             stuck: AtomicBool::new(false),
             late: AtomicBool::new(false),
+            elsewhere: AtomicBool::new(false),
             over: AtomicBool::new(false),
             cut: AtomicU64::new(0),
             trouble: Mutex::default(),
@@ -310,25 +321,30 @@ impl Verdicts {
         self.wait(Ask::Look).await;
     }
 
+    /// The connections that pass now. `None` while another process may have the verdicts, whose connections pass.
+    pub async fn passing(&self) -> Option<Passing> {
+        self.wait(Ask::Passing).await.unwrap_or_else(|| Some(Passing::default()))
+    }
+
     /// Takes back all verdicts, and ends what passes by them.
     pub async fn end(&self) {
         self.wait(Ask::End).await;
     }
 
-    async fn wait(&self, ask: impl FnOnce(oneshot::Sender<()>) -> Ask) {
-        if self.attach.is_none() {
-            return;
-        }
+    /// The thread's answer, where there is one.
+    async fn wait<T>(&self, ask: impl FnOnce(oneshot::Sender<T>) -> Ask) -> Option<T> {
+        self.attach.as_ref()?;
         let (done, wait) = oneshot::channel();
         let answered = async {
-            if self.ask.send(ask(done)).await.is_ok() {
-                let _ = wait.await;
-            }
+            self.ask.send(ask(done)).await.ok()?;
+            wait.await.ok()
         };
-        if tokio::time::timeout(ANSWERED, answered).await.is_err() {
+        let answered = tokio::time::timeout(ANSWERED, answered).await;
+        if answered.is_err() {
             // A thread that hangs renews no lease; one that is late must not before it has judged again.
             self.late.store(true, Release);
         }
+        answered.ok()?
     }
 
     /// How many sockets were ended because their connections were no longer allowed.

@@ -1,19 +1,37 @@
 //! Connections of before the enrolment: they go past ztunnel, until a policy refuses them.
 
-use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 
 use capture::{Cut, Direction, LiveConnection, Rules, Tuple};
-use model::{Connection, Str};
+use model::{Connection, Mesh, Str};
 use net::{Netns, sock_diag};
 
 use super::slot::{PodState, Slot};
 use super::{Node, Redirection};
 use crate::proxy::pod::LocalPod;
+use crate::verdicts::Passing;
 
 /// More are not kept account of; they go on all the same. Incoming ones, which policies may refuse, come first.
 const ADOPTED_LIMIT: usize = 65_536;
+
+/// A pod with connections of before its enrolment.
+struct Candidate {
+    key: Str,
+    pod: Arc<LocalPod>,
+    rules: Rules,
+    adopted: Vec<LiveConnection>,
+}
+
+/// What becomes of a pod's.
+struct Judged {
+    left: Vec<LiveConnection>,
+    refused: Vec<Tuple>,
+    /// Whether some of those left are refused, and may not be ended yet.
+    put_off: bool,
+}
 
 impl Node {
     /// Ends the connections of before the enrolment that the policies of now refuse. They came without identity.
@@ -21,43 +39,29 @@ impl Node {
         if !self.proxy.state.is_complete() {
             return; // it is looked at again when it is
         }
-        let candidates: Vec<(Str, Arc<LocalPod>, Rules, Vec<LiveConnection>)> = self
-            .pods()
-            .iter()
-            .filter_map(|(key, slot)| match &slot.state {
-                PodState::Enrolled(e) if !e.adopted.is_empty() || !e.rules.refused.is_empty() => {
-                    Some((key.clone(), e.pod.clone(), e.rules.clone(), e.adopted.clone()))
-                }
-                _ => None,
-            })
-            .collect();
-        for (key, pod, mut rules, adopted) in candidates {
-            let mesh = self.proxy.state.mesh_owned();
-            let Some(workload) = pod.subject.known(&mesh).cloned() else { continue };
-            let (redirection, netns) = (self.redirection.clone(), pod.netns.clone());
-            let result = tokio::task::spawn_blocking(move || {
-                let alive = alive(&netns)?;
-                rules.refused.retain(|tuple| alive.contains_key(&(tuple.local, tuple.peer)));
-                let mut left = Vec::new();
-                for live in adopted {
-                    let old = &live.connection;
-                    let Some(now) = alive.get(&(old.local, old.peer)) else { continue };
-                    let inbound = Connection::new(None, old.peer.ip(), old.local);
-                    let denied = match live.direction {
-                        Direction::Outbound => None, // the destination's node decides over it
-                        Direction::Inbound => mesh.authorize(&workload, &inbound).outcome.err(),
-                    };
-                    if denied.is_none_or(|deny| !cut_adopted(&redirection, &netns, &mut rules, now, &deny)) {
-                        left.push(live);
-                    }
-                }
-                std::io::Result::Ok((left, rules.refused))
-            })
-            .await;
-            match result {
-                Ok(Ok((left, refused))) => {
+        let candidates = self.candidates();
+        if candidates.is_empty() {
+            return;
+        }
+        // What passes by a verdict looks like one of before, and is judged by that.
+        let passing = self.proxy.verdicts.passing().await;
+        let mesh = self.proxy.state.mesh_owned();
+        // While another process has the verdicts, it is not known which do. They are between pods of the node.
+        let unknown = Arc::new(if passing.is_none() { self.addresses(&mesh) } else { HashSet::new() });
+        let passing = passing.unwrap_or_default();
+        for mut candidate in candidates {
+            candidate.adopted.retain(|live| !passes(&passing, live));
+            let Some(workload) = candidate.pod.subject.known(&mesh).cloned() else { continue };
+            let key = candidate.key.clone();
+            let (redirection, mesh, unknown) = (self.redirection.clone(), mesh.clone(), unknown.clone());
+            let judging = move || {
+                judge(candidate, &redirection, &unknown, |c| mesh.authorize(&workload, c).outcome.err())
+            };
+            match tokio::task::spawn_blocking(judging).await {
+                Ok(Ok(judged)) => {
+                    self.put_off.fetch_or(judged.put_off, Relaxed);
                     if let Some(Slot { state: PodState::Enrolled(e), .. }) = self.pods().get_mut(&key) {
-                        (e.adopted, e.rules.refused) = (left, refused);
+                        (e.adopted, e.rules.refused) = (judged.left, judged.refused);
                     }
                 }
                 Ok(Err(error)) => {
@@ -67,6 +71,69 @@ impl Node {
             }
         }
     }
+
+    fn candidates(&self) -> Vec<Candidate> {
+        let of = |(key, slot): (&Str, &Slot)| match &slot.state {
+            PodState::Enrolled(e) if !e.adopted.is_empty() || !e.rules.refused.is_empty() => {
+                Some(Candidate {
+                    key: key.clone(),
+                    pod: e.pod.clone(),
+                    rules: e.rules.clone(),
+                    adopted: e.adopted.clone(),
+                })
+            }
+            _ => None,
+        };
+        self.pods().iter().filter_map(of).collect()
+    }
+
+    /// Those of the node's pods.
+    fn addresses(&self, mesh: &Mesh) -> HashSet<IpAddr> {
+        let mut addresses = HashSet::new();
+        for slot in self.pods().values() {
+            addresses.extend(slot.enrolment.addresses.iter().flatten());
+            addresses.extend(
+                slot.enrolment.subject.known(mesh).iter().flat_map(|workload| workload.addresses.iter()),
+            );
+        }
+        addresses
+    }
+}
+
+/// Ends what is refused of a pod's connections, but for those from `unknown` addresses.
+fn judge(
+    candidate: Candidate,
+    redirection: &Redirection,
+    unknown: &HashSet<IpAddr>,
+    refuses: impl Fn(&Connection) -> Option<model::Deny>,
+) -> std::io::Result<Judged> {
+    let Candidate { pod, mut rules, adopted, .. } = candidate;
+    let alive = alive(&pod.netns)?;
+    rules.refused.retain(|tuple| alive.contains_key(&(tuple.local, tuple.peer)));
+    let (mut left, mut put_off) = (Vec::new(), false);
+    for live in adopted {
+        let old = &live.connection;
+        let Some(now) = alive.get(&(old.local, old.peer)) else { continue };
+        let denied = match live.direction {
+            Direction::Outbound => None, // the destination's node decides over it
+            Direction::Inbound => refuses(&Connection::new(None, old.peer.ip(), old.local)),
+        };
+        let waits = denied.is_some() && unknown.contains(&old.peer.ip());
+        put_off |= waits;
+        if waits || denied.is_none_or(|deny| !cut_adopted(redirection, &pod.netns, &mut rules, now, &deny)) {
+            left.push(live);
+        }
+    }
+    Ok(Judged { left, refused: rules.refused, put_off })
+}
+
+/// Whether a connection is one of those that pass.
+fn passes(passing: &Passing, live: &LiveConnection) -> bool {
+    let (local, peer) = (live.connection.local, live.connection.peer);
+    passing.contains(&match live.direction {
+        Direction::Inbound => (local, peer),
+        Direction::Outbound => (peer, local),
+    })
 }
 
 /// Whether it is cut. `rules` are those that are installed, and are changed where the kernel can't end connections.

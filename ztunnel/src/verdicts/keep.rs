@@ -6,6 +6,7 @@
 use std::cell::Cell;
 use std::collections::HashSet;
 use std::io;
+use std::net::SocketAddr;
 use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{AcqRel, Relaxed};
@@ -23,7 +24,7 @@ use super::judge::Ends;
 use super::kernel::{Ending, Kernel, Pair, Passed, Side, Way};
 use super::records::Stories;
 use super::table::{Judge, Lead, Over};
-use super::{Ask, Attach, Joined, Later, Verdicts, lock};
+use super::{Ask, Attach, Joined, Later, Passing, Verdicts, lock};
 use crate::proxy::Proxy;
 
 /// How long verdicts outlive this process, or this thread where it hangs.
@@ -207,6 +208,10 @@ impl Keeper {
                 self.look();
                 done(reply);
             }
+            Ask::Passing(reply) => {
+                // Whoever asked may no longer wait.
+                let _ = reply.send(self.passing());
+            }
             Ask::End(reply) => {
                 self.end();
                 done(reply);
@@ -282,7 +287,9 @@ impl Keeper {
         if !is_wanted && !self.is_left(attach) {
             return;
         }
-        let made = (attach.attach)(&self.proxy.locals.namespaces()).and_then(|kernel| {
+        let made = (attach.attach)(&self.proxy.locals.namespaces());
+        verdicts.elsewhere.store(made.as_ref().is_err_and(|later| later.is_taken), Relaxed);
+        let made = made.and_then(|kernel| {
             // Nothing passes by what an earlier process knew.
             let inherited = kernel.stop().and_then(|()| kernel.inherit()).map_err(|e| e.to_string())?;
             // All that it wrote is revoked by now, of whatever generation: the table counts from the first.
@@ -314,7 +321,7 @@ impl Keeper {
                     "what may be left of an earlier process's verdicts can't be taken over yet"
                 );
             }
-            Err(Later { why, after, is_turn }) => {
+            Err(Later { why, after, is_turn, .. }) => {
                 let mut trouble = lock(&verdicts.trouble);
                 if trouble.as_ref() != Some(&why) {
                     if is_turn {
@@ -457,7 +464,9 @@ impl Keeper {
 
     /// Enters what is open, and forgets pairs that nothing leads to.
     fn look(&self) {
-        let (Some(kernel), Some(open)) = (self.kernel(), self.enter()) else { return };
+        let (Some(kernel), Some(listed)) = (self.kernel(), self.enter()) else { return };
+        let mut open = lock(&self.verdicts().records).pairs();
+        open.extend(listed.iter().map(|passed| passed.pair));
         let idle = {
             let mut table = lock(&self.verdicts().table);
             if let Err(error) = table.relieve(&*kernel) {
@@ -468,8 +477,20 @@ impl Keeper {
         self.finish(&*kernel, &idle);
     }
 
-    /// Enters what is open. The pairs that it is of.
-    fn enter(&self) -> Option<HashSet<Pair>> {
+    /// What passes now, unless that is another process's to say.
+    fn passing(&mut self) -> Option<Passing> {
+        self.attach();
+        if self.kernel().is_none() && self.is_wanted() && self.verdicts().elsewhere.load(Relaxed) {
+            return None;
+        }
+        let open = self.enter().unwrap_or_default();
+        let ends =
+            |passed: &Passed| (passed.pair.to, SocketAddr::new(passed.pair.source, passed.source_port));
+        Some(open.iter().map(ends).collect())
+    }
+
+    /// Enters what is open, which it returns.
+    fn enter(&self) -> Option<Vec<Passed>> {
         let listing = match self.kernel()?.listing() {
             Ok(listing) => listing,
             Err(error) => {
@@ -481,9 +502,7 @@ impl Keeper {
         let mut records = lock(&self.verdicts().records);
         records.ended(&self.proxy, now, &listing.ended, &mut |passed| self.told(passed));
         records.found(&self.proxy, now, &listing.open, &mut |passed| self.told(passed));
-        let mut open = records.pairs();
-        open.extend(listing.open.iter().map(|passed| passed.pair));
-        Some(open)
+        Some(listing.open)
     }
 
     fn told(&self, passed: &Passed) -> Option<Arc<Stories>> {

@@ -35,16 +35,20 @@ pub fn programs() -> Attach {
 pub fn of_agent() -> Attach {
     let attach: Make = |pods| {
         let pins = Pins::of_others(ebpf::bpf_file_system());
-        let later = |why: String| Later { why, after: TURN_AGAIN, is_turn: true };
+        let later = |why: String| Later { why, after: TURN_AGAIN, is_turn: true, is_taken: false };
         match Verdicts::take(&pins, pods) {
             Ok(Some(verdicts)) => Ok(Box::new(Programs { verdicts, qualified: Mutex::default() })),
-            Ok(None) => Err(later(format!(
-                "of {} pods the node agent has prepared none: it needs --kernel-verdicts and capture by ebpf, and this process \
-                 the node's {}",
-                pods.len(),
-                ebpf::bpf_file_system().display()
-            ))),
-            Err(error) if error.is_taken() => Err(later(error.to_string())),
+            Ok(None) => {
+                let why = format!(
+                    "of {} pods the node agent has prepared none: it needs --kernel-verdicts and capture by ebpf, and this \
+                     process the node's {}",
+                    pods.len(),
+                    ebpf::bpf_file_system().display()
+                );
+                // Who has it is found by the pods.
+                Err(Later { is_taken: pods.is_empty(), ..later(why) })
+            }
+            Err(error) if error.is_taken() => Err(Later { is_taken: true, ..later(error.to_string()) }),
             Err(error) => Err(error.to_string().into()),
         }
     };

@@ -14,7 +14,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use tokio::time::{sleep, timeout};
 
-use crate::configuration::{policy, principal};
+use crate::configuration::{policy, principal, strict};
 use crate::lab::traffic::{PORT, Talk, ask, serve, talk};
 use crate::lab::{Cluster, Options, Ztunnel, eventually};
 
@@ -25,6 +25,8 @@ const LEASE: Duration = Duration::from_secs(5);
 pub const CUT: Duration = Duration::from_secs(5);
 /// What does not pass has not passed after this.
 const SOON: Duration = Duration::from_secs(1);
+/// A pod that was enrolled is looked at within this.
+const LOOK: Duration = Duration::from_secs(4);
 /// The flags of a ztunnel that runs beside another one.
 const PORTS: [(&str, &str); 3] = [
     ("--admin-address", "127.0.0.1:16000"),
@@ -83,6 +85,8 @@ impl World {
         cluster.tell_all();
         let node_local = NodeLocalModes { mesh: NodeLocal::Kernel, ..NodeLocalModes::default() };
         cluster.control_plane.settings(&Settings { node_local, ..Settings::default() });
+        // What passes is not what came before the enrolment, which is refused.
+        cluster.control_plane.policy(&strict());
         cluster.control_plane.server.ready();
         cluster.run("a").await;
         let pods = PODS.map(|name| cluster.pod(name).clone()).into();
@@ -169,6 +173,9 @@ async fn connections_pass_by_and_end_when_they_are_no_longer_allowed() {
             ask(client, to).await.unwrap();
         }
         assert_eq!(captured().await, before, "ztunnel was asked");
+        // A pod that was enrolled a moment ago is looked at time and again.
+        sleep(LOOK).await;
+        open.echo().await.unwrap();
     }
     let to = SocketAddr::new(web.ipv4.into(), PORT);
     let mut allowed = past(a, other, to).await;
@@ -262,6 +269,7 @@ async fn one_of_two_ztunnels_writes_and_the_other_takes_over_when_that_has_ended
     })
     .await;
     drop(past(world.ztunnel(), &client, to).await);
+    sleep(LOOK).await;
     open.echo().await.unwrap();
 
     // It drains: what is open goes on, and what comes is the second's, which carries it.
