@@ -79,18 +79,20 @@ async fn an_add_that_comes_too_late_takes_nothing_from_the_next_one() {
     let agent = world.agent().await;
     let sandbox = |name, id: &str| AddRequest { container_id: id.to_owned(), ..world.request(name) };
     let of = |id| sandbox("web", id);
-    let begun = async |request| {
+    let begin = |request| {
         let node = agent.node.clone();
-        let adding = tokio::spawn(async move { node.add(request).await });
-        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
-        adding
+        tokio::spawn(async move { node.add(request).await })
     };
+    let a_moment = || tokio::time::sleep(Duration::from_millis(100));
     // Each waits for a ztunnel, and the sandbox before it ends meanwhile.
-    let second = begun(of("second")).await;
+    let second = begin(of("second"));
+    a_moment().await;
     agent.node.del(&world.request("web"));
-    let third = begun(of("third")).await;
+    let third = begin(of("third"));
+    a_moment().await;
     agent.node.del(&of("second"));
-    let others = begun(sandbox("other", "second")).await;
+    let others = begin(sandbox("other", "second"));
+    a_moment().await;
     agent.node.del(&world.request("other"));
     let _ztunnel = FakeZtunnel::start(&world.socket()).await;
     let refusal = second.await.unwrap().unwrap_err();
